@@ -1,0 +1,26 @@
+# Every target makes .venv if it is missing or older than what it is made from.
+# On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu keeps torch small.
+PYTHON ?= python3
+py := .venv/bin/python
+export OMP_NUM_THREADS ?= 2 # the models here are small: more threads wait longer than they work
+
+.PHONY: venv train test check
+
+venv: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(py) -m pip install --quiet -c constraints.txt -e ".[test,triton,plots]"
+	touch $@
+
+train: .venv/installed
+	$(py) train/adversarial.py --config configs/adversarial/digits.yaml
+
+test: .venv/installed
+	$(py) -m pytest -m "not gpu"
+
+check: .venv/installed
+	$(py) -m ruff format --check .
+	$(py) -m ruff check .
+	$(py) -m pyright
+	.venv/bin/lint-imports

@@ -1,0 +1,99 @@
+"""Anything that `datasets` loads -> captioned images as tensors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import torch
+from datasets import Dataset, DatasetDict
+from PIL import Image as Picture
+from PIL import ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from rope_mm.data.digits import captioned_digits
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class CaptionedImages:
+    """Rows of a split as images in [-1, 1] (b, ch, size, size), captions, and labels where there is a column.
+
+    An image of another shape is cropped to a centred square and resized.
+
+    Raises:
+        ValueError: a column that is missing, with those there are.
+    """
+
+    def __init__(
+        self, rows: Dataset, size: int, channels: int, image: str = "image", caption: str = "caption", label: str = ""
+    ):
+        for column in filter(None, (image, caption, label)):
+            if column not in rows.column_names:
+                raise ValueError(f"the data has no column {column!r}; it has {', '.join(rows.column_names)}")
+        if channels not in MODES:
+            raise ValueError(f"images have {', '.join(map(str, MODES))} channels, not {channels}")
+        if not len(rows):
+            raise ValueError("the data has no rows")
+        # undecoded, so that an image which cannot be read is named by its row
+        self.rows = rows.cast_column(image, datasets.Image(decode=False))
+        self.size, self.channels = size, channels
+        self.image = image
+        self.captions: list[str] = list(rows[caption])
+        self.labels = torch.tensor(rows[label]) if label else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def images(self, indices: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Images (b, ch, size, size) in [-1, 1]; all of them if no indices are given.
+
+        Raises:
+            ValueError: an image that cannot be decoded, with its row.
+        """
+        wanted = range(len(self)) if indices is None else [int(i) for i in indices]
+        return torch.stack([self.decode(row, self.rows[row][self.image]) for row in wanted])
+
+    def decode(self, row: int, stored: dict) -> Tensor:
+        """One image (ch, size, size) in [-1, 1] from what `datasets` stores: bytes or a path."""
+        try:
+            source = datasets.Image().decode_example(stored)
+            picture = ImageOps.fit(source.convert(MODES[self.channels]), (self.size, self.size), Picture.Resampling.BOX)
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            raise ValueError(
+                f"row {row}, column {self.image!r}: {stored.get('path') or 'the image'} does not decode ({error})"
+            ) from error
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        return pixels.view(self.size, self.size, self.channels).permute(2, 0, 1) / 127.5 - 1
+
+
+def load_splits(path: str) -> DatasetDict:
+    """Splits train and test of "digits", a folder, a parquet file or a hub name; a fifth is held out if none is.
+
+    Raises:
+        ValueError: what `datasets` cannot load.
+    """
+    if path == "digits":
+        return captioned_digits()
+    place = Path(path)
+    try:
+        if place.suffix == ".parquet":
+            loaded = datasets.load_dataset("parquet", data_files=path)
+        elif place.is_dir():
+            loaded = datasets.load_dataset("imagefolder", data_dir=path)
+        else:
+            loaded = datasets.load_dataset(path)
+    except Exception as error:
+        raise ValueError(f"`datasets` cannot load {path!r}: {error}".splitlines()[0]) from error
+    train = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+    for name in ("test", "validation"):
+        if name in loaded and loaded[name] is not train:
+            return DatasetDict(train=train, test=loaded[name])
+    return train.train_test_split(test_size=0.2, seed=0)
+
+
+def load_images(
+    path: str = "digits", size: int = 8, channels: int = 1, image: str = "image", caption: str = "caption", label: str = ""
+) -> tuple[CaptionedImages, CaptionedImages]:
+    """Train and test images of a source; see `load_splits` and `CaptionedImages`."""
+    splits = load_splits(path)
+    return tuple(CaptionedImages(splits[name], size, channels, image, caption, label) for name in ("train", "test"))

@@ -1,0 +1,20 @@
+"""Randomness as a function of (seed, step): nothing to save, and a resumed run draws what it would have drawn."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def seeded(*key: int | str) -> torch.Generator:
+    """A generator on the CPU whose numbers depend on the key alone, such as (seed, "noise", step, rank)."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def batch_indices(size: int, batch: int, seed: int, step: int) -> Tensor:
+    """Indices (batch,) of step 0, 1, ... through one shuffle of range(size) after another, each seen once."""
+    first = step * batch
+    epochs = range(first // size, (first + batch - 1) // size + 1)
+    order = torch.cat([torch.randperm(size, generator=seeded(seed, "order", epoch)) for epoch in epochs])
+    return order[first % size :][:batch]

@@ -1,0 +1,47 @@
+"""Words and patches -> the stream (b, s, c)."""
+
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def to_patches(images: Tensor, size: int) -> Tensor:
+    """Images (b, ch, size*y, size*x) -> patches (b, y*x, ch*size*size), in raster order.
+
+    Raises:
+        ValueError: images that whole patches do not tile.
+    """
+    *_, rows, columns = images.shape
+    if rows % size or columns % size:
+        raise ValueError(f"images of {rows} x {columns} pixels do not divide into patches of {size} x {size}")
+    return rearrange(images, "b ch (y p) (x q) -> b (y x) (ch p q)", p=size, q=size)
+
+
+def to_images(patches: Tensor, y: int, x: int, size: int) -> Tensor:
+    """Patches (b, y*x, ch*size*size) -> images (b, ch, size*y, size*x): the inverse of `to_patches`."""
+    return rearrange(patches, "b (y x) (ch p q) -> b ch (y p) (x q)", y=y, x=x, p=size, q=size)
+
+
+class Embed(nn.Module):
+    """A vector for every word, and a linear map for every patch, added to the vector of the image word.
+
+    That vector is what all patches have in common, by which attention can tell places before it reads contents.
+    """
+
+    def __init__(self, vocab: int, width: int, patch_width: int):
+        super().__init__()
+        self.words = nn.Embedding(vocab, width)
+        self.patches = nn.Linear(patch_width, width, bias=False)
+
+    def forward(self, ids: Tensor, patches: Tensor | None, is_patch: Tensor) -> Tensor:
+        """Stream (b, s, c): patches (b, n, p) or (n, p) fill, in order, the places (b, s) where `is_patch`.
+
+        Raises:
+            ValueError: as many patches as places there must be.
+        """
+        x = self.words(ids)
+        given, places = 0 if patches is None else patches.flatten(0, -2).shape[0], int(is_patch.sum())
+        if given != places:
+            raise ValueError(f"{given} patches came for {places} places; a segment y x x takes y * x patches")
+        if patches is None:
+            return x
+        return x.index_put((is_patch,), self.patches(patches).flatten(0, -2).to(x.dtype), accumulate=True)

@@ -1,0 +1,16 @@
+"""The small multimodal transformer as transformers' classes."""
+
+from transformers import AutoConfig, AutoModel
+
+from rope_mm.models.configuration_rope_mm import RopeMMConfig as RopeMMConfig
+from rope_mm.models.configuration_rope_mm import read_config as read_config
+from rope_mm.models.modeling_rope_mm import RopeMMCritic as RopeMMCritic
+from rope_mm.models.modeling_rope_mm import RopeMMForConditionalGeneration as RopeMMForConditionalGeneration
+from rope_mm.models.modeling_rope_mm import RopeMMModel as RopeMMModel
+from rope_mm.models.processing_rope_mm import Batch as Batch
+from rope_mm.models.processing_rope_mm import Canvas as Canvas
+from rope_mm.models.processing_rope_mm import arrange as arrange
+from rope_mm.models.processing_rope_mm import load_tokenizer as load_tokenizer
+
+AutoConfig.register("rope_mm", RopeMMConfig)
+AutoModel.register(RopeMMConfig, RopeMMModel)

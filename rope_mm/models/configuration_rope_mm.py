@@ -1,0 +1,91 @@
+"""The model's config: what its weights need, in Hugging Face's names."""
+
+from dataclasses import fields
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+from rope_mm.schemes import Scheme, read_scheme
+
+
+HF_ONLY = ("rope_type",)  # transformers writes it into every rope_parameters
+
+
+@strict
+class RopeMMConfig(PreTrainedConfig):
+    """Sizes of a small multimodal transformer and its rotary scheme.
+
+    `rope_parameters` holds the name of a scheme, `{"scheme": "rope-tv"}`, and any of the scheme's fields to
+    change; `theta` is kept under transformers' name, rope_theta. `head_dim` is hidden_size /
+    num_attention_heads where it is None.
+    """
+
+    model_type = "rope_mm"
+    ignore_keys_at_rope_validation = {"scheme", *(field.name for field in fields(Scheme))}
+
+    vocab_size: int = 261
+    hidden_size: int = 64
+    intermediate_size: int = 192
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int | None = None
+    patch_size: int = 2
+    num_channels: int = 1
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    image_token_id: int = 259
+    score_token_id: int = 260
+    pad_token_id: int | None = 0
+    rope_parameters: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        rope = {"scheme": "rope-tv", **(self.rope_parameters or {})}
+        if "theta" in rope:
+            rope["rope_theta"] = rope.pop("theta")
+        self.rope_parameters = {"rope_theta": read_scheme(rope["scheme"]).theta, **rope}
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Refuse sizes that do not fit together.
+
+        Raises:
+            ValueError: with the two numbers.
+        """
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        self.scheme.omega(self.head_dim)
+
+    @property
+    def scheme(self) -> Scheme:
+        """The rotary scheme that `rope_parameters` name."""
+        names = {"rope_theta": "theta"}
+        changes = {names.get(key, key): value for key, value in self.rope_parameters.items() if key not in HF_ONLY}
+        return read_scheme(changes.pop("scheme"), **changes)
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers in one patch."""
+        return self.num_channels * self.patch_size**2
+
+
+def read_config(**settings: Any) -> RopeMMConfig:
+    """A config from settings, each of which must be one of its own fields.
+
+    Raises:
+        ValueError: a setting it does not have (transformers would keep it in silence).
+    """
+    known = [field.name for field in fields(RopeMMConfig)]
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(f"the model has no {unknown}; it has {', '.join(known)}")
+    try:
+        return RopeMMConfig(**settings)
+    except StrictDataclassError as error:
+        raise ValueError(f"model: {error.__cause__ or error}".replace("\n", " ")) from error

@@ -1,0 +1,133 @@
+"""Stories of strings and segments -> the tensors that the model reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rope_mm.attention import ranks
+from rope_mm.embed import to_images, to_patches
+from rope_mm.models.configuration_rope_mm import RopeMMConfig
+from rope_mm.schemes import Scheme
+from rope_mm.segments import Image, Segment, Text
+
+IMAGE_TOKEN, SCORE_TOKEN = "<image>", "<score>"
+PAD_RANK = torch.iinfo(torch.int32).max  # above every rank, so padding is seen by padding alone
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model's forward takes beside the patches: tensors (b, s), positions (b, s, a); rows end in padding."""
+
+    input_ids: Tensor
+    positions: Tensor
+    rank: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def twice(self) -> "Batch":
+        """The same rows again below: one pass for real and fake."""
+        return Batch(*(torch.cat([getattr(self, field.name)] * 2) for field in fields(self)))
+
+    def inputs(self) -> dict[str, Tensor]:
+        """As keyword arguments."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def load_tokenizer(name: str = "bytes") -> PreTrainedTokenizerBase:
+    """The byte-level tokenizer, which needs no file, or any of Hugging Face's by name or folder.
+
+    Raises:
+        ValueError: a name that transformers cannot load.
+    """
+    if name == "bytes":
+        tokenizer = ByT5Tokenizer(extra_ids=0)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except OSError as error:
+            raise ValueError(f"no tokenizer {name!r}: give bytes, a folder or a hub name ({error})") from error
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, SCORE_TOKEN]})
+    return tokenizer
+
+
+def arrange(stories: Sequence[Sequence[str | Segment]], tokenizer: PreTrainedTokenizerBase, scheme: Scheme) -> Batch:
+    """A batch of stories such as ["a handwritten seven", Image(4, 4), "<score>"], padded to the longest.
+
+    Strings become words; an Image or Video becomes that many image tokens, for patches given beside it.
+    """
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    words = {part for story in stories for part in story if isinstance(part, str)}
+    spelt = {part: tokenizer(part, add_special_tokens=False)["input_ids"] for part in words}
+    rows, placed = [], {}
+    for story in stories:
+        ids = [spelt[part] if isinstance(part, str) else [image] * part.tokens for part in story]
+        shape = tuple(Text(len(i)) if isinstance(part, str) else part for part, i in zip(story, ids, strict=True) if i)
+        if shape not in placed:
+            placed[shape] = scheme.place(shape)[0], ranks(shape)
+        rows.append((torch.tensor(sum(ids, [])), *placed[shape]))
+    paddings = tokenizer.pad_token_id or 0, 0.0, PAD_RANK
+    return Batch(
+        *(
+            torch.nn.utils.rnn.pad_sequence(list(column), batch_first=True, padding_value=padding)
+            for column, padding in zip(zip(*rows, strict=True), paddings, strict=True)
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Pictures of one size, and how captions and their patches become sequences."""
+
+    config: RopeMMConfig
+    tokenizer: PreTrainedTokenizerBase
+    size: int
+
+    @property
+    def grid(self) -> Image:
+        """The picture as a segment.
+
+        Raises:
+            ValueError: a size that whole patches do not tile.
+        """
+        side, rest = divmod(self.size, self.config.patch_size)
+        if rest:
+            raise ValueError(
+                f"images of {self.size} x {self.size} pixels do not divide into patches of "
+                f"{self.config.patch_size} x {self.config.patch_size}"
+            )
+        return Image(side, side)
+
+    def blank(self, captions: Sequence[str]) -> Batch:
+        """What the image head reads beside its noise: a caption, then the picture."""
+        return arrange([[caption, self.grid] for caption in captions], self.tokenizer, self.config.scheme)
+
+    def framed(self, captions: Sequence[str]) -> Batch:
+        """What the critic reads beside the patches: a caption, the picture, the score token."""
+        return arrange([[caption, self.grid, SCORE_TOKEN] for caption in captions], self.tokenizer, self.config.scheme)
+
+    def noise(self, generator: torch.Generator, pictures: int) -> Tensor:
+        """Noise patches (b, n, p)."""
+        return torch.randn(pictures, self.grid.tokens, self.config.patch_width, generator=generator)
+
+    @torch.no_grad()
+    def draw(self, model: PreTrainedModel, captions: Sequence[str], generator: torch.Generator) -> Tensor:
+        """Pictures (n, ch, size, size) of captions, on the CPU; one pass for every 250 of them."""
+        pictures = []
+        for start in range(0, len(captions), 250):
+            part = captions[start : start + 250]
+            noise = self.noise(generator, len(part)).to(model.device)
+            drawn = model(**self.blank(part).to(model.device).inputs(), patches=noise).patches
+            pictures.append(self.picture(drawn.view_as(noise)).cpu())
+        return torch.cat(pictures)
+
+    def picture(self, patches: Tensor) -> Tensor:
+        """Pictures (b, ch, size, size) of patches (b, n, p)."""
+        return to_images(patches, self.grid.y, self.grid.x, self.config.patch_size)
+
+    def patches(self, pictures: Tensor) -> Tensor:
+        """Patches (b, n, p) of pictures (b, ch, size, size)."""
+        return to_patches(pictures, self.config.patch_size)

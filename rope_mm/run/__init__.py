@@ -1,0 +1,1 @@
+"""What every training script needs and no model does: configuration, checkpoints, a weight average, a log."""

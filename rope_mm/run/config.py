@@ -1,0 +1,81 @@
+"""Configuration of a run: defaults of a frozen dataclass < --config FILE, repeatable < --key.path value."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from functools import reduce
+from inspect import cleandoc
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rope_mm.run.sources import known_keys, read_file, read_flags
+
+Schema = TypeVar("Schema")
+
+
+def run(main: Callable[[Schema], Any], schema: type[Schema], argv: Sequence[str] | None = None) -> None:
+    """Call main with the configuration of the command line; a ValueError ends in one line and exit code 2.
+
+    `python -X dev script.py` shows the traceback instead.
+    """
+    try:
+        main(load(schema, argv))
+    except ValueError as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def load(schema: type[Schema], argv: Sequence[str] | None = None) -> Schema:
+    """The schema filled from files, then flags; `--help` prints its docstring and defaults, and exits.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type, a file that cannot be read.
+    """
+    argv, known = sys.argv[1:] if argv is None else argv, known_keys(schema)
+    if "--help" in argv or "-h" in argv:
+        print(usage(schema))
+        raise SystemExit(0)
+    paths, flags = read_flags(argv, known)
+    config = OmegaConf.structured(schema)
+    for source, key, value in [entry for path in paths for entry in read_file(path, known)] + flags:
+        nested = reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), value)
+        try:
+            config = OmegaConf.merge(config, nested)
+        except (OmegaConfBaseException, TypeError):
+            raise ValueError(f"{source}: {key} must be {describe(known.get(key))}, not {value!r}") from None
+    try:
+        return cast(Schema, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+
+
+def dump(config: Any) -> str:
+    """The resolved YAML of a configuration; `load` reads it back to the same one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def usage(schema: type) -> str:
+    """The help of a script: a YAML file of the defaults, under comments that say how to change them."""
+    flags = [
+        "--config FILE    read such a file; of several, the later ones win",
+        "--key.path 1     set one key, whatever the files say; a switch needs no value",
+    ]
+    about = [*cleandoc(schema.__doc__ or "").splitlines(), "", *flags, "", "The defaults:"]
+    return "\n".join(f"# {line}".rstrip() for line in about) + "\n" + dump(schema)
+
+
+def describe(hint: Any) -> str:
+    """A declared type, in words."""
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if is_dataclass(hint):
+        return f"a group of keys ({', '.join(field.name for field in fields(hint))})"
+    return (
+        hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+    )
