@@ -2,7 +2,8 @@
 # On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu keeps torch small.
 PYTHON ?= python3
 py := .venv/bin/python
-export OMP_NUM_THREADS ?= 2 # the models here are small: more threads wait longer than they work
+# the models here are small: more threads wait longer than they work
+export OMP_NUM_THREADS ?= 2
 
 .PHONY: venv train test check
 

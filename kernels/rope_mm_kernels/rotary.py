@@ -210,9 +210,9 @@ class Rotate(torch.autograd.Function):
         else:
             dq, dk, angle = launch(*grads, *back, rotated)
         dpositions = domega = None
-        if ctx.needs_input_grad[2]:
+        if angle is not None and ctx.needs_input_grad[2]:
             dpositions = torch.einsum("bsnr,nar->bsa", angle.double(), omega.double()).to(positions.dtype)
-        if ctx.needs_input_grad[3]:
+        if angle is not None and ctx.needs_input_grad[3]:
             domega = torch.einsum("bsnr,bsa->nar", angle.double(), positions.double()).to(omega.dtype)
         return dq, dk, dpositions, domega, None, None
 

@@ -33,9 +33,8 @@ VARIANTS = [
     Variant("interleaved", 32, 8, 128, 64, 1, learned=True),
     Variant("half", 32, 8, 128, 64, 3, n=8, learned=True),
     Variant("half", 16, 16, 64, 32, 1),
-    Variant("half", 16, 16, 72, 36, 1, learned=True),
     Variant("interleaved", 16, 16, 72, 36, 3, n=16, learned=True),
-    Variant("half", 24, 24, 128, 32, 3, learned=True),
+    Variant("half", 24, 24, 72, 32, 3, learned=True),
 ]
 TARGETS = {"sm_90": ("cuda", 90, 32), "sm_80": ("cuda", 80, 32), "gfx942": ("hip", "gfx942", 64)}
 

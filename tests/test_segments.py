@@ -1,0 +1,45 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rope_mm import Image, Text, Video, parse_segments
+from rope_mm.segments import read_segments
+
+SIZES = st.integers(1, 6)
+SEGMENTS = st.one_of(st.builds(Text, SIZES), st.builds(Image, SIZES, SIZES), st.builds(Video, SIZES, SIZES, SIZES))
+
+
+@given(st.lists(SEGMENTS, max_size=6))
+def test_the_text_form_of_a_story_reads_back(story):
+    assert parse_segments(" ".join(map(str, story))) == story
+
+
+def test_a_segment_knows_its_raster_and_its_tokens():
+    assert [s.grid for s in (Text(5), Image(2, 3), Video(4, 2, 3))] == [(1, 1, 5), (1, 2, 3), (4, 2, 3)]
+    assert [s.tokens for s in (Text(5), Image(2, 3), Video(4, 2, 3))] == [5, 6, 24]
+
+
+@pytest.mark.parametrize(
+    ("story", "message"),
+    [
+        ("text", "write text:N, image:YxX or video:TxYxX"),
+        ("imag:2x3", "did you mean 'image'"),
+        ("image:2x3x4", "'image:2x3x4' has 3 sizes, but image takes y x x"),
+        ("image:0x3", "y must be a whole number >= 1, not 0"),
+        ("text:-1", "write text:N"),
+    ],
+)
+def test_a_word_that_is_no_segment_is_refused_with_the_form_that_is(story, message):
+    with pytest.raises(ValueError, match=message):
+        parse_segments(story)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, "3"])
+def test_a_segment_takes_whole_sizes_only(size):
+    with pytest.raises(ValueError, match="whole number"):
+        Text(size)
+
+
+def test_a_story_holds_segments_only():
+    with pytest.raises(ValueError, match="not 5"):
+        read_segments([Text(2), 5])
