@@ -27,7 +27,7 @@ def visible(rank: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with RMS-normalised queries and keys, rotated by a turn (b, s, c) -> (b, s, c)."""
+    """Grouped-query attention (b, s, c) -> (b, s, c), queries and keys normalised, then rotated by a turn."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int, eps: float):
         super().__init__()

@@ -24,7 +24,7 @@ def to_images(patches: Tensor, y: int, x: int, size: int) -> Tensor:
 class Embed(nn.Module):
     """A vector for every word, and a linear map for every patch, added to the vector of the image word.
 
-    That vector is what all patches have in common, by which attention can tell places before it reads contents.
+    That vector is what all patches have in common: by it attention tells places before it reads contents.
     """
 
     def __init__(self, vocab: int, width: int, patch_width: int):
@@ -33,7 +33,7 @@ class Embed(nn.Module):
         self.patches = nn.Linear(patch_width, width, bias=False)
 
     def forward(self, ids: Tensor, patches: Tensor | None, is_patch: Tensor) -> Tensor:
-        """Stream (b, s, c): patches (b, n, p) or (n, p) fill, in order, the places (b, s) where `is_patch`.
+        """Stream (b, s, c): patches (b, n, p) or (n, p) go, in order, to the places (b, s) of `is_patch`.
 
         Raises:
             ValueError: as many patches as places there must be.

@@ -76,8 +76,8 @@ def frequencies(
 ) -> Tensor:
     """Omega (a, r), or (h, a, r) for `heads`, in float64: theta ** -exponent on the owner's row, 0 elsewhere.
 
-    With ownership "dense" each head has its own directions: pair i turns along the i-th of them (mod a), which
-    is the start of RoPE-Mixed (arXiv 2403.13298), where they are learned.
+    With ownership "dense" each head has its own directions: pair i turns along the i-th of them (mod a), as
+    at the start of RoPE-Mixed (arXiv 2403.13298), where they are learned.
 
     Raises:
         ValueError: shares that are not one per axis, an unknown ownership or ladder.

@@ -1,14 +1,28 @@
-"""The stream (b, s, c) -> what is read from it: patches from their places, a score from its token."""
+"""The stream (b, s, c) -> patches from their places, or one score."""
 
 from torch import Tensor, nn
 
 
-class Head(nn.Module):
-    """A linear reading (n, out) of the stream at the n places (b, s) that a mask names, in order."""
+class PatchHead(nn.Module):
+    """Patches (n, p) read at the n places (b, s) of the image tokens, in order."""
 
-    def __init__(self, width: int, out: int, bias: bool = True):
+    def __init__(self, width: int, patch_width: int):
         super().__init__()
-        self.out = nn.Linear(width, out, bias=bias)
+        self.out = nn.Linear(width, patch_width)
 
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        """x (b, s, c), places (b, s) -> (n, p)."""
         return self.out(x[places])
+
+
+class ScoreHead(nn.Module):
+    """One score (b,) for each row: the mean of what is read at its image tokens."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.out = nn.Linear(width, 1, bias=False)
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        """x (b, s, c), places (b, s) -> (b,)."""
+        mean = (x * places[..., None]).sum(1) / places.sum(1, keepdim=True)
+        return self.out(mean).squeeze(-1)

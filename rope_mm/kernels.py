@@ -1,4 +1,4 @@
-"""The one door to rotation: the Triton kernel where it runs, the definition elsewhere; same arguments, same result."""
+"""The one door to rotation: the Triton kernel where it runs, the definition elsewhere; same arguments."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,28 +17,33 @@ def served(device: torch.device | str, dtype: torch.dtype) -> bool:
 def check(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor) -> None:
     """Refuse what does not fit together, before anything is computed."""
     if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q and k must be (b, s, heads, d) alike but for heads, not {tuple(q.shape)} and {tuple(k.shape)}")
+        shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
+        raise ValueError(f"q and k must be (b, s, heads, d), alike but for the heads, not {shapes}")
     check_positions(positions, omega)
-    if positions.shape[-2] != q.shape[1] or (positions.dim() == 3 and positions.shape[0] not in (1, q.shape[0])):
-        raise ValueError(f"positions {tuple(positions.shape)} do not fit q {tuple(q.shape)}; give (s, a) or (b, s, a)")
+    if positions.shape[-2] != q.shape[1] or (positions.dim() == 3 and len(positions) not in (1, len(q))):
+        shapes = f"positions {tuple(positions.shape)} do not fit q {tuple(q.shape)}"
+        raise ValueError(f"{shapes}; give one place for each token, (s, a) or (b, s, a)")
 
 
 def check_positions(positions: Tensor, omega: Tensor) -> None:
     """Refuse positions that are not finite or lack the axes of Omega."""
     if positions.dim() not in (2, 3) or positions.shape[-1] != omega.shape[-2]:
         raise ValueError(
-            f"positions {tuple(positions.shape)} must be (s, a) or (b, s, a) with the a = {omega.shape[-2]} axes of Omega"
+            f"positions {tuple(positions.shape)} must be (s, a) or (b, s, a), "
+            f"with the a = {omega.shape[-2]} axes of Omega"
         )
-    # on an accelerator the question would make the host wait, in a traced graph it cannot be asked
-    if positions.device.type == "cpu" and not torch.compiler.is_compiling() and not positions.isfinite().all():
+    # an accelerator would make the host wait for the answer, and a traced graph cannot ask
+    if positions.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not positions.isfinite().all():
         raise ValueError("positions hold NaN or infinity; every token needs a finite place")
 
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """The work of one forward, done once for every layer: cos and sin (..., s, n, r) where the definition runs.
+    """The work of one forward, done once for every layer.
 
-    Where the kernel runs they are None: it makes its angles itself.
+    That is cos and sin (..., s, n, r) where the definition runs; the kernel makes its angles itself.
     """
 
     positions: Tensor
@@ -53,26 +58,31 @@ class Turn:
             return rotate(q, k, self.positions, self.omega, self.pairing)
         if self.cos.shape[-3] != q.shape[1]:
             raise ValueError(f"this turn was made for {self.cos.shape[-3]} tokens, but q is {tuple(q.shape)}")
-        return tuple(rotation.turn_heads(x, self.cos, self.sin, self.pairing) for x in (q, k))
+        table = self.cos, self.sin, self.pairing
+        return rotation.turn_heads(q, *table), rotation.turn_heads(k, *table)
 
 
-def make_turn(positions: Tensor, omega: Tensor, pairing: str = "half", dtype: torch.dtype = torch.float32) -> Turn:
+def make_turn(
+    positions: Tensor, omega: Tensor, pairing: str = "half", dtype: torch.dtype = torch.float32
+) -> Turn:
     """What rotating by positions @ Omega needs, on the device of the positions, for heads of this dtype."""
     check_positions(positions, omega)
     if served(positions.device, dtype):
-        return Turn(positions.float(), omega.to(positions.device), pairing, None, None)
+        return Turn(positions, omega.to(positions.device), pairing, None, None)
     cos, sin = rotation.cos_sin(positions, omega, torch.promote_types(dtype, torch.float32))
     return Turn(positions, omega, pairing, cos, sin)
 
 
-def rotate(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor, pairing: str = "half") -> tuple[Tensor, Tensor]:
+def rotate(
+    q: Tensor, k: Tensor, positions: Tensor, omega: Tensor, pairing: str = "half"
+) -> tuple[Tensor, Tensor]:
     """q (b, s, h, d) and k (b, s, g, d) rotated by positions @ Omega, with gradients to all four.
 
     Args:
         q: queries.
         k: keys; they may have fewer heads.
         positions: (s, a) or (b, s, a), real numbers.
-        omega: radians per unit step (a, r), or (n, a, r) with n dividing g; head j follows row j * n // heads.
+        omega: radians per step (a, r), or (n, a, r) with n dividing g; head j follows row j * n // heads.
         pairing: "half" (i, i + r) or "interleaved" (2i, 2i + 1).
 
     Raises:

@@ -26,7 +26,7 @@ def symmetric_root(matrix: Tensor) -> Tensor:
 
 
 def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
-    """Share of real features (n, f) with a fake (m, f) nearer than their k-th real neighbour (arXiv 2002.09797)."""
+    """Share of real features (n, f) with a fake (m, f) nearer than their k-th real one (arXiv 2002.09797)."""
     real, fake = real.double(), fake.double()
     radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest of all is the point itself
     return float((torch.cdist(real, fake).amin(1) < radius).double().mean())
@@ -50,7 +50,7 @@ class Judge(nn.Module):
 
 
 def train_judge(images: Tensor, labels: Tensor, seed: int, epochs: int = 60, batch: int = 64) -> Judge:
-    """A judge trained on real images (n, ch, y, x) and labels (n,); the global random state is left as it was."""
+    """A judge trained on real images (n, ch, y, x) and labels (n,); the global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         judge = Judge(images[0].numel(), int(labels.max()) + 1)
@@ -69,7 +69,7 @@ def train_judge(images: Tensor, labels: Tensor, seed: int, epochs: int = 60, bat
 class Exam:
     """What drawn pictures are judged by: a judge, the features of held-out reals, the labels asked for.
 
-    `floor` holds what real training images score in the same exam, the judge's accuracy on held-out reals first.
+    `floor` is what real training images score in the same exam, and the judge's accuracy on held-out reals.
     """
 
     judge: Judge
@@ -101,9 +101,9 @@ def prepare_exam(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], pict
     """
     judge = train_judge(*train, seed)
     images, labels = test
+    order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        real = judge.features(images)
-        some = judge.features(train[0][torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))[:pictures]])
+        real, other = judge.features(images), judge.features(train[0][order[:pictures]])
         right = (judge(images).argmax(1) == labels).double().mean()
-    floor = {"recognised": float(right), "frechet": frechet(some, real), "coverage": coverage(real, some)}
+    floor = {"recognised": float(right), "frechet": frechet(other, real), "coverage": coverage(real, other)}
     return Exam(judge, real, labels[torch.arange(pictures) % len(labels)], floor)

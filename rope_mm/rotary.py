@@ -28,7 +28,9 @@ class Rotary(nn.Module):
         ValueError: an unknown scheme or field, a head_dim without whole pairs.
     """
 
-    def __init__(self, head_dim: int, scheme: str | Scheme = "rope-tv", *, heads: int | None = None, **changes: Any):
+    def __init__(
+        self, head_dim: int, scheme: str | Scheme = "rope-tv", *, heads: int | None = None, **changes: Any
+    ):
         super().__init__()
         self.head_dim, self.heads = head_dim, heads
         self.scheme = read_scheme(scheme, **changes)
@@ -64,7 +66,9 @@ class Rotary(nn.Module):
         check_positions(positions, self.omega)
         cos, sin = rotation.cos_sin(positions, self.omega, dtype)
         if cos.shape[-2] != 1:
-            raise ValueError(f"a table is shared by all heads, but this Omega has {cos.shape[-2]}; call the module")
+            raise ValueError(
+                f"a table is shared by all heads, but this Omega has {cos.shape[-2]}; call the module"
+            )
         _, join = rotation.PAIRINGS[self.scheme.pairing]
         return join(cos, cos).squeeze(-2), join(sin, sin).squeeze(-2)
 

@@ -69,7 +69,9 @@ def turn_heads(x: Tensor, cos: Tensor, sin: Tensor, pairing: str = "half") -> Te
     return torch.cat((join(first * cos - second * sin, first * sin + second * cos), rest), dim=-1).to(x.dtype)
 
 
-def rotate(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor, pairing: str = "half") -> tuple[Tensor, Tensor]:
+def rotate(
+    q: Tensor, k: Tensor, positions: Tensor, omega: Tensor, pairing: str = "half"
+) -> tuple[Tensor, Tensor]:
     """q (b, s, h, d) and k (b, s, g, d) rotated by positions @ Omega, with gradients to all four.
 
     Args:

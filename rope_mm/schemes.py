@@ -19,7 +19,7 @@ class Scheme:
     Attributes:
         layout: key of LAYOUTS; `options` are its own numbers, as (name, value) pairs.
         theta: the base of the ladder; `ladder` "shared" (RoPE-1D's own) or "own" (one for each axis).
-        ownership: which axis turns which pair, a key of OWNERSHIPS or "dense"; `shares` are the axes' parts.
+        ownership: which axis turns which pair, a key of OWNERSHIPS or "dense"; `shares` are their parts.
         pairing: channels that turn together, "half" (i, i + r) or "interleaved" (2i, 2i + 1).
         fraction: part of the head's channels that is rotated, the first ones.
         learnable: whether Omega is a parameter.
@@ -53,12 +53,10 @@ class Scheme:
         pairs = int(head_dim * self.fraction) // 2
         if head_dim % 2 or not 0 < pairs <= head_dim // 2:
             raise ValueError(
-                f"head_dim {head_dim} with fraction {self.fraction} makes no whole pairs; take an even head_dim "
-                "and a fraction in (0, 1]"
+                f"head_dim {head_dim} with fraction {self.fraction} makes no whole pairs; "
+                "take an even head_dim and a fraction in (0, 1]"
             )
-        return frequencies(
-            len(self.axes), pairs, self.theta, self.ownership, self.shares, self.ladder, heads
-        )
+        return frequencies(len(self.axes), pairs, self.theta, self.ownership, self.shares, self.ladder, heads)
 
 
 SCHEMES = Choice(
@@ -87,7 +85,9 @@ def read_scheme(scheme: str | Scheme, **changes: Any) -> Scheme:
     chosen = SCHEMES[scheme] if isinstance(scheme, str) else scheme
     changes = {field: frozen(value) for field, value in changes.items() if value is not None}
     if unknown := set(changes) - set(Scheme.__dataclass_fields__):
-        raise ValueError(f"a scheme has no {sorted(unknown)}; it has {', '.join(Scheme.__dataclass_fields__)}")
+        raise ValueError(
+            f"a scheme has no {sorted(unknown)}; it has {', '.join(Scheme.__dataclass_fields__)}"
+        )
     return replace(chosen, **changes)
 
 

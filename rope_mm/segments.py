@@ -19,10 +19,12 @@ class Segment:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Sizes along t, y and x; tokens run through it in raster order, x fastest."""
-        return (1,) * (3 - len(astuple(self))) + astuple(self)
+        t, y, x = (1,) * (3 - len(astuple(self))) + astuple(self)
+        return t, y, x
 
     @property
     def tokens(self) -> int:
+        """How many there are."""
         t, y, x = self.grid
         return t * y * x
 
@@ -70,7 +72,8 @@ def parse_segments(story: str) -> list[Segment]:
             raise ValueError(f"{word!r} is not a segment; write text:N, image:YxX or video:TxYxX")
         kind, sizes = KINDS[match[1]], match[2].split("x")
         if len(sizes) != len(kind.__dataclass_fields__):
-            raise ValueError(f"{word!r} has {len(sizes)} sizes, but {match[1]} takes {' x '.join(kind.__dataclass_fields__)}")
+            wanted = " x ".join(kind.__dataclass_fields__)
+            raise ValueError(f"{word!r} has {len(sizes)} sizes, but {match[1]} takes {wanted}")
         segments.append(kind(*map(int, sizes)))
     return segments
 

@@ -22,7 +22,9 @@ def test_every_pair_is_given_to_one_axis_within_one_of_its_share(pairs, shares):
         assert abs(count - pairs * share / sum(shares)) < 1
 
 
-@pytest.mark.parametrize(("pairs", "counts"), [(32, [11, 11, 10]), (48, [16, 16, 16]), (64, [22, 21, 21]), (128, [43, 43, 42])])
+@pytest.mark.parametrize(
+    ("pairs", "counts"), [(32, [11, 11, 10]), (48, [16, 16, 16]), (64, [22, 21, 21]), (128, [43, 43, 42])]
+)
 def test_equal_shares_put_what_is_left_over_on_the_first_axes(pairs, counts):
     assert apportion(pairs, (1, 1, 1)) == counts
 

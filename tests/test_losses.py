@@ -39,7 +39,10 @@ CLOSED_FORMS = {
         mean(-log_sigmoid(a) - log_sigmoid(-b) for a, b in pairs()),
         mean(log_sigmoid(-b) for _, b in pairs()),
     ),
-    "lsgan": (mean((a - 1) ** 2 / 2 + b**2 / 2 for a, b in pairs()), mean((b - 1) ** 2 / 2 for _, b in pairs())),
+    "lsgan": (
+        mean((a - 1) ** 2 / 2 + b**2 / 2 for a, b in pairs()),
+        mean((b - 1) ** 2 / 2 for _, b in pairs()),
+    ),
     "hinge": (mean(max(0, 1 - a) + max(0, 1 + b) for a, b in pairs()), -MF),
     "wgan": (MF - MR, -MF),
     "rsgan": (mean(-log_sigmoid(a - b) for a, b in pairs()), mean(-log_sigmoid(b - a) for a, b in pairs())),
@@ -74,8 +77,12 @@ def critic(name, real, fake, distance=None):
 @pytest.mark.parametrize("name", GAN_LOSSES)
 def test_each_loss_is_its_formula(name):
     of_critic, of_generator = CLOSED_FORMS[name]
-    assert critic(name, REAL.double(), FAKE.double(), torch.tensor(D)).item() == pytest.approx(of_critic, rel=1e-6)
-    assert GAN_LOSSES[name].generator(REAL.double(), FAKE.double()).item() == pytest.approx(of_generator, rel=1e-6)
+    assert critic(name, REAL.double(), FAKE.double(), torch.tensor(D)).item() == pytest.approx(
+        of_critic, rel=1e-6
+    )
+    assert GAN_LOSSES[name].generator(REAL.double(), FAKE.double()).item() == pytest.approx(
+        of_generator, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", RELATIVISTIC)
@@ -145,8 +152,12 @@ def test_the_penalty_of_a_quadratic_critic_is_half_the_mean_square_of_its_gradie
     expected = images.flatten(1) @ (weight + weight.T)
     gradient = input_gradients(scores, images)
     torch.testing.assert_close(gradient.flatten(1), expected)
-    assert PENALTIES["r1"](gradient, 0 * gradient).item() == pytest.approx(expected.square().sum(1).mean().item() / 2)
-    assert PENALTIES["r2"](0 * gradient, gradient).item() == pytest.approx(expected.square().sum(1).mean().item() / 2)
+    assert PENALTIES["r1"](gradient, 0 * gradient).item() == pytest.approx(
+        expected.square().sum(1).mean().item() / 2
+    )
+    assert PENALTIES["r2"](0 * gradient, gradient).item() == pytest.approx(
+        expected.square().sum(1).mean().item() / 2
+    )
 
 
 def test_a_penalty_is_the_same_for_a_batch_and_the_batch_twice():
@@ -171,11 +182,13 @@ def test_a_penalty_trains_through_attention_made_twice_differentiable():
 
 def test_a_penalty_through_fused_attention_is_refused_with_the_cure():
     images = torch.randn(2, 16, requires_grad=True)
-    with pytest.raises(ValueError, match="ScaledDotProductFlash.*with twice_differentiable"):
+    with pytest.raises(ValueError, match=r"ScaledDotProductFlash.*with twice_differentiable"):
         input_gradients(attended(images), images)
 
 
-@pytest.mark.parametrize(("table", "typo", "nearest"), [(GAN_LOSSES, "rsgann", "rsgan"), (PENALTIES, "r11", "r1")])
+@pytest.mark.parametrize(
+    ("table", "typo", "nearest"), [(GAN_LOSSES, "rsgann", "rsgan"), (PENALTIES, "r11", "r1")]
+)
 def test_an_unknown_name_is_answered_with_the_nearest(table, typo, nearest):
     with pytest.raises(ValueError, match=f"did you mean '{nearest}"):
         table[typo]

@@ -8,11 +8,18 @@ from hypothesis import strategies as st
 from rope_mm import LAYOUTS, Cursor, Image, Text, Video, place
 
 SIZES = st.integers(1, 6)
-SEGMENTS = st.one_of(st.builds(Text, SIZES), st.builds(Image, SIZES, SIZES), st.builds(Video, SIZES, SIZES, SIZES))
+SEGMENTS = st.one_of(
+    st.builds(Text, SIZES), st.builds(Image, SIZES, SIZES), st.builds(Video, SIZES, SIZES, SIZES)
+)
 STORIES = st.lists(SEGMENTS, min_size=1, max_size=6)
 SYMMETRIC = ("flat", "rope-tie", "rope-tv", "rope-tv-2d", "rope-tv-causal")
 EQUIVALENT = ("flat", "rope-tv", "rope-tv-2d", "rope-tv-causal")
-CAUSAL = ("flat", "rope-tie", "rope-tv-2d", "rope-tv-causal")  # a longer video leaves earlier frames where they are
+CAUSAL = (
+    "flat",
+    "rope-tie",
+    "rope-tv-2d",
+    "rope-tv-causal",
+)  # a longer video leaves earlier frames where they are
 
 
 def one_based(story, layout):
@@ -70,7 +77,9 @@ def test_text_alone_is_counted_on_every_axis(layout, words):
 @given(story=STORIES, cut=st.integers(0, 6), split=st.integers(1, 5))
 def test_a_story_placed_in_pieces_is_the_story_placed_at_once(layout, story, cut, split):
     pieces = [story[:cut], story[cut:]]
-    if pieces[1] and isinstance(pieces[1][0], Text) and pieces[1][0].length > split:  # cut inside the words as well
+    if (
+        pieces[1] and isinstance(pieces[1][0], Text) and pieces[1][0].length > split
+    ):  # cut inside the words as well
         rest = pieces[1][0].length - split
         pieces = [[*pieces[0], Text(split)], [Text(rest), *pieces[1][1:]]]
     whole, end = place(story, layout)
@@ -95,7 +104,11 @@ def assert_symmetric(segment, layout, words=3, **options):
     rows = [[Fraction(x) for x in row] for row in positions.tolist()]
     around = {before + after for before, after in zip(rows[words - 1], rows[-1], strict=True)}
     picture = rows[words:-1]
-    sums = {a + b for here, there in zip(picture, reversed(picture), strict=True) for a, b in zip(here, there, strict=True)}
+    sums = {
+        a + b
+        for here, there in zip(picture, reversed(picture), strict=True)
+        for a, b in zip(here, there, strict=True)
+    }
     assert sums == around
 
 
@@ -105,7 +118,13 @@ def test_a_picture_lies_symmetric_between_its_words_in_exact_arithmetic(layout, 
     assert_symmetric(picture, layout)
 
 
-@given(t=SIZES, y=SIZES, x=SIZES, rate=st.sampled_from([0.25, 0.5, 1.0, 2.0]), drift=st.sampled_from([None, 0.5, 1.0, 2.0]))
+@given(
+    t=SIZES,
+    y=SIZES,
+    x=SIZES,
+    rate=st.sampled_from([0.25, 0.5, 1.0, 2.0]),
+    drift=st.sampled_from([None, 0.5, 1.0, 2.0]),
+)
 def test_the_causal_family_is_symmetric_at_every_rate_and_drift(t, y, x, rate, drift):
     options = {"rate": rate} if drift is None else {"rate": rate, "drift": drift}
     assert_symmetric(Video(t, y, x), "rope-tv-causal", **options)
@@ -146,24 +165,26 @@ def test_coordinates_are_halves_only_where_one_side_is_odd_and_the_other_even(y,
 
 def test_a_video_of_one_frame_is_an_image():
     for layout in LAYOUTS:
-        image, video = (place([Text(2), picture, Text(1)], layout) for picture in (Image(3, 4), Video(1, 3, 4)))
+        image, video = (
+            place([Text(2), picture, Text(1)], layout) for picture in (Image(3, 4), Video(1, 3, 4))
+        )
         assert torch.equal(image[0], video[0])
         assert image[1] == video[1]
 
 
 def test_a_cursor_of_another_layout_is_refused():
     _, cursor = place([Text(2)], "m-rope")
-    with pytest.raises(ValueError, match="stopped in layout 'm-rope', so it cannot go on in 'rope-tv'"):
+    with pytest.raises(ValueError, match=r"stopped in layout 'm-rope', so it cannot go on in 'rope-tv'"):
         place([Text(1)], "rope-tv", cursor)
     _, cursor = place([Text(2)], "rope-tv-causal", rate=0.5)
-    with pytest.raises(ValueError, match="rate=0.5"):
+    with pytest.raises(ValueError, match=r"rate=0\.5"):
         place([Text(1)], "rope-tv-causal", cursor)
 
 
 def test_an_unknown_layout_or_option_is_answered_with_those_there_are():
     with pytest.raises(ValueError, match="did you mean 'rope-tv'"):
         place([Text(1)], "rope-tvv")
-    with pytest.raises(ValueError, match="takes no options, not \\['rate'\\]"):
+    with pytest.raises(ValueError, match=r"takes no options, not \['rate'\\]"):
         place([Text(1)], "m-rope", rate=2.0)
     with pytest.raises(ValueError, match="rate"):
         place([Text(1)], "rope-tv-causal", speed=2.0)

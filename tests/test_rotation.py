@@ -22,10 +22,16 @@ def scores(q, k):
 def by_complex(x, positions, omega, pairing="half"):
     """The rotation written as a product of complex numbers, in float64: an independent truth."""
     h, r = x.shape[-2], omega.shape[-1]
-    omega = omega.double().reshape(-1, *omega.shape[-2:]).repeat_interleave(h // omega.reshape(-1, *omega.shape[-2:]).shape[0], 0)
+    omega = (
+        omega.double()
+        .reshape(-1, *omega.shape[-2:])
+        .repeat_interleave(h // omega.reshape(-1, *omega.shape[-2:]).shape[0], 0)
+    )
     angle = (positions.double()[..., None, :, None] * omega).sum(-2)  # (..., s, h, r)
     y = x.double()
-    first, second = (y[..., :r], y[..., r : 2 * r]) if pairing == "half" else (y[..., : 2 * r : 2], y[..., 1 : 2 * r : 2])
+    first, second = (
+        (y[..., :r], y[..., r : 2 * r]) if pairing == "half" else (y[..., : 2 * r : 2], y[..., 1 : 2 * r : 2])
+    )
     z = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)
     turned = torch.cat((z.real, z.imag), -1) if pairing == "half" else torch.view_as_real(z).flatten(-2)
     return torch.cat((turned, y[..., 2 * r :]), -1)
@@ -134,7 +140,9 @@ def test_results_have_the_dtype_of_what_is_rotated_and_its_rounding_alone(dtype)
     for x, turned in zip((q, k), rope(q, k, positions), strict=True):
         truth = by_complex(x, positions, rope.omega)
         assert turned.dtype == dtype
-        assert (turned.double() - truth).abs().max() <= torch.finfo(dtype).eps * truth.abs().max() + 3e-7 * x.abs().max()
+        assert (turned.double() - truth).abs().max() <= torch.finfo(
+            dtype
+        ).eps * truth.abs().max() + 3e-7 * x.abs().max()
 
 
 @pytest.mark.parametrize("learnable", [False, True])
@@ -172,7 +180,10 @@ def test_a_module_without_learned_omega_has_nothing_to_save():
         (lambda q, k, p, o: rotate(q, k, p[:-1], o), "positions \\(20, 3\\) do not fit q"),
         (lambda q, k, p, o: rotate(q, k, p[:, :2], o), "a = 3 axes of Omega"),
         (lambda q, k, p, o: rotate(q, k, p.index_fill(0, torch.tensor(2), torch.nan), o), "NaN or infinity"),
-        (lambda q, k, p, o: rotate(q, k, p, torch.ones(3, 13)), "13 pairs need 26 channels, but a head has 24"),
+        (
+            lambda q, k, p, o: rotate(q, k, p, torch.ones(3, 13)),
+            "13 pairs need 26 channels, but a head has 24",
+        ),
         (lambda q, k, p, o: rotate(q, k, p, torch.ones(3, 3, 4)), "Omega has 3 heads, which must divide"),
         (lambda q, k, p, o: rotate(q, k, p, o, "halves"), "did you mean 'half'"),
         (lambda q, k, p, o: Rotary(24, "rope-vt"), "scheme 'rope-vt' is unknown; did you mean"),

@@ -6,7 +6,9 @@ from rope_mm import Image, Text, Video, parse_segments
 from rope_mm.segments import read_segments
 
 SIZES = st.integers(1, 6)
-SEGMENTS = st.one_of(st.builds(Text, SIZES), st.builds(Image, SIZES, SIZES), st.builds(Video, SIZES, SIZES, SIZES))
+SEGMENTS = st.one_of(
+    st.builds(Text, SIZES), st.builds(Image, SIZES, SIZES), st.builds(Video, SIZES, SIZES, SIZES)
+)
 
 
 @given(st.lists(SEGMENTS, max_size=6))

@@ -2,8 +2,8 @@
 
     make train
     python train/adversarial.py --config configs/adversarial/digits.yaml
-    accelerate launch train/adversarial.py --config configs/adversarial/digits.yaml
-    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train/adversarial.py --config configs/adversarial/digits.yaml
+    accelerate launch train/adversarial.py --config ...
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train/adversarial.py --config ...
 
 The same command again resumes where the last checkpoint stopped; --restart begins anew, --dry-run prints the
 resolved configuration, Ctrl-C saves and stops.
@@ -12,18 +12,26 @@ resolved configuration, Ctrl-C saves and stops.
 import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import CaptionedImages, batch_indices, load_images, seeded
 from rope_mm.losses import DISTANCES, GAN_LOSSES, PENALTIES, input_gradients, twice_differentiable
-from rope_mm.metrics import Exam, prepare_exam
-from rope_mm.models import Batch, Canvas, RopeMMCritic, RopeMMForConditionalGeneration, load_tokenizer, read_config
+from rope_mm.metrics import prepare_exam
+from rope_mm.models import (
+    IMAGE_TOKEN,
+    Canvas,
+    RopeMMCritic,
+    RopeMMForConditionalGeneration,
+    Sequences,
+    load_tokenizer,
+    read_config,
+)
 from rope_mm.run import checkpoint
 from rope_mm.run.config import dump, run
 from rope_mm.run.ema import Ema
@@ -91,101 +99,128 @@ class Adversarial:
     dry_run: bool = False
 
 
-@dataclass
-class Players:
-    """The two models, the generator's average, and their optimisers."""
-
-    generator: nn.Module
-    critic: nn.Module
-    average: Ema
-    generator_optim: torch.optim.Optimizer
-    critic_optim: torch.optim.Optimizer
-
-
-def build(config: Adversarial, accelerator: Accelerator) -> tuple[Players, Canvas]:
-    """Players with weights of the seed, on their devices, and the canvas they work on."""
-    tokenizer = load_tokenizer(config.tokenizer)
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<{name}>") for name in ("image", "score")}
-    settings = {"num_channels": config.data.channels, **config.model, "rope_parameters": config.rope}
-    torch.manual_seed(config.seed)
-    model_config = read_config(
-        vocab_size=len(tokenizer), image_token_id=ids["image"], score_token_id=ids["score"], **settings
-    )
-    canvas = Canvas(model_config, tokenizer, config.data.size)
-    canvas.grid  # refuses a size that patches do not tile, before anything is trained
-    generator, critic = RopeMMForConditionalGeneration(model_config), RopeMMCritic(model_config)
-    adam = partial(torch.optim.AdamW, betas=config.optim.betas, weight_decay=config.optim.weight_decay)
-    prepared = accelerator.prepare(
-        generator, critic, adam(generator.parameters(), config.optim.lr), adam(critic.parameters(), config.optim.critic_lr)
-    )
-    average = Ema(accelerator.unwrap_model(prepared[0]), config.ema)
-    accelerator.register_for_checkpointing(average)
-    return Players(prepared[0], prepared[1], average, prepared[2], prepared[3]), canvas
-
-
 @dataclass(frozen=True)
-class Minibatch:
-    """Real patches and noise (b, n, p) for the same captions, as the generator and as the critic read them."""
+class Batch:
+    """Captions as sequences, with real patches and noise (b, n, p) for them."""
 
+    sequences: Sequences
     real: Tensor
     noise: Tensor
-    blank: Batch
-    framed: Batch
 
 
-def minibatch(
-    config: Adversarial, accelerator: Accelerator, canvas: Canvas, images: CaptionedImages, turn: int
-) -> Minibatch:
-    """This process's share of the turn-th batch; every random number comes from (seed, turn, process)."""
-    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    rows = batch_indices(len(images), config.batch * world, config.seed, turn)[rank::world]
-    captions = [images.captions[row] for row in rows]
-    noise = canvas.noise(seeded(config.seed, "noise", turn, rank), config.batch)
-    real = canvas.patches(images.images(rows))
-    return Minibatch(
-        real.to(device), noise.to(device), canvas.blank(captions).to(device), canvas.framed(captions).to(device)
-    )
+class Training:
+    """Both players, their optimisers, what they learn from and what they are judged by."""
 
+    def __init__(self, config: Adversarial, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
+        tokenizer = load_tokenizer(config.tokenizer)
+        torch.manual_seed(config.seed)
+        model = read_config(
+            **{"num_channels": config.data.channels, **config.model},
+            vocab_size=len(tokenizer),
+            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+            rope_parameters=config.rope,
+        )
+        self.canvas = Canvas(model, tokenizer, config.data.size)
+        self.loss = GAN_LOSSES[config.loss.name]
+        self.distance = DISTANCES[config.loss.distance]
+        self.penalties = {name: gamma for name, gamma in config.loss.penalties.items() if PENALTIES[name]}
+        self.images, self.held_out = load_images(**asdict(config.data))
+        self.generator, self.generator_optim = self.prepare(RopeMMForConditionalGeneration(model))
+        self.critic, self.critic_optim = self.prepare(RopeMMCritic(model))
+        self.average = Ema(accelerator.unwrap_model(self.generator), config.ema)
+        accelerator.register_for_checkpointing(self.average)
+        self.exam = None
+        labels, asked = self.images.labels, self.held_out.labels
+        if labels is not None and asked is not None:
+            pictures = (self.images.images(), labels), (self.held_out.images(), asked)
+            self.exam = prepare_exam(*pictures, config.judged, config.seed)
 
-def critic_loss(config: Objective, critic: nn.Module, batch: Minibatch, fake: Tensor) -> dict[str, Tensor]:
-    """The critic's loss and the penalties, on real and drawn patches (b, n, p) of the same captions."""
-    loss, pair = GAN_LOSSES[config.name], torch.cat([batch.real, fake]).requires_grad_(bool(config.penalties))
-    with twice_differentiable() if config.penalties else nullcontext():
-        scores = critic(**batch.framed.twice().inputs(), patches=pair).float()
-    on_real, on_fake = scores.chunk(2)
-    extra = (DISTANCES[config.distance](batch.real, fake), config.strength) if loss.needs_distance else ()
-    terms = {"critic": loss.critic(on_real, on_fake, *extra), "real": on_real.mean(), "fake": on_fake.mean()}
-    if config.penalties:
-        gradients = input_gradients(scores, pair).chunk(2)
-        terms |= {name: PENALTIES[name](*gradients) for name in config.penalties}
-    return terms
+    def prepare(self, player: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """A player and its optimiser, on their devices."""
+        optim = self.config.optim
+        return self.accelerator.prepare(
+            player,
+            torch.optim.AdamW(player.parameters(), betas=optim.betas, weight_decay=optim.weight_decay),
+        )
 
+    def batch(self, turn: int) -> Batch:
+        """This process's share of the turn-th batch; its random numbers come from (seed, turn, process)."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size, seed, device = self.config.batch, self.config.seed, self.accelerator.device
+        rows = batch_indices(len(self.images), size * world, seed, turn)[rank::world]
+        sequences = self.canvas.sequences([self.images.captions[row] for row in rows])
+        noise = self.canvas.noise(seeded(seed, "noise", turn, rank), size)
+        real = self.canvas.patches(self.images.images(rows))
+        return Batch(sequences.to(device), real.to(device), noise.to(device))
 
-def train_step(
-    config: Adversarial, accelerator: Accelerator, players: Players, canvas: Canvas, images: CaptionedImages, step: int
-) -> dict[str, float]:
-    """`critic_steps` updates of the critic, then one of the generator."""
-    rates = (players.generator_optim, config.optim.lr), (players.critic_optim, config.optim.critic_lr)
-    for optimizer, rate in rates:
-        optimizer.param_groups[0]["lr"] = rate * (1 - (1 - config.optim.final) * step / config.steps)
-    critic = accelerator.unwrap_model(players.critic).requires_grad_(True)
-    for turn in range(step * config.critic_steps, (step + 1) * config.critic_steps):
-        batch = minibatch(config, accelerator, canvas, images, turn)
-        fake = players.generator(**batch.blank.inputs(), patches=batch.noise).patches.view_as(batch.real)
-        terms = critic_loss(config.loss, players.critic, batch, fake.detach())
-        players.critic_optim.zero_grad()
-        accelerator.backward(terms["critic"] + sum(g * terms[name] for name, g in config.loss.penalties.items()))
-        players.critic_optim.step()
-    critic.requires_grad_(False)  # the generator's step needs the critic's gradient by its input alone
-    with torch.no_grad():
-        on_real = critic(**batch.framed.inputs(), patches=batch.real)
-    on_fake = critic(**batch.framed.inputs(), patches=fake)
-    terms["generator"] = GAN_LOSSES[config.loss.name].generator(on_real.float(), on_fake.float())
-    players.generator_optim.zero_grad()
-    accelerator.backward(terms["generator"])
-    players.generator_optim.step()
-    players.average.update(accelerator.unwrap_model(players.generator))
-    return {name: term.item() for name, term in terms.items()}
+    def step(self, step: int) -> dict[str, float]:
+        """`critic_steps` updates of the critic, then one of the generator; what they lost."""
+        optim = self.config.optim
+        for optimizer, rate in ((self.generator_optim, optim.lr), (self.critic_optim, optim.critic_lr)):
+            optimizer.param_groups[0]["lr"] = rate * (1 - (1 - optim.final) * step / self.config.steps)
+        turns = self.config.critic_steps
+        *earlier, last = range(step * turns, (step + 1) * turns)
+        for turn in earlier:
+            self.update_critic(self.batch(turn))
+        batch = self.batch(last)
+        fake, terms = self.update_critic(batch)
+        terms["generator"] = self.update_generator(batch, fake)
+        self.average.update(self.accelerator.unwrap_model(self.generator))
+        return {name: term.item() for name, term in terms.items()}
+
+    def update_critic(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step of the critic on real and freshly drawn patches (b, n, p) of the same captions."""
+        fake = self.generator(**batch.sequences.inputs(), patches=batch.noise).patches.view_as(batch.real)
+        self.accelerator.unwrap_model(self.critic).requires_grad_(True)
+        pair = torch.cat([batch.real, fake.detach()]).requires_grad_(bool(self.penalties))
+        with twice_differentiable() if self.penalties else nullcontext():
+            scores = self.critic(**batch.sequences.twice().inputs(), patches=pair).float()
+        real_scores, fake_scores = scores.chunk(2)
+        extra = ()
+        if self.loss.needs_distance:
+            extra = self.distance(batch.real, fake.detach()), self.config.loss.strength
+        terms = {"critic": self.loss.critic(real_scores, fake_scores, *extra)}
+        total = terms["critic"]
+        if self.penalties:
+            gradients = input_gradients(scores, pair).chunk(2)
+            terms |= {name: PENALTIES[name](*gradients) for name in self.penalties}
+            total = total + sum(gamma * terms[name] for name, gamma in self.penalties.items())
+        self.critic_optim.zero_grad()
+        self.accelerator.backward(total)
+        self.critic_optim.step()
+        return fake, terms | {"real": real_scores.mean(), "fake": fake_scores.mean()}
+
+    def update_generator(self, batch: Batch, fake: Tensor) -> Tensor:
+        """One step of the generator by the critic's gradient at what it has drawn."""
+        # no gradient to the critic's weights is wanted, so it is neither made nor synchronised
+        critic = self.accelerator.unwrap_model(self.critic).requires_grad_(False)
+        with torch.no_grad():
+            real_scores = critic(**batch.sequences.inputs(), patches=batch.real).float()
+        fake_scores = critic(**batch.sequences.inputs(), patches=fake).float()
+        loss = self.loss.generator(real_scores, fake_scores)
+        self.generator_optim.zero_grad()
+        self.accelerator.backward(loss)
+        self.generator_optim.step()
+        return loss
+
+    def look(self, path: Path) -> dict[str, float]:
+        """Draw a contact sheet with the averaged generator; its marks, if there is an exam."""
+        if not self.accelerator.is_main_process:
+            return {}
+        rows = row_captions(self.held_out)
+        captions = [caption for caption in rows for _ in range(10)]
+        save_sheet(path, self.canvas.draw(self.average.model, captions, seeded("sheet")), rows)
+        if self.exam is None:
+            return {}
+        asked = [self.held_out.captions[row % len(self.held_out)] for row in range(self.config.judged)]
+        return self.exam.mark(self.canvas.draw(self.average.model, asked, seeded("exam")))
+
+    def save_model(self, path: Path) -> None:
+        """Write the averaged generator and its tokenizer, as `from_pretrained` reads them."""
+        if self.accelerator.is_main_process:
+            self.average.model.save_pretrained(path)
+            self.canvas.tokenizer.save_pretrained(path)
 
 
 def row_captions(images: CaptionedImages, rows: int = 10) -> list[str]:
@@ -196,48 +231,34 @@ def row_captions(images: CaptionedImages, rows: int = 10) -> list[str]:
     return [first[key] for key in chosen[:rows]]
 
 
-def look(
-    accelerator: Accelerator, players: Players, canvas: Canvas, test: CaptionedImages, exam: Exam | None, path: Path
-) -> dict[str, float]:
-    """Draw the contact sheet from the averaged generator, and mark its pictures where there is an exam."""
-    if not accelerator.is_main_process:
-        return {}
-    captions = row_captions(test)
-    sheet = canvas.draw(players.average.model, [c for c in captions for _ in range(10)], seeded("sheet"))
-    save_sheet(path, sheet, captions)
-    if exam is None:
-        return {}
-    asked = [test.captions[row % len(test)] for row in range(len(exam.labels))]
-    return exam.mark(canvas.draw(players.average.model, asked, seeded("exam")))
-
-
 def train(config: Adversarial, accelerator: Accelerator, out: Path) -> dict[str, float]:
-    """Train from the last checkpoint on, or from the start; the last marks."""
-    players, canvas = build(config, accelerator)
-    images, test = load_images(**asdict(config.data))
-    step, marks, exam = resume(out, accelerator), {}, None
-    if images.labels is not None and test.labels is not None:
-        exam = prepare_exam((images.images(), images.labels), (test.images(), test.labels), config.judged, config.seed)
-    with Stop() as stop, Log(out, config.steps, step, desc=config.out, main=accelerator.is_main_process) as log:
+    """Train from the last checkpoint on, or from the start; the marks at the end.
+
+    Raises:
+        KeyboardInterrupt: somebody asked to stop; a checkpoint was saved.
+    """
+    training, main = Training(config, accelerator), accelerator.is_main_process
+    step, marks = resume(out, accelerator), {}
+    with Stop() as stop, Log(out, config.steps, step, desc=config.out, main=main) as log:
         while step < config.steps and not stop.asked:
-            terms = train_step(config, accelerator, players, canvas, images, step)
+            terms = training.step(step)
             step += 1
             last = step == config.steps
-            if step % config.log_every == 0 or last:
+            if last or step % config.log_every == 0:
                 log(step, **terms)
-            if step % config.sample_every == 0 or last:
-                sheet = out / "samples" / f"step-{step:06d}.png"
-                marks = look(accelerator, players, canvas, test, exam, sheet)
+            if last or step % config.sample_every == 0:
+                marks = training.look(out / "samples" / f"step-{step:06d}.png")
                 log(step, **marks)
-            if step % config.checkpoint_every == 0 or last or stop.asked:
+            if last or step % config.checkpoint_every == 0 or stop.asked:
                 save(out, step, accelerator)
     if step < config.steps:
         raise KeyboardInterrupt
-    if not marks:  # the run was whole already
-        marks = look(accelerator, players, canvas, test, exam, out / "samples" / f"step-{step:06d}.png")
-    players.average.model.save_pretrained(out / "model")
-    canvas.tokenizer.save_pretrained(out / "model")
-    return marks | {f"real_{name}": mark for name, mark in (exam.floor if exam else {}).items()}
+    marks = marks or training.look(
+        out / "samples" / f"step-{step:06d}.png"
+    )  # of a run that was whole already
+    training.save_model(out / "model")
+    floor = training.exam.floor if training.exam else {}
+    return marks | {f"real_{name}": mark for name, mark in floor.items()}
 
 
 def main(config: Adversarial) -> None:
@@ -248,6 +269,7 @@ def main(config: Adversarial) -> None:
         return
     if config.threads:
         torch.set_num_threads(config.threads)
+    disable_progress_bar()
     out, accelerator = Path(config.out), Accelerator()
     if accelerator.is_main_process:
         open_folder(out, resolved, config.restart)

@@ -1,5 +1,6 @@
-"""Handwritten digits with captions: 1,797 images of 8 x 8 pixels that scikit-learn carries (UCI optdigits)."""
+"""Handwritten digits with captions: 1,797 images of 8 x 8 pixels, carried by scikit-learn (UCI optdigits)."""
 
+import numpy
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Picture
 from sklearn.datasets import load_digits
@@ -14,12 +15,12 @@ def captioned_digits() -> DatasetDict:
 
     The i-th image always has the same phrasing and split.
     """
-    bunch = load_digits()
-    pictures = [Picture.fromarray((image * 255 / 16).round().astype("uint8")) for image in bunch.images]
+    pixels, labels = (numpy.asarray(part) for part in load_digits(return_X_y=True))
+    grey = (pixels.reshape(-1, 8, 8) * 255 / 16).round().astype("uint8")
     columns = {
-        "image": pictures,
-        "caption": [PHRASES[i // 10 % 4].format(DIGIT_NAMES[label]) for i, label in enumerate(bunch.target)],
-        "label": bunch.target.tolist(),
+        "image": [Picture.fromarray(image) for image in grey],
+        "caption": [PHRASES[i // 10 % 4].format(DIGIT_NAMES[label]) for i, label in enumerate(labels)],
+        "label": labels.tolist(),
     }
     features = Features(image=Image(), caption=Value("string"), label=ClassLabel(names=list(DIGIT_NAMES)))
     digits = Dataset.from_dict(columns, features=features)

@@ -25,7 +25,13 @@ class CaptionedImages:
     """
 
     def __init__(
-        self, rows: Dataset, size: int, channels: int, image: str = "image", caption: str = "caption", label: str = ""
+        self,
+        rows: Dataset,
+        size: int,
+        channels: int,
+        image: str = "image",
+        caption: str = "caption",
+        label: str = "",
     ):
         for column in filter(None, (image, caption, label)):
             if column not in rows.column_names:
@@ -54,20 +60,24 @@ class CaptionedImages:
         return torch.stack([self.decode(row, self.rows[row][self.image]) for row in wanted])
 
     def decode(self, row: int, stored: dict) -> Tensor:
-        """One image (ch, size, size) in [-1, 1] from what `datasets` stores: bytes or a path."""
+        """One image (ch, size, size) from what `datasets` stores: bytes or a path."""
         try:
             source = datasets.Image().decode_example(stored)
-            picture = ImageOps.fit(source.convert(MODES[self.channels]), (self.size, self.size), Picture.Resampling.BOX)
+            picture = ImageOps.fit(
+                source.convert(MODES[self.channels]), (self.size, self.size), Picture.Resampling.BOX
+            )
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-            raise ValueError(
-                f"row {row}, column {self.image!r}: {stored.get('path') or 'the image'} does not decode ({error})"
-            ) from error
+            name = stored.get("path") or "the image"
+            message = f"row {row}, column {self.image!r}: {name} does not decode ({error})"
+            raise ValueError(message) from error
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         return pixels.view(self.size, self.size, self.channels).permute(2, 0, 1) / 127.5 - 1
 
 
 def load_splits(path: str) -> DatasetDict:
-    """Splits train and test of "digits", a folder, a parquet file or a hub name; a fifth is held out if none is.
+    """Splits train and test of "digits", a folder, a parquet file or a hub name.
+
+    Where there is no test or validation split, a fifth of the rows is held out.
 
     Raises:
         ValueError: what `datasets` cannot load.
@@ -87,13 +97,21 @@ def load_splits(path: str) -> DatasetDict:
     train = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     for name in ("test", "validation"):
         if name in loaded and loaded[name] is not train:
-            return DatasetDict(train=train, test=loaded[name])
+            return DatasetDict({"train": train, "test": loaded[name]})
     return train.train_test_split(test_size=0.2, seed=0)
 
 
 def load_images(
-    path: str = "digits", size: int = 8, channels: int = 1, image: str = "image", caption: str = "caption", label: str = ""
+    path: str = "digits",
+    size: int = 8,
+    channels: int = 1,
+    image: str = "image",
+    caption: str = "caption",
+    label: str = "",
 ) -> tuple[CaptionedImages, CaptionedImages]:
     """Train and test images of a source; see `load_splits` and `CaptionedImages`."""
-    splits = load_splits(path)
-    return tuple(CaptionedImages(splits[name], size, channels, image, caption, label) for name in ("train", "test"))
+    splits, columns = load_splits(path), (image, caption, label)
+    return (
+        CaptionedImages(splits["train"], size, channels, *columns),
+        CaptionedImages(splits["test"], size, channels, *columns),
+    )

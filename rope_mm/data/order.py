@@ -1,4 +1,4 @@
-"""Randomness as a function of (seed, step): nothing to save, and a resumed run draws what it would have drawn."""
+"""Randomness as a function of (seed, step): nothing to save, and a resumed run draws what it would have."""
 
 import hashlib
 

@@ -14,8 +14,8 @@ from rope_mm.choice import Choice
 class GanLoss:
     """What the critic minimises and what the generator minimises.
 
-    Both take scores `(real, fake)`; where `needs_distance`, the critic takes the distance (b,) of each pair as
-    its third. Where not `relativistic`, the generator does not look at `real`.
+    Both take scores `(real, fake)`; where `needs_distance`, the critic takes the distance (b,) of each pair
+    as its third. Where not `relativistic`, the generator does not look at `real`.
     """
 
     critic: Callable[..., Tensor]
@@ -37,7 +37,10 @@ def separable(on_real: Callable, on_fake: Callable, generator: Callable, source:
 def paired(f: Callable[[Tensor], Tensor], source: str) -> GanLoss:
     """RpGAN: E f(real - fake) against E f(fake - real), f falling where its argument should grow."""
     return GanLoss(
-        lambda real, fake: f(real - fake).mean(), lambda real, fake: f(fake - real).mean(), source, relativistic=True
+        lambda real, fake: f(real - fake).mean(),
+        lambda real, fake: f(fake - real).mean(),
+        source,
+        relativistic=True,
     )
 
 
@@ -82,8 +85,12 @@ GAN_LOSSES = Choice(
     "GAN loss",
     {
         "ns": separable(logistic, softplus, logistic, "arXiv 1406.2661, non-saturating"),
-        "saturating": separable(logistic, softplus, lambda fake: -softplus(fake), "arXiv 1406.2661, equation 1"),
-        "lsgan": separable(lambda z: square(z) / 2, lambda z: z.square() / 2, lambda z: square(z) / 2, "arXiv 1611.04076"),
+        "saturating": separable(
+            logistic, softplus, lambda fake: -softplus(fake), "arXiv 1406.2661, equation 1"
+        ),
+        "lsgan": separable(
+            lambda z: square(z) / 2, lambda z: z.square() / 2, lambda z: square(z) / 2, "arXiv 1611.04076"
+        ),
         "hinge": separable(hinge, lambda z: relu(1 + z), lambda z: -z, "arXiv 1705.02894"),
         "wgan": separable(lambda z: -z, lambda z: z, lambda z: -z, "arXiv 1701.07875"),
         "rsgan": RSGAN,

@@ -1,6 +1,7 @@
 """Zero-centred gradient penalties on a critic: ½ E‖gradient of the score by the image‖², times gamma outside.
 
-Their gradient is a second derivative, which fused attention lacks: make the scores under `twice_differentiable`.
+Their gradient is a second derivative, which fused attention lacks: make the scores under
+`twice_differentiable`.
 """
 
 import torch
@@ -9,7 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rope_mm.choice import Choice
 
-FUSED = ("ScaledDotProductFlash", "ScaledDotProductEfficient", "ScaledDotProductCudnn", "FlashAttn", "FlexAttention")
+FUSED = (
+    "ScaledDotProductFlash",
+    "ScaledDotProductEfficient",
+    "ScaledDotProductCudnn",
+    "FlashAttn",
+    "FlexAttention",
+)
 
 
 def twice_differentiable():

@@ -7,8 +7,9 @@ from rope_mm.models.configuration_rope_mm import read_config as read_config
 from rope_mm.models.modeling_rope_mm import RopeMMCritic as RopeMMCritic
 from rope_mm.models.modeling_rope_mm import RopeMMForConditionalGeneration as RopeMMForConditionalGeneration
 from rope_mm.models.modeling_rope_mm import RopeMMModel as RopeMMModel
-from rope_mm.models.processing_rope_mm import Batch as Batch
+from rope_mm.models.processing_rope_mm import IMAGE_TOKEN as IMAGE_TOKEN
 from rope_mm.models.processing_rope_mm import Canvas as Canvas
+from rope_mm.models.processing_rope_mm import Sequences as Sequences
 from rope_mm.models.processing_rope_mm import arrange as arrange
 from rope_mm.models.processing_rope_mm import load_tokenizer as load_tokenizer
 

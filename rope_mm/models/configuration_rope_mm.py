@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig
 
 from rope_mm.schemes import Scheme, read_scheme
 
-
 HF_ONLY = ("rope_type",)  # transformers writes it into every rope_parameters
 
 
@@ -19,26 +18,25 @@ class RopeMMConfig(PreTrainedConfig):
 
     `rope_parameters` holds the name of a scheme, `{"scheme": "rope-tv"}`, and any of the scheme's fields to
     change; `theta` is kept under transformers' name, rope_theta. `head_dim` is hidden_size /
-    num_attention_heads where it is None.
+    num_attention_heads where it is 0.
     """
 
     model_type = "rope_mm"
     ignore_keys_at_rope_validation = {"scheme", *(field.name for field in fields(Scheme))}
 
-    vocab_size: int = 261
+    vocab_size: int = 260
     hidden_size: int = 64
     intermediate_size: int = 192
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
-    head_dim: int | None = None
+    head_dim: int = 0
     patch_size: int = 2
     num_channels: int = 1
     rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    initializer_range: float = 0.1
     tie_word_embeddings: bool = True
     image_token_id: int = 259
-    score_token_id: int = 260
     pad_token_id: int | None = 0
     rope_parameters: dict[str, Any] | None = None
 
@@ -67,7 +65,8 @@ class RopeMMConfig(PreTrainedConfig):
     def scheme(self) -> Scheme:
         """The rotary scheme that `rope_parameters` name."""
         names = {"rope_theta": "theta"}
-        changes = {names.get(key, key): value for key, value in self.rope_parameters.items() if key not in HF_ONLY}
+        rope = (self.rope_parameters or {}).items()
+        changes = {names.get(key, key): value for key, value in rope if key not in HF_ONLY}
         return read_scheme(changes.pop("scheme"), **changes)
 
     @property

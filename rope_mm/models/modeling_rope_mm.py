@@ -1,17 +1,17 @@
-"""The small multimodal transformer: words, images and videos in one sequence; words and patches out, or a score."""
+"""The small multimodal transformer: words, images and videos in, words and patches out, or a score."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from rope_mm.attention import visible
 from rope_mm.blocks import Block
 from rope_mm.embed import Embed
-from rope_mm.heads import Head
+from rope_mm.heads import PatchHead, ScoreHead
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.rotary import Rotary
 
@@ -56,7 +56,12 @@ class RopeMMModel(RopeMMPreTrainedModel):
         width, eps = config.hidden_size, config.rms_norm_eps
         self.embed = Embed(config.vocab_size, width, config.patch_width)
         self.rotary = Rotary(config.head_dim, config.scheme)
-        sizes = config.intermediate_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        sizes = (
+            config.intermediate_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.blocks = nn.ModuleList(Block(width, *sizes, eps) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(width, eps)
         self.post_init()
@@ -65,9 +70,11 @@ class RopeMMModel(RopeMMPreTrainedModel):
         return self.embed.words
 
     def set_input_embeddings(self, value: nn.Module):
-        self.embed.words = value
+        self.embed.words = value  # pyright: ignore[reportAttributeAccessIssue]
 
-    def forward(self, input_ids: Tensor, positions: Tensor, rank: Tensor, patches: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, rank: Tensor, patches: Tensor | None = None
+    ) -> Tensor:
         """The stream (b, s, c) of a sequence.
 
         Args:
@@ -93,7 +100,7 @@ class RopeMMForConditionalGeneration(RopeMMPreTrainedModel):
         super().__init__(config)
         self.model = RopeMMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.patch_head = Head(config.hidden_size, config.patch_width)
+        self.patch_head = PatchHead(config.hidden_size, config.patch_width)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -119,15 +126,15 @@ class RopeMMForConditionalGeneration(RopeMMPreTrainedModel):
 
 
 class RopeMMCritic(RopeMMPreTrainedModel):
-    """One score (b,) for a caption and its patches, read at the score token."""
+    """One score (b,) for a caption and its patches."""
 
     def __init__(self, config: RopeMMConfig):
         super().__init__(config)
         self.model = RopeMMModel(config)
-        self.score_head = Head(config.hidden_size, 1, bias=False)
+        self.score_head = ScoreHead(config.hidden_size)
         self.post_init()
 
     def forward(self, input_ids: Tensor, positions: Tensor, rank: Tensor, patches: Tensor) -> Tensor:
-        """Scores (b,); each row of input_ids (b, s) holds one `score_token_id`."""
+        """Scores (b,); see `RopeMMModel.forward` for the arguments."""
         x = self.model(input_ids, positions, rank, patches)
-        return self.score_head(x, input_ids == self.config.score_token_id).squeeze(-1)
+        return self.score_head(x, input_ids == self.config.image_token_id)

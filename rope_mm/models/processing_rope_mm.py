@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rope_mm.attention import ranks
@@ -13,24 +15,25 @@ from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.schemes import Scheme
 from rope_mm.segments import Image, Segment, Text
 
-IMAGE_TOKEN, SCORE_TOKEN = "<image>", "<score>"
+IMAGE_TOKEN = "<image>"
 PAD_RANK = torch.iinfo(torch.int32).max  # above every rank, so padding is seen by padding alone
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What a model's forward takes beside the patches: tensors (b, s), positions (b, s, a); rows end in padding."""
+class Sequences:
+    """What a forward takes beside the patches: tensors (b, s), positions (b, s, a); rows end in padding."""
 
     input_ids: Tensor
     positions: Tensor
     rank: Tensor
 
-    def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+    def to(self, device: torch.device | str) -> "Sequences":
+        """The same on another device."""
+        return Sequences(*(getattr(self, field.name).to(device) for field in fields(self)))
 
-    def twice(self) -> "Batch":
+    def twice(self) -> "Sequences":
         """The same rows again below: one pass for real and fake."""
-        return Batch(*(torch.cat([getattr(self, field.name)] * 2) for field in fields(self)))
+        return Sequences(*(torch.cat([getattr(self, field.name)] * 2) for field in fields(self)))
 
     def inputs(self) -> dict[str, Tensor]:
         """As keyword arguments."""
@@ -49,13 +52,17 @@ def load_tokenizer(name: str = "bytes") -> PreTrainedTokenizerBase:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
         except OSError as error:
-            raise ValueError(f"no tokenizer {name!r}: give bytes, a folder or a hub name ({error})") from error
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, SCORE_TOKEN]})
+            raise ValueError(
+                f"no tokenizer {name!r}: give bytes, a folder or a hub name ({error})"
+            ) from error
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     return tokenizer
 
 
-def arrange(stories: Sequence[Sequence[str | Segment]], tokenizer: PreTrainedTokenizerBase, scheme: Scheme) -> Batch:
-    """A batch of stories such as ["a handwritten seven", Image(4, 4), "<score>"], padded to the longest.
+def arrange(
+    stories: Sequence[Sequence[str | Segment]], tokenizer: PreTrainedTokenizerBase, scheme: Scheme
+) -> Sequences:
+    """A batch of stories such as ["a handwritten seven", Image(4, 4)], padded to the longest.
 
     Strings become words; an Image or Video becomes that many image tokens, for patches given beside it.
     """
@@ -65,17 +72,15 @@ def arrange(stories: Sequence[Sequence[str | Segment]], tokenizer: PreTrainedTok
     rows, placed = [], {}
     for story in stories:
         ids = [spelt[part] if isinstance(part, str) else [image] * part.tokens for part in story]
-        shape = tuple(Text(len(i)) if isinstance(part, str) else part for part, i in zip(story, ids, strict=True) if i)
+        shape = tuple(
+            Text(len(i)) if isinstance(part, str) else part for part, i in zip(story, ids, strict=True) if i
+        )
         if shape not in placed:
             placed[shape] = scheme.place(shape)[0], ranks(shape)
-        rows.append((torch.tensor(sum(ids, [])), *placed[shape]))
-    paddings = tokenizer.pad_token_id or 0, 0.0, PAD_RANK
-    return Batch(
-        *(
-            torch.nn.utils.rnn.pad_sequence(list(column), batch_first=True, padding_value=padding)
-            for column, padding in zip(zip(*rows, strict=True), paddings, strict=True)
-        )
-    )
+        rows.append((torch.tensor([i for part in ids for i in part]), *placed[shape]))
+    ids, positions, rank = (list(column) for column in zip(*rows, strict=True))
+    pad = partial(pad_sequence, batch_first=True)
+    return Sequences(pad(ids), pad(positions), pad(rank, padding_value=PAD_RANK))
 
 
 @dataclass(frozen=True)
@@ -101,13 +106,9 @@ class Canvas:
             )
         return Image(side, side)
 
-    def blank(self, captions: Sequence[str]) -> Batch:
-        """What the image head reads beside its noise: a caption, then the picture."""
+    def sequences(self, captions: Sequence[str]) -> Sequences:
+        """What image head and critic read beside the patches: each caption, then the picture."""
         return arrange([[caption, self.grid] for caption in captions], self.tokenizer, self.config.scheme)
-
-    def framed(self, captions: Sequence[str]) -> Batch:
-        """What the critic reads beside the patches: a caption, the picture, the score token."""
-        return arrange([[caption, self.grid, SCORE_TOKEN] for caption in captions], self.tokenizer, self.config.scheme)
 
     def noise(self, generator: torch.Generator, pictures: int) -> Tensor:
         """Noise patches (b, n, p)."""
@@ -120,7 +121,7 @@ class Canvas:
         for start in range(0, len(captions), 250):
             part = captions[start : start + 250]
             noise = self.noise(generator, len(part)).to(model.device)
-            drawn = model(**self.blank(part).to(model.device).inputs(), patches=noise).patches
+            drawn = model(**self.sequences(part).to(model.device).inputs(), patches=noise).patches
             pictures.append(self.picture(drawn.view_as(noise)).cpu())
         return torch.cat(pictures)
 

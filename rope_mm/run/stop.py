@@ -7,8 +7,8 @@ from types import FrameType
 class Stop:
     """While entered, `asked` tells whether somebody wants the run to save and end.
 
-        with Stop() as stop:
-            while not stop.asked: ...
+    with Stop() as stop:
+        while not stop.asked: ...
     """
 
     def __init__(self):
