@@ -10,6 +10,7 @@ resolved configuration, Ctrl-C saves and stops.
 """
 
 import json
+import logging
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -262,7 +263,14 @@ def train(config: Adversarial, accelerator: Accelerator, out: Path) -> dict[str,
 
 
 def main(config: Adversarial) -> None:
-    """Train, resume or print, as the configuration says."""
+    """Train, resume or print, as the configuration says.
+
+    Raises:
+        ValueError: a configuration, data or a checkpoint that cannot be used.
+    """
+    for name in ("steps", "batch", "critic_steps", "log_every", "sample_every", "checkpoint_every", "judged"):
+        if (value := getattr(config, name)) < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
     resolved = dump(replace(config, restart=False, dry_run=False))
     if config.dry_run:
         print(resolved, end="")
@@ -270,6 +278,7 @@ def main(config: Adversarial) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight it saves
     out, accelerator = Path(config.out), Accelerator()
     if accelerator.is_main_process:
         open_folder(out, resolved, config.restart)

@@ -1,13 +1,14 @@
 """Anything that `datasets` loads -> captioned images as tensors."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import datasets
 import torch
 from datasets import Dataset, DatasetDict
 from PIL import Image as Picture
-from PIL import ImageOps, UnidentifiedImageError
+from PIL import ImageOps
 from torch import Tensor
 
 from rope_mm.data.digits import captioned_digits
@@ -62,11 +63,10 @@ class CaptionedImages:
     def decode(self, row: int, stored: dict) -> Tensor:
         """One image (ch, size, size) from what `datasets` stores: bytes or a path."""
         try:
-            source = datasets.Image().decode_example(stored)
-            picture = ImageOps.fit(
-                source.convert(MODES[self.channels]), (self.size, self.size), Picture.Resampling.BOX
-            )
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            data = stored["bytes"] or Path(stored["path"]).read_bytes()
+            source = Picture.open(BytesIO(data)).convert(MODES[self.channels])
+            picture = ImageOps.fit(source, (self.size, self.size), Picture.Resampling.BOX)
+        except (OSError, ValueError, SyntaxError) as error:
             name = stored.get("path") or "the image"
             message = f"row {row}, column {self.image!r}: {name} does not decode ({error})"
             raise ValueError(message) from error

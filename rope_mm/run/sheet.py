@@ -26,7 +26,7 @@ def save_sheet(path: Path, pictures: Tensor, captions: Sequence[str]) -> None:
     sheet = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (r*y, c*x, ch)
     figure = Figure(figsize=(0.6 * columns + 2, 0.6 * len(captions) * height / width), layout="constrained")
     axes = figure.subplots()
-    axes.imshow((sheet.clamp(-1, 1) + 1).div(2).squeeze(-1), cmap="gray", vmin=0, vmax=1)
+    axes.imshow((sheet.clamp(-1, 1) + 1).div(2).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
     axes.set_yticks([(row + 0.5) * height - 0.5 for row in range(len(captions))], captions)
     axes.set_xticks([])
     write_file(path, lambda part: figure.savefig(part, format="png", dpi=100))

@@ -1,0 +1,212 @@
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from rope_mm import SCHEMES, Image, Text, Video, place
+from rope_mm.attention import ranks, visible
+from rope_mm.losses import PENALTIES, input_gradients, twice_differentiable
+from rope_mm.models import (
+    Canvas,
+    RopeMMCritic,
+    RopeMMForConditionalGeneration,
+    RopeMMModel,
+    arrange,
+    load_tokenizer,
+    read_config,
+)
+
+STORY = ["see ", Image(2, 3), " and ", Video(2, 2, 2), "."]
+
+
+def inputs(config, *stories):
+    sequences = arrange(stories, load_tokenizer(), config.scheme)
+    places = int((sequences.input_ids == config.image_token_id).sum())
+    return sequences, torch.randn(places, config.patch_width)
+
+
+@pytest.fixture
+def config():
+    return read_config(hidden_size=32, intermediate_size=48)
+
+
+def test_a_word_sees_what_came_before_and_a_patch_its_whole_frame():
+    seen = visible(ranks([Text(2), Image(1, 2), Text(1), Video(2, 1, 2)])[None])[0, 0].int().tolist()
+    assert seen == [
+        [1, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1, 1, 1, 1],
+    ]
+
+
+def test_a_story_becomes_words_image_tokens_and_their_positions(config):
+    tokenizer = load_tokenizer()
+    sequences = arrange([STORY, ["ab"]], tokenizer, config.scheme)
+    shape = [Text(4), Image(2, 3), Text(5), Video(2, 2, 2), Text(1)]
+    assert torch.equal(sequences.positions[0], place(shape, "rope-tv")[0])
+    assert torch.equal(sequences.rank[0], ranks(shape))
+    is_image = sequences.input_ids[0] == tokenizer.convert_tokens_to_ids("<image>")
+    assert is_image.nonzero().flatten().tolist() == [4, 5, 6, 7, 8, 9, 15, 16, 17, 18, 19, 20, 21, 22]
+    assert tokenizer.decode(sequences.input_ids[0][:4]) == "see "
+    assert sequences.input_ids[1][:2].tolist() == tokenizer("ab", add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_runs_in_the_model_and_reaches_every_weight(scheme):
+    config = read_config(hidden_size=32, intermediate_size=48, rope_parameters={"scheme": scheme})
+    model = RopeMMForConditionalGeneration(config)
+    sequences, patches = inputs(config, STORY, STORY[:2])
+    out = model(**sequences.inputs(), patches=patches, labels=sequences.input_ids)
+    assert out.patches.shape == patches.shape
+    assert out.logits.shape == (*sequences.input_ids.shape, config.vocab_size)
+    (out.loss + out.patches.square().mean()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_word_is_predicted_from_the_words_and_pictures_before_it_alone(config):
+    model = RopeMMForConditionalGeneration(config).eval()
+    sequences, patches = inputs(config, STORY)
+    changed = sequences.inputs() | {"input_ids": sequences.input_ids.clone()}
+    changed["input_ids"][0, 12] += 1  # a word between the image and the video
+    before, after = model(**sequences.inputs(), patches=patches), model(**changed, patches=patches)
+    assert torch.equal(before.logits[:, :12], after.logits[:, :12])
+    assert not torch.allclose(before.logits[:, 12:], after.logits[:, 12:])
+
+
+def test_a_patch_sees_the_other_patches_of_its_image_but_not_a_later_frame(config):
+    model = RopeMMForConditionalGeneration(config).eval()
+    sequences, patches = inputs(config, STORY)
+    changed = patches.clone()
+    changed[5] += 1  # the image's last patch
+    before, after = (model(**sequences.inputs(), patches=p).patches for p in (patches, changed))
+    assert (before[0] != after[0]).any()
+    changed = patches.clone()
+    changed[10] += 1  # in the video's second frame
+    after = model(**sequences.inputs(), patches=changed).patches
+    assert torch.equal(before[:10], after[:10])
+    assert (before[10:] != after[10:]).any(dim=1).all()
+
+
+def test_padding_changes_nothing(config):
+    model = RopeMMForConditionalGeneration(config).eval()
+    alone, patches = inputs(config, STORY)
+    padded = arrange([STORY, [STORY[0] * 9]], load_tokenizer(), config.scheme)
+    assert padded.input_ids.shape[1] > alone.input_ids.shape[1]
+    one, two = model(**alone.inputs(), patches=patches), model(**padded.inputs(), patches=patches)
+    torch.testing.assert_close(two.logits[:1, : one.logits.shape[1]], one.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(two.patches, one.patches, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_drawn_does_not_depend_on_where_the_story_begins(scheme):
+    config = read_config(hidden_size=32, intermediate_size=48, rope_parameters={"scheme": scheme})
+    model = RopeMMForConditionalGeneration(config).double().eval()
+    sequences, patches = inputs(config, STORY)
+    moved = sequences.inputs() | {"positions": sequences.positions + 1000}
+    here, there = (model(**kwargs, patches=patches.double()) for kwargs in (sequences.inputs(), moved))
+    torch.testing.assert_close(here.logits, there.logits, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(here.patches, there.patches, atol=1e-9, rtol=1e-9)
+
+
+def test_words_are_learned(config):
+    model, tokenizer = RopeMMForConditionalGeneration(config), load_tokenizer()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    sequences = arrange([["to be or not to be"]], tokenizer, config.scheme)
+    for _ in range(60):
+        loss = model(**sequences.inputs(), labels=sequences.input_ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    logits = model(**sequences.inputs()).logits
+    assert cross_entropy(logits[0, :-1], sequences.input_ids[0, 1:]) < 0.3
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_a_saved_model_reads_back_to_the_bit(config, tmp_path, learnable):
+    rope = {"scheme": "m-rope", "theta": 500.0, "shares": [1, 1, 2], "learnable": learnable}
+    config = read_config(hidden_size=32, intermediate_size=48, rope_parameters=rope)
+    model = RopeMMForConditionalGeneration(config).eval()
+    if learnable:
+        model.model.rotary.learned.data.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    again = RopeMMForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert again.config.scheme == config.scheme
+    assert again.config.rope_parameters["rope_theta"] == 500.0
+    sequences, patches = inputs(config, STORY)
+    one, two = (m(**sequences.inputs(), patches=patches) for m in (model, again))
+    assert torch.equal(one.logits, two.logits)
+    assert torch.equal(one.patches, two.patches)
+
+
+def test_the_critic_reads_back_too_and_auto_classes_know_the_backbone(config, tmp_path):
+    from transformers import AutoConfig, AutoModel
+
+    critic = RopeMMCritic(config).eval()
+    critic.save_pretrained(tmp_path)
+    sequences, patches = inputs(config, STORY, STORY)
+    again = RopeMMCritic.from_pretrained(tmp_path).eval()
+    scores = critic(**sequences.inputs(), patches=patches)
+    assert scores.shape == (2,)
+    assert torch.equal(again(**sequences.inputs(), patches=patches), scores)
+    assert AutoConfig.from_pretrained(tmp_path).scheme == config.scheme
+    assert isinstance(AutoModel.from_config(config), RopeMMModel)
+
+
+def test_a_tokenizer_of_ones_own_is_loaded_by_folder(tmp_path):
+    load_tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))("seven").input_ids == load_tokenizer()("seven").input_ids
+    with pytest.raises(ValueError, match="no tokenizer"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+
+
+def test_the_critics_penalty_trains_every_weight_and_agrees_with_finite_differences(config):
+    critic = RopeMMCritic(config).double()
+    sequences, patches = inputs(config, STORY[:2], STORY[:2])
+    patches = patches.double().view(2, 6, -1).requires_grad_()
+    with twice_differentiable():
+        scores = critic(**sequences.inputs(), patches=patches)
+    gradient = input_gradients(scores, patches)
+    PENALTIES["r1"](gradient, gradient).backward()
+    assert sum(p.grad is not None and bool(p.grad.any()) for p in critic.parameters()) >= 20
+    step = 1e-6 * torch.randn_like(patches)
+    moved = critic(**sequences.inputs(), patches=patches.detach() + step) - scores
+    torch.testing.assert_close(moved, (gradient * step).flatten(1).sum(1), atol=1e-9, rtol=1e-3)
+
+
+def test_a_canvas_draws_what_the_seed_says(config):
+    model = RopeMMForConditionalGeneration(config).eval()
+    canvas = Canvas(config, load_tokenizer(), 8)
+    draw = lambda seed: canvas.draw(model, ["one", "two"], torch.Generator().manual_seed(seed))  # noqa: E731
+    assert draw(0).shape == (2, 1, 8, 8)
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden_sizee": 3}, "the model has no \\['hidden_sizee'\\]; it has"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 2}, "must be a multiple of"),
+        ({"head_dim": 15}, "head_dim 15"),
+        ({"rope_parameters": {"scheme": "rope-vt"}}, "did you mean 'rope-tv"),
+        ({"rope_parameters": {"scheme": "rope-tv", "bases": 3}}, "a scheme has no \\['bases'\\]"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused_in_one_sentence(settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read_config(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_patches_must_be_as_many_as_their_places(config):
+    sequences, patches = inputs(config, STORY)
+    with pytest.raises(ValueError, match="13 patches came for 14 places"):
+        RopeMMModel(config)(**sequences.inputs(), patches=patches[:-1])
+    with pytest.raises(ValueError, match="9 x 9 pixels do not divide into patches of 2 x 2"):
+        _ = Canvas(config, load_tokenizer(), 9).grid

@@ -1,0 +1,115 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageColumn
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image as Picture
+
+from rope_mm.data import DIGIT_NAMES, batch_indices, captioned_digits, load_images, seeded
+
+
+def squares(folder: Path, count: int = 10, side: int = 12) -> Path:
+    """An imagefolder of grey squares with captions."""
+    folder.mkdir(parents=True)
+    rows = []
+    for i in range(count):
+        Picture.new("RGB", (side, side + 4), (25 * i,) * 3).save(folder / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "caption": f"grey {i}", "grey": i}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def test_the_embedded_digits_say_in_words_what_they_show():
+    digits = captioned_digits()
+    assert (len(digits["train"]), len(digits["test"])) == (1437, 360)
+    for part in digits.values():
+        assert all(
+            DIGIT_NAMES[label] in caption
+            for label, caption in zip(part["label"], part["caption"], strict=True)
+        )
+    assert digits["train"][0]["image"].size == (8, 8)
+    assert len(set(digits["train"]["caption"])) == 40
+
+
+def test_held_out_digits_are_none_of_the_training_ones():
+    train, test = load_images("digits", label="label")
+    shares = (part.labels.bincount() / len(part) for part in (train, test))
+    torch.testing.assert_close(*shares, atol=0.01, rtol=0)
+    rows = {tuple(image.flatten().tolist()) for image in train.images()}
+    assert sum(tuple(image.flatten().tolist()) in rows for image in test.images()) < 3
+
+
+def test_images_are_scaled_to_minus_one_and_one():
+    train, _ = load_images("digits")
+    images = train.images([0, 5, 7])
+    assert images.shape == (3, 1, 8, 8)
+    assert (images.min(), images.max()) == (-1, 1)
+
+
+def test_an_imagefolder_with_captions_is_cropped_resized_and_split(tmp_path):
+    train, test = load_images(str(squares(tmp_path / "squares")), size=8, channels=3, label="grey")
+    assert (len(train), len(test)) == (8, 2)
+    assert train.images([0]).shape == (1, 3, 8, 8)
+    for row, caption in enumerate(train.captions):
+        grey = int(caption.removeprefix("grey "))
+        assert train.labels[row] == grey
+        torch.testing.assert_close(train.images([row]), torch.full((1, 3, 8, 8), 25 * grey / 127.5 - 1))
+
+
+def test_parquet_files_are_read(tmp_path):
+    column = [Picture.new("L", (8, 8), 10 * i) for i in range(10)]
+    features = Features(picture=ImageColumn(), words=Value("string"))
+    rows = Dataset.from_dict(
+        {"picture": column, "words": [f"grey {i}" for i in range(10)]}, features=features
+    )
+    rows.to_parquet(tmp_path / "rows.parquet")
+    train, test = load_images(str(tmp_path / "rows.parquet"), image="picture", caption="words")
+    assert len(train) + len(test) == 10
+    assert train.images().shape == (8, 1, 8, 8)
+
+
+def test_a_missing_column_is_answered_with_those_there_are(tmp_path):
+    with pytest.raises(ValueError, match="no column 'title'; it has image, caption, label"):
+        load_images("digits", caption="title")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda whole: whole[:50], lambda whole: b"no picture"], ids=["cut", "text"]
+)
+def test_an_image_that_does_not_decode_is_named_by_its_row(damage, tmp_path):
+    folder = squares(tmp_path / "squares", count=5)
+    for path in folder.glob("*.png"):
+        path.write_bytes(damage(path.read_bytes()))
+    train, _ = load_images(str(folder))
+    with pytest.raises(ValueError, match=r"row 2, column 'image': .*\.png does not decode") as error:
+        train.images([2])
+    assert "\n" not in str(error.value)
+
+
+def test_data_that_cannot_be_loaded_or_shown_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`datasets` cannot load"):
+        load_images(str(tmp_path / "nothing.parquet"))
+    with pytest.raises(ValueError, match="1, 3, 4 channels, not 2"):
+        load_images("digits", channels=2)
+
+
+@given(size=st.integers(1, 40), batch=st.integers(1, 50), seed=st.integers(0, 3), steps=st.integers(1, 12))
+def test_batches_go_through_all_rows_before_any_row_comes_again(size, batch, seed, steps):
+    drawn = torch.cat([batch_indices(size, batch, seed, step) for step in range(steps)])
+    assert len(drawn) == batch * steps
+    for epoch in drawn.split(size):
+        assert len(epoch.unique()) == len(epoch)
+        assert epoch.max() < size
+
+
+def test_random_numbers_depend_on_the_whole_key_and_on_nothing_else():
+    draw = lambda *key: torch.randn(4, generator=seeded(*key)).tolist()  # noqa: E731
+    keys = [(0, "noise", 1), (1, "noise", 1), (0, "order", 1), (0, "noise", 11), (0, "noise", 1, 0)]
+    first = [draw(*key) for key in keys]
+    torch.manual_seed(5)
+    assert [draw(*key) for key in keys] == first
+    assert len({tuple(numbers) for numbers in first}) == len(keys)

@@ -1,0 +1,244 @@
+"""The training script on a model of toy size: it learns nothing here, but everything else must work."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rope_mm.losses import GAN_LOSSES
+from rope_mm.models import RopeMMForConditionalGeneration
+from rope_mm.run.config import load, run
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "train" / "adversarial.py"
+CONFIG = ROOT / "configs" / "adversarial" / "digits.yaml"
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("adversarial", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["adversarial"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+adversarial = script()
+
+
+def flags(out, **changes):
+    """A run of 40 steps of two images on a model of toy size."""
+    settings = {
+        "config": CONFIG, "out": out, "steps": 40, "batch": 2, "judged": 20, "log_every": 1, "sample_every": 40,
+        "checkpoint_every": 10, "threads": 1, "model.hidden_size": 16, "model.intermediate_size": 16,
+        "model.num_hidden_layers": 1, **changes,
+    }  # fmt: skip
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def train(out, **changes):
+    adversarial.main(load(adversarial.Adversarial, flags(out, **changes)))
+    return json.loads((out / "result.json").read_text())
+
+
+def weights(out):
+    return load_file(out / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(out)
+    return out
+
+
+def command(out, **changes):
+    return [sys.executable, str(SCRIPT), *flags(out, **changes)]
+
+
+def environment(**more):
+    return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", **more}
+
+
+def test_a_run_leaves_its_configuration_metrics_pictures_and_a_model_that_loads(whole):
+    result = json.loads((whole / "result.json").read_text())
+    assert set(result) == {
+        "recognised", "worst", "frechet", "coverage", "real_recognised", "real_frechet", "real_coverage",
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(1, 41), 40]
+    assert {"critic", "generator", "r1", "r2", "real", "fake"} < set(lines[0])
+    assert (whole / "samples" / "step-000040.png").stat().st_size > 5000
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-000030", "step-000040"]
+    assert "scheme: rope-tv" in (whole / "run.yaml").read_text()
+    assert set(json.loads((whole / "versions.json").read_text())) >= {"python", "torch", "transformers"}
+    RopeMMForConditionalGeneration.from_pretrained(whole / "model")
+
+
+def test_a_run_killed_in_the_middle_ends_as_if_it_had_not_been(whole, tmp_path):
+    out = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(out), env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    metrics = out / "metrics.jsonl"
+    for _ in range(1200):
+        if metrics.exists() and len(metrics.read_text().splitlines()) > 14:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "result.json").exists()
+    done = subprocess.run(command(out), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("result.json", "metrics.jsonl", "run.yaml"):
+        there, here = (whole / name).read_text(), (out / name).read_text()
+        assert here.replace(str(out), "") == there.replace(str(whole), "")
+    ours, theirs = weights(out), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(whole, tmp_path, monkeypatch):
+    step = adversarial.Training.step
+
+    def interrupted(self, number):
+        if number == 16:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, number)
+
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(adversarial.Training, "step", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            run(adversarial.main, adversarial.Adversarial, flags(out))
+    assert stopped.value.code == 130
+    assert (out / "checkpoints" / "step-000017").exists()
+    assert train(out) == json.loads((whole / "result.json").read_text())
+
+
+def test_a_run_that_is_whole_is_not_trained_again(whole, monkeypatch):
+    monkeypatch.setattr(adversarial.Training, "step", None)
+    before = json.loads((whole / "result.json").read_text())
+    assert train(whole) == before
+
+
+def test_restart_begins_anew(tmp_path):
+    out = tmp_path / "run"
+    first = train(out, steps=4, sample_every=4)
+    with pytest.raises(
+        ValueError, match=r"another configuration \('seed: 0' there, 'seed: 1' here\).*--restart"
+    ):
+        train(out, steps=4, sample_every=4, seed=1)
+    assert train(out, steps=4, sample_every=4, seed=1, restart="true") != first
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_truncated_checkpoint_is_refused_with_the_way_out(tmp_path):
+    out = tmp_path / "run"
+    train(out, steps=4, sample_every=4)
+    file = out / "checkpoints" / "step-000004" / "model_1.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"step-000004 is damaged: model_1.safetensors has .*--restart"):
+        train(out, steps=4, sample_every=4)
+
+
+@pytest.mark.parametrize("loss", GAN_LOSSES)
+def test_every_loss_trains(loss, tmp_path):
+    result = train(tmp_path / "run", steps=2, sample_every=2, **{"loss.name": loss, "critic_steps": 2})
+    assert all(value == value for value in result.values())
+
+
+@pytest.mark.parametrize("scheme", ["flat", "grid", "m-rope", "rope-tie", "rope-tv-causal", "mixed"])
+def test_every_kind_of_scheme_trains(scheme, tmp_path):
+    train(tmp_path / "run", steps=2, sample_every=2, **{"rope.scheme": scheme})
+
+
+def test_a_gradient_flows_into_the_generator_and_the_critic_stays_as_it_is(tmp_path):
+    from accelerate import Accelerator
+
+    config = load(adversarial.Adversarial, flags(tmp_path))
+    training = adversarial.Training(config, Accelerator())
+    critic = {name: p.clone() for name, p in training.critic.named_parameters()}
+    before = {name: p.clone() for name, p in training.generator.named_parameters()}
+    batch = training.batch(0)
+    fake = training.generator(**batch.sequences.inputs(), patches=batch.noise).patches.view_as(batch.real)
+    training.update_generator(batch, fake)
+    assert all(torch.equal(p, critic[name]) for name, p in training.critic.named_parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in training.generator.named_parameters())
+
+
+def test_captioned_images_of_a_folder_are_drawn_without_labels(tmp_path):
+    from PIL import Image as Picture
+
+    folder = tmp_path / "squares"
+    folder.mkdir()
+    for i in range(10):
+        Picture.new("RGB", (12, 12), (25 * i, 0, 0)).save(folder / f"{i}.png")
+    rows = [json.dumps({"file_name": f"{i}.png", "caption": f"square {i}"}) for i in range(10)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    data = {"data.path": folder, "data.size": 6, "data.channels": 3, "data.label": ""}
+    out = tmp_path / "run"
+    assert train(out, steps=2, sample_every=2, **data) == {}
+    assert (out / "samples" / "step-000002.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope.scheme": "rope-vt"}, "scheme 'rope-vt' is unknown; did you mean 'rope-tv"),
+        ({"loss.name": "rpgann"}, "GAN loss 'rpgann' is unknown; did you mean 'rpgan'"),
+        ({"model.head_dim": 15}, "head_dim 15"),
+        ({"data.size": 9}, "9 x 9 pixels do not divide into patches of 2 x 2"),
+        ({"data.caption": "title"}, "no column 'title'; it has image, caption, label"),
+        ({"optim.lrr": 1}, "--optim.lrr: optim.lrr is unknown; did you mean optim.lr"),
+        ({"critic_steps": 0}, "critic_steps must be at least 1, not 0"),
+        ({"batch": 0}, "batch must be at least 1, not 0"),
+        ({"loss.penalties": "{r3: 1.0}"}, "penalty 'r3' is unknown"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(changes, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(adversarial.main, adversarial.Adversarial, flags(tmp_path / "run", **changes))
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+def test_a_typo_in_a_file_is_found_before_anything_runs(tmp_path, capsys):
+    (tmp_path / "typo.yaml").write_text("optim:\n  lrr: 0.1\n")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--config", str(tmp_path / "typo.yaml")],
+        env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "typo.yaml: optim.lrr is unknown; did you mean optim.lr?" in done.stderr
+
+
+def test_a_dry_run_prints_the_resolved_configuration_and_touches_nothing(tmp_path, capsys):
+    adversarial.main(load(adversarial.Adversarial, [*flags(tmp_path / "run"), "--dry-run"]))
+    printed = capsys.readouterr().out
+    assert "scheme: rope-tv" in printed
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "again.yaml").write_text(printed)
+    again = load(adversarial.Adversarial, ["--config", str(tmp_path / "again.yaml")])
+    assert again == load(adversarial.Adversarial, flags(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "adversarial").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_every_config_begins_with_its_command_and_is_understood(path):
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert f"--config configs/adversarial/{path.name}" in path.read_text()
+    load(adversarial.Adversarial, ["--config", str(path)])
