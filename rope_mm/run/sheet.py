@@ -3,30 +3,35 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image as Picture
+from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
 from rope_mm.run.checkpoint import write_file
+
+GAP, TEXT, TILE = 4, 14, 48  # pixels between pictures, of a letter, and of a picture at least
 
 
 def save_sheet(path: Path, pictures: Tensor, captions: Sequence[str]) -> None:
     """Write pictures (n, ch, y, x) in [-1, 1], n / len(captions) in a row, the caption beside it.
 
     Raises:
-        ValueError: pictures that do not fill the rows, or a missing matplotlib.
+        ValueError: pictures that do not fill the rows.
     """
     columns, rest = divmod(len(pictures), len(captions))
     if rest or not columns:
         raise ValueError(f"{len(pictures)} pictures do not fill {len(captions)} rows of equal length")
-    try:
-        from matplotlib.figure import Figure  # matplotlib is optional
-    except ImportError as error:
-        raise ValueError("a contact sheet needs matplotlib; pip install 'rope-mm[plots]'") from error
-    height, width = pictures.shape[-2:]
-    rows = pictures.float().cpu().unflatten(0, (len(captions), columns))  # (r, c, ch, y, x)
-    sheet = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (r*y, c*x, ch)
-    figure = Figure(figsize=(0.6 * columns + 2, 0.6 * len(captions) * height / width), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow((sheet.clamp(-1, 1) + 1).div(2).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-    axes.set_yticks([(row + 0.5) * height - 0.5 for row in range(len(captions))], captions)
-    axes.set_xticks([])
-    write_file(path, lambda part: figure.savefig(part, format="png", dpi=100))
+    zoom = -(-TILE // max(pictures.shape[-2:]))
+    height, width = (size * zoom for size in pictures.shape[-2:])
+    font = ImageFont.load_default(TEXT)
+    margin = int(max(font.getlength(caption) for caption in captions)) + 2 * GAP
+    sheet = Picture.new("RGB", (margin + columns * (width + GAP), len(captions) * (height + GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, caption in enumerate(captions):
+        draw.text((GAP, row * (height + GAP) + (height - TEXT) // 2), caption, fill="black", font=font)
+    grey = pictures.float().cpu().clamp(-1, 1).add(1).mul(127.5).round().byte()
+    for place, pixels in enumerate(grey.permute(0, 2, 3, 1).squeeze(-1).numpy()):
+        row, column = divmod(place, columns)
+        picture = Picture.fromarray(pixels).resize((width, height), Picture.Resampling.NEAREST)
+        sheet.paste(picture, (margin + column * (width + GAP), row * (height + GAP)))
+    write_file(path, lambda part: sheet.save(part, format="PNG"))

@@ -1,0 +1,55 @@
+"""The README's Python runs as it stands, in order, and its commands are ones that the scripts know."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from rope_mm import SCHEMES
+from rope_mm.losses import GAN_LOSSES, PENALTIES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_python_block_runs_and_prints_what_it_says(capsys):
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        exec(compile(block, "README.md", "exec"), names)
+        said = re.findall(r"print\(.*\)  # (.*)", block)
+        printed = capsys.readouterr().out.splitlines()
+        for line, words in zip(printed, said, strict=False):
+            assert words.startswith(line)
+
+
+def test_the_picture_of_positions_is_what_place_gives():
+    from rope_mm import place
+
+    positions, _ = place("text:2 image:2x3 text:1 video:2x2x2 text:1", "rope-tv")
+    for axis, row in zip("tyx", positions.T.tolist(), strict=True):
+        assert axis + "".join(f"{value:5g}" for value in row) in README
+
+
+@pytest.mark.parametrize("name", [*SCHEMES, *GAN_LOSSES, *PENALTIES])
+def test_every_scheme_and_loss_is_in_a_table(name):
+    assert f"`{name}`" in README
+
+
+def test_every_file_that_is_linked_exists():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_command_is_one_that_the_project_knows():
+    commands = re.findall(
+        r"^    (?:\w+=\S+ )?((?:python|accelerate|torchrun|make) .*)$", README, flags=re.MULTILINE
+    )
+    assert len(commands) >= 6
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        if words[0] == "make":
+            assert words[1] in targets
+        scripts = [word for word in words if word.startswith(("train/", "configs/"))]
+        assert all((ROOT / word).exists() for word in scripts)
