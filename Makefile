@@ -11,7 +11,7 @@ venv: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(py) -m pip install --quiet -c constraints.txt -e ".[test,triton,plots]"
+	$(py) -m pip install --quiet -c constraints.txt -e ".[test,triton]"
 	touch $@
 
 train: .venv/installed

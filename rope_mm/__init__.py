@@ -1,6 +1,5 @@
 """Unified rotary position encodings for text, images and videos."""
 
-from rope_mm.frequencies import frequencies as frequencies
 from rope_mm.kernels import rotate as rotate
 from rope_mm.positions import LAYOUTS as LAYOUTS
 from rope_mm.positions import Cursor as Cursor

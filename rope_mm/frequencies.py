@@ -64,7 +64,7 @@ def directions(axes: int, heads: int, seed: int) -> Tensor:
     return torch.linalg.qr(noise).Q
 
 
-def frequencies(
+def make_omega(
     axes: int,
     pairs: int,
     theta: float = 10_000.0,

@@ -14,11 +14,16 @@ def served(device: torch.device | str, dtype: torch.dtype) -> bool:
     return torch.device(device).type == "cuda" and dtype != torch.float64 and find_spec("triton") is not None
 
 
-def check(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor) -> None:
-    """Refuse what does not fit together, before anything is computed."""
+def check_heads(q: Tensor, k: Tensor) -> None:
+    """Refuse q and k that differ in more than their heads."""
     if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
         shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
         raise ValueError(f"q and k must be (b, s, heads, d), alike but for the heads, not {shapes}")
+
+
+def check(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor) -> None:
+    """Refuse what does not fit together, before anything is computed."""
+    check_heads(q, k)
     check_positions(positions, omega)
     if positions.shape[-2] != q.shape[1] or (positions.dim() == 3 and len(positions) not in (1, len(q))):
         shapes = f"positions {tuple(positions.shape)} do not fit q {tuple(q.shape)}"
@@ -27,6 +32,10 @@ def check(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor) -> None:
 
 def check_positions(positions: Tensor, omega: Tensor) -> None:
     """Refuse positions that are not finite or lack the axes of Omega."""
+    if omega.dim() not in (2, 3) or not omega.numel():
+        raise ValueError(
+            f"Omega must be (a, r) or (heads, a, r) and hold something, not {tuple(omega.shape)}"
+        )
     if positions.dim() not in (2, 3) or positions.shape[-1] != omega.shape[-2]:
         raise ValueError(
             f"positions {tuple(positions.shape)} must be (s, a) or (b, s, a), "
@@ -56,6 +65,7 @@ class Turn:
         """q (b, s, h, d) and k (b, s, g, d), rotated."""
         if self.cos is None or self.sin is None:
             return rotate(q, k, self.positions, self.omega, self.pairing)
+        check_heads(q, k)
         if self.cos.shape[-3] != q.shape[1]:
             raise ValueError(f"this turn was made for {self.cos.shape[-3]} tokens, but q is {tuple(q.shape)}")
         table = self.cos, self.sin, self.pairing
@@ -93,4 +103,4 @@ def rotate(
         from rope_mm_kernels.rotary import rotate as triton_rotate  # triton is optional
 
         return triton_rotate(q, k, positions, omega, pairing)
-    return rotation.rotate(q, k, positions, omega, pairing)
+    return rotation.rotate(q, k, positions.to(q.device), omega, pairing)

@@ -25,7 +25,10 @@ def symmetric_root(matrix: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt() @ vectors.T
 
 
-def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
+NEIGHBOURS = 5
+
+
+def coverage(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> float:
     """Share of real features (n, f) with a fake (m, f) nearer than their k-th real one (arXiv 2002.09797)."""
     real, fake = real.double(), fake.double()
     radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest of all is the point itself
@@ -67,13 +70,14 @@ def train_judge(images: Tensor, labels: Tensor, seed: int, epochs: int = 60, bat
 
 @dataclass(frozen=True)
 class Exam:
-    """What drawn pictures are judged by: a judge, the features of held-out reals, the labels asked for.
+    """What drawn pictures are judged by: a judge, features of held-out reals, which of them to draw again.
 
     `floor` is what real training images score in the same exam, and the judge's accuracy on held-out reals.
     """
 
     judge: Judge
     real: Tensor
+    rows: list[int]
     labels: Tensor
     floor: dict[str, float]
 
@@ -97,13 +101,19 @@ class Exam:
 def prepare_exam(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], pictures: int, seed: int) -> Exam:
     """An exam for that many pictures, from images and labels of real training and held-out data.
 
-    Picture i is to show the label of held-out image i, and round again.
+    Picture i is to show what held-out image rows[i] shows.
+
+    Raises:
+        ValueError: too few held-out images to have neighbours.
     """
-    judge = train_judge(*train, seed)
     images, labels = test
+    if len(images) <= NEIGHBOURS:
+        raise ValueError(f"an exam needs more than {NEIGHBOURS} held-out images, not {len(images)}")
+    judge = train_judge(*train, seed)
     order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         real, other = judge.features(images), judge.features(train[0][order[:pictures]])
         right = (judge(images).argmax(1) == labels).double().mean()
     floor = {"recognised": float(right), "frechet": frechet(other, real), "coverage": coverage(real, other)}
-    return Exam(judge, real, labels[torch.arange(pictures) % len(labels)], floor)
+    rows = torch.arange(pictures) % len(labels)
+    return Exam(judge, real, rows.tolist(), labels[rows], floor)

@@ -2,7 +2,8 @@
 
 A layout is a rule for pictures, `(start, t, y, x) -> positions (t*y*x, a), room`: `start` is where the
 next word would have stood, `room` how far the word after the picture is moved on. Words walk along all axes
-at once, n -> (n, ..., n). All numbers are dyadic, so float64 holds them exactly.
+at once, n -> (n, ..., n). Every layout's numbers are halves, which float64 holds exactly; a rate or a
+drift of one's own may round.
 """
 
 import inspect
@@ -23,7 +24,8 @@ UNIT = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
 class Cursor:
     """Where a story stopped: give it back to `place` and the story goes on with the same numbers.
 
-    `next` is the position of the next word, `tokens` how many stand before it, `layout` which rule counted.
+    `next` is the position of the next word, `tokens` how many stand before it, `layout` which rule counted;
+    `Cursor()` is the start of any story.
     """
 
     next: float = 0.0
@@ -125,12 +127,10 @@ def place(
     Raises:
         ValueError: an unknown layout or option, or a cursor of another layout.
     """
-    chosen, name = LAYOUTS[layout], spell(layout, options)
-    known = [p.name for p in inspect.signature(chosen.unfold).parameters.values() if p.default is not p.empty]
-    if unknown := set(options) - set(known):
-        raise ValueError(f"layout {layout!r} takes {known or 'no options'}, not {sorted(unknown)}")
-    cursor = cursor or Cursor(layout=name)
-    if cursor.layout != name:
+    chosen = LAYOUTS[layout]
+    name = spell(layout, read_options(layout, options))
+    cursor = cursor or Cursor()
+    if cursor.layout not in ("", name):
         raise ValueError(f"this cursor stopped in layout {cursor.layout!r}, so it cannot go on in {name!r}")
     blocks, start, tokens = (
         [torch.empty(0, len(chosen.axes), dtype=torch.float64)],
@@ -146,6 +146,19 @@ def place(
         blocks.append(block)
         start, tokens = start + room, tokens + segment.tokens
     return torch.cat(blocks), Cursor(start, tokens, name)
+
+
+def read_options(layout: str, options: dict[str, float]) -> dict[str, float]:
+    """The options that differ from the layout's own.
+
+    Raises:
+        ValueError: an option that the layout does not take.
+    """
+    parameters = inspect.signature(LAYOUTS[layout].unfold).parameters.values()
+    known = {p.name: p.default for p in parameters if p.default is not p.empty}
+    if unknown := set(options) - set(known):
+        raise ValueError(f"layout {layout!r} takes {list(known) or 'no options'}, not {sorted(unknown)}")
+    return {name: value for name, value in options.items() if value != known[name]}
 
 
 def spell(layout: str, options: dict[str, float]) -> str:

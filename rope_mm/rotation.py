@@ -64,7 +64,7 @@ def turn_heads(x: Tensor, cos: Tensor, sin: Tensor, pairing: str = "half") -> Te
         raise ValueError(f"Omega has {n} heads, which must divide the {h} heads of q and of k")
     if n > 1:
         cos, sin = cos.repeat_interleave(h // n, dim=-2), sin.repeat_interleave(h // n, dim=-2)
-    rotated, rest = x.to(cos.dtype).split((2 * r, d - 2 * r), dim=-1)
+    rotated, rest = x.to(torch.promote_types(x.dtype, cos.dtype)).split((2 * r, d - 2 * r), dim=-1)
     first, second = split(rotated)
     return torch.cat((join(first * cos - second * sin, first * sin + second * cos), rest), dim=-1).to(x.dtype)
 

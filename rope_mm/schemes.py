@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from rope_mm.choice import Choice
-from rope_mm.frequencies import frequencies
+from rope_mm.frequencies import make_omega
 from rope_mm.positions import LAYOUTS, Cursor, place
 from rope_mm.segments import Segment
 
@@ -22,7 +22,7 @@ class Scheme:
         ownership: which axis turns which pair, a key of OWNERSHIPS or "dense"; `shares` are their parts.
         pairing: channels that turn together, "half" (i, i + r) or "interleaved" (2i, 2i + 1).
         fraction: part of the head's channels that is rotated, the first ones.
-        learnable: whether Omega is a parameter.
+        learnable: whether Omega is a parameter; `per_head`: whether models give each key head its own.
     """
 
     layout: str
@@ -34,6 +34,7 @@ class Scheme:
     pairing: str = "half"
     fraction: float = 1.0
     learnable: bool = False
+    per_head: bool = False
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -56,7 +57,7 @@ class Scheme:
                 f"head_dim {head_dim} with fraction {self.fraction} makes no whole pairs; "
                 "take an even head_dim and a fraction in (0, 1]"
             )
-        return frequencies(len(self.axes), pairs, self.theta, self.ownership, self.shares, self.ladder, heads)
+        return make_omega(len(self.axes), pairs, self.theta, self.ownership, self.shares, self.ladder, heads)
 
 
 SCHEMES = Choice(
@@ -71,7 +72,7 @@ SCHEMES = Choice(
         "rope-tv": Scheme(layout="rope-tv"),
         "rope-tv-2d": Scheme(layout="rope-tv-2d"),
         "rope-tv-causal": Scheme(layout="rope-tv-causal"),
-        "mixed": Scheme(layout="rope-tv", ownership="dense", ladder="own", learnable=True),
+        "mixed": Scheme(layout="rope-tv", ownership="dense", ladder="own", learnable=True, per_head=True),
     },
 )
 

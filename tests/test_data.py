@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Picture
 
-from rope_mm.data import DIGIT_NAMES, batch_indices, captioned_digits, load_images, seeded
+from rope_mm.data import (
+    DIGIT_NAMES,
+    PHRASES,
+    CaptionedImages,
+    batch_indices,
+    captioned_digits,
+    load_images,
+    seeded,
+)
 
 
 def squares(folder: Path, count: int = 10, side: int = 12) -> Path:
@@ -32,7 +40,8 @@ def test_the_embedded_digits_say_in_words_what_they_show():
             for label, caption in zip(part["label"], part["caption"], strict=True)
         )
     assert digits["train"][0]["image"].size == (8, 8)
-    assert len(set(digits["train"]["caption"])) == 40
+    captions = {phrase.format(name) for phrase in PHRASES for name in DIGIT_NAMES}
+    assert set(digits["train"]["caption"]) == captions
 
 
 def test_held_out_digits_are_none_of_the_training_ones():
@@ -88,6 +97,16 @@ def test_an_image_that_does_not_decode_is_named_by_its_row(damage, tmp_path):
     with pytest.raises(ValueError, match=r"row 2, column 'image': .*\.png does not decode") as error:
         train.images([2])
     assert "\n" not in str(error.value)
+
+
+def test_rows_that_are_not_captioned_images_are_refused():
+    rows = Dataset.from_dict({"image": [1, 2], "caption": ["one", None], "label": [0, 1]})
+    with pytest.raises(ValueError, match="row 1, column 'caption': a caption is text, not None"):
+        CaptionedImages(rows, 8, 1)
+    with pytest.raises(ValueError, match="column 'image' holds"):
+        CaptionedImages(rows.select([0]), 8, 1)
+    with pytest.raises(ValueError, match="the data has no rows"):
+        CaptionedImages(rows.select([]), 8, 1)
 
 
 def test_data_that_cannot_be_loaded_or_shown_is_refused(tmp_path):

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rope_mm import SCHEMES, frequencies
-from rope_mm.frequencies import OWNERSHIPS, apportion
+from rope_mm import SCHEMES, Scheme
+from rope_mm.frequencies import OWNERSHIPS, apportion, make_omega
 from rope_mm.schemes import read_scheme
 
 
@@ -67,7 +67,7 @@ def test_a_shared_ladder_is_the_one_of_rope_1d_whoever_owns_it(scheme):
 
 
 def test_a_dense_omega_turns_every_pair_on_every_axis_along_perpendicular_directions():
-    omega = frequencies(3, 12, ownership="dense", ladder="own", heads=4)
+    omega = make_omega(3, 12, ownership="dense", ladder="own", heads=4)
     assert omega.shape == (4, 3, 12)
     assert (omega != 0).all()
     for head in omega:
@@ -78,6 +78,7 @@ def test_a_dense_omega_turns_every_pair_on_every_axis_along_perpendicular_direct
 
 def test_a_scheme_is_hashable_printable_and_reads_its_own_lists_as_tuples():
     spec = read_scheme("m-rope", shares=[1, 1, 2], theta=500.0)
+    assert spec == Scheme(layout="m-rope", ownership="chunk", shares=(1, 1, 2), theta=500.0)
     assert hash(spec) == hash(read_scheme("m-rope", shares=(1, 1, 2), theta=500.0))
     assert "theta=500.0" in repr(spec)
     with pytest.raises(AttributeError):

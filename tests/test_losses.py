@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from rope_mm.losses import DISTANCES, GAN_LOSSES, PENALTIES, input_gradients, twice_differentiable
+from rope_mm.losses import (
+    DISTANCES,
+    GAN_LOSSES,
+    PENALTIES,
+    GanLoss,
+    input_gradients,
+    twice_differentiable,
+)
 from rope_mm.losses.penalties import half_square
 
 REAL, FAKE = torch.tensor([1.3, 2.9, 8.4, 6.3]), torch.tensor([4.8, 1.2, -3.5, 5.9])
@@ -102,6 +109,12 @@ def test_the_critic_wants_reals_above_fakes_and_the_generator_the_reverse(name):
     assert (of_fake > 0).all() or name == "lsgan"  # its fakes are aimed at 0, where they stand
     (of_fake,) = torch.autograd.grad(GAN_LOSSES[name].generator(real, fake), fake)
     assert (of_fake < 0).all()
+
+
+def test_a_loss_of_ones_own_is_two_functions():
+    mine = GanLoss(lambda real, fake: (fake - real).mean(), lambda real, fake: -fake.mean(), "none")
+    assert mine.critic(REAL, FAKE) == pytest.approx(MF - MR)
+    assert not mine.needs_distance
 
 
 def test_the_best_rsgan_critic_on_discrete_data_measures_the_swap_and_is_the_log_ratio():

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rope_mm import Image, Text, Video, parse_segments
+from rope_mm import Image, Segment, Text, Video, parse_segments
 from rope_mm.segments import read_segments
 
 SIZES = st.integers(1, 6)
@@ -17,6 +17,7 @@ def test_the_text_form_of_a_story_reads_back(story):
 
 
 def test_a_segment_knows_its_raster_and_its_tokens():
+    assert all(isinstance(s, Segment) for s in (Text(5), Image(2, 3), Video(4, 2, 3)))
     assert [s.grid for s in (Text(5), Image(2, 3), Video(4, 2, 3))] == [(1, 1, 5), (1, 2, 3), (4, 2, 3)]
     assert [s.tokens for s in (Text(5), Image(2, 3), Video(4, 2, 3))] == [5, 6, 24]
 

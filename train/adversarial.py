@@ -36,7 +36,7 @@ from rope_mm.models import (
 from rope_mm.run import checkpoint
 from rope_mm.run.config import dump, run
 from rope_mm.run.ema import Ema
-from rope_mm.run.folder import open_folder, resume, save
+from rope_mm.run.folder import agree, open_folder, resume, save
 from rope_mm.run.log import Log
 from rope_mm.run.sheet import save_sheet
 from rope_mm.run.stop import Stop
@@ -100,6 +100,9 @@ class Adversarial:
     dry_run: bool = False
 
 
+EXAMPLES = 10_000  # images of each split, at most, that the judge sees
+
+
 @dataclass(frozen=True)
 class Batch:
     """Captions as sequences, with real patches and noise (b, n, p) for them."""
@@ -125,17 +128,22 @@ class Training:
         self.canvas = Canvas(model, tokenizer, config.data.size)
         self.loss = GAN_LOSSES[config.loss.name]
         self.distance = DISTANCES[config.loss.distance]
-        self.penalties = {name: gamma for name, gamma in config.loss.penalties.items() if PENALTIES[name]}
+        self.penalties = [(name, PENALTIES[name], gamma) for name, gamma in config.loss.penalties.items()]
         self.images, self.held_out = load_images(**asdict(config.data))
-        self.generator, self.generator_optim = self.prepare(RopeMMForConditionalGeneration(model))
+        generator = RopeMMForConditionalGeneration(model)
+        if not model.tie_word_embeddings:
+            generator.lm_head.requires_grad_(False)  # it is not trained here, and processes would wait for it
+        self.generator, self.generator_optim = self.prepare(generator)
         self.critic, self.critic_optim = self.prepare(RopeMMCritic(model))
         self.average = Ema(accelerator.unwrap_model(self.generator), config.ema)
         accelerator.register_for_checkpointing(self.average)
         self.exam = None
         labels, asked = self.images.labels, self.held_out.labels
-        if labels is not None and asked is not None:
-            pictures = (self.images.images(), labels), (self.held_out.images(), asked)
-            self.exam = prepare_exam(*pictures, config.judged, config.seed)
+        if labels is not None and asked is not None and accelerator.is_main_process:
+            known, unknown = range(min(len(labels), EXAMPLES)), range(min(len(asked), EXAMPLES))
+            train = self.images.images(known), labels[: len(known)]
+            test = self.held_out.images(unknown), asked[: len(unknown)]
+            self.exam = prepare_exam(train, test, config.judged, config.seed)
 
     def prepare(self, player: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
         """A player and its optimiser, on their devices."""
@@ -155,7 +163,12 @@ class Training:
         real = self.canvas.patches(self.images.images(rows))
         return Batch(sequences.to(device), real.to(device), noise.to(device))
 
-    def step(self, step: int) -> dict[str, float]:
+    def draw(self, batch: Batch) -> Tensor:
+        """Patches (b, n, p) of the batch's captions, from its noise."""
+        drawn = self.generator(**batch.sequences.inputs(), patches=batch.noise, words=False)
+        return drawn.patches.view_as(batch.real)
+
+    def step(self, step: int) -> dict[str, Tensor]:
         """`critic_steps` updates of the critic, then one of the generator; what they lost."""
         optim = self.config.optim
         for optimizer, rate in ((self.generator_optim, optim.lr), (self.critic_optim, optim.critic_lr)):
@@ -163,42 +176,46 @@ class Training:
         turns = self.config.critic_steps
         *earlier, last = range(step * turns, (step + 1) * turns)
         for turn in earlier:
-            self.update_critic(self.batch(turn))
-        batch = self.batch(last)
-        fake, terms = self.update_critic(batch)
+            with torch.no_grad():
+                fake = self.draw(batch := self.batch(turn))
+            self.update_critic(batch, fake)
+        fake = self.draw(batch := self.batch(last))
+        terms = self.update_critic(batch, fake.detach())
         terms["generator"] = self.update_generator(batch, fake)
         self.average.update(self.accelerator.unwrap_model(self.generator))
-        return {name: term.item() for name, term in terms.items()}
+        return {name: term.detach() for name, term in terms.items()}
 
-    def update_critic(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step of the critic on real and freshly drawn patches (b, n, p) of the same captions."""
-        fake = self.generator(**batch.sequences.inputs(), patches=batch.noise).patches.view_as(batch.real)
+    def update_critic(self, batch: Batch, fake: Tensor) -> dict[str, Tensor]:
+        """One step of the critic on real and drawn patches (b, n, p) of the same captions."""
         self.accelerator.unwrap_model(self.critic).requires_grad_(True)
-        pair = torch.cat([batch.real, fake.detach()]).requires_grad_(bool(self.penalties))
+        pair = torch.cat([batch.real, fake]).requires_grad_(bool(self.penalties))
         with twice_differentiable() if self.penalties else nullcontext():
             scores = self.critic(**batch.sequences.twice().inputs(), patches=pair).float()
         real_scores, fake_scores = scores.chunk(2)
         extra = ()
         if self.loss.needs_distance:
-            extra = self.distance(batch.real, fake.detach()), self.config.loss.strength
+            extra = self.distance(batch.real, fake), self.config.loss.strength
         terms = {"critic": self.loss.critic(real_scores, fake_scores, *extra)}
         total = terms["critic"]
         if self.penalties:
             gradients = input_gradients(scores, pair).chunk(2)
-            terms |= {name: PENALTIES[name](*gradients) for name in self.penalties}
-            total = total + sum(gamma * terms[name] for name, gamma in self.penalties.items())
+            for name, penalty, gamma in self.penalties:
+                terms[name] = penalty(*gradients)
+                total = total + gamma * terms[name]
         self.critic_optim.zero_grad()
         self.accelerator.backward(total)
         self.critic_optim.step()
-        return fake, terms | {"real": real_scores.mean(), "fake": fake_scores.mean()}
+        return terms | {"real": real_scores.mean(), "fake": fake_scores.mean()}
 
     def update_generator(self, batch: Batch, fake: Tensor) -> Tensor:
         """One step of the generator by the critic's gradient at what it has drawn."""
         # no gradient to the critic's weights is wanted, so it is neither made nor synchronised
         critic = self.accelerator.unwrap_model(self.critic).requires_grad_(False)
-        with torch.no_grad():
-            real_scores = critic(**batch.sequences.inputs(), patches=batch.real).float()
         fake_scores = critic(**batch.sequences.inputs(), patches=fake).float()
+        real_scores = fake_scores  # a loss that is not relativistic does not look at them
+        if self.loss.relativistic:
+            with torch.no_grad():
+                real_scores = critic(**batch.sequences.inputs(), patches=batch.real).float()
         loss = self.loss.generator(real_scores, fake_scores)
         self.generator_optim.zero_grad()
         self.accelerator.backward(loss)
@@ -214,7 +231,7 @@ class Training:
         save_sheet(path, self.canvas.draw(self.average.model, captions, seeded("sheet")), rows)
         if self.exam is None:
             return {}
-        asked = [self.held_out.captions[row % len(self.held_out)] for row in range(self.config.judged)]
+        asked = [self.held_out.captions[row] for row in self.exam.rows]
         return self.exam.mark(self.canvas.draw(self.average.model, asked, seeded("exam")))
 
     def save_model(self, path: Path) -> None:
@@ -232,16 +249,19 @@ def row_captions(images: CaptionedImages, rows: int = 10) -> list[str]:
     return [first[key] for key in chosen[:rows]]
 
 
-def train(config: Adversarial, accelerator: Accelerator, out: Path) -> dict[str, float]:
+def train(training: Training, out: Path) -> dict[str, float]:
     """Train from the last checkpoint on, or from the start; the marks at the end.
 
     Raises:
         KeyboardInterrupt: somebody asked to stop; a checkpoint was saved.
     """
-    training, main = Training(config, accelerator), accelerator.is_main_process
-    step, marks = resume(out, accelerator), {}
-    with Stop() as stop, Log(out, config.steps, step, desc=config.out, main=main) as log:
-        while step < config.steps and not stop.asked:
+    config, accelerator = training.config, training.accelerator
+    step, marks = resume(out, accelerator), None
+    with (
+        Stop() as stop,
+        Log(out, config.steps, step, desc=config.out, main=accelerator.is_main_process) as log,
+    ):
+        while step < config.steps:
             terms = training.step(step)
             step += 1
             last = step == config.steps
@@ -249,17 +269,33 @@ def train(config: Adversarial, accelerator: Accelerator, out: Path) -> dict[str,
                 log(step, **terms)
             if last or step % config.sample_every == 0:
                 marks = training.look(out / "samples" / f"step-{step:06d}.png")
-                log(step, **marks)
-            if last or step % config.checkpoint_every == 0 or stop.asked:
+                if marks:
+                    log(step, **marks)
+            stopping = agree(accelerator, stop.asked)
+            if last or stopping or step % config.checkpoint_every == 0:
                 save(out, step, accelerator)
-    if step < config.steps:
-        raise KeyboardInterrupt
-    marks = marks or training.look(
-        out / "samples" / f"step-{step:06d}.png"
-    )  # of a run that was whole already
+            if stopping and not last:
+                raise KeyboardInterrupt
+    if marks is None:  # the run was whole already
+        marks = training.look(out / "samples" / f"step-{step:06d}.png")
     training.save_model(out / "model")
     floor = training.exam.floor if training.exam else {}
     return marks | {f"real_{name}": mark for name, mark in floor.items()}
+
+
+def check(config: Adversarial) -> None:
+    """Refuse numbers that make no run.
+
+    Raises:
+        ValueError: with the key and its value.
+    """
+    for name in ("steps", "batch", "critic_steps", "log_every", "sample_every", "checkpoint_every", "judged"):
+        if (value := getattr(config, name)) < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if config.threads < 0:
+        raise ValueError(f"threads must be 0 (torch decides) or more, not {config.threads}")
+    if "num_channels" in config.model or "rope_parameters" in config.model:
+        raise ValueError("model.num_channels is data.channels, and model.rope_parameters are rope: set those")
 
 
 def main(config: Adversarial) -> None:
@@ -268,22 +304,19 @@ def main(config: Adversarial) -> None:
     Raises:
         ValueError: a configuration, data or a checkpoint that cannot be used.
     """
-    for name in ("steps", "batch", "critic_steps", "log_every", "sample_every", "checkpoint_every", "judged"):
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-    resolved = dump(replace(config, restart=False, dry_run=False))
+    check(config)
     if config.dry_run:
-        print(resolved, end="")
+        print(dump(replace(config, dry_run=False)), end="")
         return
     if config.threads:
         torch.set_num_threads(config.threads)
     disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight it saves
     out, accelerator = Path(config.out), Accelerator()
-    if accelerator.is_main_process:
-        open_folder(out, resolved, config.restart)
-    accelerator.wait_for_everyone()
-    result = train(config, accelerator, out)
+    training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
+    identity = dump(replace(config, out="", restart=False))
+    open_folder(out, identity, accelerator, config.restart)
+    result = train(training, out)
     if accelerator.is_main_process:
         checkpoint.write_text(out / "result.json", json.dumps(result, indent=1))
         print(json.dumps(result, indent=1))

@@ -41,12 +41,14 @@ class CaptionedImages:
             raise ValueError(f"images have {', '.join(map(str, MODES))} channels, not {channels}")
         if not len(rows):
             raise ValueError("the data has no rows")
+        self.captions = read_captions(rows[caption], caption)
+        self.labels = read_labels(rows[label], label) if label else None
+        if not isinstance(rows.features[image], datasets.Image):
+            raise ValueError(f"column {image!r} holds {rows.features[image]}, not images")
         # undecoded, so that an image which cannot be read is named by its row
         self.rows = rows.cast_column(image, datasets.Image(decode=False))
         self.size, self.channels = size, channels
         self.image = image
-        self.captions: list[str] = list(rows[caption])
-        self.labels = torch.tensor(rows[label]) if label else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,12 +68,38 @@ class CaptionedImages:
             data = stored["bytes"] or Path(stored["path"]).read_bytes()
             source = Picture.open(BytesIO(data)).convert(MODES[self.channels])
             picture = ImageOps.fit(source, (self.size, self.size), Picture.Resampling.BOX)
-        except (OSError, ValueError, SyntaxError) as error:
-            name = stored.get("path") or "the image"
+        except (OSError, ValueError, SyntaxError, TypeError, Picture.DecompressionBombError) as error:
+            name = (stored or {}).get("path") or "the image"
             message = f"row {row}, column {self.image!r}: {name} does not decode ({error})"
             raise ValueError(message) from error
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         return pixels.view(self.size, self.size, self.channels).permute(2, 0, 1) / 127.5 - 1
+
+
+def read_captions(column: Sequence, name: str) -> list[str]:
+    """The captions of a column, all of them text.
+
+    Raises:
+        ValueError: the first row that is not.
+    """
+    captions = list(column)
+    for row, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise ValueError(f"row {row}, column {name!r}: a caption is text, not {caption!r}")
+    return captions
+
+
+def read_labels(column: Sequence, name: str) -> Tensor:
+    """The labels (n,) of a column, counted from 0.
+
+    Raises:
+        ValueError: the first row that holds no such number.
+    """
+    labels = list(column)
+    for row, label in enumerate(labels):
+        if not isinstance(label, int) or label < 0:
+            raise ValueError(f"row {row}, column {name!r}: a label is a whole number from 0, not {label!r}")
+    return torch.tensor(labels)
 
 
 def load_splits(path: str) -> DatasetDict:
@@ -84,14 +112,12 @@ def load_splits(path: str) -> DatasetDict:
     """
     if path == "digits":
         return captioned_digits()
-    place = Path(path)
     try:
-        if place.suffix == ".parquet":
+        if Path(path).suffix == ".parquet":
             loaded = datasets.load_dataset("parquet", data_files=path)
-        elif place.is_dir():
-            loaded = datasets.load_dataset("imagefolder", data_dir=path)
         else:
             loaded = datasets.load_dataset(path)
+    # what a source of any format may raise is for `datasets` to know
     except Exception as error:
         raise ValueError(f"`datasets` cannot load {path!r}: {error}".splitlines()[0]) from error
     train = loaded["train"] if "train" in loaded else next(iter(loaded.values()))

@@ -45,7 +45,7 @@ def paired(f: Callable[[Tensor], Tensor], source: str) -> GanLoss:
 
 
 def averaged(f: Callable[[Tensor], Tensor], source: str) -> GanLoss:
-    """RaGAN: each score against the batch mean of the other side, half the sum of both terms."""
+    """RaGAN: each score against the mean of the other side in this process's batch, half of both terms."""
 
     def critic(real: Tensor, fake: Tensor) -> Tensor:
         return (f(real - fake.mean()) + f(real.mean() - fake)).mean() / 2

@@ -41,6 +41,8 @@ class RopeMMConfig(PreTrainedConfig):
     rope_parameters: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any):
+        if min(self.num_attention_heads, self.num_key_value_heads) < 1:
+            raise ValueError("num_attention_heads and num_key_value_heads must be at least 1")
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         rope = {"scheme": "rope-tv", **(self.rope_parameters or {})}
         if "theta" in rope:
@@ -54,6 +56,10 @@ class RopeMMConfig(PreTrainedConfig):
         Raises:
             ValueError: with the two numbers.
         """
+        sizes = "vocab_size hidden_size intermediate_size num_hidden_layers patch_size num_channels head_dim"
+        for name in sizes.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "

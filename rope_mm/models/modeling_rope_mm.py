@@ -55,7 +55,8 @@ class RopeMMModel(RopeMMPreTrainedModel):
         super().__init__(config)
         width, eps = config.hidden_size, config.rms_norm_eps
         self.embed = Embed(config.vocab_size, width, config.patch_width)
-        self.rotary = Rotary(config.head_dim, config.scheme)
+        heads = config.num_key_value_heads if config.scheme.per_head else None
+        self.rotary = Rotary(config.head_dim, config.scheme, heads=heads)
         sizes = (
             config.intermediate_size,
             config.num_attention_heads,
@@ -113,14 +114,16 @@ class RopeMMForConditionalGeneration(RopeMMPreTrainedModel):
         rank: Tensor,
         patches: Tensor | None = None,
         labels: Tensor | None = None,
+        words: bool = True,
     ) -> RopeMMOutput:
         """Logits and patches; with labels (b, s), -100 where none, also the next-word loss.
 
-        See `RopeMMModel.forward` for the other arguments; `patches` may be noise.
+        See `RopeMMModel.forward` for the other arguments; `patches` may be noise. Without `words` no logits
+        are made: with a large vocabulary they are larger than all else.
         """
         x = self.model(input_ids, positions, rank, patches)
-        logits, loss = self.lm_head(x), None
-        if labels is not None:
+        logits, loss = self.lm_head(x) if words else None, None
+        if labels is not None and logits is not None:
             loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         return RopeMMOutput(loss, logits, self.patch_head(x, input_ids == self.config.image_token_id), x)
 

@@ -28,8 +28,10 @@ class Sequences:
     rank: Tensor
 
     def to(self, device: torch.device | str) -> "Sequences":
-        """The same on another device."""
-        return Sequences(*(getattr(self, field.name).to(device) for field in fields(self)))
+        """The same on another device, positions in float32 where it has no float64."""
+        narrow = torch.device(device).type == "mps"
+        positions = self.positions.float() if narrow else self.positions
+        return Sequences(self.input_ids.to(device), positions.to(device), self.rank.to(device))
 
     def twice(self) -> "Sequences":
         """The same rows again below: one pass for real and fake."""
@@ -68,7 +70,10 @@ def arrange(
     """
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     words = {part for story in stories for part in story if isinstance(part, str)}
-    spelt = {part: tokenizer(part, add_special_tokens=False)["input_ids"] for part in words}
+    spelt = {
+        part: tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for part in words
+    }
     rows, placed = [], {}
     for story in stories:
         ids = [spelt[part] if isinstance(part, str) else [image] * part.tokens for part in story]
@@ -121,7 +126,8 @@ class Canvas:
         for start in range(0, len(captions), 250):
             part = captions[start : start + 250]
             noise = self.noise(generator, len(part)).to(model.device)
-            drawn = model(**self.sequences(part).to(model.device).inputs(), patches=noise).patches
+            sequences = self.sequences(part).to(model.device)
+            drawn = model(**sequences.inputs(), patches=noise, words=False).patches
             pictures.append(self.picture(drawn.view_as(noise)).cpu())
         return torch.cat(pictures)
 

@@ -6,6 +6,7 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from rope_mm.run import checkpoint
@@ -13,26 +14,42 @@ from rope_mm.run import checkpoint
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 
 
-def open_folder(out: Path, resolved: str, restart: bool) -> None:
-    """Make the folder of a run, or refuse one that another configuration made; `restart` empties it first.
+def open_folder(out: Path, identity: str, accelerator: Accelerator, restart: bool) -> None:
+    """Make the folder of a run, or refuse one that holds another run; `restart` empties it first.
+
+    `identity` is all that the run depends on; the number of processes, which share the data, is added to it.
 
     Raises:
         ValueError: with the first line that differs.
     """
-    stored = out / "run.yaml"
-    if restart:
-        for name in ("checkpoints", "samples", "model"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        (out / "result.json").unlink(missing_ok=True)
-    elif stored.exists() and (old := stored.read_text()) != resolved:
-        there, here = next(pair for pair in zip_lines(old, resolved) if pair[0] != pair[1])
+    identity = f"# processes: {accelerator.num_processes}\n{identity}"
+    stored, folder = out / "run.yaml", out / "checkpoints"
+    begun = checkpoint.latest(folder) is not None and stored.exists() and not restart
+    if begun and (old := stored.read_text()) != identity:
+        there, here = next(pair for pair in zip_lines(old, identity) if pair[0] != pair[1])
         raise ValueError(
             f"{out} holds a run of another configuration ({there.strip()!r} there, {here.strip()!r} here); "
             "choose another --out, or begin it anew with --restart"
         )
-    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-    checkpoint.write_text(stored, resolved)
-    checkpoint.write_text(out / "versions.json", json.dumps(versions, indent=1))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if not begun:
+            checkpoint.clear(folder)
+            for name in ("samples", "model"):
+                shutil.rmtree(out / name, ignore_errors=True)
+            (out / "result.json").unlink(missing_ok=True)
+        versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+        checkpoint.write_text(stored, identity)
+        checkpoint.write_text(out / "versions.json", json.dumps(versions, indent=1))
+    accelerator.wait_for_everyone()
+
+
+def agree(accelerator: Accelerator, asked: bool) -> bool:
+    """Whether any process was asked to stop: all must answer alike, or some would wait for the others."""
+    if accelerator.num_processes == 1:
+        return asked
+    flag = torch.tensor(float(asked), device=accelerator.device)
+    return bool(accelerator.reduce(flag, reduction="sum"))
 
 
 def zip_lines(old: str, new: str) -> list[tuple[str, str]]:

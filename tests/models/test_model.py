@@ -1,15 +1,22 @@
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
 
 from rope_mm import SCHEMES, Image, Text, Video, place
 from rope_mm.attention import ranks, visible
 from rope_mm.losses import PENALTIES, input_gradients, twice_differentiable
 from rope_mm.models import (
+    IMAGE_TOKEN,
     Canvas,
+    RopeMMConfig,
     RopeMMCritic,
     RopeMMForConditionalGeneration,
     RopeMMModel,
+    Sequences,
     arrange,
     load_tokenizer,
     read_config,
@@ -50,7 +57,8 @@ def test_a_story_becomes_words_image_tokens_and_their_positions(config):
     shape = [Text(4), Image(2, 3), Text(5), Video(2, 2, 2), Text(1)]
     assert torch.equal(sequences.positions[0], place(shape, "rope-tv")[0])
     assert torch.equal(sequences.rank[0], ranks(shape))
-    is_image = sequences.input_ids[0] == tokenizer.convert_tokens_to_ids("<image>")
+    assert isinstance(sequences, Sequences)
+    is_image = sequences.input_ids[0] == tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     assert is_image.nonzero().flatten().tolist() == [4, 5, 6, 7, 8, 9, 15, 16, 17, 18, 19, 20, 21, 22]
     assert tokenizer.decode(sequences.input_ids[0][:4]) == "see "
     assert sequences.input_ids[1][:2].tolist() == tokenizer("ab", add_special_tokens=False).input_ids
@@ -126,6 +134,12 @@ def test_words_are_learned(config):
     assert cross_entropy(logits[0, :-1], sequences.input_ids[0, 1:]) < 0.3
 
 
+def test_words_are_left_out_on_request(config):
+    sequences, patches = inputs(config, STORY)
+    model = RopeMMForConditionalGeneration(config)
+    assert model(**sequences.inputs(), patches=patches, words=False).logits is None
+
+
 @pytest.mark.parametrize("learnable", [False, True])
 def test_a_saved_model_reads_back_to_the_bit(config, tmp_path, learnable):
     rope = {"scheme": "m-rope", "theta": 500.0, "shares": [1, 1, 2], "learnable": learnable}
@@ -153,8 +167,27 @@ def test_the_critic_reads_back_too_and_auto_classes_know_the_backbone(config, tm
     scores = critic(**sequences.inputs(), patches=patches)
     assert scores.shape == (2,)
     assert torch.equal(again(**sequences.inputs(), patches=patches), scores)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), RopeMMConfig)
     assert AutoConfig.from_pretrained(tmp_path).scheme == config.scheme
     assert isinstance(AutoModel.from_config(config), RopeMMModel)
+
+
+def test_a_caption_that_names_the_image_token_is_spelt_out(config):
+    sequences = arrange([["an <image> here", Image(1, 2)]], load_tokenizer(), config.scheme)
+    assert int((sequences.input_ids == config.image_token_id).sum()) == 2
+
+
+def test_a_word_level_tokenizer_serves_as_well(tmp_path):
+    words = Tokenizer(WordLevel({"[UNK]": 0, "a": 1, "seven": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    config = read_config(vocab_size=len(tokenizer), image_token_id=image)
+    sequences = arrange([["a seven", Image(1, 2)]], tokenizer, config.scheme)
+    assert sequences.input_ids.tolist() == [[1, 2, image, image]]
+    out = RopeMMForConditionalGeneration(config)(**sequences.inputs(), patches=torch.randn(2, 4))
+    assert out.logits.shape == (1, 4, 4)
 
 
 def test_a_tokenizer_of_ones_own_is_loaded_by_folder(tmp_path):
