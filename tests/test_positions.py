@@ -184,7 +184,7 @@ def test_a_cursor_of_another_layout_is_refused():
 def test_an_unknown_layout_or_option_is_answered_with_those_there_are():
     with pytest.raises(ValueError, match="did you mean 'rope-tv'"):
         place([Text(1)], "rope-tvv")
-    with pytest.raises(ValueError, match=r"takes no options, not \['rate'\\]"):
+    with pytest.raises(ValueError, match=r"takes no options, not \['rate'\]"):
         place([Text(1)], "m-rope", rate=2.0)
     with pytest.raises(ValueError, match="rate"):
         place([Text(1)], "rope-tv-causal", speed=2.0)

@@ -11,28 +11,19 @@ resolved configuration, Ctrl-C saves and stops.
 
 import json
 import logging
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data import CaptionedImages, batch_indices, load_images, seeded
-from rope_mm.losses import DISTANCES, GAN_LOSSES, PENALTIES, input_gradients, twice_differentiable
+from rope_mm.data import batch_indices, load_images, seeded
 from rope_mm.metrics import prepare_exam
-from rope_mm.models import (
-    IMAGE_TOKEN,
-    Canvas,
-    RopeMMCritic,
-    RopeMMForConditionalGeneration,
-    Sequences,
-    load_tokenizer,
-    read_config,
-)
+from rope_mm.models import IMAGE_TOKEN, Canvas, load_tokenizer, read_config
+from rope_mm.models.duel import Batch, Duel, Objective, Optim
 from rope_mm.run import checkpoint
 from rope_mm.run.config import dump, run
 from rope_mm.run.ema import Ema
@@ -52,27 +43,6 @@ class Data:
     label: str = ""  # "" where there is none; then drawn images are shown but not judged
     size: int = 8
     channels: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """A key of GAN_LOSSES, gammas of PENALTIES, and the distance and strength of gan-qp."""
-
-    name: str = "rpgan"
-    penalties: dict[str, float] = field(default_factory=dict)
-    distance: str = "l2"
-    strength: float = 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optim:
-    """AdamW for each player; the rate falls linearly to `final` of itself."""
-
-    lr: float = 1e-3
-    critic_lr: float = 1e-3
-    betas: tuple[float, float] = (0.0, 0.99)
-    weight_decay: float = 0.0
-    final: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,17 +73,8 @@ class Adversarial:
 EXAMPLES = 10_000  # images of each split, at most, that the judge sees
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Captions as sequences, with real patches and noise (b, n, p) for them."""
-
-    sequences: Sequences
-    real: Tensor
-    noise: Tensor
-
-
 class Training:
-    """Both players, their optimisers, what they learn from and what they are judged by."""
+    """Both players, what they learn from and what they are judged by."""
 
     def __init__(self, config: Adversarial, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
@@ -126,16 +87,9 @@ class Training:
             rope_parameters=config.rope,
         )
         self.canvas = Canvas(model, tokenizer, config.data.size)
-        self.loss = GAN_LOSSES[config.loss.name]
-        self.distance = DISTANCES[config.loss.distance]
-        self.penalties = [(name, PENALTIES[name], gamma) for name, gamma in config.loss.penalties.items()]
         self.images, self.held_out = load_images(**asdict(config.data))
-        generator = RopeMMForConditionalGeneration(model)
-        if not model.tie_word_embeddings:
-            generator.lm_head.requires_grad_(False)  # it is not trained here, and processes would wait for it
-        self.generator, self.generator_optim = self.prepare(generator)
-        self.critic, self.critic_optim = self.prepare(RopeMMCritic(model))
-        self.average = Ema(accelerator.unwrap_model(self.generator), config.ema)
+        self.duel = Duel(model, config.loss, config.optim, accelerator)
+        self.average = Ema(self.duel.unwrapped_generator, config.ema)
         accelerator.register_for_checkpointing(self.average)
         self.exam = None
         labels, asked = self.images.labels, self.held_out.labels
@@ -144,14 +98,6 @@ class Training:
             train = self.images.images(known), labels[: len(known)]
             test = self.held_out.images(unknown), asked[: len(unknown)]
             self.exam = prepare_exam(train, test, config.judged, config.seed)
-
-    def prepare(self, player: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """A player and its optimiser, on their devices."""
-        optim = self.config.optim
-        return self.accelerator.prepare(
-            player,
-            torch.optim.AdamW(player.parameters(), betas=optim.betas, weight_decay=optim.weight_decay),
-        )
 
     def batch(self, turn: int) -> Batch:
         """This process's share of the turn-th batch; its random numbers come from (seed, turn, process)."""
@@ -163,70 +109,26 @@ class Training:
         real = self.canvas.patches(self.images.images(rows))
         return Batch(sequences.to(device), real.to(device), noise.to(device))
 
-    def draw(self, batch: Batch) -> Tensor:
-        """Patches (b, n, p) of the batch's captions, from its noise."""
-        drawn = self.generator(**batch.sequences.inputs(), patches=batch.noise, words=False)
-        return drawn.patches.view_as(batch.real)
-
     def step(self, step: int) -> dict[str, Tensor]:
         """`critic_steps` updates of the critic, then one of the generator; what they lost."""
-        optim = self.config.optim
-        for optimizer, rate in ((self.generator_optim, optim.lr), (self.critic_optim, optim.critic_lr)):
-            optimizer.param_groups[0]["lr"] = rate * (1 - (1 - optim.final) * step / self.config.steps)
+        self.duel.set_rates(step / self.config.steps)
         turns = self.config.critic_steps
         *earlier, last = range(step * turns, (step + 1) * turns)
         for turn in earlier:
             with torch.no_grad():
-                fake = self.draw(batch := self.batch(turn))
-            self.update_critic(batch, fake)
-        fake = self.draw(batch := self.batch(last))
-        terms = self.update_critic(batch, fake.detach())
-        terms["generator"] = self.update_generator(batch, fake)
-        self.average.update(self.accelerator.unwrap_model(self.generator))
+                fake = self.duel.draw(batch := self.batch(turn))
+            self.duel.update_critic(batch, fake)
+        fake = self.duel.draw(batch := self.batch(last))
+        terms = self.duel.update_critic(batch, fake.detach())
+        terms["generator"] = self.duel.update_generator(batch, fake)
+        self.average.update(self.duel.unwrapped_generator)
         return {name: term.detach() for name, term in terms.items()}
-
-    def update_critic(self, batch: Batch, fake: Tensor) -> dict[str, Tensor]:
-        """One step of the critic on real and drawn patches (b, n, p) of the same captions."""
-        self.accelerator.unwrap_model(self.critic).requires_grad_(True)
-        pair = torch.cat([batch.real, fake]).requires_grad_(bool(self.penalties))
-        with twice_differentiable() if self.penalties else nullcontext():
-            scores = self.critic(**batch.sequences.twice().inputs(), patches=pair).float()
-        real_scores, fake_scores = scores.chunk(2)
-        extra = ()
-        if self.loss.needs_distance:
-            extra = self.distance(batch.real, fake), self.config.loss.strength
-        terms = {"critic": self.loss.critic(real_scores, fake_scores, *extra)}
-        total = terms["critic"]
-        if self.penalties:
-            gradients = input_gradients(scores, pair).chunk(2)
-            for name, penalty, gamma in self.penalties:
-                terms[name] = penalty(*gradients)
-                total = total + gamma * terms[name]
-        self.critic_optim.zero_grad()
-        self.accelerator.backward(total)
-        self.critic_optim.step()
-        return terms | {"real": real_scores.mean(), "fake": fake_scores.mean()}
-
-    def update_generator(self, batch: Batch, fake: Tensor) -> Tensor:
-        """One step of the generator by the critic's gradient at what it has drawn."""
-        # no gradient to the critic's weights is wanted, so it is neither made nor synchronised
-        critic = self.accelerator.unwrap_model(self.critic).requires_grad_(False)
-        fake_scores = critic(**batch.sequences.inputs(), patches=fake).float()
-        real_scores = fake_scores  # a loss that is not relativistic does not look at them
-        if self.loss.relativistic:
-            with torch.no_grad():
-                real_scores = critic(**batch.sequences.inputs(), patches=batch.real).float()
-        loss = self.loss.generator(real_scores, fake_scores)
-        self.generator_optim.zero_grad()
-        self.accelerator.backward(loss)
-        self.generator_optim.step()
-        return loss
 
     def look(self, path: Path) -> dict[str, float]:
         """Draw a contact sheet with the averaged generator; its marks, if there is an exam."""
         if not self.accelerator.is_main_process:
             return {}
-        rows = row_captions(self.held_out)
+        rows = self.held_out.examples(10)
         captions = [caption for caption in rows for _ in range(10)]
         save_sheet(path, self.canvas.draw(self.average.model, captions, seeded("sheet")), rows)
         if self.exam is None:
@@ -239,14 +141,6 @@ class Training:
         if self.accelerator.is_main_process:
             self.average.model.save_pretrained(path)
             self.canvas.tokenizer.save_pretrained(path)
-
-
-def row_captions(images: CaptionedImages, rows: int = 10) -> list[str]:
-    """Captions to show: the first of each label in order, or the first different ones."""
-    keys = images.captions if images.labels is None else images.labels.tolist()
-    first = dict(reversed(list(zip(keys, images.captions, strict=True))))
-    chosen = list(dict.fromkeys(keys)) if images.labels is None else sorted(first)
-    return [first[key] for key in chosen[:rows]]
 
 
 def train(training: Training, out: Path) -> dict[str, float]:

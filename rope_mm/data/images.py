@@ -62,6 +62,13 @@ class CaptionedImages:
         wanted = range(len(self)) if indices is None else [int(i) for i in indices]
         return torch.stack([self.decode(row, self.rows[row][self.image]) for row in wanted])
 
+    def examples(self, count: int) -> list[str]:
+        """Captions to show: the first of each label in order, or the first different ones."""
+        if self.labels is None:
+            return list(dict.fromkeys(self.captions))[:count]
+        first = dict(reversed(list(zip(self.labels.tolist(), self.captions, strict=True))))
+        return [first[label] for label in sorted(first)][:count]
+
     def decode(self, row: int, stored: dict) -> Tensor:
         """One image (ch, size, size) from what `datasets` stores: bytes or a path."""
         try:

@@ -40,7 +40,8 @@ def flags(out, **changes):
     """40 steps of two images on a model of toy size, judged only where data.label says so."""
     settings = {
         "config": CONFIG, "out": out, "steps": 40, "batch": 2, "judged": 20, "log_every": 1,
-        "sample_every": 40, "checkpoint_every": 10, "threads": 1, "model.hidden_size": 16, "model.intermediate_size": 16,
+        "sample_every": 40, "checkpoint_every": 10, "threads": 1,
+        "model.hidden_size": 16, "model.intermediate_size": 16, "model.patch_size": 2,
         "model.num_hidden_layers": 1, "data.label": "", **changes,
     }  # fmt: skip
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
@@ -88,9 +89,8 @@ def test_a_run_leaves_its_configuration_metrics_pictures_and_a_model_that_loads(
 
 def test_a_run_killed_in_the_middle_ends_as_if_it_had_not_been(whole, tmp_path):
     out = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(out), env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command(out, **JUDGED), env=environment(), **quiet)
     metrics = out / "metrics.jsonl"
     for _ in range(1200):
         if metrics.exists() and len(metrics.read_text().splitlines()) > 14:
@@ -201,12 +201,13 @@ def test_a_gradient_flows_into_the_generator_and_the_critic_stays_as_it_is(tmp_p
 
     config = load(adversarial.Adversarial, flags(tmp_path))
     training = adversarial.Training(config, Accelerator())
-    critic = {name: p.clone() for name, p in training.critic.named_parameters()}
-    before = {name: p.clone() for name, p in training.generator.named_parameters()}
-    batch = training.batch(0)
-    training.update_generator(batch, training.draw(batch))
-    assert all(torch.equal(p, critic[name]) for name, p in training.critic.named_parameters())
-    assert any(not torch.equal(p, before[name]) for name, p in training.generator.named_parameters())
+    duel, batch = training.duel, training.batch(0)
+    critic = {name: p.clone() for name, p in duel.critic.named_parameters()}
+    generator = {name: p.clone() for name, p in duel.generator.named_parameters()}
+    duel.set_rates(0.0)
+    duel.update_generator(batch, duel.draw(batch))
+    assert all(torch.equal(p, critic[name]) for name, p in duel.critic.named_parameters())
+    assert any(not torch.equal(p, generator[name]) for name, p in duel.generator.named_parameters())
 
 
 def test_captioned_images_of_a_folder_are_drawn_without_labels(tmp_path):
