@@ -4,15 +4,16 @@ from torch import Tensor, nn
 
 
 class PatchHead(nn.Module):
-    """Patches (n, p) read at the n places (b, s) of the image tokens, in order."""
+    """Patches (n, p) read at the n places (b, s) of the image tokens, in order; bounded, within (-1, 1)."""
 
-    def __init__(self, width: int, patch_width: int):
+    def __init__(self, width: int, patch_width: int, bounded: bool = False):
         super().__init__()
-        self.out = nn.Linear(width, patch_width)
+        self.out, self.bounded = nn.Linear(width, patch_width), bounded
 
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
         """x (b, s, c), places (b, s) -> (n, p)."""
-        return self.out(x[places])
+        patches = self.out(x[places])
+        return patches.tanh() if self.bounded else patches
 
 
 class ScoreHead(nn.Module):

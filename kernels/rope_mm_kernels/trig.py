@@ -39,7 +39,8 @@ def turns(position, omega):
     whole = (p * f + ROUND) - ROUND
     # again exact but for the rounding of at most half a turn: 2**-26
     left = tl.fma(p, f, -whole) + p * f_low
-    return left if position.dtype == tl.float32 else less_whole(left + p_low * f)
+    # far out the lower words carry the angle past half a turn
+    return less_whole(left + p_low * f)
 
 
 @triton.jit

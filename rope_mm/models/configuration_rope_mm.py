@@ -18,7 +18,7 @@ class RopeMMConfig(PreTrainedConfig):
 
     `rope_parameters` holds the name of a scheme, `{"scheme": "rope-tv"}`, and any of the scheme's fields to
     change; `theta` is kept under transformers' name, rope_theta. `head_dim` is hidden_size /
-    num_attention_heads where it is 0.
+    num_attention_heads where it is 0. `bounded_patches` end in tanh, for pixels in (-1, 1).
     """
 
     model_type = "rope_mm"
@@ -33,6 +33,7 @@ class RopeMMConfig(PreTrainedConfig):
     head_dim: int = 0
     patch_size: int = 2
     num_channels: int = 1
+    bounded_patches: bool = False
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.1
     tie_word_embeddings: bool = True

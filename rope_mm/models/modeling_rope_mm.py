@@ -101,7 +101,7 @@ class RopeMMForConditionalGeneration(RopeMMPreTrainedModel):
         super().__init__(config)
         self.model = RopeMMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.patch_head = PatchHead(config.hidden_size, config.patch_width)
+        self.patch_head = PatchHead(config.hidden_size, config.patch_width, config.bounded_patches)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:

@@ -134,6 +134,16 @@ def test_words_are_learned(config):
     assert cross_entropy(logits[0, :-1], sequences.input_ids[0, 1:]) < 0.3
 
 
+def test_bounded_patches_are_pixels(config):
+    sequences, patches = inputs(config, STORY)
+    settings = {"hidden_size": 32, "intermediate_size": 48, "initializer_range": 2.0}
+    free, bounded = (
+        RopeMMForConditionalGeneration(read_config(**settings, bounded_patches=b)) for b in (False, True)
+    )
+    assert free(**sequences.inputs(), patches=patches).patches.abs().max() > 1
+    assert bounded(**sequences.inputs(), patches=patches).patches.abs().max() <= 1
+
+
 def test_words_are_left_out_on_request(config):
     sequences, patches = inputs(config, STORY)
     model = RopeMMForConditionalGeneration(config)
