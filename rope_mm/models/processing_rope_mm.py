@@ -54,9 +54,8 @@ def load_tokenizer(name: str = "bytes") -> PreTrainedTokenizerBase:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
         except OSError as error:
-            raise ValueError(
-                f"no tokenizer {name!r}: give bytes, a folder or a hub name ({error})"
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"no tokenizer {name!r}: give bytes, a folder or a hub name ({reason})") from error
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     return tokenizer
 
