@@ -55,7 +55,9 @@ def load_tokenizer(name: str = "bytes") -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(name)
         except OSError as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"no tokenizer {name!r}: give bytes, a folder or a hub name ({reason})") from error
+            raise ValueError(
+                f"no tokenizer {name!r}: give bytes, a folder or a hub name ({reason})"
+            ) from error
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     return tokenizer
 
