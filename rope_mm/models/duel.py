@@ -16,10 +16,10 @@ from rope_mm.models.processing_rope_mm import Sequences
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """A key of GAN_LOSSES, gammas of PENALTIES, and the distance and strength of gan-qp."""
+    """A key of GAN_LOSSES, gammas of PENALTIES (0 leaves one out), the distance and strength of gan-qp."""
 
     name: str = "rpgan"
-    penalties: dict[str, float] = field(default_factory=dict)
+    penalties: dict[str, float] = field(default_factory=lambda: {"r1": 1.0, "r2": 1.0})
     distance: str = "l2"
     strength: float = 10.0
 
@@ -54,7 +54,8 @@ class Duel:
     def __init__(self, model: RopeMMConfig, objective: Objective, optim: Optim, accelerator: Accelerator):
         self.accelerator, self.optim, self.strength = accelerator, optim, objective.strength
         self.loss, self.distance = GAN_LOSSES[objective.name], DISTANCES[objective.distance]
-        self.penalties = [(name, PENALTIES[name], gamma) for name, gamma in objective.penalties.items()]
+        penalties = [(name, PENALTIES[name], gamma) for name, gamma in objective.penalties.items()]
+        self.penalties = [penalty for penalty in penalties if penalty[-1]]
         generator, critic = RopeMMForConditionalGeneration(model), RopeMMCritic(model)
         if not model.tie_word_embeddings:
             generator.lm_head.requires_grad_(False)  # it is not trained here, and processes would wait for it

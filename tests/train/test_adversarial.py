@@ -196,6 +196,13 @@ def test_two_processes_train_together_and_resume_to_the_bit(tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_penalty_of_weight_zero_is_left_out(tmp_path):
+    train(tmp_path / "run", steps=2, **{"loss.penalties": "{r1: 0.0, r2: 0.5}"})
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert "r2" in first
+    assert "r1" not in first
+
+
 def test_a_gradient_flows_into_the_generator_and_the_critic_stays_as_it_is(tmp_path):
     from accelerate import Accelerator
 
