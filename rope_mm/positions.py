@@ -94,9 +94,8 @@ def causal(start: float, t: int, y: int, x: int, rate: float = 1.0, drift: float
     """
     room = rate * y * x
     drift = room if drift is None else drift
-    return lattice((t, y, x), centred(start, room, (1, y, x)), ((drift,) * 3, *UNIT[1:])), room + drift * (
-        t - 1
-    )
+    steps = ((drift,) * 3, *UNIT[1:])
+    return lattice((t, y, x), centred(start, room, (1, y, x)), steps), room + drift * (t - 1)
 
 
 LAYOUTS = Choice(
@@ -132,14 +131,10 @@ def place(
     cursor = cursor or Cursor()
     if cursor.layout not in ("", name):
         raise ValueError(f"this cursor stopped in layout {cursor.layout!r}, so it cannot go on in {name!r}")
-    blocks, start, tokens = (
-        [torch.empty(0, len(chosen.axes), dtype=torch.float64)],
-        cursor.next,
-        cursor.tokens,
-    )
+    a = len(chosen.axes)
+    blocks, start, tokens = [torch.empty(0, a, dtype=torch.float64)], cursor.next, cursor.tokens
     for segment in read_segments(story):
         if isinstance(segment, Text):
-            a = len(chosen.axes)
             block, room = lattice(segment.grid, (start,) * a, ((1,) * a,) * 3), segment.tokens
         else:
             block, room = chosen.unfold(start, *segment.grid, **options)

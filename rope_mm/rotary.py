@@ -1,6 +1,6 @@
 """Rotary, the module that people import: a scheme made ready for heads of one size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from rope_mm import rotation
 from rope_mm.kernels import Turn, check, check_positions, make_turn
+from rope_mm.positions import Cursor
 from rope_mm.schemes import Scheme, read_scheme
+from rope_mm.segments import Segment
 
 
 class Rotary(nn.Module):
@@ -34,7 +36,7 @@ class Rotary(nn.Module):
         super().__init__()
         self.head_dim, self.heads = head_dim, heads
         self.scheme = read_scheme(scheme, **changes)
-        rotation.PAIRINGS[self.scheme.pairing]
+        rotation.PAIRINGS[self.scheme.pairing]  # an unknown one is refused here, not at the first forward
         omega = self.scheme.omega(head_dim, heads)
         self.learned = nn.Parameter(omega.float()) if self.scheme.learnable else None
 
@@ -49,7 +51,7 @@ class Rotary(nn.Module):
             with torch.no_grad():
                 self.learned.copy_(self.scheme.omega(self.head_dim, self.heads))
 
-    def place(self, story, cursor=None):
+    def place(self, story: str | Sequence[Segment], cursor: Cursor | None = None) -> tuple[Tensor, Cursor]:
         """Positions (s, a) of a story and the cursor after it, in this scheme's layout."""
         return self.scheme.place(story, cursor)
 
