@@ -1,6 +1,7 @@
 """The one door to rotation: the Triton kernel where it runs, the definition elsewhere; same arguments."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -9,9 +10,24 @@ from torch import Tensor
 from rope_mm import rotation
 
 
-def served(device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Whether the Triton kernel rotates tensors of this device and dtype."""
-    return torch.device(device).type == "cuda" and dtype != torch.float64 and find_spec("triton") is not None
+@dataclass(frozen=True)
+class Form:
+    """How angles meet channels: pairing, its blocks, whether the last channels are rotated, and a factor."""
+
+    pairing: str = "half"
+    blocks: tuple[int, ...] = ()
+    tail: bool = False
+    factor: float = 1.0
+
+    def __post_init__(self):
+        rotation.PAIRINGS[self.pairing]  # an unknown one is refused here, not at the first forward
+
+
+def served(device: torch.device | str, dtype: torch.dtype, form: Form = Form()) -> bool:
+    """Whether the Triton kernel rotates tensors of this device and dtype in this form."""
+    plain = form.pairing != "block" and not form.tail and form.factor == 1.0
+    gpu = torch.device(device).type == "cuda"
+    return gpu and plain and dtype != torch.float64 and find_spec("triton") is not None
 
 
 def check_heads(q: Tensor, k: Tensor) -> None:
@@ -57,34 +73,58 @@ class Turn:
 
     positions: Tensor
     omega: Tensor
-    pairing: str
+    form: Form
     cos: Tensor | None
     sin: Tensor | None
 
     def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (b, s, h, d) and k (b, s, g, d), rotated."""
         if self.cos is None or self.sin is None:
-            return rotate(q, k, self.positions, self.omega, self.pairing)
+            return rotate(q, k, self.positions, self.omega, **vars(self.form))
         check_heads(q, k)
-        if self.cos.shape[-3] != q.shape[1]:
-            raise ValueError(f"this turn was made for {self.cos.shape[-3]} tokens, but q is {tuple(q.shape)}")
-        table = self.cos, self.sin, self.pairing
-        return rotation.turn_heads(q, *table), rotation.turn_heads(k, *table)
+        return self.one(q), self.one(k)
+
+    def one(self, x: Tensor) -> Tensor:
+        """Heads x (b, s, h, d) of one kind, rotated: keys of other tokens than the queries, or outputs."""
+        if self.cos is None or self.sin is None:
+            return rotate(x, x[:, :, :0], self.positions, self.omega, **vars(self.form))[0]
+        if self.cos.shape[-3] != x.shape[1]:
+            raise ValueError(
+                f"this turn was made for {self.cos.shape[-3]} tokens, but heads are {(*x.shape,)}"
+            )
+        return rotation.turn_heads(x, self.cos, self.sin, self.form.pairing, self.form.blocks, self.form.tail)
+
+    @property
+    def inverse(self) -> "Turn":
+        """The turn that takes this one back, its factor included."""
+        form = replace(self.form, factor=1 / self.form.factor)
+        back = None if self.cos is None else self.cos / self.form.factor**2
+        sine = None if self.sin is None else -self.sin / self.form.factor**2
+        return Turn(self.positions, -self.omega, form, back, sine)
 
 
 def make_turn(
-    positions: Tensor, omega: Tensor, pairing: str = "half", dtype: torch.dtype = torch.float32
+    positions: Tensor, omega: Tensor, form: Form | str = "half", dtype: torch.dtype = torch.float32
 ) -> Turn:
     """What rotating by positions @ Omega needs, on the device of the positions, for heads of this dtype."""
     check_positions(positions, omega)
-    if served(positions.device, dtype):
-        return Turn(positions, omega.to(positions.device), pairing, None, None)
-    cos, sin = rotation.cos_sin(positions, omega, torch.promote_types(dtype, torch.float32))
-    return Turn(positions, omega, pairing, cos, sin)
+    form = Form(form) if isinstance(form, str) else form
+    if served(positions.device, dtype, form):
+        return Turn(positions, omega.to(positions.device), form, None, None)
+    cos, sin = rotation.cos_sin(positions, omega, torch.promote_types(dtype, torch.float32), form.factor)
+    return Turn(positions, omega, form, cos, sin)
 
 
 def rotate(
-    q: Tensor, k: Tensor, positions: Tensor, omega: Tensor, pairing: str = "half"
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    omega: Tensor,
+    pairing: str = "half",
+    *,
+    blocks: Sequence[int] = (),
+    tail: bool = False,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """q (b, s, h, d) and k (b, s, g, d) rotated by positions @ Omega, with gradients to all four.
 
@@ -93,14 +133,18 @@ def rotate(
         k: keys; they may have fewer heads.
         positions: (s, a) or (b, s, a), real numbers.
         omega: radians per step (a, r), or (n, a, r) with n dividing g; head j follows row j * n // heads.
-        pairing: "half" (i, i + r) or "interleaved" (2i, 2i + 1).
+        pairing: "half" (i, i + r), "interleaved" (2i, 2i + 1) or "block" (half within each block).
+        blocks: pairs in each block, for "block".
+        tail: whether the last 2r channels are rotated, not the first.
+        factor: what cosine and sine are multiplied by.
 
     Raises:
         ValueError: shapes that do not fit, positions that are not finite, an unknown pairing.
     """
     check(q, k, positions, omega)
-    if served(q.device, q.dtype):
+    form = Form(pairing, tuple(blocks), tail, factor)
+    if served(q.device, q.dtype, form):
         from rope_mm_kernels.rotary import rotate as triton_rotate  # triton is optional
 
         return triton_rotate(q, k, positions, omega, pairing)
-    return rotation.rotate(q, k, positions.to(q.device), omega, pairing)
+    return rotation.rotate(q, k, positions.to(q.device), omega, **vars(form))

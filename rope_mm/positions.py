@@ -1,119 +1,26 @@
 """Segments -> positions: where each token stands on the axes of its layout, real numbers, 0-based.
 
-A layout is a rule for pictures, `(start, t, y, x) -> positions (t*y*x, a), room`: `start` is where the
-next word would have stood, `room` how far the word after the picture is moved on. Words walk along all axes
-at once, n -> (n, ..., n). Every layout's numbers are halves, which float64 holds exactly; a rate or a
-drift of one's own may round.
+Positions are data, made outside models. A story may come in pieces: a cursor carries on where the last one
+stopped, and the pieces get the numbers that the whole would have got.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from rope_mm.choice import Choice
-from rope_mm.segments import Segment, Text, read_segments
-
-TYX, YX = ("t", "y", "x"), ("y", "x")
-UNIT = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """Where a story stopped: give it back to `place` and the story goes on with the same numbers.
-
-    `next` is the position of the next word, `tokens` how many stand before it, `layout` which rule counted;
-    `Cursor()` is the start of any story.
-    """
-
-    next: float = 0.0
-    tokens: int = 0
-    layout: str = ""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Axes, the rule that unfolds a picture on them, and where the rule was published."""
-
-    axes: tuple[str, ...]
-    unfold: Callable[..., tuple[Tensor, float]]
-    source: str
-
-
-def lattice(grid: Sequence[int], origin: Sequence[float], steps: Sequence[Sequence[float]]) -> Tensor:
-    """Positions (t*y*x, a) of a raster: origin + (t, y, x) @ steps, in raster order."""
-    index = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid))
-    return torch.tensor(origin, dtype=torch.float64) + index @ torch.tensor(steps, dtype=torch.float64)
-
-
-def centred(start: float, room: float, sizes: Sequence[int]) -> list[float]:
-    """First coordinate of a unit grid of each size whose middle is the middle of the room."""
-    return [start + (room - size) / 2 for size in sizes]
-
-
-def flat(start: float, t: int, y: int, x: int):
-    """Patches are counted as words are, row by row."""
-    return lattice((t, y, x), (start,), ((y * x,), (x,), (1,))), t * y * x
-
-
-def grid(start: float, t: int, y: int, x: int):
-    """Every picture starts at the origin, as in vision towers; words do not count it."""
-    return lattice((t, y, x), (0, 0, 0), UNIT), 0
-
-
-def m_rope(start: float, t: int, y: int, x: int):
-    """The picture hangs from the next word's place; words go on past its longest side, time included."""
-    return lattice((t, y, x), (start,) * 3, UNIT), max(t, y, x)
-
-
-def rope_tie(start: float, t: int, y: int, x: int):
-    """Steps of x+1 down and y+1 across end every picture on the diagonal; a video is pictures in a row."""
-    room = (x + 1) * (y + 1) - 1
-    return lattice((t, y, x), (start + x, start + y), ((room, room), (x + 1, 0), (0, y + 1))), t * room
-
-
-def rope_tv(start: float, t: int, y: int, x: int):
-    """A unit grid in the middle of the room that its tokens would take as words."""
-    room = t * y * x
-    return lattice((t, y, x), centred(start, room, (t, y, x)), UNIT), room
-
-
-def rope_tv_2d(start: float, t: int, y: int, x: int):
-    """RoPE-TV on rows and columns; a video is pictures in a row."""
-    room = y * x
-    return lattice((t, y, x), centred(start, room, (y, x)), ((room, room), (1, 0), (0, 1))), t * room
-
-
-def causal(start: float, t: int, y: int, x: int, rate: float = 1.0, drift: float | None = None):
-    """A frame takes the room of `rate` words a patch, the next one stands `drift` further on all axes.
-
-    Without `drift` a frame drifts by its own room: then a video of unknown length counts as its tokens do and
-    lies symmetric between its words, and no other drift achieves that.
-    """
-    room = rate * y * x
-    drift = room if drift is None else drift
-    steps = ((drift,) * 3, *UNIT[1:])
-    return lattice((t, y, x), centred(start, room, (1, y, x)), steps), room + drift * (t - 1)
-
-
-LAYOUTS = Choice(
-    "layout",
-    {
-        "flat": Layout(("t",), flat, "RoFormer, arXiv 2104.09864, over raster tokens"),
-        "grid": Layout(TYX, grid, "axial rotary of vision towers, kexue.fm 8397"),
-        "m-rope": Layout(TYX, m_rope, "Qwen2-VL, arXiv 2409.12191"),
-        "rope-tie": Layout(YX, rope_tie, "kexue.fm 10040"),
-        "rope-tv": Layout(TYX, rope_tv, "kexue.fm 10352"),
-        "rope-tv-2d": Layout(YX, rope_tv_2d, "kexue.fm 10352"),
-        "rope-tv-causal": Layout(TYX, causal, "kexue.fm 10352, made causal: see `causal`"),
-    },
-)
+from rope_mm.lattice import Cursor, diagonal
+from rope_mm.layouts import LAYOUTS, Layout
+from rope_mm.segments import Audio, Frames, Segment, Sound, Still, Text, Video, read_segments
 
 
 def place(
-    story: str | Sequence[Segment], layout: str = "rope-tv", cursor: Cursor | None = None, **options: float
+    story: str | Sequence[Segment], layout: str = "rope-tv", cursor: Cursor | None = None, **options: Any
 ) -> tuple[Tensor, Cursor]:
     """Positions (s, a) float64 of a story's tokens, and the cursor from which the story can go on.
 
@@ -121,42 +28,161 @@ def place(
         story: segments, or their text form "text:5 image:2x3".
         layout: a key of LAYOUTS.
         cursor: where an earlier call stopped; the start if None.
-        options: the layout's own numbers, `rate` and `drift` of "rope-tv-causal".
+        options: the layout's own numbers, such as `rate` and `drift` of "rope-tv-causal".
 
     Raises:
-        ValueError: an unknown layout or option, or a cursor of another layout.
+        ValueError: an unknown layout or option, a cursor of another layout, frames or sound without their
+            video, or more frames where the layout would have to move those already placed.
     """
     chosen = LAYOUTS[layout]
     name = spell(layout, read_options(layout, options))
     cursor = cursor or Cursor()
     if cursor.layout not in ("", name):
         raise ValueError(f"this cursor stopped in layout {cursor.layout!r}, so it cannot go on in {name!r}")
-    a = len(chosen.axes)
-    blocks, start, tokens = [torch.empty(0, a, dtype=torch.float64)], cursor.next, cursor.tokens
+    blocks = [torch.empty(0, len(chosen.axes), dtype=torch.float64)]
     for segment in read_segments(story):
-        if isinstance(segment, Text):
-            block, room = lattice(segment.grid, (start,) * a, ((1,) * a,) * 3), segment.tokens
-        else:
-            block, room = chosen.unfold(start, *segment.grid, **options)
+        block, cursor = place_segment(segment, chosen, replace(cursor, layout=name), options)
         blocks.append(block)
-        start, tokens = start + room, tokens + segment.tokens
-    return torch.cat(blocks), Cursor(start, tokens, name)
+    return torch.cat(blocks), cursor
 
 
-def read_options(layout: str, options: dict[str, float]) -> dict[str, float]:
+def place_segment(
+    seen: Segment, layout: Layout, at: Cursor, options: dict[str, Any]
+) -> tuple[Tensor, Cursor]:
+    """Positions of one segment, and the cursor after it."""
+    a, video = len(layout.axes), ()
+    match seen:
+        case Still():
+            block, after, video = torch.zeros(seen.tokens, a, dtype=torch.float64), at.next, at.video
+        case Frames():
+            block, after, video = more_frames(seen, layout, at, options)
+        case Sound():
+            block, after, video = more_sound(seen, layout, at)
+        case Text() | Audio():
+            block, after = layout.words(at, seen.tokens, a)
+        case _:
+            block, after = layout.picture(at, seen, **options)
+            video = (at.next, *seen.grid, getattr(seen, "seconds", 1.0), 0)
+    pictures = at.pictures + (not isinstance(seen, Still | Text | Audio | Frames))
+    return block, Cursor(after, at.tokens + seen.tokens, pictures, at.layout, video)
+
+
+def more_frames(seen: Frames, layout: Layout, at: Cursor, options: dict[str, Any]):
+    """What a longer video would have had at its end, if it had the same at its beginning."""
+    if not at.video or at.video[2:5] != (seen.y, seen.x, seen.seconds):
+        raise ValueError(f"{seen} must come after a video of the same rows, columns and seconds")
+    start, t, y, x, seconds, sound = at.video
+    begun = replace(at, next=start, pictures=at.pictures - 1)
+    shorter, longer = (Video(int(n), int(y), int(x), seconds) for n in (t, t + seen.t))
+    before, _ = layout.picture(begun, shorter, **options)
+    block, after = layout.picture(begun, longer, **options)
+    if not torch.equal(block[: len(before)], before):
+        raise ValueError(
+            f"layout {at.layout!r} places a frame by the number of all frames, so {seen} would move those "
+            "before it; give the whole video at once, or take a causal layout such as 'rope-tv-causal'"
+        )
+    return block[len(before) :], max(after, at.next), (start, t + seen.t, y, x, seconds, sound)
+
+
+def more_sound(seen: Sound, layout: Layout, at: Cursor):
+    """Tokens of 40 ms along the video's own clock, from where its sound stopped."""
+    if not at.video:
+        raise ValueError(f"{seen} must come after the video that it goes with; write audio for sound alone")
+    if layout.clock is None:
+        timed = [name for name, other in LAYOUTS.items() if other.clock]
+        raise ValueError(f"layout {at.layout!r} has no clock for {seen} to keep time with; take {timed}")
+    start, *shape, sound = at.video
+    step = layout.clock / 25
+    block, _ = diagonal(replace(at, next=0.0), seen.tokens, len(layout.axes))
+    block = start + step * (sound + block)
+    after = max(at.next, math.floor(block.max().item()) + 1)
+    return block, after, (start, *shape, sound + seen.tokens)
+
+
+def read_options(layout: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options that differ from the layout's own.
 
     Raises:
         ValueError: an option that the layout does not take.
     """
-    parameters = inspect.signature(LAYOUTS[layout].unfold).parameters.values()
+    parameters = inspect.signature(LAYOUTS[layout].picture).parameters.values()
     known = {p.name: p.default for p in parameters if p.default is not p.empty}
     if unknown := set(options) - set(known):
         raise ValueError(f"layout {layout!r} takes {list(known) or 'no options'}, not {sorted(unknown)}")
     return {name: value for name, value in options.items() if value != known[name]}
 
 
-def spell(layout: str, options: dict[str, float]) -> str:
+def spell(layout: str, options: dict[str, Any]) -> str:
     """A layout and its options in one word, such as rope-tv-causal(rate=0.5)."""
     inner = ", ".join(f"{key}={value}" for key, value in sorted(options.items()))
     return f"{layout}({inner})" if inner else layout
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Stories side by side: positions (b, s, a), which tokens are there (b, s), and a cursor for each row."""
+
+    positions: Tensor
+    mask: Tensor
+    cursors: tuple[Cursor, ...]
+
+
+def place_rows(
+    stories: Sequence[str | Sequence[Segment]],
+    layout: str = "rope-tv",
+    cursors: Sequence[Cursor] | None = None,
+    padding_side: str = "right",
+    **options: Any,
+) -> Rows:
+    """Positions of a batch of stories, each counted for itself and padded with zeros to the longest.
+
+    Raises:
+        ValueError: as `place`, and where there are not as many cursors as stories or no such side.
+    """
+    cursors = cursors or [Cursor()] * len(stories)
+    if len(cursors) != len(stories):
+        raise ValueError(f"{len(stories)} stories need as many cursors, not {len(cursors)}")
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side must be 'left' or 'right', not {padding_side!r}")
+    placed = [place(story, layout, at, **options) for story, at in zip(stories, cursors, strict=True)]
+    rows, after = zip(*placed, strict=True)
+    masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    positions, mask = (
+        pad_sequence(list(x), batch_first=True, padding_side=padding_side) for x in (rows, masks)
+    )
+    return Rows(positions, mask, after)
+
+
+def pack(
+    stories: Sequence[str | Sequence[Segment]], layout: str = "rope-tv", **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Positions (s, a) of stories in one row, each counted from its own start, and their numbers (s,)."""
+    rows = [place(story, layout, **options)[0] for story in stories]
+    return torch.cat(rows), torch.repeat_interleave(torch.tensor([len(row) for row in rows]))
+
+
+def augment(
+    positions: Tensor,
+    shift: float = 0.0,
+    jitter: float = 1.0,
+    rescale: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Positions (..., s, a) moved and scaled at random, for training at other sizes (DINOv3).
+
+    Every axis is moved by up to `shift` either way, then multiplied by a number between 1 / jitter and
+    jitter; then all are multiplied by one between 1 / rescale and rescale. Factors are even in the logarithm.
+
+    Raises:
+        ValueError: a negative shift or a factor below 1.
+    """
+    if shift < 0 or min(jitter, rescale) < 1:
+        raise ValueError(f"shift {shift} must be >= 0, jitter {jitter} and rescale {rescale} >= 1")
+
+    def draw(n: int, reach: float) -> Tensor:
+        return (2 * torch.rand(n, generator=generator, dtype=torch.float64) - 1) * reach
+
+    a = positions.shape[-1]
+    move, stretch, scale = draw(a, shift), draw(a, math.log(jitter)), draw(1, math.log(rescale))
+    move, factor = (x.to(positions) for x in (move, (stretch + scale).exp()))
+    return (positions + move) * factor

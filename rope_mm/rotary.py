@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from rope_mm import rotation
-from rope_mm.kernels import Turn, check, check_positions, make_turn
-from rope_mm.positions import Cursor
-from rope_mm.schemes import Scheme, read_scheme
+from rope_mm.kernels import Form, Turn, check, check_heads, check_positions, make_turn
+from rope_mm.lattice import Cursor
+from rope_mm.scheme import Scheme
+from rope_mm.schemes import read_scheme
 from rope_mm.segments import Segment
 
 
@@ -36,14 +37,19 @@ class Rotary(nn.Module):
         super().__init__()
         self.head_dim, self.heads = head_dim, heads
         self.scheme = read_scheme(scheme, **changes)
-        rotation.PAIRINGS[self.scheme.pairing]  # an unknown one is refused here, not at the first forward
-        omega = self.scheme.omega(head_dim, heads)
+        scheme = self.scheme
+        self.form = Form(scheme.pairing, scheme.blocks(head_dim), scheme.slot == "tail", scheme.factor)
+        omega = scheme.omega(head_dim, heads)
         self.learned = nn.Parameter(omega.float()) if self.scheme.learnable else None
 
     @property
     def omega(self) -> Tensor:
         """Omega (a, r) or (h, a, r): the learned one, float32, or the scheme's, rebuilt in float64."""
-        return self.scheme.omega(self.head_dim, self.heads) if self.learned is None else self.learned
+        return self.omega_at(0.0)
+
+    def omega_at(self, length: float | Sequence[float]) -> Tensor:
+        """Omega for positions below `length`, one number or one per axis; a learned one has no other."""
+        return self.scheme.omega(self.head_dim, self.heads, length) if self.learned is None else self.learned
 
     def reset_parameters(self) -> None:
         """Set a learned Omega back to the scheme's; needed after `to_empty` on a meta-device model."""
@@ -55,31 +61,69 @@ class Rotary(nn.Module):
         """Positions (s, a) of a story and the cursor after it, in this scheme's layout."""
         return self.scheme.place(story, cursor)
 
-    def turn(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Turn:
-        """The work of one forward for positions (s, a) or (b, s, a), done once; every layer is given it."""
-        return make_turn(positions, self.omega, self.scheme.pairing, dtype)
+    def lengthened(self, positions: Tensor, length: float | Sequence[float] | None) -> Tensor:
+        """Omega for these positions: `length`, or one past the furthest on each axis where it matters."""
+        if length is None and self.scheme.needs_length and positions.numel():
+            length = (positions.detach().flatten(0, -2).amax(0) + 1).tolist()
+        return self.omega_at(length or 0.0)
 
-    def cos_sin(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def turn(
+        self,
+        positions: Tensor,
+        dtype: torch.dtype = torch.float32,
+        length: float | Sequence[float] | None = None,
+    ) -> Turn:
+        """The work of one forward for positions (s, a) or (b, s, a), done once; every layer is given it.
+
+        `length` is for schemes whose Omega depends on it, where these positions are not the whole sequence.
+        """
+        return make_turn(positions, self.lengthened(positions, length), self.form, dtype)
+
+    def cos_sin(
+        self,
+        positions: Tensor,
+        dtype: torch.dtype = torch.float32,
+        length: float | Sequence[float] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Tables (..., s, 2r) as Hugging Face models expect them, each angle on both channels of its pair.
 
         Raises:
             ValueError: a per-head Omega, which has no such table.
         """
-        check_positions(positions, self.omega)
-        cos, sin = rotation.cos_sin(positions, self.omega, dtype)
+        omega = self.lengthened(positions, length)
+        check_positions(positions, omega)
+        cos, sin = rotation.cos_sin(positions, omega, dtype, self.form.factor)
         if cos.shape[-2] != 1:
             raise ValueError(
                 f"a table is shared by all heads, but this Omega has {cos.shape[-2]}; call the module"
             )
-        _, join = rotation.PAIRINGS[self.scheme.pairing]
-        return join(cos, cos).squeeze(-2), join(sin, sin).squeeze(-2)
+        _, join = rotation.PAIRINGS[self.form.pairing]
+        blocks = self.form.blocks
+        return join(cos, cos, blocks).squeeze(-2), join(sin, sin, blocks).squeeze(-2)
 
-    def forward(self, q: Tensor, k: Tensor, where: Tensor | Turn) -> tuple[Tensor, Tensor]:
-        """Rotated q (b, s, h, d) and k (b, s, g, d); `where` is positions (s, a) or (b, s, a), or a turn."""
+    def forward(
+        self, q: Tensor, k: Tensor, where: Tensor | Turn, k_where: Tensor | Turn | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated q (b, s, h, d) and k (b, s, g, d); `where` is positions (s, a) or (b, s, a), or a turn.
+
+        With `k_where` the keys stand elsewhere and may be other in number, as in cross-attention.
+        """
+        if k_where is not None:
+            return self.one(q, where), self.one(k, k_where)
         if isinstance(where, Turn):
             return where(q, k)
-        check(q, k, where, self.omega)
-        return self.turn(where.to(q.device), q.dtype)(q, k)
+        check_heads(q, k)
+        return self.prepare(q, where)(q, k)
+
+    def one(self, x: Tensor, where: Tensor | Turn) -> Tensor:
+        """Rotated heads x (b, s, h, d) of one kind; `rope.turn(p).inverse.one(x)` takes them back."""
+        return (where if isinstance(where, Turn) else self.prepare(x, where)).one(x)
+
+    def prepare(self, x: Tensor, positions: Tensor) -> Turn:
+        """A turn for the heads x at these positions, checked."""
+        omega = self.lengthened(positions, None)
+        check(x, x, positions, omega)
+        return make_turn(positions.to(x.device), omega, self.form, x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         # `.to(bfloat16)` would cost a learned Omega 0.7 rad at position 4095, so it moves but is never cast

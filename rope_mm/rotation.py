@@ -4,6 +4,8 @@ Layouts of q and k are (b, s, h, d). Angles are made in float64 (float32 where a
 rotation runs in float32 or wider, and the result has the input's dtype.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,47 +16,74 @@ def angles(positions: Tensor, omega: Tensor) -> Tensor:
     """Radians (..., s, n, r) from positions (..., s, a) and Omega (a, r), n = 1, or (n, a, r)."""
     wide = torch.float32 if positions.device.type == "mps" else torch.float64
     omega = omega.reshape(-1, *omega.shape[-2:]).to(positions.device, wide)
-    return torch.einsum("...sa,nar->...snr", positions.to(wide), omega)
+    with torch.autocast(positions.device.type, enabled=False):
+        return torch.einsum("...sa,nar->...snr", positions.to(wide), omega)
 
 
-def cos_sin(positions: Tensor, omega: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (..., s, n, r) of the angles."""
+def cos_sin(
+    positions: Tensor, omega: Tensor, dtype: torch.dtype = torch.float32, factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (..., s, n, r) of the angles, times `factor` (YaRN's attention factor)."""
     angle = angles(positions, omega)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return (factor * angle.cos()).to(dtype), (factor * angle.sin()).to(dtype)
 
 
-def split_half(x: Tensor) -> tuple[Tensor, ...]:
+def split_half(x: Tensor, blocks: Sequence[int] = ()) -> tuple[Tensor, ...]:
     """Channels (i, i + r)."""
     return x.chunk(2, dim=-1)
 
 
-def join_half(first: Tensor, second: Tensor) -> Tensor:
+def join_half(first: Tensor, second: Tensor, blocks: Sequence[int] = ()) -> Tensor:
     """The inverse of `split_half`."""
     return torch.cat((first, second), dim=-1)
 
 
-def split_interleaved(x: Tensor) -> tuple[Tensor, ...]:
+def split_interleaved(x: Tensor, blocks: Sequence[int] = ()) -> tuple[Tensor, ...]:
     """Channels (2i, 2i + 1)."""
     return x.unflatten(-1, (-1, 2)).unbind(-1)
 
 
-def join_interleaved(first: Tensor, second: Tensor) -> Tensor:
+def join_interleaved(first: Tensor, second: Tensor, blocks: Sequence[int] = ()) -> Tensor:
     """The inverse of `split_interleaved`."""
     return torch.stack((first, second), dim=-1).flatten(-2)
 
 
+def split_block(x: Tensor, blocks: Sequence[int] = ()) -> tuple[Tensor, ...]:
+    """Within each block of n pairs, one after another, channels (i, i + n) of the block (Gemma 4's tower)."""
+    halves = zip(*(part.chunk(2, dim=-1) for part in x.split([2 * n for n in blocks], dim=-1)), strict=True)
+    return tuple(torch.cat(half, dim=-1) for half in halves)
+
+
+def join_block(first: Tensor, second: Tensor, blocks: Sequence[int] = ()) -> Tensor:
+    """The inverse of `split_block`."""
+    parts = zip(first.split(list(blocks), dim=-1), second.split(list(blocks), dim=-1), strict=True)
+    return torch.cat([half for pair in parts for half in pair], dim=-1)
+
+
 PAIRINGS = Choice(
-    "pairing", {"half": (split_half, join_half), "interleaved": (split_interleaved, join_interleaved)}
+    "pairing",
+    {
+        "half": (split_half, join_half),
+        "interleaved": (split_interleaved, join_interleaved),
+        "block": (split_block, join_block),
+    },
 )
 
 
-def turn_heads(x: Tensor, cos: Tensor, sin: Tensor, pairing: str = "half") -> Tensor:
-    """Heads x (b, s, h, d) with their first 2r channels rotated by cos, sin (..., s, n, r).
+def turn_heads(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pairing: str = "half",
+    blocks: Sequence[int] = (),
+    tail: bool = False,
+) -> Tensor:
+    """Heads x (b, s, h, d) with their first 2r channels, or last, rotated by cos, sin (..., s, n, r).
 
     Head j follows row j * n // h of the n rows (RoFormer, equation 34).
 
     Raises:
-        ValueError: more pairs than channels, or heads that n does not divide.
+        ValueError: more pairs than channels, heads that n does not divide, blocks that do not sum to r.
     """
     split, join = PAIRINGS[pairing]
     (h, d), (n, r) = x.shape[-2:], cos.shape[-2:]
@@ -62,23 +91,39 @@ def turn_heads(x: Tensor, cos: Tensor, sin: Tensor, pairing: str = "half") -> Te
         raise ValueError(f"{r} pairs need {2 * r} channels, but a head has {d}; take a smaller Omega")
     if h % n:
         raise ValueError(f"Omega has {n} heads, which must divide the {h} heads of q and of k")
+    if pairing == "block" and sum(blocks) != r:
+        raise ValueError(f"blocks {tuple(blocks)} must sum to the {r} pairs of Omega")
     if n > 1:
         cos, sin = cos.repeat_interleave(h // n, dim=-2), sin.repeat_interleave(h // n, dim=-2)
-    rotated, rest = x.to(torch.promote_types(x.dtype, cos.dtype)).split((2 * r, d - 2 * r), dim=-1)
-    first, second = split(rotated)
-    return torch.cat((join(first * cos - second * sin, first * sin + second * cos), rest), dim=-1).to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    before, rotated, after = wide.split((d - 2 * r, 2 * r, 0) if tail else (0, 2 * r, d - 2 * r), dim=-1)
+    first, second = split(rotated, blocks)
+    turned = join(first * cos - second * sin, first * sin + second * cos, blocks)
+    return torch.cat((before, turned, after), dim=-1).to(x.dtype)
 
 
 def rotate(
-    q: Tensor, k: Tensor, positions: Tensor, omega: Tensor, pairing: str = "half"
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    omega: Tensor,
+    pairing: str = "half",
+    *,
+    blocks: Sequence[int] = (),
+    tail: bool = False,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """q (b, s, h, d) and k (b, s, g, d) rotated by positions @ Omega, with gradients to all four.
 
     Args:
-        q: queries; k: keys, whose heads g may be fewer.
+        q: queries.
+        k: keys, whose heads g may be fewer.
         positions: (s, a) or (b, s, a), real numbers.
         omega: (a, r), or (n, a, r) with n dividing g.
-        pairing: "half" or "interleaved".
+        pairing: "half", "interleaved", or "block" with the pairs of each of its `blocks`.
+        blocks: pairs in each block, for "block".
+        tail: whether the last 2r channels are rotated, not the first.
+        factor: what cosine and sine are multiplied by.
     """
-    cos, sin = cos_sin(positions, omega, torch.promote_types(q.dtype, torch.float32))
-    return turn_heads(q, cos, sin, pairing), turn_heads(k, cos, sin, pairing)
+    cos, sin = cos_sin(positions, omega, torch.promote_types(q.dtype, torch.float32), factor)
+    return turn_heads(q, cos, sin, pairing, blocks, tail), turn_heads(k, cos, sin, pairing, blocks, tail)

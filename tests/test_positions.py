@@ -12,6 +12,12 @@ SEGMENTS = st.one_of(
     st.builds(Text, SIZES), st.builds(Image, SIZES, SIZES), st.builds(Video, SIZES, SIZES, SIZES)
 )
 STORIES = st.lists(SEGMENTS, min_size=1, max_size=6)
+OWN_WORDS = {
+    "flux": [[0, 0, 0], [0, 0, 0]],
+    "flux2": [[0, 0, 0, 0], [0, 0, 0, 1]],
+    "lumina": [[0, 0, 0], [1, 0, 0]],
+    "z-image": [[1, 0, 0], [2, 0, 0]],
+}
 SYMMETRIC = ("flat", "rope-tie", "rope-tv", "rope-tv-2d", "rope-tv-causal")
 EQUIVALENT = ("flat", "rope-tv", "rope-tv-2d", "rope-tv-causal")
 CAUSAL = (
@@ -64,13 +70,18 @@ def test_words_after_a_long_video_go_on_past_its_last_frame():
     assert cursor.next == 27
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in OWN_WORDS])
 @given(words=st.integers(1, 50))
 def test_text_alone_is_counted_on_every_axis(layout, words):
     positions, cursor = place([Text(words)], layout)
     expected = torch.arange(words, dtype=torch.float64)
     assert torch.equal(positions, expected[:, None].expand(-1, len(LAYOUTS[layout].axes)))
     assert (cursor.next, cursor.tokens) == (words, words)
+
+
+@pytest.mark.parametrize("layout", OWN_WORDS)
+def test_words_of_diffusion_transformers_walk_where_their_models_put_them(layout):
+    assert place([Text(2)], layout)[0].tolist() == OWN_WORDS[layout]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

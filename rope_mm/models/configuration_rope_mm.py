@@ -7,7 +7,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from rope_mm.schemes import Scheme, read_scheme
+from rope_mm.scheme import Scheme
+from rope_mm.schemes import read_scheme
 
 HF_ONLY = ("rope_type",)  # transformers writes it into every rope_parameters
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedModel, PreTrain
 from rope_mm.attention import ranks
 from rope_mm.embed import to_images, to_patches
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
-from rope_mm.schemes import Scheme
+from rope_mm.scheme import Scheme
 from rope_mm.segments import Image, Segment, Text
 
 IMAGE_TOKEN = "<image>"
