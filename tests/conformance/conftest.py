@@ -48,7 +48,7 @@ def table() -> str:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if session.config.getoption("--write-table") and not exitstatus:
+    if session.config.getoption("--write-table", default=False) and not exitstatus:
         text = README.read_text()
         before, rest = text.split(BEGIN)
         README.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}")
