@@ -5,6 +5,7 @@ ladder on which rung it stands; a spacing how fast the rungs turn.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -136,8 +137,12 @@ def shared_ladder(groups: list[int]) -> tuple[list[int], list[int]]:
 
 def own_ladder(groups: list[int]) -> tuple[list[int], list[int]]:
     """Each axis runs down its own whole ladder: the i-th of its n pairs is on rung i of n (axial)."""
-    rungs = [groups[:pair].count(group) for pair, group in enumerate(groups)]
-    return rungs, [groups.count(group) for group in groups]
+    counted = Counter()
+    rungs = []
+    for group in groups:
+        rungs.append(counted[group])
+        counted[group] += 1
+    return rungs, [counted[group] for group in groups]
 
 
 def dealt_ladder(groups: list[int]) -> tuple[list[int], list[int]]:
@@ -230,7 +235,7 @@ def make_omega(
     rung, rungs = (torch.tensor(x, dtype=torch.float64) for x in LADDERS[ladder](groups))
     speed = SPACINGS[spacing](rung, rungs, theta, band)
     speed = extend(Rungs(speed, rung, rungs, theta, vectors))
-    return (vectors * speed).expand(heads, axes, pairs)
+    return (vectors * speed).repeat(heads // len(vectors), 1, 1)
 
 
 def ownership_map(omega: Tensor, axes: Sequence[str]) -> str:

@@ -47,7 +47,7 @@ def check(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor) -> None:
 
 
 def check_positions(positions: Tensor, omega: Tensor) -> None:
-    """Refuse positions that are not finite or lack the axes of Omega."""
+    """Refuse positions that are not finite, too coarse to count or lack the axes of Omega."""
     if omega.dim() not in (2, 3) or not omega.numel():
         raise ValueError(
             f"Omega must be (a, r) or (heads, a, r) and hold something, not {tuple(omega.shape)}"
@@ -56,6 +56,11 @@ def check_positions(positions: Tensor, omega: Tensor) -> None:
         raise ValueError(
             f"positions {tuple(positions.shape)} must be (s, a) or (b, s, a), "
             f"with the a = {omega.shape[-2]} axes of Omega"
+        )
+    if positions.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"positions in {positions.dtype} cannot count past 256 or 2048; give whole numbers, float32 or "
+            "float64 (FSDP casts a module's inputs unless cast_forward_inputs=False)"
         )
     # an accelerator would make the host wait for the answer, and a traced graph cannot ask
     if positions.device.type != "cpu" or torch.compiler.is_compiling():

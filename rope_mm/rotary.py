@@ -40,7 +40,8 @@ class Rotary(nn.Module):
         scheme = self.scheme
         self.form = Form(scheme.pairing, scheme.blocks(head_dim), scheme.slot == "tail", scheme.factor)
         omega = scheme.omega(head_dim, heads)
-        self.learned = nn.Parameter(omega.float()) if self.scheme.learnable else None
+        device = torch.get_default_device()  # the meta device, where a model is built without its weights
+        self.learned = nn.Parameter(omega.to(device, torch.float32)) if scheme.learnable else None
 
     @property
     def omega(self) -> Tensor:
@@ -48,8 +49,19 @@ class Rotary(nn.Module):
         return self.omega_at(0.0)
 
     def omega_at(self, length: float | Sequence[float]) -> Tensor:
-        """Omega for positions below `length`, one number or one per axis; a learned one has no other."""
-        return self.scheme.omega(self.head_dim, self.heads, length) if self.learned is None else self.learned
+        """Omega for positions below `length`, one number or one per axis; a learned one has no other.
+
+        Raises:
+            ValueError: a learned Omega that something has cast below float32.
+        """
+        if self.learned is None:
+            return self.scheme.omega(self.head_dim, self.heads, length)
+        if self.learned.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"the learned Omega arrives in {self.learned.dtype}, which loses angles; under FSDP's mixed "
+                "precision shard this module by itself, without a policy, before its parents"
+            )
+        return self.learned
 
     def reset_parameters(self) -> None:
         """Set a learned Omega back to the scheme's; needed after `to_empty` on a meta-device model."""

@@ -16,7 +16,7 @@ from rope_mm.positions import place, read_options
 from rope_mm.segments import Segment
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Scheme:
     """Where tokens stand and how fast each pair of channels turns; frozen, hashable, printable, JSON.
 
@@ -78,10 +78,9 @@ class Scheme:
     @property
     def word_axes(self) -> set[str]:
         """Axes along which words are counted."""
-        words, _ = LAYOUTS[self.layout].words(Cursor(), 2, len(self.axes))
-        return {
-            axis for axis, (first, second) in zip(self.axes, words.T.tolist(), strict=True) if first != second
-        }
+        with torch.device("cpu"):
+            words, _ = LAYOUTS[self.layout].words(Cursor(), 2, len(self.axes))
+        return {axis for axis, place in zip(self.axes, words.T.tolist(), strict=True) if place[0] != place[1]}
 
     @property
     def factor(self) -> float:
@@ -122,44 +121,25 @@ class Scheme:
         Raises:
             ValueError: a head_dim that is odd or leaves no pair to rotate.
         """
-        order, rows = self.order or self.axes, heads or 1
         lengths = [length] * len(self.axes) if isinstance(length, int | float) else length
-        pairs, ladders = self.pairs(head_dim) * (rows if self.across else 1), 1 if self.across else rows
-        padded = head_dim // 2 * (rows if self.across else 1) if self.slot == "padded" else pairs
-        if self.slot == "padded" and self.ownership == "round-robin":
-            pairs -= pairs % len(order)  # whole rounds only
+        with torch.device("cpu"):  # data, also where models are built on the meta device
+            omega = fill_omega(self, head_dim, heads or 1, lengths)
+        return omega if heads else omega[0]
 
-        def extend(ladder: Rungs) -> Tensor:
-            for extension in self.extensions:
-                of_order = [lengths[self.axes.index(axis)] for axis in order]
-                ladder = ladder._replace(speed=extension.extend(ladder, of_order, order))
-            return ladder.speed
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The layout, and every field that is not the default."""
+        mine = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: value for name, (value, default) in mine.items() if value != default}
 
-        omega = make_omega(
-            len(order), pairs, self.theta, self.ownership, self.shares, self.ladder, self.spacing, self.band,
-            extend, ladders,
-        )  # fmt: skip
-        scale = torch.tensor(self.scale, dtype=torch.float64).expand(len(order))
-        turning = pairs - int(self.still * pairs)
-        full = torch.zeros(ladders, len(self.axes), padded, dtype=torch.float64)
-        full[:, [self.axes.index(axis) for axis in order], padded - pairs : padded - pairs + turning] = (
-            omega * scale[:, None]
-        )[..., :turning]
-        if self.across:
-            full = full.view(len(self.axes), rows, -1).transpose(0, 1)
-        return full if heads else full[0]
+    def __repr__(self) -> str:
+        return f"Scheme({', '.join(f'{name}={value!r}' for name, value in self.changed.items())})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field that is not the default, as JSON can hold it."""
-        fresh = Scheme(layout=self.layout)
-        mine = {f.name: getattr(self, f.name) for f in fields(self)}
-        kept = {
-            name: value for name, value in mine.items() if name == "layout" or value != getattr(fresh, name)
-        }
-        names = {cls: name for name, cls in EXTENSIONS.items()}
-        if self.extensions:
-            kept["extensions"] = [{"rope_type": names[type(x)], **asdict(x)} for x in self.extensions]
-        return kept
+        """The fields that are not the default, as JSON can hold them."""
+        names = {kind: name for name, kind in EXTENSIONS.items()}
+        extensions = [{"rope_type": names[type(x)], **asdict(x)} for x in self.extensions]
+        return self.changed | ({"extensions": extensions} if extensions else {})
 
     @classmethod
     def from_dict(cls, entries: dict[str, Any]) -> "Scheme":
@@ -183,6 +163,32 @@ class Scheme:
         if "extensions" in changes:
             changes["extensions"] = tuple(map(read_extension, changes["extensions"]))
         return replace(self, **changes)
+
+
+def fill_omega(scheme: Scheme, head_dim: int, heads: int, lengths: Sequence[float]) -> Tensor:
+    """Omega (heads, a, r) of a scheme; rows of axes that turn no pair are 0."""
+    order = scheme.order or scheme.axes
+    of_order = [scheme.axes.index(axis) for axis in order]
+    # one ladder over the pairs of all heads, or one for each
+    rows, columns = (1, heads) if scheme.across else (heads, 1)
+    pairs = width = scheme.pairs(head_dim) * columns
+    if scheme.slot == "padded":
+        width = head_dim // 2 * columns
+        pairs -= pairs % len(order) if scheme.ownership == "round-robin" else 0  # whole rounds only
+
+    def extend(ladder: Rungs) -> Tensor:
+        for extension in scheme.extensions:
+            reach = [lengths[axis] for axis in of_order]
+            ladder = ladder._replace(speed=extension.extend(ladder, reach, order))
+        return ladder.speed
+
+    ladder = scheme.theta, scheme.ownership, scheme.shares, scheme.ladder, scheme.spacing, scheme.band
+    turning = make_omega(len(order), pairs, *ladder, extend, rows)
+    turning *= torch.tensor(scheme.scale, dtype=torch.float64).expand(len(order))[:, None]
+    turning[..., pairs - int(scheme.still * pairs) :] = 0
+    omega = torch.zeros(rows, len(scheme.axes), width, dtype=torch.float64)
+    omega[:, of_order, width - pairs :] = turning
+    return omega.view(len(scheme.axes), heads, -1).transpose(0, 1) if scheme.across else omega
 
 
 def read_extension(entries: Extension | dict[str, Any]) -> Extension:

@@ -1,3 +1,5 @@
+import json
+from dataclasses import asdict
 from fractions import Fraction
 
 import pytest
@@ -5,11 +7,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rope_mm import LAYOUTS, Cursor, Image, Text, Video, place
+from rope_mm import (
+    LAYOUTS,
+    Audio,
+    Cursor,
+    Frames,
+    Image,
+    Still,
+    Text,
+    Video,
+    augment,
+    film,
+    pack,
+    place,
+    place_rows,
+)
 
 SIZES = st.integers(1, 6)
 SEGMENTS = st.one_of(
-    st.builds(Text, SIZES), st.builds(Image, SIZES, SIZES), st.builds(Video, SIZES, SIZES, SIZES)
+    *(st.builds(kind, SIZES) for kind in (Text, Audio, Still)),
+    st.builds(Image, SIZES, SIZES),
+    st.builds(Video, SIZES, SIZES, SIZES, st.sampled_from([1.0, 0.25, 2.0])),
 )
 STORIES = st.lists(SEGMENTS, min_size=1, max_size=6)
 OWN_WORDS = {
@@ -19,13 +37,9 @@ OWN_WORDS = {
     "z-image": [[1, 0, 0], [2, 0, 0]],
 }
 SYMMETRIC = ("flat", "rope-tie", "rope-tv", "rope-tv-2d", "rope-tv-causal")
-EQUIVALENT = ("flat", "rope-tv", "rope-tv-2d", "rope-tv-causal")
-CAUSAL = (
-    "flat",
-    "rope-tie",
-    "rope-tv-2d",
-    "rope-tv-causal",
-)  # a longer video leaves earlier frames where they are
+EQUIVALENT = ("flat", "rope-tie-fractional", "rope-tv", "rope-tv-2d", "rope-tv-causal", "hunyuan-image")
+# a longer video leaves earlier frames where they are
+CAUSAL = [name for name in LAYOUTS if name not in ("corners", "rope-tv", "stretched", "v2pe")]
 
 
 def one_based(story, layout):
@@ -94,9 +108,9 @@ def test_a_story_placed_in_pieces_is_the_story_placed_at_once(layout, story, cut
         rest = pieces[1][0].length - split
         pieces = [[*pieces[0], Text(split)], [Text(rest), *pieces[1][1:]]]
     whole, end = place(story, layout)
-    cursor, parts = None, []
+    cursor, parts = Cursor(), []
     for piece in pieces:
-        part, cursor = place(piece, layout, cursor)
+        part, cursor = place(piece, layout, Cursor(**json.loads(json.dumps(asdict(cursor)))))
         parts.append(part)
     assert torch.equal(torch.cat(parts), whole)
     assert cursor == end
@@ -106,7 +120,8 @@ def test_a_story_placed_in_pieces_is_the_story_placed_at_once(layout, story, cut
 @given(story=STORIES)
 def test_an_equivalent_layout_counts_a_patch_as_a_word(layout, story):
     _, cursor = place(story, layout)
-    assert cursor.next == cursor.tokens == sum(segment.tokens for segment in story)
+    assert cursor.tokens == sum(segment.tokens for segment in story)
+    assert cursor.next == sum(segment.tokens for segment in story if not isinstance(segment, Still))
 
 
 def assert_symmetric(segment, layout, words=3, **options):
@@ -153,6 +168,127 @@ def test_a_causal_layout_never_moves_a_frame_that_stands(layout, t, y, x, more):
     short, _ = place([Text(2), Video(t, y, x)], layout)
     long, _ = place([Text(2), Video(t + more, y, x)], layout)
     assert torch.equal(long[: len(short)], short)
+
+
+@pytest.mark.parametrize("layout", CAUSAL)
+@given(counts=st.lists(SIZES, min_size=1, max_size=4), y=SIZES, x=SIZES)
+def test_a_movie_of_unknown_length_is_placed_frame_after_frame_as_if_known(layout, counts, y, x):
+    whole, end = place([Text(2), Video(sum(counts), 2 * y, 2 * x), Text(1)], layout)
+    parts, cursor = place([Text(2), Video(counts[0], 2 * y, 2 * x)], layout)
+    for count in counts[1:]:
+        more, cursor = place([Frames(count, 2 * y, 2 * x)], layout, cursor)
+        parts = torch.cat((parts, more))
+    words, cursor = place([Text(1)], layout, cursor)
+    assert torch.equal(torch.cat((parts, words)), whole)
+    assert cursor == end
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in CAUSAL])
+def test_a_layout_that_would_move_placed_frames_refuses_more_of_them(layout):
+    options = {"t": 4.0} if layout == "stretched" else {}
+    _, cursor = place([Text(2), Video(2, 3, 2)], layout, **options)
+    with pytest.raises(ValueError, match="give the whole video at once, or take a causal layout"):
+        place([Frames(1, 3, 2)], layout, cursor, **options)
+
+
+def test_frames_and_sound_need_their_video_and_sound_a_clock():
+    for story in ("text:2 frames:1x2x2", "video:2x2x2 text:1 frames:1x2x2", "video:2x2x2 frames:1x2x3"):
+        with pytest.raises(ValueError, match="must come after a video of the same rows"):
+            place(story, "flat")
+    with pytest.raises(ValueError, match="write audio for sound alone"):
+        place("sound:3", "tm-rope")
+    with pytest.raises(ValueError, match=r"has no clock for sound:3 to keep time with; take \['tm-rope'\]"):
+        place("video:2x2x2 sound:3", "m-rope")
+
+
+def test_qwen2_5_vl_counts_frames_by_the_clock_and_rounds_down():
+    positions, cursor = place([Text(3), Video(4, 1, 2, seconds=0.7), Text(1)], "m-rope-time")
+    assert positions[3:-1:2, 0].tolist() == [3, 4, 5, 7]  # 0, 1.4, 2.8, 4.2
+    assert cursor.next == 9
+
+
+def test_a_film_goes_by_one_clock_for_frames_and_sound():
+    story = film(Video(4, 2, 2, seconds=1.0), sound=90)
+    assert " ".join(map(str, story)) == "video:2x2x2 sound:50 frames:2x2x2 sound:40"
+    positions, cursor = place([Text(5), *story, Text(1)], "tm-rope")
+    frames = torch.cat((positions[5:13], positions[63:71]))
+    sound = torch.cat((positions[13:63], positions[71:111]))
+    assert frames[::4, 0].tolist() == [5, 30, 55, 80]
+    assert frames[:4, 1:].tolist() == [[5, 5], [5, 6], [6, 5], [6, 6]]
+    assert torch.equal(sound, torch.arange(5, 95.0).double()[:, None].expand(-1, 3))
+    assert cursor.next == 96
+
+
+def test_sound_alone_and_words_are_counted_alike():
+    assert torch.equal(place("audio:7 text:2", "tm-rope")[0], place("text:9", "tm-rope")[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_that_stand_still_are_at_the_origin_and_move_nobody(layout):
+    with_still, cursor = place("text:3 still:2 image:2x2 still:1 text:2", layout)
+    without, plain = place("text:3 image:2x2 text:2", layout)
+    still = torch.tensor([3, 4, 9])
+    assert with_still[still].eq(0).all()
+    rest = torch.ones(12, dtype=torch.bool).index_fill(0, still, False)
+    assert torch.equal(with_still[rest], without)
+    assert cursor.next == plain.next
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@given(stories=st.lists(STORIES, min_size=1, max_size=4), more=STORIES)
+def test_rows_of_a_batch_are_the_stories_by_themselves_and_go_on_by_themselves(side, stories, more):
+    rows = place_rows(stories, "rope-tv-causal", padding_side=side)
+    assert rows.positions.shape[:2] == rows.mask.shape
+    for story, row, mask, cursor in zip(stories, rows.positions, rows.mask, rows.cursors, strict=True):
+        alone, end = place(story, "rope-tv-causal")
+        assert torch.equal(row[mask], alone)
+        assert row[~mask].eq(0).all()
+        assert cursor == end
+        pads = mask.logical_not().nonzero().flatten().tolist()
+        assert pads == (list(range(len(pads))) if side == "left" else list(range(len(alone), len(mask))))
+    after = place_rows([more] * len(stories), "rope-tv-causal", rows.cursors)
+    for story, row in zip(stories, after.positions, strict=True):
+        whole, _ = place([*story, *more], "rope-tv-causal")
+        assert torch.equal(row, whole[len(whole) - len(row) :])
+
+
+@given(stories=st.lists(STORIES, min_size=1, max_size=4), size=st.integers(1, 9))
+def test_packed_stories_restart_and_shards_of_a_row_are_its_parts(stories, size):
+    positions, number = pack(stories, "m-rope")
+    for i, story in enumerate(stories):
+        assert torch.equal(positions[number == i], place(story, "m-rope")[0])
+    assert torch.equal(torch.cat(positions.split(size)), positions)
+    assert number.tolist() == sorted(number.tolist())
+
+
+@given(seed=st.integers(0, 99), shift=st.floats(0, 2), jitter=st.floats(1, 3), rescale=st.floats(1, 3))
+def test_augmented_positions_are_moved_and_scaled_within_bounds(seed, shift, jitter, rescale):
+    positions = torch.cartesian_prod(*[torch.linspace(-1, 1, 3, dtype=torch.float64)] * 2)
+    one, same = (
+        augment(positions, shift, jitter, rescale, torch.Generator().manual_seed(seed)) for _ in range(2)
+    )
+    assert torch.equal(one, same)
+    middle, corner = one[4], one[8]
+    factor = corner - middle
+    assert (factor <= jitter * rescale + 1e-9).all() and (factor >= 1 / (jitter * rescale) - 1e-9).all()
+    assert (middle.abs() <= shift * factor + 1e-9).all()
+    assert factor.max() / factor.min() <= jitter**2 + 1e-9  # the axes share one rescale
+    torch.testing.assert_close(one, positions * factor + middle)
+
+
+def test_augmentation_by_nothing_changes_nothing_and_bad_ranges_are_refused():
+    positions, _ = place("text:2 image:2x2", "rope-tv")
+    assert torch.equal(augment(positions), positions)
+    for ranges in ({"shift": -1.0}, {"jitter": 0.5}, {"rescale": 0.9}):
+        with pytest.raises(ValueError, match="must be >= 0"):
+            augment(positions, **ranges)
+
+
+def test_a_batch_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="2 stories need as many cursors, not 1"):
+        place_rows(["text:1", "text:2"], cursors=[Cursor()])
+    with pytest.raises(ValueError, match="'left' or 'right', not 'middle'"):
+        place_rows(["text:1"], padding_side="middle")
 
 
 def test_rope_tv_must_know_how_long_a_video_is():

@@ -2,12 +2,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rope_mm import Image, Segment, Text, Video, parse_segments
+from rope_mm import Audio, Frames, Image, Segment, Sound, Still, Text, Video, film, parse_segments
 from rope_mm.segments import read_segments
 
 SIZES = st.integers(1, 6)
+PACES = st.sampled_from([1.0, 0.5, 0.04, 2.5])
 SEGMENTS = st.one_of(
-    st.builds(Text, SIZES), st.builds(Image, SIZES, SIZES), st.builds(Video, SIZES, SIZES, SIZES)
+    *(st.builds(kind, SIZES) for kind in (Text, Audio, Sound, Still)),
+    st.builds(Image, SIZES, SIZES),
+    *(st.builds(kind, SIZES, SIZES, SIZES, PACES) for kind in (Video, Frames)),
 )
 
 
@@ -30,6 +33,8 @@ def test_a_segment_knows_its_raster_and_its_tokens():
         ("image:2x3x4", "'image:2x3x4' has 3 sizes, but image takes y x x"),
         ("image:0x3", "y must be a whole number >= 1, not 0"),
         ("text:-1", "write text:N"),
+        ("image:2x3@0.5", "only a video has frames to pace"),
+        ("video:2x2x2@0", "seconds must be a number > 0"),
     ],
 )
 def test_a_word_that_is_no_segment_is_refused_with_the_form_that_is(story, message):
@@ -41,6 +46,17 @@ def test_a_word_that_is_no_segment_is_refused_with_the_form_that_is(story, messa
 def test_a_segment_takes_whole_sizes_only(size):
     with pytest.raises(ValueError, match="whole number"):
         Text(size)
+
+
+@given(t=st.integers(1, 9), sound=st.integers(1, 200), seconds=PACES)
+def test_a_film_holds_every_frame_and_every_sound_token_in_chunks_of_two_seconds(t, sound, seconds):
+    story = film(Video(t, 2, 3, seconds), sound)
+    frames = [segment.t for segment in story if isinstance(segment, Video)]
+    tokens = [segment.length for segment in story if isinstance(segment, Sound)]
+    assert (sum(frames), sum(tokens)) == (t, sound)
+    assert isinstance(story[0], Video) and not isinstance(story[0], Frames)
+    assert all(count == 50 for count in tokens[:-1])
+    assert all((count - 1) * seconds < 2 for count in frames)
 
 
 def test_a_story_holds_segments_only():
