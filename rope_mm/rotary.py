@@ -61,7 +61,8 @@ class Rotary(nn.Module):
                 f"the learned Omega arrives in {self.learned.dtype}, which loses angles; under FSDP's mixed "
                 "precision shard this module by itself, without a policy, before its parents"
             )
-        return self.learned
+        whole = getattr(self.learned, "full_tensor", None)  # a DTensor, whose import would cost a second
+        return whole() if whole else self.learned
 
     def reset_parameters(self) -> None:
         """Set a learned Omega back to the scheme's; needed after `to_empty` on a meta-device model."""
