@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from rope_mm import rotation
+from rope_mm import cpu, rotation
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,14 @@ def check_positions(positions: Tensor, omega: Tensor) -> None:
         raise ValueError("positions hold NaN or infinity; every token needs a finite place")
 
 
+def turn_heads(x: Tensor, cos: Tensor, sin: Tensor, form: Form) -> Tensor:
+    """Heads x (b, s, h, d) rotated by tables: on a CPU in place by parts, the definition elsewhere."""
+    # a compiler fuses the definition, and would not see into the parts
+    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    turn = cpu.turn_heads if eager_cpu else rotation.turn_heads
+    return turn(x, cos, sin, form.pairing, form.blocks, form.tail)
+
+
 @dataclass(frozen=True, eq=False)
 class Turn:
     """The work of one forward, done once for every layer.
@@ -97,7 +105,7 @@ class Turn:
             raise ValueError(
                 f"this turn was made for {self.cos.shape[-3]} tokens, but heads are {(*x.shape,)}"
             )
-        return rotation.turn_heads(x, self.cos, self.sin, self.form.pairing, self.form.blocks, self.form.tail)
+        return turn_heads(x, self.cos, self.sin, self.form)
 
     @property
     def inverse(self) -> "Turn":
@@ -152,4 +160,4 @@ def rotate(
         from rope_mm_kernels.rotary import rotate as triton_rotate  # triton is optional
 
         return triton_rotate(q, k, positions, omega, pairing)
-    return rotation.rotate(q, k, positions.to(q.device), omega, **vars(form))
+    return make_turn(positions.to(q.device), omega, form, q.dtype)(q, k)

@@ -70,6 +70,18 @@ PAIRINGS = Choice(
 )
 
 
+def check_fit(x: Tensor, cos: Tensor, pairing: str, blocks: Sequence[int]) -> None:
+    """Refuse more pairs than channels, heads that n does not divide, blocks that do not sum to r."""
+    (h, d), (n, r) = x.shape[-2:], cos.shape[-2:]
+    PAIRINGS[pairing]
+    if 2 * r > d:
+        raise ValueError(f"{r} pairs need {2 * r} channels, but a head has {d}; take a smaller Omega")
+    if h % n:
+        raise ValueError(f"Omega has {n} heads, which must divide the {h} heads of q and of k")
+    if pairing == "block" and sum(blocks) != r:
+        raise ValueError(f"blocks {tuple(blocks)} must sum to the {r} pairs of Omega")
+
+
 def turn_heads(
     x: Tensor,
     cos: Tensor,
@@ -85,14 +97,9 @@ def turn_heads(
     Raises:
         ValueError: more pairs than channels, heads that n does not divide, blocks that do not sum to r.
     """
+    check_fit(x, cos, pairing, blocks)
     split, join = PAIRINGS[pairing]
     (h, d), (n, r) = x.shape[-2:], cos.shape[-2:]
-    if 2 * r > d:
-        raise ValueError(f"{r} pairs need {2 * r} channels, but a head has {d}; take a smaller Omega")
-    if h % n:
-        raise ValueError(f"Omega has {n} heads, which must divide the {h} heads of q and of k")
-    if pairing == "block" and sum(blocks) != r:
-        raise ValueError(f"blocks {tuple(blocks)} must sum to the {r} pairs of Omega")
     if n > 1:
         cos, sin = cos.repeat_interleave(h // n, dim=-2), sin.repeat_interleave(h // n, dim=-2)
     wide = x.to(torch.promote_types(x.dtype, cos.dtype))

@@ -23,6 +23,7 @@ from rope_mm.models import (
 )
 
 STORY = ["see ", Image(2, 3), " and ", Video(2, 2, 2), "."]
+EVEN = ["see ", Image(2, 4), " and ", Video(2, 2, 2), "."]  # what blocks of 2 x 2 patches tile, too
 
 
 def inputs(config, *stories):
@@ -68,7 +69,7 @@ def test_a_story_becomes_words_image_tokens_and_their_positions(config):
 def test_every_scheme_runs_in_the_model_and_reaches_every_weight(scheme):
     config = read_config(hidden_size=32, intermediate_size=48, rope_parameters={"scheme": scheme})
     model = RopeMMForConditionalGeneration(config)
-    sequences, patches = inputs(config, STORY, STORY[:2])
+    sequences, patches = inputs(config, EVEN, EVEN[:2])
     out = model(**sequences.inputs(), patches=patches, labels=sequences.input_ids)
     assert out.patches.shape == patches.shape
     assert out.logits.shape == (*sequences.input_ids.shape, config.vocab_size)
@@ -114,7 +115,7 @@ def test_padding_changes_nothing(config):
 def test_what_is_drawn_does_not_depend_on_where_the_story_begins(scheme):
     config = read_config(hidden_size=32, intermediate_size=48, rope_parameters={"scheme": scheme})
     model = RopeMMForConditionalGeneration(config).double().eval()
-    sequences, patches = inputs(config, STORY)
+    sequences, patches = inputs(config, EVEN)
     moved = sequences.inputs() | {"positions": sequences.positions + 1000}
     here, there = (model(**kwargs, patches=patches.double()) for kwargs in (sequences.inputs(), moved))
     torch.testing.assert_close(here.logits, there.logits, atol=1e-9, rtol=1e-9)
@@ -163,8 +164,9 @@ def test_a_saved_model_reads_back_to_the_bit(config, tmp_path, learnable):
     assert again.config.rope_parameters["rope_theta"] == 500.0
     sequences, patches = inputs(config, STORY)
     one, two = (m(**sequences.inputs(), patches=patches) for m in (model, again))
-    assert torch.equal(one.logits, two.logits)
-    assert torch.equal(one.patches, two.patches)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    torch.testing.assert_close(one.logits, two.logits)
+    torch.testing.assert_close(one.patches, two.patches)
 
 
 def test_the_critic_reads_back_too_and_auto_classes_know_the_backbone(config, tmp_path):
@@ -176,7 +178,9 @@ def test_the_critic_reads_back_too_and_auto_classes_know_the_backbone(config, tm
     again = RopeMMCritic.from_pretrained(tmp_path).eval()
     scores = critic(**sequences.inputs(), patches=patches)
     assert scores.shape == (2,)
-    assert torch.equal(again(**sequences.inputs(), patches=patches), scores)
+    # the weights are the same bits; sums over them are not, where a file's mapping is aligned otherwise
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), critic.parameters(), strict=True))
+    torch.testing.assert_close(again(**sequences.inputs(), patches=patches), scores)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), RopeMMConfig)
     assert AutoConfig.from_pretrained(tmp_path).scheme == config.scheme
     assert isinstance(AutoModel.from_config(config), RopeMMModel)
