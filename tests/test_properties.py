@@ -138,12 +138,17 @@ def test_queries_treated_otherwise_than_keys_are_caught():
     assert not report.ok
     assert report.alike > 1
 
+
+def test_queries_that_grow_as_keys_shrink_are_relative_but_no_rotation():
     def xpos(q, k, p):
         q, k = plain(q, k, p)
-        growth = (1 + 0.001 * p)[..., None]
+        growth = (p / 512).exp()[..., None]
         return q * growth, k / growth
 
-    assert check(xpos).rotation > 1e-3
+    report = check(xpos)
+    assert report.relative < 1e-13
+    assert report.rotation > 0.1
+    assert report.alike > 0.1
 
 
 def test_a_token_at_the_origin_that_turns_is_caught():
@@ -280,7 +285,9 @@ def test_words_after_a_long_video_stand_inside_it_in_transformers(table):
     assert (sight.patches[:, 0] >= sight.after[0]).sum() == 8 * 8, (
         "8 of its 12 frames are not before the word"
     )
-    assert measure.between(measure.look(Scheme(layout="m-rope-hf"), Video(4, 2, 4), 1)), "short ones agree"
+    for frames, inside in ((4, False), (5, True)):
+        sight = measure.look(Scheme(layout="m-rope-hf"), Video(frames, 2, 4), 1)
+        assert measure.between(sight) is not inside, "the fifth frame stands where the word does in time"
 
 
 def test_pictures_in_a_shared_place_collide(table):
