@@ -27,6 +27,7 @@ TEXT = {
 MULTIMODAL = {
     "m-rope": Scheme(layout="m-rope", ownership="chunk", shares=(2, 3, 3)),
     "m-rope-qwen2-vl": Scheme(layout="m-rope", ownership="chunk", shares=(2, 3, 3), theta=1e6),
+    "m-rope-hf": Scheme(layout="m-rope-hf", ownership="chunk", shares=(2, 3, 3), theta=1e6),
     "m-rope-qwen2.5-vl": Scheme(layout="m-rope-time", ownership="chunk", shares=(2, 3, 3), theta=1e6),
     "m-rope-qwen3-vl": Scheme(layout="m-rope", ownership="stride3", shares=(6, 5, 5), theta=5e6),
     "m-rope-qwen3.5": Scheme(

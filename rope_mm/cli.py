@@ -1,0 +1,99 @@
+"""The command rope-mm: what the schemes promise, how one looks, whether it is a rotary encoding.
+
+rope-mm schemes --format markdown
+rope-mm show rope-tv "text:5 image:2x3" --head-dim 64
+rope-mm check m-rope
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+
+from rope_mm.check import check_rotary
+from rope_mm.frequencies import ownership_map
+from rope_mm.properties import FORMATS, HEAD_DIM, promise_table
+from rope_mm.rotary import Rotary
+from rope_mm.schemes import SCHEMES
+from rope_mm.segments import parse_segments
+
+
+def print_schemes(args: argparse.Namespace) -> int:
+    """The table of promises."""
+    print(promise_table(args.names or SCHEMES, args.format))
+    return 0
+
+
+def wavelengths(rope: Rotary) -> list[str]:
+    """Of each axis the shortest and longest wave, in positions for a full turn, and how many pairs turn."""
+    lines = []
+    for axis, speeds in zip(rope.scheme.axes, rope.omega.abs().movedim(-2, 0).flatten(1), strict=True):
+        turning = speeds[speeds > 0]
+        waves = math.tau / turning
+        found = f"{waves.min():.4g} to {waves.max():.4g}" if len(turning) else "not turned"
+        lines.append(f"{axis:4}{found}")
+    return lines
+
+
+def print_story(args: argparse.Namespace) -> int:
+    """Who owns the pairs, the waves of each axis, and where every token stands."""
+    segments = parse_segments(args.story)
+    rope = Rotary(args.head_dim, args.name, heads=args.heads)
+    axes = rope.scheme.axes
+    positions, cursor = rope.place(segments)
+    names = [str(segment) for segment in segments for _ in range(segment.tokens)]
+    print(json.dumps(rope.scheme.to_dict()))
+    print(f"\naxis of each pair, in the order of channels\n{ownership_map(rope.omega, axes)}")
+    print("\nwavelengths in positions", *wavelengths(rope), sep="\n")
+    print(f"\n{'token':>5}  {'segment':16}{''.join(f'{axis:>10}' for axis in axes)}")
+    for number, (name, place) in enumerate(zip(names, positions.tolist(), strict=True)):
+        print(f"{number:5}  {name:16}{''.join(f'{value:10.6g}' for value in place)}")
+    print(f"{'next':>5}  {'word':16}{cursor.next:10.6g}")
+    return 0
+
+
+def print_check(args: argparse.Namespace) -> int:
+    """The report of `check_rotary`; 1 if it found an error."""
+    report = check_rotary(Rotary(args.head_dim, args.name, heads=args.heads))
+    print(report)
+    return 0 if report.ok else 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Subcommands and their arguments."""
+    parser = argparse.ArgumentParser(prog="rope-mm", description="Rotary position encodings, looked at.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    sizes = argparse.ArgumentParser(add_help=False)
+    sizes.add_argument(
+        "name", metavar="NAME", help="a scheme, such as rope-tv; `rope-mm schemes` has them all"
+    )
+    sizes.add_argument("--head-dim", type=int, default=HEAD_DIM, help="channels of a head (%(default)s)")
+    sizes.add_argument("--heads", type=int, help="rows of Omega, for schemes that give each head its own")
+
+    schemes = commands.add_parser("schemes", help="what every scheme promises, measured")
+    schemes.add_argument("names", metavar="NAME", nargs="*", help="schemes; all if none is named")
+    schemes.add_argument("--format", choices=FORMATS, default="text", help="of the table (%(default)s)")
+    schemes.set_defaults(run=print_schemes)
+
+    show = commands.add_parser("show", parents=[sizes], help="pairs, waves, and positions of a story")
+    show.add_argument("story", metavar="STORY", help='such as "text:5 image:2x3 video:4x2x2@0.5"')
+    show.set_defaults(run=print_story)
+
+    check = commands.add_parser("check", parents=[sizes], help="is it a rotation, is it relative?")
+    check.set_defaults(run=print_check)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 if all is well, 1 if a check failed, 2 for bad input, said in one line."""
+    args = make_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except ValueError as error:
+        print(f"rope-mm: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from rope_mm import Rotary, check_rotary, cli, promise_table
+
+
+def test_schemes_prints_the_table_of_those_named(capsys):
+    assert cli.main(["schemes", "--format", "markdown", "rope-tv", "m-rope"]) == 0
+    assert capsys.readouterr().out == promise_table(["rope-tv", "m-rope"], "markdown") + "\n"
+
+
+def test_schemes_prints_all_without_a_name(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "SCHEMES", {"flat": None, "grid": None})
+    assert cli.main(["schemes", "--format", "json"]) == 0
+    assert [row["scheme"] for row in json.loads(capsys.readouterr().out)] == ["flat", "grid"]
+
+
+def test_show_prints_owners_waves_and_positions(capsys):
+    assert cli.main(["show", "rope-tv", "text:2 image:1x2 text:1", "--head-dim", "16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == '{"layout": "rope-tv"}'
+    assert "tyxtyxty" in lines
+    assert "t   6.283 to 6283" in lines
+    rows = [line.split() for line in lines[-6:]]
+    assert rows == [
+        ["0", "text:2", "0", "0", "0"],
+        ["1", "text:2", "1", "1", "1"],
+        ["2", "image:1x2", "2.5", "2.5", "2"],
+        ["3", "image:1x2", "2.5", "2.5", "3"],
+        ["4", "text:1", "4", "4", "4"],
+        ["next", "word", "5"],
+    ]
+
+
+def test_show_has_a_line_of_owners_for_each_head_and_names_axes_that_do_not_turn(capsys):
+    assert cli.main(["show", "mh-rope", "text:1", "--head-dim", "8", "--heads", "3"]) == 0
+    assert capsys.readouterr().out.splitlines()[3:6] == ["tttt", "yyyy", "xxxx"]
+    assert cli.main(["show", "hope", "text:1"]) == 0
+    assert "t   not turned" in capsys.readouterr().out
+
+
+def test_check_prints_the_report(capsys):
+    assert cli.main(["check", "golden-gate", "--heads", "4"]) == 0
+    assert capsys.readouterr().out == f"{check_rotary(Rotary(64, 'golden-gate', heads=4))}\n"
+
+
+def test_check_fails_where_the_encoding_does(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "check_rotary", lambda rope: replace(check_rotary(rope), relative=0.5))
+    assert cli.main(["check", "rope-tv"]) == 1
+    assert "NO  relative: error 5.0e-01" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["schemes", "rope-tvv"], "did you mean 'rope-tv"),
+        (["show", "rope-tv", "words"], "'words' is not a segment"),
+        (["check", "rope-tv", "--head-dim", "7"], "head_dim 7"),
+        (["show", "qwen2-vl-vision", "image:3x3"], "blocks of 2 x 2"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_2(words, said, capsys):
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("rope-mm: ")
+    assert err.count("\n") == 1
+    assert said in err
+
+
+@pytest.mark.parametrize("command", ["schemes", "show", "check"])
+def test_help_says_what_a_command_takes(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    assert "NAME" in capsys.readouterr().out
