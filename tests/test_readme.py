@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rope_mm import SCHEMES
+from rope_mm import SCHEMES, promise_table
 from rope_mm.losses import GAN_LOSSES, PENALTIES
 from rope_mm.run.config import load
 
@@ -39,6 +39,11 @@ def test_the_picture_of_positions_is_what_place_gives():
 def test_every_scheme_and_loss_is_in_a_table(name):
     rows = [line for line in README.splitlines() if line.startswith("| `")]
     assert any(f"`{name}`" in row.split("|")[1] for row in rows) or name in PENALTIES
+
+
+def test_the_promises_are_those_that_are_measured():
+    for row in promise_table(SCHEMES, "markdown").splitlines()[2:]:
+        assert row in README, row
 
 
 def test_every_file_that_is_linked_exists():
