@@ -5,7 +5,6 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -30,8 +29,12 @@ def load_timm():
     root = Path(spec.submodule_search_locations[0])
     package, layers = ModuleType("timm"), ModuleType("timm.layers")
     package.__path__, layers.__path__ = [str(root)], [str(root / "layers")]
-    with patch.dict(sys.modules, {"timm": package, "timm.layers": layers}):
+    sys.modules |= {"timm": package, "timm.layers": layers}
+    try:
         return importlib.import_module("timm.layers.pos_embed_sincos")
+    finally:  # nobody else is to take these for timm
+        for name in [name for name in sys.modules if name.split(".")[0] == "timm"]:
+            del sys.modules[name]
 
 
 timm = load_timm()
@@ -70,6 +73,15 @@ def test_pixel_log_is_cat_in_pixels(same, y, x):
     rope = Rotary(32, "pixel-log")
     table = timm.RotaryEmbeddingCat(32, in_pixels=True).get_embed([y, x])
     same("pixel-log", rope, rope.place([Image(y, x)])[0], "RotaryEmbeddingCat (pixels)", table, PIXELS)
+
+
+@few
+@given(y=SIZES, x=SIZES)
+def test_rope_vit_axial_is_cat_with_columns_first(same, y, x):
+    rope = Rotary(32, "rope-vit-axial")
+    original = timm.RotaryEmbeddingCat(32, in_pixels=False, temperature=100.0, grid_indexing="xy")
+    name, table = "RotaryEmbeddingCat (xy)", original.get_embed([y, x])
+    same("rope-vit-axial", rope, rope.place([Image(y, x)])[0], name, table, SINGLE)
 
 
 def mixed_in_timm(heads):
