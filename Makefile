@@ -11,7 +11,8 @@ venv: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(py) -m pip install --quiet -c constraints.txt -e ".[test,triton]"
+	$(py) -m pip install --quiet -c constraints.txt -e ".[test,triton,conformance]"
+	$(py) -m pip install --quiet -c constraints.txt --no-deps timm  # it asks for torchvision, its rotary does not
 	touch $@
 
 train: .venv/installed

@@ -116,7 +116,9 @@ DIFFUSION = {
     "flux2": axial(layout="flux2", theta=2000.0, pairing="interleaved"),
     "hunyuan-video": axial(layout="flux", shares=(2, 7, 7), theta=256.0, pairing="interleaved"),
     "wan": axial(layout="flux", shares=(22, 21, 21), pairing="interleaved"),
-    "cogvideox": axial(layout="stretched", shares=(2, 3, 3), pairing="interleaved"),
+    "cogvideox": axial(
+        layout="stretched", options=(("y", 30.0), ("x", 45.0)), shares=(2, 3, 3), pairing="interleaved"
+    ),
     "ltx": Scheme(
         layout="ltx",
         ownership="round-robin",

@@ -31,6 +31,8 @@ SEGMENTS = st.one_of(
 )
 STORIES = st.lists(SEGMENTS, min_size=1, max_size=6)
 OWN_WORDS = {
+    "stretched": [[0, 0, 0], [0, 0, 0]],
+    "mochi": [[0, 0, 0], [0, 0, 0]],
     "flux": [[0, 0, 0], [0, 0, 0]],
     "flux2": [[0, 0, 0, 0], [0, 0, 0, 1]],
     "lumina": [[0, 0, 0], [1, 0, 0]],
