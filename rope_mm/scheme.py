@@ -103,7 +103,7 @@ class Scheme:
         Raises:
             ValueError: a head_dim that is odd or leaves no pair to rotate.
         """
-        pairs = int(head_dim * self.fraction) // 2
+        pairs = whole(head_dim * self.fraction) // 2
         if head_dim % 2 or not 0 < pairs <= head_dim // 2:
             raise ValueError(
                 f"head_dim {head_dim} with fraction {self.fraction} makes no whole pairs; "
@@ -140,7 +140,7 @@ class Scheme:
             extend, ladders,
         )  # fmt: skip
         scale = torch.tensor(self.scale, dtype=torch.float64).expand(len(order))
-        turning = pairs - int(self.still * pairs)
+        turning = pairs - whole(self.still * pairs)
         full = torch.zeros(ladders, len(self.axes), padded, dtype=torch.float64)
         full[:, [self.axes.index(axis) for axis in order], padded - pairs : padded - pairs + turning] = (
             omega * scale[:, None]
@@ -200,6 +200,11 @@ def read_extension(entries: Extension | dict[str, Any]) -> Extension:
     except TypeError as error:
         known = ", ".join(f.name for f in fields(kind))
         raise ValueError(f"{entries['rope_type']} takes {known}, not {sorted(numbers)} ({error})") from error
+
+
+def whole(number: float) -> int:
+    """The whole part of a number that rounding may have left just below: n / d * d is n."""
+    return int(number + 1e-9)
 
 
 def frozen(value: Any) -> Any:
