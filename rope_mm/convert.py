@@ -19,24 +19,42 @@ FUSED = re.compile(r"\b(qkv|qkv_proj|query_key_value|c_attn|wqkv|Wqkv|in_proj_qk
 Place = tuple[int, int] | None  # number of a head among how many of its kind; None for values
 
 
-def alone(heads: int, _: int) -> list[Place]:
+def alone(blocks: int, kv: int) -> list[Place]:
     """Heads of q, or of k, by themselves."""
-    return [(head, heads) for head in range(heads)]
+    return [(head, blocks) for head in range(blocks)]
 
 
-def stacked(heads: int, kv: int) -> list[Place]:
+def gated(blocks: int, kv: int) -> list[Place]:
+    """After each query head a gate for its values (Qwen3-Next, Qwen3.5)."""
+    return [place for query in alone(blocks // 2, kv) for place in (query, None)]
+
+
+def queries(blocks: int, kv: int) -> list[Place]:
+    """Query heads among blocks of head_dim rows, kv of which are keys and kv values.
+
+    Raises:
+        ValueError: where keys and values leave no queries, or not as many for each key.
+    """
+    heads = blocks - 2 * kv
+    if heads < 1 or heads % kv:
+        raise ValueError(f"{blocks} heads are not {kv} of keys, {kv} of values and queries; give kv_heads=")
+    return alone(heads, kv)
+
+
+def stacked(blocks: int, kv: int) -> list[Place]:
     """All queries, then all keys, then all values (Phi-3, Qwen2-VL's tower)."""
-    return [*alone(heads, kv), *alone(kv, kv), *[None] * kv]
+    return [*queries(blocks, kv), *alone(kv, kv), *[None] * kv]
 
 
-def grouped(heads: int, kv: int) -> list[Place]:
+def grouped(blocks: int, kv: int) -> list[Place]:
     """For every key head its queries, itself and its values (GPT-NeoX, Persimmon, Falcon, InternLM2)."""
-    queries, keys, each = alone(heads, kv), alone(kv, kv), heads // kv
-    return [place for k in range(kv) for place in [*queries[k * each : (k + 1) * each], keys[k], None]]
+    of_queries, keys = queries(blocks, kv), alone(kv, kv)
+    each = len(of_queries) // kv
+    return [place for k in range(kv) for place in [*of_queries[k * each : (k + 1) * each], keys[k], None]]
 
 
 ORDERS: Choice[Callable[[int, int], list[Place]]] = Choice(
-    "order of a fused projection", {"stacked": stacked, "grouped": grouped}
+    "order of heads", {"alone": alone, "gated": gated, "stacked": stacked, "grouped": grouped}
 )
 
 
@@ -65,8 +83,9 @@ def convert_pairing(
         heads: rows of a per-head Omega, as given to Rotary.
         only: a pattern that names must contain, such as "^visual." where towers differ.
         names: patterns for the ends of the modules' names.
-        fused: modules with q, k and v in one, and their order: {"qkv_proj": "stacked"} for q | k | v,
-            {"query_key_value": "grouped"} for q, k, v of one key head after another.
+        fused: modules with more than q or k in them, and their order: {"qkv_proj": "stacked"} for q | k | v,
+            {"query_key_value": "grouped"} for q, k, v of one key head after another, {"q_proj": "gated"} for
+            a gate after each query.
         kv_heads: key heads in a fused projection; None: as many as query heads.
 
     Raises:
@@ -83,7 +102,9 @@ def convert_pairing(
             continue
         if (which := alike.search(module)) and leaf in ("weight", "bias"):
             key = module.rpartition(".")[2]
-            order = ORDERS[orders[key]] if key in orders else None
+            if key not in orders:
+                refuse_gates(name, state_dict)
+            order = ORDERS[orders.get(key, "alone")]
             rows = weight.flatten() if "norm" in which.group() else weight
             converted[name] = reordered(name, rows, source, order, kv_heads).view(weight.shape)
             found = True
@@ -94,6 +115,20 @@ def convert_pairing(
             f"no weight is named like {', '.join([*names, *orders])} (only={only!r}); give names="
         )
     return converted
+
+
+def refuse_gates(name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse queries that may hold gates.
+
+    Raises:
+        ValueError: a q_proj of twice as many rows as the o_proj beside it has columns.
+    """
+    out = state_dict.get(re.sub(r"q_proj\.\w+$", "o_proj.weight", name))
+    if "q_proj." in name and out is not None and len(state_dict[name]) == 2 * out.shape[-1]:
+        raise ValueError(
+            f"{name} has twice the rows that o_proj takes, as where each query has a gate; say "
+            "fused={'q_proj': 'gated'}, or 'alone' where it has none"
+        )
 
 
 def refuse_half_done(name: str, alike: re.Pattern[str]) -> None:
@@ -183,7 +218,7 @@ def reordered(
     name: str,
     rows: Tensor,
     source: Tensor,
-    order: Callable[[int, int], list[Place]] | None = None,
+    order: Callable[[int, int], list[Place]] = alone,
     kv_heads: int | None = None,
 ) -> Tensor:
     """Rows (h * d, ...) with the channels of each head reordered; heads lie in the `order` of a fused weight.
@@ -194,16 +229,13 @@ def reordered(
     source = source[:1] if (source == source[:1]).all() else source
     n, d = source.shape
     count, rest = divmod(len(rows), d)
-    kv = kv_heads or count // 3
     if rest or not count:
         raise ValueError(
             f"{name} has {len(rows)} rows, which head_dim {d} does not divide; give the model's own"
         )
-    if order and (count <= 2 * kv or (count - 2 * kv) % kv):
-        raise ValueError(
-            f"{name} has {count} heads, which {kv} of keys, {kv} of values and queries do not make"
-        )
-    places = order(count - 2 * kv, kv) if order else alone(count, kv)
+    places = order(count, kv_heads or count // 3)
+    if len(places) != count:
+        raise ValueError(f"{name} has {count} heads, which do not lie in the order {order.__name__!r}")
     if any(place and place[1] % n for place in places):
         raise ValueError(
             f"{name} has {count} heads, but Omega has {n} rows that differ, which must divide them"

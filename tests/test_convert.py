@@ -16,6 +16,7 @@ from transformers import (
     Olmo2Config,
     Phi3Config,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 from rope_mm import SCHEMES, Rotary, Scheme, convert_pairing
@@ -66,6 +67,10 @@ FAMILIES = {
     "llama": (LlamaConfig(**GQA, attention_bias=True), {}),
     "qwen3": (Qwen3Config(**GQA, head_dim=16), {}),  # a norm of each head
     "olmo2": (Olmo2Config(**GQA), {}),  # a norm over all heads at once
+    "qwen3_next": (
+        Qwen3NextConfig(**GQA, head_dim=16, layer_types=["full_attention"] * 2, mlp_only_layers=[0, 1]),
+        {"fused": {"q_proj": "gated"}},
+    ),
     "phi3": (Phi3Config(**GQA), {"fused": {"qkv_proj": "stacked"}, "kv_heads": 2}),
     "falcon": (
         FalconConfig(
@@ -86,7 +91,7 @@ def test_logits_stay_when_weights_and_rotation_change_together(monkeypatch, mode
     model = random_model(config)
     before = logits(model)
     head_dim = getattr(config, "head_dim", None) or 12
-    half = Scheme(layout="flat", fraction=0.5 if model_type == "gpt_neox" else 1.0)
+    half = Scheme(layout="flat", fraction={"gpt_neox": 0.5, "qwen3_next": 0.25}.get(model_type, 1.0))
     interleaved = half.change(pairing="interleaved")
     converted = convert_pairing(model.state_dict(), half, interleaved, head_dim=head_dim, **how)
     model.load_state_dict(converted)
@@ -98,7 +103,7 @@ def test_logits_stay_when_weights_and_rotation_change_together(monkeypatch, mode
     rotate_by(monkeypatch, model_type, half, head_dim)
     model.load_state_dict(convert_pairing(converted, interleaved, half, head_dim=head_dim, **how))
     # norms of q and k run in float32 there, in another order of channels
-    within = 1e-6 if model_type in ("qwen3", "olmo2") else 1e-12
+    within = 1e-6 if model_type in ("qwen3", "qwen3_next", "olmo2") else 1e-12
     torch.testing.assert_close(logits(model), exact, rtol=0, atol=within * exact.abs().max().item())
 
 
@@ -252,6 +257,18 @@ def test_the_order_of_a_fused_projection_matters():
     assert other.tolist()[8:12] == [8, 9, 10, 11]  # the first head's values
 
 
+def test_gates_stay_where_they_are():
+    state = {"attn.q_proj.bias": torch.arange(16.0), "attn.o_proj.weight": torch.zeros(3, 8)}
+    with pytest.raises(ValueError, match=r"twice the rows .* 'gated'"):
+        convert_pairing(state, "half", "interleaved", head_dim=4)
+    converted = convert_pairing(state, "half", "interleaved", head_dim=4, fused={"q_proj": "gated"})
+    assert converted["attn.q_proj.bias"].tolist() == [0, 2, 1, 3, *range(4, 8), 8, 10, 9, 11, *range(12, 16)]
+    with pytest.raises(ValueError, match="3 heads, which do not lie in the order 'gated'"):
+        convert_pairing(
+            {"q_proj.bias": torch.zeros(12)}, "half", "interleaved", head_dim=4, fused={"q_proj": "gated"}
+        )
+
+
 Q = {"q_proj.weight": torch.zeros(16, 4)}
 SWAP = ("half", "interleaved")
 REFUSED = {
@@ -262,11 +279,11 @@ REFUSED = {
     "merge adapters": (({**Q, "q_proj.lora_B.weight": torch.zeros(16, 2)}, *SWAP), {}),
     "dequantize": (({**Q, "q_proj.weight_scale_inv": torch.zeros(16)}, *SWAP), {}),
     "fused=": (({**Q, "attn.qkv.weight": torch.zeros(48, 4)}, *SWAP), {}),
-    "order of a fused projection 'mixed'": (
+    "order of heads 'mixed'": (
         ({"qkv.weight": torch.zeros(48, 4)}, *SWAP),
         {"fused": {"qkv": "mixed"}},
     ),
-    "do not make": (
+    "6 heads are not 3 of keys": (
         ({"qkv.weight": torch.zeros(48, 4)}, *SWAP),
         {"fused": {"qkv": "stacked"}, "kv_heads": 3},
     ),

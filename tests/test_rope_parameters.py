@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from rope_mm import SCHEMES, Image, Rotary, Scheme, from_hf_config, to_rope_parameters
@@ -154,6 +156,14 @@ def test_cosine_and_sine_are_those_of_the_familys_own_rotary_module(model_type):
     ours, theirs = rope.cos_sin(positions), their_table(config, 4, 4)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other.float(), rtol=0, atol=2e-6)
+
+
+@given(st.integers(1, 300), st.data())
+def test_a_part_of_n_in_d_is_n_whatever_rounding_leaves(pairs, data):
+    n = data.draw(st.integers(1, pairs))
+    assert Scheme(layout="flat", fraction=n / pairs).pairs(2 * pairs) == n
+    turning = Scheme(layout="flat", still=1 - n / pairs).omega(2 * pairs)
+    assert turning.count_nonzero() == n
 
 
 EXTENDED = {
