@@ -2,6 +2,7 @@
 
 from rope_mm.check import RotaryReport as RotaryReport
 from rope_mm.check import check_rotary as check_rotary
+from rope_mm.convert import convert_pairing as convert_pairing
 from rope_mm.kernels import rotate as rotate
 from rope_mm.lattice import Cursor as Cursor
 from rope_mm.layouts import LAYOUTS as LAYOUTS
@@ -12,6 +13,8 @@ from rope_mm.positions import place_rows as place_rows
 from rope_mm.properties import Promises as Promises
 from rope_mm.properties import promise_table as promise_table
 from rope_mm.properties import promises as promises
+from rope_mm.rope_parameters import from_hf_config as from_hf_config
+from rope_mm.rope_parameters import to_rope_parameters as to_rope_parameters
 from rope_mm.rotary import Rotary as Rotary
 from rope_mm.scheme import Scheme as Scheme
 from rope_mm.schemes import SCHEMES as SCHEMES

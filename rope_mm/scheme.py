@@ -102,7 +102,7 @@ class Scheme:
         Raises:
             ValueError: a head_dim that is odd or leaves no pair to rotate.
         """
-        pairs = int(head_dim * self.fraction) // 2
+        pairs = whole(head_dim * self.fraction) // 2
         if head_dim % 2 or not 0 < pairs <= head_dim // 2:
             raise ValueError(
                 f"head_dim {head_dim} with fraction {self.fraction} makes no whole pairs; "
@@ -185,7 +185,7 @@ def fill_omega(scheme: Scheme, head_dim: int, heads: int, lengths: Sequence[floa
     ladder = scheme.theta, scheme.ownership, scheme.shares, scheme.ladder, scheme.spacing, scheme.band
     turning = make_omega(len(order), pairs, *ladder, extend, rows)
     turning *= torch.tensor(scheme.scale, dtype=torch.float64).expand(len(order))[:, None]
-    turning[..., pairs - int(scheme.still * pairs) :] = 0
+    turning[..., whole((1 - scheme.still) * pairs) :] = 0
     omega = torch.zeros(rows, len(scheme.axes), width, dtype=torch.float64)
     omega[:, of_order, width - pairs :] = turning
     return omega.view(len(scheme.axes), heads, -1).transpose(0, 1) if scheme.across else omega
@@ -206,6 +206,11 @@ def read_extension(entries: Extension | dict[str, Any]) -> Extension:
     except TypeError as error:
         known = ", ".join(f.name for f in fields(kind))
         raise ValueError(f"{entries['rope_type']} takes {known}, not {sorted(numbers)} ({error})") from error
+
+
+def whole(number: float) -> int:
+    """The whole part of a number that rounding may have left just below: n / d * d is n."""
+    return int(number + 1e-9)
 
 
 def frozen(value: Any) -> Any:
