@@ -100,7 +100,7 @@ VISION = {
     "moonvit": Scheme(layout="grid", order=XY, ownership="round-robin", ladder="own", pairing="interleaved"),
     "kimi-vision": Scheme(layout="grid", order=XY, ownership="round-robin", ladder="own"),
     "llama4-vision": axial(layout="grid", options=(("first", 1.0),), order=XY, pairing="interleaved"),
-    "gemma4-vision": axial(layout="grid", order=YX, theta=100.0, pairing="block"),
+    "gemma4-vision": axial(layout="grid", order=XY, theta=100.0, pairing="block"),
     "minimax-m3-vision": axial(layout="grid", options=(("merge", 2),), fraction=78 / 80),
     "genlip": Scheme(layout="grid", ownership="stride3", shares=(2, 3, 3)),
     "golden-gate": Scheme(
