@@ -4,8 +4,7 @@ The model runs twice, once with a rotary embedding of cosine 1 and sine 0: what 
 what we rotate. So its positions, tables, slice of the head and pairing of channels are all its own.
 """
 
-import math
-
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,10 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AttentionInterface
 from transformers.models.gptj.modeling_gptj import GPTJAttention
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from rope_mm import SCHEMES, Image, Rotary, Text, Video, place
+from rope_mm import SCHEMES, Rotary
 from rope_mm.frequencies import apportion
 from rope_mm.rotation import join_interleaved
+from rope_mm.segments import Image, Still, Text, Video
 
 few = settings(max_examples=8, deadline=None)
 SEEN: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -32,10 +33,9 @@ def watch(module, query, key, value, *_, **__):
 AttentionInterface.register("watch", watch)
 
 
-def make(name: str, config: str, **sizes):
+def make(kind, **sizes):
     """A model of one layer whose q and k are of order 1; its attention is watched."""
-    common = {"num_hidden_layers": 1, "attn_implementation": "watch"}
-    model = getattr(transformers, name)(getattr(transformers, config)(**common, **sizes)).eval()
+    model = kind(kind.config_class(num_hidden_layers=1, attn_implementation="watch", **sizes)).eval()
     for weight in model.parameters():
         if weight.ndim > 1:
             nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
@@ -131,8 +131,7 @@ def test_words_and_pictures_are_rotated_as_in(scheme, agree, head_dim, story):
         "intermediate_size": 8, "vocab_size": 8, "vocab_size_per_layer_input": 8,
         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
     }  # fmt: skip
-    config = "Qwen2_5OmniTextConfig" if scheme == "tm-rope" else f"{name}Config"
-    model = make(f"{name}Model", config, **(sizes | more | parameters(scheme, head_dim)))
+    model = make(getattr(transformers, f"{name}Model"), **(sizes | more | parameters(scheme, head_dim)))
     ids = positions.T[:, None].long()
     inputs = {"inputs_embeds": torch.randn(1, len(positions), 2 * head_dim), "use_cache": False}
     inputs["position_ids"] = ids[0] if len(ids) == 1 else ids
@@ -140,3 +139,162 @@ def test_words_and_pictures_are_rotated_as_in(scheme, agree, head_dim, story):
     check(agree, scheme, model, "rotary_emb", rope, positions, order, **inputs)
 
 
+@few
+@given(rotary_dim=st.sampled_from((4, 8, 16, 64)), places=st.lists(st.integers(0, 60), min_size=1))
+def test_some_channels_are_rotated_as_in_gpt_j(agree, rotary_dim, places):
+    config = transformers.GPTJConfig(n_embd=128, n_head=2, n_positions=64, rotary_dim=rotary_dim)
+    attention = GPTJAttention(config, layer_idx=0)
+    attention._attn = lambda q, k, v, mask: (q, SEEN.append((q, k)))
+    x, p = torch.randn(1, len(places), 128), torch.tensor([places])
+    before, after = (heads(attention, x, position_ids=ids) for ids in (0 * p, p))
+    rope = Rotary(64, "gpt-j", fraction=rotary_dim / 64)
+    compare(agree, "gpt-j", "transformers GPTJAttention", rope, p[0, :, None].double(), before, after)
+
+
+# --- pictures by themselves: each tower on noise, of t frames, y rows and x columns ------------------------
+
+
+def wide(d: int, **more) -> dict:
+    """Sizes that most towers share, for heads of d channels."""
+    return {"hidden_size": 2 * d, "num_attention_heads": 2, "intermediate_size": 8, "patch_size": 4} | more
+
+
+def flat_patches(t: int, y: int, x: int, name: str = "pixel_values") -> dict:
+    """A video as the towers of Qwen take it: pairs of frames cut into patches, and their grid."""
+    return {name: torch.randn(t * y * x, 3 * 2 * 4 * 4), "grid_thw": torch.tensor([[t, y, x]])}
+
+
+def qwen2_vl(d, t, y, x):
+    sizes = {"embed_dim": 2 * d, "hidden_size": 8, "num_heads": 2, "patch_size": 4}
+    model = make(Qwen2VisionTransformerPretrainedModel, **sizes)
+    return (
+        model,
+        "rotary_pos_emb",
+        {},
+        [Video(t, 2 * y, 2 * x)],
+        flat_patches(t, 2 * y, 2 * x, "hidden_states"),
+    )
+
+
+def qwen3_vl(d, t, y, x):
+    sizes = wide(d, out_hidden_size=8, num_position_embeddings=16, deepstack_visual_indexes=())
+    model = make(transformers.Qwen3VLVisionModel, **sizes)
+    return (
+        model,
+        "rotary_pos_emb",
+        {},
+        [Video(t, 2 * y, 2 * x)],
+        flat_patches(t, 2 * y, 2 * x, "hidden_states"),
+    )
+
+
+def pixtral(d, t, y, x):
+    model = make(transformers.PixtralVisionModel, **wide(d, image_size=64))
+    noise = {"pixel_values": torch.randn(1, 3, 4 * y, 4 * x)}
+    return model, "patch_positional_embedding", {}, [Image(y, x)], noise
+
+
+def llama4(d, t, y, x):
+    sizes = {"image_size": 8 * y, "vision_output_dim": 8, "projector_input_dim": 8, "projector_output_dim": 8}
+    model = make(transformers.Llama4VisionModel, **wide(d, intermediate_size=8 * d, **sizes))
+    noise = {"pixel_values": torch.randn(1, 3, 8 * y, 8 * y)}
+    return model, "rotary_embedding", {}, [Image(2 * y, 2 * y), Still(1)], noise
+
+
+def dinov3(d, t, y, x):
+    model = make(transformers.DINOv3ViTModel, **wide(d, num_register_tokens=t))
+    noise = {"pixel_values": torch.randn(1, 3, 4 * y, 4 * x)}
+    return model, "rope_embeddings", {}, [Still(1 + t), Image(y, x)], noise
+
+
+def sam3_across(d, t, y, x):
+    """All of the picture at once: its positions are squeezed into a window's."""
+    sizes = {"image_size": 4 * y, "pretrain_image_size": 4 * y, "window_size": x, "global_attn_indexes": [0]}
+    model = make(transformers.Sam3ViTModel, **wide(d, **sizes))
+    noise = {"pixel_values": torch.randn(1, 3, 4 * y, 4 * y)}
+    options = {"options": (("y", x / y), ("x", x / y))}
+    return model, "layers.0.rotary_emb", options, [Image(y, y)], noise
+
+
+def sam3_windows(d, t, y, x):
+    sizes = {
+        "image_size": 4 * y * t,
+        "pretrain_image_size": 4 * y,
+        "window_size": y,
+        "global_attn_indexes": [],
+    }
+    model = make(transformers.Sam3ViTModel, **wide(d, **sizes))
+    noise = {"pixel_values": torch.randn(1, 3, 4 * y * t, 4 * y * t)}
+    return model, "layers.0.rotary_emb", {}, [Image(y, y)], noise
+
+
+def gemma4(d, t, y, x):
+    """Positions are those of its image processor, which pads the patches up to what is read here."""
+    pictures = transformers.Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70)
+    noise = np.random.default_rng(0).integers(0, 256, (40 * y, 40 * x, 3), dtype=np.uint8)
+    seen = pictures(noise, return_tensors="pt")
+    columns, rows = (seen["image_position_ids"].amax((0, 1)) + 1).tolist()
+    assert (columns > rows) == (x > y)
+    there = rows * columns
+    inputs = {"pixel_values": seen["pixel_values"], "pixel_position_ids": seen["image_position_ids"]}
+    model = make(transformers.Gemma4VisionModel, **wide(d, head_dim=d, num_key_value_heads=1))
+    return (
+        model,
+        "encoder.rotary_emb",
+        {},
+        [Image(rows, columns)],
+        {k: v[:, :there] for k, v in inputs.items()},
+    )
+
+
+def kimi(d, t, y, x):
+    model = make(transformers.Kimi_K25VisionModel, **wide(d, pos_emb_time=t))
+    noise = {
+        "pixel_values": torch.randn(t * 4 * y * x, 3, 4, 4),
+        "grid_thw": torch.tensor([[t, 2 * y, 2 * x]]),
+    }
+    return model, "rotary_emb", {}, [Video(t, 2 * y, 2 * x)], noise
+
+
+def minimax_m3(d, t, y, x):
+    model = make(transformers.MiniMaxM3VLVisionModel, **wide(d))
+    fraction = {"fraction": 6 * (d // 3 // 2) / d}
+    return model, "rotary_emb", fraction, [Video(t, 2 * y, 2 * x)], flat_patches(t, 2 * y, 2 * x)
+
+
+def step3p7(d, t, y, x):
+    model = make(transformers.Step3p7VisionModel, **wide(d, image_size=16))
+    noise = {"pixel_values": torch.randn(1, 3, 4 * y, 4 * x)}
+    return model, "rotary_emb", {"pairing": "half"}, [Image(y, x)], noise
+
+
+def inkling2(d, t, y, x):
+    model = make(transformers.Inkling2VisionModel, **wide(d, projection_hidden_dim=8, text_hidden_size=8))
+    noise = {"pixel_values": torch.randn(y * x, 8, 8, 3), "image_grid_thw": torch.tensor([[1, y, x]])}
+    options = {"options": (("first", 1.0), ("merge", 2))}
+    return model, "rotary_emb", options, [Still(1), Image(2 * y, 2 * x)], noise
+
+
+TOWERS = {
+    qwen2_vl: "qwen2-vl-vision",
+    qwen3_vl: "qwen2-vl-vision",
+    pixtral: "pixtral",
+    llama4: "llama4-vision",
+    dinov3: "dinov3",
+    sam3_across: "sam2",
+    sam3_windows: "sam2",
+    gemma4: "gemma4-vision",
+    kimi: "kimi-vision",
+    minimax_m3: "minimax-m3-vision",
+    step3p7: "sam2",
+    inkling2: "sam2",
+}
+
+
+@pytest.mark.parametrize("build", TOWERS)
+@few
+@given(head_dim=st.sampled_from((16, 32, 64, 80)), shape=st.tuples(*[st.integers(1, 5)] * 3))
+def test_pictures_are_rotated_as_in_the_tower_of(build, agree, head_dim, shape):
+    model, rotary, changes, story, inputs = build(head_dim, *shape)
+    rope = Rotary(head_dim, TOWERS[build], **changes)
+    check(agree, TOWERS[build], model, rotary, rope, rope.place(story)[0], **inputs)
