@@ -109,7 +109,7 @@ def parameters(scheme: str, head_dim: int) -> dict:
 
 
 def interleaved_tail(scheme: str, head_dim: int):
-    """DeepSeek's heads with rotated channels as its weights have them: it gives attention evens, then odds."""
+    """DeepSeek gives attention the evens, then the odds, of the rotated channels: back to its weights' order."""
     rotated = 2 * SCHEMES[scheme].pairs(head_dim)
     return lambda x: torch.cat((x[..., :-rotated], join_interleaved(*x[..., -rotated:].chunk(2, -1))), -1)
 
