@@ -140,7 +140,7 @@ class Scheme:
             extend, ladders,
         )  # fmt: skip
         scale = torch.tensor(self.scale, dtype=torch.float64).expand(len(order))
-        turning = pairs - int(self.still * pairs)
+        turning = pairs - math.ceil(self.still * pairs)
         full = torch.zeros(ladders, len(self.axes), padded, dtype=torch.float64)
         full[:, [self.axes.index(axis) for axis in order], padded - pairs : padded - pairs + turning] = (
             omega * scale[:, None]
