@@ -109,7 +109,7 @@ def parameters(scheme: str, head_dim: int) -> dict:
 
 
 def interleaved_tail(scheme: str, head_dim: int):
-    """DeepSeek gives attention the evens, then the odds, of the rotated channels: back to its weights' order."""
+    """DeepSeek's attention is given evens, then odds, of the channels it rotates: back to its weights' order."""
     rotated = 2 * SCHEMES[scheme].pairs(head_dim)
     return lambda x: torch.cat((x[..., :-rotated], join_interleaved(*x[..., -rotated:].chunk(2, -1))), -1)
 
@@ -124,7 +124,7 @@ def test_words_and_pictures_are_rotated_as_in(scheme, agree, head_dim, story):
     name, more = TEXT[scheme]
     rope = Rotary(head_dim, scheme)
     n, t, y, x, m = story
-    seen = [Text(n), Video(t, y, x), Text(m), Image(x, y), Text(40)]
+    seen = [Text(n), Video(t, y, x, 0.5), Text(m), Image(x, y), Text(20)]
     positions, _ = rope.place(seen)
     sizes = {
         "hidden_size": 2 * head_dim, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": head_dim,
@@ -135,6 +135,11 @@ def test_words_and_pictures_are_rotated_as_in(scheme, agree, head_dim, story):
     ids = positions.T[:, None].long()
     inputs = {"inputs_embeds": torch.randn(1, len(positions), 2 * head_dim), "use_cache": False}
     inputs["position_ids"] = ids[0] if len(ids) == 1 else ids
+    if rope.scheme.shares:
+        tables = zip(rope.cos_sin(positions), model.rotary_emb(inputs["inputs_embeds"], ids), strict=True)
+        original = f"transformers {type(model.rotary_emb).__name__}"
+        for ours, theirs in tables:
+            agree(scheme, original, ours, theirs[0], 1e-5, "cos, sin")
     order = interleaved_tail(scheme, head_dim) if rope.scheme.slot == "tail" else (lambda x: x)
     check(agree, scheme, model, "rotary_emb", rope, positions, order, **inputs)
 

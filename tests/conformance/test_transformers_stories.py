@@ -20,7 +20,9 @@ videos = st.builds(Video, st.integers(1, 30), sizes, sizes)
 def told(media) -> st.SearchStrategy[list[Segment]]:
     """Media with words before, between and after."""
     pairs = st.lists(st.tuples(st.builds(Text, sizes), media), min_size=1, max_size=4)
-    return st.builds(lambda story, last: [x for pair in story for x in pair] + [last], pairs, st.builds(Text, sizes))
+    return st.builds(
+        lambda story, last: [x for pair in story for x in pair] + [last], pairs, st.builds(Text, sizes)
+    )
 
 
 def bare(kind, **changes):
@@ -61,7 +63,11 @@ MERGED = {
 }
 SPLIT = ["Qwen3VLModel", "Qwen3_5Model", "Glm4vModel"]
 SCHEME = {"Ernie4_5_VLMoeModel": "m-rope-ernie-4.5-vl", "Glm4vModel": "m-rope-glm-4.1v"}
-SCHEME |= {"Qwen2VLModel": "m-rope-qwen2-vl", "Qwen3VLModel": "m-rope-qwen3-vl", "Qwen3_5Model": "m-rope-qwen3.5"}
+SCHEME |= {
+    "Qwen2VLModel": "m-rope-qwen2-vl",
+    "Qwen3VLModel": "m-rope-qwen3-vl",
+    "Qwen3_5Model": "m-rope-qwen3.5",
+}
 
 
 @pytest.mark.parametrize("name", ["Qwen2VLModel", "Ernie4_5_VLMoeModel"])
@@ -117,7 +123,9 @@ def test_frames_stand_at_their_seconds_as_in_qwen_2_5_vl(agree, story, seen, rat
 
 
 @few
-@given(stories=st.lists(told(pictures | clips), min_size=2, max_size=3), side=st.sampled_from(("left", "right")))
+@given(
+    stories=st.lists(told(pictures | clips), min_size=2, max_size=3), side=st.sampled_from(("left", "right"))
+)
 def test_padded_rows_stand_as_in_qwen2_vl(agree, stories, side):
     rows = place_rows(stories, "m-rope", padding_side=side)
     kinds = torch.zeros(rows.mask.shape, dtype=torch.long)
