@@ -109,7 +109,7 @@ def parameters(scheme: str, head_dim: int) -> dict:
 
 
 def interleaved_tail(scheme: str, head_dim: int):
-    """DeepSeek's attention is given evens, then odds, of the channels it rotates: back to its weights' order."""
+    """DeepSeek's attention gets the evens, then the odds, of what it rotates: back to its weights' order."""
     rotated = 2 * SCHEMES[scheme].pairs(head_dim)
     return lambda x: torch.cat((x[..., :-rotated], join_interleaved(*x[..., -rotated:].chunk(2, -1))), -1)
 

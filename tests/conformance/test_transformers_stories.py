@@ -236,3 +236,27 @@ def test_divergence_sound_is_not_beside_its_frames_in_transformers_where_frames_
     ours, theirs = film_ids(Video(2, 1, 1, 5.0), 150, 1)
     assert not torch.equal(ours, theirs)
     assert torch.equal(ours.sort(0).values, theirs.double().sort(0).values)
+
+
+# --- where transformers leaves the released M-RoPE ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_divergence_words_after_a_long_video_stand_inside_it_in_transformers(name):
+    # as released, words stand past the largest position on all axes; there, past rows and columns only
+    story = [Text(3), Video(20, 2, 3), Text(4)]
+    theirs, decoded = ids_of(bare(getattr(transformers, name), tokens_per_second=1), story, MERGED[name])
+    ours, cursor = place(story, "m-rope")
+    assert torch.equal(ours[:-4], theirs[:-4].double())
+    assert ours[-4:, 0].tolist() == [23, 24, 25, 26] and theirs[-4:, 0].tolist() == [6, 7, 8, 9]
+    assert (
+        theirs[:-4].max() == 22 and decoded == 23 and cursor.next == 27
+    )  # the first one decoded jumps there
+
+
+@pytest.mark.parametrize("name", [*MERGED, *SPLIT])
+def test_divergence_adjacent_images_cannot_be_placed_by_transformers(name):
+    story = [Text(2), Image(2, 3), Image(3, 2), Text(2)]
+    with pytest.raises(RuntimeError, match="existing size"):
+        ids_of(bare(getattr(transformers, name)), story)
+    assert len(place(story, "m-rope")[0]) == 16

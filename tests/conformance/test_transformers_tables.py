@@ -1,6 +1,6 @@
 """Cosine and sine of transformers' rope types, made by its Llama in fp32, against our extensions in fp64.
 
-Positions stay below 64: there an angle of fp32 is off by some 4e-6, half a unit in its last place.
+Positions stay below 64: there an angle's sine made in fp32 was off by up to 6e-6, over 4000 random ladders.
 """
 
 import torch
@@ -28,7 +28,7 @@ def llama(kind: str, head_dim: int, theta: float, longest: int = 64, **numbers) 
     return LlamaRotaryEmbedding(config)
 
 
-def compare(agree, kind: str, rope: Rotary, original, where: list[int], *layer: str) -> None:
+def compare(agree, kind: str, rope: Rotary, original, where: list[int], *layer: str, scheme="flat") -> None:
     """Tables (s, 2r) at these positions, theirs relative to their attention factor."""
     positions = torch.tensor(where)
     theirs = original(torch.empty(0), positions[None], *layer)
@@ -36,7 +36,7 @@ def compare(agree, kind: str, rope: Rotary, original, where: list[int], *layer: 
     factor = rope.scheme.factor
     for mine, other in zip(ours, theirs, strict=True):
         name = f"transformers {type(original).__name__} ({kind})"
-        agree("flat", name, mine / factor, other[0] / factor, WITHIN, "cos, sin")
+        agree(scheme, name, mine / factor, other[0] / factor, WITHIN, "cos, sin")
 
 
 def check(agree, kind: str, head_dim: int, theta: float, where: list[int], extension: Extension, **numbers):
@@ -148,4 +148,4 @@ def test_proportional(agree, head_dim, theta, where, part, factor):
     config = Gemma4TextConfig(rope_parameters={"full_attention": written}, **layers)
     rope = Rotary(head_dim, "p-rope", theta=theta, still=1 - part, extensions=(Linear(factor=factor),))
     original = Gemma4TextRotaryEmbedding(config)
-    compare(agree, "proportional", rope, original, where, "full_attention")
+    compare(agree, "proportional", rope, original, where, "full_attention", scheme="p-rope")
