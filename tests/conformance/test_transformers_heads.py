@@ -164,33 +164,22 @@ def wide(d: int, **more) -> dict:
     return {"hidden_size": 2 * d, "num_attention_heads": 2, "intermediate_size": 8, "patch_size": 4} | more
 
 
-def flat_patches(t: int, y: int, x: int, name: str = "pixel_values") -> dict:
-    """A video as the towers of Qwen take it: pairs of frames cut into patches, and their grid."""
-    return {name: torch.randn(t * y * x, 3 * 2 * 4 * 4), "grid_thw": torch.tensor([[t, y, x]])}
+def video(t: int, y: int, x: int, name: str = "pixel_values", patch=(3 * 2 * 4 * 4,)):
+    """A video of y and x blocks of 2 x 2 patches, and its patches and grid as most of its towers take them."""
+    seen = Video(t, 2 * y, 2 * x)
+    return [seen], {name: torch.randn(seen.tokens, *patch), "grid_thw": torch.tensor([seen.grid])}
 
 
 def qwen2_vl(d, t, y, x):
     sizes = {"embed_dim": 2 * d, "hidden_size": 8, "num_heads": 2, "patch_size": 4}
     model = make(Qwen2VisionTransformerPretrainedModel, **sizes)
-    return (
-        model,
-        "rotary_pos_emb",
-        {},
-        [Video(t, 2 * y, 2 * x)],
-        flat_patches(t, 2 * y, 2 * x, "hidden_states"),
-    )
+    return model, "rotary_pos_emb", {}, *video(t, y, x, "hidden_states")
 
 
 def qwen3_vl(d, t, y, x):
     sizes = wide(d, out_hidden_size=8, num_position_embeddings=16, deepstack_visual_indexes=())
     model = make(transformers.Qwen3VLVisionModel, **sizes)
-    return (
-        model,
-        "rotary_pos_emb",
-        {},
-        [Video(t, 2 * y, 2 * x)],
-        flat_patches(t, 2 * y, 2 * x, "hidden_states"),
-    )
+    return model, "rotary_pos_emb", {}, *video(t, y, x, "hidden_states")
 
 
 def pixtral(d, t, y, x):
@@ -254,17 +243,12 @@ def gemma4(d, t, y, x):
 
 def kimi(d, t, y, x):
     model = make(transformers.Kimi_K25VisionModel, **wide(d, pos_emb_time=t))
-    noise = {
-        "pixel_values": torch.randn(t * 4 * y * x, 3, 4, 4),
-        "grid_thw": torch.tensor([[t, 2 * y, 2 * x]]),
-    }
-    return model, "rotary_emb", {}, [Video(t, 2 * y, 2 * x)], noise
+    return model, "rotary_emb", {}, *video(t, y, x, patch=(3, 4, 4))
 
 
 def minimax_m3(d, t, y, x):
     model = make(transformers.MiniMaxM3VLVisionModel, **wide(d))
-    fraction = {"fraction": 6 * (d // 3 // 2) / d}
-    return model, "rotary_emb", fraction, [Video(t, 2 * y, 2 * x)], flat_patches(t, 2 * y, 2 * x)
+    return model, "rotary_emb", {"fraction": 6 * (d // 3 // 2) / d}, *video(t, y, x)
 
 
 def step3p7(d, t, y, x):
