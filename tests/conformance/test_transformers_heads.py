@@ -165,7 +165,7 @@ def wide(d: int, **more) -> dict:
 
 
 def video(t: int, y: int, x: int, name: str = "pixel_values", patch=(3 * 2 * 4 * 4,)):
-    """A video of y and x blocks of 2 x 2 patches, and its patches and grid as most of its towers take them."""
+    """A video of y and x blocks of 2 x 2 patches, and its patches and grid as most such towers take them."""
     seen = Video(t, 2 * y, 2 * x)
     return [seen], {name: torch.randn(seen.tokens, *patch), "grid_thw": torch.tensor([seen.grid])}
 
