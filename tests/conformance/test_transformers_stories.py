@@ -238,6 +238,15 @@ def test_divergence_sound_is_not_beside_its_frames_in_transformers_where_frames_
     assert torch.equal(ours.sort(0).values, theirs.double().sort(0).values)
 
 
+def test_divergence_frames_at_25_a_second_are_rounded_below_their_position_in_transformers():
+    # 0.08 s in fp32 is a bit less, so that its k-th multiple, 25 a second, is often below 2 k
+    seen = Video(200, 1, 1, 2 / 25)
+    theirs = omni_ids([seen], [BEGIN, *[VIDEO] * 200, WORD], [])[:-1]
+    ours, _ = place([Text(1), seen], "tm-rope")
+    assert ours[1:, 0].tolist() == [1 + 2 * frame for frame in range(200)]
+    assert (ours - theirs).sum(0).tolist() == [43, 0, 0]
+
+
 # --- where transformers leaves the released M-RoPE ---------------------------------------------------------
 
 
