@@ -122,6 +122,16 @@ def test_frames_stand_at_their_seconds_as_in_qwen_2_5_vl(agree, story, seen, rat
     assert cursor.next == decoded
 
 
+@pytest.mark.parametrize("fps", [1, 2, 5, 10, 15, 24, 30, 60])
+def test_a_long_video_of_a_usual_frame_rate_stands_as_in_qwen_2_5_vl(agree, fps):
+    story = [Text(1), Video(200, 1, 1, 2 / fps)]  # of frames in pairs
+    model = bare(transformers.Qwen2_5_VLModel, tokens_per_second=2)
+    theirs, _ = ids_of(model, story, second_per_grid_ts=torch.tensor([2 / fps]))
+    ours, _ = place(story, "m-rope-time")
+    agree("m-rope-qwen2.5-vl", "transformers Qwen2_5_VLModel.get_rope_index", ours, theirs, 0, "positions")
+    assert (ours[1:, 0] - 1).tolist() == [4 * frame // fps for frame in range(200)]
+
+
 @few
 @given(
     stories=st.lists(told(pictures | clips), min_size=2, max_size=3), side=st.sampled_from(("left", "right"))
