@@ -66,7 +66,7 @@ def m_rope_time(at: Cursor, seen: Segment, rate: float = 2.0):
     """M-RoPE on the clock: a frame stands at its second times `rate`, rounded down."""
     positions, _ = m_rope(at, seen)
     second = (positions[:, 0] - at.next) * getattr(seen, "seconds", 0.0)
-    positions[:, 0] = at.next + (second * rate).floor()
+    positions[:, 0] = at.next + (second * rate + 1e-6).floor()  # 69 * (2/15) * 25 is a bit below 230
     return positions, at.next + (positions - at.next).max().item() + 1
 
 

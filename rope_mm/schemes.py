@@ -102,7 +102,7 @@ VISION = {
     "kimi-vision": Scheme(layout="grid", order=XY, ownership="round-robin", ladder="own"),
     "llama4-vision": axial(layout="grid", options=(("first", 1.0),), order=XY, pairing="interleaved"),
     "gemma4-vision": axial(layout="grid", order=XY, theta=100.0, pairing="block"),
-    "minimax-m3-vision": axial(layout="grid", fraction=78 / 80),
+    "minimax-m3-vision": axial(layout="grid", options=(("merge", 2),), fraction=78 / 80),
     "genlip": Scheme(layout="grid", ownership="stride3", shares=(2, 3, 3)),
     "golden-gate": Scheme(
         layout="corners", order=XY, ownership="golden", spacing="log", band=(0.2, 20.0), per_head=True

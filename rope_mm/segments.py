@@ -105,14 +105,19 @@ KINDS = Choice(
 )
 
 
+def due(second: float, pace: float) -> int:
+    """How many of what comes every `pace` seconds have begun before this second, whatever rounding adds."""
+    return ceil(second / pace - 1e-9)
+
+
 def film(video: Video, sound: int, chunk: float = 2.0) -> list[Segment]:
     """A video and its sound tokens in chunks of seconds, in each the frames first (Qwen2.5-Omni)."""
     length = max(video.t * video.seconds, sound * 0.04)
     cuts = [number * chunk for number in range(ceil(length / chunk) + 1)]
     story: list[Segment] = []
     for start, end in pairwise(cuts):
-        frames = range(video.t)[ceil(start / video.seconds) : ceil(end / video.seconds)]
-        tokens = range(sound)[ceil(start * 25) : ceil(end * 25)]
+        frames = range(video.t)[due(start, video.seconds) : due(end, video.seconds)]
+        tokens = range(sound)[due(start, 0.04) : due(end, 0.04)]
         kind = Frames if start else Video
         story += [kind(len(frames), video.y, video.x, video.seconds)] if frames else []
         story += [Sound(len(tokens))] if tokens else []

@@ -59,6 +59,12 @@ def test_a_film_holds_every_frame_and_every_sound_token_in_chunks_of_two_seconds
     assert all((count - 1) * seconds < 2 for count in frames)
 
 
+def test_a_film_cuts_at_whole_seconds_at_every_frame_rate():
+    for fps in range(1, 121):
+        chunks = film(Video(6 * fps, 1, 1, 1 / fps), 1)
+        assert [segment.t for segment in chunks if isinstance(segment, Video)] == [2 * fps] * 3
+
+
 def test_a_story_holds_segments_only():
     with pytest.raises(ValueError, match="not 5"):
         read_segments([Text(2), 5])

@@ -8,7 +8,8 @@ import pytest
 from torch import Tensor
 
 README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- originals: made by pytest tests/conformance --write-table -->", "<!-- /originals -->"
+BEGIN = "<!-- originals: written by pytest tests/conformance --write-table -->"
+END = "<!-- /originals -->"
 ROWS: dict[tuple[str, str, str], float] = {}
 
 
@@ -37,7 +38,7 @@ def rounded_up(error: float) -> str:
     if not error:
         return "0"
     power = math.floor(math.log10(error))
-    return f"{math.ceil(error / 10**power * 0.999999)}e{power}"
+    return f"{math.ceil(error / 10**power) * 10.0**power:.0e}".replace("e-0", "e-")
 
 
 def table() -> str:
@@ -47,8 +48,16 @@ def table() -> str:
     return "\n".join(head + rows)
 
 
+@pytest.fixture
+def compared() -> tuple[set[tuple[str, ...]], set[tuple[str, ...]]]:
+    """Scheme, original and what was compared: the rows that README has, and those of this run."""
+    lines = README.read_text().split(BEGIN)[1].split(END)[0].strip().splitlines()[2:]
+    cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    return {tuple(row[:3]) for row in cells}, set(ROWS)
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if session.config.getoption("--write-table", default=False) and not exitstatus:
+    if session.config.getoption("--write-table", default=False):
         text = README.read_text()
         before, rest = text.split(BEGIN)
         README.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}")
