@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
 from torch.nn.functional import scaled_dot_product_attention
 
 from rope_mm.losses import (
@@ -14,7 +15,7 @@ from rope_mm.losses import (
     input_gradients,
     twice_differentiable,
 )
-from rope_mm.losses.penalties import half_square
+from rope_mm.losses.gradients import squares
 
 REAL, FAKE = torch.tensor([1.3, 2.9, 8.4, 6.3]), torch.tensor([4.8, 1.2, -3.5, 5.9])
 RELATIVISTIC = [name for name, loss in GAN_LOSSES.items() if loss.relativistic]
@@ -73,6 +74,53 @@ CLOSED_FORMS = {
         MR - MF,
     ),
 }
+
+# f and the activation of each f-GAN loss; the conjugate is found as the supremum that it is
+F_GAN = {
+    "kl": (lambda u: u * math.log(u), lambda v: v),
+    "reverse-kl": (lambda u: -math.log(u), lambda v: -math.exp(-v)),
+    "pearson": (lambda u: (u - 1) ** 2, lambda v: v),
+    "neyman": (lambda u: (1 - u) ** 2 / u, lambda v: 1 - math.exp(-v)),
+    "hellinger": (lambda u: (math.sqrt(u) - 1) ** 2, lambda v: 1 - math.exp(-v)),
+    "js": (
+        lambda u: u * math.log(u) - (u + 1) * math.log((1 + u) / 2),
+        lambda v: math.log(2 / (1 + math.exp(-v))),
+    ),
+    "gan": (lambda u: u * math.log(u) - (u + 1) * math.log(1 + u), log_sigmoid),
+    "tv": (lambda u: abs(u - 1) / 2, lambda v: math.tanh(v) / 2),
+}
+
+
+def conjugate(f, t):
+    """sup over u of u t - f(u), for u = exp(x)."""
+    best = minimize_scalar(
+        lambda x: f(math.exp(x)) - t * math.exp(x),
+        bounds=(-25, 15),
+        method="bounded",
+        options={"xatol": 1e-12},
+    )
+    return -best.fun
+
+
+H = {
+    "logit": lambda d: d,
+    "ns": log_sigmoid,
+    "vanilla": lambda d: math.log(1 + math.exp(d)),
+    "shifted": lambda d: math.log(1 + math.exp(d + 5)),
+    "arcsinh": math.asinh,
+    "exp": lambda d: math.exp(1.5 * d),
+    "kl": math.exp,
+    "pearson": lambda d: math.exp(d) ** 2,
+    "hellinger": lambda d: math.sqrt(math.exp(d)),
+}
+
+for name, (f, activation) in F_GAN.items():
+    CLOSED_FORMS[f"f-gan-{name}"] = (
+        mean(-activation(a) + conjugate(f, activation(b)) for a, b in pairs()),
+        mean(-conjugate(f, activation(b)) for _, b in pairs()),
+    )
+for name, h in H.items():
+    CLOSED_FORMS[f"monoflow-{name}"] = (CLOSED_FORMS["ns"][0], mean(-h(b) for _, b in pairs()))
 
 
 def critic(name, real, fake, distance=None):
@@ -173,9 +221,11 @@ def test_the_penalty_of_a_quadratic_critic_is_half_the_mean_square_of_its_gradie
     )
 
 
-def test_a_penalty_is_the_same_for_a_batch_and_the_batch_twice():
+@pytest.mark.parametrize("name", ["r1", "r2"])
+def test_a_penalty_is_the_same_for_a_batch_and_the_batch_twice(name):
     gradient = torch.randn(5, 1, 4, 4)
-    torch.testing.assert_close(half_square(torch.cat([gradient, gradient])), half_square(gradient))
+    twice = torch.cat([gradient, gradient])
+    torch.testing.assert_close(PENALTIES[name](twice, twice), PENALTIES[name](gradient, gradient))
 
 
 def attended(images):
@@ -188,7 +238,7 @@ def test_a_penalty_trains_through_attention_made_twice_differentiable():
 
     def penalty(x):
         with twice_differentiable():
-            return half_square(input_gradients(attended(x), x))
+            return squares(input_gradients(attended(x), x)).mean() / 2
 
     assert torch.autograd.gradcheck(penalty, images)
 
