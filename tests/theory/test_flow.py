@@ -57,7 +57,7 @@ def test_the_flow_of_the_reverse_kl_follows_the_closed_form(ratio):
 
 def test_langevin_particles_have_the_same_marginals():
     generator = torch.Generator().manual_seed(0)
-    start = 2 + 0.3 * torch.randn(2**18, 1, generator=generator, dtype=torch.float64)
+    start = normal(2**20, 2, 0.3)[:, None]  # that many, for the mean's own error is 0.7 % of the last KL
     path = [gaussian(particles) for particles in langevin(start, P, 2.0, 40, generator)]
     for time in (0.5, 1, 2):
         assert kl_divergence(path[round(20 * time) - 1], P).item() == pytest.approx(kl(time), rel=0.02)
@@ -179,7 +179,7 @@ def test_the_first_gradient_of_the_projection_is_that_of_the_usual_loss():
         torch.testing.assert_close(one, -2 * push * other)
 
 
-def test_many_steps_on_one_critic_are_stable_only_by_projection():
+def test_many_steps_on_one_critic_overshoot_unless_they_follow_the_projection():
     h = MONOTONE["logit"]
     path = {
         push: [
