@@ -56,13 +56,8 @@ def averaged(f: Curve, source: str, divergence: str) -> GanLoss:
     def critic(real: Tensor, fake: Tensor) -> Tensor:
         return (f(real - fake.mean()) + f(real.mean() - fake)).mean() / 2
 
-    return GanLoss(
-        critic,
-        lambda real, fake: critic(fake, real),
-        source,
-        relativistic=True,
-        divergence=divergence,
-    )
+    swapped = lambda real, fake: critic(fake, real)  # noqa: E731
+    return GanLoss(critic, swapped, source, relativistic=True, divergence=divergence)
 
 
 def f_gan(name: str, d: FDivergence) -> GanLoss:
@@ -78,15 +73,15 @@ def f_gan(name: str, d: FDivergence) -> GanLoss:
 
 def monoflow(h: Monotone) -> GanLoss:
     """A logistic critic, whose score is log p/q, against -E h(score)."""
-    source = "MonoFlow, arXiv 2302.01075"
-    return separable(logistic, softplus, lambda z: -h(z), source, h.divergence)
+    return separable(logistic, softplus, lambda z: -h(z), "MonoFlow, arXiv 2302.01075", h.divergence)
 
 
 def gan_qp_critic(real: Tensor, fake: Tensor, distance: Tensor, strength: float = 10.0) -> Tensor:
     """-delta + delta^2 / (2 strength d) with delta = real - fake and d the distance of the pair.
 
     The square makes steepness costly only relative to how far apart the pair lies; its optimum for two points
-    is delta = strength * d, so a far fake keeps a gradient. Coinciding pairs count as 1e-6 apart.
+    is delta = strength * d, so a far fake keeps a gradient. Coinciding pairs count as 1e-6 apart. A critic of
+    both samples would measure strength / 4 Σ d (P - swap)² / (P + swap), and keep |delta| <= strength * d.
     """
     delta = real - fake
     return (delta.square() / (2 * strength * distance.clamp_min(1e-6)) - delta).mean()
@@ -143,8 +138,7 @@ GAN_LOSSES = Choice(
             "arXiv 1811.07296",
             relativistic=True,
             needs_distance=True,
-            divergence="½ (p - q)ᵀ L⁺ (p - q), L the Laplacian of weights (P + swap) / (strength d); with "
-            "a critic of both arguments, strength / 4 Σ d (P - swap)² / (P + swap)",
+            divergence="½ (p - q)ᵀ L⁺ (p - q), L the Laplacian of weights (P + swap) / (strength d)",
         ),
     }
     | {f"f-gan-{name}": f_gan(name, divergence) for name, divergence in F_DIVERGENCES.items()}

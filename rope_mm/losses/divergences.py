@@ -1,5 +1,6 @@
 """What a generator can descend: f-divergences with their variational critics, and increasing h of log p/q."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,17 +26,10 @@ class FDivergence:
     conjugate: Curve
 
 
-def xlogx(u: Tensor) -> Tensor:
-    """Entropy term u log u, 0 at 0."""
-    return torch.xlogy(u, u)
-
-
-LOG2 = 0.6931471805599453
-
 F_DIVERGENCES = Choice(
     "f-divergence",
     {
-        "kl": FDivergence(xlogx, lambda v: v, lambda v: (v - 1).exp()),
+        "kl": FDivergence(lambda u: torch.xlogy(u, u), lambda v: v, lambda v: (v - 1).exp()),
         "reverse-kl": FDivergence(lambda u: -u.log(), lambda v: -(-v).exp(), lambda v: v - 1),
         # u < 0 is no density ratio, so f* stays at -f(0) = -1 below v = -2
         "pearson": FDivergence(
@@ -48,12 +42,14 @@ F_DIVERGENCES = Choice(
             lambda u: (u.sqrt() - 1).square(), lambda v: 1 - (-v).exp(), lambda v: v.exp() - 1
         ),
         "js": FDivergence(
-            lambda u: xlogx(u) - (u + 1) * ((u + 1) / 2).log(),
-            lambda v: LOG2 - softplus(-v),
-            lambda v: softplus(v) - LOG2,
+            lambda u: torch.xlogy(u, u) - (u + 1) * ((u + 1) / 2).log(),
+            lambda v: math.log(2) - softplus(-v),
+            lambda v: softplus(v) - math.log(2),
         ),
         "gan": FDivergence(
-            lambda u: xlogx(u) - (u + 1) * (u + 1).log(), lambda v: -softplus(-v), lambda v: softplus(v)
+            lambda u: torch.xlogy(u, u) - (u + 1) * (u + 1).log(),
+            lambda v: -softplus(-v),
+            lambda v: softplus(v),
         ),
         "tv": FDivergence(lambda u: (u - 1).abs() / 2, lambda v: v.tanh() / 2, lambda v: v.tanh() / 2),
     },

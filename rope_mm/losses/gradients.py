@@ -154,11 +154,5 @@ def by_what_works(critic: Critic, images: Tensor, sigma: float, generator: torch
 
 METHODS = Choice(
     "method",
-    {
-        "auto": by_what_works,
-        "autograd": by_autograd,
-        "fd": by_difference,
-        "jvp": by_jvp,
-        "head": by_head,
-    },
+    {"auto": by_what_works, "autograd": by_autograd, "fd": by_difference, "jvp": by_jvp, "head": by_head},
 )

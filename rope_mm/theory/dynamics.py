@@ -5,6 +5,7 @@ A state (2, n) holds phi and theta, both (n,). Su, kexue.fm/archives/6583; Mesch
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from scipy.integrate import solve_ivp
@@ -126,11 +127,7 @@ def walk(descent: Descent, velocity: Field, start: Tensor, steps: int) -> Iterat
 
 def average(states: Tensor, decay: float) -> Tensor:
     """Exponential moving average (t, ...) of states (t, ...), beginning at the first."""
-    mean, means = states[0], []
-    for state in states:
-        mean = decay * mean + (1 - decay) * state
-        means.append(mean)
-    return torch.stack(means)
+    return torch.stack(list(accumulate(states, lambda mean, state: decay * mean + (1 - decay) * state)))
 
 
 def eigenvalues(function: Field, state: Tensor) -> Tensor:
