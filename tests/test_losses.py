@@ -1,4 +1,7 @@
 import math
+import os
+import subprocess
+import sys
 from itertools import product
 from operator import itemgetter
 
@@ -595,6 +598,38 @@ def test_checkpoints_serve_a_penalty_unless_they_are_reentrant():
     torch.testing.assert_close(PENALTIES["r1"].of(kept(False), images, images), plain)
     with pytest.raises(ValueError, match="use_reentrant=False"):
         PENALTIES["r1"].of(kept(True), images, images, method="autograd")
+
+
+TWO_PROCESSES = """
+import sys, torch
+from torch import distributed, multiprocessing, nn
+from rope_mm.losses import PENALTIES
+
+def work(rank, meeting, method):
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    layers = nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1), nn.Flatten(0)
+    critic = nn.parallel.DistributedDataParallel(nn.Sequential(*layers))
+    images = torch.randn(4, 3, generator=torch.Generator().manual_seed(rank))
+    PENALTIES["r1"].of(critic, images, images, method=method).backward()
+    mine = layers[0].weight.grad
+    both = [torch.zeros_like(mine), torch.zeros_like(mine)]
+    distributed.all_gather(both, mine)
+    assert torch.equal(*both) and mine.any()
+    distributed.destroy_process_group()
+
+if __name__ == "__main__":
+    multiprocessing.start_processes(work, args=sys.argv[1:], nprocs=2, start_method="fork")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["autograd", "fd", "jvp"])
+def test_two_processes_agree_on_the_gradient_of_a_penalty_alone(method, tmp_path):
+    (tmp_path / "work.py").write_text(TWO_PROCESSES)
+    command = [sys.executable, str(tmp_path / "work.py"), str(tmp_path / "meeting"), method]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, check=True, timeout=100, env=environment)
 
 
 @pytest.mark.compile

@@ -60,12 +60,9 @@ class Dirac:
     def field(self, state: Tensor) -> Tensor:
         """Velocity (2, n): both players downhill, each in its own objective."""
         phi, theta = state
-        return -torch.stack(
-            [
-                grad(lambda phi: self.objectives(phi, theta)[0])(phi),
-                grad(lambda theta: self.objectives(phi, theta)[1])(theta),
-            ]
-        )
+        of_critic = grad(lambda phi: self.objectives(phi, theta)[0])(phi)
+        of_generator = grad(lambda theta: self.objectives(phi, theta)[1])(theta)
+        return -torch.stack([of_critic, of_generator])
 
 
 def flow(velocity: Field, start: Tensor, times: Sequence[float] | Tensor, tolerance: float = 1e-8) -> Tensor:

@@ -9,7 +9,6 @@ import pytest
 
 from rope_mm.run.config import run
 
-pytest.importorskip("matplotlib")
 SCRIPT = Path(__file__).parents[2] / "train" / "theory.py"
 
 
