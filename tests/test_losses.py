@@ -309,13 +309,19 @@ def test_every_entry_names_its_divergence_and_source():
     assert all(penalty.source for penalty in PENALTIES.values())
 
 
-def test_the_best_gan_qp_critic_of_one_pair_stands_strength_times_the_distance_apart():
+@pytest.mark.parametrize("power", [2, 4, 6])
+def test_the_best_gan_qp_critic_of_one_pair_stands_strength_times_the_distance_apart(power):
     for distance in (0.1, 1.0, 100.0):
         d, gap = torch.tensor([distance]), torch.tensor([10 * distance], requires_grad=True)
-        value = critic("gan-qp", gap, torch.zeros(1), d)
+        value = GAN_LOSSES["gan-qp"].critic(gap, torch.zeros(1), d, power=power)
         (slope,) = torch.autograd.grad(value, gap)
         assert slope.abs() < 1e-6
-        assert value.item() == pytest.approx(-10 * distance / 2)
+        assert value.item() == pytest.approx(-10 * distance * (1 - 1 / power))
+
+
+def test_gan_qp_wants_an_even_power():
+    with pytest.raises(ValueError, match="an even power of at least 2, not 3"):
+        GAN_LOSSES["gan-qp"].critic(REAL, FAKE, torch.ones(4), power=3)
 
 
 def test_coinciding_pairs_do_not_divide_by_zero():

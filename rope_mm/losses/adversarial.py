@@ -76,15 +76,23 @@ def monoflow(h: Monotone) -> GanLoss:
     return separable(logistic, softplus, lambda z: -h(z), "MonoFlow, arXiv 2302.01075", h.divergence)
 
 
-def gan_qp_critic(real: Tensor, fake: Tensor, distance: Tensor, strength: float = 10.0) -> Tensor:
+def gan_qp_critic(
+    real: Tensor, fake: Tensor, distance: Tensor, strength: float = 10.0, power: int = 2
+) -> Tensor:
     """-delta + delta^2 / (2 strength d) with delta = real - fake and d the distance of the pair.
 
     The square makes steepness costly only relative to how far apart the pair lies; its optimum for two points
     is delta = strength * d, so a far fake keeps a gradient. Coinciding pairs count as 1e-6 apart. A critic of
     both samples would measure strength / 4 Σ d (P - swap)² / (P + swap), and keep |delta| <= strength * d.
+    A higher even power m, delta^m / (m (strength d)^(m - 1)), has the same optimum for two points.
+
+    Raises:
+        ValueError: an odd power, which has no optimum.
     """
-    delta = real - fake
-    return (delta.square() / (2 * strength * distance.clamp_min(1e-6)) - delta).mean()
+    if power < 2 or power % 2:
+        raise ValueError(f"gan-qp wants an even power of at least 2, not {power}")
+    delta, steep = real - fake, strength * distance.clamp_min(1e-6)
+    return (delta**power / (power * steep ** (power - 1)) - delta).mean()
 
 
 def logistic(z: Tensor) -> Tensor:
@@ -111,9 +119,7 @@ GAN_LOSSES = Choice(
     "GAN loss",
     {
         "ns": separable(logistic, softplus, logistic, LOGISTIC, MONOTONE["ns"].divergence),
-        "saturating": separable(
-            logistic, softplus, lambda z: -softplus(z), "arXiv 1406.2661, equation 1", "2 JS(p, q)"
-        ),
+        "saturating": separable(logistic, softplus, lambda z: -softplus(z), "arXiv 1406.2661", "2 JS(p, q)"),
         "lsgan": separable(
             lambda z: square(z) / 2,
             lambda z: z.square() / 2,

@@ -13,9 +13,7 @@ Critic = Callable[..., Tensor]
 
 FUSED = "make the scores under `with twice_differentiable():` and with sdpa or eager attention"
 ONCE = {  # nodes of the graph that cannot be differentiated twice, and the cure
-    "ScaledDotProductFlash": FUSED,
-    "ScaledDotProductEfficient": FUSED,
-    "ScaledDotProductCudnn": FUSED,
+    "ScaledDotProduct": FUSED,
     "FlashAttn": FUSED,
     "FlexAttention": FUSED,
     "CheckpointFunction": "checkpoint with use_reentrant=False",

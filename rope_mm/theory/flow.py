@@ -16,6 +16,7 @@ from rope_mm.losses import GAN_LOSSES
 from rope_mm.losses.divergences import Curve, FDivergence
 
 LogRatio = Callable[[Tensor], Tensor]  # particles (n, d) -> log p/q (n,)
+Fit = Callable[[Tensor], LogRatio]  # from what q is at the moment, its particles (n, d)
 
 
 def variational(divergence: FDivergence) -> Curve:
@@ -40,7 +41,7 @@ def gaussian(particles: Tensor) -> MultivariateNormal:
     return MultivariateNormal(particles.mean(0), cov.view(2 * particles.shape[1:]), validate_args=False)
 
 
-def gaussian_ratio(p: Distribution) -> Callable[[Tensor], LogRatio]:
+def gaussian_ratio(p: Distribution) -> Fit:
     """Particles -> log p/q, exact as long as they are normal."""
 
     def fit(particles: Tensor) -> LogRatio:
@@ -56,9 +57,7 @@ def quadratic(x: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(x[:, :1]), x, x[:, rows] * x[:, columns]], dim=1)
 
 
-def learned_ratio(
-    real: Tensor, features: Callable[[Tensor], Tensor] = quadratic
-) -> Callable[[Tensor], LogRatio]:
+def learned_ratio(real: Tensor, features: Callable[[Tensor], Tensor] = quadratic) -> Fit:
     """Particles -> log p/q as a critic linear in features (n, k) learns it from samples of p."""
 
     def fit(particles: Tensor) -> LogRatio:
@@ -79,9 +78,7 @@ def learned_ratio(
     return fit
 
 
-def transport(
-    particles: Tensor, fit: Callable[[Tensor], LogRatio], h: Curve, time: float, steps: int
-) -> Iterator[Tensor]:
+def transport(particles: Tensor, fit: Fit, h: Curve, time: float, steps: int) -> Iterator[Tensor]:
     """Particles (n, d) after each of the steps along dx/dt = ∇ h(log p/q), by Heun's method."""
     rate = time / steps
     for _ in range(steps):
