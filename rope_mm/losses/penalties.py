@@ -63,7 +63,7 @@ class GradientPenalty:
         """The penalty of the critic, images (b, ...) -> scores (b,), on the first `fraction` of the pairs.
 
         A critic of captions is a closure that takes as many of them as it is given images; it should draw the
-        same augmentation at every call. `sigma` is the step of method "fd"; 0.01 is for images of unit spread.
+        same augmentation at every call. `sigma` is the step of "fd"; 0.01 is for images of unit spread.
 
         Raises:
             ValueError: an unknown method, one that the critic or this penalty does not allow, a fraction or
