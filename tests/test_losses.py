@@ -1,20 +1,31 @@
 import math
+import os
+import subprocess
+import sys
+from itertools import product
+from operator import itemgetter
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from rope_mm.losses import (
     DISTANCES,
+    F_DIVERGENCES,
     GAN_LOSSES,
+    METHODS,
+    MONOTONE,
     PENALTIES,
     GanLoss,
+    gamma,
     input_gradients,
     twice_differentiable,
 )
-from rope_mm.losses.penalties import half_square
+from rope_mm.losses.gradients import squares
 
 REAL, FAKE = torch.tensor([1.3, 2.9, 8.4, 6.3]), torch.tensor([4.8, 1.2, -3.5, 5.9])
 RELATIVISTIC = [name for name, loss in GAN_LOSSES.items() if loss.relativistic]
@@ -74,6 +85,53 @@ CLOSED_FORMS = {
     ),
 }
 
+# f and the activation of each f-GAN loss; the conjugate is found as the supremum that it is
+F_GAN = {
+    "kl": (lambda u: u * math.log(u), lambda v: v),
+    "reverse-kl": (lambda u: -math.log(u), lambda v: -math.exp(-v)),
+    "pearson": (lambda u: (u - 1) ** 2, lambda v: v),
+    "neyman": (lambda u: (1 - u) ** 2 / u, lambda v: 1 - math.exp(-v)),
+    "hellinger": (lambda u: (math.sqrt(u) - 1) ** 2, lambda v: 1 - math.exp(-v)),
+    "js": (
+        lambda u: u * math.log(u) - (u + 1) * math.log((1 + u) / 2),
+        lambda v: math.log(2 / (1 + math.exp(-v))),
+    ),
+    "gan": (lambda u: u * math.log(u) - (u + 1) * math.log(1 + u), log_sigmoid),
+    "tv": (lambda u: abs(u - 1) / 2, lambda v: math.tanh(v) / 2),
+}
+
+
+def conjugate(f, t):
+    """sup over u of u t - f(u), for u = exp(x)."""
+    best = minimize_scalar(
+        lambda x: f(math.exp(x)) - t * math.exp(x),
+        bounds=(-25, 15),
+        method="bounded",
+        options={"xatol": 1e-12},
+    )
+    return -best.fun
+
+
+H = {
+    "logit": lambda d: d,
+    "ns": log_sigmoid,
+    "vanilla": lambda d: math.log(1 + math.exp(d)),
+    "shifted": lambda d: math.log(1 + math.exp(d + 5)),
+    "arcsinh": math.asinh,
+    "exp": lambda d: math.exp(1.5 * d),
+    "kl": math.exp,
+    "pearson": lambda d: math.exp(d) ** 2,
+    "hellinger": lambda d: math.sqrt(math.exp(d)),
+}
+
+for name, (f, activation) in F_GAN.items():
+    CLOSED_FORMS[f"f-gan-{name}"] = (
+        mean(-activation(a) + conjugate(f, activation(b)) for a, b in pairs()),
+        mean(-conjugate(f, activation(b)) for _, b in pairs()),
+    )
+for name, h in H.items():
+    CLOSED_FORMS[f"monoflow-{name}"] = (CLOSED_FORMS["ns"][0], mean(-h(b) for _, b in pairs()))
+
 
 def critic(name, real, fake, distance=None):
     loss = GAN_LOSSES[name]
@@ -117,33 +175,153 @@ def test_a_loss_of_ones_own_is_two_functions():
     assert not mine.needs_distance
 
 
-def test_the_best_rsgan_critic_on_discrete_data_measures_the_swap_and_is_the_log_ratio():
-    p, q = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.2, 0.2, 0.6]).double()
-    pair, swap = p[:, None] * q, q[:, None] * p  # P(real, fake) and the same with the places swapped
-    mix = (pair + swap) / 2
-    js = ((pair * (pair / mix).log()).sum() + (swap * (swap / mix).log()).sum()) / 2
-    scores = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scores], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-16)
+# two distributions on three points, as the hundred equally likely pairs (real, fake) of a batch
+COUNTS_P, COUNTS_Q = torch.tensor([5, 3, 2]), torch.tensor([2, 2, 6])
+P, Q = COUNTS_P.double() / 10, COUNTS_Q.double() / 10
+REALS, FAKES = torch.cartesian_prod(
+    torch.arange(3).repeat_interleave(COUNTS_P), torch.arange(3).repeat_interleave(COUNTS_Q)
+).unbind(1)
+PAIR, SWAP = P[:, None] * Q, Q[:, None] * P
+BETWEEN = torch.tensor([[0.0, 1.0, 3.0], [1.0, 0.0, 0.5], [3.0, 0.5, 0.0]]).double()  # distances
 
-    def value():
+
+def best(value, shape):
+    """The scores that minimise a value, and its minimum."""
+    scores = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [scores], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
         optimizer.zero_grad()
-        loss = (pair * torch.nn.functional.softplus(-(scores[:, None] - scores))).sum()
+        loss = value(scores)
         loss.backward()
         return loss
 
-    optimizer.step(value)
-    assert -value().item() == pytest.approx((js - math.log(2)).item(), abs=1e-6)
-    best = scores.detach() - (p / q).log()
-    torch.testing.assert_close(best, best.mean().expand(3), atol=1e-5, rtol=0)
+    optimizer.step(closure)
+    return scores.detach(), value(scores).item()
 
 
-def test_the_best_gan_qp_critic_of_one_pair_stands_strength_times_the_distance_apart():
+def unary(name, distance=None):
+    """The loss of a critic of one sample: scores (3,)."""
+    return best(lambda t: critic(name, t[REALS], t[FAKES], distance), 3)
+
+
+def binary(name, distance=None):
+    """The loss of a critic of both samples, score(a, b) - score(b, a) in place of the difference."""
+    return best(lambda t: critic(name, t[REALS, FAKES], t[FAKES, REALS], distance), (3, 3))
+
+
+def corner(name):
+    """The same for losses of straight pieces, whose best scores are at the bends, 1 and -1."""
+    scores = [torch.tensor(signs).double() for signs in product((-1, 1), repeat=3)]
+    return min(((t, critic(name, t[REALS], t[FAKES]).item()) for t in scores), key=itemgetter(1))
+
+
+def js(p, q):
+    mix = (p + q) / 2
+    return (((p * (p / mix).log()).sum() + (q * (q / mix).log()).sum()) / 2).item()
+
+
+def triangular(p, q):
+    return ((p - q).square() / (p + q)).sum().item()
+
+
+def variation(p, q):
+    return (p - q).abs().sum().item() / 2
+
+
+@pytest.mark.parametrize(
+    ("find", "name", "least"),
+    [
+        (unary, "ns", 2 * math.log(2) - 2 * js(P, Q)),
+        (unary, "saturating", 2 * math.log(2) - 2 * js(P, Q)),
+        (unary, "lsgan", 1 / 4 - triangular(P, Q) / 8),
+        (corner, "hinge", 2 - 2 * variation(P, Q)),
+        (unary, "rsgan", math.log(2) - js(PAIR, SWAP)),
+        (binary, "rsgan", math.log(2) - js(PAIR, SWAP)),
+        (binary, "rp-ls", 1 - triangular(PAIR, SWAP) / 2),
+        (binary, "rp-hinge", 1 - variation(PAIR, SWAP)),
+    ],
+)
+def test_the_best_critic_measures_the_divergence_of_the_entry(find, name, least):
+    assert find(name)[1] == pytest.approx(least, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["rp-ls", "rp-hinge"])
+def test_a_critic_of_one_sample_measures_at_most_what_one_of_both_does(name):
+    assert unary(name)[1] > binary(name)[1] - 1e-9
+
+
+def test_the_best_rsgan_critic_is_the_log_ratio_up_to_a_constant():
+    off = unary("rsgan")[0] - (P / Q).log()
+    torch.testing.assert_close(off, off.mean().expand(3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", F_DIVERGENCES)
+def test_the_best_f_gan_critic_measures_its_f_divergence(name):
+    scores, least = unary(f"f-gan-{name}")
+    divergence = (Q * F_DIVERGENCES[name].f(P / Q)).sum().item()
+    assert -least == pytest.approx(divergence, abs=1e-6)
+    if name != "tv":  # its best score is infinite
+        ratio = (P / Q).requires_grad_()
+        (slope,) = torch.autograd.grad(F_DIVERGENCES[name].f(ratio).sum(), ratio)
+        torch.testing.assert_close(F_DIVERGENCES[name].activation(scores), slope, atol=1e-5, rtol=0)
+
+
+def test_gan_qp_with_a_critic_of_both_samples_measures_the_weighted_triangular_discrimination():
+    scores, least = binary("gan-qp", BETWEEN[REALS, FAKES])
+    value = 10 / 4 * (BETWEEN * (PAIR - SWAP).square() / (PAIR + SWAP)).sum().item()
+    assert -least == pytest.approx(value, abs=1e-6)
+    delta = scores - scores.T
+    assert (delta.abs() <= 10 * BETWEEN + 1e-6).all()  # as steep as the distances, of itself
+
+
+def test_gan_qp_with_a_critic_of_one_sample_measures_the_poisson_energy_and_may_be_steeper():
+    scores, least = unary("gan-qp", BETWEEN[REALS, FAKES])
+    weights = ((PAIR + SWAP) / (10 * BETWEEN)).fill_diagonal_(0)
+    laplacian = weights.sum(1).diag() - weights
+    gap = P - Q
+    assert -least == pytest.approx((gap @ torch.linalg.pinv(laplacian) @ gap).item() / 2, abs=1e-6)
+    assert -least < -binary("gan-qp", BETWEEN[REALS, FAKES])[1]
+    steepness = ((scores[:, None] - scores).abs() / (10 * BETWEEN)).nan_to_num(0)
+    assert steepness.max() > 1  # the bound of the critic of both samples does not hold
+
+
+@pytest.mark.parametrize("distance", [0.1, 1.0, 10.0, 100.0])
+def test_a_far_fake_keeps_its_gradient_under_gan_qp_and_loses_it_in_the_zero_sum_logistic_games(distance):
+    def pull(generator, slope):
+        """Gradient at a fake, standing a distance from the real one, through the critic -slope x."""
+        place = torch.tensor([distance], dtype=torch.float64, requires_grad=True)
+        return torch.autograd.grad(generator(0 * place.detach(), -slope * place), place)[0].item()
+
+    assert pull(GAN_LOSSES["gan-qp"].generator, 10.0) == pytest.approx(10)  # the best slope is the strength
+    sure = 25 / distance  # the logistic critics have no best slope; this one is 1e-11 from their infimum
+    assert abs(pull(GAN_LOSSES["saturating"].generator, sure)) < 1e-10 * sure
+    assert abs(pull(lambda real, fake: -GAN_LOSSES["rsgan"].critic(real, fake), sure)) < 1e-10 * sure
+    for swapped in ("ns", "rsgan"):  # what non-saturating generators are for
+        assert pull(GAN_LOSSES[swapped].generator, sure) == pytest.approx(sure)
+
+
+def test_every_entry_names_its_divergence_and_source():
+    assert all(loss.divergence and loss.source for loss in GAN_LOSSES.values())
+    assert all(h.divergence for h in MONOTONE.values())
+    assert all(penalty.source for penalty in PENALTIES.values())
+
+
+@pytest.mark.parametrize("power", [2, 4, 6])
+def test_the_best_gan_qp_critic_of_one_pair_stands_strength_times_the_distance_apart(power):
     for distance in (0.1, 1.0, 100.0):
         d, gap = torch.tensor([distance]), torch.tensor([10 * distance], requires_grad=True)
-        value = critic("gan-qp", gap, torch.zeros(1), d)
+        value = GAN_LOSSES["gan-qp"].critic(gap, torch.zeros(1), d, power=power)
         (slope,) = torch.autograd.grad(value, gap)
         assert slope.abs() < 1e-6
-        assert value.item() == pytest.approx(-10 * distance / 2)
+        assert value.item() == pytest.approx(-10 * distance * (1 - 1 / power))
+
+
+def test_gan_qp_wants_an_even_power():
+    with pytest.raises(ValueError, match="an even power of at least 2, not 3"):
+        GAN_LOSSES["gan-qp"].critic(REAL, FAKE, torch.ones(4), power=3)
 
 
 def test_coinciding_pairs_do_not_divide_by_zero():
@@ -173,9 +351,200 @@ def test_the_penalty_of_a_quadratic_critic_is_half_the_mean_square_of_its_gradie
     )
 
 
-def test_a_penalty_is_the_same_for_a_batch_and_the_batch_twice():
+@pytest.mark.parametrize("name", ["r1", "r2"])
+def test_a_penalty_is_the_same_for_a_batch_and_the_batch_twice(name):
     gradient = torch.randn(5, 1, 4, 4)
-    torch.testing.assert_close(half_square(torch.cat([gradient, gradient])), half_square(gradient))
+    twice = torch.cat([gradient, gradient])
+    torch.testing.assert_close(PENALTIES[name](twice, twice), PENALTIES[name](gradient, gradient))
+
+
+HESSIAN = torch.tensor([[1.0, 0.5], [0.5, -2.0]], dtype=torch.float64)
+SLOPE = torch.tensor([1.0, 2.0], dtype=torch.float64)
+POINTS = torch.tensor([[0.0, 0.0], [1.0, -1.0], [0.3, 0.7]], dtype=torch.float64)
+
+
+def bowl(x):
+    """A quadratic critic: gradient SLOPE + HESSIAN x."""
+    return x @ SLOPE + ((x @ HESSIAN) * x).sum(1) / 2
+
+
+NORMS = (SLOPE + POINTS @ HESSIAN).norm(dim=1)
+OF_NORMS = {
+    "r1": NORMS.square(),
+    "r2": NORMS.square(),
+    "zero-centred": NORMS.square(),
+    "one-centred": (NORMS - 1).square(),
+    "wgan-div": NORMS**6,
+}
+
+
+@pytest.mark.parametrize("name", OF_NORMS)
+def test_each_gradient_penalty_is_half_its_mean_over_samples_however_often_the_batch_comes(name):
+    of = PENALTIES[name].of  # real and fake coincide, so that every point between them is known
+    expected = OF_NORMS[name].mean() / 2
+    torch.testing.assert_close(of(bowl, POINTS, POINTS), expected)
+    twice = POINTS.repeat(2, 1)
+    torch.testing.assert_close(of(bowl, twice, twice, method="autograd"), expected)
+
+
+@pytest.mark.parametrize("name", OF_NORMS)
+def test_each_gradient_penalty_is_taken_where_it_says(name):
+    seen = []
+    PENALTIES[name].of(lambda x: seen.append(x.detach()) or bowl(x), POINTS, POINTS + 3.0)
+    low, high = {"r1": (0, 0), "r2": (3, 3)}.get(name, (1e-9, 3 - 1e-9))
+    moved = seen[0] - POINTS
+    assert ((low - 1e-12 <= moved) & (moved <= high + 1e-12)).all()
+    torch.testing.assert_close(moved[:, 0], moved[:, 1])  # one mix for all entries of a sample
+
+
+@pytest.mark.parametrize("method", ["fd", "jvp"])
+def test_one_probe_is_right_on_average(method):
+    point, generator = POINTS[2:].repeat(2**17, 1), torch.Generator().manual_seed(0)
+    found = PENALTIES["r1"].of(bowl, point, point, method=method, generator=generator)
+    assert found.item() == pytest.approx(NORMS[2].item() ** 2 / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 1.0])
+def test_the_finite_difference_of_a_quadratic_critic_has_the_bias_of_its_hessian(sigma):
+    point, generator = POINTS[2:].repeat(2**18, 1), torch.Generator().manual_seed(1)
+    found = PENALTIES["r1"].of(bowl, point, point, method="fd", sigma=sigma, generator=generator)
+    bias = sigma**2 / 4 * (2 * HESSIAN.square().sum() + HESSIAN.trace() ** 2)
+    assert 2 * found.item() == pytest.approx((NORMS[2] ** 2 + bias).item(), rel=0.01)
+
+
+class Headed(torch.nn.Module):
+    """A head on a backbone."""
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, images):
+        return self.head(self.backbone(images))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_the_critic(method):
+    torch.manual_seed(0)
+    head = torch.nn.Sequential(
+        torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1), torch.nn.Flatten(0)
+    )
+    critic, images = Headed(torch.nn.Linear(3, 8), head), torch.randn(6, 3)
+    PENALTIES["r1"].of(critic, images, images, method=method).backward()
+    assert head[0].weight.grad.abs().sum() > 0
+    assert (critic.backbone.weight.grad is None) is (method == "head")
+    assert method not in ("autograd", "auto", "head") or head[2].bias.grad is not None  # DDP waits for it
+
+
+def test_the_penalty_of_a_head_is_that_of_its_inputs():
+    critic, images = Headed(torch.nn.Linear(3, 2).double(), bowl), torch.randn(4, 3, dtype=torch.float64)
+    features = critic.backbone(images).detach()
+    found = PENALTIES["r2"].of(critic, 0 * images, images, method="head")
+    torch.testing.assert_close(found, PENALTIES["r1"].of(bowl, features, features))
+    with pytest.raises(ValueError, match=r"frozen \.backbone and a \.head, which function has not"):
+        PENALTIES["r1"].of(bowl, images, images, method="head")
+
+
+def test_a_fraction_takes_the_first_pairs():
+    seen = []
+    PENALTIES["zero-centred"].of(lambda x: seen.append(x) or bowl(x), POINTS, POINTS, fraction=0.5)
+    torch.testing.assert_close(seen[0].detach(), POINTS[:2])
+
+
+def test_both_calls_of_a_finite_difference_drop_the_same_units():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 1))
+    images = torch.randn(64, 4)
+    assert PENALTIES["r1"].of(lambda x: net(x)[:, 0], images, images, method="fd", sigma=1e-3) < 1
+
+
+def small():
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(4, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1), torch.nn.Flatten(0)
+    return torch.nn.Sequential(*layers)
+
+
+def test_finite_differences_run_in_float32_under_autocast():
+    net, images = small(), torch.randn(8, 4)
+    method = METHODS["fd"]
+    plain = method(net, images, 1e-2, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = method(net, images, 1e-2, torch.Generator().manual_seed(0))
+    assert torch.equal(mixed, plain)
+
+
+@pytest.mark.parametrize("kind", ["weights", "autocast within"])
+def test_finite_differences_in_half_precision_are_refused_below_a_sigma_that_they_can_resolve(kind):
+    net, images = small(), torch.randn(8, 4)
+    if kind == "weights":
+        images, critic = images.bfloat16(), net.bfloat16()
+    else:  # as accelerate wraps a model: in and out in float32
+
+        def critic(x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return net(x).float()
+
+    with pytest.raises(ValueError, match=r"sigma 0\.01 drown .* keep its weights and images in float32"):
+        PENALTIES["r1"].of(critic, images, images, method="fd")
+    assert PENALTIES["r1"].of(critic, images, images, method="fd", sigma=0.1).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["one-centred", "wgan-div"])
+@pytest.mark.parametrize("method", ["fd", "jvp"])
+def test_a_curve_of_the_norm_is_not_estimated_by_one_probe(name, method):
+    with pytest.raises(ValueError, match="take 'autograd'"):
+        PENALTIES[name].of(bowl, POINTS, POINTS, method=method)
+
+
+@pytest.mark.parametrize("wrong", [{"fraction": 0.0}, {"fraction": 1.5}, {"sigma": 0.0}])
+def test_a_fraction_or_sigma_out_of_range_is_refused(wrong):
+    with pytest.raises(ValueError, match="fraction must be in"):
+        PENALTIES["r1"].of(bowl, POINTS, POINTS, **wrong)
+
+
+def test_gradients_at_the_images_do_not_serve_a_penalty_between_them():
+    with pytest.raises(ValueError, match=r"call its \.of\(critic, real, fake\)"):
+        PENALTIES["zero-centred"](POINTS, POINTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "value"),
+    [
+        ("consistency", (REAL, FAKE), mean((a - b) ** 2 for a, b in pairs()) / 2),
+        ("centring", (REAL, FAKE), mean((a + b) ** 2 for a, b in pairs()) / 2),
+        (
+            "lecam",
+            (REAL, FAKE, 5.0, 3.0),
+            mean(max(0, a - 3) ** 2 + max(0, 5 - b) ** 2 for a, b in pairs()) / 2,
+        ),
+    ],
+)
+def test_each_penalty_of_scores_is_its_formula(name, arguments, value):
+    assert PENALTIES[name](*arguments).item() == pytest.approx(value, rel=1e-6)
+    with pytest.raises(ValueError, match=r"takes scores \(b,\), not gradients or images of shape \(3, 2\)"):
+        PENALTIES[name](POINTS, *arguments[1:])
+
+
+def test_only_centring_sees_the_level_that_a_relativistic_loss_leaves_free():
+    shift = torch.tensor(0.5, requires_grad=True)
+    (free,) = torch.autograd.grad(GAN_LOSSES["rpgan"].critic(REAL + shift, FAKE + shift), shift)
+    (held,) = torch.autograd.grad(PENALTIES["centring"](REAL + shift, FAKE + shift), shift)
+    assert free.abs() < 1e-6 < 1 < held
+
+
+@pytest.mark.parametrize(
+    ("weight", "convention", "sigma", "expected"),
+    [
+        (1.0, "half", 1.0, 1.0),  # R3GAN
+        (10.0, "whole", 1.0, 20.0),  # GAN_stability, GigaGAN
+        (0.25, "whole", 1.0, 0.5),  # AFM
+        (100.0, "apt", 0.01, 0.02),  # APT, images
+        (100.0, "apt", 0.1, 2.0),  # APT, video
+        (1000.0, "apt", 0.1, 20.0),  # AAPT
+    ],
+)
+def test_weights_of_other_code_become_gammas(weight, convention, sigma, expected):
+    assert gamma(weight, convention, sigma) == pytest.approx(expected)
 
 
 def attended(images):
@@ -188,7 +557,7 @@ def test_a_penalty_trains_through_attention_made_twice_differentiable():
 
     def penalty(x):
         with twice_differentiable():
-            return half_square(input_gradients(attended(x), x))
+            return squares(input_gradients(attended(x), x)).mean() / 2
 
     assert torch.autograd.gradcheck(penalty, images)
 
@@ -197,6 +566,85 @@ def test_a_penalty_through_fused_attention_is_refused_with_the_cure():
     images = torch.randn(2, 16, requires_grad=True)
     with pytest.raises(ValueError, match=r"ScaledDotProductFlash.*with twice_differentiable"):
         input_gradients(attended(images), images)
+
+
+class FlashAttnFunc(torch.autograd.Function):
+    """Stands for a kernel that is not torch's own: one derivative, no plain form."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        return 2 * ctx.saved_tensors[0] * slope
+
+
+def test_auto_takes_the_exact_gradient_where_it_can_and_else_the_finite_difference():
+    images = torch.randn(2, 16, dtype=torch.float64)
+    exact = PENALTIES["r1"].of(attended, images, images, method="autograd")
+    torch.testing.assert_close(PENALTIES["r1"].of(attended, images, images), exact)
+    fused = lambda x: FlashAttnFunc.apply(x).sum(1)  # noqa: E731
+    with pytest.raises(ValueError, match=r"FlashAttnFuncBackward lacks; .* or take method='fd'"):
+        PENALTIES["r1"].of(fused, images, images, method="autograd")
+    many = images[:1].repeat(2**14, 1)
+    found = PENALTIES["r1"].of(fused, many, many, sigma=1e-4)
+    assert found.item() == pytest.approx(images[0].square().sum().item() * 2, rel=0.05)
+
+
+def test_checkpoints_serve_a_penalty_unless_they_are_reentrant():
+    layer, images = torch.nn.Linear(16, 16).double(), torch.randn(2, 16, dtype=torch.float64)
+    plain = PENALTIES["r1"].of(lambda x: layer(x).tanh().sum(1), images, images)
+
+    def kept(reentrant):
+        return lambda x: checkpoint(lambda x: layer(x).tanh().sum(1), x, use_reentrant=reentrant)
+
+    torch.testing.assert_close(PENALTIES["r1"].of(kept(False), images, images), plain)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        PENALTIES["r1"].of(kept(True), images, images, method="autograd")
+
+
+TWO_PROCESSES = """
+import sys, torch
+from torch import distributed, multiprocessing, nn
+from rope_mm.losses import PENALTIES
+
+def work(rank, meeting, method):
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    layers = nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1), nn.Flatten(0)
+    critic = nn.parallel.DistributedDataParallel(nn.Sequential(*layers))
+    images = torch.randn(4, 3, generator=torch.Generator().manual_seed(rank))
+    PENALTIES["r1"].of(critic, images, images, method=method).backward()
+    mine = layers[0].weight.grad
+    both = [torch.zeros_like(mine), torch.zeros_like(mine)]
+    distributed.all_gather(both, mine)
+    assert torch.equal(*both) and mine.any()
+    distributed.destroy_process_group()
+
+if __name__ == "__main__":
+    multiprocessing.start_processes(work, args=sys.argv[1:], nprocs=2, start_method="fork")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["autograd", "fd", "jvp"])
+def test_two_processes_agree_on_the_gradient_of_a_penalty_alone(method, tmp_path):
+    (tmp_path / "work.py").write_text(TWO_PROCESSES)
+    command = [sys.executable, str(tmp_path / "work.py"), str(tmp_path / "meeting"), method]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, check=True, timeout=100, env=environment)
+
+
+@pytest.mark.compile
+def test_a_compiled_critic_is_refused_and_served_by_the_finite_difference():
+    images = torch.randn(4, 2, dtype=torch.float64)
+    compiled = torch.compile(lambda x: (x.square() @ SLOPE).tanh(), backend="aot_eager")
+    with pytest.raises(ValueError, match="call the critic uncompiled"):
+        PENALTIES["r1"].of(compiled, images, images, method="autograd")
+    assert PENALTIES["r1"].of(compiled, images, images) > 0
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import relu, softplus
 
 from rope_mm.choice import Choice
+from rope_mm.losses.divergences import F_DIVERGENCES, MONOTONE, Curve, FDivergence, Monotone
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,9 @@ class GanLoss:
     """What the critic minimises and what the generator minimises.
 
     Both take scores `(real, fake)`; where `needs_distance`, the critic takes the distance (b,) of each pair
-    as its third. Where not `relativistic`, the generator does not look at `real`.
+    as its third. Where not `relativistic`, the generator does not look at `real`. `divergence` is what the
+    best critic measures and the generator then descends; P is p(real) q(fake), swap the same with the two
+    places exchanged.
     """
 
     critic: Callable[..., Tensor]
@@ -23,44 +26,73 @@ class GanLoss:
     source: str
     relativistic: bool = False
     needs_distance: bool = False
+    divergence: str = ""
 
 
-def separable(on_real: Callable, on_fake: Callable, generator: Callable, source: str) -> GanLoss:
+def separable(on_real: Curve, on_fake: Curve, generator: Curve, source: str, divergence: str) -> GanLoss:
     """E on_real(real) + E on_fake(fake) against E generator(fake)."""
     return GanLoss(
         lambda real, fake: (on_real(real) + on_fake(fake)).mean(),
         lambda real, fake: generator(fake).mean(),
         source,
+        divergence=divergence,
     )
 
 
-def paired(f: Callable[[Tensor], Tensor], source: str) -> GanLoss:
+def paired(f: Curve, source: str, divergence: str) -> GanLoss:
     """RpGAN: E f(real - fake) against E f(fake - real), f falling where its argument should grow."""
     return GanLoss(
         lambda real, fake: f(real - fake).mean(),
         lambda real, fake: f(fake - real).mean(),
         source,
         relativistic=True,
+        divergence=divergence,
     )
 
 
-def averaged(f: Callable[[Tensor], Tensor], source: str) -> GanLoss:
+def averaged(f: Curve, source: str, divergence: str) -> GanLoss:
     """RaGAN: each score against the mean of the other side in this process's batch, half of both terms."""
 
     def critic(real: Tensor, fake: Tensor) -> Tensor:
         return (f(real - fake.mean()) + f(real.mean() - fake)).mean() / 2
 
-    return GanLoss(critic, lambda real, fake: critic(fake, real), source, relativistic=True)
+    swapped = lambda real, fake: critic(fake, real)  # noqa: E731
+    return GanLoss(critic, swapped, source, relativistic=True, divergence=divergence)
 
 
-def gan_qp_critic(real: Tensor, fake: Tensor, distance: Tensor, strength: float = 10.0) -> Tensor:
+def f_gan(name: str, d: FDivergence) -> GanLoss:
+    """The variational bound of D_f in scores, and for the generator its own term, -E f*: always a descent."""
+    return separable(
+        lambda z: -d.activation(z),
+        d.conjugate,
+        lambda z: -d.conjugate(z),
+        "f-GAN, arXiv 1606.00709, equation 4 and table 6",
+        f"D_f(p‖q) of {name}",
+    )
+
+
+def monoflow(h: Monotone) -> GanLoss:
+    """A logistic critic, whose score is log p/q, against -E h(score)."""
+    return separable(logistic, softplus, lambda z: -h(z), "MonoFlow, arXiv 2302.01075", h.divergence)
+
+
+def gan_qp_critic(
+    real: Tensor, fake: Tensor, distance: Tensor, strength: float = 10.0, power: int = 2
+) -> Tensor:
     """-delta + delta^2 / (2 strength d) with delta = real - fake and d the distance of the pair.
 
     The square makes steepness costly only relative to how far apart the pair lies; its optimum for two points
-    is delta = strength * d, so a far fake keeps a gradient. Coinciding pairs count as 1e-6 apart.
+    is delta = strength * d, so a far fake keeps a gradient. Coinciding pairs count as 1e-6 apart. A critic of
+    both samples would measure strength / 4 Σ d (P - swap)² / (P + swap), and keep |delta| <= strength * d.
+    A higher even power m, delta^m / (m (strength d)^(m - 1)), has the same optimum for two points.
+
+    Raises:
+        ValueError: an odd power, which has no optimum.
     """
-    delta = real - fake
-    return (delta.square() / (2 * strength * distance.clamp_min(1e-6)) - delta).mean()
+    if power < 2 or power % 2:
+        raise ValueError(f"gan-qp wants an even power of at least 2, not {power}")
+    delta, steep = real - fake, strength * distance.clamp_min(1e-6)
+    return (delta**power / (power * steep ** (power - 1)) - delta).mean()
 
 
 def logistic(z: Tensor) -> Tensor:
@@ -79,35 +111,44 @@ def hinge(z: Tensor) -> Tensor:
 
 
 RP, RA = "arXiv 1901.02474; R3GAN, arXiv 2501.05441", "arXiv 1807.00734"
-RSGAN = paired(logistic, f"{RA}; {RP}")
+RSGAN = paired(logistic, f"{RA}; {RP}", "JS(P, swap)")
+LOGISTIC, LSGAN, HINGE = "arXiv 1406.2661, non-saturating", "arXiv 1611.04076", "arXiv 1705.02894"
+MEAN = "the relativistic average divergence of arXiv 1901.02474"
 
 GAN_LOSSES = Choice(
     "GAN loss",
     {
-        "ns": separable(logistic, softplus, logistic, "arXiv 1406.2661, non-saturating"),
-        "saturating": separable(
-            logistic, softplus, lambda fake: -softplus(fake), "arXiv 1406.2661, equation 1"
-        ),
+        "ns": separable(logistic, softplus, logistic, LOGISTIC, MONOTONE["ns"].divergence),
+        "saturating": separable(logistic, softplus, lambda z: -softplus(z), "arXiv 1406.2661", "2 JS(p, q)"),
         "lsgan": separable(
-            lambda z: square(z) / 2, lambda z: z.square() / 2, lambda z: square(z) / 2, "arXiv 1611.04076"
+            lambda z: square(z) / 2,
+            lambda z: z.square() / 2,
+            lambda z: square(z) / 2,
+            LSGAN,
+            "triangular discrimination Σ (p - q)² / (p + q)",
         ),
-        "hinge": separable(hinge, lambda z: relu(1 + z), lambda z: -z, "arXiv 1705.02894"),
-        "wgan": separable(lambda z: -z, lambda z: z, lambda z: -z, "arXiv 1701.07875"),
+        "hinge": separable(hinge, lambda z: relu(1 + z), lambda z: -z, HINGE, "total variation"),
+        "wgan": separable(
+            lambda z: -z, lambda z: z, lambda z: -z, "arXiv 1701.07875", "W1, where the critic is 1-Lipschitz"
+        ),
         "rsgan": RSGAN,
         "rpgan": RSGAN,
-        "rp-ls": paired(square, RP),
-        "rp-hinge": paired(hinge, RP),
-        "rasgan": averaged(logistic, RA),
-        "ralsgan": averaged(square, RA),
-        "rahinge": averaged(hinge, RA),
+        "rp-ls": paired(square, RP, "at most half the triangular discrimination of P and swap"),
+        "rp-hinge": paired(hinge, RP, "at most the total variation of P and swap"),
+        "rasgan": averaged(logistic, RA, MEAN),
+        "ralsgan": averaged(square, RA, MEAN),
+        "rahinge": averaged(hinge, RA, MEAN),
         "gan-qp": GanLoss(
             gan_qp_critic,
             lambda real, fake: (real - fake).mean(),
             "arXiv 1811.07296",
             relativistic=True,
             needs_distance=True,
+            divergence="½ (p - q)ᵀ L⁺ (p - q), L the Laplacian of weights (P + swap) / (strength d)",
         ),
-    },
+    }
+    | {f"f-gan-{name}": f_gan(name, divergence) for name, divergence in F_DIVERGENCES.items()}
+    | {f"monoflow-{name}": monoflow(h) for name, h in MONOTONE.items()},
 )
 
 

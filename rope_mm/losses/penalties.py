@@ -1,70 +1,155 @@
-"""Zero-centred gradient penalties on a critic: ½ E‖gradient of the score by the image‖², times gamma outside.
+"""Penalties on a critic, in one convention: (gamma / 2) E‖gradient of the score by the image‖².
 
-Their gradient is a second derivative, which fused attention lacks: make the scores under
-`twice_differentiable`.
+Each entry is the ½ E, and gamma its weight outside; `gamma` translates the weights of other code. The norm
+is each sample's own, over all its entries; then comes the mean over samples.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rope_mm.choice import Choice
+from rope_mm.losses.divergences import Curve
+from rope_mm.losses.gradients import METHODS, Critic, squares
 
-FUSED = (
-    "ScaledDotProductFlash",
-    "ScaledDotProductEfficient",
-    "ScaledDotProductCudnn",
-    "FlashAttn",
-    "FlexAttention",
+POINTS = {
+    "real": lambda real, fake, mix: real,
+    "fake": lambda real, fake, mix: fake,
+    "between": lambda real, fake, mix: mix * real + (1 - mix) * fake,
+}
+
+
+@dataclass(frozen=True)
+class GradientPenalty:
+    """½ E value(‖∇D‖²) at the real or fake images, or between a pair at a uniform mix of the two.
+
+    Called with the gradients (b, ...) at both, if somebody has made them already; else `of` makes them.
+    """
+
+    at: str
+    source: str
+    value: Curve | None = None  # None: ‖∇D‖² itself, which one probe estimates without bias
+
+    def of_squares(self, norms: Tensor) -> Tensor:
+        """The penalty of squared norms (b,)."""
+        return (norms if self.value is None else self.value(norms)).mean() / 2
+
+    def __call__(self, real_gradient: Tensor, fake_gradient: Tensor) -> Tensor:
+        """The penalty of the gradients (b, ...) at real and fake.
+
+        Raises:
+            ValueError: a penalty that needs them somewhere else.
+        """
+        if self.at == "between":
+            raise ValueError(
+                "this penalty is taken between real and fake images, where no gradient was made; "
+                "call its .of(critic, real, fake)"
+            )
+        return self.of_squares(squares(real_gradient if self.at == "real" else fake_gradient))
+
+    def of(
+        self,
+        critic: Critic,
+        real: Tensor,
+        fake: Tensor,
+        *,
+        method: str = "auto",
+        fraction: float = 1.0,
+        sigma: float = 0.01,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The penalty of the critic, images (b, ...) -> scores (b,), on the first `fraction` of the pairs.
+
+        A critic of captions is a closure that takes as many of them as it is given images; it should draw the
+        same augmentation at every call. `sigma` is the step of "fd"; 0.01 is for images of unit spread.
+
+        Raises:
+            ValueError: an unknown method, one that the critic or this penalty does not allow, a fraction or
+                sigma out of range.
+        """
+        if not 0 < fraction <= 1 or sigma <= 0:
+            raise ValueError(
+                f"fraction must be in (0, 1] and sigma positive, not fraction {fraction} and sigma {sigma}"
+            )
+        if self.value is not None and method in ("fd", "jvp"):
+            raise ValueError(
+                f"method {method!r} estimates ‖∇D‖² alone, and this penalty is a curve of it; take 'autograd'"
+            )
+        rows = max(1, round(fraction * len(real)))
+        real, fake = real[:rows], fake[:rows]
+        mix = torch.rand(len(real), generator=generator, dtype=real.dtype, device=real.device)
+        images = POINTS[self.at](real, fake, mix.view(-1, *[1] * (real.dim() - 1)))
+        estimate = METHODS["autograd" if self.value is not None and method == "auto" else method]
+        return self.of_squares(estimate(critic, images, sigma, generator))
+
+
+@dataclass(frozen=True)
+class ScorePenalty:
+    """A penalty of scores (b,), not of gradients.
+
+    Raises:
+        ValueError: arguments that are no scores.
+    """
+
+    value: Callable[..., Tensor]
+    source: str
+
+    def __call__(self, *scores: Tensor | float) -> Tensor:
+        if shapes := [tuple(s.shape) for s in scores if isinstance(s, Tensor) and s.dim() > 1]:
+            raise ValueError(f"this penalty takes scores (b,), not gradients or images of shape {shapes[0]}")
+        return self.value(*scores)
+
+
+def consistency(scores: Tensor, augmented: Tensor) -> Tensor:
+    """½ E (D(x) - D(T x))² for an augmentation T that keeps what x is."""
+    return (scores - augmented).square().mean() / 2
+
+
+def centring(real: Tensor, fake: Tensor) -> Tensor:
+    """½ E (D(real) + D(fake))²: a relativistic loss leaves the common level of the scores free to drift."""
+    return (real + fake).square().mean() / 2
+
+
+def lecam(real: Tensor, fake: Tensor, real_anchor: Tensor | float, fake_anchor: Tensor | float) -> Tensor:
+    """½ [E relu(D(real) - fake_anchor)² + E relu(real_anchor - D(fake))²], anchors running mean scores."""
+    return ((real - fake_anchor).relu().square() + (real_anchor - fake).relu().square()).mean() / 2
+
+
+PENALTIES = Choice(
+    "penalty",
+    {
+        "r1": GradientPenalty("real", "Mescheder et al., arXiv 1801.04406, equation 9"),
+        "r2": GradientPenalty("fake", "arXiv 1801.04406, equation 10"),
+        "zero-centred": GradientPenalty("between", "Thanh-Tung et al., arXiv 1902.03984"),
+        "one-centred": GradientPenalty(
+            "between", "WGAN-GP, arXiv 1704.00028", lambda norms: (norms.clamp_min(1e-12).sqrt() - 1).square()
+        ),
+        "wgan-div": GradientPenalty("between", "arXiv 1712.01026, p = 6", lambda norms: norms**3),
+        "consistency": ScorePenalty(consistency, "arXiv 1910.12027"),
+        "centring": ScorePenalty(centring, "adversarial flow models, ByteDance-Seed"),
+        "lecam": ScorePenalty(lecam, "arXiv 2104.03310, with the relu of StudioGAN"),
+    },
+)
+
+# gamma of a weight w in other code; APT leaves the difference of step sigma undivided
+CONVENTIONS = Choice(
+    "convention",
+    {
+        "half": lambda w, sigma: w,  # (w / 2) ‖∇D‖²: R3GAN, StyleGAN2, StudioGAN, GAT, Self-Forcing
+        "whole": lambda w, sigma: (
+            2 * w
+        ),  # w ‖∇D‖²: GAN_stability's reg_param, GigaGAN, WGAN-GP, AFM's gp_scale
+        "apt": lambda w, sigma: 2 * w * sigma**2,  # w (D(x + sigma e) - D(x))²: APT, AAPT
+    },
 )
 
 
-def twice_differentiable():
-    """Context in which scaled_dot_product_attention runs as plain matrix products."""
-    return sdpa_kernel(SDPBackend.MATH)
-
-
-def fused_attention(scores: Tensor) -> str | None:
-    """Name of a node without second derivative on the way from the inputs to the scores, if there is one."""
-    seen, stack = set(), [scores.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name().startswith(FUSED):
-            return node.name()
-        stack.extend(parent for parent, _ in node.next_functions)
-    return None
-
-
-def input_gradients(scores: Tensor, images: Tensor) -> Tensor:
-    """Gradient (b, ...) of each score (b,) by its own image (b, ...), itself differentiable.
+def gamma(weight: float, convention: str, sigma: float = 1.0) -> float:
+    """The gamma of (gamma / 2) E‖∇D‖² that a weight of other code amounts to.
 
     Raises:
-        ValueError: scores that came through an attention kernel without second derivative.
+        ValueError: an unknown convention.
     """
-    if kernel := fused_attention(scores):
-        raise ValueError(
-            f"a gradient penalty needs second derivatives, which {kernel} lacks; make the scores under "
-            "`with twice_differentiable():` and with sdpa or eager attention"
-        )
-    return torch.autograd.grad(scores.sum(), images, create_graph=True)[0]
-
-
-def half_square(gradient: Tensor) -> Tensor:
-    """½ E‖g‖²: the sum over a sample's entries, the mean over samples."""
-    return gradient.flatten(1).square().sum(1).mean() / 2
-
-
-def r1(real_gradient: Tensor, fake_gradient: Tensor) -> Tensor:
-    """On real images (Mescheder et al., arXiv 1801.04406, equation 9)."""
-    return half_square(real_gradient)
-
-
-def r2(real_gradient: Tensor, fake_gradient: Tensor) -> Tensor:
-    """On generated images (arXiv 1801.04406, equation 10)."""
-    return half_square(fake_gradient)
-
-
-PENALTIES = Choice("penalty", {"r1": r1, "r2": r2})
+    return CONVENTIONS[convention](weight, sigma)
