@@ -28,3 +28,4 @@ from rope_mm.segments import Text as Text
 from rope_mm.segments import Video as Video
 from rope_mm.segments import film as film
 from rope_mm.segments import parse_segments as parse_segments
+from rope_mm.segments import stamped as stamped

@@ -89,6 +89,11 @@ def videorope(at: Cursor, seen: Segment, step: float = 2.0):
     return lattice(seen.grid, origin, ((step,) * 3, *UNIT[1:])), at.next + step * (t - 1) + 1
 
 
+def hope(at: Cursor, seen: Segment, step: float = 1.0):
+    """VideoRoPE with a step that training draws for each video, from 0.5 to 1.5."""
+    return videorope(at, seen, step)
+
+
 def vrope(at: Cursor, seen: Segment):
     """Rows and columns counted from either side, y + x, y - x, x - y, -y - x, and frames side by side."""
     t, y, x = seen.grid
@@ -181,7 +186,8 @@ LAYOUTS = Choice(
         "tm-rope": Layout(TYX, tm_rope, "Qwen2.5-Omni, arXiv 2503.20215", clock=25.0),
         "m-rope-spatial-reset": Layout(TYX, spatial_reset, "MRoPE-I, arXiv 2510.23095; IL-RoPE"),
         "omni": Layout(TYX, spatial_reset, "OmniGen2, arXiv 2506.18871"),
-        "videorope": Layout(TYX, videorope, "VideoRoPE, arXiv 2502.05173; HoPE, arXiv 2505.20444"),
+        "videorope": Layout(TYX, videorope, "VideoRoPE, arXiv 2502.05173"),
+        "hope": Layout(TYX, hope, "HoPE, arXiv 2505.20444"),
         "vrope": Layout(("p", "q", "r", "s"), vrope, "VRoPE, arXiv 2502.11664"),
         "circle": Layout(TYX, circle, "Circle-RoPE, arXiv 2505.16416"),
         "rope-tie": Layout(YX, rope_tie, "kexue.fm 10040"),

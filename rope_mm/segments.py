@@ -105,6 +105,11 @@ KINDS = Choice(
 )
 
 
+def stamped(video: Video, words: int) -> list[Segment]:
+    """A video as pictures, each after the words of its timestamp (Qwen3-VL, GLM-4.1V)."""
+    return [Text(words), Image(video.y, video.x)] * video.t
+
+
 def due(second: float, pace: float) -> int:
     """How many of what comes every `pace` seconds have begun before this second, whatever rounding adds."""
     return ceil(second / pace - 1e-9)

@@ -1,3 +1,4 @@
+import ast
 import re
 from pathlib import Path
 
@@ -32,6 +33,14 @@ def test_a_file_is_named_after_what_it_holds(path):
 @pytest.mark.parametrize("path", CODE, ids=name)
 def test_a_file_is_one_idea(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+
+
+@pytest.mark.parametrize("path", CODE, ids=name)
+def test_a_function_fits_a_screen(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            said = len((ast.get_docstring(node) or "").splitlines())
+            assert node.end_lineno - node.lineno - said < 40, node.name
 
 
 @pytest.mark.parametrize("path", ALL, ids=name)

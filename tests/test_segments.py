@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rope_mm import Audio, Frames, Image, Segment, Sound, Still, Text, Video, film, parse_segments
+from rope_mm import Audio, Frames, Image, Segment, Sound, Still, Text, Video, film, parse_segments, stamped
 from rope_mm.segments import read_segments
 
 SIZES = st.integers(1, 6)
@@ -63,6 +63,10 @@ def test_a_film_cuts_at_whole_seconds_at_every_frame_rate():
     for fps in range(1, 121):
         chunks = film(Video(6 * fps, 1, 1, 1 / fps), 1)
         assert [segment.t for segment in chunks if isinstance(segment, Video)] == [2 * fps] * 3
+
+
+def test_a_stamped_video_is_its_pictures_each_after_its_words():
+    assert " ".join(map(str, stamped(Video(2, 3, 4), words=5))) == "text:5 image:3x4 text:5 image:3x4"
 
 
 def test_a_story_holds_segments_only():

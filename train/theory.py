@@ -259,7 +259,7 @@ def differences(figure: Any, seed: int) -> dict:
 
 
 CHAPTERS = {
-    "portraits": (portraits, (20, 4)),
+    "portraits": (portraits, (20, 4.8)),
     "damping": (damping, (7, 5)),
     "steps": (steps, (7, 5)),
     "averages": (averages, (7, 5)),
