@@ -15,32 +15,38 @@ ROUND = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def two_words(x):
-    """x as the nearest float32 and the float32 nearest to what that leaves."""
-    high = x.to(tl.float32)
-    return high, (x - high.to(x.dtype)).to(tl.float32)
-
-
-@triton.jit
 def less_whole(turn):
     """The same angle, at most half a turn from none."""
     return turn - ((turn + ROUND) - ROUND)
 
 
 @triton.jit
+def two_words(x):
+    """x as the nearest float32 and the float32 nearest to what that leaves; None where nothing is left."""
+    high = x.to(tl.float32)
+    if x.dtype.primitive_bitwidth <= 16 or x.dtype == tl.float32:
+        return high, None
+    else:
+        return high, (x - high.to(x.dtype)).to(tl.float32)
+
+
+@triton.jit
 def turns(position, omega):
-    """position * omega / 2 pi less its whole turns, in float32; omega in radians."""
+    """position * omega / 2 pi in float32, less all but one of its whole turns; omega in radians."""
     p, p_low = two_words(position)
     w, w_low = two_words(omega)
     f = w * PER_TURN
     # inside an fma the product is exact, so this is what the line above rounded away, and the lower words
-    f_low = tl.fma(w, PER_TURN, -f) + (w * PER_TURN_LOW + w_low * PER_TURN)
+    f_low = tl.fma(w, PER_TURN, -f) + w * PER_TURN_LOW
+    if w_low is not None:
+        f_low += w_low * PER_TURN
     p, f = tl.broadcast(p, f)
     whole = (p * f + ROUND) - ROUND
     # again exact but for the rounding of at most half a turn: 2**-26
     left = tl.fma(p, f, -whole) + p * f_low
-    # far out the lower words carry the angle past half a turn
-    return less_whole(left + p_low * f)
+    if p_low is not None:
+        left += p_low * f
+    return left
 
 
 @triton.jit

@@ -299,7 +299,7 @@ def test_forward_mode_derivatives_are_refused(device: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"pairing": "block"}, "pairing must be one of"),
+        ({"pairing": "block"}, "blocks must be numbers"),
         ({"omega": torch.ones(3, 9)}, "9 pairs need 18 channels"),
         ({"omega": torch.ones(3, 3, 8)}, "the 3 heads of omega must divide"),
         ({"omega": torch.ones(4, 3, 8)}, "the 4 heads of omega must divide"),
