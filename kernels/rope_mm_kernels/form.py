@@ -12,7 +12,7 @@ from rope_mm_kernels.angles import MODES
 from rope_mm_kernels.pairs import PAIRINGS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# a program has this many lanes for 8 heads, and as many times more as it has fewer heads
+# a program has this many lanes, twice as many where a lane has one or two heads, and at most this many heads
 LANES, HEADS = 128, 8
 
 
@@ -80,12 +80,11 @@ def form_of(
     return Form(n, a, r, blocks_of(pairing, r, blocks), front, MODES[mode], float(factor))
 
 
-def heads_of(h: int, g: int, n: int) -> int:
-    """How many heads a program has: at most `HEADS`, in blocks of one size, and all of one row of Omega."""
+def heads_of(heads: int, n: int, most: int) -> int:
+    """How many of these a program has: blocks alike, or all of one row of Omega."""
     if n == 1:
-        most = max(h, g, 1)
-        return math.ceil(most / math.ceil(most / HEADS))
-    return math.gcd(HEADS, h // n, g // n)
+        return math.ceil(heads / max(1, math.ceil(heads / most)))
+    return max(count for count in range(1, most + 1) if heads // n % count == 0)
 
 
 def lanes_of_a_warp(x: Tensor) -> int:
@@ -101,27 +100,27 @@ class Plan(NamedTuple):
     constants: dict[str, Any]
 
 
-def plan(q: Tensor, k: Tensor, form: Form, big: tuple[Tensor, ...], whole: bool) -> Plan:
+def plan(q: Tensor, k: Tensor, form: Form, big: tuple[Tensor, ...], whole: bool, most: int = HEADS) -> Plan:
     """How a launch on tensors `big` is cut; with `whole`, no token is shared by two programs."""
     (b, s, h, d), g = q.shape, k.shape[2]
     wide = 16 // q.element_size()
     # 16 bytes of every lane, or as much as divides all blocks
     v = math.gcd(wide // 2, form.r) if form.blocks == (1,) else math.gcd(wide, *form.blocks)
     chunks = form.r // v
-    width = triton.next_power_of_2(triton.cdiv(d - 2 * form.r, chunks)) if d > 2 * form.r else 0
+    width = triton.next_power_of_2(math.ceil((d - 2 * form.r) / chunks)) if d > 2 * form.r else 0
     if whole:
         chunks = triton.next_power_of_2(chunks)
-    heads = heads_of(h, g, form.n)
-    lanes = LANES << int(math.log2(HEADS // heads))
+    heads = tuple(max(1, heads_of(count, form.n, most)) for count in (h, g))
+    lanes = LANES if max(heads) > 2 else 2 * LANES
     if whole:
         lanes = max(lanes, chunks)
     # triton tells only multiples of 16 apart, and heads of 72 channels are aligned, too: counted in eights
     unit = math.gcd(8, *(stride for x in big for stride in x.stride()[:3]))
-    parts = triton.cdiv(b * s * chunks, lanes)
-    return Plan(parts, (triton.cdiv(h, heads), triton.cdiv(g, heads)), {
+    parts = math.ceil(b * s * chunks / lanes)
+    return Plan(parts, (math.ceil(h / heads[0]), math.ceil(g / heads[1])), {
         "ANGLES": form.angles, "FACTOR": form.factor, "INVERSE": form.inverse, "BLOCKS": form.blocks,
         "A": form.a, "r": form.r, "FRONT": form.front, "REST": d - 2 * form.r, "W": width,
-        "UNIT": unit, "V": v, "CHUNKS": chunks, "L": lanes, "H": heads, "WIDE": parts * lanes >= 2**31,
+        "UNIT": unit, "V": v, "CHUNKS": chunks, "L": lanes, "HEADS": heads, "WIDE": parts * lanes >= 2**31,
         "num_warps": LANES // lanes_of_a_warp(q), "enable_fp_fusion": True,
     })  # fmt: skip
 

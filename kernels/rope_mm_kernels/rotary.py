@@ -54,28 +54,30 @@ def rotate_kernel(
     tokens, s, q_heads, k_heads, n,
     ANGLES: tl.constexpr, FACTOR: tl.constexpr, INVERSE: tl.constexpr, BLOCKS: tl.constexpr,
     A: tl.constexpr, r: tl.constexpr, FRONT: tl.constexpr, REST: tl.constexpr, W: tl.constexpr,
-    UNIT: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr, H: tl.constexpr,
+    UNIT: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr, HEADS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """L lanes, each of them V pairs of a token, and H heads of q or of k, in all of which they turn alike.
+    """L lanes, each of them V pairs of a token, and some heads of q or of k, in all of which they turn alike.
 
     Blocks of heads come first in the grid, so that positions are read from memory once.
     """
-    q_blocks = tl.cdiv(q_heads, H)
-    blocks = q_blocks + tl.cdiv(k_heads, H)
+    H: tl.constexpr = max(HEADS[0], HEADS[1])
+    q_blocks = tl.cdiv(q_heads, HEADS[0])
+    blocks = q_blocks + tl.cdiv(k_heads, HEADS[1])
     program = tl.program_id(0)
     block, part = program % blocks, program // blocks
     batch, step, pair, known = locate(part, tokens, s, r, V, CHUNKS, L, WIDE)
     of_q = block < q_blocks
     heads = tl.where(of_q, q_heads, k_heads)
-    head = tl.where(of_q, block, block - q_blocks) * H
+    head = tl.where(of_q, block * HEADS[0], (block - q_blocks) * HEADS[1])
+    end = tl.minimum(heads, head + tl.where(of_q, HEADS[0], HEADS[1]))
     row = (head * n // heads).to(tl.int64)
     x, out = pick(of_q, q, k), pick(of_q, q_out, k_out)
     start, goal = address(x, batch, step, head, UNIT), address(out, batch, step, head, UNIT)
     # all heads are asked for first, so that the angles are made while they come
     pairs = ()
     for i in tl.static_range(H):
-        inside = known & (head + i < heads)
+        inside = known & (head + i < end)
         pairs += (load_pairs(start + i * x[3] * UNIT + FRONT * x[4], x[4], inside, pair, BLOCKS, V),)
     cos, sin = ANGLES(positions, omega, batch, step, known, row, pair, A, r, BLOCKS, V)
     if FACTOR != 1:
@@ -84,7 +86,7 @@ def rotate_kernel(
         sin = -sin
     grad = tl.zeros((L, V), tl.float32)
     for i in tl.static_range(H):
-        inside = known & (head + i < heads)
+        inside = known & (head + i < end)
         x1, x2 = pairs[i]
         if q_rotated is not None:
             y = pick(of_q, q_rotated, k_rotated)
@@ -115,11 +117,7 @@ def launch(q, k, positions, omega, form, rotated=(), needs=(False, False), out=N
     parts, blocks, constants = plan(q, k, form, big, whole=bool(rotated))
     if out is not None:
         constants["W"] = 0  # what is not rotated is there already
-    shapes = (sum(blocks), b, s, form.a), (parts, sum(blocks), form.a, form.r)
-    dpositions, domega = (
-        torch.empty(shape, dtype=torch.float32, device=q.device) if need else None
-        for shape, need in zip(shapes, needs, strict=True)
-    )
+    dpositions, domega = empty_parts(q, form, parts, blocks, needs)
     with torch.cuda.device_of(q):
         rotate_kernel[(parts * sum(blocks),)](
             *[view(x, constants["UNIT"]) for x in big], *[None] * (6 - len(big)),
@@ -127,6 +125,15 @@ def launch(q, k, positions, omega, form, rotated=(), needs=(False, False), out=N
             b * s, s, h, g, form.n, **constants,
         )  # fmt: skip
     return *made, *total(dpositions, domega, blocks, positions, omega)
+
+
+def empty_parts(q: Tensor, form: Form, parts: int, blocks: tuple[int, int], needs):
+    """Room for the programs' parts of the gradients of positions and of omega, of those needed."""
+    shapes = (sum(blocks), *q.shape[:2], form.a), (parts, sum(blocks), form.a, form.r)
+    return tuple(
+        torch.empty(shape, dtype=torch.float32, device=q.device) if need else None
+        for shape, need in zip(shapes, needs, strict=True)
+    )
 
 
 def total(dpositions, domega, blocks: tuple[int, int], positions: Tensor, omega: Tensor):
