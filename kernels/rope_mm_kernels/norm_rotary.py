@@ -71,8 +71,8 @@ def norm_rotate_kernel(
         inside = known & (head + i < end)
         loaded += (load_pairs(start + i * x[3] * UNIT + FRONT * x[4], x[4], inside, pair, BLOCKS, V),)
     weight = tl.where(of_q, q_weight, k_weight) + step * 0
-    w1, w2 = load_pairs(weight + FRONT, 1, known, pair, BLOCKS, V)
-    cos, sin = ANGLES(positions, omega, batch, step, known, row, pair, A, r, BLOCKS, V)
+    w1, w2 = load_pairs(weight + FRONT, 1, None, pair, BLOCKS, V)
+    cos, sin = ANGLES(positions, omega, batch, step, row, pair, A, r, BLOCKS, V)
     cos, sin = cos * FACTOR, sin * FACTOR
     grad, dw1, dw2 = tl.zeros((L, V), tl.float32), tl.zeros((L, V), tl.float32), tl.zeros((L, V), tl.float32)
     if W:
@@ -121,7 +121,7 @@ def norm_rotate_kernel(
     if q_back is not None:
         store_angle_gradients(
             grad, positions, omega, omega_grad, position_grad,
-            program, block, part, tokens, batch, step, row, pair, known, A, r, V, CHUNKS, L,
+            program, block, part, tokens, batch, step, row, pair, A, r, V, CHUNKS, L,
         )  # fmt: skip
         weight_grad += program.to(tl.int64) * d
         store_sum(dw1, weight_grad, CHUNKS, r)

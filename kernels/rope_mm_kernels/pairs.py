@@ -67,16 +67,24 @@ def reach(start, channel, stride, V: tl.constexpr):
 
 
 @triton.jit
+def load(start, channel, stride, inside, V: tl.constexpr):
+    """V channels (L, V), 0 where not inside; None stands for lanes that all have something to read."""
+    if inside is None:
+        return tl.load(reach(start, channel, stride, V))
+    else:
+        return tl.load(reach(start, channel, stride, V), inside[:, None], 0.0)
+
+
+@triton.jit
 def load_pairs(start, stride, inside, pair, BLOCKS: tl.constexpr, V: tl.constexpr):
     """The first and the second channels (L, V) of the V pairs from `pair` (L,) on, in float32."""
     first, second = two_channels(pair, BLOCKS)
     if len(BLOCKS) == 1 and BLOCKS[0] == 1:
         # neighbours are split in registers: loads of every other channel would not be vectorised
-        x = tl.load(reach(start, first, stride, 2 * V), inside[:, None], 0.0).to(tl.float32)
+        x = load(start, first, stride, inside, 2 * V).to(tl.float32)
         return tl.split(tl.reshape(x, (x.shape[0], V, 2)))
     else:
-        x = tl.load(reach(start, first, stride, V), inside[:, None], 0.0)
-        y = tl.load(reach(start, second, stride, V), inside[:, None], 0.0)
+        x, y = load(start, first, stride, inside, V), load(start, second, stride, inside, V)
         return x.to(tl.float32), y.to(tl.float32)
 
 

@@ -21,17 +21,19 @@ def locate(
     part, tokens, s,
     r: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Of every lane (L,): batch row, step, first pair, and whether it has one."""
+    """Of every lane (L,): batch row, step, first pair; and whether it has one, or is given another's to read."""
     lane = (part.to(tl.int64) if WIDE else part) * L + tl.arange(0, L)
     token, pair = lane // CHUNKS, (lane % CHUNKS).to(tl.int32) * V
+    known = (token < tokens) & (pair < r)
+    token, pair = tl.minimum(token, tokens - 1), tl.minimum(pair, r - V)
     # tensors of more than 2**31 elements need offsets of 64 bits
-    return (token // s).to(tl.int64), (token % s).to(tl.int64), pair, (token < tokens) & (pair < r)
+    return (token // s).to(tl.int64), (token % s).to(tl.int64), pair, known
 
 
 @triton.jit
 def store_angle_gradients(
     grad, positions, omega, omega_grad, position_grad,
-    program, block, part, tokens, batch, step, row, pair, known,
+    program, block, part, tokens, batch, step, row, pair,
     A: tl.constexpr, r: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """A program's part of the gradients of omega (A, r) and of its tokens' positions (T, A)."""
@@ -39,11 +41,11 @@ def store_angle_gradients(
     column, place = tl.arange(0, CHUNKS * V), part.to(tl.int64) * T + tl.arange(0, T)
     for axis in tl.static_range(A):
         if omega_grad is not None:
-            share = grad * load_position(positions, axis, batch, step, known).to(tl.float32)
+            share = grad * load_position(positions, axis, batch, step).to(tl.float32)
             share = tl.sum(tl.reshape(share, (T, CHUNKS * V)), 0)
             tl.store(omega_grad + (program.to(tl.int64) * A + axis) * r + column, share, column < r)
         if position_grad is not None:
-            share = grad * load_omega(omega, axis, row, pair, known, A, r, V).to(tl.float32)
+            share = grad * load_omega(omega, axis, row, pair, A, r, V).to(tl.float32)
             share = tl.sum(tl.reshape(share, (T, CHUNKS * V)), 1)
             tl.store(position_grad + (block.to(tl.int64) * tokens + place) * A + axis, share, place < tokens)
 
@@ -77,9 +79,9 @@ def rotate_kernel(
     # all heads are asked for first, so that the angles are made while they come
     pairs = ()
     for i in tl.static_range(H):
-        inside = known & (head + i < end)
-        pairs += (load_pairs(start + i * x[3] * UNIT + FRONT * x[4], x[4], inside, pair, BLOCKS, V),)
-    cos, sin = ANGLES(positions, omega, batch, step, known, row, pair, A, r, BLOCKS, V)
+        here = start + tl.minimum(i, end - head - 1) * x[3] * UNIT
+        pairs += (load_pairs(here + FRONT * x[4], x[4], None, pair, BLOCKS, V),)
+    cos, sin = ANGLES(positions, omega, batch, step, row, pair, A, r, BLOCKS, V)
     if FACTOR != 1:
         cos, sin = cos * FACTOR, sin * FACTOR
     if INVERSE:
@@ -102,7 +104,7 @@ def rotate_kernel(
     if q_rotated is not None:
         store_angle_gradients(
             grad, positions, omega, omega_grad, position_grad,
-            program, block, part, tokens, batch, step, row, pair, known, A, r, V, CHUNKS, L,
+            program, block, part, tokens, batch, step, row, pair, A, r, V, CHUNKS, L,
         )  # fmt: skip
 
 

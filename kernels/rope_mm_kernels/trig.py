@@ -10,14 +10,9 @@ import triton.language as tl
 # 1 / 2 pi in two float32 words
 PER_TURN = tl.constexpr(0.15915493667125702)
 PER_TURN_LOW = tl.constexpr(6.4206382432985265e-09)
-# 1.5 * 2**23: added and taken away again, it leaves the nearest integer of a float32
+# 1.5 * 2**23: added and taken away again, it leaves the nearest integer of a float32; half of it, the nearest half
 ROUND = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def less_whole(turn):
-    """The same angle, at most half a turn from none."""
-    return turn - ((turn + ROUND) - ROUND)
+ROUND_HALF = tl.constexpr(6291456.0)
 
 
 @triton.jit
@@ -32,7 +27,7 @@ def two_words(x):
 
 @triton.jit
 def turns(position, omega):
-    """position * omega / 2 pi in float32, less all but one of its whole turns; omega in radians."""
+    """position * omega / 2 pi less whole turns, in two float32 words; omega in radians."""
     p, p_low = two_words(position)
     w, w_low = two_words(omega)
     f = w * PER_TURN
@@ -42,11 +37,11 @@ def turns(position, omega):
         f_low += w_low * PER_TURN
     p, f = tl.broadcast(p, f)
     whole = (p * f + ROUND) - ROUND
-    # again exact but for the rounding of at most half a turn: 2**-26
-    left = tl.fma(p, f, -whole) + p * f_low
+    low = p * f_low
     if p_low is not None:
-        left += p_low * f
-    return left
+        low += p_low * f
+    # again exact but for the rounding of at most half a turn: 2**-26
+    return tl.fma(p, f, -whole), low
 
 
 @triton.jit
@@ -54,12 +49,24 @@ def sine(u):
     """sin(2 pi u) for |u| <= 1/4, by an odd polynomial that is 3.3e-9 off before rounding."""
     v = u * u
     tail = 81.60100555419922 + v * (-76.5497817993164 + v * 39.536705017089844)
-    return u * (6.283185005187988 + v * (-41.34165573120117 + v * tail))
+    # the greatest term comes last, and unrounded
+    return tl.fma(u, 6.283185005187988, u * v * (-41.34165573120117 + v * tail))
 
 
 @triton.jit
-def cos_sin(turn):
-    """Cosine and sine of |turn| <= 1/2 turns, both folded into the quarter that `sine` covers."""
-    size = tl.abs(turn)
+def flip(x, bits):
+    """x with its sign changed where the highest bit is set."""
+    return (x.to(tl.int32, bitcast=True) ^ (bits & -2147483648)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def cos_sin(turn, low):
+    """Cosine and sine of turn + low, |low| <= 1/8, less half turns and folded into the quarter of `sine`."""
+    halves = turn + ROUND_HALF
+    # the low word comes last, where the sum is small and so is its rounding
+    left = (turn - (halves - ROUND_HALF)) + low
+    # the last bit of `halves` tells odd from even, and half a turn changes both signs
+    odd = halves.to(tl.int32, bitcast=True) << 31
+    size = tl.abs(left)
     s = sine(0.25 - tl.abs(size - 0.25))
-    return sine(0.25 - size), tl.where(turn < 0, -s, s)
+    return flip(sine(0.25 - size), odd), flip(s, odd ^ left.to(tl.int32, bitcast=True))
