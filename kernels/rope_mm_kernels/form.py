@@ -12,7 +12,7 @@ from rope_mm_kernels.angles import MODES
 from rope_mm_kernels.pairs import PAIRINGS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# a program has this many lanes, twice as many where a lane has one or two heads, and at most this many heads
+# a program has this many lanes, twice as many where a lane has few heads, and at most this many heads
 LANES, HEADS = 128, 8
 
 
@@ -111,7 +111,7 @@ def plan(q: Tensor, k: Tensor, form: Form, big: tuple[Tensor, ...], whole: bool,
     if whole:
         chunks = triton.next_power_of_2(chunks)
     heads = tuple(max(1, heads_of(count, form.n, most)) for count in (h, g))
-    lanes = LANES if max(heads) > 2 else 2 * LANES
+    lanes = LANES if 4 * max(heads) > most else 2 * LANES
     if whole:
         lanes = max(lanes, chunks)
     # triton tells only multiples of 16 apart, and heads of 72 channels are aligned, too: counted in eights

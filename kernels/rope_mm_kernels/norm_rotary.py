@@ -2,9 +2,8 @@
 
     n = x rsqrt(mean(x^2) + eps) weight        y = R n        in float32 throughout, rounded once at the end
 
-as torch.nn.RMSNorm over the d channels of a head and as Qwen3 (modeling_qwen3.py, q_norm and k_norm), but that
-those round n to the dtype of x before it is turned. For a model that multiplies by 1 + weight (Gemma), hand that
-over.
+as torch.nn.RMSNorm over the channels of a head. Qwen3 (modeling_qwen3.py, q_norm and k_norm) also rounds n to
+the dtype of x before the turn. A model with 1 + weight (Gemma) hands that over.
 """
 
 from typing import Any
@@ -53,7 +52,7 @@ def norm_rotate_kernel(
     """As `rotate_kernel`; given the gradients of its results, those of its inputs instead."""
     H: tl.constexpr = max(HEADS[0], HEADS[1])
     d: tl.constexpr = 2 * r + REST
-    PAST: tl.constexpr = 0 if FRONT else 2 * r
+    PAST: tl.constexpr = 2 * r * (FRONT == 0)
     q_blocks = tl.cdiv(q_heads, HEADS[0])
     blocks = q_blocks + tl.cdiv(k_heads, HEADS[1])
     program = tl.program_id(0)

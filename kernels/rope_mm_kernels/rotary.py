@@ -21,7 +21,7 @@ def locate(
     part, tokens, s,
     r: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Of every lane (L,): batch row, step, first pair; and whether it has one, or is given another's to read."""
+    """Of every lane (L,): batch row, step, first pair, and whether they are its own or another's, to read."""
     lane = (part.to(tl.int64) if WIDE else part) * L + tl.arange(0, L)
     token, pair = lane // CHUNKS, (lane % CHUNKS).to(tl.int32) * V
     known = (token < tokens) & (pair < r)

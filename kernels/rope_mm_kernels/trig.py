@@ -10,7 +10,7 @@ import triton.language as tl
 # 1 / 2 pi in two float32 words
 PER_TURN = tl.constexpr(0.15915493667125702)
 PER_TURN_LOW = tl.constexpr(6.4206382432985265e-09)
-# 1.5 * 2**23: added and taken away again, it leaves the nearest integer of a float32; half of it, the nearest half
+# 1.5 * 2**23: added and taken away again, it leaves the nearest integer; half of it, the nearest half
 ROUND = tl.constexpr(12582912.0)
 ROUND_HALF = tl.constexpr(6291456.0)
 

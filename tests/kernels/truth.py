@@ -77,7 +77,7 @@ def truth(
     pairing: str = "half", blocks: tuple[int, ...] = (), tail: bool = False, factor: float = 1.0,
     mode: str = "exact", dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Each pair as a complex number, times factor exp(i angle), in `dtype`; heads are normalised first by weights."""
+    """Each pair as a complex number, times factor exp(i angle), in `dtype`; weights ask for RMSNorm first."""
     angle = angles(positions, omega, mode)
     turn = factor * torch.complex(angle.cos().to(dtype), angle.sin().to(dtype))
 
