@@ -16,30 +16,25 @@ ROUND_HALF = tl.constexpr(6291456.0)
 
 
 @triton.jit
-def two_words(x):
-    """x as the nearest float32 and the float32 nearest to what that leaves; None where nothing is left."""
-    high = x.to(tl.float32)
-    if x.dtype.primitive_bitwidth <= 16 or x.dtype == tl.float32:
-        return high, None
-    else:
-        return high, (x - high.to(x.dtype)).to(tl.float32)
+def rest(x, high):
+    """What x has beyond its nearest float32."""
+    return (x - high.to(x.dtype)).to(tl.float32)
 
 
 @triton.jit
 def turns(position, omega):
     """position * omega / 2 pi less whole turns, in two float32 words; omega in radians."""
-    p, p_low = two_words(position)
-    w, w_low = two_words(omega)
+    p, w = position.to(tl.float32), omega.to(tl.float32)
     f = w * PER_TURN
     # inside an fma the product is exact, so this is what the line above rounded away, and the lower words
     f_low = tl.fma(w, PER_TURN, -f) + w * PER_TURN_LOW
-    if w_low is not None:
-        f_low += w_low * PER_TURN
+    if omega.dtype != tl.float32:
+        f_low += rest(omega, w) * PER_TURN
+    low = p * f_low
+    if position.dtype != tl.float32:
+        low += rest(position, p) * f
     p, f = tl.broadcast(p, f)
     whole = (p * f + ROUND) - ROUND
-    low = p * f_low
-    if p_low is not None:
-        low += p_low * f
     # again exact but for the rounding of at most half a turn: 2**-26
     return tl.fma(p, f, -whole), low
 
