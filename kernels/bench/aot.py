@@ -211,10 +211,12 @@ BOUNDS = {"rotate forward": 20, "rotate backward with dOmega": 40, "norm_rotate 
 def broken(name: str, variant: Variant, code: Code, each: float, target: GPUTarget) -> list[str]:
     """What a kernel must not do, and does."""
     bound = BOUNDS.get(name) if variant[:2] == ("half", 128) and variant.n == 1 else None
+    # a block of d / 4 pairs of 16 bits begins where its size allows
+    wide = variant.d % (32 if variant.pairing == "block" else 16) == 0
     wrong = {
         "spills": code.spills or code.stack,
         "accesses of 16 bits": any(bits <= 16 for _, bits in code.accesses),
-        "no stores of 128 bits": variant.d % 16 == 0 and not code.accesses["ST", 128],
+        "no stores of 128 bits": wide and not code.accesses["ST", 128],
         f"more than {bound} instructions per pair": target.backend == "cuda" and bound and each > bound,
     }
     return [what for what, is_so in wrong.items() if is_so]

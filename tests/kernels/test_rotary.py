@@ -79,8 +79,18 @@ def strided(x: Tensor, layout: str) -> Tensor:
     return x.repeat_interleave(2, 1)[:, ::2]
 
 
-@pytest.mark.parametrize("layout", ["transposed", "packed", "offset", "channels first", "every other token"])
-@pytest.mark.parametrize("pairing", BOTH)
+@pytest.mark.parametrize(
+    ("layout", "pairing"),
+    [
+        ("transposed", "half"),
+        ("packed", "interleaved"),
+        ("offset", "half"),
+        ("offset", "interleaved"),
+        ("channels first", "half"),
+        ("channels first", "interleaved"),
+        ("every other token", "half"),
+    ],
+)
 def test_strides_do_not_matter(layout: str, pairing: str, device: str) -> None:
     case = Case(d=24, r=9, pairing=pairing, tail=True)
     q, k, positions, omega = case.make(device)
