@@ -1,67 +1,21 @@
 """The rotary kernel against complex multiplication in float64; interpreted where there is no GPU."""
 
-import os
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
+import rope_mm_kernels.form
 import torch
+from conftest import INTERPRETED
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from rope_mm_kernels import rotate, rotate_
 from torch import Tensor
+from truth import Case, Inputs, agree, channel_pairs, cotangents, eager, penalty, results, truth, wider
 
 import rope_mm.kernels
 from rope_mm import rotation
 
-INTERPRETED = not torch.cuda.is_available()
-if INTERPRETED:
-    os.environ["TRITON_INTERPRET"] = "1"
-    # it is read where kernels are decorated, triton's own included: what was imported before is imported anew
-    for module in [name for name in sys.modules if name.startswith(("triton", "rope_mm_kernels"))]:
-        if not module.startswith("triton._C"):
-            del sys.modules[module]
-import triton  # noqa: E402
-from rope_mm_kernels.rotary import rotate  # noqa: E402
-
-# cuBLAS asks for it where algorithms must be deterministic, and reads it at its first use
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-if INTERPRETED and tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):
-    from triton.runtime import interpreter
-
-    def fma(self, x, y, z):
-        """Round once, as hardware does; older interpreters round the product as well."""
-        wide = x.data.astype("float64") * y.data + z.data
-        return interpreter.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
-
-    interpreter.InterpreterBuilder.create_fma = fma
-
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sizes of one call; n = 0 is an Omega without a head axis."""
-
-    b: int = 2
-    s: int = 5
-    h: int = 4
-    g: int = 2
-    d: int = 16
-    r: int = 8
-    a: int = 3
-    n: int = 0
-    batched: bool = False
-
-    def make(self, device: str, dtype: torch.dtype = torch.float32, reach: float = 8.0) -> Four:
-        """q, k, positions (real, both signs, up to `reach`) and Omega, all asking for gradients."""
-        random = torch.Generator().manual_seed(0)
-        q, k = (torch.randn(self.b, self.s, heads, self.d, generator=random) for heads in (self.h, self.g))
-        shape = (self.b, self.s, self.a) if self.batched else (self.s, self.a)
-        positions = (2 * torch.rand(shape, generator=random) - 1) * reach
-        omega = torch.rand((self.n, self.a, self.r) if self.n else (self.a, self.r), generator=random)
-        made = q.to(dtype), k.to(dtype), positions, omega
-        return tuple(x.to(device).requires_grad_() for x in made)
-
-
+BOTH = ("half", "interleaved")
 CASES = {
     "heads of 16 channels on three axes": Case(),
     "one axis": Case(a=1),
@@ -70,102 +24,45 @@ CASES = {
     "72 channels, not a power of two": Case(s=3, d=72, r=36),
     "80 channels and more heads than a block": Case(b=1, s=3, h=20, g=10, d=80, r=40),
     "a part of the channels": Case(d=72, r=11),
+    "the last channels, times a factor": Case(d=24, r=9, tail=True, factor=1.25),
+    "the angles of transformers": Case(mode="hf", batched=True),
     "one pair of three": Case(d=6, r=1),
     "one Omega per head of k": Case(n=2, batched=True),
     "one Omega per head": Case(h=3, g=3, n=3),
     "one Omega for two heads of k": Case(h=8, g=4, n=2, d=24, r=10),
     "one head": Case(b=1, s=1, h=1, g=1, a=1),
+    "no keys": Case(g=0, n=2),
+    "no queries": Case(h=0),
     "many short sequences": Case(b=37, s=1, batched=True),
+    "sequences packed into one row": Case(b=1, s=19, batched=True),
     "no tokens": Case(s=0),
 }
 
 
-def as_complex(x: Tensor, r: int, pairing: str) -> Tensor:
-    """The rotated pairs of x (..., d) as complex numbers (..., r)."""
-    sizes, pair = ((2, r), -2) if pairing == "half" else ((r, 2), -1)
-    return torch.complex(*x[..., : 2 * r].double().unflatten(-1, sizes).unbind(pair))
-
-
-def truth(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor, pairing: str) -> tuple[Tensor, Tensor]:
-    """Each pair as a complex number, times exp(i angle), in float64."""
-    omega = omega.double().reshape(-1, *omega.shape[-2:])
-    angle = (positions.double()[..., :, None, :, None] * omega).sum(-2)  # (..., s, n, r)
-
-    def turned(x: Tensor) -> Tensor:
-        r, heads = omega.shape[-1], x.shape[2]
-        row = [head * len(omega) // heads for head in range(heads)]
-        z = as_complex(x, r, pairing) * torch.exp(1j * angle[..., row, :])
-        out = torch.stack((z.real, z.imag), -2 if pairing == "half" else -1).flatten(-2)
-        return torch.cat((out, x[..., 2 * r :].double()), -1)
-
-    return turned(q), turned(k)
-
-
-def cotangents(out: tuple[Tensor, Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Random gradients of q' and k', representable in this dtype, the same at every call."""
-    random = torch.Generator().manual_seed(1)
-    return [torch.randn(x.shape, generator=random).to(dtype).to(x) for x in out]
-
-
-def results(turn, inputs: Four, pairing: str) -> tuple[Tensor, ...]:
-    """q', k' and the gradients of q, k, positions and Omega; the truth's are not rounded."""
-    dtype = inputs[0].dtype
-    if turn is truth:
-        inputs = wider(inputs)
-    out = turn(*inputs, pairing)
-    return *out, *torch.autograd.grad(out, inputs, cotangents(out, dtype))
-
-
-def wider(inputs: Four) -> Four:
-    """The same numbers in float64."""
-    q, k, positions, omega = (x.detach().double().requires_grad_() for x in inputs)
-    return q, k, positions, omega
-
-
-def agree(fast: tuple[Tensor, ...], right: tuple[Tensor, ...], eager=None, units: int = 8) -> None:
-    """Error at most twice that of the definition in the same dtype, or some units of the largest value."""
-    for index, (x, y) in enumerate(zip(fast, right, strict=True)):
-        assert x.shape == y.shape
-        if not x.numel():
-            continue
-        bound = units * torch.finfo(torch.float32).eps * y.abs().max().item()
-        if eager is not None:
-            bound = max(bound, 2 * (eager[index].double() - y).abs().max().item())
-        error = (x.double() - y.to(x.device)).abs().max().item()
-        assert error <= bound, f"result {index} of q', k', dq, dk, dpositions, domega is {error:.2e} off"
-
-
-@pytest.fixture(autouse=True)
-def unwritten_elements_are_nan_and_nothing_is_random() -> Iterator[None]:
-    # torch fills what torch.empty returns in this mode
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="the kernel is compiled here")),
-        pytest.param(
-            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="there is no CUDA device")]
-        ),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+@pytest.mark.parametrize("pairing", BOTH)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_results_and_gradients_are_those_of_complex_multiplication(
     case: Case, pairing: str, device: str
 ) -> None:
+    inputs, how = case.make(device), replace(case, pairing=pairing).how
+    plain, right = (results(turn, inputs, how) for turn in (eager, truth))
+    agree(results(rotate, inputs, how), right, plain)
+
+
+@settings(max_examples=8)
+@given(blocks=some.lists(some.sampled_from((1, 2, 3, 8)), min_size=1, max_size=4), tail=some.booleans())
+@pytest.mark.parametrize("device", ["cuda" if torch.cuda.is_available() else "cpu"])
+def test_blocks_of_any_sizes_are_halves_of_their_own(blocks: list[int], tail: bool, device: str) -> None:
+    r = sum(blocks)
+    case = Case(b=1, s=3, d=2 * r + 3, r=r, a=2, pairing="block", blocks=tuple(blocks), tail=tail)
     inputs = case.make(device)
-    eager = results(rotation.rotate, inputs, pairing)
-    right = results(truth, inputs, pairing)
-    agree(results(rotate, inputs, pairing), right, eager)
-    agree(eager, right)
+    agree(*(results(turn, inputs, case.how) for turn in (rotate, truth, eager)))
+
+
+def test_equal_blocks_are_as_unequal_ones(device: str) -> None:
+    case = Case(d=48, r=24, pairing="block", blocks=(8, 8, 8), tail=True)
+    inputs = case.make(device)
+    agree(*(results(turn, inputs, case.how) for turn in (rotate, truth, eager)))
 
 
 def strided(x: Tensor, layout: str) -> Tensor:
@@ -182,90 +79,134 @@ def strided(x: Tensor, layout: str) -> Tensor:
     return x.repeat_interleave(2, 1)[:, ::2]
 
 
-@pytest.mark.parametrize("layout", ["transposed", "packed", "offset", "channels first", "every other token"])
-@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+@pytest.mark.parametrize(
+    ("layout", "pairing"),
+    [
+        ("transposed", "half"),
+        ("packed", "interleaved"),
+        ("offset", "half"),
+        ("offset", "interleaved"),
+        ("channels first", "half"),
+        ("channels first", "interleaved"),
+        ("every other token", "half"),
+    ],
+)
 def test_strides_do_not_matter(layout: str, pairing: str, device: str) -> None:
-    q, k, positions, omega = Case(d=24, r=9).make(device)
-    other = strided(q, layout), strided(k, layout), positions, omega
+    case = Case(d=24, r=9, pairing=pairing, tail=True)
+    q, k, positions, omega = case.make(device)
+    turned = positions.detach().T.contiguous().T.requires_grad_()
+    other = strided(q, layout), strided(k, layout), turned, omega
     assert torch.equal(other[0], q) and other[0].stride() != q.stride()
     other[0].requires_grad_(), other[1].requires_grad_()
-    plain = results(rotate, (q, k, positions, omega), pairing)
-    assert all(torch.equal(x, y) for x, y in zip(results(rotate, other, pairing), plain, strict=True))
+    plain = results(rotate, (q, k, positions, omega), case.how)
+    assert all(torch.equal(x, y) for x, y in zip(results(rotate, other, case.how), plain, strict=True))
+    with torch.no_grad():
+        assert all(torch.equal(x, y) for x, y in zip(rotate_(*other, **case.how), plain, strict=False))
 
 
-@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+@pytest.mark.parametrize("pairing", BOTH)
 def test_gradients_of_a_sum_have_no_strides_and_are_right(pairing: str, device: str) -> None:
     fast = Case().make(device)
     right = wider(fast)
     for inputs, turn in ((fast, rotate), (right, truth)):
-        sum(x.sum() for x in turn(*inputs, pairing)).backward()
+        sum(x.sum() for x in turn(*inputs, pairing=pairing)).backward()
     agree(tuple(x.grad for x in fast), tuple(x.grad for x in right))
 
 
+def turns(positions: Tensor, omega: Tensor, device: str, **how) -> Tensor:
+    """How far the cosines and sines of the kernel are from the truth."""
+    q = torch.zeros(1, len(positions), 1, 2 * omega.shape[-1], device=device)
+    q[..., channel_pairs(omega.shape[-1], q.shape[-1], how.get("pairing", "half"), (), False)[0]] = 1.0
+    turned, _ = rotate(q, q[:, :, :0], positions.to(device), omega.to(device), **how)
+    right, _ = truth(q.cpu(), q.cpu(), positions, omega, **how)
+    return (turned.cpu() - right).abs().max()
+
+
+STEPS = torch.linspace(-1.6e7, 1.6e7, 257, dtype=torch.float64).round()
+OMEGA = 10_000.0 ** -torch.linspace(0, 1, 32, dtype=torch.float64)[None]
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.int32, torch.int64])
-@pytest.mark.parametrize("pairing", ["half", "interleaved"])
 def test_cosine_and_sine_are_3e_7_from_the_truth_at_position_16_million(
-    pairing: str, kind: torch.dtype, device: str
+    kind: torch.dtype, device: str
 ) -> None:
-    steps = torch.linspace(-1.6e7, 1.6e7, 257, dtype=torch.float64).round()
-    positions = steps.to(kind)[:, None]
-    omega = 10_000.0 ** -torch.linspace(0, 1, 32, dtype=torch.float64)[None]
-    q = torch.zeros(1, 257, 1, 64, device=device)
-    first = slice(0, 32) if pairing == "half" else slice(0, None, 2)
-    q[..., first] = 1.0
-    for table in (omega, omega.float()):
-        turned, _ = rotate(q, q, positions.to(device), table.to(device), pairing)
-        right, _ = truth(q.cpu(), q.cpu(), positions, table, pairing)
-        assert (turned.cpu() - right).abs().max() <= 3e-7
+    for omega, pairing in ((OMEGA, "half"), (OMEGA.float(), "interleaved")):
+        assert turns(STEPS.to(kind)[:, None], omega, device, pairing=pairing) <= 3e-7
+
+
+@pytest.mark.parametrize("base", [1e4, 5e6])
+def test_cosine_and_sine_of_real_positions_are_3e_7_from_the_truth(base: float, device: str) -> None:
+    positions = torch.rand(257, 1, generator=torch.Generator().manual_seed(2)) * 2**23
+    assert turns(positions, base ** -torch.linspace(0, 1, 32, dtype=torch.float64)[None], device) <= 3e-7
+
+
+def test_angles_of_transformers_are_rounded_and_then_exact(device: str) -> None:
+    positions = torch.stack((STEPS, STEPS.flip(0) / 3), -1)
+    omega = torch.cat((OMEGA, OMEGA.roll(7, -1)))
+    assert turns(positions, omega, device, mode="hf") <= 3e-7
+    # this is what the rounding of angles costs
+    assert turns(positions, omega, device) <= 1e-6 < 1e-1 < (angle_error := hf_error(positions, omega))
+    assert angle_error < 3
+
+
+def hf_error(positions: Tensor, omega: Tensor) -> float:
+    """The largest change of an angle by rounding it to float32, in radians."""
+    exact = positions @ omega
+    rounded = sum(positions.float()[:, i, None] * omega.float()[i] for i in range(len(omega)))
+    return (rounded.double() - exact).abs().max().item()
 
 
 def test_positions_beyond_float32_keep_all_their_digits(device: str) -> None:
     positions = torch.tensor([[2**24 + 1], [-(2**24) - 3]], device=device)
     q, k, _, omega = Case(s=2, a=1).make(device)
-    agree(rotate(q, k, positions, omega), truth(q, k, positions, omega, "half"))
+    agree(rotate(q, k, positions, omega), truth(q, k, positions, omega))
 
 
 def test_gradients_at_large_positions_are_right(device: str) -> None:
     inputs = Case(batched=True).make(device, reach=1e5)
-    agree(results(rotate, inputs, "half"), results(truth, inputs, "half"))
+    agree(*(results(turn, inputs, {}) for turn in (rotate, truth)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+@pytest.mark.parametrize("pairing", BOTH)
 def test_results_in_16_bits_are_the_truth_rounded_once(pairing: str, dtype: torch.dtype, device: str) -> None:
-    inputs = Case(d=24, r=9).make(device, dtype)
-    given, wanted = results(rotate, inputs, pairing), results(truth, inputs, pairing)
+    case = Case(d=24, r=9, pairing=pairing)
+    inputs = case.make(device, dtype)
+    given, wanted = results(rotate, inputs, case.how), results(truth, inputs, case.how)
     # the interpreter cuts off where hardware rounds float32 to bfloat16: a whole unit instead of half of one
     unit = torch.finfo(dtype).eps * (1.0 if INTERPRETED and dtype == torch.bfloat16 else 0.5)
     for x, y in zip(given[:4], wanted[:4], strict=True):
         assert x.dtype == dtype
         assert ((x.double() - y).abs() <= unit * y.abs() + 1e-6 * y.abs().max()).all()
-    # the gradient of an angle is Im(conj(y) dy), and y is the result as it was rounded
+    # the gradient of an angle is y1 dy2 - y2 dy1, and y is the result as it was rounded
+    first, second = channel_pairs(9, 24, pairing, (), False)
     products = [
-        (as_complex(y, 9, pairing).conj() * as_complex(grad, 9, pairing)).imag.sum((0, 2))
-        for y, grad in zip(given[:2], cotangents(given[:2], dtype), strict=True)
+        (y[..., first] * grad[..., second] - y[..., second] * grad[..., first]).sum((0, 2))
+        for y, grad in zip(wider(given[:2]), wider(tuple(cotangents(given[:2], dtype))), strict=True)
     ]
     angle, positions, omega = sum(products), inputs[2].double(), inputs[3].double()
     agree(given[4:], (angle @ omega.T, positions.T @ angle))
 
 
-@pytest.mark.parametrize("pairing", ["half", "interleaved"])
-@pytest.mark.parametrize("case", [Case(), Case(n=2, batched=True), Case(d=24, r=9, a=1)], ids=str)
-def test_gradients_of_a_gradient_penalty_are_right(case: Case, pairing: str, device: str) -> None:
-    def penalty(turn, inputs: Four) -> tuple[Tensor, ...]:
-        score = sum(x.sin().sum() for x in turn(*inputs, pairing))
-        slopes = torch.autograd.grad(score, inputs, create_graph=True)
-        return *slopes, *torch.autograd.grad(sum(x.square().sum() for x in slopes), inputs)
-
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(factor=0.5, pairing="interleaved"),
+        Case(n=2, batched=True),
+        Case(d=24, r=9, a=1, pairing="block", blocks=(4, 5), tail=True),
+    ],
+    ids=str,
+)
+def test_gradients_of_a_gradient_penalty_are_right(case: Case, device: str) -> None:
     inputs = case.make(device)
-    right = penalty(truth, wider(inputs))
+    right = penalty(truth, wider(inputs), case.how)
     # errors of the first gradients, times positions and sums over tokens, are in the second
-    agree(penalty(rotate, inputs), right, penalty(rotation.rotate, inputs), units=32)
+    agree(penalty(rotate, inputs, case.how), right, penalty(eager, inputs, case.how), units=32)
 
 
 def test_gradients_are_the_same_bits_every_time(device: str) -> None:
     inputs = Case(s=33).make(device)
-    first, again = (results(rotate, inputs, "half") for _ in range(2))
+    first, again = (results(rotate, inputs, {}) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
@@ -284,8 +225,52 @@ def test_results_are_kept_for_backward_only_where_angles_are_learned(device: str
 def test_inputs_are_left_alone(device: str) -> None:
     inputs = Case().make(device)
     before = [x.detach().clone() for x in inputs]
-    results(rotate, inputs, "half")
+    results(rotate, inputs, {})
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+
+
+def test_in_place_is_the_same_and_tells_autograd(device: str) -> None:
+    case = Case(d=24, r=9, tail=True, pairing="interleaved", factor=2.0)
+    q, k, positions, omega = (x.detach() for x in case.make(device))
+    wanted = rotate(q, k, positions, omega, **case.how)
+    version = q._version
+    found = rotate_(q, k, positions, omega, **case.how)
+    assert found[0] is q and found[1] is k and q._version > version
+    assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+
+
+def test_in_place_refuses_what_it_would_corrupt(device: str) -> None:
+    q, k, positions, omega = (x.detach() for x in Case().make(device))
+    with pytest.raises(ValueError, match="makes no gradients"):
+        rotate_(q, k, positions, omega.clone().requires_grad_())
+    with pytest.raises(ValueError, match="one element stands for many"):
+        rotate_(q[:, :, :1].expand_as(q), k, positions, omega)
+
+
+def test_offsets_beyond_2_31_elements_are_right(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # nobody touches, so nobody has to have, the gigabytes in between
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    case = Case(b=2, s=2, h=2, g=0, a=1)
+    q, k, positions, omega = (x.detach() for x in case.make(device, torch.float16))
+    wanted, _ = rotate(q, k, positions, omega)
+    for strides in (
+        (2**31 + 64, 64, 16, 1),
+        (64, 2**31 + 64, 16, 1),
+        (64, 16, 2**31 + 64, 1),
+        (64, 32, 1, 2**28),
+    ):
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(q.shape, strides, strict=True))
+        far = torch.empty(reach, dtype=torch.float16, device=device).as_strided(q.shape, strides)
+        far.copy_(q)
+        assert torch.equal(rotate_(far, k, positions, omega)[0], wanted)
+
+
+def test_many_lanes_need_wide_counters() -> None:
+    q = torch.empty(1, dtype=torch.float16).as_strided((2**20, 2**9, 1, 64), (0, 0, 0, 0))
+    form = rope_mm_kernels.form.Form(1, 1, 32, (32,), 0, None)
+    for whole, wide in ((q, True), (q[: 2**18], False)):
+        plan = rope_mm_kernels.form.plan(whole, whole, form, (whole,), whole=False)
+        assert plan.constants["WIDE"] == wide and plan.parts * sum(plan.blocks) < 2**31
 
 
 # torch loads its own decompositions with a function that it has deprecated
@@ -299,7 +284,12 @@ def test_forward_mode_derivatives_are_refused(device: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"pairing": "block"}, "pairing must be one of"),
+        ({"pairing": "thirds"}, "pairing must be one of"),
+        ({"pairing": "block"}, "add up to 8"),
+        ({"pairing": "block", "blocks": (4, 5)}, "add up to 8"),
+        ({"pairing": "block", "blocks": (9, -1)}, "add up to 8"),
+        ({"blocks": (4, 4)}, "leave them out"),
+        ({"mode": "fast"}, "mode must be one of"),
         ({"omega": torch.ones(3, 9)}, "9 pairs need 18 channels"),
         ({"omega": torch.ones(3, 3, 8)}, "the 3 heads of omega must divide"),
         ({"omega": torch.ones(4, 3, 8)}, "the 4 heads of omega must divide"),
@@ -309,6 +299,7 @@ def test_forward_mode_derivatives_are_refused(device: str) -> None:
         ({"positions": torch.ones(4, 3)}, "positions must be"),
         ({"positions": torch.ones(3, 5, 3)}, "positions must be"),
         ({"k": torch.ones(2, 4, 2, 16)}, "differ in heads only"),
+        ({"k": torch.ones(2, 5, 2, 16, dtype=torch.float16)}, "use plain torch"),
         ({"q": torch.ones(2, 5, 4, 16, dtype=torch.float64)}, "use plain torch"),
     ],
 )
@@ -318,12 +309,14 @@ def test_what_does_not_fit_is_refused_in_words(change: dict[str, object], words:
         rotate(**{**fit, **change})
 
 
-@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+@pytest.mark.parametrize("pairing", BOTH)
 def test_the_door_of_the_library_opens_to_the_kernel(
     pairing: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    inputs: Inputs = Case(n=2).make(device)
+    q, k, positions, omega = inputs
+    agree(rotation.rotate(*inputs, pairing), truth(*wider(inputs), pairing=pairing))
     monkeypatch.setattr(rope_mm.kernels, "served", lambda device, dtype: True)
-    q, k, positions, omega = replace(Case(), n=2).make(device)
     turn = rope_mm.kernels.make_turn(positions, omega, pairing)
     for opened in (rope_mm.kernels.rotate(q, k, positions, omega, pairing), turn(q, k)):
         for x, y in zip(opened, rotate(q, k, positions, omega, pairing), strict=True):

@@ -1,0 +1,69 @@
+"""Cosine and sine (L, V) of V pairs of L lanes: made of positions and Omega, or read from tables.
+
+All three take the same arguments; positions, Omega and tables are (data, *strides).
+"""
+
+import triton
+import triton.language as tl
+
+from rope_mm_kernels.pairs import load_pairs
+from rope_mm_kernels.trig import cos_sin, turns
+
+
+@triton.jit
+def load_position(positions, axis: tl.constexpr, batch, step):
+    """Positions (L, 1) on one axis."""
+    data, b, s, a = positions
+    return tl.load(data + batch * b + step * s + tl.full((), axis, tl.int64) * a)[:, None]
+
+
+@triton.jit
+def load_omega(omega, axis: tl.constexpr, row, pair, A: tl.constexpr, r: tl.constexpr, V: tl.constexpr):
+    """One row of a contiguous Omega on one axis, (L, V)."""
+    column = axis * r + pair[:, None] + tl.arange(0, V)[None, :]
+    return tl.load(omega[0] + row * (A * r) + column)
+
+
+@triton.jit
+def exact(
+    positions, omega, batch, step, row, pair,
+    A: tl.constexpr, r: tl.constexpr, BLOCKS: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Of positions @ Omega as if it were not rounded."""
+    turn, low = tl.zeros((pair.shape[0], V), tl.float32), tl.zeros((pair.shape[0], V), tl.float32)
+    for axis in tl.static_range(A):
+        position = load_position(positions, axis, batch, step)
+        more, lower = turns(position, load_omega(omega, axis, row, pair, A, r, V))
+        turn, low = turn + more, low + lower
+    return cos_sin(turn, low)
+
+
+@triton.jit
+def hf(
+    positions, omega, batch, step, row, pair,
+    A: tl.constexpr, r: tl.constexpr, BLOCKS: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Of positions @ Omega rounded to float32, product by product, as the tables of transformers are."""
+    angle = tl.zeros((pair.shape[0], V), tl.float32)
+    for axis in tl.static_range(A):
+        position = load_position(positions, axis, batch, step).to(tl.float32)
+        w = load_omega(omega, axis, row, pair, A, r, V).to(tl.float32)
+        position, w = tl.broadcast(position, w)
+        # an fma that adds nothing keeps the compiler from fusing the product with the sum
+        angle += tl.fma(position, w, tl.zeros_like(w))
+    turn, low = turns(angle, tl.full(angle.shape, 1.0, tl.float32))
+    return cos_sin(turn, low)
+
+
+@triton.jit
+def table(
+    cos, sin, batch, step, row, pair,
+    A: tl.constexpr, r: tl.constexpr, BLOCKS: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Read at the first channel of every pair."""
+    c, _ = load_pairs(cos[0] + batch * cos[1] + step * cos[2], cos[3], None, pair, BLOCKS, V)
+    s, _ = load_pairs(sin[0] + batch * sin[1] + step * sin[2], sin[3], None, pair, BLOCKS, V)
+    return c, s
+
+
+MODES = {"exact": exact, "hf": hf}

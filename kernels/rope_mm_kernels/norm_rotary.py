@@ -1,0 +1,228 @@
+"""RMSNorm of every head of q and k, then their rotation, in one launch each way.
+
+    n = x rsqrt(mean(x^2) + eps) weight        y = R n        in float32 throughout, rounded once at the end
+
+as torch.nn.RMSNorm over the channels of a head. Qwen3 (modeling_qwen3.py, q_norm and k_norm) also rounds n to
+the dtype of x before the turn. A model with 1 + weight (Gemma) hands that over.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rope_mm_kernels.form import Form, form_of, plan, view
+from rope_mm_kernels.pairs import address, channels, load_pairs, pick, reach, store_pairs
+from rope_mm_kernels.rotary import Rotate, along, empty_parts, locate, store_angle_gradients, total
+
+
+@triton.jit
+def token_mean(x, d: tl.constexpr, CHUNKS: tl.constexpr):
+    """Sums over the lanes of a token, x (L,), divided by d; every lane gets its token's."""
+    sums = tl.sum(tl.reshape(x, (x.shape[0] // CHUNKS, CHUNKS)), 1, keep_dims=True) / d
+    return tl.reshape(tl.broadcast_to(sums, (x.shape[0] // CHUNKS, CHUNKS)), (x.shape[0], 1))
+
+
+@triton.jit
+def load_rest(start, channel, stride, inside, REST: tl.constexpr, W: tl.constexpr, first: tl.constexpr):
+    """W of the channels that are not rotated, (L, W), in float32."""
+    present = inside[:, None] & (channel[:, None] + tl.arange(0, W)[None, :] < REST)
+    return tl.load(reach(start, first + channel, stride, W), present, 0.0).to(tl.float32)
+
+
+@triton.jit
+def store_sum(share, goal, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+    """The sum of share (L, V) over tokens, (WIDTH,) of it."""
+    column = tl.arange(0, CHUNKS * share.shape[1])
+    rows = tl.reshape(share, (share.shape[0] // CHUNKS, CHUNKS * share.shape[1]))
+    tl.store(goal + column, tl.sum(rows, 0), column < WIDTH)
+
+
+@triton.jit
+def norm_rotate_kernel(
+    q, k, q_out, k_out, q_back, k_back, q_weight, k_weight, positions, omega,
+    weight_grad, omega_grad, position_grad, tokens, s, q_heads, k_heads, n, eps,
+    ANGLES: tl.constexpr, FACTOR: tl.constexpr, INVERSE: tl.constexpr, BLOCKS: tl.constexpr,
+    A: tl.constexpr, r: tl.constexpr, FRONT: tl.constexpr, REST: tl.constexpr, W: tl.constexpr,
+    UNIT: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr, HEADS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """As `rotate_kernel`; given the gradients of its results, those of its inputs instead."""
+    H: tl.constexpr = max(HEADS[0], HEADS[1])
+    d: tl.constexpr = 2 * r + REST
+    PAST: tl.constexpr = 2 * r * (FRONT == 0)
+    q_blocks = tl.cdiv(q_heads, HEADS[0])
+    blocks = q_blocks + tl.cdiv(k_heads, HEADS[1])
+    program = tl.program_id(0)
+    block, part = program % blocks, program // blocks
+    batch, step, pair, known = locate(part, tokens, s, r, V, CHUNKS, L, WIDE)
+    of_q = block < q_blocks
+    heads = tl.where(of_q, q_heads, k_heads)
+    head = tl.where(of_q, block * HEADS[0], (block - q_blocks) * HEADS[1])
+    end = tl.minimum(heads, head + tl.where(of_q, HEADS[0], HEADS[1]))
+    row = (head * n // heads).to(tl.int64)
+    x, out = pick(of_q, q, k), pick(of_q, q_out, k_out)
+    start, goal = address(x, batch, step, head, UNIT), address(out, batch, step, head, UNIT)
+    loaded = ()
+    for i in tl.static_range(H):
+        inside = known & (head + i < end)
+        loaded += (load_pairs(start + i * x[3] * UNIT + FRONT * x[4], x[4], inside, pair, BLOCKS, V),)
+    weight = tl.where(of_q, q_weight, k_weight) + step * 0
+    w1, w2 = load_pairs(weight + FRONT, 1, None, pair, BLOCKS, V)
+    cos, sin = ANGLES(positions, omega, batch, step, row, pair, A, r, BLOCKS, V)
+    cos, sin = cos * FACTOR, sin * FACTOR
+    grad, dw1, dw2 = tl.zeros((L, V), tl.float32), tl.zeros((L, V), tl.float32), tl.zeros((L, V), tl.float32)
+    if W:
+        channel = pair // V * W
+        w = load_rest(weight, channel, 1, known, REST, W, PAST)
+        dw = tl.zeros((L, W), tl.float32)
+    for i in tl.static_range(H):
+        inside = known & (head + i < end)
+        here, there = start + i * x[3] * UNIT, goal + i * out[3] * UNIT
+        x1, x2 = loaded[i]
+        square = tl.sum(x1 * x1 + x2 * x2, 1)
+        if W:
+            rest = load_rest(here, channel, x[4], inside, REST, W, PAST)
+            square += tl.sum(rest * rest, 1)
+        scale = tl.rsqrt(token_mean(square, d, CHUNKS) + eps)
+        x1, x2 = x1 * scale, x2 * scale
+        if q_back is None:
+            n1, n2 = x1 * w1, x2 * w2
+            y1, y2 = n1 * cos - n2 * sin, n1 * sin + n2 * cos
+            if W:
+                rest = rest * scale * w
+        else:
+            y = pick(of_q, q_back, k_back)
+            back = address(y, batch, step, head, UNIT) + i * y[3] * UNIT
+            y1, y2 = load_pairs(back + FRONT * y[4], y[4], inside, pair, BLOCKS, V)
+            d1, d2 = y1 * cos + y2 * sin, y2 * cos - y1 * sin
+            # the gradient of an angle is that of y1 dy2 - y2 dy1, and turning both back leaves it
+            grad += x1 * w1 * d2 - x2 * w2 * d1
+            dw1 += x1 * d1
+            dw2 += x2 * d2
+            d1, d2 = d1 * w1, d2 * w2
+            along_x = tl.sum(x1 * d1 + x2 * d2, 1)
+            if W:
+                rest, drest = rest * scale, load_rest(back, channel, y[4], inside, REST, W, PAST)
+                dw += rest * drest
+                drest *= w
+                along_x += tl.sum(rest * drest, 1)
+            along_x = token_mean(along_x, d, CHUNKS)
+            y1, y2 = scale * (d1 - x1 * along_x), scale * (d2 - x2 * along_x)
+            if W:
+                rest = scale * (drest - rest * along_x)
+        store_pairs(y1, y2, there + FRONT * out[4], out[4], inside, pair, BLOCKS, V)
+        if W:
+            present = inside[:, None] & (channel[:, None] + tl.arange(0, W)[None, :] < REST)
+            tl.store(reach(there, PAST + channel, out[4], W), rest, present)
+    if q_back is not None:
+        store_angle_gradients(
+            grad, positions, omega, omega_grad, position_grad,
+            program, block, part, tokens, batch, step, row, pair, A, r, V, CHUNKS, L,
+        )  # fmt: skip
+        weight_grad += program.to(tl.int64) * d
+        store_sum(dw1, weight_grad, CHUNKS, r)
+        store_sum(dw2, weight_grad + r, CHUNKS, r)
+        if W:
+            store_sum(dw, weight_grad + 2 * r, CHUNKS, REST)
+
+
+def launch(q, k, positions, omega, weights, eps: float, form: Form, grads=(), needs=(False, False)):
+    """q' and k'; or, given their gradients, those of q, k, positions, omega and the weights."""
+    (b, s, h, _), g = q.shape, k.shape[2]
+    made = torch.empty_like(q), torch.empty_like(k)
+    big = (q, k, *made, *grads)
+    parts, blocks, constants = plan(q, k, form, big, whole=True, most=4 if grads else 8)
+    dpositions, domega = empty_parts(q, form, parts, blocks, needs)
+    dweights = torch.empty((parts, sum(blocks), q.shape[3]), device=q.device) if grads else None
+    with torch.cuda.device_of(q):
+        norm_rotate_kernel[(parts * sum(blocks),)](
+            *[view(x, constants["UNIT"]) for x in big], *[None] * (6 - len(big)), *weights,
+            (positions, *positions.stride()), (omega, *omega.stride()), dweights, domega, dpositions,
+            b * s, s, h, g, form.n, eps, **constants,
+        )  # fmt: skip
+    if dweights is None:
+        return made
+    first, second = (form.front + x.to(q.device) for x in channels(form.r, form.blocks))
+    past = torch.arange(q.shape[3] - 2 * form.r, device=q.device) + (0 if form.front else 2 * form.r)
+    order = torch.cat((first, second, past))
+    of_q, of_k = dweights.sum(0, dtype=torch.float64).split(blocks)
+    found = (
+        torch.empty_like(w).index_copy_(0, order, x.sum(0).to(w.dtype))
+        for x, w in zip((of_q, of_k), weights, strict=True)
+    )
+    return *made, *total(dpositions, domega, blocks, positions, omega), *found
+
+
+def definition(q, k, positions, omega, q_weight, k_weight, eps: float, form: Form):
+    """The same in two steps, which can be differentiated twice."""
+
+    def normed(x, weight):
+        x = x.float()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+    q, k, dtypes = normed(q, q_weight), normed(k, k_weight), (q.dtype, k.dtype)
+    turned = Rotate.apply(q, k, positions, omega, form)
+    return tuple(x.to(dtype) for x, dtype in zip(turned, dtypes, strict=True))
+
+
+class NormRotate(torch.autograd.Function):
+    """q and k normalised, weighed and rotated by positions (b, s, a) @ Omega (n, a, r)."""
+
+    @staticmethod
+    def forward(q, k, positions, omega, q_weight, k_weight, eps, form):
+        """q', k'."""
+        return launch(q, k, positions, omega, (q_weight, k_weight), eps, form)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output):
+        """Keep the inputs: what lies between is made again."""
+        *tensors, ctx.eps, ctx.form = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads):
+        """The gradients of all six tensors."""
+        q, k, positions, omega, *weights = saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if not torch.is_grad_enabled():
+            made = launch(q, k, positions, omega, weights, ctx.eps, ctx.form, grads, needs[2:4])
+            return *made, None, None
+        # someone will differentiate the gradient, as penalties of a critic do
+        wanted = [x for x, need in zip(saved, needs, strict=False) if need]
+        found = iter(
+            torch.autograd.grad(definition(*saved, ctx.eps, ctx.form), wanted, grads, create_graph=True)
+        )
+        return *(next(found) if need else None for need in needs[:6]), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents):
+        """Refuse: without this, tangents would be lost in silence."""
+        raise NotImplementedError("the rotary kernel has no forward-mode derivative; use plain torch there")
+
+
+def norm_rotate(
+    q: Tensor, k: Tensor, positions: Tensor, omega: Tensor, q_weight: Tensor, k_weight: Tensor,
+    eps: float = 1e-6, pairing: str = "half", *,
+    blocks: tuple[int, ...] = (), tail: bool = False, factor: float = 1.0, mode: str = "exact",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`rotate` of q and k whose heads are divided by their root mean square and weighed first.
+
+    Args:
+        q, k, positions, omega, pairing, blocks, tail, factor, mode: as in `rotate`.
+        q_weight, k_weight: (d,), for all heads of q and of k; they get gradients, too.
+        eps: added to the mean square, positive.
+
+    Raises:
+        ValueError: as `rotate`, weights of another shape, an eps that is not positive.
+    """
+    form = form_of(q, k, positions, omega, pairing, blocks, tail, factor, mode)
+    if q_weight.shape != q.shape[3:] or k_weight.shape != q.shape[3:] or q_weight.dtype != k_weight.dtype:
+        got = f"{q_weight.dtype} {(*q_weight.shape,)} and {k_weight.dtype} {(*k_weight.shape,)}"
+        raise ValueError(f"the weights must be ({q.shape[3]},) and of one dtype, not {got}")
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}, but heads of zeros need a positive one")
+    weights = q_weight.contiguous(), k_weight.contiguous()
+    return NormRotate.apply(q, k, *along(q, positions, omega), *weights, float(eps), form)

@@ -1,0 +1,111 @@
+"""The pairs of a head's channels: where they are, how they are read and how they are written.
+
+A pairing is a tuple of block sizes. In a block of n pairs, pair i is channels (i, i + n). One size stands for
+blocks that are all alike: (r,) pairs halves, (1,) neighbours. A lane has V pairs that follow each other.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PAIRINGS = {
+    "half": lambda r, blocks: (r,),
+    "interleaved": lambda r, blocks: (1,),
+    "block": lambda r, blocks: blocks[:1] if len(set(blocks)) == 1 else blocks,
+}
+
+
+def channels(r: int, blocks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The first and the second channel (r,) of every pair, counted from the first of all."""
+    sizes = torch.tensor(blocks if len(blocks) > 1 else blocks * (r // blocks[0]))
+    size, begin = sizes.repeat_interleave(sizes), (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    first = torch.arange(r) + begin
+    return first, first + size
+
+
+@triton.jit
+def two_channels(pair, BLOCKS: tl.constexpr):
+    """The same for one pair of each lane (L,)."""
+    if len(BLOCKS) > 1:
+        size, begin, end = BLOCKS[0], 0, BLOCKS[0]
+        for block in tl.static_range(1, len(BLOCKS)):
+            size = tl.where(pair >= end, BLOCKS[block], size)
+            begin = tl.where(pair >= end, end, begin)
+            end += BLOCKS[block]
+        return pair + begin, pair + begin + size
+    elif BLOCKS[0] == 1:
+        return 2 * pair, 2 * pair + 1
+    else:
+        first = pair + pair // BLOCKS[0] * BLOCKS[0]
+        return first, first + BLOCKS[0]
+
+
+@triton.jit
+def pick(of_q, q, k):
+    """The view of q or of k: data and strides of b, s, h, d."""
+    return (
+        tl.where(of_q, q[0], k[0]),
+        tl.where(of_q, q[1], k[1]),
+        tl.where(of_q, q[2], k[2]),
+        tl.where(of_q, q[3], k[3]).to(tl.int64),
+        tl.where(of_q, q[4], k[4]).to(tl.int64),
+    )
+
+
+@triton.jit
+def address(x, batch, step, head, UNIT: tl.constexpr):
+    """Pointers (L,) to where a head of every token begins."""
+    return x[0] + UNIT * (batch * x[1] + step * x[2] + head * x[3])
+
+
+@triton.jit
+def reach(start, channel, stride, V: tl.constexpr):
+    """Pointers (L, V) to the V channels from `channel` (L,) on."""
+    channel = channel[:, None] + tl.arange(0, V)[None, :]
+    return start[:, None] + channel * stride
+
+
+@triton.jit
+def load(start, channel, stride, inside, V: tl.constexpr):
+    """V channels (L, V), 0 where not inside; None stands for lanes that all have something to read."""
+    if inside is None:
+        return tl.load(reach(start, channel, stride, V))
+    else:
+        return tl.load(reach(start, channel, stride, V), inside[:, None], 0.0)
+
+
+@triton.jit
+def load_pairs(start, stride, inside, pair, BLOCKS: tl.constexpr, V: tl.constexpr):
+    """The first and the second channels (L, V) of the V pairs from `pair` (L,) on, in float32."""
+    first, second = two_channels(pair, BLOCKS)
+    if len(BLOCKS) == 1 and BLOCKS[0] == 1:
+        # neighbours are split in registers: loads of every other channel would not be vectorised
+        x = load(start, first, stride, inside, 2 * V).to(tl.float32)
+        return tl.split(tl.reshape(x, (x.shape[0], V, 2)))
+    else:
+        x, y = load(start, first, stride, inside, V), load(start, second, stride, inside, V)
+        return x.to(tl.float32), y.to(tl.float32)
+
+
+@triton.jit
+def store_pairs(x, y, start, stride, inside, pair, BLOCKS: tl.constexpr, V: tl.constexpr):
+    """The inverse of `load_pairs`, for the pairs (x, y)."""
+    first, second = two_channels(pair, BLOCKS)
+    if len(BLOCKS) == 1 and BLOCKS[0] == 1:
+        rows = tl.reshape(tl.join(x, y), (x.shape[0], 2 * V))
+        tl.store(reach(start, first, stride, 2 * V), rows, inside[:, None])
+    else:
+        tl.store(reach(start, first, stride, V), x, inside[:, None])
+        tl.store(reach(start, second, stride, V), y, inside[:, None])
+
+
+@triton.jit
+def copy_rest(
+    start, stride, goal, goal_stride, inside, chunk, first: tl.constexpr, REST: tl.constexpr, W: tl.constexpr
+):
+    """Copy the REST channels from `first` on, W of them by each lane."""
+    channel = chunk * W
+    present = inside[:, None] & (channel[:, None] + tl.arange(0, W)[None, :] < REST)
+    rest = tl.load(reach(start, first + channel, stride, W), present)
+    tl.store(reach(goal, first + channel, goal_stride, W), rest, present)
