@@ -23,11 +23,9 @@ class Form:
         rotation.PAIRINGS[self.pairing]  # an unknown one is refused here, not at the first forward
 
 
-def served(device: torch.device | str, dtype: torch.dtype, form: Form = Form()) -> bool:
-    """Whether the Triton kernel rotates tensors of this device and dtype in this form."""
-    plain = form.pairing != "block" and not form.tail and form.factor == 1.0
-    gpu = torch.device(device).type == "cuda"
-    return gpu and plain and dtype != torch.float64 and find_spec("triton") is not None
+def served(device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernel rotates tensors of this device and dtype."""
+    return torch.device(device).type == "cuda" and dtype != torch.float64 and find_spec("triton") is not None
 
 
 def check_heads(q: Tensor, k: Tensor) -> None:
@@ -122,7 +120,7 @@ def make_turn(
     """What rotating by positions @ Omega needs, on the device of the positions, for heads of this dtype."""
     check_positions(positions, omega)
     form = Form(form) if isinstance(form, str) else form
-    if served(positions.device, dtype, form):
+    if served(positions.device, dtype):
         return Turn(positions, omega.to(positions.device), form, None, None)
     cos, sin = rotation.cos_sin(positions, omega, torch.promote_types(dtype, torch.float32), form.factor)
     return Turn(positions, omega, form, cos, sin)
@@ -156,8 +154,8 @@ def rotate(
     """
     check(q, k, positions, omega)
     form = Form(pairing, tuple(blocks), tail, factor)
-    if served(q.device, q.dtype, form):
+    if served(q.device, q.dtype):
         from rope_mm_kernels.rotary import rotate as triton_rotate  # triton is optional
 
-        return triton_rotate(q, k, positions, omega, pairing)
+        return triton_rotate(q, k, positions, omega, **vars(form))
     return make_turn(positions.to(q.device), omega, form, q.dtype)(q, k)
