@@ -9,6 +9,8 @@ from torch import Tensor
 
 from rope_mm import cpu, rotation
 
+TRITON = find_spec("triton") is not None
+
 
 @dataclass(frozen=True)
 class Form:
@@ -25,7 +27,7 @@ class Form:
 
 def served(device: torch.device | str, dtype: torch.dtype) -> bool:
     """Whether the Triton kernel rotates tensors of this device and dtype."""
-    return torch.device(device).type == "cuda" and dtype != torch.float64 and find_spec("triton") is not None
+    return torch.device(device).type == "cuda" and dtype != torch.float64 and TRITON
 
 
 def check_heads(q: Tensor, k: Tensor) -> None:
