@@ -74,7 +74,7 @@ def angle_gradients(rotated, grads, positions, omega, form: Form) -> tuple[Tenso
 def needed(rotated, grads, positions, omega, needs, form: Form) -> tuple[Tensor, ...]:
     """Those of `angle_gradients` that are needed, empty tensors for the others."""
     made = angle_gradients(rotated, grads, positions, omega, form) if any(needs) else (positions, omega)
-    return tuple(x if need else x.new_empty(0) for x, need in zip(made, needs, strict=True))
+    return tuple(x.contiguous() if need else x.new_empty(0) for x, need in zip(made, needs, strict=True))
 
 
 def unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

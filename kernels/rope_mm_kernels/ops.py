@@ -1,4 +1,4 @@
-"""The kernels as ops of PyTorch, for graphs: torch.compile, torch.export and whoever looks at what was called.
+"""The kernels as ops of PyTorch, for graphs: torch.compile, torch.export and who looks at what is called.
 
 Here a function takes tensors and numbers, and last a Form; its op takes the fields of the form one by one.
 An op costs some microseconds more than a function, so without a graph nobody comes through here.
@@ -19,7 +19,8 @@ NAMESPACE = "rope_mm" if _package == "rope_mm_kernels" else f"rope_mm_{_package}
 INTERPRETED = not isinstance(cos_sin, JITFunction)
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
-FIELDS = "SymInt n, SymInt a, SymInt r, SymInt[] blocks, SymInt front, str mode, float factor, bool inverse"
+# torch has a `mode` of its own where it makes functions of ops that write, so ours is called otherwise
+FIELDS = "SymInt n, SymInt a, SymInt r, SymInt[] blocks, SymInt front, str angles, float factor, bool inverse"
 COUNT = len(Form._fields)
 
 
@@ -45,7 +46,7 @@ def register(name: str, inputs: str, outputs: str, kernel: Callable, definition:
 
 
 def differentiate(name: str, keep: Callable, backward: Callable) -> None:
-    """Give an op its gradient: `keep` and `backward` are a torch.autograd.Function's of the same arguments."""
+    """Give an op its gradient: `keep` and `backward` of a torch.autograd.Function with its arguments."""
 
     def setup_context(ctx: Any, inputs, output):
         keep(ctx, folded(inputs), output)
