@@ -21,6 +21,9 @@ class Rotary(nn.Module):
         p, cursor = rope.place([Text(5), Image(2, 3)])
         q, k = rope(q, k, p)
 
+    `torch.compile(rope, fullgraph=True)` takes other positions and lengths as they come. Where Omega depends
+    on the length, which a graph cannot read, give it `rope.turn(p)`, made outside of the graph, instead of p.
+
     Args:
         head_dim: channels of a head.
         scheme: a key of SCHEMES, or a Scheme.
