@@ -103,9 +103,9 @@ def test_nothing_to_rotate_is_rotated_to_nothing():
 def test_the_door_says_which_way_it_takes_and_why(device, dtype, triton, words, monkeypatch):
     monkeypatch.setattr(kernels, "TRITON", triton)
     with FakeTensorMode():  # of GPUs that are not here
-        q = torch.empty(1, 3, 4, 24, dtype=dtype, device=device)
+        q, other = (torch.empty(1, s, 4, 24, dtype=dtype, device=device) for s in (3, 2))
         positions, omega = torch.zeros(3, 2, dtype=torch.float64), torch.ones(2, 12)
         monkeypatch.setattr(kernels, "check_positions", lambda *_: None)  # it looks at numbers
         assert re.search(words, said := kernels.explain(q, q, positions, omega)), said
         with pytest.raises(ValueError, match="alike but for the heads"):
-            kernels.explain(q, q[:, 1:], positions, omega)
+            kernels.explain(q, other, positions, omega)
