@@ -163,6 +163,9 @@ def make_turn(
     if served(positions.device, dtype):
         return Turn(positions, omega.to(positions.device), form, None, None)
     cos, sin = rotation.cos_sin(positions, omega, torch.promote_types(dtype, torch.float32), form.factor)
+    if torch.compiler.is_compiling():
+        # what is stacked is stored; otherwise the compiler would make the same angles anew for every head
+        cos, sin = torch.stack((cos, sin)).unbind()
     return Turn(positions, omega, form, cos, sin)
 
 
