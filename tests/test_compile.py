@@ -1,5 +1,7 @@
 """Rotation under torch.compile and torch.export: one graph for all positions and lengths, the same values."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -115,6 +117,16 @@ def test_a_module_with_a_rotary_can_be_exported_with_any_length():
     positions, _ = rope.place(STORIES[2])
     q, k = heads(positions)
     torch.testing.assert_close(exported.module()(q, k, positions, None), rope(q, k, positions))
+
+
+def test_a_fixed_omega_is_no_part_of_the_state_and_is_neither_cast_nor_lost():
+    rope = Rotary(24)
+    wanted = rope.omega.clone()
+    moved = deepcopy(rope).to(torch.bfloat16).to("meta").to_empty(device="cpu")
+    assert torch.equal(moved.omega, wanted) and moved.omega.dtype == torch.float64
+    assert not rope.state_dict()
+    with torch.device("meta"):
+        assert torch.equal(Rotary(24).omega, wanted)
 
 
 def test_the_model_is_one_graph_for_all_stories():
