@@ -16,6 +16,11 @@ STORIES = ("text:3 image:2x4", "text:7", "text:2 image:3x4 text:7")
 LONG = [{"rope_type": "dynamic", "factor": 4, "original": 8}]
 
 
+@pytest.fixture(autouse=True)
+def forget_graphs():
+    torch._dynamo.reset()  # all of one code together may be eight
+
+
 def heads(positions, dtype=torch.float32):
     """Queries and keys (5, s, 4 or 2, 24) for these positions, asking for gradients."""
     return tuple(torch.randn(5, len(positions), h, 24, dtype=dtype, requires_grad=True) for h in (4, 2))

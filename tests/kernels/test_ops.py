@@ -27,6 +27,11 @@ CHECKS = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarnin
 EACH = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
+@pytest.fixture(autouse=True)
+def forget_graphs() -> None:
+    torch._dynamo.reset()  # all of one code together may be eight
+
+
 def arguments(case: Case, device: str):
     """What `rotate`'s ops are given: q, k, positions and Omega without heads shared, weights; the form."""
     q, k, positions, omega, *weights = (x.detach() for x in case.make(device, normed=True))
