@@ -1,5 +1,6 @@
 """Words and patches -> the stream (b, s, c)."""
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -39,9 +40,14 @@ class Embed(nn.Module):
             ValueError: as many patches as places there must be.
         """
         x = self.words(ids)
-        given, places = 0 if patches is None else patches.flatten(0, -2).shape[0], int(is_patch.sum())
-        if given != places:
+        given = 0 if patches is None else patches.flatten(0, -2).shape[0]
+        if torch.compiler.is_compiling():  # a graph cannot ask while it is recorded
+            torch._assert_async(is_patch.sum() == given, "there are more or fewer patches than places")
+        elif given != (places := int(is_patch.sum())):
             raise ValueError(f"{given} patches came for {places} places; a segment y x x takes y * x patches")
         if patches is None:
             return x
-        return x.index_put((is_patch,), self.patches(patches).flatten(0, -2).to(x.dtype), accumulate=True)
+        # gathered, not put: a compiled graph knows how many places there are, but not which
+        which = (is_patch.flatten().cumsum(0) - 1).clamp(min=0)
+        mine = self.patches(patches).flatten(0, -2).to(x.dtype)[which].view_as(x)
+        return x + mine * is_patch[..., None]

@@ -1,4 +1,8 @@
-"""The one door to rotation: the Triton kernel where it runs, the definition elsewhere; same arguments."""
+"""The one door to rotation: the Triton kernel where it runs, the definition elsewhere; same arguments.
+
+`explain` says which it is and why. Under torch.compile the graph holds the kernel's op or, on a CPU, the
+definition, of which the compiler makes one pass over memory.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +12,9 @@ import torch
 from torch import Tensor
 
 from rope_mm import cpu, rotation
+
+TRITON = find_spec("triton") is not None
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of the kernel
 
 
 @dataclass(frozen=True)
@@ -23,9 +30,44 @@ class Form:
         rotation.PAIRINGS[self.pairing]  # an unknown one is refused here, not at the first forward
 
 
+def obstacle(device: torch.device | str, dtype: torch.dtype) -> str:
+    """Why the Triton kernel does not rotate tensors of this device and dtype; empty where it does."""
+    if torch.device(device).type != "cuda":
+        return f"Triton's kernel runs on CUDA devices, not on {device}"
+    if dtype not in DTYPES:
+        return f"Triton's kernel rotates bfloat16, float16 and float32, not {dtype}"
+    return "" if TRITON else "triton is not installed (pip install triton)"
+
+
 def served(device: torch.device | str, dtype: torch.dtype) -> bool:
     """Whether the Triton kernel rotates tensors of this device and dtype."""
-    return torch.device(device).type == "cuda" and dtype != torch.float64 and find_spec("triton") is not None
+    return not obstacle(device, dtype)
+
+
+def explain(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor) -> str:
+    """Which way `rotate` takes with these tensors, and why, in a line.
+
+    Raises:
+        ValueError: what `rotate` refuses.
+    """
+    check(q, k, positions, omega)
+    recorded = torch.compiler.is_compiling()
+    if not (why := obstacle(q.device, q.dtype)):
+        way = "Triton's kernel, as an op of the graph" if recorded else "Triton's kernel"
+        why = f"q is {q.dtype} on {q.device}"
+    elif recorded:
+        way = "the definition, for the compiler to fuse"
+    elif in_parts(q):
+        way = "the definition in parts that fit the CPU's cache (torch.compile makes one pass of it)"
+    else:
+        way = "the definition, a dozen passes over memory (torch.compile makes one of them)"
+    copied = [name for name, x in (("positions", positions), ("Omega", omega)) if x.device != q.device]
+    return f"{way}: {why}" + (f"; copied to it at every call: {', '.join(copied)}" if copied else "")
+
+
+def in_parts(x: Tensor) -> bool:
+    """Whether heads are turned part by part; a compiler fuses the definition, and would not see into that."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_heads(q: Tensor, k: Tensor) -> None:
@@ -69,9 +111,7 @@ def check_positions(positions: Tensor, omega: Tensor) -> None:
 
 def turn_heads(x: Tensor, cos: Tensor, sin: Tensor, form: Form) -> Tensor:
     """Heads x (b, s, h, d) rotated by tables: on a CPU in place by parts, the definition elsewhere."""
-    # a compiler fuses the definition, and would not see into the parts
-    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    turn = cpu.turn_heads if eager_cpu else rotation.turn_heads
+    turn = cpu.turn_heads if in_parts(x) else rotation.turn_heads
     return turn(x, cos, sin, form.pairing, form.blocks, form.tail)
 
 
@@ -123,6 +163,9 @@ def make_turn(
     if served(positions.device, dtype):
         return Turn(positions, omega.to(positions.device), form, None, None)
     cos, sin = rotation.cos_sin(positions, omega, torch.promote_types(dtype, torch.float32), form.factor)
+    if torch.compiler.is_compiling():
+        # what is stacked is stored; otherwise the compiler would make the same angles anew for every head
+        cos, sin = torch.stack((cos, sin)).unbind()
     return Turn(positions, omega, form, cos, sin)
 
 

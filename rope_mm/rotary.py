@@ -21,6 +21,9 @@ class Rotary(nn.Module):
         p, cursor = rope.place([Text(5), Image(2, 3)])
         q, k = rope(q, k, p)
 
+    `torch.compile(rope, fullgraph=True)` takes other positions and lengths as they come. Where Omega depends
+    on the length, which a graph cannot read, give it `rope.turn(p)`, made outside of the graph, instead of p.
+
     Args:
         head_dim: channels of a head.
         scheme: a key of SCHEMES, or a Scheme.
@@ -39,13 +42,14 @@ class Rotary(nn.Module):
         self.scheme = read_scheme(scheme, **changes)
         scheme = self.scheme
         self.form = Form(scheme.pairing, scheme.blocks(head_dim), scheme.slot == "tail", scheme.factor)
-        omega = scheme.omega(head_dim, heads)
+        # no buffer: those are cast with a model, averaged over processes, and lost on the meta device
+        self.fixed = scheme.omega(head_dim, heads)
         device = torch.get_default_device()  # the meta device, where a model is built without its weights
-        self.learned = nn.Parameter(omega.to(device, torch.float32)) if scheme.learnable else None
+        self.learned = nn.Parameter(self.fixed.to(device, torch.float32)) if scheme.learnable else None
 
     @property
     def omega(self) -> Tensor:
-        """Omega (a, r) or (h, a, r): the learned one, float32, or the scheme's, rebuilt in float64."""
+        """Omega (a, r) or (h, a, r): the learned one, float32, or the scheme's, float64."""
         return self.omega_at(0.0)
 
     def omega_at(self, length: float | Sequence[float]) -> Tensor:
@@ -55,7 +59,7 @@ class Rotary(nn.Module):
             ValueError: a learned Omega that something has cast below float32.
         """
         if self.learned is None:
-            return self.scheme.omega(self.head_dim, self.heads, length)
+            return self.scheme.omega(self.head_dim, self.heads, length) if length else self.fixed
         if self.learned.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"the learned Omega arrives in {self.learned.dtype}, which loses angles; under FSDP's mixed "
@@ -75,8 +79,19 @@ class Rotary(nn.Module):
         return self.scheme.place(story, cursor)
 
     def lengthened(self, positions: Tensor, length: float | Sequence[float] | None) -> Tensor:
-        """Omega for these positions: `length`, or one past the furthest on each axis where it matters."""
-        if length is None and self.scheme.needs_length and positions.numel():
+        """Omega for these positions: `length`, or one past the furthest on each axis where it matters.
+
+        Raises:
+            ValueError: such a scheme in a graph that is being recorded, which cannot read positions.
+        """
+        if not self.scheme.needs_length:
+            return self.omega_at(0.0)
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "Omega of this scheme depends on the length, which a compiled graph cannot know; "
+                "call `rope.turn(positions)` outside of it and hand the turn over instead of positions"
+            )
+        if length is None and positions.numel():
             length = (positions.detach().flatten(0, -2).amax(0) + 1).tolist()
         return self.omega_at(length or 0.0)
 
@@ -144,6 +159,9 @@ class Rotary(nn.Module):
             moved = fn(x)
             return moved if moved.dtype == x.dtype else x.to(moved.device)
 
+        device = fn(torch.empty(0)).device
+        if device.type not in ("meta", "mps"):  # the one holds no numbers, the other none of float64
+            self.fixed = self.fixed.to(device)
         return super()._apply(move, recurse)
 
     def extra_repr(self) -> str:

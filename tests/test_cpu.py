@@ -1,11 +1,14 @@
 """The CPU's way to rotate against the definition: values and every kind of derivative."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
-from rope_mm import cpu, rotation
+from rope_mm import cpu, kernels, rotation
 
 FORMS = st.one_of(
     st.tuples(st.sampled_from(["half", "interleaved"]), st.just(()), st.booleans()),
@@ -80,3 +83,29 @@ def test_maps_over_heads_and_transforms_of_functions_go_through():
 def test_nothing_to_rotate_is_rotated_to_nothing():
     x, angle = torch.randn(2, 0, 4, 16), torch.randn(0, 1, 8)
     assert cpu.turn_heads(x, angle.cos(), angle.sin()).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "triton", "words"),
+    [
+        ("cpu", torch.float32, True, "in parts that fit the CPU's cache .*: .* CUDA devices, not on cpu$"),
+        (
+            "meta",
+            torch.float32,
+            True,
+            "a dozen passes .* not on meta; copied to it at every call: positions, Omega$",
+        ),
+        ("cuda:0", torch.float64, True, "the definition, a dozen passes .* not torch.float64;"),
+        ("cuda:0", torch.float16, False, "the definition, a dozen passes .*pip install triton"),
+        ("cuda:0", torch.bfloat16, True, "^Triton's kernel: q is torch.bfloat16 on cuda"),
+    ],
+)
+def test_the_door_says_which_way_it_takes_and_why(device, dtype, triton, words, monkeypatch):
+    monkeypatch.setattr(kernels, "TRITON", triton)
+    with FakeTensorMode():  # of GPUs that are not here
+        q, other = (torch.empty(1, s, 4, 24, dtype=dtype, device=device) for s in (3, 2))
+        positions, omega = torch.zeros(3, 2, dtype=torch.float64), torch.ones(2, 12)
+        monkeypatch.setattr(kernels, "check_positions", lambda *_: None)  # it looks at numbers
+        assert re.search(words, said := kernels.explain(q, q, positions, omega)), said
+        with pytest.raises(ValueError, match="alike but for the heads"):
+            kernels.explain(q, other, positions, omega)

@@ -66,4 +66,25 @@ def table(
     return c, s
 
 
+@triton.jit
+def store_angle_gradients(
+    grad, positions, omega, omega_grad, position_grad,
+    program, block, part, tokens, batch, step, row, pair,
+    A: tl.constexpr, r: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """A program's part of the gradients of omega (A, r) and of its tokens' positions (T, A)."""
+    T: tl.constexpr = L // CHUNKS
+    column, place = tl.arange(0, CHUNKS * V), part.to(tl.int64) * T + tl.arange(0, T)
+    for axis in tl.static_range(A):
+        if omega_grad is not None:
+            share = grad * load_position(positions, axis, batch, step).to(tl.float32)
+            share = tl.sum(tl.reshape(share, (T, CHUNKS * V)), 0)
+            tl.store(omega_grad + (program.to(tl.int64) * A + axis) * r + column, share, column < r)
+        if position_grad is not None:
+            share = grad * load_omega(omega, axis, row, pair, A, r, V).to(tl.float32)
+            share = tl.sum(tl.reshape(share, (T, CHUNKS * V)), 1)
+            tl.store(position_grad + (block.to(tl.int64) * tokens + place) * A + axis, share, place < tokens)
+
+
 MODES = {"exact": exact, "hf": hf}
+ANGLES = {**MODES, "table": table}

@@ -1,14 +1,13 @@
 """What a rotation is but for its tensors, what it refuses, and how it is cut into programs."""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from rope_mm_kernels.angles import MODES
+from rope_mm_kernels.angles import ANGLES, MODES
 from rope_mm_kernels.pairs import PAIRINGS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -17,14 +16,17 @@ LANES, HEADS = 128, 8
 
 
 class Form(NamedTuple):
-    """n rows of Omega, a axes, r pairs in `blocks` as in `pairs`, which begin at channel `front`."""
+    """n rows of Omega, a axes, r pairs in `blocks` as in `pairs`, which begin at channel `front`.
+
+    `mode` is a key of ANGLES; all is plain data, so that an op can be given it.
+    """
 
     n: int
     a: int
     r: int
     blocks: tuple[int, ...]
     front: int
-    angles: Callable
+    mode: str
     factor: float = 1.0
     inverse: bool = False
 
@@ -74,10 +76,10 @@ def form_of(
         raise ValueError(f"{r} pairs need {2 * r} channels of each head; take a smaller omega: {shapes}")
     if q.shape[2] % n or k.shape[2] % n:
         raise ValueError(f"the {n} heads of omega must divide those of q and of k: {shapes}")
-    if tuple(positions.shape) not in {(q.shape[1], a), (1, q.shape[1], a), (*q.shape[:2], a)}:
+    if tuple(positions.shape) not in ((q.shape[1], a), (1, q.shape[1], a), (*q.shape[:2], a)):
         raise ValueError(f"positions must be (s, a) or (b, s, a): {shapes}")
     front = q.shape[3] - 2 * r if tail else 0
-    return Form(n, a, r, blocks_of(pairing, r, blocks), front, MODES[mode], float(factor))
+    return Form(n, a, r, blocks_of(pairing, r, blocks), front, mode, float(factor))
 
 
 def heads_of(heads: int, n: int, most: int) -> int:
@@ -118,7 +120,7 @@ def plan(q: Tensor, k: Tensor, form: Form, big: tuple[Tensor, ...], whole: bool,
     unit = math.gcd(8, *(stride for x in big for stride in x.stride()[:3]))
     parts = math.ceil(b * s * chunks / lanes)
     return Plan(parts, (math.ceil(h / heads[0]), math.ceil(g / heads[1])), {
-        "ANGLES": form.angles, "FACTOR": form.factor, "INVERSE": form.inverse, "BLOCKS": form.blocks,
+        "ANGLES": ANGLES[form.mode], "FACTOR": form.factor, "INVERSE": form.inverse, "BLOCKS": form.blocks,
         "A": form.a, "r": form.r, "FRONT": form.front, "REST": d - 2 * form.r, "W": width,
         "UNIT": unit, "V": v, "CHUNKS": chunks, "L": lanes, "HEADS": heads, "WIDE": parts * lanes >= 2**31,
         "num_warps": LANES // lanes_of_a_warp(q), "enable_fp_fusion": True,

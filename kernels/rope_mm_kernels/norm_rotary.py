@@ -6,6 +6,8 @@ as torch.nn.RMSNorm over the channels of a head. Qwen3 (modeling_qwen3.py, q_nor
 the dtype of x before the turn. A model with 1 + weight (Gemma) hands that over.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rope_mm_kernels import definition
+from rope_mm_kernels.angles import store_angle_gradients
 from rope_mm_kernels.form import Form, form_of, plan, view
-from rope_mm_kernels.pairs import address, channels, load_pairs, pick, reach, store_pairs
-from rope_mm_kernels.rotary import Rotate, along, empty_parts, locate, store_angle_gradients, total
+from rope_mm_kernels.ops import differentiate, register
+from rope_mm_kernels.pairs import address, channels, load_pairs, locate, pick, reach, store_pairs
+from rope_mm_kernels.rotary import ROTATE, Rotate, along, empty_parts, like, total
 
 
 @triton.jit
@@ -145,7 +150,7 @@ def launch(q, k, positions, omega, weights, eps: float, form: Form, grads=(), ne
         )  # fmt: skip
     if dweights is None:
         return made
-    first, second = (form.front + x.to(q.device) for x in channels(form.r, form.blocks))
+    first, second = (form.front + x for x in channels(form.r, form.blocks, q.device))
     past = torch.arange(q.shape[3] - 2 * form.r, device=q.device) + (0 if form.front else 2 * form.r)
     order = torch.cat((first, second, past))
     of_q, of_k = dweights.sum(0, dtype=torch.float64).split(blocks)
@@ -156,51 +161,82 @@ def launch(q, k, positions, omega, weights, eps: float, form: Form, grads=(), ne
     return *made, *total(dpositions, domega, blocks, positions, omega), *found
 
 
-def definition(q, k, positions, omega, q_weight, k_weight, eps: float, form: Form):
-    """The same in two steps, which can be differentiated twice."""
+def rotated(q, k, positions, omega, q_weight, k_weight, eps: float, form: Form):
+    """q' and k'."""
+    return launch(q, k, positions, omega, (q_weight, k_weight), eps, form)
 
-    def normed(x, weight):
-        x = x.float()
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
 
-    q, k, dtypes = normed(q, q_weight), normed(k, k_weight), (q.dtype, k.dtype)
-    turned = Rotate.apply(q, k, positions, omega, form)
-    return tuple(x.to(dtype) for x, dtype in zip(turned, dtypes, strict=True))
+def rotated_back(q, k, positions, omega, q_weight, k_weight, dq, dk, needs, eps: float, form: Form):
+    """The gradients of all six tensors, those of positions and omega empty where not needed."""
+    return launch(q, k, positions, omega, (q_weight, k_weight), eps, form, (dq, dk), needs)
+
+
+TENSORS = "Tensor q, Tensor k, Tensor positions, Tensor omega, Tensor q_weight, Tensor k_weight"
+NORM_ROTATE = register(
+    "norm_rotate",
+    f"{TENSORS}, float eps",
+    "(Tensor, Tensor)",
+    rotated,
+    definition.norm_rotate,
+    lambda q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
+)
+NORM_ROTATE_BACKWARD = register(
+    "norm_rotate_backward",
+    f"{TENSORS}, Tensor dq, Tensor dk, bool[] needs, float eps",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    rotated_back,
+    definition.norm_rotate_backward,
+    lambda q, k, positions, omega, q_weight, k_weight, dq, dk, needs, eps, form: (
+        *(torch.empty_like(q), torch.empty_like(k)),
+        *like(positions, omega, needs),
+        *(torch.empty_like(q_weight), torch.empty_like(k_weight)),
+    ),
+)
+
+
+def in_two_steps(turn: Callable, q, k, positions, omega, q_weight, k_weight, eps: float, form: Form):
+    """RMSNorm, then `turn`, which can be differentiated twice."""
+    q1, k1 = (definition.unit(x, eps)[0] * w.float() for x, w in ((q, q_weight), (k, k_weight)))
+    turned = turn(q1, k1, positions, omega, form)
+    return tuple(x.to(given.dtype) for x, given in zip(turned, (q, k), strict=True))
+
+
+def keep(ctx: Any, inputs, output) -> None:
+    """Keep the inputs: what lies between is made again."""
+    *tensors, ctx.eps, ctx.form = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def gradients(turn: Callable, turn_back: Callable, ctx: Any, *grads):
+    """Those of all six tensors: by `turn_back`, or open to autograd by `turn` of what is normalised."""
+    saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:6]
+    if torch.is_grad_enabled():
+        # someone will differentiate the gradient, as penalties of a critic do
+        wanted = [x for x, need in zip(saved, needs, strict=True) if need]
+        out = in_two_steps(turn, *saved, ctx.eps, ctx.form)
+        found = iter(torch.autograd.grad(out, wanted, grads, create_graph=True))
+        return *(next(found) if need else None for need in needs), None, None
+    made = turn_back(*saved, *grads, needs[2:4], ctx.eps, ctx.form)
+    return *(x if need else None for x, need in zip(made, needs, strict=True)), None, None
 
 
 class NormRotate(torch.autograd.Function):
     """q and k normalised, weighed and rotated by positions (b, s, a) @ Omega (n, a, r)."""
 
-    @staticmethod
-    def forward(q, k, positions, omega, q_weight, k_weight, eps, form):
-        """q', k'."""
-        return launch(q, k, positions, omega, (q_weight, k_weight), eps, form)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs, output):
-        """Keep the inputs: what lies between is made again."""
-        *tensors, ctx.eps, ctx.form = inputs
-        ctx.save_for_backward(*tensors)
+    forward, setup_context = staticmethod(rotated), staticmethod(keep)
 
     @staticmethod
     def backward(ctx: Any, *grads):
         """The gradients of all six tensors."""
-        q, k, positions, omega, *weights = saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        if not torch.is_grad_enabled():
-            made = launch(q, k, positions, omega, weights, ctx.eps, ctx.form, grads, needs[2:4])
-            return *made, None, None
-        # someone will differentiate the gradient, as penalties of a critic do
-        wanted = [x for x, need in zip(saved, needs, strict=False) if need]
-        found = iter(
-            torch.autograd.grad(definition(*saved, ctx.eps, ctx.form), wanted, grads, create_graph=True)
-        )
-        return *(next(found) if need else None for need in needs[:6]), None, None
+        return gradients(Rotate.apply, rotated_back, ctx, *grads)
 
     @staticmethod
     def jvp(ctx: Any, *tangents):
         """Refuse: without this, tangents would be lost in silence."""
         raise NotImplementedError("the rotary kernel has no forward-mode derivative; use plain torch there")
+
+
+differentiate("norm_rotate", keep, partial(gradients, ROTATE, NORM_ROTATE_BACKWARD))
 
 
 def norm_rotate(
@@ -225,4 +261,5 @@ def norm_rotate(
     if not eps > 0:
         raise ValueError(f"eps is {eps}, but heads of zeros need a positive one")
     weights = q_weight.contiguous(), k_weight.contiguous()
-    return NormRotate.apply(q, k, *along(q, positions, omega), *weights, float(eps), form)
+    turn = NORM_ROTATE if torch.compiler.is_compiling() else NormRotate.apply
+    return turn(q, k, *along(q, positions, omega), *weights, float(eps), form)

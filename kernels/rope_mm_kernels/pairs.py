@@ -16,12 +16,17 @@ PAIRINGS = {
 }
 
 
-def channels(r: int, blocks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def channels(r: int, blocks: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """The first and the second channel (r,) of every pair, counted from the first of all."""
-    sizes = torch.tensor(blocks if len(blocks) > 1 else blocks * (r // blocks[0]))
-    size, begin = sizes.repeat_interleave(sizes), (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    first = torch.arange(r) + begin
-    return first, first + size
+    # counted on the device: a copy from the host would make it wait, and cannot be in a CUDA graph
+    pair = torch.arange(r, device=device)
+    if len(blocks) == 1:
+        first = pair + pair // blocks[0] * blocks[0]
+        return first, first + blocks[0]
+    parts = pair.split(blocks)
+    first = torch.cat([part + sum(blocks[:i]) for i, part in enumerate(parts)])
+    second = torch.cat([part + sum(blocks[: i + 1]) for i, part in enumerate(parts)])
+    return first, second
 
 
 @triton.jit
@@ -39,6 +44,20 @@ def two_channels(pair, BLOCKS: tl.constexpr):
     else:
         first = pair + pair // BLOCKS[0] * BLOCKS[0]
         return first, first + BLOCKS[0]
+
+
+@triton.jit
+def locate(
+    part, tokens, s,
+    r: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Of every lane (L,): batch row, step, first pair, and whether they are its own or another's, to read."""
+    lane = (part.to(tl.int64) if WIDE else part) * L + tl.arange(0, L)
+    token, pair = lane // CHUNKS, (lane % CHUNKS).to(tl.int32) * V
+    known = (token < tokens) & (pair < r)
+    token, pair = tl.minimum(token, tokens - 1), tl.minimum(pair, r - V)
+    # tensors of more than 2**31 elements need offsets of 64 bits
+    return (token // s).to(tl.int64), (token % s).to(tl.int64), pair, known
 
 
 @triton.jit

@@ -4,6 +4,8 @@ The angles are made where they are used, so no table is read. The inverse of a r
 backward is the same kernel with the sine negated, and makes the angles' gradient from the saved results.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,43 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rope_mm_kernels.angles import load_omega, load_position
+from rope_mm_kernels import definition
+from rope_mm_kernels.angles import store_angle_gradients
 from rope_mm_kernels.form import Form, form_of, plan, view
-from rope_mm_kernels.pairs import address, channels, copy_rest, load_pairs, pick, store_pairs
-
-
-@triton.jit
-def locate(
-    part, tokens, s,
-    r: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Of every lane (L,): batch row, step, first pair, and whether they are its own or another's, to read."""
-    lane = (part.to(tl.int64) if WIDE else part) * L + tl.arange(0, L)
-    token, pair = lane // CHUNKS, (lane % CHUNKS).to(tl.int32) * V
-    known = (token < tokens) & (pair < r)
-    token, pair = tl.minimum(token, tokens - 1), tl.minimum(pair, r - V)
-    # tensors of more than 2**31 elements need offsets of 64 bits
-    return (token // s).to(tl.int64), (token % s).to(tl.int64), pair, known
-
-
-@triton.jit
-def store_angle_gradients(
-    grad, positions, omega, omega_grad, position_grad,
-    program, block, part, tokens, batch, step, row, pair,
-    A: tl.constexpr, r: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr,
-):  # fmt: skip
-    """A program's part of the gradients of omega (A, r) and of its tokens' positions (T, A)."""
-    T: tl.constexpr = L // CHUNKS
-    column, place = tl.arange(0, CHUNKS * V), part.to(tl.int64) * T + tl.arange(0, T)
-    for axis in tl.static_range(A):
-        if omega_grad is not None:
-            share = grad * load_position(positions, axis, batch, step).to(tl.float32)
-            share = tl.sum(tl.reshape(share, (T, CHUNKS * V)), 0)
-            tl.store(omega_grad + (program.to(tl.int64) * A + axis) * r + column, share, column < r)
-        if position_grad is not None:
-            share = grad * load_omega(omega, axis, row, pair, A, r, V).to(tl.float32)
-            share = tl.sum(tl.reshape(share, (T, CHUNKS * V)), 1)
-            tl.store(position_grad + (block.to(tl.int64) * tokens + place) * A + axis, share, place < tokens)
+from rope_mm_kernels.ops import differentiate, register
+from rope_mm_kernels.pairs import address, copy_rest, load_pairs, locate, pick, store_pairs
 
 
 @triton.jit
@@ -126,7 +96,7 @@ def launch(q, k, positions, omega, form, rotated=(), needs=(False, False), out=N
             (positions, *positions.stride()), (omega, *omega.stride()), domega, dpositions,
             b * s, s, h, g, form.n, **constants,
         )  # fmt: skip
-    return *made, *total(dpositions, domega, blocks, positions, omega)
+    return *made, *(total(dpositions, domega, blocks, positions, omega) if rotated else ())
 
 
 def empty_parts(q: Tensor, form: Form, parts: int, blocks: tuple[int, int], needs):
@@ -140,66 +110,110 @@ def empty_parts(q: Tensor, form: Form, parts: int, blocks: tuple[int, int], need
 
 def total(dpositions, domega, blocks: tuple[int, int], positions: Tensor, omega: Tensor):
     """The programs' parts of the gradients of positions and of omega, added in one order, always the same."""
+    made = like(positions, omega, (dpositions is not None, domega is not None))
     if dpositions is not None:
-        dpositions = dpositions.sum(0, dtype=torch.float64).to(positions.dtype)
+        made[0].copy_(dpositions.sum(0, dtype=torch.float64))
     if domega is not None:
         of_q, of_k = domega.sum(0, dtype=torch.float64).split(blocks)
-        domega = (of_rows(of_q, 0, len(omega)) + of_rows(of_k, 0, len(omega))).to(omega.dtype)
-    return dpositions, domega
+        made[1].copy_(definition.of_rows(of_q, 0, len(omega)) + definition.of_rows(of_k, 0, len(omega)))
+    return made
 
 
-def of_rows(x: Tensor, dim: int, n: int) -> Tensor:
-    """Sums over the heads of each of n rows of Omega."""
-    return x.unflatten(dim, (n, x.shape[dim] // n)).sum(dim + 1)
+def rotated(q, k, positions, omega, form: Form):
+    """q' and k'."""
+    return launch(q, k, positions, omega, form)
 
 
-def angle_gradients(rotated, grads, positions, omega, form: Form) -> tuple[Tensor, Tensor]:
-    """The gradients of positions and omega, of y1 dy2 - y2 dy1 as in the kernel, but open to autograd."""
-    first, second = (form.front + x.to(omega.device) for x in channels(form.r, form.blocks))
+def rotated_in_place(q, k, positions, omega, form: Form) -> None:
+    """Write q' and k' into q and k."""
+    launch(q, k, positions, omega, form, out=(q, k))
+    torch.autograd.graph.increment_version((q, k))
 
-    def angle(y, grad):
-        y, grad = y.float(), grad.float()
-        return of_rows(y[..., first] * grad[..., second] - y[..., second] * grad[..., first], 2, form.n)
 
-    of_q, of_k = (angle(y, grad) for y, grad in zip(rotated, grads, strict=True))
-    both = (of_q + of_k).double() * (-1 if form.inverse else 1)
-    dpositions = torch.einsum("bsnr,nar->bsa", both, omega.double())
-    domega = torch.einsum("bsnr,bsa->nar", both, positions.double())
-    return dpositions.to(positions.dtype), domega.to(omega.dtype)
+def rotated_back(dq, dk, positions, omega, rotated, needs, form: Form):
+    """The gradients of q, k, positions and omega, empty where not needed; the form is that of forward."""
+    made = launch(dq, dk, positions, omega, form.back(), rotated, needs)
+    return made if rotated else (*made, *like(positions, omega, needs))
+
+
+def like(positions: Tensor, omega: Tensor, needs) -> tuple[Tensor, ...]:
+    """Room for the gradients of positions and omega, none where they are not needed."""
+    both = zip((positions, omega), needs, strict=True)
+    return tuple(x.new_empty(x.shape if need else 0) for x, need in both)
+
+
+ROTATE = register(
+    "rotate",
+    "Tensor q, Tensor k, Tensor positions, Tensor omega",
+    "(Tensor, Tensor)",
+    rotated,
+    definition.rotate,
+    lambda q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
+)
+ROTATE_IN_PLACE = register(
+    "rotate_",
+    "Tensor(a!) q, Tensor(b!) k, Tensor positions, Tensor omega",
+    "()",
+    rotated_in_place,
+    definition.rotate_,
+    lambda *_: None,
+)
+ROTATE_BACKWARD = register(
+    "rotate_backward",
+    "Tensor dq, Tensor dk, Tensor positions, Tensor omega, Tensor[] rotated, bool[] needs",
+    "(Tensor, Tensor, Tensor, Tensor)",
+    rotated_back,
+    definition.rotate_backward,
+    lambda dq, dk, positions, omega, rotated, needs, form: (
+        *(torch.empty_like(dq), torch.empty_like(dk)),
+        *like(positions, omega, needs),
+    ),
+)
+
+
+def keep(ctx: Any, inputs, output) -> None:
+    """Keep what gradients need."""
+    _, _, positions, omega, ctx.form = inputs
+    # attention keeps the rotated q and k anyway, so keeping them here costs nothing
+    ctx.save_for_backward(positions, omega, *(output if any(ctx.needs_input_grad[2:4]) else ()))
+
+
+def gradients(turn: Callable, turn_back: Callable, ctx: Any, *grads):
+    """Those of q, k, positions and omega: by `turn_back`, or open to autograd by `turn`."""
+    positions, omega, *rotated = ctx.saved_tensors
+    form, needs = ctx.form, ctx.needs_input_grad[2:4]
+    if torch.is_grad_enabled():
+        # someone will differentiate the gradient, as penalties of a critic do
+        back = turn(*grads, positions, omega, form.back())
+        angles = definition.angle_gradients(rotated, grads, positions, omega, form) if rotated else needs
+    else:
+        *back, dpositions, domega = turn_back(*grads, positions, omega, rotated, needs, form)
+        angles = dpositions, domega
+    return *back, *(x if need else None for x, need in zip(angles, needs, strict=True)), None
 
 
 class Rotate(torch.autograd.Function):
     """q and k rotated, or back, by positions (b, s, a) @ Omega (n, a, r), or by tables without gradients."""
 
-    @staticmethod
-    def forward(q, k, positions, omega, form):
-        """q', k'."""
-        return launch(q, k, positions, omega, form)[:2]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs, output):
-        """Keep what gradients need."""
-        _, _, positions, omega, ctx.form = inputs
-        # attention keeps the rotated q and k anyway, so keeping them here costs nothing
-        ctx.save_for_backward(positions, omega, *(output if any(ctx.needs_input_grad[2:4]) else ()))
+    forward, setup_context = staticmethod(rotated), staticmethod(keep)
 
     @staticmethod
     def backward(ctx: Any, *grads):
         """The gradients of q, k, positions and omega."""
-        positions, omega, *rotated = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return *launch(
-                *grads, positions, omega, ctx.form.back(), rotated, ctx.needs_input_grad[2:4]
-            ), None
-        # someone will differentiate the gradient, as penalties of a critic do
-        back = Rotate.apply(*grads, positions, omega, ctx.form.back())
-        angles = angle_gradients(rotated, grads, positions, omega, ctx.form) if rotated else (None, None)
-        return *back, *angles, None
+        return gradients(Rotate.apply, rotated_back, ctx, *grads)
 
     @staticmethod
     def jvp(ctx: Any, *tangents):
         """Refuse: without this, tangents would be lost in silence."""
         raise NotImplementedError("the rotary kernel has no forward-mode derivative; use plain torch there")
+
+
+differentiate("rotate", keep, partial(gradients, ROTATE, ROTATE_BACKWARD))
+
+
+def turn(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """q' and k', by a launch, or by the op where a graph is recorded."""
+    return (ROTATE if torch.compiler.is_compiling() else Rotate.apply)(q, k, positions, omega, form)
 
 
 def along(q: Tensor, positions: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,7 +243,7 @@ def rotate(
         ValueError: what does not fit together, an unknown pairing or mode.
     """
     form = form_of(q, k, positions, omega, pairing, blocks, tail, factor, mode)
-    return Rotate.apply(q, k, *along(q, positions, omega), form)
+    return turn(q, k, *along(q, positions, omega), form)
 
 
 def rotate_(
@@ -246,6 +260,6 @@ def rotate_(
         raise ValueError("rotate_ makes no gradients, and one of its tensors requires them; call rotate")
     if any(size > 1 and not stride for x in (q, k) for size, stride in zip(x.shape, x.stride(), strict=True)):
         raise ValueError("q or k is expanded, so that one element stands for many; call rotate")
-    launch(q, k, *along(q, positions, omega), form, out=(q, k))
-    torch.autograd.graph.increment_version((q, k))
+    turn_ = ROTATE_IN_PLACE if torch.compiler.is_compiling() else rotated_in_place
+    turn_(q, k, *along(q, positions, omega), form)
     return q, k

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from rope_mm_kernels.angles import table
 from rope_mm_kernels.form import Form, blocks_of, check_heads
-from rope_mm_kernels.rotary import Rotate
+from rope_mm_kernels.rotary import turn
 
 
 def rotate_by_table(
@@ -24,12 +23,12 @@ def rotate_by_table(
     """
     check_heads(q, k)
     (b, s, _, d), width = q.shape, cos.shape[-1]
-    if cos.shape != sin.shape or tuple(cos.shape[:-1]) not in {(1, s), (b, s)} or width > d or width % 2:
+    if cos.shape != sin.shape or tuple(cos.shape[:-1]) not in ((1, s), (b, s)) or width > d or width % 2:
         shapes = f"cos {(*cos.shape,)}, sin {(*sin.shape,)}, q {(*q.shape,)}"
         raise ValueError(
             f"cos and sin must be (1, s, 2r) or (b, s, 2r) with 2r of the d channels of q: {shapes}"
         )
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         raise ValueError("tables get no gradient here; call rotate for the gradient of omega, or detach them")
-    form = Form(1, 0, width // 2, blocks_of(pairing, width // 2, blocks), d - width if tail else 0, table)
-    return Rotate.apply(q, k, cos.to(q.device).expand(b, -1, -1), sin.to(q.device).expand(b, -1, -1), form)
+    form = Form(1, 0, width // 2, blocks_of(pairing, width // 2, blocks), d - width if tail else 0, "table")
+    return turn(q, k, cos.to(q.device).expand(b, -1, -1), sin.to(q.device).expand(b, -1, -1), form)

@@ -13,7 +13,8 @@ HERE = Path(__file__).parent
 sys.path += [str(HERE), str(HERE.parents[1] / "kernels" / "bench")]
 
 INTERPRETED = not torch.cuda.is_available()
-if INTERPRETED:
+# pytest brings this file, and a test that imports it by name brings it again; ops are registered only once
+if INTERPRETED and os.environ.get("TRITON_INTERPRET") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
     # it is read where kernels are decorated, triton's own included: what was imported before is imported anew
     for module in [name for name in sys.modules if name.startswith(("triton", "rope_mm_kernels"))]:

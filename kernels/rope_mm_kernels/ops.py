@@ -1,0 +1,59 @@
+"""The kernels as ops of PyTorch, for graphs: torch.compile, torch.export and who looks at what is called.
+
+Here a function takes tensors and numbers, and last a Form; its op takes the fields of the form one by one.
+An op costs some microseconds more than a function, so without a graph nobody comes through here.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from rope_mm_kernels.form import Form
+from rope_mm_kernels.trig import cos_sin
+
+# a copy of this package under another name, as the Kernel Hub makes, has ops of its own
+_package = __name__.partition(".")[0]
+NAMESPACE = "rope_mm" if _package == "rope_mm_kernels" else f"rope_mm_{_package}"
+INTERPRETED = not isinstance(cos_sin, JITFunction)
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+# torch has a `mode` of its own where it makes functions of ops that write, so ours is called otherwise
+FIELDS = "SymInt n, SymInt a, SymInt r, SymInt[] blocks, SymInt front, str angles, float factor, bool inverse"
+COUNT = len(Form._fields)
+
+
+def folded(args: tuple) -> tuple:
+    """The arguments of an op, the fields of the form in one; blocks come as a list."""
+    n, a, r, blocks, *rest = args[-COUNT:]
+    return *args[:-COUNT], Form(n, a, r, tuple(blocks), *rest)
+
+
+def register(name: str, inputs: str, outputs: str, kernel: Callable, definition: Callable, fake: Callable):
+    """The op `name`(inputs, FIELDS) -> outputs, `kernel` on GPUs and `definition` on a CPU, as a function.
+
+    `fake` makes tensors like its results.
+    """
+    _library.define(f"{name}({inputs}, {FIELDS}) -> {outputs}")
+    for backend in ("CUDA", "XPU"):  # AMD's is CUDA, too
+        _library.impl(name, lambda *args: kernel(*folded(args)), backend)
+    runs = kernel if INTERPRETED else definition
+    _library.impl(name, lambda *args: runs(*folded(args)), "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: fake(*folded(args)), lib=_library)
+    op = getattr(getattr(torch.ops, NAMESPACE), name)
+    return lambda *args: op(*args[:-1], *args[-1])
+
+
+def differentiate(name: str, keep: Callable, backward: Callable) -> None:
+    """Give an op its gradient: `keep` and `backward` of a torch.autograd.Function with its arguments."""
+
+    def setup_context(ctx: Any, inputs, output):
+        keep(ctx, folded(inputs), output)
+
+    def gradients(ctx: Any, *grads):
+        return *backward(ctx, *grads), *[None] * (COUNT - 1)
+
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", gradients, setup_context=setup_context, lib=_library
+    )
