@@ -45,9 +45,9 @@ class Embed(nn.Module):
             torch._assert_async(is_patch.sum() == given, "there are more or fewer patches than places")
         elif given != (places := int(is_patch.sum())):
             raise ValueError(f"{given} patches came for {places} places; a segment y x x takes y * x patches")
-        if patches is None:
+        if patches is None or not given:
             return x
         # gathered, not put: a compiled graph knows how many places there are, but not which
         which = (is_patch.flatten().cumsum(0) - 1).clamp(min=0)
         mine = self.patches(patches).flatten(0, -2).to(x.dtype)[which].view_as(x)
-        return x + mine * is_patch[..., None]
+        return x + torch.where(is_patch[..., None], mine, 0)  # words keep clear of a patch that is not finite
