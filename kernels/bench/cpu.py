@@ -5,9 +5,10 @@
     python kernels/bench/cpu.py --json F   writes what it found to F as well
 
 Contenders take turns, and each begins its turn with a call that is not counted, so that the allocator's
-state is its own. A time is the thread's own, which neighbours on the machine hardly touch. A ratio is the median
-over the rounds of (median of one contender's turn) / (median of the other's); the spread is its quartiles. Heads
-are (1, s, 32, 128) and (1, s, 8, 128); tables are made before the clock starts; results are new tensors.
+state is its own. A time is the thread's own, which neighbours on the machine hardly touch. A ratio is the
+median over the rounds of (median of one contender's turn) / (median of the other's); the spread is its
+quartiles. Heads are (1, s, 32, 128) and (1, s, 8, 128); tables are made before the clock starts; results are
+new tensors.
 """
 
 import argparse
