@@ -138,7 +138,7 @@ def main() -> None:
     text = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(**text)
     parser.add_argument("--quick", action="store_true", help="the small size and few rounds")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--json", type=Path, help="a file for the rows")
     flags = parser.parse_args()

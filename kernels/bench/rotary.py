@@ -61,8 +61,8 @@ class Row(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Bytes per second over the copy's."""
-        return self.copy_ms / self.ms
+        """Bytes per second over the copy's; NaN for wrong results."""
+        return math.nan if self.problem else self.copy_ms / self.ms
 
 
 class Clock:
