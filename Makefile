@@ -5,7 +5,7 @@ py := .venv/bin/python
 # the models here are small: more threads wait longer than they work
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: venv train test check
+.PHONY: venv train test bench check
 
 venv: .venv/installed
 
@@ -20,6 +20,10 @@ train: .venv/installed
 
 test: .venv/installed
 	$(py) -m pytest -m "not gpu"
+
+bench: .venv/installed
+	PYTHONPATH=.:kernels $(py) kernels/bench/cpu.py
+	PYTHONPATH=.:kernels $(py) kernels/bench/aot.py --quick
 
 check: .venv/installed
 	$(py) -m ruff format --check .

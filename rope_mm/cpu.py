@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rope_mm import rotation
 
-PART = 1 << 17  # numbers that are rotated at a time: half a megabyte in float32
+PART = 1 << 18  # numbers that are rotated at a time: a megabyte in float32, and few enough calls of torch
 
 
 def halves(x: Tensor, pairing: str) -> tuple[Tensor, ...]:
@@ -19,15 +19,17 @@ def halves(x: Tensor, pairing: str) -> tuple[Tensor, ...]:
     return rotation.PAIRINGS["half" if pairing == "block" else pairing][0](x)
 
 
-def turn_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, pairing: str, blocks: Sequence[int]) -> None:
-    """Write the channels x (..., 2r), rotated, into out."""
-    blocks = blocks or (cos.shape[-1],)
+def turn_into(out: Tensor, x: Tensor, both: Tensor, sin: Tensor, pairing: str, blocks: Sequence[int]) -> None:
+    """Write the channels x (..., 2r), rotated, into out, given the cosine of every channel."""
+    torch.mul(x, both, out=out)
+    blocks = blocks or (sin.shape[-1],)
     channels = [2 * n for n in blocks]
-    parts = x.split(channels, -1), out.split(channels, -1), cos.split(blocks, -1), sin.split(blocks, -1)
-    for here, there, c, s in zip(*parts, strict=True):
+    for here, there, s in zip(
+        x.split(channels, -1), out.split(channels, -1), sin.split(blocks, -1), strict=True
+    ):
         (x1, x2), (y1, y2) = halves(here, pairing), halves(there, pairing)
-        torch.mul(x1, c, out=y1).addcmul_(x2, s, value=-1)
-        torch.mul(x1, s, out=y2).addcmul_(x2, c)
+        y1.addcmul_(x2, s, value=-1)
+        y2.addcmul_(x1, s)
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, pairing: str, blocks: Sequence[int], tail: bool) -> Tensor:
@@ -35,14 +37,15 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, pairing: str, blocks: Sequence[i
     (h, d), (n, r) = x.shape[-2:], cos.shape[-2:]
     if n > 1:
         cos, sin = cos.repeat_interleave(h // n, dim=-2), sin.repeat_interleave(h // n, dim=-2)
+    both = rotation.PAIRINGS[pairing][1](cos, cos, blocks)
     start = d - 2 * r if tail else 0
     out = torch.empty_like(x)
     if 2 * r < d:
         out.copy_(x)
     step = max(1, PART // max(1, x.shape[0] * h * d))
-    wide = torch.empty(2, x.shape[0], min(step, x.shape[1]), h, 2 * r, dtype=cos.dtype)
     rows = x.narrow(-1, start, 2 * r), out.narrow(-1, start, 2 * r)
-    parts = *(y.split(step, 1) for y in rows), *(y.split(step, -3) for y in (cos, sin))
+    parts = *(y.split(step, 1) for y in rows), *(y.split(step, -3) for y in (both, sin))
+    wide = torch.empty(2, x.shape[0], min(step, x.shape[1]), h, 2 * r, dtype=cos.dtype)
     for here, there, c, s in zip(*parts, strict=True):
         if x.dtype == cos.dtype:
             turn_into(there, here, c, s, pairing, blocks)
