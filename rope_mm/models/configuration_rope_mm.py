@@ -40,6 +40,8 @@ class RopeMMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     image_token_id: int = 259
     pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     rope_parameters: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any):
