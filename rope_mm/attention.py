@@ -59,7 +59,8 @@ class Attention(nn.Module):
         """The stream, and what `attend` tells of its weights; `context` is for `attend`."""
         q, k, v = (to(x).unflatten(-1, (-1, self.head_dim)) for to in (self.to_q, self.to_k, self.to_v))
         q, k = turn(self.norm_q(q), self.norm_k(k))  # (b, s, h, d), (b, s, g, d)
-        y, weights = self.attend(*(z.transpose(1, 2) for z in (q, k, v)), mask, **context)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+        y, weights = self.attend(q, k, v, mask, **context)
         return self.out(y.flatten(-2)), weights
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

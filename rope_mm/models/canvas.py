@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rope_mm.embed import to_images, to_patches
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
+from rope_mm.models.drawing import draw_frames
 from rope_mm.models.stories import Sequences, arrange
 from rope_mm.segments import Image
 
@@ -44,16 +45,14 @@ class Canvas:
         """Noise patches (b, n, p)."""
         return torch.randn(pictures, self.grid.tokens, self.config.patch_width, generator=generator)
 
-    @torch.no_grad()
     def draw(self, model: PreTrainedModel, captions: Sequence[str], generator: torch.Generator) -> Tensor:
         """Pictures (n, ch, size, size) of captions, on the CPU; one pass for every 250 of them."""
         pictures = []
         for start in range(0, len(captions), 250):
             part = captions[start : start + 250]
             noise = self.noise(generator, len(part)).to(model.device)
-            sequences = self.sequences(part).to(model.device)
-            drawn = model(**sequences.inputs(), patches=noise, words=False).patches
-            pictures.append(self.picture(drawn.view_as(noise)).cpu())
+            drawn = draw_frames(model, self.sequences(part).to(model.device), noise[:, None])
+            pictures.append(self.picture(drawn[:, 0]).cpu())
         return torch.cat(pictures)
 
     def picture(self, patches: Tensor) -> Tensor:

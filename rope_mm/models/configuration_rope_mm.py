@@ -74,15 +74,19 @@ class RopeMMConfig(PreTrainedConfig):
     @property
     def scheme(self) -> Scheme:
         """The rotary scheme that `rope_parameters` name."""
-        names = {"rope_theta": "theta"}
-        rope = (self.rope_parameters or {}).items()
-        changes = {names.get(key, key): value for key, value in rope if key not in HF_ONLY}
-        return read_scheme(changes.pop("scheme"), **changes)
+        return read_rope(self.rope_parameters or {})
 
     @property
     def patch_width(self) -> int:
         """Numbers in one patch."""
         return self.num_channels * self.patch_size**2
+
+
+def read_rope(rope_parameters: dict[str, Any]) -> Scheme:
+    """The scheme that `rope_parameters` name, with its fields changed as they say."""
+    names = {"rope_theta": "theta"}
+    changes = {names.get(key, key): value for key, value in rope_parameters.items() if key not in HF_ONLY}
+    return read_scheme(changes.pop("scheme"), **changes)
 
 
 def read_config(**settings: Any) -> RopeMMConfig:

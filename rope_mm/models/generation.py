@@ -4,18 +4,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from rope_mm.models.border import from_border
 
 
-class PictureGeneration(GenerationMixin):
+class PictureGeneration(PreTrainedModel, GenerationMixin):
     """Positions, ranks and patches of prompts with pictures, through every cache."""
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        *args: Any,
         position_ids: Tensor | None = None,
         rank: Tensor | None = None,
         rope_deltas: Tensor | None = None,
@@ -34,7 +35,9 @@ class PictureGeneration(GenerationMixin):
                     "generated words go on; arrange and RopeMMProcessor make all three"
                 )
             position_ids = self.go_on(position_ids, rank.shape[1], rope_deltas)
-        inputs = super().prepare_inputs_for_generation(input_ids, position_ids=position_ids, **kwargs)
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids, *args, position_ids=position_ids, **kwargs
+        )
         if position_ids is not None and position_ids.dim() == 2:
             inputs["rope_deltas"] = rope_deltas
         new = inputs["input_ids"].shape[1] if inputs.get("input_ids") is not None else 0
@@ -61,7 +64,7 @@ class PictureGeneration(GenerationMixin):
             late = late[columns >= past]
         return late if len(late) else None
 
-    def _expand_inputs_for_generation(
+    def _expand_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
@@ -69,7 +72,7 @@ class PictureGeneration(GenerationMixin):
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         patches = kwargs.pop("patches", None)
-        ids, kwargs = super()._expand_inputs_for_generation(
+        ids, kwargs = super()._expand_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             expand_size, is_encoder_decoder, input_ids, **kwargs
         )
         if patches is not None and input_ids is not None:  # those of each row again, in the order of rows

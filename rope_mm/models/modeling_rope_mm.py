@@ -54,7 +54,8 @@ class RopeMMAttention(Attention):
     ) -> tuple[Tensor, Tensor | None]:
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        backend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        chosen = self.config._attn_implementation or "sdpa"
+        backend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention)
         return backend(self, q, k, v, mask, scaling=self.head_dim**-0.5, **kwargs)
 
 
@@ -73,7 +74,7 @@ class RopeMMPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = True
+    _can_compile_fullgraph = False  # Omega is made anew in every forward
     supports_gradient_checkpointing = True
     _can_record_outputs = {"hidden_states": RopeMMBlock, "attentions": RopeMMAttention}
 
@@ -181,7 +182,9 @@ class RopeMMModel(RopeMMPreTrainedModel):
             )
 
 
-class RopeMMForConditionalGeneration(PictureGeneration, RopeMMPreTrainedModel, GenerationMixin):
+class RopeMMForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethodOverride]
+    PictureGeneration, RopeMMPreTrainedModel, GenerationMixin
+):
     """Words and patches from the stream; noise in the place of patches comes out as an image, in one pass."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed.words.weight"}

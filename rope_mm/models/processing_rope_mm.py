@@ -1,0 +1,196 @@
+"""Documents of words, pictures and clips -> the tensors of a forward, as transformers' processor."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image as Picture
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from rope_mm.embed import to_images, to_patches
+from rope_mm.models.drawing import draw_frames
+from rope_mm.models.stories import IMAGE_TOKEN, arrange
+from rope_mm.segments import Image, Segment, Video
+
+from .configuration_rope_mm import RopeMMConfig, read_rope  # beside this file also in a saved model's code
+
+VIDEO_TOKEN = "<video>"
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+CHAT = (
+    "{% for message in messages %}{{ message.role }}: "
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{{ part.text if part.type == 'text' else '<' + part.type + '>' }}"
+    "{% endfor %}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+Part = str | Picture | np.ndarray | Tensor | list | tuple
+
+
+class RopeMMProcessor(ProcessorMixin):
+    """Tokenizer, patches and positions of one model.
+
+        inputs = processor(documents=[["see ", picture, " and ", clip]])
+        inputs = processor(text="see <image>", images=[picture])
+        words = model.generate(**inputs)
+
+    A picture is PIL's, or (ch, y, x); a clip (t, ch, y, x) or a list of pictures; whole numbers are 0 to 255,
+    others -1 to 1. `from_config` makes one that fits a model.
+
+    Raises:
+        ValueError: a number of pictures that is not that of their tokens, other channels than the model's,
+            sizes that whole patches do not tile.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        patch_size: int = 2,
+        num_channels: int = 1,
+        rope_parameters: dict[str, Any] | None = None,
+        chat_template: str | None = None,
+    ):
+        if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+            raise ValueError(f"the tokenizer has no {IMAGE_TOKEN}; take load_tokenizer, which adds it")
+        self.patch_size, self.num_channels = patch_size, num_channels
+        self.rope_parameters = rope_parameters or {"scheme": "rope-tv"}
+        self.scheme = read_rope(self.rope_parameters)
+        self.image_token, self.video_token = IMAGE_TOKEN, VIDEO_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        super().__init__(tokenizer, chat_template=chat_template or CHAT)
+
+    @classmethod
+    def from_config(cls, config: RopeMMConfig, tokenizer: PreTrainedTokenizerBase) -> "RopeMMProcessor":
+        """The processor of a model.
+
+        Raises:
+            ValueError: a tokenizer whose image token is not the model's.
+        """
+        processor = cls(tokenizer, config.patch_size, config.num_channels, config.rope_parameters)
+        if processor.image_token_id != config.image_token_id:
+            raise ValueError(
+                f"{IMAGE_TOKEN} is {processor.image_token_id} to the tokenizer but image_token_id is "
+                f"{config.image_token_id} in the config; give the config the tokenizer's"
+            )
+        return processor
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What a call returns."""
+        return ["input_ids", "attention_mask", "position_ids", "rank", "rope_deltas", "patches"]
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        documents: Sequence[Sequence[Part]] | None = None,
+        padding_side: str = "left",
+        seconds: float = 1.0,
+        return_labels: bool = False,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Inputs of documents, or of text with <image> and <video> where images and videos stand.
+
+        Args:
+            images: pictures in the order of their tokens, in one list or one for each text.
+            text: one or several.
+            videos: clips, in the same way.
+            documents: lists of strings, pictures and clips; no string in them is taken for a token.
+            padding_side: "left", as `generate` wants it, or "right".
+            seconds: from one frame of a clip to the next.
+            return_labels: whether to add `labels`, -100 at patches and padding, for the loss of the words.
+            return_tensors: "pt"; there are no others.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"tensors are torch's, return_tensors='pt', not {return_tensors!r}")
+        if documents is None:
+            texts = [text] if isinstance(text, str) else list(text or [""])
+            queues = {IMAGE_TOKEN: pictures(images, 3), VIDEO_TOKEN: pictures(videos, 4)}
+            documents = [list(interleave(words, queues)) for words in texts]
+            for token, queue in queues.items():
+                if left := len(list(queue)):
+                    raise ValueError(f"{left} more came for {token} than the text has places for")
+        stories, patches = [], []
+        for document in documents:
+            parts = [self.read(part, seconds) for part in document]
+            stories.append([part if isinstance(part, str) else part[0] for part in parts])
+            patches += [part[1] for part in parts if not isinstance(part, str)]
+        sequences = arrange(stories, self.tokenizer, self.scheme, padding_side)
+        data = sequences.inputs() | ({"patches": torch.cat(patches)} if patches else {})
+        if return_labels:
+            words = sequences.mask & (sequences.input_ids != self.image_token_id)
+            data["labels"] = sequences.input_ids.masked_fill(~words, -100)
+        return BatchFeature(data)
+
+    def read(self, part: Part, seconds: float) -> str | tuple[Segment, Tensor]:
+        """A string as it is; a picture or clip as a segment and its patches (n, p)."""
+        if isinstance(part, str):
+            return part
+        pixels = to_pixels(part, self.num_channels)
+        if pixels.shape[-3] != self.num_channels:
+            raise ValueError(f"{tuple(pixels.shape)} are not (..., {self.num_channels}, y, x) pixels")
+        patches = to_patches(pixels.view(-1, *pixels.shape[-3:]), self.patch_size)
+        y, x = (side // self.patch_size for side in pixels.shape[-2:])
+        segment = Image(y, x) if pixels.dim() == 3 else Video(len(pixels), y, x, seconds)
+        return segment, patches.flatten(0, 1)
+
+    def draw(
+        self,
+        model: PreTrainedModel,
+        captions: Sequence[str],
+        grid: Image | Video,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Pictures (b, ch, y, x) or clips (b, t, ch, y, x) of captions, in one pass for each frame."""
+        sequences = arrange([[caption, grid] for caption in captions], self.tokenizer, self.scheme, "left")
+        t, y, x = grid.grid
+        width = self.num_channels * self.patch_size**2
+        noise = torch.randn(len(captions), t, y * x, width, generator=generator)
+        frames = draw_frames(model, sequences.to(model.device), noise.to(model.device, model.dtype))
+        drawn = to_images(frames.flatten(0, 1), y, x, self.patch_size).unflatten(0, (-1, t))
+        return drawn if isinstance(grid, Video) else drawn[:, 0]
+
+
+def to_pixels(part: Any, channels: int) -> Tensor:
+    """Pixels (ch, y, x) or (t, ch, y, x) from -1 to 1."""
+    if isinstance(part, list | tuple):
+        return torch.stack([to_pixels(frame, channels) for frame in part])
+    if isinstance(part, Picture):
+        if channels not in MODES:
+            raise ValueError(f"a picture of PIL has {', '.join(map(str, MODES))} channels, not {channels}")
+        pixels = torch.from_numpy(np.array(part.convert(MODES[channels])))
+        part = pixels.view(*pixels.shape[:2], channels).permute(2, 0, 1)
+    pixels = torch.as_tensor(part)
+    if pixels.dim() not in (3, 4):
+        raise ValueError(f"a picture is (ch, y, x) and a clip (t, ch, y, x), not {tuple(pixels.shape)}")
+    return pixels.float() if pixels.is_floating_point() else pixels / 127.5 - 1
+
+
+def pictures(given: Any, dims: int) -> Iterator[Part]:
+    """Pictures (dims 3) or clips (dims 4) of lists in lists, one after another."""
+    if given is None:
+        return
+    if isinstance(given, list | tuple) and not (dims == 4 and given and is_picture(given[0])):
+        for entry in given:
+            yield from pictures(entry, dims)
+        return
+    yield given
+
+
+def is_picture(part: Any) -> bool:
+    """Whether it is one picture, such as a frame of a clip."""
+    return isinstance(part, Picture) or getattr(part, "ndim", 0) == 3
+
+
+def interleave(text: str, queues: dict[str, Iterator[Part]]) -> Iterator[Part]:
+    """The text's words, and at its tokens what is next in their queues."""
+    for part in re.split(f"({'|'.join(queues)})", text):
+        if part not in queues:
+            yield from [part] if part else []
+            continue
+        if (found := next(queues[part], None)) is None:
+            raise ValueError(f"{part} stands in {text!r} once more than pictures came for it")
+        yield found
