@@ -86,6 +86,7 @@ class RopeMMProcessor(ProcessorMixin):
         images: Any = None,
         text: str | Sequence[str] | None = None,
         videos: Any = None,
+        audio: None = None,
         documents: Sequence[Sequence[Part]] | None = None,
         padding_side: str = "left",
         seconds: float = 1.0,
@@ -98,12 +99,15 @@ class RopeMMProcessor(ProcessorMixin):
             images: pictures in the order of their tokens, in one list or one for each text.
             text: one or several.
             videos: clips, in the same way.
+            audio: for transformers' order; the model hears nothing.
             documents: lists of strings, pictures and clips; no string in them is taken for a token.
             padding_side: "left", as `generate` wants it, or "right".
             seconds: from one frame of a clip to the next.
             return_labels: whether to add `labels`, -100 at patches and padding, for the loss of the words.
             return_tensors: "pt"; there are no others.
         """
+        if audio is not None:
+            raise ValueError("the model reads words, pictures and clips; it has nothing that reads audio")
         if return_tensors != "pt":
             raise ValueError(f"tensors are torch's, return_tensors='pt', not {return_tensors!r}")
         if documents is None:
