@@ -33,18 +33,17 @@ class Embed(nn.Module):
         self.words = nn.Embedding(vocab, width)
         self.patches = nn.Linear(patch_width, width, bias=False)
 
-    def forward(self, ids: Tensor, patches: Tensor | None, is_patch: Tensor) -> Tensor:
-        """Stream (b, s, c): patches (b, n, p) or (n, p) go, in order, to the places (b, s) of `is_patch`.
+    def forward(self, x: Tensor, patches: Tensor | None, places: Tensor) -> Tensor:
+        """Words x (b, s, c) with patches (b, n, p) or (n, p) added, in order, at places (b, s).
 
         Raises:
             ValueError: as many patches as places there must be.
         """
-        x = self.words(ids)
         if patches is None and torch.compiler.is_compiling():  # a traced graph cannot count places
             return x
-        given, places = 0 if patches is None else patches.flatten(0, -2).shape[0], int(is_patch.sum())
-        if given != places:
-            raise ValueError(f"{given} patches came for {places} places; a segment y x x takes y * x patches")
+        given, wanted = 0 if patches is None else patches.flatten(0, -2).shape[0], int(places.sum())
+        if given != wanted:
+            raise ValueError(f"{given} patches came for {wanted} places; a segment y x x takes y * x patches")
         if patches is None:
             return x
-        return x.index_put((is_patch,), self.patches(patches).flatten(0, -2).to(x.dtype), accumulate=True)
+        return x.index_put((places,), self.patches(patches).flatten(0, -2).to(x.dtype), accumulate=True)

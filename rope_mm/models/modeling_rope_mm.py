@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack  # pyright: ignore[reportAttributeAccessIssue]
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -128,7 +129,7 @@ class RopeMMModel(RopeMMPreTrainedModel):
         rank: Tensor | None = None,
         rope_deltas: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """The stream (b, s, c) of a sequence; `arrange` and `RopeMMProcessor` make all of these.
 
@@ -149,11 +150,9 @@ class RopeMMModel(RopeMMPreTrainedModel):
             ValueError: patches that do not fit their places, packed documents for a cache, an Omega that
                 depends on the length for a cache.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        if input_ids is not None:
-            inputs_embeds = self.embed(input_ids, patches, input_ids == self.config.image_token_id)
-        x: Tensor = inputs_embeds  # pyright: ignore[reportAssignmentType]
+        places = self.places(input_ids, inputs_embeds)
+        x = self.embed.words(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.embed(x, patches, places)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -168,6 +167,14 @@ class RopeMMModel(RopeMMPreTrainedModel):
         for block in self.blocks:
             x = block(x, turn, mask, past_key_values=past_key_values, position_ids=count, **kwargs)
         return BaseModelOutputWithPast(self.norm(x), past_key_values)
+
+    def places(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Where (b, s) image tokens stand, among ids or among their vectors."""
+        if input_ids is not None and inputs_embeds is None:
+            return input_ids == self.config.image_token_id
+        if inputs_embeds is not None and input_ids is None:
+            return (inputs_embeds == self.embed.words.weight[self.config.image_token_id]).all(-1)
+        raise ValueError("give either input_ids or inputs_embeds")
 
     def check_cache(self, document: Tensor | None) -> None:
         """Refuse what a cache cannot serve."""
@@ -215,7 +222,7 @@ class RopeMMForConditionalGeneration(  # pyright: ignore[reportIncompatibleMetho
         labels: Tensor | None = None,
         words: bool = True,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> RopeMMOutput:
         """Logits and patches; with labels (b, s), -100 where none, also the next-word loss.
 
@@ -240,9 +247,7 @@ class RopeMMForConditionalGeneration(  # pyright: ignore[reportIncompatibleMetho
         loss = None
         if labels is not None and logits is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        drawn = None
-        if patches is not None and input_ids is not None:
-            drawn = self.patch_head(x, input_ids == self.config.image_token_id)
+        drawn = None if patches is None else self.patch_head(x, self.model.places(input_ids, inputs_embeds))
         rest = seen.past_key_values, seen.hidden_states, seen.attentions
         return RopeMMOutput(loss, logits, *rest, drawn, x)
 

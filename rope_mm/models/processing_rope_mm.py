@@ -9,6 +9,7 @@ import torch
 from PIL.Image import Image as Picture
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs
 
 from rope_mm.embed import to_images, to_patches
 from rope_mm.models.drawing import draw_frames
@@ -29,6 +30,12 @@ CHAT = (
 Part = str | Picture | np.ndarray | Tensor | list | tuple
 
 
+class RopeMMProcessorKwargs(ProcessingKwargs, total=False):
+    """What a call may be told: `padding_side`, "left" as `generate` wants it, or "right"."""
+
+    _defaults = {"text_kwargs": {"padding_side": "left", "return_tensors": "pt"}}  # pyright: ignore
+
+
 class RopeMMProcessor(ProcessorMixin):
     """Tokenizer, patches and positions of one model.
 
@@ -43,6 +50,8 @@ class RopeMMProcessor(ProcessorMixin):
         ValueError: a number of pictures that is not that of their tokens, other channels than the model's,
             sizes that whole patches do not tile.
     """
+
+    valid_processor_kwargs = RopeMMProcessorKwargs
 
     def __init__(
         self,
@@ -86,12 +95,10 @@ class RopeMMProcessor(ProcessorMixin):
         images: Any = None,
         text: str | Sequence[str] | None = None,
         videos: Any = None,
-        audio: None = None,
         documents: Sequence[Sequence[Part]] | None = None,
-        padding_side: str = "left",
-        seconds: float = 1.0,
-        return_labels: bool = False,
-        return_tensors: str = "pt",
+        seconds: float | None = None,
+        return_labels: bool | None = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Inputs of documents, or of text with <image> and <video> where images and videos stand.
 
@@ -99,17 +106,16 @@ class RopeMMProcessor(ProcessorMixin):
             images: pictures in the order of their tokens, in one list or one for each text.
             text: one or several.
             videos: clips, in the same way.
-            audio: for transformers' order; the model hears nothing.
             documents: lists of strings, pictures and clips; no string in them is taken for a token.
-            padding_side: "left", as `generate` wants it, or "right".
-            seconds: from one frame of a clip to the next.
+            seconds: from one frame of a clip to the next, 1 if nothing is said.
             return_labels: whether to add `labels`, -100 at patches and padding, for the loss of the words.
-            return_tensors: "pt"; there are no others.
+            kwargs: `padding_side` and what `RopeMMProcessorKwargs` have.
         """
-        if audio is not None:
+        if kwargs.pop("audio", None) is not None:  # chat templates send it, if only to say that there is none
             raise ValueError("the model reads words, pictures and clips; it has nothing that reads audio")
-        if return_tensors != "pt":
-            raise ValueError(f"tensors are torch's, return_tensors='pt', not {return_tensors!r}")
+        chosen = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
+        if chosen["return_tensors"] != "pt":
+            raise ValueError(f"tensors are torch's, return_tensors='pt', not {chosen['return_tensors']!r}")
         if documents is None:
             texts = [text] if isinstance(text, str) else list(text or [""])
             queues = {IMAGE_TOKEN: pictures(images, 3), VIDEO_TOKEN: pictures(videos, 4)}
@@ -119,10 +125,10 @@ class RopeMMProcessor(ProcessorMixin):
                     raise ValueError(f"{left} more came for {token} than the text has places for")
         stories, patches = [], []
         for document in documents:
-            parts = [self.read(part, seconds) for part in document]
+            parts = [self.read(part, seconds or 1.0) for part in document]
             stories.append([part if isinstance(part, str) else part[0] for part in parts])
             patches += [part[1] for part in parts if not isinstance(part, str)]
-        sequences = arrange(stories, self.tokenizer, self.scheme, padding_side)
+        sequences = arrange(stories, self.tokenizer, self.scheme, chosen["padding_side"])
         data = sequences.inputs() | ({"patches": torch.cat(patches)} if patches else {})
         if return_labels:
             words = sequences.mask & (sequences.input_ids != self.image_token_id)

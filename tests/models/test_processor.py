@@ -156,6 +156,7 @@ torch.testing.assert_close(model(**inputs).logits, logits)
         ({"documents": [[torch.zeros(3, 4, 4)]]}, r"\(3, 4, 4\) are not \(..., 1, y, x\) pixels"),
         ({"documents": [[torch.zeros(1, 4, 5)]]}, "4 x 5 pixels do not divide into patches of 2 x 2"),
         ({"documents": [[torch.zeros(4, 4)]]}, r"a picture is \(ch, y, x\) and a clip"),
+        ({"text": "a", "audio": [0.0]}, "it has nothing that reads audio"),
         ({"text": "a", "return_tensors": "np"}, "return_tensors='pt', not 'np'"),
     ],
 )
