@@ -14,9 +14,10 @@ from transformers.processing_utils import ProcessingKwargs
 from rope_mm.embed import to_images, to_patches
 from rope_mm.models.drawing import draw_frames
 from rope_mm.models.stories import IMAGE_TOKEN, arrange
+from rope_mm.scheme import Scheme
 from rope_mm.segments import Image, Segment, Video
 
-from .configuration_rope_mm import RopeMMConfig, read_rope  # beside this file also in a saved model's code
+from .configuration_rope_mm import RopeMMConfig, read_rope, write_rope  # beside a saved model, too
 
 VIDEO_TOKEN = "<video>"
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -58,13 +59,13 @@ class RopeMMProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         patch_size: int = 2,
         num_channels: int = 1,
-        rope_parameters: dict[str, Any] | None = None,
+        rope_parameters: dict[str, Any] | Scheme | None = None,
         chat_template: str | None = None,
     ):
         if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
             raise ValueError(f"the tokenizer has no {IMAGE_TOKEN}; take load_tokenizer, which adds it")
         self.patch_size, self.num_channels = patch_size, num_channels
-        self.rope_parameters = rope_parameters or {"scheme": "rope-tv"}
+        self.rope_parameters = write_rope(rope_parameters or {})
         self.scheme = read_rope(self.rope_parameters)
         self.image_token, self.video_token = IMAGE_TOKEN, VIDEO_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
