@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rope_mm.embed import to_images, to_patches
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.models.drawing import draw_frames
-from rope_mm.models.stories import Sequences, arrange
+from rope_mm.models.stories import Sequences, arrange, token_order
 from rope_mm.segments import Image
 
 
@@ -57,8 +57,9 @@ class Canvas:
 
     def picture(self, patches: Tensor) -> Tensor:
         """Pictures (b, ch, size, size) of patches (b, n, p)."""
-        return to_images(patches, self.grid.y, self.grid.x, self.config.patch_size)
+        raster = patches[:, token_order(self.grid, self.config.scheme).argsort()]
+        return to_images(raster, self.grid.y, self.grid.x, self.config.patch_size)
 
     def patches(self, pictures: Tensor) -> Tensor:
-        """Patches (b, n, p) of pictures (b, ch, size, size)."""
-        return to_patches(pictures, self.config.patch_size)
+        """Patches (b, n, p) of pictures (b, ch, size, size), in the order of their tokens."""
+        return to_patches(pictures, self.config.patch_size)[:, token_order(self.grid, self.config.scheme)]

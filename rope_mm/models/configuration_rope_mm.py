@@ -18,9 +18,10 @@ class RopeMMConfig(PreTrainedConfig):
     """Sizes of a small multimodal transformer and its rotary scheme.
 
     `rope_parameters` holds the name of a scheme, `{"scheme": "rope-tv"}`, and any of the scheme's fields to
-    change, such as `"extensions": [{"rope_type": "yarn", "factor": 4.0, "original": 512}]`; or it is a Scheme,
-    whose fields are then written out. `theta` is kept under transformers' name, rope_theta. `head_dim` is
-    hidden_size / num_attention_heads where it is 0. `bounded_patches` end in tanh, for pixels in (-1, 1).
+    change, such as `"extensions": [{"rope_type": "yarn", "factor": 4.0, "original": 512}]`; or it is a
+    Scheme, whose fields are then written out. `theta` is kept under transformers' name, rope_theta.
+    `head_dim` is hidden_size / num_attention_heads where it is 0. `bounded_patches` end in tanh, for pixels
+    in (-1, 1).
     """
 
     model_type = "rope_mm"

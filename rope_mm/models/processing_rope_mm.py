@@ -13,7 +13,7 @@ from transformers.processing_utils import ProcessingKwargs
 
 from rope_mm.embed import to_images, to_patches
 from rope_mm.models.drawing import draw_frames
-from rope_mm.models.stories import IMAGE_TOKEN, arrange
+from rope_mm.models.stories import IMAGE_TOKEN, arrange, token_order
 from rope_mm.scheme import Scheme
 from rope_mm.segments import Image, Segment, Video
 
@@ -114,7 +114,12 @@ class RopeMMProcessor(ProcessorMixin):
         """
         if kwargs.pop("audio", None) is not None:  # chat templates send it, if only to say that there is none
             raise ValueError("the model reads words, pictures and clips; it has nothing that reads audio")
-        chosen = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
+        settings = self._merge_kwargs(
+            RopeMMProcessorKwargs,  # pyright: ignore[reportArgumentType]
+            self.tokenizer.init_kwargs,
+            **kwargs,
+        )
+        chosen = settings["text_kwargs"]
         if chosen["return_tensors"] != "pt":
             raise ValueError(f"tensors are torch's, return_tensors='pt', not {chosen['return_tensors']!r}")
         if documents is None:
@@ -146,7 +151,7 @@ class RopeMMProcessor(ProcessorMixin):
         patches = to_patches(pixels.view(-1, *pixels.shape[-3:]), self.patch_size)
         y, x = (side // self.patch_size for side in pixels.shape[-2:])
         segment = Image(y, x) if pixels.dim() == 3 else Video(len(pixels), y, x, seconds)
-        return segment, patches.flatten(0, 1)
+        return segment, patches.flatten(0, 1)[token_order(segment, self.scheme)]
 
     def draw(
         self,
@@ -161,7 +166,8 @@ class RopeMMProcessor(ProcessorMixin):
         width = self.num_channels * self.patch_size**2
         noise = torch.randn(len(captions), t, y * x, width, generator=generator)
         frames = draw_frames(model, sequences.to(model.device), noise.to(model.device, model.dtype))
-        drawn = to_images(frames.flatten(0, 1), y, x, self.patch_size).unflatten(0, (-1, t))
+        raster = frames.flatten(0, 1)[:, token_order(Image(y, x), self.scheme).argsort()]
+        drawn = to_images(raster, y, x, self.patch_size).unflatten(0, (-1, t))
         return drawn if isinstance(grid, Video) else drawn[:, 0]
 
 

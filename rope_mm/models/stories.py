@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from rope_mm.attention import ranks
+from rope_mm.lattice import in_blocks
 from rope_mm.models.border import to_border
 from rope_mm.scheme import Scheme
 from rope_mm.segments import Segment, Text
@@ -107,3 +108,9 @@ def arrange(
         pad(x, padding_value=fill) for x, fill in zip(columns, PADDING, strict=True)
     )
     return Sequences(ids, positions, rank, mask, torch.tensor(deltas, dtype=torch.float64))
+
+
+def token_order(segment: Segment, scheme: Scheme) -> Tensor:
+    """Which patch (n,), in raster order, each token of a segment is: towers' blocks come one by one."""
+    raster = torch.arange(segment.tokens)[:, None]
+    return in_blocks(raster, segment, dict(scheme.options).get("merge", 1))[:, 0]

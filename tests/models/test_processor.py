@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from rope_mm import SCHEMES, Frames, Image, Text, Video
 from rope_mm.embed import to_patches
 from rope_mm.models import (
+    Canvas,
     RopeMMConfig,
     RopeMMForConditionalGeneration,
     RopeMMModel,
@@ -48,6 +49,19 @@ def test_documents_become_segments_and_their_patches_in_order():
     patches = to_patches(PICTURE[None], 2)[0], to_patches(CLIP, 2).flatten(0, 1)
     assert torch.equal(inputs["patches"], torch.cat(patches))
     assert set(inputs) <= set(processor.model_input_names)
+
+
+@pytest.mark.parametrize("scheme", ["rope-tv", "qwen2-vl-vision"])
+def test_a_patch_stands_where_it_is_in_the_picture(scheme):
+    processor, model = make(scheme)
+    rows = torch.arange(4.0).repeat_interleave(2)[:, None].expand(8, 8)  # each patch says its row
+    canvas = Canvas(model.config, processor.tokenizer, 8)
+    for patches in (processor(documents=[["a", rows[None]]])["patches"], canvas.patches(rows[None, None])[0]):
+        place = processor(documents=[["a", rows[None]]])["position_ids"][2, 0, 1:]
+        assert torch.equal(patches[:, 0].double(), place - place.min())
+        assert torch.equal(canvas.picture(patches[None])[0, 0], rows)
+    pictures = processor.draw(model, ["a"], Image(4, 4), torch.Generator().manual_seed(0))
+    assert torch.equal(pictures, canvas.draw(model, ["a"], torch.Generator().manual_seed(0)))
 
 
 def test_text_with_tokens_is_the_same_document():
