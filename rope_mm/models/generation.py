@@ -76,8 +76,8 @@ class PictureGeneration(PreTrainedModel, GenerationMixin):
             expand_size, is_encoder_decoder, input_ids, **kwargs
         )
         if patches is not None and input_ids is not None:  # those of each row again, in the order of rows
-            counts = (input_ids == self.config.image_token_id).sum(1).tolist()
-            rows = patches.flatten(0, -2).split(counts)
+            flat, counts = patches.flatten(0, -2), (input_ids == self.config.image_token_id).sum(1).tolist()
+            rows = flat.split(counts) if len(flat) == sum(counts) else [flat]  # which the embedding refuses
             kwargs["patches"] = torch.cat([row for row in rows for _ in range(expand_size)])
         return ids, kwargs
 

@@ -124,9 +124,10 @@ class RopeMMProcessor(ProcessorMixin):
             raise ValueError(f"tensors are torch's, return_tensors='pt', not {chosen['return_tensors']!r}")
         if documents is None:
             texts = [text] if isinstance(text, str) else list(text or [""])
-            queues = {IMAGE_TOKEN: pictures(images, 3), VIDEO_TOKEN: pictures(videos, 4)}
-            documents = [list(interleave(words, queues)) for words in texts]
-            for token, queue in queues.items():
+            images, videos = share(images, len(texts), 3), share(videos, len(texts), 4)
+            queues = [{IMAGE_TOKEN: i, VIDEO_TOKEN: v} for i, v in zip(images, videos, strict=True)]
+            documents = [list(interleave(*pair)) for pair in zip(texts, queues, strict=True)]
+            for token, queue in (item for row in queues for item in row.items()):
                 if left := len(list(queue)):
                     raise ValueError(f"{left} more came for {token} than the text has places for")
         stories, patches = [], []
@@ -195,6 +196,16 @@ def pictures(given: Any, dims: int) -> Iterator[Part]:
             yield from pictures(entry, dims)
         return
     yield given
+
+
+def share(given: Any, texts: int, dims: int) -> list[Iterator[Part]]:
+    """What each text takes from: its own list where there are as many lists as texts, else all from one."""
+    many = isinstance(given, list | tuple) and len(given) == texts
+    if many and all(
+        isinstance(x, list | tuple) and not (dims == 4 and x and is_picture(x[0])) for x in given
+    ):
+        return [pictures(own, dims) for own in given]
+    return [pictures(given, dims)] * texts
 
 
 def is_picture(part: Any) -> bool:

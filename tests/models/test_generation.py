@@ -154,6 +154,9 @@ def test_a_prompt_of_words_can_be_read_in_chunks():
 def test_what_cannot_go_on_is_refused():
     model = make_model()
     inputs = prompt(model, STORY)
+    for beams in (1, 2):
+        with pytest.raises(ValueError, match="patches came for"):
+            model.generate(**inputs | {"patches": inputs["patches"][1:]}, **GREEDY, num_beams=beams)
     del inputs["rope_deltas"]
     with pytest.raises(ValueError, match=r"need rank .* and rope_deltas"):
         model.generate(**inputs, **GREEDY)

@@ -167,6 +167,10 @@ torch.testing.assert_close(model(**inputs).logits, logits)
     [
         ({"text": "two <image><image>", "images": [PICTURE]}, "<image> stands in .* once more than pictures"),
         ({"text": "none", "images": [PICTURE]}, "1 more came for <image> than the text has places for"),
+        (
+            {"text": ["a<image><image>", "b"], "images": [[PICTURE], [PICTURE]]},
+            "<image> stands in 'a<image><image>' once more than pictures came",
+        ),
         ({"documents": [[torch.zeros(3, 4, 4)]]}, r"\(3, 4, 4\) are not \(..., 1, y, x\) pixels"),
         ({"documents": [[torch.zeros(1, 4, 5)]]}, "4 x 5 pixels do not divide into patches of 2 x 2"),
         ({"documents": [[torch.zeros(4, 4)]]}, r"a picture is \(ch, y, x\) and a clip"),
