@@ -5,7 +5,7 @@ py := .venv/bin/python
 # the models here are small: more threads wait longer than they work
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: venv train test bench check
+.PHONY: venv train test bench check peer-tests
 
 venv: .venv/installed
 
@@ -30,3 +30,7 @@ check: .venv/installed
 	$(py) -m ruff check .
 	$(py) -m pyright
 	.venv/bin/lint-imports
+
+# transformers' own test mixins against RopeMM; pip brings them into build/peers the first time
+peer-tests: .venv/installed
+	$(py) tests/peers/run.py

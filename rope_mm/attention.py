@@ -1,6 +1,6 @@
 """Attention: words look back, the patches of one image or frame see each other and all before them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rope_mm.kernels import Turn
 from rope_mm.segments import Segment, Text
+
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def ranks(segments: Sequence[Segment]) -> Tensor:
@@ -21,9 +23,24 @@ def ranks(segments: Sequence[Segment]) -> Tensor:
     return torch.cat(blocks)
 
 
-def visible(rank: Tensor) -> Tensor:
-    """Mask (b, 1, s, s), true where the query of a row may see the key of a column, from ranks (b, s)."""
-    return (rank[:, None, :] <= rank[:, :, None])[:, None]
+def sees(rank: Tensor, document: Tensor | None = None, past: int | Tensor = 0) -> Rule:
+    """The rule (b, h, q, k) -> bool by which queries of row b see keys, both counted from the row's start.
+
+    Args:
+        rank: (b, s): a token sees those of its own and of lower rank.
+        document: (b, s): and none of another document.
+        past: how many tokens came before these s; all of them are seen.
+    """
+    last = rank.shape[1] - 1
+
+    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        mine, its = (q - past).clamp(0, last), (k - past).clamp(0, last)
+        seen = (rank[b, its] <= rank[b, mine]) & (k - past <= last)
+        if document is not None:
+            seen = seen & (document[b, its] == document[b, mine])
+        return seen | (k < past)
+
+    return rule
 
 
 class Attention(nn.Module):
@@ -38,9 +55,15 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * head_dim, width, bias=False)
         self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps), nn.RMSNorm(head_dim, eps)
 
-    def forward(self, x: Tensor, turn: Turn, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turn: Turn, mask: Tensor | None, **context) -> tuple[Tensor, Tensor | None]:
+        """The stream, and what `attend` tells of its weights; `context` is for `attend`."""
         q, k, v = (to(x).unflatten(-1, (-1, self.head_dim)) for to in (self.to_q, self.to_k, self.to_v))
         q, k = turn(self.norm_q(q), self.norm_k(k))  # (b, s, h, d), (b, s, g, d)
-        heads = (z.transpose(1, 2) for z in (q, k, v))
-        y = scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=q.shape[2] != k.shape[2])
-        return self.out(y.transpose(1, 2).flatten(-2))
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+        y, weights = self.attend(q, k, v, mask, **context)
+        return self.out(y.flatten(-2)), weights
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What queries (b, h, s, d) find at keys and values (b, g, s, d): (b, s, h, d), and the weights."""
+        y = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return y.transpose(1, 2), None

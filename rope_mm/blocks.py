@@ -21,14 +21,14 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer (b, s, c) -> (b, s, c)."""
+    """One layer (b, s, c) -> (b, s, c) around an attention."""
 
-    def __init__(self, width: int, inner: int, heads: int, kv_heads: int, head_dim: int, eps: float):
+    def __init__(self, width: int, inner: int, attention: Attention, eps: float):
         super().__init__()
         self.norm_attention, self.norm_mlp = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
-        self.attention = Attention(width, heads, kv_heads, head_dim, eps)
+        self.attention = attention
         self.mlp = GatedMLP(width, inner)
 
-    def forward(self, x: Tensor, turn: Turn, mask: Tensor) -> Tensor:
-        x = x + self.attention(self.norm_attention(x), turn, mask)
+    def forward(self, x: Tensor, turn: Turn, mask: Tensor | None, **context) -> Tensor:
+        x = x + self.attention(self.norm_attention(x), turn, mask, **context)[0]
         return x + self.mlp(self.norm_mlp(x))

@@ -33,21 +33,20 @@ class Embed(nn.Module):
         self.words = nn.Embedding(vocab, width)
         self.patches = nn.Linear(patch_width, width, bias=False)
 
-    def forward(self, ids: Tensor, patches: Tensor | None, is_patch: Tensor) -> Tensor:
-        """Stream (b, s, c): patches (b, n, p) or (n, p) go, in order, to the places (b, s) of `is_patch`.
+    def forward(self, x: Tensor, patches: Tensor | None, places: Tensor) -> Tensor:
+        """Words x (b, s, c) with patches (b, n, p) or (n, p) added, in order, at places (b, s).
 
         Raises:
             ValueError: as many patches as places there must be.
         """
-        x = self.words(ids)
         given = 0 if patches is None else patches.flatten(0, -2).shape[0]
         if torch.compiler.is_compiling():  # a graph cannot ask while it is recorded
-            torch._assert_async(is_patch.sum() == given, "there are more or fewer patches than places")
-        elif given != (places := int(is_patch.sum())):
-            raise ValueError(f"{given} patches came for {places} places; a segment y x x takes y * x patches")
+            torch._assert_async(places.sum() == given, "there are more or fewer patches than places")
+        elif given != (wanted := int(places.sum())):
+            raise ValueError(f"{given} patches came for {wanted} places; a segment y x x takes y * x patches")
         if patches is None or not given:
             return x
         # gathered, not put: a compiled graph knows how many places there are, but not which
-        which = (is_patch.flatten().cumsum(0) - 1).clamp(min=0)
+        which = (places.flatten().cumsum(0) - 1).clamp(min=0)
         mine = self.patches(patches).flatten(0, -2).to(x.dtype)[which].view_as(x)
-        return x + torch.where(is_patch[..., None], mine, 0)  # words keep clear of a patch that is not finite
+        return x + torch.where(places[..., None], mine, 0)  # words keep clear of a patch that is not finite

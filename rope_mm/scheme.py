@@ -76,11 +76,16 @@ class Scheme:
         return LAYOUTS[self.layout].axes
 
     @property
+    def word_line(self) -> tuple[list[float], list[float]]:
+        """Origin and step on each axis: a word at the cursor's `next` n stands at origin + n * step."""
+        with torch.device("cpu"):  # data, also where models are built on the meta device
+            words, _ = LAYOUTS[self.layout].words(Cursor(), 2, len(self.axes))
+        return words[0].tolist(), (words[1] - words[0]).tolist()
+
+    @property
     def word_axes(self) -> set[str]:
         """Axes along which words are counted."""
-        with torch.device("cpu"):
-            words, _ = LAYOUTS[self.layout].words(Cursor(), 2, len(self.axes))
-        return {axis for axis, place in zip(self.axes, words.T.tolist(), strict=True) if place[0] != place[1]}
+        return {axis for axis, step in zip(self.axes, self.word_line[1], strict=True) if step}
 
     @property
     def factor(self) -> float:
@@ -122,7 +127,7 @@ class Scheme:
             ValueError: a head_dim that is odd or leaves no pair to rotate.
         """
         lengths = [length] * len(self.axes) if isinstance(length, int | float) else length
-        with torch.device("cpu"):  # data, also where models are built on the meta device
+        with torch.device("cpu"):
             omega = fill_omega(self, head_dim, heads or 1, lengths)
         return omega if heads else omega[0]
 

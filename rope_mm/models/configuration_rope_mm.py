@@ -18,8 +18,10 @@ class RopeMMConfig(PreTrainedConfig):
     """Sizes of a small multimodal transformer and its rotary scheme.
 
     `rope_parameters` holds the name of a scheme, `{"scheme": "rope-tv"}`, and any of the scheme's fields to
-    change; `theta` is kept under transformers' name, rope_theta. `head_dim` is hidden_size /
-    num_attention_heads where it is 0. `bounded_patches` end in tanh, for pixels in (-1, 1).
+    change, such as `"extensions": [{"rope_type": "yarn", "factor": 4.0, "original": 512}]`; or it is a
+    Scheme, whose fields are then written out. `theta` is kept under transformers' name, rope_theta.
+    `head_dim` is hidden_size / num_attention_heads where it is 0. `bounded_patches` end in tanh, for pixels
+    in (-1, 1).
     """
 
     model_type = "rope_mm"
@@ -40,16 +42,15 @@ class RopeMMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     image_token_id: int = 259
     pad_token_id: int | None = 0
-    rope_parameters: dict[str, Any] | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    rope_parameters: dict[str, Any] | Scheme | None = None
 
     def __post_init__(self, **kwargs: Any):
         if min(self.num_attention_heads, self.num_key_value_heads) < 1:
             raise ValueError("num_attention_heads and num_key_value_heads must be at least 1")
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        rope = {"scheme": "rope-tv", **(self.rope_parameters or {})}
-        if "theta" in rope:
-            rope["rope_theta"] = rope.pop("theta")
-        self.rope_parameters = {"rope_theta": read_scheme(rope["scheme"]).theta, **rope}
+        self.rope_parameters = write_rope(self.rope_parameters or {})
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -72,15 +73,44 @@ class RopeMMConfig(PreTrainedConfig):
     @property
     def scheme(self) -> Scheme:
         """The rotary scheme that `rope_parameters` name."""
-        names = {"rope_theta": "theta"}
-        rope = (self.rope_parameters or {}).items()
-        changes = {names.get(key, key): value for key, value in rope if key not in HF_ONLY}
-        return read_scheme(changes.pop("scheme"), **changes)
+        return read_rope(write_rope(self.rope_parameters or {}))
 
     @property
     def patch_width(self) -> int:
         """Numbers in one patch."""
         return self.num_channels * self.patch_size**2
+
+
+def write_rope(rope_parameters: dict[str, Any] | Scheme) -> dict[str, Any]:
+    """`rope_parameters` as JSON holds them: a scheme's name, or its fields, and transformers' rope_theta.
+
+    Raises:
+        ValueError: an unknown scheme or field, a rope_type beside the scheme.
+    """
+    rope = rope_parameters.to_dict() if isinstance(rope_parameters, Scheme) else dict(rope_parameters)
+    if isinstance(rope.get("scheme"), Scheme):
+        rope = rope.pop("scheme").to_dict() | rope
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"rope_type {rope['rope_type']!r} stands beside the scheme; write it into its extensions, "
+            '"extensions": [{"rope_type": ..., "factor": ...}]'
+        )
+    if "layout" not in rope:
+        rope.setdefault("scheme", "rope-tv")
+    if "theta" in rope:
+        rope["rope_theta"] = rope.pop("theta")
+    scheme = read_rope(rope)
+    if "extensions" in rope:
+        rope["extensions"] = scheme.to_dict().get("extensions", [])
+    return {"rope_theta": scheme.theta, **rope}
+
+
+def read_rope(rope_parameters: dict[str, Any]) -> Scheme:
+    """The scheme that `rope_parameters` name or write out, with its fields changed as they say."""
+    names = {"rope_theta": "theta"}
+    changes = {names.get(key, key): value for key, value in rope_parameters.items() if key not in HF_ONLY}
+    named = changes.pop("scheme", None)
+    return read_scheme(named, **changes) if named else Scheme.from_dict(changes)
 
 
 def read_config(**settings: Any) -> RopeMMConfig:

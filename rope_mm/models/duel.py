@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rope_mm.losses import DISTANCES, GAN_LOSSES, PENALTIES, input_gradients, twice_differentiable
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.models.modeling_rope_mm import RopeMMCritic, RopeMMForConditionalGeneration
-from rope_mm.models.processing_rope_mm import Sequences
+from rope_mm.models.stories import Sequences
 
 
 @dataclass(frozen=True, kw_only=True)

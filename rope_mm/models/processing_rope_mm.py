@@ -1,141 +1,224 @@
-"""Stories of strings and segments -> the tensors that the model reads."""
+"""Documents of words, pictures and clips -> the tensors of a forward, as transformers' processor."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from PIL.Image import Image as Picture
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs
 
-from rope_mm.attention import ranks
 from rope_mm.embed import to_images, to_patches
-from rope_mm.models.configuration_rope_mm import RopeMMConfig
+from rope_mm.models.drawing import draw_frames
+from rope_mm.models.stories import IMAGE_TOKEN, arrange, token_order
 from rope_mm.scheme import Scheme
-from rope_mm.segments import Image, Segment, Text
+from rope_mm.segments import Image, Segment, Video
 
-IMAGE_TOKEN = "<image>"
-PAD_RANK = torch.iinfo(torch.int32).max  # above every rank, so padding is seen by padding alone
+from .configuration_rope_mm import RopeMMConfig, read_rope, write_rope  # beside a saved model, too
 
-
-@dataclass(frozen=True)
-class Sequences:
-    """What a forward takes beside the patches: tensors (b, s), positions (b, s, a); rows end in padding."""
-
-    input_ids: Tensor
-    positions: Tensor
-    rank: Tensor
-
-    def to(self, device: torch.device | str) -> "Sequences":
-        """The same on another device, positions in float32 where it has no float64."""
-        narrow = torch.device(device).type == "mps"
-        positions = self.positions.float() if narrow else self.positions
-        return Sequences(self.input_ids.to(device), positions.to(device), self.rank.to(device))
-
-    def twice(self) -> "Sequences":
-        """The same rows again below: one pass for real and fake."""
-        return Sequences(*(torch.cat([getattr(self, field.name)] * 2) for field in fields(self)))
-
-    def inputs(self) -> dict[str, Tensor]:
-        """As keyword arguments."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+VIDEO_TOKEN = "<video>"
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+CHAT = (
+    "{% for message in messages %}{{ message.role }}: "
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{{ part.text if part.type == 'text' else '<' + part.type + '>' }}"
+    "{% endfor %}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+Part = str | Picture | np.ndarray | Tensor | list | tuple
 
 
-def load_tokenizer(name: str = "bytes") -> PreTrainedTokenizerBase:
-    """The byte-level tokenizer, which needs no file, or any of Hugging Face's by name or folder.
+class RopeMMProcessorKwargs(ProcessingKwargs, total=False):
+    """What a call may be told: `padding_side`, "left" as `generate` wants it, or "right"."""
+
+    _defaults = {"text_kwargs": {"padding_side": "left", "return_tensors": "pt"}}  # pyright: ignore
+
+
+class RopeMMProcessor(ProcessorMixin):
+    """Tokenizer, patches and positions of one model.
+
+        inputs = processor(documents=[["see ", picture, " and ", clip]])
+        inputs = processor(text="see <image>", images=[picture])
+        words = model.generate(**inputs)
+
+    A picture is PIL's, or (ch, y, x); a clip (t, ch, y, x) or a list of pictures; whole numbers are 0 to 255,
+    others -1 to 1. `from_config` makes one that fits a model.
 
     Raises:
-        ValueError: a name that transformers cannot load.
+        ValueError: a number of pictures that is not that of their tokens, other channels than the model's,
+            sizes that whole patches do not tile.
     """
-    if name == "bytes":
-        tokenizer = ByT5Tokenizer(extra_ids=0)
-    else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"no tokenizer {name!r}: give bytes, a folder or a hub name ({reason})"
-            ) from error
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    return tokenizer
 
+    valid_processor_kwargs = RopeMMProcessorKwargs
 
-def arrange(
-    stories: Sequence[Sequence[str | Segment]], tokenizer: PreTrainedTokenizerBase, scheme: Scheme
-) -> Sequences:
-    """A batch of stories such as ["a handwritten seven", Image(4, 4)], padded to the longest.
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        patch_size: int = 2,
+        num_channels: int = 1,
+        rope_parameters: dict[str, Any] | Scheme | None = None,
+        chat_template: str | None = None,
+    ):
+        if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+            raise ValueError(f"the tokenizer has no {IMAGE_TOKEN}; take load_tokenizer, which adds it")
+        self.patch_size, self.num_channels = patch_size, num_channels
+        self.rope_parameters = write_rope(rope_parameters or {})
+        self.scheme = read_rope(self.rope_parameters)
+        self.image_token, self.video_token = IMAGE_TOKEN, VIDEO_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        super().__init__(tokenizer, chat_template=chat_template or CHAT)
 
-    Strings become words; an Image or Video becomes that many image tokens, for patches given beside it.
-    """
-    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    words = {part for story in stories for part in story if isinstance(part, str)}
-    spelt = {
-        part: tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        for part in words
-    }
-    rows, placed = [], {}
-    for story in stories:
-        ids = [spelt[part] if isinstance(part, str) else [image] * part.tokens for part in story]
-        shape = tuple(
-            Text(len(i)) if isinstance(part, str) else part for part, i in zip(story, ids, strict=True) if i
-        )
-        if shape not in placed:
-            placed[shape] = scheme.place(shape)[0], ranks(shape)
-        rows.append((torch.tensor([i for part in ids for i in part]), *placed[shape]))
-    ids, positions, rank = (list(column) for column in zip(*rows, strict=True))
-    pad = partial(pad_sequence, batch_first=True)
-    return Sequences(pad(ids), pad(positions), pad(rank, padding_value=PAD_RANK))
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """Pictures of one size, and how captions and their patches become sequences."""
-
-    config: RopeMMConfig
-    tokenizer: PreTrainedTokenizerBase
-    size: int
-
-    @property
-    def grid(self) -> Image:
-        """The picture as a segment.
+    @classmethod
+    def from_config(cls, config: RopeMMConfig, tokenizer: PreTrainedTokenizerBase) -> "RopeMMProcessor":
+        """The processor of a model.
 
         Raises:
-            ValueError: a size that whole patches do not tile.
+            ValueError: a tokenizer whose image token is not the model's.
         """
-        side, rest = divmod(self.size, self.config.patch_size)
-        if rest:
+        processor = cls(tokenizer, config.patch_size, config.num_channels, config.rope_parameters)
+        if processor.image_token_id != config.image_token_id:
             raise ValueError(
-                f"images of {self.size} x {self.size} pixels do not divide into patches of "
-                f"{self.config.patch_size} x {self.config.patch_size}"
+                f"{IMAGE_TOKEN} is {processor.image_token_id} to the tokenizer but image_token_id is "
+                f"{config.image_token_id} in the config; give the config the tokenizer's"
             )
-        return Image(side, side)
+        return processor
 
-    def sequences(self, captions: Sequence[str]) -> Sequences:
-        """What image head and critic read beside the patches: each caption, then the picture."""
-        return arrange([[caption, self.grid] for caption in captions], self.tokenizer, self.config.scheme)
+    @property
+    def model_input_names(self) -> list[str]:
+        """What a call returns."""
+        return ["input_ids", "attention_mask", "position_ids", "rank", "rope_deltas", "patches"]
 
-    def noise(self, generator: torch.Generator, pictures: int) -> Tensor:
-        """Noise patches (b, n, p)."""
-        return torch.randn(pictures, self.grid.tokens, self.config.patch_width, generator=generator)
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        documents: Sequence[Sequence[Part]] | None = None,
+        seconds: float | None = None,
+        return_labels: bool | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Inputs of documents, or of text with <image> and <video> where images and videos stand.
 
-    @torch.no_grad()
-    def draw(self, model: PreTrainedModel, captions: Sequence[str], generator: torch.Generator) -> Tensor:
-        """Pictures (n, ch, size, size) of captions, on the CPU; one pass for every 250 of them."""
-        pictures = []
-        for start in range(0, len(captions), 250):
-            part = captions[start : start + 250]
-            noise = self.noise(generator, len(part)).to(model.device)
-            sequences = self.sequences(part).to(model.device)
-            drawn = model(**sequences.inputs(), patches=noise, words=False).patches
-            pictures.append(self.picture(drawn.view_as(noise)).cpu())
-        return torch.cat(pictures)
+        Args:
+            images: pictures in the order of their tokens, in one list or one for each text.
+            text: one or several.
+            videos: clips, in the same way.
+            documents: lists of strings, pictures and clips; no string in them is taken for a token.
+            seconds: from one frame of a clip to the next, 1 if nothing is said.
+            return_labels: whether to add `labels`, -100 at patches and padding, for the loss of the words.
+            kwargs: `padding_side` and what `RopeMMProcessorKwargs` have.
+        """
+        if kwargs.pop("audio", None) is not None:  # chat templates send it, if only to say that there is none
+            raise ValueError("the model reads words, pictures and clips; it has nothing that reads audio")
+        settings = self._merge_kwargs(
+            RopeMMProcessorKwargs,  # pyright: ignore[reportArgumentType]
+            self.tokenizer.init_kwargs,
+            **kwargs,
+        )
+        chosen = settings["text_kwargs"]
+        if chosen["return_tensors"] != "pt":
+            raise ValueError(f"tensors are torch's, return_tensors='pt', not {chosen['return_tensors']!r}")
+        if documents is None:
+            texts = [text] if isinstance(text, str) else list(text or [""])
+            images, videos = share(images, len(texts), 3), share(videos, len(texts), 4)
+            queues = [{IMAGE_TOKEN: i, VIDEO_TOKEN: v} for i, v in zip(images, videos, strict=True)]
+            documents = [list(interleave(*pair)) for pair in zip(texts, queues, strict=True)]
+            for token, queue in (item for row in queues for item in row.items()):
+                if left := len(list(queue)):
+                    raise ValueError(f"{left} more came for {token} than the text has places for")
+        stories, patches = [], []
+        for document in documents:
+            parts = [self.read(part, seconds or 1.0) for part in document]
+            stories.append([part if isinstance(part, str) else part[0] for part in parts])
+            patches += [part[1] for part in parts if not isinstance(part, str)]
+        sequences = arrange(stories, self.tokenizer, self.scheme, chosen["padding_side"])
+        data = sequences.inputs() | ({"patches": torch.cat(patches)} if patches else {})
+        if return_labels:
+            words = sequences.mask & (sequences.input_ids != self.image_token_id)
+            data["labels"] = sequences.input_ids.masked_fill(~words, -100)
+        return BatchFeature(data)
 
-    def picture(self, patches: Tensor) -> Tensor:
-        """Pictures (b, ch, size, size) of patches (b, n, p)."""
-        return to_images(patches, self.grid.y, self.grid.x, self.config.patch_size)
+    def read(self, part: Part, seconds: float) -> str | tuple[Segment, Tensor]:
+        """A string as it is; a picture or clip as a segment and its patches (n, p)."""
+        if isinstance(part, str):
+            return part
+        pixels = to_pixels(part, self.num_channels)
+        if pixels.shape[-3] != self.num_channels:
+            raise ValueError(f"{tuple(pixels.shape)} are not (..., {self.num_channels}, y, x) pixels")
+        patches = to_patches(pixels.view(-1, *pixels.shape[-3:]), self.patch_size)
+        y, x = (side // self.patch_size for side in pixels.shape[-2:])
+        segment = Image(y, x) if pixels.dim() == 3 else Video(len(pixels), y, x, seconds)
+        return segment, patches.flatten(0, 1)[token_order(segment, self.scheme)]
 
-    def patches(self, pictures: Tensor) -> Tensor:
-        """Patches (b, n, p) of pictures (b, ch, size, size)."""
-        return to_patches(pictures, self.config.patch_size)
+    def draw(
+        self,
+        model: PreTrainedModel,
+        captions: Sequence[str],
+        grid: Image | Video,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Pictures (b, ch, y, x) or clips (b, t, ch, y, x) of captions, in one pass for each frame."""
+        sequences = arrange([[caption, grid] for caption in captions], self.tokenizer, self.scheme, "left")
+        t, y, x = grid.grid
+        width = self.num_channels * self.patch_size**2
+        noise = torch.randn(len(captions), t, y * x, width, generator=generator)
+        frames = draw_frames(model, sequences.to(model.device), noise.to(model.device, model.dtype))
+        raster = frames.flatten(0, 1)[:, token_order(Image(y, x), self.scheme).argsort()]
+        drawn = to_images(raster, y, x, self.patch_size).unflatten(0, (-1, t))
+        return drawn if isinstance(grid, Video) else drawn[:, 0]
+
+
+def to_pixels(part: Any, channels: int) -> Tensor:
+    """Pixels (ch, y, x) or (t, ch, y, x) from -1 to 1."""
+    if isinstance(part, list | tuple):
+        return torch.stack([to_pixels(frame, channels) for frame in part])
+    if isinstance(part, Picture):
+        if channels not in MODES:
+            raise ValueError(f"a picture of PIL has {', '.join(map(str, MODES))} channels, not {channels}")
+        pixels = torch.from_numpy(np.array(part.convert(MODES[channels])))
+        part = pixels.view(*pixels.shape[:2], channels).permute(2, 0, 1)
+    pixels = torch.as_tensor(part)
+    if pixels.dim() not in (3, 4):
+        raise ValueError(f"a picture is (ch, y, x) and a clip (t, ch, y, x), not {tuple(pixels.shape)}")
+    return pixels.float() if pixels.is_floating_point() else pixels / 127.5 - 1
+
+
+def pictures(given: Any, dims: int) -> Iterator[Part]:
+    """Pictures (dims 3) or clips (dims 4) of lists in lists, one after another."""
+    if given is None:
+        return
+    if isinstance(given, list | tuple) and not (dims == 4 and given and is_picture(given[0])):
+        for entry in given:
+            yield from pictures(entry, dims)
+        return
+    yield given
+
+
+def share(given: Any, texts: int, dims: int) -> list[Iterator[Part]]:
+    """What each text takes from: its own list where there are as many lists as texts, else all from one."""
+    many = isinstance(given, list | tuple) and len(given) == texts
+    if many and all(
+        isinstance(x, list | tuple) and not (dims == 4 and x and is_picture(x[0])) for x in given
+    ):
+        return [pictures(own, dims) for own in given]
+    return [pictures(given, dims)] * texts
+
+
+def is_picture(part: Any) -> bool:
+    """Whether it is one picture, such as a frame of a clip."""
+    return isinstance(part, Picture) or getattr(part, "ndim", 0) == 3
+
+
+def interleave(text: str, queues: dict[str, Iterator[Part]]) -> Iterator[Part]:
+    """The text's words, and at its tokens what is next in their queues."""
+    for part in re.split(f"({'|'.join(queues)})", text):
+        if part not in queues:
+            yield from [part] if part else []
+            continue
+        if (found := next(queues[part], None)) is None:
+            raise ValueError(f"{part} stands in {text!r} once more than pictures came for it")
+        yield found

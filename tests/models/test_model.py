@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from rope_mm import SCHEMES, Image, Text, Video, place
-from rope_mm.attention import ranks, visible
+from rope_mm.attention import ranks, sees
 from rope_mm.losses import PENALTIES, input_gradients, twice_differentiable
 from rope_mm.models import (
     IMAGE_TOKEN,
@@ -38,8 +38,9 @@ def config():
 
 
 def test_a_word_sees_what_came_before_and_a_patch_its_whole_frame():
-    seen = visible(ranks([Text(2), Image(1, 2), Text(1), Video(2, 1, 2)])[None])[0, 0].int().tolist()
-    assert seen == [
+    rank, token = ranks([Text(2), Image(1, 2), Text(1), Video(2, 1, 2)])[None], torch.arange(9)
+    seen = sees(rank)(torch.tensor(0), torch.tensor(0), token[:, None], token)
+    assert seen.int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 1, 1, 0, 0, 0, 0, 0],

@@ -1,0 +1,116 @@
+"""Stories of strings and segments -> the tensors that the model reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+
+from rope_mm.attention import ranks
+from rope_mm.lattice import in_blocks
+from rope_mm.models.border import to_border
+from rope_mm.scheme import Scheme
+from rope_mm.segments import Segment, Text
+
+IMAGE_TOKEN = "<image>"
+PADDING = 0, 0.0, torch.iinfo(torch.int32).max, False  # a rank above all, from which all is seen
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Stories side by side, beside their patches: tensors (b, s), positions (b, s, a), padded.
+
+    `mask` is true at tokens that are no padding; `deltas` (b,) is by how much the next word stands beyond the
+    number of tokens before it.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    rank: Tensor
+    mask: Tensor
+    deltas: Tensor
+
+    def to(self, device: torch.device | str) -> "Sequences":
+        """The same on another device, positions in float32 where it has no float64."""
+        narrow = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        columns = (getattr(self, field.name) for field in fields(self))
+        return Sequences(*(x.to(device, narrow if x.is_floating_point() else x.dtype) for x in columns))
+
+    def twice(self) -> "Sequences":
+        """The same rows again below: one pass for real and fake."""
+        return Sequences(*(torch.cat([getattr(self, field.name)] * 2) for field in fields(self)))
+
+    def inputs(self) -> dict[str, Tensor]:
+        """As keyword arguments of a forward or of `generate`."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.mask.long(),
+            "position_ids": to_border(self.positions, self.mask),
+            "rank": self.rank,
+            "rope_deltas": self.deltas,
+        }
+
+
+def load_tokenizer(name: str = "bytes") -> PreTrainedTokenizerBase:
+    """The byte-level tokenizer, which needs no file, or any of Hugging Face's by name or folder.
+
+    Raises:
+        ValueError: a name that transformers cannot load.
+    """
+    if name == "bytes":
+        tokenizer = ByT5Tokenizer(extra_ids=0)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"no tokenizer {name!r}: give bytes, a folder or a hub name ({reason})"
+            ) from error
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    return tokenizer
+
+
+def arrange(
+    stories: Sequence[Sequence[str | Segment]],
+    tokenizer: PreTrainedTokenizerBase,
+    scheme: Scheme,
+    padding_side: str = "right",
+) -> Sequences:
+    """A batch of stories such as ["a handwritten seven", Image(4, 4)], padded to the longest.
+
+    Strings become words; an Image or Video becomes that many image tokens, for patches given beside it.
+    `generate` wants the padding on the left.
+    """
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    words = {part for story in stories for part in story if isinstance(part, str)}
+    spelt = {
+        part: tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for part in words
+    }
+    rows, placed = [], {}
+    for story in stories:
+        ids = [spelt[part] if isinstance(part, str) else [image] * part.tokens for part in story]
+        shape = tuple(
+            Text(len(i)) if isinstance(part, str) else part for part, i in zip(story, ids, strict=True) if i
+        )
+        if shape not in placed:
+            positions, cursor = scheme.place(shape)
+            there = torch.ones(len(positions), dtype=torch.bool)
+            placed[shape] = positions, ranks(shape), there, cursor.next - cursor.tokens
+        rows.append((torch.tensor([i for part in ids for i in part]), *placed[shape]))
+    *columns, deltas = (list(column) for column in zip(*rows, strict=True))
+    pad = partial(pad_sequence, batch_first=True, padding_side=padding_side)
+    ids, positions, rank, mask = (
+        pad(x, padding_value=fill) for x, fill in zip(columns, PADDING, strict=True)
+    )
+    return Sequences(ids, positions, rank, mask, torch.tensor(deltas, dtype=torch.float64))
+
+
+def token_order(segment: Segment, scheme: Scheme) -> Tensor:
+    """Which patch (n,), in raster order, each token of a segment is: towers' blocks come one by one."""
+    raster = torch.arange(segment.tokens)[:, None]
+    return in_blocks(raster, segment, dict(scheme.options).get("merge", 1))[:, 0]
