@@ -1,0 +1,326 @@
+"""A model's rotary module changed for one that runs a scheme, and changed back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rope_mm import rotation
+from rope_mm.hf.placing import get_rope_index
+from rope_mm.hf.reading import ModelRope, layer_types, named, read_module, rotary_modules
+from rope_mm.lattice import Cursor
+from rope_mm.layouts import LAYOUTS
+from rope_mm.rope_parameters import read_head_dim
+from rope_mm.rotary import Rotary
+from rope_mm.scheme import Scheme
+from rope_mm.schemes import read_scheme
+
+Runs = Rotary | ModelRope
+TOWER_AXES = {2: ("y", "x"), 3: ("t", "y", "x")}
+
+
+class RopeMMRotaryEmbedding(nn.Module):
+    """Stands where a model's rotary module stood, is called as it was, and keeps it for `unset_rope`.
+
+    It has no buffers: Omega is rebuilt from its numbers, so that no cast and no empty load can harm it.
+
+    Attributes:
+        asked: how the model calls it and reads its tables, for each type of layer.
+        runs: what it runs, for each type of layer.
+        coords: positions (b, s, a) of the forward that is under way, where the model was given them.
+    """
+
+    def __init__(self, original: nn.Module, asked: dict[str | None, ModelRope], runs: dict[str | None, Runs]):
+        super().__init__()
+        self.original, self.asked, self.runs = original, asked, runs
+        self.learned = nn.ModuleList(rope for rope in runs.values() if isinstance(rope, Rotary))
+        self.config, self.rope_type = getattr(original, "config", None), "default"
+        self.coords: Tensor | None = None
+
+    @property
+    def axes(self) -> int:
+        """How many coordinates a position has."""
+        return max(map(axes_of, self.runs.values()))
+
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None):
+        layer = layer_type if layer_type in self.runs else None
+        rope, asked = self.runs[layer], self.asked[layer]
+        positions = self.positions(position_ids, rope, asked)
+        if isinstance(rope, ModelRope):
+            return rope.cos_sin(positions, x.dtype)
+        omega = rope.omega
+        cos, sin = rotation.cos_sin(positions, omega, torch.float32, rope.form.factor)
+        return asked.fill(cos[..., 0, :], sin[..., 0, :], x.dtype)
+
+    def positions(self, ids: Tensor, rope: Runs, asked: ModelRope) -> Tensor:
+        """Positions (..., s, a) from what the model hands over."""
+        a = axes_of(rope)
+        if asked.call in ("words", "rows"):
+            if self.coords is not None:
+                return self.coords
+            if ids.dim() == 3 and len(ids) == a:
+                return ids.movedim(0, -1)
+            return (ids if ids.dim() == 2 else ids[0])[..., None].expand(-1, -1, a)
+        if isinstance(rope, ModelRope):
+            return ids
+        at = dict(zip(tower_axes(asked), ids.unbind(-1), strict=True))
+        still = torch.zeros_like(ids[..., 0])
+        return torch.stack([at.get(axis, still) for axis in rope.scheme.axes], -1)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{layer or 'all layers'}: {describe(rope)}" for layer, rope in self.runs.items())
+
+
+def axes_of(rope: Runs) -> int:
+    """How many coordinates its positions have."""
+    return len(rope.omega) if isinstance(rope, ModelRope) else len(rope.scheme.axes)
+
+
+def tower_axes(asked: ModelRope) -> tuple[str, ...]:
+    """Axes in a tower's own order: rows before columns, unless its known scheme says otherwise."""
+    axes = TOWER_AXES[len(asked.omega)]
+    return axes[::-1] if asked.scheme and asked.scheme.layout == "grid" and columns_first(asked) else axes
+
+
+def columns_first(asked: ModelRope) -> bool:
+    """Whether the first coordinate of a tower's positions is the column."""
+    if asked.scheme is None or len(asked.omega) != 2:
+        return False
+    omega = asked.scheme.change(fraction=1.0).omega(2 * asked.pairs).float()
+    return torch.allclose(omega[1:].flip(0), torch.tensor(asked.omega), rtol=1e-5, atol=1e-12)
+
+
+def describe(rope: Runs) -> str:
+    """In a few words, what runs."""
+    if isinstance(rope, Rotary):
+        return f"{rope.scheme}, exact angles"
+    return f"the model's own, bit for bit ({rope.scheme or 'a scheme of no known name'})"
+
+
+def split_positions(owner: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    """Before the owner's forward: (1 + a, b, s) position_ids become token positions and coordinates.
+
+    Raises:
+        ValueError: three-dimensional position_ids of other rows.
+    """
+    rotary = next(m for m in owner.children() if isinstance(m, RopeMMRotaryEmbedding))
+    rotary.coords, ids = None, kwargs.get("position_ids")
+    if ids is None or ids.dim() != 3:
+        return None
+    a, rows = rotary.axes, len(ids)
+    native = next(iter(rotary.asked.values())).call == "rows"
+    if rows not in (1 + a, a, *((1, 3, 4) if native else ())):
+        raise ValueError(
+            f"position_ids {tuple(ids.shape)} have {rows} rows, but {a} axes need (1 + {a}, b, s), the token "
+            "positions first; `positions_for` makes them"
+        )
+    if rows in (a, 1 + a):
+        rotary.coords = ids[-a:].movedim(0, -1)
+    tokens = ids[0].long()
+    if native:  # such models split four rows themselves, and three have no token positions
+        kept = ids[:1].expand(3, -1, -1)
+        kept = torch.cat((tokens[None], kept)) if rows in (1 + a, 4) else kept
+        return args, {**kwargs, "position_ids": kept}
+    return args, {**kwargs, "position_ids": tokens}
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What `set_rope` did to a model; `undo` takes it back."""
+
+    model: nn.Module
+
+    def undo(self) -> None:
+        """Restore the model's own rotary modules.
+
+        Raises:
+            ValueError: a model that has its own already.
+        """
+        unset_rope(self.model)
+
+
+def sites(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
+    """(name, owner, attribute, module) of rotary modules, ours included; of words where there are any.
+
+    Raises:
+        ValueError: a model without any.
+    """
+    ours = [
+        (f"{name}.{leaf}".strip("."), owner, leaf, module)
+        for name, owner in model.named_modules()
+        for leaf, module in owner.named_children()
+        if isinstance(module, RopeMMRotaryEmbedding)
+    ]
+    inside = {id(module.original) for *_, module in ours}
+    found = [site for site in rotary_modules(model) if id(site[-1]) not in inside] + ours
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no module with inv_freq, so no rotary to read or change")
+    text = getattr(model, "config", None) and model.config.get_text_config()  # pyright: ignore
+    words = [site for site in found if getattr(site[-1], "config", None) is text]
+    return words or found
+
+
+def read_site(module: nn.Module) -> dict[str | None, ModelRope | Runs]:
+    """What a site runs, for each type of layer."""
+    if isinstance(module, RopeMMRotaryEmbedding):
+        return dict(module.runs)
+    return {
+        layer: named(read_module(module, layer), getattr(module, "config", None), layer)
+        for layer in layer_types(module)
+    }
+
+
+def rope_of(model: nn.Module) -> Any:
+    """What a model runs: a ModelRope, the Rotary it was given, or a dict of them where layers differ.
+
+    Of a composite model it is its text's; give the tower itself for its own.
+
+    Raises:
+        ValueError: no rotary, angles that are not linear in position, or parts that differ.
+    """
+    found = [read_site(module) for *_, module in sites(model)]
+    if any(other != found[0] for other in found[1:]):
+        names = ", ".join(name for name, *_ in sites(model))
+        raise ValueError(f"{type(model).__name__} rotates in several ways, at {names}; give one of these parts")
+    ropes = found[0]
+    return ropes[None] if list(ropes) == [None] else ropes
+
+
+def set_rope(
+    model: nn.Module, scheme: Any = None, layout: str | None = None, **changes: Any
+) -> Handle:
+    """Let a live model of transformers rotate by a scheme; `handle.undo()` or `unset_rope` takes it back.
+
+    Args:
+        model: a decoder, a vision-language model (its text is meant) or a tower with rotary.
+        scheme: a key of SCHEMES, a Scheme, a Rotary, what `rope_of` gave, or a dict of them by layer type.
+        layout: another layout than the scheme's.
+        changes: fields of the scheme to replace.
+
+    Raises:
+        ValueError: what the model cannot run, with the reason; the model is as it was.
+    """
+    places = sites(model)
+    if any(isinstance(module, RopeMMRotaryEmbedding) for *_, module in places):
+        raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
+    changes |= {"layout": layout} if layout else {}
+    swaps = [(owner, leaf, swap_for(module, scheme, changes)) for _, owner, leaf, module in places]
+    for owner, leaf, swapped in swaps:
+        setattr(owner, leaf, swapped)
+        owner.register_forward_pre_hook(split_positions, with_kwargs=True)
+    for part in placing_parts(model):
+        part.get_rope_index = MethodType(get_rope_index, part)
+    return Handle(model)
+
+
+def placing_parts(model: nn.Module) -> list[Any]:
+    """Parts that place images themselves, where the text runs a scheme of ours."""
+    runs = [rope for *_, module in sites(model) for rope in getattr(module, "runs", {}).values()]
+    ours = any(isinstance(rope, Rotary) for rope in runs)
+    return [part for part in model.modules() if ours and hasattr(type(part), "get_rope_index")]
+
+
+def scheme_of(model: nn.Module) -> Scheme:
+    """The scheme that a model was given.
+
+    Raises:
+        ValueError: a model that runs its own, or several.
+    """
+    runs = [rope for *_, module in sites(model) for rope in getattr(module, "runs", {}).values()]
+    schemes = {rope.scheme for rope in runs}
+    if len(schemes) != 1 or None in schemes:
+        raise ValueError(f"{type(model).__name__} runs {len(schemes)} known schemes of ours; `set_rope` one")
+    return schemes.pop()
+
+
+def swap_for(original: nn.Module, scheme: Any, changes: dict[str, Any]) -> RopeMMRotaryEmbedding:
+    """The module that takes the place of `original`, checked.
+
+    Raises:
+        ValueError: what does not fit.
+    """
+    asked: dict[str | None, Any] = {}
+    for layer in layer_types(original):
+        asked[layer] = named(read_module(original, layer), getattr(original, "config", None), layer)
+    given = scheme if isinstance(scheme, Mapping) else dict.fromkeys(asked, scheme)
+    if set(given) != set(asked):
+        raise ValueError(f"layers are of the types {list(asked)}, but schemes came for {list(given)}")
+    runs = {layer: ready(given[layer], rope, original, changes) for layer, rope in asked.items()}
+    return RopeMMRotaryEmbedding(original, asked, runs)
+
+
+def ready(scheme: Any, asked: ModelRope, original: nn.Module, changes: dict[str, Any]) -> Runs:
+    """A scheme made ready for a module that is asked in this way.
+
+    Raises:
+        ValueError: what the module's tables cannot say.
+    """
+    if isinstance(scheme, ModelRope):
+        same = (scheme.call, scheme.spread, scheme.pairs) == (asked.call, asked.spread, asked.pairs)
+        if not same or changes:
+            raise ValueError(
+                f"this rope was read from another kind of module ({scheme.call}, {scheme.pairs} pairs); "
+                f"{type(original).__name__} takes {asked.call} and turns {asked.pairs} pairs"
+            )
+        return scheme
+    rope = scheme if isinstance(scheme, Rotary) else None
+    chosen = read_scheme(rope.scheme if rope else scheme, **changes)
+    config = getattr(original, "config", None)
+    refuse_scheme(chosen, asked, type(original).__name__, config)
+    return rope or Rotary(2 * asked.pairs, chosen.change(fraction=1.0, slot="front"))
+
+
+def refuse_scheme(scheme: Scheme, asked: ModelRope, name: str, config: Any) -> None:
+    """Refuse a scheme that tables of this module cannot say.
+
+    Raises:
+        ValueError: with what came, what fits and what to do.
+    """
+    pairing = asked.scheme.pairing if asked.scheme else asked.spread
+    if scheme.per_head or scheme.needs_length:
+        what = "an Omega for each head" if scheme.per_head else "an Omega that depends on the length"
+        raise ValueError(f"{scheme} has {what}, but {name} makes one table for all heads and every length")
+    if pairing != "single" and scheme.pairing != pairing:
+        raise ValueError(
+            f"the scheme pairs channels {scheme.pairing!r}, but the model's weights are for {pairing!r}; change "
+            f"the scheme's pairing, or the weights by `convert_pairing`"
+        )
+    head_dim = read_head_dim(config) if config is not None else 2 * asked.pairs
+    pairs = asked.pairs if scheme.fraction == 1 else scheme.pairs(head_dim)
+    if pairs != asked.pairs or 2 * asked.pairs > head_dim:
+        raise ValueError(
+            f"fraction {scheme.fraction} of head_dim {head_dim} makes {pairs} pairs, but {name} turns "
+            f"{asked.pairs}; leave the fraction at 1 to take the model's"
+        )
+    if asked.call in ("words", "rows"):
+        words, _ = LAYOUTS[scheme.layout].words(Cursor(), 2, len(scheme.axes))
+        if not torch.equal(words, torch.arange(2.0, dtype=torch.float64)[:, None].expand_as(words)):
+            raise ValueError(
+                f"layout {scheme.layout!r} does not count words 0, 1, 2 along all of its axes, as decoding does"
+            )
+    elif scheme.layout != "grid":
+        raise ValueError(
+            f"{name} is told rows and columns alone, which layout 'grid' takes, not {scheme.layout!r}"
+        )
+
+
+def unset_rope(model: nn.Module) -> None:
+    """Give a model its own rotary modules back.
+
+    Raises:
+        ValueError: a model that has them already.
+    """
+    ours = [site for site in sites(model) if isinstance(site[-1], RopeMMRotaryEmbedding)]
+    if not ours:
+        raise ValueError(f"{type(model).__name__} has no rope of ours to take back")
+    for part in placing_parts(model):
+        vars(part).pop("get_rope_index", None)
+    for _, owner, leaf, module in ours:
+        setattr(owner, leaf, module.original)
+        for key, hook in list(owner._forward_pre_hooks.items()):
+            if hook is split_positions:
+                owner._forward_pre_hooks.pop(key)
+                owner._forward_pre_hooks_with_kwargs.pop(key, None)
