@@ -14,6 +14,12 @@ from rope_mm.schemes import read_scheme
 from rope_mm.segments import Segment
 
 
+@torch.compiler.assume_constant_result
+def fixed_omega(scheme: Scheme, head_dim: int, heads: int | None) -> Tensor:
+    """Omega of a scheme whatever the length: to a compiler one constant, whose making it need not follow."""
+    return scheme.omega(head_dim, heads)
+
+
 class Rotary(nn.Module):
     """Rotates queries and keys by a scheme.
 
@@ -54,6 +60,8 @@ class Rotary(nn.Module):
         Raises:
             ValueError: a learned Omega that something has cast below float32.
         """
+        if self.learned is None and not self.scheme.needs_length:
+            return fixed_omega(self.scheme, self.head_dim, self.heads)
         if self.learned is None:
             return self.scheme.omega(self.head_dim, self.heads, length)
         if self.learned.dtype not in (torch.float32, torch.float64):
