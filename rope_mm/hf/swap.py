@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rope_mm import rotation
+from rope_mm.hf.attentions import drop_hook, give, take_back
 from rope_mm.hf.placing import get_rope_index
 from rope_mm.hf.reading import ModelRope, layer_types, named, read_module, rotary_modules
 from rope_mm.lattice import Cursor
@@ -143,11 +144,7 @@ class Handle:
 
 
 def sites(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
-    """(name, owner, attribute, module) of rotary modules, ours included; of words where there are any.
-
-    Raises:
-        ValueError: a model without any.
-    """
+    """(name, owner, attribute, module) of rotary modules, ours included; of words where there are any."""
     ours = [
         (f"{name}.{leaf}".strip("."), owner, leaf, module)
         for name, owner in model.named_modules()
@@ -156,11 +153,14 @@ def sites(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
     ]
     inside = {id(module.original) for *_, module in ours}
     found = [site for site in rotary_modules(model) if id(site[-1]) not in inside] + ours
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no module with inv_freq, so no rotary to read or change")
     text = getattr(model, "config", None) and model.config.get_text_config()  # pyright: ignore
     words = [site for site in found if getattr(site[-1], "config", None) is text]
     return words or found
+
+
+def base_of(model: Any) -> Any:
+    """The model inside its head."""
+    return getattr(model, "base_model", model)
 
 
 def read_site(module: nn.Module) -> dict[str | None, ModelRope | Runs]:
@@ -181,7 +181,11 @@ def rope_of(model: nn.Module) -> Any:
     Raises:
         ValueError: no rotary, angles that are not linear in position, or parts that differ.
     """
+    if rope := getattr(base_of(model), "rope_mm", None):
+        return rope
     found = [read_site(module) for *_, module in sites(model)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no module with inv_freq, so no rotary that can be read")
     if any(other != found[0] for other in found[1:]):
         names = ", ".join(name for name, *_ in sites(model))
         raise ValueError(f"{type(model).__name__} rotates in several ways, at {names}; give one of these parts")
@@ -203,10 +207,17 @@ def set_rope(
     Raises:
         ValueError: what the model cannot run, with the reason; the model is as it was.
     """
-    places = sites(model)
-    if any(isinstance(module, RopeMMRotaryEmbedding) for *_, module in places):
+    if getattr(base_of(model), "rope_mm", None) is not None:
         raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
     changes |= {"layout": layout} if layout else {}
+    if not (places := sites(model)):
+        heads = model.config.num_attention_heads  # pyright: ignore
+        chosen = read_scheme(scheme.scheme if isinstance(scheme, Rotary) else scheme, **changes)
+        rope = Rotary(read_head_dim(model.config), chosen, heads=heads if chosen.per_head else None)
+        give(model, scheme if isinstance(scheme, Rotary) else rope)
+        return Handle(model)
+    if any(isinstance(module, RopeMMRotaryEmbedding) for *_, module in places):
+        raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
     swaps = [(owner, leaf, swap_for(module, scheme, changes)) for _, owner, leaf, module in places]
     for owner, leaf, swapped in swaps:
         setattr(owner, leaf, swapped)
@@ -313,6 +324,8 @@ def unset_rope(model: nn.Module) -> None:
     Raises:
         ValueError: a model that has them already.
     """
+    if getattr(base_of(model), "rope_mm", None):
+        return take_back(model)
     ours = [site for site in sites(model) if isinstance(site[-1], RopeMMRotaryEmbedding)]
     if not ours:
         raise ValueError(f"{type(model).__name__} has no rope of ours to take back")
@@ -320,7 +333,4 @@ def unset_rope(model: nn.Module) -> None:
         vars(part).pop("get_rope_index", None)
     for _, owner, leaf, module in ours:
         setattr(owner, leaf, module.original)
-        for key, hook in list(owner._forward_pre_hooks.items()):
-            if hook is split_positions:
-                owner._forward_pre_hooks.pop(key)
-                owner._forward_pre_hooks_with_kwargs.pop(key, None)
+        drop_hook(owner, split_positions)
