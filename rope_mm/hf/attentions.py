@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rope_mm.hf.reading import seen_globals
 from rope_mm.rotary import Rotary
 from rope_mm.scheme import Scheme
 from rope_mm.segments import Image, Still, Text
@@ -19,12 +20,12 @@ NAME = "ALL_ATTENTION_FUNCTIONS"
 
 
 @cache
-def clone(f: Callable[..., Any], name: str, value: Any) -> Callable[..., Any]:
-    """The function f that sees `value` where it saw the global `name`."""
+def clone(f: Callable[..., Any], names: tuple[str, ...], value: Any) -> Callable[..., Any]:
+    """The function f that sees `value` where it saw the globals `names`."""
     f = inspect.unwrap(f)
     # a module of its own, for torch.compile looks globals up by the name of a function's module
-    module = ModuleType(f"{f.__module__}.{f.__qualname__}.{name}.{id(value):x}")
-    vars(module).update({**f.__globals__, name: value, "__name__": module.__name__})  # pyright: ignore
+    module = ModuleType(f"{f.__module__}.{f.__qualname__}.{id(value):x}")
+    vars(module).update({**f.__globals__, **dict.fromkeys(names, value), "__name__": module.__name__})  # pyright: ignore
     sys.modules[module.__name__] = module
     code: Any = f
     copy = FunctionType(code.__code__, vars(module), f.__name__, code.__defaults__, code.__closure__)
@@ -32,14 +33,10 @@ def clone(f: Callable[..., Any], name: str, value: Any) -> Callable[..., Any]:
     return copy
 
 
-def attentions(model: nn.Module, name: str = NAME) -> list[nn.Module]:
-    """Attention modules of a model, those to other sequences left out, whose forward sees the global `name`."""
-    return [
-        module
-        for module in model.modules()
-        if name in inspect.unwrap(type(module).forward).__code__.co_names
-        and "cross" not in type(module).__name__.lower()
-    ]
+def attentions(model: nn.Module) -> list[nn.Module]:
+    """Attention modules that look their attention up by name, those to other sequences left out."""
+    cross = [module for module in model.modules() if "cross" in type(module).__name__.lower()]
+    return [module for module in model.modules() if NAME in seen_globals(module) and module not in cross]
 
 
 class Rotating:
@@ -109,7 +106,7 @@ def give(model: Any, rope: Rotary) -> None:
             + (f"; give one of its parts: {parts}" if parts else "; its attention takes no interface")
         )
     for module in found:
-        vars(module)["rope_mm_forward"] = clone(type(module).forward, NAME, ROTATING)
+        vars(module)["rope_mm_forward"] = clone(type(module).forward, (NAME,), ROTATING)
         vars(module)["forward"] = MethodType(rotated_forward, module)
     base.rope_mm = rope
     base.register_forward_pre_hook(tell, with_kwargs=True)

@@ -60,7 +60,9 @@ def place_inputs(
         positions[row, there] = placed
         ahead.append(cursor.next - cursor.tokens)
     if left := [str(seen) for queue in queues.values() for seen in queue]:
-        raise ValueError(f"grids came for {', '.join(left)}, but there are no tokens left for them to stand on")
+        raise ValueError(
+            f"grids came for {', '.join(left)}, but there are no tokens left for them to stand on"
+        )
     wide = torch.float32 if input_ids.device.type == "mps" else torch.float64
     moved = (x.to(input_ids.device) for x in (positions.to(wide), mask.bool(), torch.tensor(ahead)[:, None]))
     return tuple(moved)  # pyright: ignore[reportReturnType]
@@ -72,7 +74,11 @@ def read_grids(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[Segment
 
     def grids(name: str) -> list[list[int]]:
         told = inputs.get(name)
-        return [] if told is None else [[t, y // merge, x // merge] for t, y, x in torch.as_tensor(told).tolist()]
+        return (
+            []
+            if told is None
+            else [[t, y // merge, x // merge] for t, y, x in torch.as_tensor(told).tolist()]
+        )
 
     seconds = inputs.get("second_per_grid_ts")
     videos = grids("video_grid_thw")
@@ -90,7 +96,9 @@ def read_story(kinds: Tensor, queues: dict[int, list[Segment]]) -> list[Segment]
         ValueError: a run of tokens that no grid fills.
     """
     story: list[Segment] = []
-    for kind, run in zip(*(x.tolist() for x in torch.unique_consecutive(kinds, return_counts=True)), strict=True):
+    for kind, run in zip(
+        *(x.tolist() for x in torch.unique_consecutive(kinds, return_counts=True)), strict=True
+    ):
         if kind == 0:
             story.append(Text(run))
             continue

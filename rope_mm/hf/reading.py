@@ -1,5 +1,7 @@
 """What a model's own rotary module does, read from the module itself and checked bit for bit."""
 
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rope_mm.choice import Choice
 from rope_mm.rope_parameters import from_hf_config, read_head_dim
 from rope_mm.rotation import PAIRINGS
 from rope_mm.scheme import Scheme
-
 
 # how positions (s, a) are handed to a module, and the shape its tables have before the channels
 CALLS: dict[str, tuple[int, Callable[[Tensor], Tensor], Callable[[int], tuple[int, ...]]]] = {
@@ -28,7 +28,7 @@ def single(first: Tensor, _second: Tensor, _blocks: Any = ()) -> Tensor:
     return first
 
 
-SPREADS = Choice("spread", {name: join for name, (_, join) in PAIRINGS.items()} | {"single": single})
+SPREADS = {name: join for name, (_, join) in PAIRINGS.items()} | {"single": single, "complex": single}
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class ModelRope:
         call: how positions reach the module, a key of CALLS.
         spread: how r angles fill its tables, a key of SPREADS.
         wide: whether tables stay float32 in a model of another dtype.
+        pairing: the channels that its function turns together, found by turning unit vectors.
         scheme: ours with the same Omega within float32's rounding, where the family is known.
     """
 
@@ -48,6 +49,7 @@ class ModelRope:
     call: str
     spread: str
     wide: bool
+    pairing: str = "half"
     scheme: Scheme | None = None
 
     @property
@@ -55,18 +57,20 @@ class ModelRope:
         """How many pairs of channels turn."""
         return len(self.omega[0])
 
-    def fill(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def fill(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Any:
         """Tables as the model expects them, from (..., r)."""
+        if self.spread == "complex":
+            return torch.complex(cos, sin)
         blocks = (self.pairs // len(self.omega),) * len(self.omega)
         cos, sin = (SPREADS[self.spread](x, x, blocks) for x in (cos, sin))
         return (cos, sin) if self.wide else (cos.to(dtype), sin.to(dtype))
 
-    def cos_sin(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Any:
         """The model's tables at positions (..., a)."""
         omega = torch.tensor(self.omega, device=positions.device)
-        angle: Any = sum(
-            positions[..., axis, None].float() * omega[axis] for axis in range(len(self.omega))
-        )
+        angle: Any = sum(positions[..., axis, None].float() * omega[axis] for axis in range(len(self.omega)))
+        if self.spread == "complex":
+            return torch.polar(torch.ones_like(angle), angle) * self.factor
         return self.fill(angle.cos() * self.factor, angle.sin() * self.factor, dtype)
 
 
@@ -95,8 +99,8 @@ def refuse_bent(module: nn.Module, layer: str | None) -> None:
     kind = kind[layer] if isinstance(kind, dict) else kind
     if "dynamic" in str(kind) or kind == "longrope":
         raise ValueError(
-            f"{type(module).__name__} has rope_type {kind!r}, whose angles depend on the longest position and "
-            "are no positions @ Omega; give set_rope a scheme, with a fixed extension such as YaRN"
+            f"{type(module).__name__} has rope_type {kind!r}, whose angles depend on the longest position "
+            "and are no positions @ Omega; give set_rope a scheme, with a fixed extension such as YaRN"
         )
 
 
@@ -114,28 +118,30 @@ def ask(module: nn.Module, call: str, p: Tensor, layer: str | None, dtype: torch
     device = next(module.buffers()).device
     x = torch.zeros(1, 1, 1, dtype=dtype, device=device)
     try:
-        cos, sin = module(x, shape(p.to(device)), *([layer] if layer else []))
+        out = module(x, shape(p.to(device)), *([layer] if layer else []))
+        cos, sin = (out.real, out.imag) if isinstance(out, Tensor) else out
+        whole = isinstance(out, Tensor)
     except (RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError):
         return None
-    if cos.is_complex() or cos.shape[:-1] != lead(len(p)):
+    if cos.shape[:-1] != lead(len(p)):
         return None
-    return cos.reshape(len(p), -1), sin.reshape(len(p), -1)
+    return cos.reshape(len(p), -1), sin.reshape(len(p), -1), whole
 
 
-def spread_of(table: Tensor, axes: int) -> tuple[str, Tensor]:
+def spread_of(table: Tensor, axes: int, bare: str) -> tuple[str, Tensor]:
     """How the angles fill a table (s, d), and the channels that hold each once."""
     d = table.shape[-1]
-    for spread, join in SPREADS.items():
-        r = d if spread == "single" else d // 2
+    for spread in (*PAIRINGS, bare):
+        join, r = SPREADS[spread], d if spread == bare else d // 2
         blocks = (r // axes,) * axes
-        if spread == "block" and sum(blocks) != r or d % 2 and spread != "single":
+        if (spread == "block" and sum(blocks) != r) or (spread != bare and d % 2):
             continue
         number = torch.arange(r, device=table.device)
         once = join(number, number, blocks)
         first = torch.stack([(once == i).nonzero()[0, 0] for i in range(r)])
         if torch.equal(table[:, first][:, once], table):
             return spread, first
-    raise AssertionError("single fits every table")
+    raise AssertionError("a bare table is any")
 
 
 def read_module(module: nn.Module, layer: str | None = None) -> ModelRope:
@@ -152,16 +158,17 @@ def read_module(module: nn.Module, layer: str | None = None) -> ModelRope:
         p = torch.cat((torch.zeros(1, a, dtype=torch.long), torch.eye(a, dtype=torch.long), far))
         if (tables := ask(module, call, p, layer)) is None:
             continue
-        cos, sin = tables
-        spread, first = spread_of(torch.cat((cos, sin)), a)
+        cos, sin, whole = tables
+        spread, first = spread_of(torch.cat((cos, sin)), a, "complex" if whole else "single")
         angle = torch.atan2(sin[1 : a + 1, first], cos[1 : a + 1, first])
         low = ask(module, call, p, layer, torch.bfloat16)
         wide = low is not None and low[0].dtype == torch.float32
         omega = tuple(map(tuple, snapped(angle, module).tolist()))
         rope = ModelRope(omega, cos[0, 0].item(), call, spread, wide)
         ours = rope.cos_sin(p.to(cos.device))
-        if not all(torch.equal(x, y) for x, y in zip(ours, tables, strict=True)):
-            error = max((x - y).abs().max().item() for x, y in zip(ours, tables, strict=True))
+        ours = (ours.real, ours.imag) if whole else ours
+        error = max((x - y).abs().max().item() for x, y in zip(ours, (cos, sin), strict=True))
+        if error != 0:
             raise ValueError(
                 f"{type(module).__name__} is no positions @ Omega: its tables differ by {error:.1e}, so it "
                 "cannot be read; give set_rope a scheme instead"
@@ -181,8 +188,54 @@ def snapped(angle: Tensor, module: nn.Module) -> Tensor:
     return torch.where(near, nearest, angle)
 
 
-def named(rope: ModelRope, config: Any, layer: str | None) -> ModelRope:
-    """The rope with our scheme of the same Omega, where its config tells one and it is the same."""
+APPLY = re.compile(r"apply_(multimodal_)?rotary_(pos_)?emb\w*$")
+
+
+def seen_globals(module: nn.Module) -> tuple[str, ...]:
+    """Names that a module's own forward looks up."""
+    return inspect.unwrap(type(module).forward).__code__.co_names
+
+
+def applied(owner: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Attention modules of an owner, and the names of the functions with which they rotate."""
+    seen = [(module, name) for module in owner.modules() for name in seen_globals(module)]
+    return [(module, name) for module, name in seen if APPLY.match(name)]
+
+
+def paired(rope: ModelRope, owner: nn.Module) -> str:
+    """The pairing of the function that an owner's attention calls; the tables' own where it cannot be asked.
+
+    q' k with unit vectors for q, turned, and for k, not turned, meets the two channels of each pair alone;
+    that holds also for functions that put the channels in another order.
+    """
+    told = {"single": "half", "complex": "interleaved"}.get(rope.spread, rope.spread)
+    r, device = rope.pairs, next((p.device for p in owner.parameters()), torch.device("cpu"))
+    unit, angle = torch.eye(2 * r), torch.linspace(0.5, 1, r).expand(1, 2 * r, r)
+    first = (
+        0 if getattr(getattr(owner, "config", None), "rope_interleave", True) else -1
+    )  # DeepSeek calls two
+    for module, name in [] if device.type == "meta" else applied(owner)[first:][:1]:
+        turn = inspect.unwrap(type(module).forward).__globals__[name]
+        try:
+            q, k = (
+                turn(unit[None, None], unit[None, None], *rope.fill(x.cos(), x.sin(), torch.float32))[at][
+                    0, 0
+                ]
+                for at, x in enumerate((angle, 0 * angle))
+            )
+            partner = ((q @ k.T) * (1 - unit)).abs().argmax(-1)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+            continue
+        i = torch.arange(2 * r)
+        for pairing, other in (("half", (i + r) % (2 * r)), ("interleaved", i ^ 1)):
+            if torch.equal(partner, other):
+                return pairing
+    return told
+
+
+def named(rope: ModelRope, owner: nn.Module, config: Any, layer: str | None) -> ModelRope:
+    """The rope with its pairing, and our scheme of the same Omega where its config tells one."""
+    rope = replace(rope, pairing=paired(rope, owner))
     try:
         scheme = from_hf_config(config, layer)
         omega = scheme.omega(read_head_dim(config, layer)).float()

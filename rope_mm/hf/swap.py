@@ -12,6 +12,7 @@ from rope_mm import rotation
 from rope_mm.hf.attentions import drop_hook, give, take_back
 from rope_mm.hf.placing import get_rope_index
 from rope_mm.hf.reading import ModelRope, layer_types, named, read_module, rotary_modules
+from rope_mm.kernels import Form, make_turn
 from rope_mm.lattice import Cursor
 from rope_mm.layouts import LAYOUTS
 from rope_mm.rope_parameters import read_head_dim
@@ -40,6 +41,7 @@ class RopeMMRotaryEmbedding(nn.Module):
         self.learned = nn.ModuleList(rope for rope in runs.values() if isinstance(rope, Rotary))
         self.config, self.rope_type = getattr(original, "config", None), "default"
         self.coords: Tensor | None = None
+        self.turns = False
 
     @property
     def axes(self) -> int:
@@ -50,6 +52,11 @@ class RopeMMRotaryEmbedding(nn.Module):
         layer = layer_type if layer_type in self.runs else None
         rope, asked = self.runs[layer], self.asked[layer]
         positions = self.positions(position_ids, rope, asked)
+        if self.turns:
+            own = isinstance(rope, ModelRope)
+            omega = torch.tensor(rope.omega, device=x.device) if own else rope.omega
+            turn = make_turn(positions, omega, Form(asked.pairing, factor=factor_of(rope)), x.dtype)
+            return turn, turn
         if isinstance(rope, ModelRope):
             return rope.cos_sin(positions, x.dtype)
         omega = rope.omega
@@ -92,6 +99,11 @@ def columns_first(asked: ModelRope) -> bool:
         return False
     omega = asked.scheme.change(fraction=1.0).omega(2 * asked.pairs).float()
     return torch.allclose(omega[1:].flip(0), torch.tensor(asked.omega), rtol=1e-5, atol=1e-12)
+
+
+def factor_of(rope: Runs) -> float:
+    """What cosine and sine are multiplied by."""
+    return rope.factor if isinstance(rope, ModelRope) else rope.form.factor
 
 
 def describe(rope: Runs) -> str:
@@ -163,12 +175,12 @@ def base_of(model: Any) -> Any:
     return getattr(model, "base_model", model)
 
 
-def read_site(module: nn.Module) -> dict[str | None, ModelRope | Runs]:
+def read_site(owner: nn.Module, module: nn.Module) -> dict[str | None, ModelRope | Runs]:
     """What a site runs, for each type of layer."""
     if isinstance(module, RopeMMRotaryEmbedding):
         return dict(module.runs)
     return {
-        layer: named(read_module(module, layer), getattr(module, "config", None), layer)
+        layer: named(read_module(module, layer), owner, getattr(module, "config", None), layer)
         for layer in layer_types(module)
     }
 
@@ -183,19 +195,19 @@ def rope_of(model: nn.Module) -> Any:
     """
     if rope := getattr(base_of(model), "rope_mm", None):
         return rope
-    found = [read_site(module) for *_, module in sites(model)]
+    found = [read_site(owner, module) for _, owner, _, module in sites(model)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no module with inv_freq, so no rotary that can be read")
     if any(other != found[0] for other in found[1:]):
         names = ", ".join(name for name, *_ in sites(model))
-        raise ValueError(f"{type(model).__name__} rotates in several ways, at {names}; give one of these parts")
+        raise ValueError(
+            f"{type(model).__name__} rotates in several ways, at {names}; give one of these parts"
+        )
     ropes = found[0]
     return ropes[None] if list(ropes) == [None] else ropes
 
 
-def set_rope(
-    model: nn.Module, scheme: Any = None, layout: str | None = None, **changes: Any
-) -> Handle:
+def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **changes: Any) -> Handle:
     """Let a live model of transformers rotate by a scheme; `handle.undo()` or `unset_rope` takes it back.
 
     Args:
@@ -218,7 +230,7 @@ def set_rope(
         return Handle(model)
     if any(isinstance(module, RopeMMRotaryEmbedding) for *_, module in places):
         raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
-    swaps = [(owner, leaf, swap_for(module, scheme, changes)) for _, owner, leaf, module in places]
+    swaps = [(owner, leaf, swap_for(owner, module, scheme, changes)) for _, owner, leaf, module in places]
     for owner, leaf, swapped in swaps:
         setattr(owner, leaf, swapped)
         owner.register_forward_pre_hook(split_positions, with_kwargs=True)
@@ -247,15 +259,15 @@ def scheme_of(model: nn.Module) -> Scheme:
     return schemes.pop()
 
 
-def swap_for(original: nn.Module, scheme: Any, changes: dict[str, Any]) -> RopeMMRotaryEmbedding:
+def swap_for(
+    owner: nn.Module, original: nn.Module, scheme: Any, changes: dict[str, Any]
+) -> RopeMMRotaryEmbedding:
     """The module that takes the place of `original`, checked.
 
     Raises:
         ValueError: what does not fit.
     """
-    asked: dict[str | None, Any] = {}
-    for layer in layer_types(original):
-        asked[layer] = named(read_module(original, layer), getattr(original, "config", None), layer)
+    asked: dict[str | None, Any] = read_site(owner, original)
     given = scheme if isinstance(scheme, Mapping) else dict.fromkeys(asked, scheme)
     if set(given) != set(asked):
         raise ValueError(f"layers are of the types {list(asked)}, but schemes came for {list(given)}")
@@ -290,14 +302,13 @@ def refuse_scheme(scheme: Scheme, asked: ModelRope, name: str, config: Any) -> N
     Raises:
         ValueError: with what came, what fits and what to do.
     """
-    pairing = asked.scheme.pairing if asked.scheme else asked.spread
     if scheme.per_head or scheme.needs_length:
         what = "an Omega for each head" if scheme.per_head else "an Omega that depends on the length"
         raise ValueError(f"{scheme} has {what}, but {name} makes one table for all heads and every length")
-    if pairing != "single" and scheme.pairing != pairing:
+    if scheme.pairing != asked.pairing:
         raise ValueError(
-            f"the scheme pairs channels {scheme.pairing!r}, but the model's weights are for {pairing!r}; change "
-            f"the scheme's pairing, or the weights by `convert_pairing`"
+            f"the scheme pairs channels {scheme.pairing!r}, but the model's weights are for {asked.pairing!r}; "
+            "change the scheme's pairing, or the weights by `convert_pairing`"
         )
     head_dim = read_head_dim(config) if config is not None else 2 * asked.pairs
     pairs = asked.pairs if scheme.fraction == 1 else scheme.pairs(head_dim)
@@ -332,5 +343,7 @@ def unset_rope(model: nn.Module) -> None:
     for part in placing_parts(model):
         vars(part).pop("get_rope_index", None)
     for _, owner, leaf, module in ours:
+        for part in owner.modules() if module.turns else ():  # attention that runs our op
+            vars(part).pop("forward", None)
         setattr(owner, leaf, module.original)
         drop_hook(owner, split_positions)
