@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rope_mm import rotation
 from rope_mm.hf.attentions import drop_hook, give, take_back
 from rope_mm.hf.placing import get_rope_index
+from rope_mm.hf.saving import fill_learned, read, write
 from rope_mm.hf.reading import ModelRope, layer_types, named, read_module, rotary_modules
 from rope_mm.kernels import Form, make_turn
 from rope_mm.lattice import Cursor
@@ -42,6 +43,7 @@ class RopeMMRotaryEmbedding(nn.Module):
         self.config, self.rope_type = getattr(original, "config", None), "default"
         self.coords: Tensor | None = None
         self.turns = False
+        self.saved = getattr(self.config, "rope_parameters", None)
 
     @property
     def axes(self) -> int:
@@ -175,12 +177,12 @@ def base_of(model: Any) -> Any:
     return getattr(model, "base_model", model)
 
 
-def read_site(owner: nn.Module, module: nn.Module) -> dict[str | None, ModelRope | Runs]:
+def read_site(owner: nn.Module, module: nn.Module, strict: bool = True) -> dict[str | None, ModelRope | Runs]:
     """What a site runs, for each type of layer."""
     if isinstance(module, RopeMMRotaryEmbedding):
         return dict(module.runs)
     return {
-        layer: named(read_module(module, layer), owner, getattr(module, "config", None), layer)
+        layer: named(read_module(module, layer, strict), owner, getattr(module, "config", None), layer)
         for layer in layer_types(module)
     }
 
@@ -230,9 +232,16 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
         return Handle(model)
     if any(isinstance(module, RopeMMRotaryEmbedding) for *_, module in places):
         raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
+    folder = getattr(model, "name_or_path", "")
     swaps = [(owner, leaf, swap_for(owner, module, scheme, changes)) for _, owner, leaf, module in places]
+    for _, leaf, swapped in swaps if scheme is None else ():
+        for at, rope in enumerate(swapped.learned):
+            if rope.learned is not None:
+                fill_learned(rope, folder, f"{leaf}.learned.{at}.learned")
     for owner, leaf, swapped in swaps:
         setattr(owner, leaf, swapped)
+        if all(isinstance(rope, Rotary) for rope in swapped.runs.values()) and swapped.config:
+            write(swapped.config, {layer: rope.scheme for layer, rope in swapped.runs.items()})
         owner.register_forward_pre_hook(split_positions, with_kwargs=True)
     for part in placing_parts(model):
         part.get_rope_index = MethodType(get_rope_index, part)
@@ -267,8 +276,9 @@ def swap_for(
     Raises:
         ValueError: what does not fit.
     """
-    asked: dict[str | None, Any] = read_site(owner, original)
-    given = scheme if isinstance(scheme, Mapping) else dict.fromkeys(asked, scheme)
+    asked: dict[str | None, Any] = read_site(owner, original, strict=False)
+    loaded = {layer: read(original.config, layer) for layer in asked} if scheme is None else None
+    given = loaded or scheme if isinstance(loaded or scheme, Mapping) else dict.fromkeys(asked, scheme)
     if set(given) != set(asked):
         raise ValueError(f"layers are of the types {list(asked)}, but schemes came for {list(given)}")
     runs = {layer: ready(given[layer], rope, original, changes) for layer, rope in asked.items()}
@@ -346,4 +356,6 @@ def unset_rope(model: nn.Module) -> None:
         for part in owner.modules() if module.turns else ():  # attention that runs our op
             vars(part).pop("forward", None)
         setattr(owner, leaf, module.original)
+        if module.config:
+            module.config.rope_parameters = module.saved
         drop_hook(owner, split_positions)

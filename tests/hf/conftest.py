@@ -1,19 +1,18 @@
-"""Tiny random models of transformers, and a table of what was compared that README can show."""
+"""Tiny random models of transformers, and a table of families for README made of what was compared."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN = "<!-- families: written by pytest tests/hf --write-families -->"
 END = "<!-- /families -->"
-ROWS: dict[str, dict[str, str]] = {}
+ROWS: dict[str, tuple[str, ...]] = {}
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -48,7 +47,15 @@ LATENT = {
 }
 
 
-def tiny_config(model_type: str, **more: Any) -> PreTrainedConfig:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-families", action="store_true", help="write README's table of families")
+
+
+def pytest_configure() -> None:
+    transformers.logging.set_verbosity_error()
+
+
+def tiny_config(model_type: str, **more: Any) -> Any:
     """The text config of a model type, every size small."""
     default = AutoConfig.for_model(model_type).get_text_config()
     sizes = SIZES | (LATENT if hasattr(default, "qk_rope_head_dim") else {}) | more
@@ -56,11 +63,40 @@ def tiny_config(model_type: str, **more: Any) -> PreTrainedConfig:
     return type(default)(**{name: size for name, size in sizes.items() if name in known})
 
 
-def tiny(model_type: str, **more: Any) -> PreTrainedModel:
+def tiny_model(model_type: str, **more: Any) -> PreTrainedModel:
     """A causal language model of this type with random weights."""
     config = tiny_config(model_type, **more)
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > 3e7:
         raise ValueError(f"{size / 1e6:.0f} million parameters")
+    torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """`tiny("llama")`: a small causal language model of this type."""
+    return tiny_model
+
+
+@pytest.fixture(scope="session")
+def families() -> dict[str, tuple[str, ...]]:
+    """Rows of the table: identity, kernels, decoding."""
+    return ROWS
+
+
+def table() -> str:
+    """Rows as Markdown, by family."""
+    head = [
+        "| model type | its own rope: logits | a scheme of three axes: generate less forward | our op |",
+        "| --- | --- | --- | --- |",
+    ]
+    return "\n".join(head + [f"| {name} | {' | '.join(cells)} |" for name, cells in sorted(ROWS.items())])
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if session.config.getoption("--write-families", default=False):
+        text = README.read_text()
+        before, rest = text.split(BEGIN)
+        README.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}")
