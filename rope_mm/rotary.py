@@ -15,9 +15,9 @@ from rope_mm.segments import Segment
 
 
 @torch.compiler.assume_constant_result
-def fixed_omega(scheme: Scheme, head_dim: int, heads: int | None) -> Tensor:
-    """Omega of a scheme whatever the length: to a compiler one constant, whose making it need not follow."""
-    return scheme.omega(head_dim, heads)
+def omega_numbers(scheme: Scheme, head_dim: int, heads: int | None) -> list[Any]:
+    """Omega of a scheme, whatever the length, as numbers: a compiler need not follow how they are made."""
+    return scheme.omega(head_dim, heads).tolist()
 
 
 class Rotary(nn.Module):
@@ -60,8 +60,9 @@ class Rotary(nn.Module):
         Raises:
             ValueError: a learned Omega that something has cast below float32.
         """
-        if self.learned is None and not self.scheme.needs_length:
-            return fixed_omega(self.scheme, self.head_dim, self.heads)
+        if self.learned is None and torch.compiler.is_compiling() and not self.scheme.needs_length:
+            numbers = omega_numbers(self.scheme, self.head_dim, self.heads)
+            return torch.tensor(numbers, dtype=torch.float64, device="cpu")
         if self.learned is None:
             return self.scheme.omega(self.head_dim, self.heads, length)
         if self.learned.dtype not in (torch.float32, torch.float64):
