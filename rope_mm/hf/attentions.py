@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_mm.hf.reading import seen_globals
+from rope_mm.rope_parameters import read_head_dim
 from rope_mm.rotary import Rotary
 from rope_mm.scheme import Scheme
+from rope_mm.schemes import read_scheme
 from rope_mm.segments import Image, Still, Text
 
 NAME = "ALL_ATTENTION_FUNCTIONS"
@@ -48,7 +50,8 @@ class Rotating:
 
         def rotated(module: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any):
             rope, story = module.rope_mm_told
-            p = positions_of(rope.scheme, k.shape[2], story).to(k.device)
+            wide = torch.float32 if k.device.type == "mps" else torch.float64
+            p = torch.tensor(numbers_of(rope.scheme, k.shape[2], story), dtype=wide, device=k.device)
             q = rope.one(q.transpose(1, 2), p[-q.shape[2] :]).transpose(1, 2)
             k = rope.one(k.transpose(1, 2), p).transpose(1, 2)
             return attend(module, q, k, *args, **kwargs)
@@ -60,11 +63,11 @@ ROTATING = Rotating()
 
 
 @torch.compiler.assume_constant_result
-def positions_of(scheme: Scheme, tokens: int, grid: tuple[int, int] | None) -> Tensor:
+def numbers_of(scheme: Scheme, tokens: int, grid: tuple[int, int] | None) -> list[list[float]]:
     """Positions (s, a): of words, or of an image behind tokens that are not rotated."""
     still = tokens - grid[0] * grid[1] if grid else 0
     picture = [Image(*grid)] if grid else [Text(tokens)]
-    return scheme.place([Still(still), *picture] if still else picture)[0]
+    return scheme.place([Still(still), *picture] if still else picture)[0].tolist()
 
 
 def rotated_forward(self: Any, *args: Any, rope_mm: Any = None, **kwargs: Any):
@@ -92,19 +95,23 @@ def tell(model: Any, args: tuple, kwargs: dict[str, Any]):
     return args, {**kwargs, "rope_mm": (model.rope_mm, grid)}
 
 
-def give(model: Any, rope: Rotary) -> None:
-    """Let a model without rotary rotate.
+def give(model: Any, scheme: Any, changes: dict[str, Any]) -> None:
+    """Let a model without rotary rotate by a scheme or a Rotary.
 
     Raises:
         ValueError: no attention that can be served, or several parts with attention of their own.
     """
-    base, found = model.base_model, attentions(model)
-    if len({id(getattr(module, "config", None)) for module in found}) != 1:
+    base, found = getattr(model, "base_model", None), attentions(model)
+    if base is None or len({id(getattr(module, "config", None)) for module in found}) != 1:
         parts = ", ".join(name for name, part in model.named_children() if attentions(part))
         raise ValueError(
-            f"{type(model).__name__} has no one stack of attention to rotate"
-            + (f"; give one of its parts: {parts}" if parts else "; its attention takes no interface")
+            f"{type(model).__name__} has neither a rotary module nor one stack of attention to rotate"
+            + (f"; give one of its parts: {parts}" if parts else "")
         )
+    rope = scheme
+    if not isinstance(scheme, Rotary):
+        heads, chosen = base.config.num_attention_heads, read_scheme(scheme, **changes)
+        rope = Rotary(read_head_dim(base.config), chosen, heads=heads if chosen.per_head else None)
     for module in found:
         vars(module)["rope_mm_forward"] = clone(type(module).forward, (NAME,), ROTATING)
         vars(module)["forward"] = MethodType(rotated_forward, module)

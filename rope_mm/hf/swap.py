@@ -225,10 +225,7 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
         raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
     changes |= {"layout": layout} if layout else {}
     if not (places := sites(model)):
-        heads = model.config.num_attention_heads  # pyright: ignore
-        chosen = read_scheme(scheme.scheme if isinstance(scheme, Rotary) else scheme, **changes)
-        rope = Rotary(read_head_dim(model.config), chosen, heads=heads if chosen.per_head else None)
-        give(model, scheme if isinstance(scheme, Rotary) else rope)
+        give(model, scheme, changes)
         return Handle(model)
     if any(isinstance(module, RopeMMRotaryEmbedding) for *_, module in places):
         raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
