@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from rope_mm.hf.attentions import attentions, clone
+from rope_mm.hf.fitting import describe
 from rope_mm.hf.reading import applied
-from rope_mm.hf.swap import Handle, RopeMMRotaryEmbedding, describe, rope_of, set_rope, sites, unset_rope
+from rope_mm.hf.swap import Handle, RopeMMRotaryEmbedding, rope_of, set_rope, sites, unset_rope
 from rope_mm.kernels import Turn
 
 
 def turn_both(q: Tensor, k: Tensor, turn: Turn, _same: Turn | None = None, unsqueeze_dim: int = 1, **_: Any):
-    """Stands where `apply_rotary_pos_emb` stood: q and k (b, h, s, d), or (b, s, h, d) where 2 is unsqueezed."""
+    """Stands where `apply_rotary_pos_emb` stood, for q and k (b, h, s, d), or (b, s, h, d) if it says so."""
     if unsqueeze_dim == 2:
         return turn(q, k)
     q, k = turn(q.transpose(1, 2), k.transpose(1, 2))

@@ -20,7 +20,7 @@ def positions_for(
 
     Args:
         model: a model that `set_rope` gave a scheme.
-        what: a story for each row, or a dict with input_ids, grids and, where rows are padded, attention_mask.
+        what: a story for each row, or a dict with input_ids, grids and, of padded rows, attention_mask.
         padding_side: of stories of unequal lengths.
 
     Raises:
@@ -41,7 +41,7 @@ def positions_for(
 def place_inputs(
     config: Any, scheme: Scheme, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions (b, s, a), which tokens are there (b, s), and where the next word stands, less the tokens (b, 1).
+    """Positions (b, s, a), which tokens are there (b, s), and how far the next word is ahead of them (b, 1).
 
     Raises:
         ValueError: tokens of images that do not match their grids.
@@ -120,7 +120,7 @@ def read_story(kinds: Tensor, queues: dict[int, list[Segment]]) -> list[Segment]
 
 
 def get_rope_index(self: Any, input_ids: Tensor, *args: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """In place of a vision-language model's own method: positions (a, b, s) by our layout, and deltas (b, 1)."""
+    """In place of a model's own method: positions (a, b, s) by our layout, and how far words are ahead."""
     from rope_mm.hf.swap import scheme_of
 
     positions, _, ahead = place_inputs(self.config, scheme_of(self), input_ids, **inputs)

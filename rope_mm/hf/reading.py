@@ -43,6 +43,7 @@ class ModelRope:
         spread: how r angles fill its tables, a key of SPREADS.
         wide: whether tables stay float32 in a model of another dtype.
         pairing: the channels that its function turns together, found by turning unit vectors.
+        axes: a tower's coordinates in the order in which it has them.
         scheme: ours with the same Omega within float32's rounding, where the family is known.
     """
 
@@ -52,6 +53,7 @@ class ModelRope:
     spread: str
     wide: bool
     pairing: str = "half"
+    axes: tuple[str, ...] = ()
     scheme: Scheme | None = None
 
     @property
@@ -107,7 +109,7 @@ def refuse_bent(module: nn.Module, layer: str | None) -> None:
 
 
 def spare(module: nn.Module) -> nn.Module:
-    """A copy to ask, for some modules remember; made from the config where numbers are still to come (meta)."""
+    """A copy to ask, for some modules remember; on the meta device one newly made from the config."""
     config: Any = getattr(module, "config", None)
     if any(buffer.is_meta for buffer in module.buffers()):
         with torch.device("cpu"):
@@ -175,7 +177,7 @@ def read_module(module: nn.Module, layer: str | None = None, strict: bool = True
         low = ask(module, call, p, layer, torch.bfloat16)
         wide = low is not None and low[0].dtype == torch.float32
         omega = tuple(map(tuple, snapped(angle, module).tolist()))
-        rope = ModelRope(omega, cos[0, 0].item(), call, spread, wide)
+        rope = ModelRope(omega, cos[0, 0].item(), call, spread, wide, axes=("t", "y", "x")[-a:])
         ours = rope.cos_sin(p.to(cos.device))
         ours = (ours.real, ours.imag) if whole else ours
         error = max((x - y).abs().max().item() for x, y in zip(ours, (cos, sin), strict=True))
@@ -220,28 +222,22 @@ def paired(rope: ModelRope, owner: nn.Module) -> str:
     that holds also for functions that put the channels in another order.
     """
     told = {"single": "half", "complex": "interleaved"}.get(rope.spread, rope.spread)
-    r, device = rope.pairs, next((p.device for p in owner.parameters()), torch.device("cpu"))
-    unit, angle = torch.eye(2 * r), torch.linspace(0.5, 1, r).expand(1, 2 * r, r)
-    first = (
-        0 if getattr(getattr(owner, "config", None), "rope_interleave", True) else -1
-    )  # DeepSeek calls two
-    for module, name in [] if device.type == "meta" else applied(owner)[first:][:1]:
-        turn = inspect.unwrap(type(module).forward).__globals__[name]
-        try:
-            q, k = (
-                turn(unit[None, None], unit[None, None], *rope.fill(x.cos(), x.sin(), torch.float32))[at][
-                    0, 0
-                ]
-                for at, x in enumerate((angle, 0 * angle))
-            )
-            partner = ((q @ k.T) * (1 - unit)).abs().argmax(-1)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-            continue
-        i = torch.arange(2 * r)
-        for pairing, other in (("half", (i + r) % (2 * r)), ("interleaved", i ^ 1)):
-            if torch.equal(partner, other):
-                return pairing
-    return told
+    r, found = rope.pairs, applied(owner)
+    if not found or any(p.is_meta for p in owner.parameters()):
+        return told
+    # DeepSeek's attention names two functions, and its config says which of them it calls
+    module, name = found[0 if getattr(getattr(owner, "config", None), "rope_interleave", True) else -1]
+    turn, unit = inspect.unwrap(type(module).forward).__globals__[name], torch.eye(2 * r)[None, None]
+    angle = torch.linspace(0.5, 1, r).expand(1, 2 * r, r)
+    try:
+        q, _ = turn(unit, unit, *rope.fill(angle.cos(), angle.sin(), torch.float32))
+        _, k = turn(unit, unit, *rope.fill(torch.ones_like(angle), torch.zeros_like(angle), torch.float32))
+        partner = ((q @ k.mT) * (1 - unit)).abs().argmax(-1).flatten()
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        return told
+    channel = torch.arange(2 * r)
+    others = {"half": (channel + r) % (2 * r), "interleaved": channel ^ 1}
+    return next((pairing for pairing, other in others.items() if torch.equal(partner, other)), told)
 
 
 def named(rope: ModelRope, owner: nn.Module, config: Any, layer: str | None) -> ModelRope:
@@ -253,8 +249,8 @@ def named(rope: ModelRope, owner: nn.Module, config: Any, layer: str | None) -> 
     except (ValueError, AttributeError, TypeError):
         return rope
     theirs = torch.tensor(rope.omega)
-    for rows in (omega, omega[1:], omega[1:].flip(0)):  # towers: rows and columns, or columns and rows
+    for rows, axes in ((omega, rope.axes), (omega[1:], ("y", "x")), (omega[1:].flip(0), ("x", "y"))):
         same = rows.shape == theirs.shape and torch.allclose(rows, theirs, rtol=1e-5, atol=1e-12)
         if same and abs(scheme.factor - rope.factor) < 1e-5:
-            return replace(rope, scheme=scheme)
+            return replace(rope, scheme=scheme, axes=axes)
     return rope

@@ -16,11 +16,11 @@ NAME = "rope_mm"
 
 
 class NotSetYet:
-    """Stands for the factor of cosine and sine until `set_rope(model)`, and lets no tensor be multiplied by it."""
+    """Stands for the factor of cosine and sine until `set_rope(model)`; no tensor can be multiplied by it."""
 
     @classmethod
     def __torch_function__(cls, *_: Any, **__: Any):
-        raise ValueError("this model was saved with a scheme of rope_mm; call rope_mm.hf.set_rope(model) first")
+        raise ValueError("this model was saved with a scheme; call rope_mm.hf.set_rope(model) first")
 
 
 def not_yet(config: Any, *_: Any, layer_type: str | None = None, **__: Any) -> tuple[Tensor, NotSetYet]:
@@ -34,11 +34,12 @@ def not_yet(config: Any, *_: Any, layer_type: str | None = None, **__: Any) -> t
 ROPE_INIT_FUNCTIONS[NAME] = not_yet
 
 
-def write(config: Any, schemes: Mapping[str | None, Scheme]) -> None:
-    """Enter schemes, one for each type of layer, in a config."""
+def write(config: Any, schemes: Mapping[str | None, Scheme], refusing: bool) -> None:
+    """Enter schemes, one for each type of layer, in a config; refusing, its models wait for `set_rope`."""
     old = getattr(config, "rope_parameters", None) or {}
+    kind = {"rope_type": NAME} if refusing else {}  # towers know one rope_type and could not be loaded
     new = {
-        layer: {**(old.get(layer) if layer else old), "rope_type": NAME, NAME: scheme.to_dict()}
+        layer: {**(old.get(layer) if layer else old), **kind, NAME: scheme.to_dict()}
         for layer, scheme in schemes.items()
     }
     config.rope_parameters = new.get(None) or {**old, **new}

@@ -10,19 +10,13 @@ from torch import Tensor, nn
 
 from rope_mm import rotation
 from rope_mm.hf.attentions import drop_hook, give, take_back
+from rope_mm.hf.fitting import Runs, axes_of, describe, factor_of, ready
 from rope_mm.hf.placing import get_rope_index
-from rope_mm.hf.saving import fill_learned, read, write
 from rope_mm.hf.reading import ModelRope, layer_types, named, read_module, rotary_modules
+from rope_mm.hf.saving import fill_learned, read, write
 from rope_mm.kernels import Form, make_turn
-from rope_mm.lattice import Cursor
-from rope_mm.layouts import LAYOUTS
-from rope_mm.rope_parameters import read_head_dim
 from rope_mm.rotary import Rotary
 from rope_mm.scheme import Scheme
-from rope_mm.schemes import read_scheme
-
-Runs = Rotary | ModelRope
-TOWER_AXES = {2: ("y", "x"), 3: ("t", "y", "x")}
 
 
 class RopeMMRotaryEmbedding(nn.Module):
@@ -48,27 +42,30 @@ class RopeMMRotaryEmbedding(nn.Module):
     @property
     def axes(self) -> int:
         """How many coordinates a position has."""
-        return max(map(axes_of, self.runs.values()))
+        return axes_of(next(iter(self.runs.values())))
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether it is told positions of words, as in decoders, not rows and columns."""
+        return next(iter(self.asked.values())).call in ("words", "rows")
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None):
         layer = layer_type if layer_type in self.runs else None
         rope, asked = self.runs[layer], self.asked[layer]
         positions = self.positions(position_ids, rope, asked)
         if self.turns:
-            own = isinstance(rope, ModelRope)
-            omega = torch.tensor(rope.omega, device=x.device) if own else rope.omega
+            omega = torch.as_tensor(rope.omega, device=x.device)
             turn = make_turn(positions, omega, Form(asked.pairing, factor=factor_of(rope)), x.dtype)
             return turn, turn
         if isinstance(rope, ModelRope):
             return rope.cos_sin(positions, x.dtype)
-        omega = rope.omega
-        cos, sin = rotation.cos_sin(positions, omega, torch.float32, rope.form.factor)
+        cos, sin = rotation.cos_sin(positions, rope.omega, torch.float32, factor_of(rope))
         return asked.fill(cos[..., 0, :], sin[..., 0, :], x.dtype)
 
     def positions(self, ids: Tensor, rope: Runs, asked: ModelRope) -> Tensor:
         """Positions (..., s, a) from what the model hands over."""
         a = axes_of(rope)
-        if asked.call in ("words", "rows"):
+        if self.reads_words:
             if self.coords is not None:
                 return self.coords
             if ids.dim() == 3 and len(ids) == a:
@@ -76,43 +73,12 @@ class RopeMMRotaryEmbedding(nn.Module):
             return (ids if ids.dim() == 2 else ids[0])[..., None].expand(-1, -1, a)
         if isinstance(rope, ModelRope):
             return ids
-        at = dict(zip(tower_axes(asked), ids.unbind(-1), strict=True))
+        at = dict(zip(asked.axes, ids.unbind(-1), strict=True))
         still = torch.zeros_like(ids[..., 0])
         return torch.stack([at.get(axis, still) for axis in rope.scheme.axes], -1)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{layer or 'all layers'}: {describe(rope)}" for layer, rope in self.runs.items())
-
-
-def axes_of(rope: Runs) -> int:
-    """How many coordinates its positions have."""
-    return len(rope.omega) if isinstance(rope, ModelRope) else len(rope.scheme.axes)
-
-
-def tower_axes(asked: ModelRope) -> tuple[str, ...]:
-    """Axes in a tower's own order: rows before columns, unless its known scheme says otherwise."""
-    axes = TOWER_AXES[len(asked.omega)]
-    return axes[::-1] if asked.scheme and asked.scheme.layout == "grid" and columns_first(asked) else axes
-
-
-def columns_first(asked: ModelRope) -> bool:
-    """Whether the first coordinate of a tower's positions is the column."""
-    if asked.scheme is None or len(asked.omega) != 2:
-        return False
-    omega = asked.scheme.change(fraction=1.0).omega(2 * asked.pairs).float()
-    return torch.allclose(omega[1:].flip(0), torch.tensor(asked.omega), rtol=1e-5, atol=1e-12)
-
-
-def factor_of(rope: Runs) -> float:
-    """What cosine and sine are multiplied by."""
-    return rope.factor if isinstance(rope, ModelRope) else rope.form.factor
-
-
-def describe(rope: Runs) -> str:
-    """In a few words, what runs."""
-    if isinstance(rope, Rotary):
-        return f"{rope.scheme}, exact angles"
-    return f"the model's own, bit for bit ({rope.scheme or 'a scheme of no known name'})"
 
 
 def split_positions(owner: nn.Module, args: tuple, kwargs: dict[str, Any]):
@@ -221,14 +187,14 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
     Raises:
         ValueError: what the model cannot run, with the reason; the model is as it was.
     """
-    if getattr(base_of(model), "rope_mm", None) is not None:
-        raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
     changes |= {"layout": layout} if layout else {}
-    if not (places := sites(model)):
+    places = sites(model)
+    ours = [module for *_, module in places if isinstance(module, RopeMMRotaryEmbedding)]
+    if ours or getattr(base_of(model), "rope_mm", None):
+        raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
+    if not places:
         give(model, scheme, changes)
         return Handle(model)
-    if any(isinstance(module, RopeMMRotaryEmbedding) for *_, module in places):
-        raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
     folder = getattr(model, "name_or_path", "")
     swaps = [(owner, leaf, swap_for(owner, module, scheme, changes)) for _, owner, leaf, module in places]
     for _, leaf, swapped in swaps if scheme is None else ():
@@ -238,7 +204,8 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
     for owner, leaf, swapped in swaps:
         setattr(owner, leaf, swapped)
         if all(isinstance(rope, Rotary) for rope in swapped.runs.values()) and swapped.config:
-            write(swapped.config, {layer: rope.scheme for layer, rope in swapped.runs.items()})
+            schemes: Any = {layer: rope.scheme for layer, rope in swapped.runs.items()}
+            write(swapped.config, schemes, swapped.reads_words)
         owner.register_forward_pre_hook(split_positions, with_kwargs=True)
     for part in placing_parts(model):
         part.get_rope_index = MethodType(get_rope_index, part)
@@ -253,16 +220,15 @@ def placing_parts(model: nn.Module) -> list[Any]:
 
 
 def scheme_of(model: nn.Module) -> Scheme:
-    """The scheme that a model was given.
+    """The scheme by which a model places what it reads.
 
     Raises:
-        ValueError: a model that runs its own, or several.
+        ValueError: a model that was given none.
     """
     runs = [rope for *_, module in sites(model) for rope in getattr(module, "runs", {}).values()]
-    schemes = {rope.scheme for rope in runs}
-    if len(schemes) != 1 or None in schemes:
-        raise ValueError(f"{type(model).__name__} runs {len(schemes)} known schemes of ours; `set_rope` one")
-    return schemes.pop()
+    if not runs or runs[0].scheme is None:
+        raise ValueError(f"{type(model).__name__} runs no scheme of ours that places tokens; `set_rope` one")
+    return runs[0].scheme
 
 
 def swap_for(
@@ -279,61 +245,10 @@ def swap_for(
     if set(given) != set(asked):
         raise ValueError(f"layers are of the types {list(asked)}, but schemes came for {list(given)}")
     runs = {layer: ready(given[layer], rope, original, changes) for layer, rope in asked.items()}
+    schemes = [rope.scheme for rope in runs.values()]
+    if len(layouts := {scheme and (scheme.layout, scheme.options) for scheme in schemes}) > 1:
+        raise ValueError(f"layers would place tokens by several layouts, {layouts}; give one layout")
     return RopeMMRotaryEmbedding(original, asked, runs)
-
-
-def ready(scheme: Any, asked: ModelRope, original: nn.Module, changes: dict[str, Any]) -> Runs:
-    """A scheme made ready for a module that is asked in this way.
-
-    Raises:
-        ValueError: what the module's tables cannot say.
-    """
-    if isinstance(scheme, ModelRope):
-        same = (scheme.call, scheme.spread, scheme.pairs) == (asked.call, asked.spread, asked.pairs)
-        if not same or changes:
-            raise ValueError(
-                f"this rope was read from another kind of module ({scheme.call}, {scheme.pairs} pairs); "
-                f"{type(original).__name__} takes {asked.call} and turns {asked.pairs} pairs"
-            )
-        return scheme
-    rope = scheme if isinstance(scheme, Rotary) else None
-    chosen = read_scheme(rope.scheme if rope else scheme, **changes)
-    config = getattr(original, "config", None)
-    refuse_scheme(chosen, asked, type(original).__name__, config)
-    return rope or Rotary(2 * asked.pairs, chosen.change(fraction=1.0, slot="front"))
-
-
-def refuse_scheme(scheme: Scheme, asked: ModelRope, name: str, config: Any) -> None:
-    """Refuse a scheme that tables of this module cannot say.
-
-    Raises:
-        ValueError: with what came, what fits and what to do.
-    """
-    if scheme.per_head or scheme.needs_length:
-        what = "an Omega for each head" if scheme.per_head else "an Omega that depends on the length"
-        raise ValueError(f"{scheme} has {what}, but {name} makes one table for all heads and every length")
-    if scheme.pairing != asked.pairing:
-        raise ValueError(
-            f"the scheme pairs channels {scheme.pairing!r}, but the model's weights are for {asked.pairing!r}; "
-            "change the scheme's pairing, or the weights by `convert_pairing`"
-        )
-    head_dim = read_head_dim(config) if config is not None else 2 * asked.pairs
-    pairs = asked.pairs if scheme.fraction == 1 else scheme.pairs(head_dim)
-    if pairs != asked.pairs or 2 * asked.pairs > head_dim:
-        raise ValueError(
-            f"fraction {scheme.fraction} of head_dim {head_dim} makes {pairs} pairs, but {name} turns "
-            f"{asked.pairs}; leave the fraction at 1 to take the model's"
-        )
-    if asked.call in ("words", "rows"):
-        words, _ = LAYOUTS[scheme.layout].words(Cursor(), 2, len(scheme.axes))
-        if not torch.equal(words, torch.arange(2.0, dtype=torch.float64)[:, None].expand_as(words)):
-            raise ValueError(
-                f"layout {scheme.layout!r} does not count words 0, 1, 2 along all of its axes, as decoding does"
-            )
-    elif scheme.layout != "grid":
-        raise ValueError(
-            f"{name} is told rows and columns alone, which layout 'grid' takes, not {scheme.layout!r}"
-        )
 
 
 def unset_rope(model: nn.Module) -> None:

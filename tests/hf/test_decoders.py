@@ -30,7 +30,20 @@ def strong(tiny, model_type="llama", **more):
 
 @pytest.mark.parametrize(
     "model_type",
-    "llama gemma3_text gpt_neox glm cohere gpt_oss deepseek_v2 deepseek_v3 llama4_text qwen3 olmo2 phi".split(),
+    [
+        "llama",
+        "gemma3_text",
+        "gpt_neox",
+        "glm",
+        "cohere",
+        "gpt_oss",
+        "deepseek_v2",
+        "deepseek_v3",
+        "llama4_text",
+        "qwen3",
+        "olmo2",
+        "phi",
+    ],
 )
 def test_with_its_own_rope_a_model_is_unchanged_and_undone_it_is_its_own(tiny, model_type):
     model = tiny(model_type)
@@ -153,7 +166,9 @@ def test_beams_follow_their_positions(tiny):
     p = positions_for(model, [STORIES[0]])
     ids = torch.randint(3, 97, (1, p.shape[-1]))
     run = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "eos_token_id": None}
-    cached, whole = (model.generate(input_ids=ids, position_ids=p, use_cache=use, **run) for use in (True, False))
+    cached, whole = (
+        model.generate(input_ids=ids, position_ids=p, use_cache=use, **run) for use in (True, False)
+    )
     assert torch.equal(cached, whole)
 
 
@@ -163,7 +178,10 @@ def test_a_prompt_may_come_in_chunks(tiny):
     p, ids = positions_for(model, [STORIES[0]]), torch.randint(3, 97, (1, 13))
     full = logits(model, ids, position_ids=p)
     cache = StaticCache(config=model.config, max_cache_len=16)
-    parts = [logits(model, ids[:, s], position_ids=p[..., s], past_key_values=cache) for s in (slice(0, 5), slice(5, 13))]
+    parts = [
+        logits(model, ids[:, s], position_ids=p[..., s], past_key_values=cache)
+        for s in (slice(0, 5), slice(5, 13))
+    ]
     assert (torch.cat(parts, 1) - full).abs().max() < WITHIN
 
 
@@ -227,7 +245,11 @@ def test_explain_says_what_runs_where(tiny, capsys):
         ("does not count words", "flux2", {"pairing": "half"}),
         ("scheme 'rope-tw' is unknown", "rope-tw", {}),
         ("a scheme has no", "rope-tv", {"thetta": 1.0}),
-        ("depends on the length", "flat", {"extensions": [{"rope_type": "dynamic", "factor": 2.0, "original": 64}]}),
+        (
+            "depends on the length",
+            "flat",
+            {"extensions": [{"rope_type": "dynamic", "factor": 2.0, "original": 64}]},
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_and_the_model_left_alone(tiny, said, scheme, changes):
@@ -300,7 +322,10 @@ def test_checkpointing_with_two_forwards_before_one_backward(tiny, kernels):
         if checkpointing:
             model.activation_checkpointing_enable()
         stories = "text:2 image:2x3 text:4", "text:2 image:3x2 text:4"
-        outs = [model(IDS[:1], position_ids=positions_for(model, [story]), use_cache=False).logits for story in stories]
+        outs = [
+            model(IDS[:1], position_ids=positions_for(model, [story]), use_cache=False).logits
+            for story in stories
+        ]
         (outs[0].square().mean() + outs[1].mean()).backward()
         grads.append([p.grad for p in model.parameters()])
     assert len(grads[0]) == 22 and all(torch.equal(x, y) for x, y in zip(*grads, strict=True))

@@ -165,7 +165,9 @@ def test_whether_words_after_a_long_video_stand_inside_it_is_a_choice(layout, sa
     assert (difference < 3e-5) == same
 
 
-@pytest.mark.parametrize("scheme", ["rope-tv", "rope-tv-2d", "m-rope-i", "vrope", "v2pe", "circle", "videorope"])
+@pytest.mark.parametrize(
+    "scheme", ["rope-tv", "rope-tv-2d", "m-rope-i", "vrope", "v2pe", "circle", "videorope"]
+)
 @pytest.mark.parametrize("make", QWENS)
 def test_decoding_of_a_vision_language_model_equals_its_full_forward(make, scheme):
     model, inputs = make(), seen(*GRIDS)
@@ -218,7 +220,12 @@ def test_our_op_rotates_the_text_of_a_vision_language_model():
 
 def test_pixtral_is_unchanged_by_its_own_rope_and_takes_another():
     config = PixtralVisionConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=4
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=4,
     )
     model, pixels = PixtralVisionModel(config).eval(), torch.randn(2, 3, 32, 24)
 
@@ -244,7 +251,10 @@ def test_llava_and_smolvlm_are_unchanged_by_the_rope_of_their_text():
     clip = CLIPVisionConfig(**eyes, image_size=16, patch_size=4)
     llava = LlavaConfig(vision_config=clip, text_config=text, image_token_id=90)
     smol = SmolVLMConfig(
-        vision_config={**eyes, "image_size": 16, "patch_size": 4}, text_config=text, image_token_id=90, scale_factor=2
+        vision_config={**eyes, "image_size": 16, "patch_size": 4},
+        text_config=text,
+        image_token_id=90,
+        scale_factor=2,
     )
     for model, n in (
         (LlavaForConditionalGeneration(llava), 16),
@@ -356,7 +366,9 @@ def test_a_model_that_had_none_compiles_to_one_graph(cls, config):
     model = bare(cls, config)
     set_rope(model, "rope-tv")
     with torch.no_grad():
-        assert (run(torch.compile(model, fullgraph=True, backend="aot_eager")) - run(model)).abs().max() < 2e-6
+        assert (
+            run(torch.compile(model, fullgraph=True, backend="aot_eager")) - run(model)
+        ).abs().max() < 2e-6
 
 
 def test_of_two_towers_one_must_be_given():

@@ -6,12 +6,52 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from rope_mm.hf import positions_for, rope_of, set_rope, use_kernels
 
-FAMILIES = (
-    "afmoe apertus arcee bitnet cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 ernie4_5_moe exaone4 gemma gemma2 "
-    "gemma3_text glm glm4 glm4_moe gpt_neox gpt_oss granite granitemoe helium hunyuan_v1_dense llama llama4_text "
-    "ministral mistral mixtral nemotron olmo olmo2 olmo3 olmoe persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe "
-    "seed_oss smollm3 stablelm starcoder2"
-).split()
+FAMILIES = [
+    "afmoe",
+    "apertus",
+    "arcee",
+    "bitnet",
+    "cohere",
+    "cohere2",
+    "deepseek_v2",
+    "deepseek_v3",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "exaone4",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "gpt_neox",
+    "gpt_oss",
+    "granite",
+    "granitemoe",
+    "helium",
+    "hunyuan_v1_dense",
+    "llama",
+    "llama4_text",
+    "ministral",
+    "mistral",
+    "mixtral",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+    "persimmon",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+]
 COMPLEX = {"deepseek_v2", "llama4_text"}  # these multiply by complex numbers, which our op is no place for
 IDS = torch.arange(3, 27).view(2, 12)
 STORIES = ["text:3 image:2x3 text:4", "text:1 image:3x2 text:6"]
@@ -59,7 +99,9 @@ def training(model):
         return str(error)
     model.train()(IDS).logits.square().mean().backward()
     handle.undo()
-    return "yes" if all(p.grad is None or p.grad.isfinite().all() for p in model.eval().parameters()) else "no"
+    return (
+        "yes" if all(p.grad is None or p.grad.isfinite().all() for p in model.eval().parameters()) else "no"
+    )
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -70,7 +112,11 @@ def test_a_family_by_name(tiny, families, model_type):
     far = decoding(model)
     assert far < 1e-4
     op = training(model)
-    families[model_type] = (f"{error:.0f}", f"{far:.0e}".replace("e-0", "e-"), op if op == "yes" else "refused")
+    families[model_type] = (
+        f"{error:.0f}",
+        f"{far:.0e}".replace("e-0", "e-"),
+        op if op == "yes" else "refused",
+    )
     assert (op == "yes") == (model_type not in COMPLEX), op
 
 
