@@ -130,7 +130,11 @@ def take_back(model: Any) -> None:
 
 
 def drop_hook(module: nn.Module, mine: Callable[..., Any]) -> None:
-    """Remove a forward pre-hook, found by itself, so that copies of a model can be undone too."""
-    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is mine]:
-        del module._forward_pre_hooks[key]
-        module._forward_pre_hooks_with_kwargs.pop(key, None)
+    """Remove a hook, found by itself, so that copies of a model can be undone too."""
+    for hooks, with_kwargs in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if hook is mine]:
+            del hooks[key]
+            with_kwargs.pop(key, None)

@@ -55,7 +55,7 @@ def ready(scheme: Any, asked: ModelRope, original: nn.Module, changes: dict[str,
     if changes or scheme.head_dim != 2 * asked.pairs:
         raise ValueError(
             f"{name} turns {2 * asked.pairs} channels of a head, so its Rotary needs that head_dim, not "
-            f"{scheme.head_dim}, and it is made already: {changes or 'nothing'} would be changed; make another"
+            f"{scheme.head_dim}, and cannot change {sorted(changes)} any more; make another"
         )
     refuse_scheme(scheme.scheme, asked, name, config)
     return scheme
@@ -72,8 +72,8 @@ def refuse_scheme(scheme: Scheme, asked: ModelRope, name: str, config: Any) -> N
         raise ValueError(f"{scheme} has {what}, but {name} makes one table for all heads and every length")
     if scheme.pairing != asked.pairing:
         raise ValueError(
-            f"the scheme pairs channels {scheme.pairing!r}, but the model's weights are for {asked.pairing!r}; "
-            "change the scheme's pairing, or the weights by `convert_pairing`"
+            f"the scheme pairs channels {scheme.pairing!r}, but the model's weights are for "
+            f"{asked.pairing!r}; change the scheme's pairing, or the weights by `convert_pairing`"
         )
     head_dim = read_head_dim(config) if config is not None else 2 * asked.pairs
     pairs = asked.pairs if scheme.fraction == 1 else scheme.pairs(head_dim)
@@ -86,7 +86,7 @@ def refuse_scheme(scheme: Scheme, asked: ModelRope, name: str, config: Any) -> N
         words, _ = LAYOUTS[scheme.layout].words(Cursor(), 2, len(scheme.axes))
         if not torch.equal(words, torch.arange(2.0, dtype=torch.float64)[:, None].expand_as(words)):
             raise ValueError(
-                f"layout {scheme.layout!r} does not count words 0, 1, 2 along all of its axes, as decoding does"
+                f"layout {scheme.layout!r} does not count words along all of its axes, as decoding does"
             )
     elif scheme.layout != "grid":
         raise ValueError(

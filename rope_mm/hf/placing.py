@@ -83,10 +83,11 @@ def read_grids(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[Segment
     seconds = inputs.get("second_per_grid_ts")
     videos = grids("video_grid_thw")
     paces = [1.0] * len(videos) if seconds is None else [float(pace) for pace in seconds]
-    return {
+    queues: dict[int, list[Segment]] = {
         1: [Image(y, x) if t == 1 else Video(t, y, x) for t, y, x in grids("image_grid_thw")],
-        2: [Video(*grid, pace) for grid, pace in zip(videos, paces, strict=True)],
+        2: [Video(t, y, x, pace) for (t, y, x), pace in zip(videos, paces, strict=True)],
     }
+    return queues
 
 
 def read_story(kinds: Tensor, queues: dict[int, list[Segment]]) -> list[Segment]:

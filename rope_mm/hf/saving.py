@@ -9,7 +9,6 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from rope_mm.rotary import Rotary
 from rope_mm.scheme import Scheme
 
 NAME = "rope_mm"
@@ -31,12 +30,12 @@ def not_yet(config: Any, *_: Any, layer_type: str | None = None, **__: Any) -> t
     return torch.linspace(1, 0.1, pairs), NotSetYet()
 
 
-ROPE_INIT_FUNCTIONS[NAME] = not_yet
+ROPE_INIT_FUNCTIONS[NAME] = not_yet  # pyright: ignore[reportArgumentType]
 
 
 def write(config: Any, schemes: Mapping[str | None, Scheme], refusing: bool) -> None:
     """Enter schemes, one for each type of layer, in a config; refusing, its models wait for `set_rope`."""
-    old = getattr(config, "rope_parameters", None) or {}
+    old: Any = getattr(config, "rope_parameters", None) or {}
     kind = {"rope_type": NAME} if refusing else {}  # towers know one rope_type and could not be loaded
     new = {
         layer: {**(old.get(layer) if layer else old), **kind, NAME: scheme.to_dict()}
@@ -61,16 +60,18 @@ def read(config: Any, layer: str | None) -> Scheme:
     return Scheme.from_dict(rope[NAME])
 
 
-def fill_learned(rope: Rotary, folder: str, key: str) -> None:
-    """Read a learned Omega from the weights beside a config.
+def fill_learned(rope: Any, folder: str, key: str) -> None:
+    """Read the learned Omega of a Rotary, where it has one, from the weights beside a config.
 
     Raises:
         ValueError: weights that are not there or do not hold it.
     """
+    if rope.learned is None:
+        return
     for path in sorted(Path(folder).glob("*.safetensors")) if folder else ():
         with safe_open(path, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118, it is no dict
-                if name.endswith(key) and rope.learned is not None:
+                if name.endswith(key):
                     rope.learned.data.copy_(weights.get_tensor(name))
                     return
     raise ValueError(

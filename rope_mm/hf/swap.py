@@ -5,107 +5,16 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from rope_mm import rotation
 from rope_mm.hf.attentions import drop_hook, give, take_back
-from rope_mm.hf.fitting import Runs, axes_of, describe, factor_of, ready
+from rope_mm.hf.fitting import Runs, ready
 from rope_mm.hf.placing import get_rope_index
 from rope_mm.hf.reading import ModelRope, layer_types, named, read_module, rotary_modules
 from rope_mm.hf.saving import fill_learned, read, write
-from rope_mm.kernels import Form, make_turn
+from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, mark_cache, split_positions
 from rope_mm.rotary import Rotary
 from rope_mm.scheme import Scheme
-
-
-class RopeMMRotaryEmbedding(nn.Module):
-    """Stands where a model's rotary module stood, is called as it was, and keeps it for `unset_rope`.
-
-    It has no buffers: Omega is rebuilt from its numbers, so that no cast and no empty load can harm it.
-
-    Attributes:
-        asked: how the model calls it and reads its tables, for each type of layer.
-        runs: what it runs, for each type of layer.
-        coords: positions (b, s, a) of the forward that is under way, where the model was given them.
-    """
-
-    def __init__(self, original: nn.Module, asked: dict[str | None, ModelRope], runs: dict[str | None, Runs]):
-        super().__init__()
-        self.original, self.asked, self.runs = original, asked, runs
-        self.learned = nn.ModuleList(rope for rope in runs.values() if isinstance(rope, Rotary))
-        self.config, self.rope_type = getattr(original, "config", None), "default"
-        self.coords: Tensor | None = None
-        self.turns = False
-        self.saved = getattr(self.config, "rope_parameters", None)
-
-    @property
-    def axes(self) -> int:
-        """How many coordinates a position has."""
-        return axes_of(next(iter(self.runs.values())))
-
-    @property
-    def reads_words(self) -> bool:
-        """Whether it is told positions of words, as in decoders, not rows and columns."""
-        return next(iter(self.asked.values())).call in ("words", "rows")
-
-    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None):
-        layer = layer_type if layer_type in self.runs else None
-        rope, asked = self.runs[layer], self.asked[layer]
-        positions = self.positions(position_ids, rope, asked)
-        if self.turns:
-            omega = torch.as_tensor(rope.omega, device=x.device)
-            turn = make_turn(positions, omega, Form(asked.pairing, factor=factor_of(rope)), x.dtype)
-            return turn, turn
-        if isinstance(rope, ModelRope):
-            return rope.cos_sin(positions, x.dtype)
-        cos, sin = rotation.cos_sin(positions, rope.omega, torch.float32, factor_of(rope))
-        return asked.fill(cos[..., 0, :], sin[..., 0, :], x.dtype)
-
-    def positions(self, ids: Tensor, rope: Runs, asked: ModelRope) -> Tensor:
-        """Positions (..., s, a) from what the model hands over."""
-        a = axes_of(rope)
-        if self.reads_words:
-            if self.coords is not None:
-                return self.coords
-            if ids.dim() == 3 and len(ids) == a:
-                return ids.movedim(0, -1)
-            return (ids if ids.dim() == 2 else ids[0])[..., None].expand(-1, -1, a)
-        if isinstance(rope, ModelRope):
-            return ids
-        at = dict(zip(asked.axes, ids.unbind(-1), strict=True))
-        still = torch.zeros_like(ids[..., 0])
-        return torch.stack([at.get(axis, still) for axis in rope.scheme.axes], -1)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{layer or 'all layers'}: {describe(rope)}" for layer, rope in self.runs.items())
-
-
-def split_positions(owner: nn.Module, args: tuple, kwargs: dict[str, Any]):
-    """Before the owner's forward: (1 + a, b, s) position_ids become token positions and coordinates.
-
-    Raises:
-        ValueError: three-dimensional position_ids of other rows.
-    """
-    rotary = next(m for m in owner.children() if isinstance(m, RopeMMRotaryEmbedding))
-    rotary.coords, ids = None, kwargs.get("position_ids")
-    if ids is None or ids.dim() != 3:
-        return None
-    a, rows = rotary.axes, len(ids)
-    native = next(iter(rotary.asked.values())).call == "rows"
-    if rows not in (1 + a, a, *((1, 3, 4) if native else ())):
-        raise ValueError(
-            f"position_ids {tuple(ids.shape)} have {rows} rows, but {a} axes need (1 + {a}, b, s), the token "
-            "positions first; `positions_for` makes them"
-        )
-    if rows in (a, 1 + a):
-        rotary.coords = ids[-a:].movedim(0, -1)
-    tokens = ids[0].long()
-    if native:  # such models split four rows themselves, and three have no token positions
-        kept = ids[:1].expand(3, -1, -1)
-        kept = torch.cat((tokens[None], kept)) if rows in (1 + a, 4) else kept
-        return args, {**kwargs, "position_ids": kept}
-    return args, {**kwargs, "position_ids": tokens}
 
 
 @dataclass(frozen=True)
@@ -123,7 +32,7 @@ class Handle:
         unset_rope(self.model)
 
 
-def sites(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Module]]:
+def sites(model: nn.Module) -> list[tuple[str, nn.Module, str, Any]]:
     """(name, owner, attribute, module) of rotary modules, ours included; of words where there are any."""
     ours = [
         (f"{name}.{leaf}".strip("."), owner, leaf, module)
@@ -199,14 +108,15 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
     swaps = [(owner, leaf, swap_for(owner, module, scheme, changes)) for _, owner, leaf, module in places]
     for _, leaf, swapped in swaps if scheme is None else ():
         for at, rope in enumerate(swapped.learned):
-            if rope.learned is not None:
-                fill_learned(rope, folder, f"{leaf}.learned.{at}.learned")
+            fill_learned(rope, folder, f"{leaf}.learned.{at}.learned")
     for owner, leaf, swapped in swaps:
         setattr(owner, leaf, swapped)
         if all(isinstance(rope, Rotary) for rope in swapped.runs.values()) and swapped.config:
             schemes: Any = {layer: rope.scheme for layer, rope in swapped.runs.items()}
             write(swapped.config, schemes, swapped.reads_words)
         owner.register_forward_pre_hook(split_positions, with_kwargs=True)
+        if not swapped.asked_natively:
+            owner.register_forward_hook(mark_cache, with_kwargs=True)
     for part in placing_parts(model):
         part.get_rope_index = MethodType(get_rope_index, part)
     return Handle(model)
@@ -231,17 +141,16 @@ def scheme_of(model: nn.Module) -> Scheme:
     return runs[0].scheme
 
 
-def swap_for(
-    owner: nn.Module, original: nn.Module, scheme: Any, changes: dict[str, Any]
-) -> RopeMMRotaryEmbedding:
+def swap_for(owner: nn.Module, original: Any, scheme: Any, changes: dict[str, Any]) -> RopeMMRotaryEmbedding:
     """The module that takes the place of `original`, checked.
 
     Raises:
         ValueError: what does not fit.
     """
     asked: dict[str | None, Any] = read_site(owner, original, strict=False)
-    loaded = {layer: read(original.config, layer) for layer in asked} if scheme is None else None
-    given = loaded or scheme if isinstance(loaded or scheme, Mapping) else dict.fromkeys(asked, scheme)
+    if scheme is None:
+        scheme = {layer: read(original.config, layer) for layer in asked}
+    given = scheme if isinstance(scheme, Mapping) else dict.fromkeys(asked, scheme)
     if set(given) != set(asked):
         raise ValueError(f"layers are of the types {list(asked)}, but schemes came for {list(given)}")
     runs = {layer: ready(given[layer], rope, original, changes) for layer, rope in asked.items()}
@@ -271,3 +180,4 @@ def unset_rope(model: nn.Module) -> None:
         if module.config:
             module.config.rope_parameters = module.saved
         drop_hook(owner, split_positions)
+        drop_hook(owner, mark_cache)

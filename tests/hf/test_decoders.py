@@ -15,6 +15,8 @@ from rope_mm.schemes import MULTIMODAL, TEXT
 IDS = torch.arange(3, 27).view(2, 12)
 # decoding in float32 with these weights and logits near 5; measured 1.3e-5 over all schemes
 WITHIN = 3e-5
+OWN = ["llama", "gemma3_text", "gpt_neox", "glm", "cohere", "gpt_oss", "olmo2", "phi"]
+OWN += ["deepseek_v2", "deepseek_v3", "llama4_text", "qwen3"]
 SERVED = [name for name in (*TEXT, *MULTIMODAL) if not SCHEMES[name].per_head]
 
 
@@ -28,23 +30,7 @@ def strong(tiny, model_type="llama", **more):
     return tiny(model_type, initializer_range=0.2, **more)
 
 
-@pytest.mark.parametrize(
-    "model_type",
-    [
-        "llama",
-        "gemma3_text",
-        "gpt_neox",
-        "glm",
-        "cohere",
-        "gpt_oss",
-        "deepseek_v2",
-        "deepseek_v3",
-        "llama4_text",
-        "qwen3",
-        "olmo2",
-        "phi",
-    ],
-)
+@pytest.mark.parametrize("model_type", OWN)
 def test_with_its_own_rope_a_model_is_unchanged_and_undone_it_is_its_own(tiny, model_type):
     model = tiny(model_type)
     before = logits(model)
@@ -242,7 +228,7 @@ def test_explain_says_what_runs_where(tiny, capsys):
         ("pairs channels 'interleaved'", "flat", {"pairing": "interleaved"}),
         ("fraction 0.25 of head_dim 16 makes 2 pairs", "flat", {"fraction": 0.25}),
         ("an Omega for each head", "mixed", {}),
-        ("does not count words", "flux2", {"pairing": "half"}),
+        ("does not count words along", "flux2", {"pairing": "half"}),
         ("scheme 'rope-tw' is unknown", "rope-tw", {}),
         ("a scheme has no", "rope-tv", {"thetta": 1.0}),
         (
@@ -372,3 +358,59 @@ def test_an_extension_multiplies_the_tables(tiny):
     set_rope(model, "flat", extensions=[yarn])
     cos, _ = model.model.rotary_emb(torch.zeros(1), IDS * 0)
     assert math.isclose(cos.max().item(), yarn.attention, rel_tol=1e-6)
+
+
+def test_a_second_turn_needs_positions_where_the_first_had_them(tiny):
+    model = strong(tiny)
+    set_rope(model, "m-rope", shares=(2, 3, 3))
+    p, ids = positions_for(model, [STORIES[0]]), torch.randint(3, 97, (1, 13))
+    full = logits(model, ids, position_ids=p)
+    with torch.no_grad():
+        cache = model(ids[:, :10], position_ids=p[..., :10]).past_key_values
+    with pytest.raises(ValueError, match=r"needs its own: position_ids \(1 \+ 3, b, s\)"):
+        logits(model, ids[:, 10:], past_key_values=cache)
+    second = logits(model, ids[:, 10:], past_key_values=cache, position_ids=p[..., 10:])
+    assert (second - full[:, 10:]).abs().max() < WITHIN
+
+
+def test_packed_documents_are_apart_or_refused(tiny):
+    model = strong(tiny)
+    set_rope(model, "rope-tv")
+    stories, ids = ["text:2 image:2x2 text:1", "text:5"], torch.randint(3, 97, (1, 12))
+    p = torch.cat([positions_for(model, [story]) for story in stories], -1)
+    with pytest.raises(ValueError, match="lets the documents see one another"):
+        logits(model, ids, position_ids=p)
+    packed = logits(model, ids, position_ids=p, use_cache=False)
+    alone = logits(model, ids[:, 7:], position_ids=p[..., 7:])
+    assert (packed[:, 7:] - alone).abs().max() < WITHIN
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_its_own_rope_leaves_a_model_of_small_numbers_unchanged(tiny, tmp_path, dtype):
+    tiny("llama").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    before = logits(model)
+    set_rope(model, rope_of(model))
+    assert before.dtype == dtype and torch.equal(logits(model), before)
+
+
+def test_a_rotary_of_another_head_is_refused(tiny):
+    with pytest.raises(ValueError, match="its Rotary needs that head_dim, not 8"):
+        set_rope(tiny("llama"), Rotary(8, "rope-tv"))
+
+
+def test_layers_may_run_at_their_own_theta(tiny):
+    model = strong(tiny, "gemma3_text", layer_types=["sliding_attention", "full_attention"])
+    own = rope_of(model)
+    assert {layer: rope.scheme.theta for layer, rope in own.items()} == {
+        "full_attention": 1e6,
+        "sliding_attention": 1e4,
+    }
+    before = logits(model)
+    set_rope(
+        model, {layer: SCHEMES["rope-tv"].change(theta=rope.scheme.theta) for layer, rope in own.items()}
+    )
+    assert positions_for(model, STORIES).shape == (4, 2, 27)
+    unset_rope(model)
+    set_rope(model, {layer: rope.scheme for layer, rope in own.items()})
+    assert (logits(model) - before).abs().max() < WITHIN

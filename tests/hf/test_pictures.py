@@ -98,7 +98,7 @@ def seen(*grids, video=False, between=1):
     ids = [1, 5]
     for t, y, x in grids:
         ids += [91 if video else 90] * (t * y * x // 4) + [7] * between
-    ids = torch.tensor([ids + [8, 9]])
+    ids = torch.tensor([[*ids, 8, 9]])
     kind, pixels = ("video", "pixel_values_videos") if video else ("image", "pixel_values")
     return {
         "input_ids": ids,
@@ -118,6 +118,7 @@ def logits(model, **inputs):
 
 
 GRIDS = (1, 4, 8), (1, 6, 4)
+SCHEMES_OF_TEXT = ["rope-tv", "rope-tv-2d", "m-rope-i", "vrope", "v2pe", "circle", "videorope"]
 QWENS = [qwen2_vl, qwen2_5_vl, qwen3_vl]
 GREEDY = {
     "max_new_tokens": 5,

@@ -1,4 +1,4 @@
-"""One family after another: unchanged by its own rope, decoding as its full forward does, trained by our op."""
+"""One family after another: unchanged by its own rope, decoding as its forward does, trained by our op."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def ropes(model):
 
 
 def identity(model, **use):
-    """Largest difference in logits that a model's own rope makes, and whether its rotary module was called."""
+    """Largest difference in logits that a model's own rope makes, and whether ours was called."""
     called = []
     with torch.no_grad():
         before = model(IDS, **use).logits
@@ -92,7 +92,7 @@ def decoding(model):
 
 
 def training(model):
-    """Whether our op rotates there, with gradients; the reason if not."""
+    """Whether our op rotates there and gradients come; the reason if it does not."""
     try:
         handle = use_kernels(model)
     except ValueError as error:
