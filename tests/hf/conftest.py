@@ -1,6 +1,7 @@
 """Tiny random models of transformers, and a table of families for README made of what was compared."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 README = Path(__file__).parents[2] / "README.md"
 BEGIN = "<!-- families: written by pytest tests/hf --write-families -->"
 END = "<!-- /families -->"
-ROWS: dict[str, tuple[str, ...]] = {}
+ROWS: dict[str, tuple[float, float, str]] = {}
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -81,9 +82,17 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
-def families() -> dict[str, tuple[str, ...]]:
+def families() -> dict[str, tuple[float, float, str]]:
     """Rows of the table: identity, kernels, decoding."""
     return ROWS
+
+
+def rounded_up(error: float) -> str:
+    """One digit, never below the error itself."""
+    if not error:
+        return "0"
+    power = math.floor(math.log10(error))
+    return f"{math.ceil(error / 10**power) * 10.0**power:.0e}".replace("e-0", "e-")
 
 
 def table() -> str:
@@ -92,7 +101,11 @@ def table() -> str:
         "| model type | its own rope: logits | a scheme of three axes: generate less forward | our op |",
         "| --- | --- | --- | --- |",
     ]
-    return "\n".join(head + [f"| {name} | {' | '.join(cells)} |" for name, cells in sorted(ROWS.items())])
+    rows = [
+        f"| {name} | {rounded_up(own)} | {rounded_up(far)} | {op} |"
+        for name, (own, far, op) in sorted(ROWS.items())
+    ]
+    return "\n".join(head + rows)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

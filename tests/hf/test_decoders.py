@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, StaticCache, Trainer, TrainingArguments
 
 from rope_mm import SCHEMES, Rotary, Scheme, rotation
 from rope_mm.extension import YaRN
@@ -330,6 +330,43 @@ def test_one_graph_serves_all_positions(tiny, kernels):
         with torch.no_grad():
             ours = compiled(IDS[:1], position_ids=p, use_cache=False).logits
         assert (ours - logits(model, IDS[:1], position_ids=p)).abs().max() < WITHIN
+
+
+def test_an_exported_model_takes_positions(tiny):
+    model = strong(tiny)
+    set_rope(model, "rope-tv")
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, p):
+            return self.model(ids, position_ids=p, use_cache=False).logits
+
+    p = positions_for(model, ["text:2 image:2x3 text:4"])
+    exported = torch.export.export(Logits(), (IDS[:1], p), strict=False).module()
+    other = positions_for(model, ["text:4 image:2x2 text:4"])
+    with torch.no_grad():
+        assert (exported(IDS[:1], other) - logits(model, IDS[:1], position_ids=other)).abs().max() < WITHIN
+
+
+def test_the_trainer_learns_weights_and_omega_with_and_without_checkpointing(tiny, tmp_path):
+    def losses(checkpointing):
+        model = tiny("llama")
+        set_rope(model, "rope-tv", learnable=True)
+        use_kernels(model)
+        before = model.model.rotary_emb.runs[None].learned.detach().clone()
+        run = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
+        quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+        arguments = TrainingArguments(str(tmp_path), **run, **quiet, activation_checkpointing=checkpointing)
+        trainer = Trainer(model, arguments, train_dataset=[{"input_ids": IDS[0], "labels": IDS[0]}] * 8)
+        trainer.train()
+        assert not torch.equal(model.model.rotary_emb.runs[None].learned, before)
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    plain = losses(False)
+    assert plain[-1] < plain[0] and losses(True) == plain
 
 
 def test_a_model_on_the_meta_device_is_read_and_changed(tiny):
