@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_mm.hf.reading import seen_globals
+from rope_mm.hf.saving import fill_learned, read, write
 from rope_mm.rope_parameters import read_head_dim
 from rope_mm.rotary import Rotary
 from rope_mm.scheme import Scheme
@@ -50,10 +51,14 @@ class Rotating:
 
         def rotated(module: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any):
             rope, story = module.rope_mm_told
+            if q.shape[2] != k.shape[2]:
+                raise ValueError(
+                    f"{q.shape[2]} queries meet {k.shape[2]} keys, as with a cache, and this rotation then "
+                    "does not know where they stand; pass use_cache=False"
+                )
             wide = torch.float32 if k.device.type == "mps" else torch.float64
             p = torch.tensor(numbers_of(rope.scheme, k.shape[2], story), dtype=wide, device=k.device)
-            q = rope.one(q.transpose(1, 2), p[-q.shape[2] :]).transpose(1, 2)
-            k = rope.one(k.transpose(1, 2), p).transpose(1, 2)
+            q, k = (x.transpose(1, 2) for x in rope(q.transpose(1, 2), k.transpose(1, 2), p))
             return attend(module, q, k, *args, **kwargs)
 
         return rotated
@@ -96,7 +101,7 @@ def tell(model: Any, args: tuple, kwargs: dict[str, Any]):
 
 
 def give(model: Any, scheme: Any, changes: dict[str, Any]) -> None:
-    """Let a model without rotary rotate by a scheme or a Rotary.
+    """Let a model without rotary rotate by a scheme, or by the one in its config.
 
     Raises:
         ValueError: no attention that can be served, or several parts with attention of their own.
@@ -108,14 +113,18 @@ def give(model: Any, scheme: Any, changes: dict[str, Any]) -> None:
             f"{type(model).__name__} has neither a rotary module nor one stack of attention to rotate"
             + (f"; give one of its parts: {parts}" if parts else "")
         )
-    rope = scheme
-    if not isinstance(scheme, Rotary):
-        heads, chosen = base.config.num_attention_heads, read_scheme(scheme, **changes)
-        rope = Rotary(read_head_dim(base.config), chosen, heads=heads if chosen.per_head else None)
+    given = read(base.config, None) if scheme is None else getattr(scheme, "scheme", scheme)
+    chosen = read_scheme(given, **changes)
+    heads = base.config.num_attention_heads if chosen.per_head else None
+    own = isinstance(scheme, Rotary) and not changes
+    rope = scheme if own else Rotary(read_head_dim(base.config), chosen, heads=heads)
+    if scheme is None:
+        fill_learned(rope, model.name_or_path, "rope_mm.learned")
+    base.rope_mm, base.rope_mm_saved = rope, vars(base.config).get("rope_parameters")
+    write(base.config, {None: chosen}, refusing=False)
     for module in found:
         vars(module)["rope_mm_forward"] = clone(type(module).forward, (NAME,), ROTATING)
         vars(module)["forward"] = MethodType(rotated_forward, module)
-    base.rope_mm = rope
     base.register_forward_pre_hook(tell, with_kwargs=True)
 
 
@@ -125,7 +134,8 @@ def take_back(model: Any) -> None:
         for mine in ("forward", "rope_mm_forward", "rope_mm_told"):
             vars(module).pop(mine, None)
     base = model.base_model
-    del base.rope_mm
+    base.config.rope_parameters = base.rope_mm_saved
+    del base.rope_mm, base.rope_mm_saved
     drop_hook(base, tell)
 
 

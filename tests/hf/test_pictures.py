@@ -42,7 +42,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rope_mm import SCHEMES, Image, Scheme, Still, Text, rotation
+from rope_mm import SCHEMES, Image, Rotary, Scheme, Still, Text, rotation
 from rope_mm.hf import positions_for, rope_of, set_rope, unset_rope, use_kernels
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
@@ -382,3 +382,21 @@ def test_what_has_no_attention_that_can_be_served_is_refused(tiny):
     for model in (tiny("gpt_neo"), torch.nn.Linear(2, 2)):
         with pytest.raises(ValueError, match="neither a rotary module nor one stack of attention"):
             set_rope(model, Scheme(layout="flat"))
+
+
+def test_what_had_no_rotary_has_no_cache_with_it(tiny):
+    model = tiny("gpt2")
+    set_rope(model, "flat")
+    ids = torch.randint(3, 97, (1, 8))
+    cache = model(ids).past_key_values
+    with pytest.raises(ValueError, match="1 queries meet 9 keys"):
+        model(ids[:, :1], past_key_values=cache)
+
+
+def test_a_rotary_of_ones_own_is_the_one_that_runs():
+    rope = Rotary(16, "rope-vit-mixed", heads=4)
+    model = bare(ViTModel, ViTConfig(**EYE))
+    set_rope(model, rope)
+    assert rope_of(model) is rope
+    run(model).square().sum().backward()
+    assert rope.learned.grad.abs().sum() > 0

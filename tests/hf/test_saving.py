@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ViTConfig, ViTModel
 
 from rope_mm import SCHEMES
 from rope_mm.hf import rope_of, set_rope
@@ -72,3 +72,22 @@ def test_the_scheme_is_written_in_words(tiny):
     model = tiny("llama")
     set_rope(model, SCHEMES["m-rope"])
     assert model.config.to_dict()["rope_parameters"]["rope_mm"]["shares"] == (2, 3, 3)
+
+
+def test_the_scheme_and_omega_of_a_model_that_had_none_are_saved_and_brought_back(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ViTConfig(**sizes, image_size=16, patch_size=4)
+    model, pixels = ViTModel(config).eval(), torch.randn(1, 3, 16, 16)
+    set_rope(model, "rope-vit-mixed")
+    with torch.no_grad():
+        model.rope_mm.learned.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    loaded = ViTModel.from_pretrained(tmp_path).eval()
+    set_rope(loaded)
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels)[0], model(pixels)[0])
+    loaded.config._name_or_path = ""
+    other = ViTModel(loaded.config)
+    with pytest.raises(ValueError, match="was learned, but no"):
+        set_rope(other)
+    assert not hasattr(other, "rope_mm")
