@@ -33,7 +33,11 @@ class Handle:
 
 
 def sites(model: nn.Module) -> list[tuple[str, nn.Module, str, Any]]:
-    """(name, owner, attribute, module) of rotary modules, ours included; of words where there are any."""
+    """(name, owner, attribute, module) of rotary modules, ours included; of words where there are any.
+
+    Raises:
+        ValueError: rotary modules in a list, of which only the model knows which it calls.
+    """
     ours = [
         (f"{name}.{leaf}".strip("."), owner, leaf, module)
         for name, owner in model.named_modules()
@@ -42,6 +46,11 @@ def sites(model: nn.Module) -> list[tuple[str, nn.Module, str, Any]]:
     ]
     inside = {id(module.original) for *_, module in ours}
     found = [site for site in rotary_modules(model) if id(site[-1]) not in inside] + ours
+    if listed := [name for name, owner, *_ in found if isinstance(owner, nn.ModuleList)]:
+        raise ValueError(
+            f"{type(model).__name__} keeps rotary modules in a list ({', '.join(listed)}), and only its own "
+            "forward knows which layer calls which; it is not served"
+        )
     text = getattr(model, "config", None) and model.config.get_text_config()  # pyright: ignore
     words = [site for site in found if getattr(site[-1], "config", None) is text]
     return words or found

@@ -451,3 +451,8 @@ def test_layers_may_run_at_their_own_theta(tiny):
     unset_rope(model)
     set_rope(model, {layer: rope.scheme for layer, rope in own.items()})
     assert (logits(model) - before).abs().max() < WITHIN
+
+
+def test_rotary_modules_in_a_list_are_refused_and_not_swapped_in_vain(tiny):
+    with pytest.raises(ValueError, match="keeps rotary modules in a list"):
+        set_rope(tiny("granite_swa"), "rope-tv")
