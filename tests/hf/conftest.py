@@ -1,0 +1,115 @@
+"""Tiny random models of transformers, and a table of families for README made of what was compared."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN = "<!-- families: written by pytest tests/hf --write-families -->"
+END = "<!-- /families -->"
+ROWS: dict[str, tuple[float, float, str]] = {}
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 97,
+    "max_position_embeddings": 256,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LATENT = {
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "qk_head_dim": 24,
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-families", action="store_true", help="write README's table of families")
+
+
+def pytest_configure() -> None:
+    transformers.logging.set_verbosity_error()
+
+
+def tiny_config(model_type: str, **more: Any) -> Any:
+    """The text config of a model type, every size small."""
+    default = AutoConfig.for_model(model_type).get_text_config()
+    sizes = SIZES | (LATENT if hasattr(default, "qk_rope_head_dim") else {}) | more
+    known = {f.name for f in dataclasses.fields(default)} | set(default.to_dict())
+    return type(default)(**{name: size for name, size in sizes.items() if name in known})
+
+
+def tiny_model(model_type: str, **more: Any) -> PreTrainedModel:
+    """A causal language model of this type with random weights."""
+    config = tiny_config(model_type, **more)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if size > 3e7:
+        raise ValueError(f"{size / 1e6:.0f} million parameters")
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """`tiny("llama")`: a small causal language model of this type."""
+    return tiny_model
+
+
+@pytest.fixture(scope="session")
+def families() -> dict[str, tuple[float, float, str]]:
+    """Rows of the table: identity, kernels, decoding."""
+    return ROWS
+
+
+def rounded_up(error: float) -> str:
+    """One digit, never below the error itself."""
+    if not error:
+        return "0"
+    power = math.floor(math.log10(error))
+    return f"{math.ceil(error / 10**power) * 10.0**power:.0e}".replace("e-0", "e-")
+
+
+def table() -> str:
+    """Rows as Markdown, by family."""
+    head = [
+        "| model type | its own rope: logits | a scheme of three axes: generate less forward | our op |",
+        "| --- | --- | --- | --- |",
+    ]
+    rows = [
+        f"| {name} | {rounded_up(own)} | {rounded_up(far)} | {op} |"
+        for name, (own, far, op) in sorted(ROWS.items())
+    ]
+    return "\n".join(head + rows)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if session.config.getoption("--write-families", default=False):
+        text = README.read_text()
+        before, rest = text.split(BEGIN)
+        README.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}")

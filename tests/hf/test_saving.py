@@ -1,0 +1,93 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, ViTConfig, ViTModel
+
+from rope_mm import SCHEMES
+from rope_mm.hf import rope_of, set_rope
+
+IDS = torch.arange(3, 15)[None]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt_neox", "deepseek_v3"])
+def test_a_scheme_is_saved_and_one_line_brings_it_back(tiny, tmp_path, model_type):
+    model = tiny(model_type)
+    own = rope_of(model)
+    pairing = (next(iter(own.values())) if isinstance(own, dict) else own).pairing
+    set_rope(model, "rope-tv", theta=5e5, pairing=pairing)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
+        logits(loaded)
+    set_rope(loaded)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_undone_the_config_is_what_it_was(tiny):
+    model = tiny("llama")
+    before = dict(model.config.rope_parameters)
+    handle = set_rope(model, "rope-tv", theta=5e5)
+    assert model.config.rope_parameters["rope_mm"] == {"layout": "rope-tv", "theta": 5e5}
+    handle.undo()
+    assert model.config.rope_parameters == before
+
+
+def test_its_own_rope_leaves_the_config_alone(tiny):
+    model = tiny("llama")
+    before = dict(model.config.rope_parameters)
+    set_rope(model, rope_of(model))
+    assert model.config.rope_parameters == before
+
+
+def test_a_learned_omega_is_saved_and_loaded_with_the_model(tiny, tmp_path):
+    model = tiny("llama")
+    set_rope(model, "rope-tv", learnable=True)
+    with torch.no_grad():
+        model.model.rotary_emb.runs[None].learned.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    set_rope(loaded)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_learned_omega_that_was_lost_is_refused(tiny, tmp_path):
+    model = tiny("llama")
+    set_rope(model, "rope-tv", learnable=True)
+    model.config.save_pretrained(tmp_path)
+    other = AutoModelForCausalLM.from_config(model.config)
+    with pytest.raises(ValueError, match="was learned, but no"):
+        set_rope(other)
+
+
+def test_a_config_without_a_scheme_is_refused(tiny):
+    with pytest.raises(ValueError, match="holds no scheme of ours"):
+        set_rope(tiny("llama"))
+
+
+def test_the_scheme_is_written_in_words(tiny):
+    model = tiny("llama")
+    set_rope(model, SCHEMES["m-rope"])
+    assert model.config.to_dict()["rope_parameters"]["rope_mm"]["shares"] == (2, 3, 3)
+
+
+def test_the_scheme_and_omega_of_a_model_that_had_none_are_saved_and_brought_back(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ViTConfig(**sizes, image_size=16, patch_size=4)
+    model, pixels = ViTModel(config).eval(), torch.randn(1, 3, 16, 16)
+    set_rope(model, "rope-vit-mixed")
+    with torch.no_grad():
+        model.rope_mm.learned.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    loaded = ViTModel.from_pretrained(tmp_path).eval()
+    set_rope(loaded)
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels)[0], model(pixels)[0])
+    loaded.config._name_or_path = ""
+    other = ViTModel(loaded.config)
+    with pytest.raises(ValueError, match="was learned, but no"):
+        set_rope(other)
+    assert not hasattr(other, "rope_mm")
