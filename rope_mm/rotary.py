@@ -14,12 +14,6 @@ from rope_mm.schemes import read_scheme
 from rope_mm.segments import Segment
 
 
-@torch.compiler.assume_constant_result
-def omega_numbers(scheme: Scheme, head_dim: int, heads: int | None) -> list[Any]:
-    """Omega of a scheme, whatever the length, as numbers: a compiler need not follow how they are made."""
-    return scheme.omega(head_dim, heads).tolist()
-
-
 class Rotary(nn.Module):
     """Rotates queries and keys by a scheme.
 
@@ -64,9 +58,6 @@ class Rotary(nn.Module):
         Raises:
             ValueError: a learned Omega that something has cast below float32.
         """
-        if self.learned is None and torch.compiler.is_compiling() and not self.scheme.needs_length:
-            numbers = omega_numbers(self.scheme, self.head_dim, self.heads)
-            return torch.tensor(numbers, dtype=torch.float64, device="cpu")
         if self.learned is None:
             return self.scheme.omega(self.head_dim, self.heads, length) if length else self.fixed
         if self.learned.dtype not in (torch.float32, torch.float64):
