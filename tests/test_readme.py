@@ -63,7 +63,7 @@ def test_every_command_is_one_that_the_project_knows():
     pattern = r"^    (?:\w+=\S+ )?((?:python|accelerate|torchrun|make) .*)$"
     commands = re.findall(pattern, README.replace("\\\n", " "), flags=re.MULTILINE)
     assert len(commands) >= 6
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for command in commands:
         words = shlex.split(command, comments=True)
         if words[0] == "make":
