@@ -139,6 +139,8 @@ def place_rows(
     Raises:
         ValueError: as `place`, and where there are not as many cursors as stories or no such side.
     """
+    if isinstance(stories, str):
+        raise ValueError(f"a batch is a list of stories, not one text; write [{stories!r}]")
     cursors = cursors or [Cursor()] * len(stories)
     if len(cursors) != len(stories):
         raise ValueError(f"{len(stories)} stories need as many cursors, not {len(cursors)}")

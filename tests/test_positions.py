@@ -289,6 +289,8 @@ def test_augmentation_by_nothing_changes_nothing_and_bad_ranges_are_refused():
 def test_a_batch_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="2 stories need as many cursors, not 1"):
         place_rows(["text:1", "text:2"], cursors=[Cursor()])
+    with pytest.raises(ValueError, match=r"write \['text:1'\]"):
+        place_rows("text:1")
     with pytest.raises(ValueError, match="'left' or 'right', not 'middle'"):
         place_rows(["text:1"], padding_side="middle")
 
