@@ -7,7 +7,7 @@ import pytest
 
 def test_readme_lists_every_original_that_was_compared(request, compared):
     here = Path(__file__).parent
-    if {item.path for item in request.session.items} < set(here.glob("test_*.py")):
+    if not set(here.glob("test_*.py")) <= {item.path for item in request.session.items}:
         pytest.skip("a part of the folder compares a part of the originals")
     written, rows = compared
     assert len(rows) >= 40
