@@ -107,30 +107,3 @@ def turn_heads(
     first, second = split(rotated, blocks)
     turned = join(first * cos - second * sin, first * sin + second * cos, blocks)
     return torch.cat((before, turned, after), dim=-1).to(x.dtype)
-
-
-def rotate(
-    q: Tensor,
-    k: Tensor,
-    positions: Tensor,
-    omega: Tensor,
-    pairing: str = "half",
-    *,
-    blocks: Sequence[int] = (),
-    tail: bool = False,
-    factor: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """q (b, s, h, d) and k (b, s, g, d) rotated by positions @ Omega, with gradients to all four.
-
-    Args:
-        q: queries.
-        k: keys, whose heads g may be fewer.
-        positions: (s, a) or (b, s, a), real numbers.
-        omega: (a, r), or (n, a, r) with n dividing g.
-        pairing: "half", "interleaved", or "block" with the pairs of each of its `blocks`.
-        blocks: pairs in each block, for "block".
-        tail: whether the last 2r channels are rotated, not the first.
-        factor: what cosine and sine are multiplied by.
-    """
-    cos, sin = cos_sin(positions, omega, torch.promote_types(q.dtype, torch.float32), factor)
-    return turn_heads(q, cos, sin, pairing, blocks, tail), turn_heads(k, cos, sin, pairing, blocks, tail)

@@ -42,7 +42,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rope_mm import SCHEMES, Image, Rotary, Scheme, Still, Text, rotation
+from rope_mm import SCHEMES, Image, Rotary, Scheme, Still, Text, rotate
 from rope_mm.hf import positions_for, rope_of, set_rope, unset_rope, use_kernels
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
@@ -341,7 +341,7 @@ def test_queries_and_keys_are_turned_as_the_definition_says(cls, config, story):
     run(model)
     p, _ = SCHEMES["rope-vit-axial"].place(story)
     omega = SCHEMES["rope-vit-axial"].omega(16)
-    exact = rotation.rotate(*(x.double().transpose(1, 2) for x in plain), p, omega, "interleaved")
+    exact = rotate(*(x.double().transpose(1, 2) for x in plain), p, omega, "interleaved")
     for ours, true in zip(heads[0], exact, strict=True):
         assert (ours.transpose(1, 2) - true).abs().max() < 1e-6
 

@@ -315,7 +315,9 @@ def test_the_door_of_the_library_opens_to_the_kernel(
 ) -> None:
     inputs: Inputs = Case(n=2).make(device)
     q, k, positions, omega = inputs
-    agree(rotation.rotate(*inputs, pairing), truth(*wider(inputs), pairing=pairing))
+    tables = rotation.cos_sin(positions, omega)
+    defined = tuple(rotation.turn_heads(x, *tables, pairing) for x in (q, k))
+    agree(defined, truth(*wider(inputs), pairing=pairing))
     monkeypatch.setattr(rope_mm.kernels, "served", lambda device, dtype: True)
     turn = rope_mm.kernels.make_turn(positions, omega, pairing)
     for opened in (rope_mm.kernels.rotate(q, k, positions, omega, pairing), turn(q, k)):
