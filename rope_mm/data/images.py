@@ -1,6 +1,6 @@
 """Anything that `datasets` loads -> captioned images as tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -11,9 +11,15 @@ from PIL import Image as Picture
 from PIL import ImageOps
 from torch import Tensor
 
+from rope_mm.data.captioned_sprites import captioned_clips, captioned_sprites
 from rope_mm.data.digits import captioned_digits
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+EMBEDDED: dict[str, Callable[[], DatasetDict]] = {
+    "digits": captioned_digits,
+    "sprites": captioned_sprites,
+    "clips": captioned_clips,
+}
 
 
 class CaptionedImages:
@@ -110,15 +116,15 @@ def read_labels(column: Sequence, name: str) -> Tensor:
 
 
 def load_splits(path: str) -> DatasetDict:
-    """Splits train and test of "digits", a folder, a parquet file or a hub name.
+    """Splits train and test of a source in `EMBEDDED`, a folder, a parquet file or a hub name.
 
     Where there is no test or validation split, a fifth of the rows is held out.
 
     Raises:
         ValueError: what `datasets` cannot load.
     """
-    if path == "digits":
-        return captioned_digits()
+    if path in EMBEDDED:
+        return EMBEDDED[path]()
     try:
         if Path(path).suffix == ".parquet":
             loaded = datasets.load_dataset("parquet", data_files=path)
