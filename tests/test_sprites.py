@@ -124,7 +124,7 @@ def test_the_stored_pixels_are_the_drawn_ones():
 def test_every_combination_is_read_back_from_every_phrase(phrase):
     names = CLIP_FACTORS if phrase in CLIP_PHRASES else FACTORS
     factors = all_combinations(names)
-    said = write_captions(factors, [phrase] * len(factors["shape"]))
+    said = write_captions(factors, [phrase], [0] * len(factors["shape"]))
     read = [read_caption(caption) for caption in said]
     assert_says({name: torch.tensor([row[name] for row in read]) for name in names}, factors)
     assert len(set(said)) == len(said)

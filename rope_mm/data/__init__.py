@@ -6,6 +6,8 @@ from rope_mm.data.captioned_sprites import captioned_clips as captioned_clips
 from rope_mm.data.captioned_sprites import captioned_sprites as captioned_sprites
 from rope_mm.data.captioned_sprites import is_held_out as is_held_out
 from rope_mm.data.captioned_sprites import read_caption as read_caption
+from rope_mm.data.clips import CaptionedClips as CaptionedClips
+from rope_mm.data.clips import load_clips as load_clips
 from rope_mm.data.digits import DIGIT_NAMES as DIGIT_NAMES
 from rope_mm.data.digits import PHRASES as PHRASES
 from rope_mm.data.digits import captioned_digits as captioned_digits

@@ -92,7 +92,7 @@ def captioned_clips(
     return deal(combinations, apart, counts, seed, phrases, draw, columns)
 
 
-def all_combinations(names: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+def all_combinations(names: Mapping[str, Sequence]) -> dict[str, Tensor]:
     """Every combination of factors, (n,) each."""
     columns = torch.cartesian_prod(*(torch.arange(len(words)) for words in names.values())).unbind(1)
     return dict(zip(names, columns, strict=True))
@@ -129,7 +129,7 @@ def deal(
         said = torch.randint(len(phrases), (count,), generator=seeded(seed, "phrase", split))
         columns = {
             next(iter(pictures)): draw(factors, nudge),
-            "caption": write_captions(factors, [phrases[i] for i in said]),
+            "caption": write_captions(factors, phrases, said.tolist()),
             **{name: factor.tolist() for name, factor in factors.items()},
         }
         labels = {name: ClassLabel(names=list(CLIP_FACTORS[name])) for name in factors}
@@ -145,12 +145,12 @@ def encode_pictures(pictures: Tensor) -> list[dict]:
     return [{"bytes": header + picture.tobytes(), "path": None} for picture in pixels]
 
 
-def write_captions(factors: Factors, phrases: Sequence[str]) -> list[str]:
-    """What the factors (n,) say, each in its phrase."""
-    words = [[CLIP_FACTORS[name][i] for i in factor] for name, factor in factors.items()]
+def write_captions(factors: Factors, phrases: Sequence[str], said: Sequence[int]) -> list[str]:
+    """What the factors (n,) say, each in the phrase of its index."""
+    words = [[CLIP_FACTORS[name][i] for i in factor.tolist()] for name, factor in factors.items()]
     return [
-        phrase.format(**dict(zip(factors, row, strict=True)))
-        for phrase, *row in zip(phrases, *words, strict=True)
+        phrases[index].format(**dict(zip(factors, row, strict=True)))
+        for index, row in zip(said, zip(*words, strict=True), strict=True)
     ]
 
 

@@ -15,11 +15,6 @@ from rope_mm.data.captioned_sprites import captioned_clips, captioned_sprites
 from rope_mm.data.digits import captioned_digits
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-EMBEDDED: dict[str, Callable[[], DatasetDict]] = {
-    "digits": captioned_digits,
-    "sprites": captioned_sprites,
-    "clips": captioned_clips,
-}
 
 
 class CaptionedImages:
@@ -40,13 +35,7 @@ class CaptionedImages:
         caption: str = "caption",
         label: str = "",
     ):
-        for column in filter(None, (image, caption, label)):
-            if column not in rows.column_names:
-                raise ValueError(f"the data has no column {column!r}; it has {', '.join(rows.column_names)}")
-        if channels not in MODES:
-            raise ValueError(f"images have {', '.join(map(str, MODES))} channels, not {channels}")
-        if not len(rows):
-            raise ValueError("the data has no rows")
+        check_rows(rows, channels, image, caption, label)
         self.captions = read_captions(rows[caption], caption)
         self.labels = read_labels(rows[label], label) if label else None
         if not isinstance(rows.features[image], datasets.Image):
@@ -78,15 +67,42 @@ class CaptionedImages:
     def decode(self, row: int, stored: dict) -> Tensor:
         """One image (ch, size, size) from what `datasets` stores: bytes or a path."""
         try:
-            data = stored["bytes"] or Path(stored["path"]).read_bytes()
-            source = Picture.open(BytesIO(data)).convert(MODES[self.channels])
-            picture = ImageOps.fit(source, (self.size, self.size), Picture.Resampling.BOX)
-        except (OSError, ValueError, SyntaxError, TypeError, Picture.DecompressionBombError) as error:
+            return fit_picture(open_picture(stored), self.size, self.channels) / 127.5 - 1
+        except UNREADABLE as error:
             name = (stored or {}).get("path") or "the image"
             message = f"row {row}, column {self.image!r}: {name} does not decode ({error})"
             raise ValueError(message) from error
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        return pixels.view(self.size, self.size, self.channels).permute(2, 0, 1) / 127.5 - 1
+
+
+def check_rows(rows: Dataset, channels: int, *columns: str) -> None:
+    """Refuse rows without these columns, where they have a name, and channels that no image has.
+
+    Raises:
+        ValueError: with the columns that there are.
+    """
+    for column in filter(None, columns):
+        if column not in rows.column_names:
+            raise ValueError(f"the data has no column {column!r}; it has {', '.join(rows.column_names)}")
+    if channels not in MODES:
+        raise ValueError(f"images have {', '.join(map(str, MODES))} channels, not {channels}")
+    if not len(rows):
+        raise ValueError("the data has no rows")
+
+
+# what opening and fitting a picture raise if its bytes are none
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, Picture.DecompressionBombError)
+
+
+def open_picture(stored: dict) -> Picture.Image:
+    """A picture from what `datasets` stores: bytes or a path."""
+    return Picture.open(BytesIO(stored["bytes"] or Path(stored["path"]).read_bytes()))
+
+
+def fit_picture(picture: Picture.Image, size: int, channels: int) -> Tensor:
+    """Pixels (ch, size, size), uint8, of a picture cropped to a centred square and resized."""
+    fitted = ImageOps.fit(picture.convert(MODES[channels]), (size, size), Picture.Resampling.BOX)
+    pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
+    return pixels.view(size, size, channels).permute(2, 0, 1)
 
 
 def read_captions(column: Sequence, name: str) -> list[str]:
@@ -113,6 +129,13 @@ def read_labels(column: Sequence, name: str) -> Tensor:
         if not isinstance(label, int) or label < 0:
             raise ValueError(f"row {row}, column {name!r}: a label is a whole number from 0, not {label!r}")
     return torch.tensor(labels)
+
+
+EMBEDDED: dict[str, Callable[[], DatasetDict]] = {
+    "digits": captioned_digits,
+    "sprites": captioned_sprites,
+    "clips": captioned_clips,
+}
 
 
 def load_splits(path: str) -> DatasetDict:

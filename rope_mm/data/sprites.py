@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 Inside = Callable[[Tensor, Tensor], Tensor]
 
@@ -61,6 +62,7 @@ CLIP_FACTORS = {**FACTORS, "motion": tuple(MOTIONS)}
 RADIUS = 3.5 / 16  # of the shorter side
 NUDGE = 1 / 16  # of a side; a sprite stands up to one from the middle of its place
 SAMPLES = 4  # across a pixel, in both directions
+CHUNK = 64  # sprites at once: what their samples take stays in the cache
 
 Factors = Mapping[str, Tensor]
 
@@ -80,18 +82,13 @@ def sprite_masks(factors: Factors, size: tuple[int, int], nudge: Tensor | None =
     """
     steps = torch.zeros(len(factors["shape"]), 2) if nudge is None else nudge
     centre = (torch.stack([factors["row"], factors["column"]], 1) + 1) / 4 + steps * NUDGE
-    pixels, radius = [torch.arange(side) for side in size], RADIUS * min(size)
-    masks = torch.zeros(len(centre), *size)
+    fine = [(torch.arange(side * SAMPLES) + 0.5) / SAMPLES for side in size]
+    masks, radius = torch.zeros(len(centre), *size), RADIUS * min(size)
     for index, inside in enumerate(SHAPES.values()):
-        rows = (factors["shape"] == index).nonzero()[:, 0]
-        for part in range(SAMPLES**2):
-            offsets = [(part // SAMPLES + 0.5) / SAMPLES, (part % SAMPLES + 0.5) / SAMPLES]
-            y, x = (
-                (pixels[axis] + offsets[axis] - centre[rows, axis, None] * size[axis]) / radius
-                for axis in (0, 1)
-            )
-            masks[rows] += inside(y[:, :, None], x[:, None, :])
-    return masks / SAMPLES**2
+        for rows in filter(len, (factors["shape"] == index).nonzero()[:, 0].split(CHUNK)):
+            y, x = ((fine[axis] - centre[rows, axis, None] * size[axis]) / radius for axis in (0, 1))
+            masks[rows] = avg_pool2d(inside(y[:, :, None], x[:, None, :]).float(), SAMPLES)
+    return masks
 
 
 def draw_sprites(factors: Factors, size: int | tuple[int, int] = 16, nudge: Tensor | None = None) -> Tensor:
