@@ -1,6 +1,6 @@
 """Anything that `datasets` loads -> captioned images as tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from PIL import Image as Picture
 from PIL import ImageOps
 from torch import Tensor
 
+from rope_mm.data.captioned_sprites import captioned_clips, captioned_sprites
 from rope_mm.data.digits import captioned_digits
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -34,13 +35,7 @@ class CaptionedImages:
         caption: str = "caption",
         label: str = "",
     ):
-        for column in filter(None, (image, caption, label)):
-            if column not in rows.column_names:
-                raise ValueError(f"the data has no column {column!r}; it has {', '.join(rows.column_names)}")
-        if channels not in MODES:
-            raise ValueError(f"images have {', '.join(map(str, MODES))} channels, not {channels}")
-        if not len(rows):
-            raise ValueError("the data has no rows")
+        check_rows(rows, channels, image, caption, label)
         self.captions = read_captions(rows[caption], caption)
         self.labels = read_labels(rows[label], label) if label else None
         if not isinstance(rows.features[image], datasets.Image):
@@ -72,15 +67,42 @@ class CaptionedImages:
     def decode(self, row: int, stored: dict) -> Tensor:
         """One image (ch, size, size) from what `datasets` stores: bytes or a path."""
         try:
-            data = stored["bytes"] or Path(stored["path"]).read_bytes()
-            source = Picture.open(BytesIO(data)).convert(MODES[self.channels])
-            picture = ImageOps.fit(source, (self.size, self.size), Picture.Resampling.BOX)
-        except (OSError, ValueError, SyntaxError, TypeError, Picture.DecompressionBombError) as error:
+            return fit_picture(open_picture(stored), self.size, self.channels) / 127.5 - 1
+        except UNREADABLE as error:
             name = (stored or {}).get("path") or "the image"
             message = f"row {row}, column {self.image!r}: {name} does not decode ({error})"
             raise ValueError(message) from error
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        return pixels.view(self.size, self.size, self.channels).permute(2, 0, 1) / 127.5 - 1
+
+
+def check_rows(rows: Dataset, channels: int, *columns: str) -> None:
+    """Refuse rows without these columns, where they have a name, and channels that no image has.
+
+    Raises:
+        ValueError: with the columns that there are.
+    """
+    for column in filter(None, columns):
+        if column not in rows.column_names:
+            raise ValueError(f"the data has no column {column!r}; it has {', '.join(rows.column_names)}")
+    if channels not in MODES:
+        raise ValueError(f"images have {', '.join(map(str, MODES))} channels, not {channels}")
+    if not len(rows):
+        raise ValueError("the data has no rows")
+
+
+# what opening and fitting a picture raise if its bytes are none
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, Picture.DecompressionBombError)
+
+
+def open_picture(stored: dict) -> Picture.Image:
+    """A picture from what `datasets` stores: bytes or a path."""
+    return Picture.open(BytesIO(stored["bytes"] or Path(stored["path"]).read_bytes()))
+
+
+def fit_picture(picture: Picture.Image, size: int, channels: int) -> Tensor:
+    """Pixels (ch, size, size), uint8, of a picture cropped to a centred square and resized."""
+    fitted = ImageOps.fit(picture.convert(MODES[channels]), (size, size), Picture.Resampling.BOX)
+    pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
+    return pixels.view(size, size, channels).permute(2, 0, 1)
 
 
 def read_captions(column: Sequence, name: str) -> list[str]:
@@ -109,16 +131,23 @@ def read_labels(column: Sequence, name: str) -> Tensor:
     return torch.tensor(labels)
 
 
+EMBEDDED: dict[str, Callable[[], DatasetDict]] = {
+    "digits": captioned_digits,
+    "sprites": captioned_sprites,
+    "clips": captioned_clips,
+}
+
+
 def load_splits(path: str) -> DatasetDict:
-    """Splits train and test of "digits", a folder, a parquet file or a hub name.
+    """Splits train and test of a source in `EMBEDDED`, a folder, a parquet file or a hub name.
 
     Where there is no test or validation split, a fifth of the rows is held out.
 
     Raises:
         ValueError: what `datasets` cannot load.
     """
-    if path == "digits":
-        return captioned_digits()
+    if path in EMBEDDED:
+        return EMBEDDED[path]()
     try:
         if Path(path).suffix == ".parquet":
             loaded = datasets.load_dataset("parquet", data_files=path)

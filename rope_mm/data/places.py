@@ -1,0 +1,124 @@
+"""Documents with a question whose answer is a place: in a picture, between pictures, or in time.
+
+Each function draws from a generator and takes every size as an argument, so that sizes never trained can be
+asked: finer grids, other aspect ratios, longer documents and clips. Rows, columns and frames count from 1.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from rope_mm.data.sprites import BACKGROUND, COLOURS, FACTORS, PLACES, ROWS, SHAPES, draw_sprites
+
+WORDS = (
+    "apple",
+    "bread",
+    "cloud",
+    "drum",
+    "eagle",
+    "forest",
+    "garden",
+    "hammer",
+    "island",
+    "jacket",
+    "kettle",
+)
+WORDS += ("lemon", "mirror", "needle", "ocean", "pencil", "river", "stone", "table", "window")
+
+
+class Quiz(NamedTuple):
+    """A document of strings, pictures (3, y, x) and clips (t, 3, y, x), uint8; a question; its answer."""
+
+    document: list[str | Tensor]
+    question: str
+    answer: str
+
+
+def ask_cell(generator: Generator, rows: int = 4, columns: int = 4, cell: int = 4) -> Quiz:
+    """Where in a grid of rows x columns cells, each `cell` pixels a side, the coloured one is.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    check_sizes(rows=rows, columns=columns, cell=cell)
+    row, column, colour = (draw(generator, n) for n in (rows, columns, len(COLOURS)))
+    grid = torch.tensor(BACKGROUND).expand(rows, columns, 3).clone()
+    grid[(torch.arange(rows)[:, None] + torch.arange(columns)) % 2 == 1] += 14  # a chessboard, to count by
+    grid[row, column] = torch.tensor(list(COLOURS.values())[colour])
+    picture = grid.permute(2, 0, 1).repeat_interleave(cell, 1).repeat_interleave(cell, 2).to(torch.uint8)
+    question = f"which cell is {list(COLOURS)[colour]}?"
+    return Quiz([picture], question, f"row {row + 1} column {column + 1}")
+
+
+def ask_neighbour(
+    generator: Generator, pictures: int = 2, words: int = 2, size: int | tuple[int, int] = 16
+) -> Quiz:
+    """Which word stands right before or after one of several pictures, with `words` words in each gap.
+
+    Raises:
+        ValueError: a count below 1, or more pictures than differ in shape and colour.
+    """
+    check_sizes(pictures=pictures, words=words)
+    if pictures > len(SHAPES) * len(COLOURS):
+        raise ValueError(f"there are {len(SHAPES) * len(COLOURS)} different sprites, not {pictures}")
+    sprites = torch.randperm(len(SHAPES) * len(COLOURS), generator=generator)[:pictures]
+    place = torch.randint(len(ROWS), (2, pictures), generator=generator)
+    factors = {"shape": sprites // len(COLOURS), "colour": sprites % len(COLOURS)}
+    drawn = draw_sprites({**factors, **dict(zip(PLACES, place, strict=True))}, size)
+    said = torch.randint(len(WORDS), (pictures + 1, words), generator=generator).tolist()
+    gaps = [[WORDS[i] for i in gap] for gap in said]
+    asked, after = draw(generator, pictures), draw(generator, 2)
+    answer = gaps[asked + 1][0] if after else gaps[asked][-1]
+    document: list[str | Tensor] = [" ".join(gaps[0])]
+    for picture, gap in zip(drawn, gaps[1:], strict=True):
+        document += [picture, " ".join(gap)]
+    question = f"which word stands right {('before', 'after')[after]} the {name(factors, asked)}?"
+    return Quiz(document, question, answer)
+
+
+def ask_frame(
+    generator: Generator, frames: int = 8, period: int = 2, size: int | tuple[int, int] = 16
+) -> Quiz:
+    """In which frame of a clip a sprite is, among look-alikes before and after it at every period-th frame.
+
+    The look-alikes have its place and shape but another colour; all other frames are empty. A rotation of
+    that period turns them all alike (a needle among periodic distractors, arXiv 2502.05173).
+
+    Raises:
+        ValueError: less than two frames, or a period below 1.
+    """
+    check_sizes(period=period, frames=frames)
+    if frames < 2:
+        raise ValueError(f"a clip of {frames} frame has no second one to choose; give it 2 or more")
+    shape, colour, row, column = (draw(generator, len(FACTORS[factor])) for factor in FACTORS)
+    other = (colour + 1 + draw(generator, len(COLOURS) - 1)) % len(COLOURS)
+    needle = draw(generator, frames)
+    time = torch.arange(frames)
+    shapes = torch.where((time - needle) % period == 0, shape, -1)
+    colours = torch.where(time == needle, colour, other)
+    places = {"row": torch.full_like(time, row), "column": torch.full_like(time, column)}
+    clip = draw_sprites({"shape": shapes, "colour": colours, **places}, size)
+    sought = name({"shape": torch.tensor([shape]), "colour": torch.tensor([colour])}, 0)
+    return Quiz([clip], f"which frame shows the {sought}?", f"frame {needle + 1}")
+
+
+def name(factors: dict[str, Tensor], index: int) -> str:
+    """What one sprite is called: "red circle"."""
+    return " ".join(FACTORS[factor][factors[factor][index]] for factor in ("colour", "shape"))
+
+
+def draw(generator: Generator, below: int) -> int:
+    """A whole number from 0 to below - 1."""
+    return int(torch.randint(below, (), generator=generator))
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuse sizes of nothing.
+
+    Raises:
+        ValueError: with the name and the size.
+    """
+    for what, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{what} must be 1 or more, not {size}")
