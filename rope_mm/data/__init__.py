@@ -1,5 +1,7 @@
 """Captioned images: digits that come with the library, or anything that `datasets` loads."""
 
+from rope_mm.data.augment import AUGMENTATIONS as AUGMENTATIONS
+from rope_mm.data.augment import draw_augmentation as draw_augmentation
 from rope_mm.data.digits import DIGIT_NAMES as DIGIT_NAMES
 from rope_mm.data.digits import PHRASES as PHRASES
 from rope_mm.data.digits import captioned_digits as captioned_digits
