@@ -209,7 +209,7 @@ def train(training: Training, out: Path) -> dict[str, float]:
             if last or stopping or step % config.checkpoint_every == 0:
                 save(out, step, accelerator)
             if stopping and not last:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(stop.signal)
     if marks is None:  # the run was whole already
         marks = training.look(out / "samples" / f"step-{step:06d}.png")
     training.save_model(out / "model")

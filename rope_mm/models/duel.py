@@ -77,6 +77,8 @@ class Duel:
     ):
         if accelerator.mixed_precision == "fp16":
             raise ValueError("fp16 overflows in a gradient penalty; take mixed precision bf16, or no")
+        if checkpointing and objective.method == "jvp":
+            raise ValueError("a forward derivative, jvp, does not go through checkpoints; take autograd or fd")
         self.accelerator, self.optim = accelerator, optim
         self.compile, self.checkpointing = compile, checkpointing
         self.loss, self.distance = GAN_LOSSES[objective.name], DISTANCES[objective.distance]
@@ -93,7 +95,9 @@ class Duel:
     def prepare(self, player: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
         """A player and its optimiser, on their devices."""
         if self.checkpointing:
-            player.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
+            old = "gradient_checkpointing_enable"  # its name in earlier versions of transformers
+            enable = getattr(player, "activation_checkpointing_enable", None) or getattr(player, old)
+            enable({"use_reentrant": False})  # the other kind allows no penalty
         adam = torch.optim.AdamW(
             player.parameters(), betas=self.optim.betas, weight_decay=self.optim.weight_decay
         )
@@ -125,9 +129,10 @@ class Duel:
         self.gamma = self.schedule(1.0, optim.final_gamma, progress)
 
     def play(self, rounds: Sequence[Sequence[Batch]]) -> dict[str, Tensor]:
-        """The critic's update by the mean over each round's batches, then the generator's by the last round's.
+        """The critic's updates, each by the mean over a round's batches, and then one of the generator.
 
-        A round has as many batches as the accelerator accumulates gradients of. What the last one lost.
+        A round has as many batches as the accelerator accumulates gradients of. The
+        generator's is by the last round's. What that round lost.
         """
         *earlier, last = rounds
         for batch in (batch for batches in earlier for batch in batches):
@@ -162,8 +167,10 @@ class Duel:
                 scores = critic(pair)
             halves = scores.chunk(2)
             real, fakes = (everyone(half, self.accelerator) for half in halves)
-            extra = (everyone(self.distance(batch.real, fake), self.accelerator), self.strength)
-            terms = {"critic": self.loss.critic(real, fakes, *(extra if self.loss.needs_distance else ()))}
+            extra = ()
+            if self.loss.needs_distance:
+                extra = everyone(self.distance(batch.real, fake), self.accelerator), self.strength
+            terms = {"critic": self.loss.critic(real, fakes, *extra)}
             self.anchors.update(real, fakes)
             judged = Judged(critic, plain, batch.real, fake, halves[0], halves[1], batch.probes)
             with self.precision(full=True):
