@@ -227,6 +227,13 @@ def check(config: Adversarial) -> None:
     for name in ("steps", "batch", "accumulate", "critic_steps", *every, "judged"):
         if (value := getattr(config, name)) < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
+    draw_augmentation(config.augment, 1, torch.Generator())
+    if config.loss.penalties.get("consistency") and not any(config.augment.values()):
+        raise ValueError(
+            "consistency compares images with augmented ones: give augment, such as {cutout: 0.5}"
+        )
+    if not 0 < config.optim.until <= 1:
+        raise ValueError(f"optim.until must be in (0, 1], not {config.optim.until}")
     if config.threads < 0:
         raise ValueError(f"threads must be 0 (torch decides) or more, not {config.threads}")
     if "num_channels" in config.model or "rope_parameters" in config.model:

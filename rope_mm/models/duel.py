@@ -78,7 +78,9 @@ class Duel:
         if accelerator.mixed_precision == "fp16":
             raise ValueError("fp16 overflows in a gradient penalty; take mixed precision bf16, or no")
         if checkpointing and objective.method == "jvp":
-            raise ValueError("a forward derivative, jvp, does not go through checkpoints; take autograd or fd")
+            raise ValueError(
+                "a forward derivative, jvp, does not go through checkpoints; take autograd or fd"
+            )
         self.accelerator, self.optim = accelerator, optim
         self.compile, self.checkpointing = compile, checkpointing
         self.loss, self.distance = GAN_LOSSES[objective.name], DISTANCES[objective.distance]
