@@ -11,24 +11,27 @@ resolved configuration, Ctrl-C saves and stops.
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data import batch_indices, load_images, seeded
+from rope_mm.data import batch_indices, draw_augmentation, load_images, seeded
 from rope_mm.metrics import prepare_exam
 from rope_mm.models import IMAGE_TOKEN, Canvas, load_tokenizer, read_config
-from rope_mm.models.duel import Batch, Duel, Objective, Optim
+from rope_mm.models.duel import Batch, Duel, Optim
+from rope_mm.models.objective import Objective
 from rope_mm.run import checkpoint
+from rope_mm.run.alarm import finite, keep_batch, warning
 from rope_mm.run.config import dump, run
 from rope_mm.run.ema import Ema
 from rope_mm.run.folder import agree, open_folder, resume, save
-from rope_mm.run.log import Log
+from rope_mm.run.log import Log, read_metrics
 from rope_mm.run.sheet import save_sheet
 from rope_mm.run.stop import Stop
 
@@ -53,6 +56,7 @@ class Adversarial:
     seed: int = 0
     steps: int = 1_000
     batch: int = 64  # images a process and step
+    accumulate: int = 1  # batches whose gradients make a step
     critic_steps: int = 1
     tokenizer: str = "bytes"
     data: Data = field(default_factory=Data)
@@ -60,6 +64,9 @@ class Adversarial:
     model: dict[str, Any] = field(default_factory=dict)  # fields of RopeMMConfig, for both players
     loss: Objective = field(default_factory=Objective)
     optim: Optim = field(default_factory=Optim)
+    augment: dict[str, float] = field(default_factory=dict)  # strengths of AUGMENTATIONS, for real and drawn
+    compile: str = ""  # a backend of torch.compile, such as inductor; "" compiles nothing
+    checkpointing: bool = False  # blocks computed anew in the backward, to save memory
     ema: float = 0.995
     log_every: int = 10
     sample_every: int = 500
@@ -88,7 +95,7 @@ class Training:
         )
         self.canvas = Canvas(model, tokenizer, config.data.size)
         self.images, self.held_out = load_images(**asdict(config.data))
-        self.duel = Duel(model, config.loss, config.optim, accelerator)
+        self.duel = Duel(model, config.loss, config.optim, accelerator, config.compile, config.checkpointing)
         self.average = Ema(self.duel.unwrapped_generator, config.ema)
         accelerator.register_for_checkpointing(self.average)
         self.exam = None
@@ -107,22 +114,51 @@ class Training:
         sequences = self.canvas.sequences([self.images.captions[row] for row in rows])
         noise = self.canvas.noise(seeded(seed, "noise", turn, rank), size)
         real = self.canvas.patches(self.images.images(rows))
-        return Batch(sequences.to(device), real.to(device), noise.to(device))
+        probes = seeded(seed, "probes", turn, rank, device=device)
+        return Batch(sequences.to(device), real.to(device), noise.to(device), self.augmentation(turn), probes)
+
+    def augmentation(self, turn: int) -> Callable[[Tensor], Tensor]:
+        """How patches of the turn-th batch are changed before the critic sees them."""
+        config, process = self.config, self.accelerator
+        draws = seeded(config.seed, "augment", turn, process.process_index)
+        change = draw_augmentation(config.augment, config.batch, draws, process.device)
+        if not config.augment:
+            return change
+        return lambda patches: self.canvas.patches(change(self.canvas.picture(patches)))
+
+    def rounds(self, step: int) -> list[list[Batch]]:
+        """The batches of a step: `accumulate` for each of `critic_steps` updates."""
+        parts, turns = self.config.accumulate, self.config.critic_steps
+        return [
+            [self.batch(turn * parts + part) for part in range(parts)]
+            for turn in range(step * turns, (step + 1) * turns)
+        ]
 
     def step(self, step: int) -> dict[str, Tensor]:
         """`critic_steps` updates of the critic, then one of the generator; what they lost."""
         self.duel.set_rates(step / self.config.steps)
-        turns = self.config.critic_steps
-        *earlier, last = range(step * turns, (step + 1) * turns)
-        for turn in earlier:
-            with torch.no_grad():
-                fake = self.duel.draw(batch := self.batch(turn))
-            self.duel.update_critic(batch, fake)
-        fake = self.duel.draw(batch := self.batch(last))
-        terms = self.duel.update_critic(batch, fake.detach())
-        terms["generator"] = self.duel.update_generator(batch, fake)
+        terms = self.duel.play(self.rounds(step))
         self.average.update(self.duel.unwrapped_generator)
-        return {name: term.detach() for name, term in terms.items()}
+        return terms
+
+    def stop(self, out: Path, step: int, terms: dict[str, Tensor]) -> NoReturn:
+        """End a run whose numbers of this step, counted from 1, are not finite, and keep what they came from.
+
+        Raises:
+            ValueError: always.
+        """
+        process = self.accelerator
+        share = f"-{process.process_index}" if process.num_processes > 1 else ""
+        path = out / f"nan-step-{step}{share}.pt"
+        batches = [batch for parts in self.rounds(step - 1) for batch in parts]
+        keep_batch(
+            path, step, terms, [vars(b.sequences) | {"real": b.real, "noise": b.noise} for b in batches]
+        )
+        lost = [name for name, term in terms.items() if not term.isfinite()] or ["another process's"]
+        raise ValueError(
+            f"{', '.join(lost)} not finite at step {step}: its batches are in {path}, the last checkpoint is "
+            "as it was; begin anew with lower rates or larger penalties"
+        )
 
     def look(self, path: Path) -> dict[str, float]:
         """Draw a contact sheet with the averaged generator; its marks, if there is an exam."""
@@ -158,6 +194,8 @@ def train(training: Training, out: Path) -> dict[str, float]:
         while step < config.steps:
             terms = training.step(step)
             step += 1
+            if agree(accelerator, not finite(terms)):
+                training.stop(out, step, terms)
             last = step == config.steps
             if last or step % config.log_every == 0:
                 log(step, **terms)
@@ -165,11 +203,13 @@ def train(training: Training, out: Path) -> dict[str, float]:
                 marks = training.look(out / "samples" / f"step-{step:06d}.png")
                 if marks:
                     log(step, **marks)
+                if alarm := warning(read_metrics(out)):
+                    log(step, warning=alarm)
             stopping = agree(accelerator, stop.asked)
             if last or stopping or step % config.checkpoint_every == 0:
                 save(out, step, accelerator)
             if stopping and not last:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(stop.signal)
     if marks is None:  # the run was whole already
         marks = training.look(out / "samples" / f"step-{step:06d}.png")
     training.save_model(out / "model")
@@ -183,9 +223,17 @@ def check(config: Adversarial) -> None:
     Raises:
         ValueError: with the key and its value.
     """
-    for name in ("steps", "batch", "critic_steps", "log_every", "sample_every", "checkpoint_every", "judged"):
+    every = "log_every", "sample_every", "checkpoint_every"
+    for name in ("steps", "batch", "accumulate", "critic_steps", *every, "judged"):
         if (value := getattr(config, name)) < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
+    draw_augmentation(config.augment, 1, torch.Generator())
+    if config.loss.penalties.get("consistency") and not any(config.augment.values()):
+        raise ValueError(
+            "consistency compares images with augmented ones: give augment, such as {cutout: 0.5}"
+        )
+    if not 0 < config.optim.until <= 1:
+        raise ValueError(f"optim.until must be in (0, 1], not {config.optim.until}")
     if config.threads < 0:
         raise ValueError(f"threads must be 0 (torch decides) or more, not {config.threads}")
     if "num_channels" in config.model or "rope_parameters" in config.model:
@@ -206,7 +254,7 @@ def main(config: Adversarial) -> None:
         torch.set_num_threads(config.threads)
     disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight it saves
-    out, accelerator = Path(config.out), Accelerator()
+    out, accelerator = Path(config.out), Accelerator(gradient_accumulation_steps=config.accumulate)
     training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
     identity = dump(replace(config, out="", restart=False))
     open_folder(out, identity, accelerator, config.restart)

@@ -1,5 +1,7 @@
 """Captioned images and clips: digits and sprites of its own, or anything that `datasets` loads."""
 
+from rope_mm.data.augment import AUGMENTATIONS as AUGMENTATIONS
+from rope_mm.data.augment import draw_augmentation as draw_augmentation
 from rope_mm.data.captioned_sprites import CLIP_PHRASES as CLIP_PHRASES
 from rope_mm.data.captioned_sprites import SPRITE_PHRASES as SPRITE_PHRASES
 from rope_mm.data.captioned_sprites import captioned_clips as captioned_clips

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-def seeded(*key: int | str) -> torch.Generator:
-    """A generator on the CPU whose numbers depend on the key alone, such as (seed, "noise", step, rank)."""
+def seeded(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose numbers depend on device and key alone, such as (seed, "noise", step, rank)."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def batch_indices(size: int, batch: int, seed: int, step: int) -> Tensor:

@@ -51,7 +51,7 @@ def paired(f: Curve, source: str, divergence: str) -> GanLoss:
 
 
 def averaged(f: Curve, source: str, divergence: str) -> GanLoss:
-    """RaGAN: each score against the mean of the other side in this process's batch, half of both terms."""
+    """RaGAN: each score against the mean of the other side in the batch, half of both terms."""
 
     def critic(real: Tensor, fake: Tensor) -> Tensor:
         return (f(real - fake.mean()) + f(real.mean() - fake)).mean() / 2

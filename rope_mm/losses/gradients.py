@@ -62,10 +62,7 @@ def input_gradients(scores: Tensor, images: Tensor) -> Tensor:
         ValueError: scores that came through an operation without second derivative.
     """
     if reason := once_differentiable(scores):
-        raise ValueError(
-            f"a gradient penalty needs second derivatives, which {reason}, or take method='fd', the finite "
-            "difference"
-        )
+        raise ValueError(f"a gradient penalty needs second derivatives, which {reason}, or take method='fd'")
     return torch.autograd.grad(scores.sum(), images, create_graph=True)[0]
 
 

@@ -49,6 +49,17 @@ class GradientPenalty:
             )
         return self.of_squares(squares(real_gradient if self.at == "real" else fake_gradient))
 
+    def check(self, method: str, fraction: float, sigma: float) -> None:
+        """Refuse what `of` refuses of these."""
+        if not 0 < fraction <= 1 or sigma <= 0:
+            raise ValueError(
+                f"fraction must be in (0, 1] and sigma positive, not fraction {fraction} and sigma {sigma}"
+            )
+        if self.value is not None and method in ("fd", "jvp"):
+            raise ValueError(
+                f"method {method!r} estimates ‖∇D‖² alone, and this penalty is a curve of it; take 'autograd'"
+            )
+
     def of(
         self,
         critic: Critic,
@@ -69,14 +80,7 @@ class GradientPenalty:
             ValueError: an unknown method, one that the critic or this penalty does not allow, a fraction or
                 sigma out of range.
         """
-        if not 0 < fraction <= 1 or sigma <= 0:
-            raise ValueError(
-                f"fraction must be in (0, 1] and sigma positive, not fraction {fraction} and sigma {sigma}"
-            )
-        if self.value is not None and method in ("fd", "jvp"):
-            raise ValueError(
-                f"method {method!r} estimates ‖∇D‖² alone, and this penalty is a curve of it; take 'autograd'"
-            )
+        self.check(method, fraction, sigma)
         rows = max(1, round(fraction * len(real)))
         real, fake = real[:rows], fake[:rows]
         mix = torch.rand(len(real), generator=generator, dtype=real.dtype, device=real.device)
@@ -138,9 +142,7 @@ CONVENTIONS = Choice(
     "convention",
     {
         "half": lambda w, sigma: w,  # (w / 2) ‖∇D‖²: R3GAN, StyleGAN2, StudioGAN, GAT, Self-Forcing
-        "whole": lambda w, sigma: (
-            2 * w
-        ),  # w ‖∇D‖²: GAN_stability's reg_param, GigaGAN, WGAN-GP, AFM's gp_scale
+        "whole": lambda w, sigma: 2 * w,  # w ‖∇D‖²: GAN_stability, GigaGAN, WGAN-GP, AFM's gp_scale
         "apt": lambda w, sigma: 2 * w * sigma**2,  # w (D(x + sigma e) - D(x))²: APT, AAPT
     },
 )

@@ -1,73 +1,117 @@
 """Image head against critic: one step of each on real and drawn patches of the same captions."""
 
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rope_mm.losses import DISTANCES, GAN_LOSSES, PENALTIES, input_gradients, twice_differentiable
+from rope_mm.losses import DISTANCES, GAN_LOSSES
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.models.modeling_rope_mm import RopeMMCritic, RopeMMForConditionalGeneration
+from rope_mm.models.objective import Anchors, Judged, Objective, Penalties
 from rope_mm.models.stories import Sequences
+from rope_mm.run.gathering import everyone
+from rope_mm.run.schedule import SCHEDULES
 
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """A key of GAN_LOSSES, gammas of PENALTIES (0 leaves one out), the distance and strength of gan-qp."""
-
-    name: str = "rpgan"
-    penalties: dict[str, float] = field(default_factory=lambda: {"r1": 1.0, "r2": 1.0})
-    distance: str = "l2"
-    strength: float = 10.0
+TWICE = "eager", "sdpa"  # attention with second derivatives, sdpa as plain matrix products
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW for each player; the rate falls linearly to `final` of itself."""
+    """AdamW for each player; rates, beta2 and the gammas of the penalties go along the schedule.
+
+    `final` and `final_gamma` are parts of what they start from; they are reached at `until` of the run.
+    """
 
     lr: float = 1e-3
     critic_lr: float = 1e-3
     betas: tuple[float, float] = (0.0, 0.99)
     weight_decay: float = 0.0
+    schedule: str = "linear"
+    until: float = 1.0
     final: float = 1.0
+    final_beta2: float | None = None  # None: beta2 stays
+    final_gamma: float = 1.0
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Captions as sequences, with real patches and noise (b, n, p) for them."""
+    """Captions as sequences, with real patches and noise (b, n, p) for them.
+
+    `view` augments patches, row i with draw i modulo b; `probes` draws what penalties need.
+    """
 
     sequences: Sequences
     real: Tensor
     noise: Tensor
+    view: Callable[[Tensor], Tensor] = lambda patches: patches
+    probes: torch.Generator | None = None
 
 
 class Duel:
     """Two players of one configuration, their optimisers, and the loss that they play for.
 
+    Args:
+        model: the configuration of both.
+        objective: what they play for.
+        optim: how they learn.
+        accelerator: devices, processes, bf16 and how many batches make a step.
+        compile: a backend of torch.compile, such as "inductor"; "" leaves both uncompiled.
+        checkpointing: whether blocks are computed anew in the backward instead of kept.
+
     Raises:
-        ValueError: an unknown loss, penalty or distance.
+        ValueError: an unknown loss, penalty, distance or schedule, a method that does not fit, mixed fp16.
     """
 
-    def __init__(self, model: RopeMMConfig, objective: Objective, optim: Optim, accelerator: Accelerator):
-        self.accelerator, self.optim, self.strength = accelerator, optim, objective.strength
+    def __init__(
+        self,
+        model: RopeMMConfig,
+        objective: Objective,
+        optim: Optim,
+        accelerator: Accelerator,
+        compile: str = "",
+        checkpointing: bool = False,
+    ):
+        if accelerator.mixed_precision == "fp16":
+            raise ValueError("fp16 overflows in a gradient penalty; take mixed precision bf16, or no")
+        if checkpointing and objective.method == "jvp":
+            raise ValueError(
+                "a forward derivative, jvp, does not go through checkpoints; take autograd or fd"
+            )
+        self.accelerator, self.optim = accelerator, optim
+        self.compile, self.checkpointing = compile, checkpointing
         self.loss, self.distance = GAN_LOSSES[objective.name], DISTANCES[objective.distance]
-        penalties = [(name, PENALTIES[name], gamma) for name, gamma in objective.penalties.items()]
-        self.penalties = [penalty for penalty in penalties if penalty[-1]]
+        self.strength, self.schedule = objective.strength, SCHEDULES[optim.schedule]
         generator, critic = RopeMMForConditionalGeneration(model), RopeMMCritic(model)
+        twice = not compile and critic.config._attn_implementation in TWICE
+        self.penalties, self.anchors, self.gamma = Penalties(objective, twice), Anchors(), 1.0
         if not model.tie_word_embeddings:
             generator.lm_head.requires_grad_(False)  # it is not trained here, and processes would wait for it
         self.generator, self.generator_optim = self.prepare(generator)
         self.critic, self.critic_optim = self.prepare(critic)
+        accelerator.register_for_checkpointing(self.anchors)
 
     def prepare(self, player: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
         """A player and its optimiser, on their devices."""
+        if self.checkpointing:
+            old = "gradient_checkpointing_enable"  # its name in earlier versions of transformers
+            enable = getattr(player, "activation_checkpointing_enable", None) or getattr(player, old)
+            enable({"use_reentrant": False})  # the other kind allows no penalty
         adam = torch.optim.AdamW(
             player.parameters(), betas=self.optim.betas, weight_decay=self.optim.weight_decay
         )
-        return self.accelerator.prepare(player, adam)
+        wrapped, adam = self.accelerator.prepare(player, adam)
+        for name in (
+            "forward",
+            "_original_forward",
+        ):  # accelerate's autocast, which penalties could not leave
+            vars(player).pop(name, None)
+        if self.compile:
+            player.compile(backend=self.compile)
+        return wrapped, adam
 
     @property
     def unwrapped_generator(self) -> RopeMMForConditionalGeneration:
@@ -75,47 +119,92 @@ class Duel:
         return cast(RopeMMForConditionalGeneration, self.accelerator.unwrap_model(self.generator))
 
     def set_rates(self, progress: float) -> None:
-        """Learning rates after this part, from 0 to 1, of the training."""
-        rates = (self.generator_optim, self.optim.lr), (self.critic_optim, self.optim.critic_lr)
+        """Learning rates, beta2 and gammas after this part, from 0 to 1, of the training."""
+        optim, progress = self.optim, min(1.0, progress / self.optim.until)
+        beta1, beta2 = optim.betas
+        final_beta2 = beta2 if optim.final_beta2 is None else optim.final_beta2
+        rates = (self.generator_optim, optim.lr), (self.critic_optim, optim.critic_lr)
         for optimizer, rate in rates:
-            optimizer.param_groups[0]["lr"] = rate * (1 - (1 - self.optim.final) * progress)
+            group = optimizer.param_groups[0]
+            group["lr"] = rate * self.schedule(1.0, optim.final, progress)
+            group["betas"] = beta1, self.schedule(beta2, final_beta2, progress)
+        self.gamma = self.schedule(1.0, optim.final_gamma, progress)
+
+    def play(self, rounds: Sequence[Sequence[Batch]]) -> dict[str, Tensor]:
+        """The critic's updates, each by the mean over a round's batches, and then one of the generator.
+
+        A round has as many batches as the accelerator accumulates gradients of. The
+        generator's is by the last round's. What that round lost.
+        """
+        *earlier, last = rounds
+        for batch in (batch for batches in earlier for batch in batches):
+            with torch.no_grad():
+                fake = self.draw(batch)
+            self.update_critic(batch, fake)
+        with torch.set_grad_enabled(len(last) == 1):  # the graphs of several would lie in memory together
+            fakes = [self.draw(batch) for batch in last]
+        lost = [self.update_critic(batch, fake.detach()) for batch, fake in zip(last, fakes, strict=True)]
+        for terms, batch, fake in zip(lost, last, fakes, strict=True):
+            terms["generator"] = self.update_generator(batch, fake if fake.requires_grad else None)
+        return {name: torch.stack([terms[name].detach() for terms in lost]).mean() for name in lost[0]}
 
     def draw(self, batch: Batch) -> Tensor:
         """Patches (b, n, p) of the batch's captions, from its noise."""
-        drawn = self.generator(**batch.sequences.inputs(), patches=batch.noise, words=False)
-        return drawn.patches.view_as(batch.real)
+        with self.accelerator.autocast():
+            drawn = self.generator(**batch.sequences.inputs(), patches=batch.noise, words=False)
+        return drawn.patches.float().view_as(batch.real)
+
+    def score(self, critic: nn.Module, sequences: Sequences, patches: Tensor) -> Tensor:
+        """Scores (r,), in float32, of patches (r, n, p) for the first r captions, or for all twice."""
+        return critic(**sequences.cycle(len(patches)).inputs(), patches=patches).float()
 
     def update_critic(self, batch: Batch, fake: Tensor) -> dict[str, Tensor]:
         """One step of the critic; its loss, the penalties and the mean scores."""
         self.accelerator.unwrap_model(self.critic).requires_grad_(True)
-        pair = torch.cat([batch.real, fake]).requires_grad_(bool(self.penalties))
-        with twice_differentiable() if self.penalties else nullcontext():
-            scores = self.critic(**batch.sequences.twice().inputs(), patches=pair).float()
-        real_scores, fake_scores = scores.chunk(2)
-        extra = (self.distance(batch.real, fake), self.strength) if self.loss.needs_distance else ()
-        terms = {"critic": self.loss.critic(real_scores, fake_scores, *extra)}
-        total = terms["critic"]
-        if self.penalties:
-            gradients = input_gradients(scores, pair).chunk(2)
-            for name, penalty, gamma in self.penalties:
-                terms[name] = penalty(*gradients)
-                total = total + gamma * terms[name]
-        self.critic_optim.zero_grad()
-        self.accelerator.backward(total)
-        self.critic_optim.step()
-        return terms | {"real": real_scores.mean(), "fake": fake_scores.mean()}
+        plain = lambda patches: self.score(self.critic, batch.sequences, patches)  # noqa: E731
+        critic = lambda patches: plain(batch.view(patches))  # noqa: E731
+        with self.accelerator.accumulate(self.critic), self.penalties.attention():
+            pair = torch.cat([batch.real, fake]).requires_grad_(self.penalties.shares)
+            with self.precision(full=self.penalties.shares):
+                scores = critic(pair)
+            halves = scores.chunk(2)
+            real, fakes = (everyone(half, self.accelerator) for half in halves)
+            extra = ()
+            if self.loss.needs_distance:
+                extra = everyone(self.distance(batch.real, fake), self.accelerator), self.strength
+            terms = {"critic": self.loss.critic(real, fakes, *extra)}
+            self.anchors.update(real, fakes)
+            judged = Judged(critic, plain, batch.real, fake, halves[0], halves[1], batch.probes)
+            with self.precision(full=True):
+                terms |= self.penalties(judged, pair, scores, self.anchors)
+            total = terms["critic"]
+            for name, gamma in self.penalties.gammas.items():
+                total = total + gamma * self.gamma * terms[name]
+            self.accelerator.backward(total)
+            self.critic_optim.step()
+            self.critic_optim.zero_grad()
+        return terms | {"real": real.mean(), "fake": fakes.mean()}
 
-    def update_generator(self, batch: Batch, fake: Tensor) -> Tensor:
-        """One step of the generator by the critic's gradient at what it has drawn; its loss."""
+    def precision(self, full: bool):
+        """Context of a forward: float32, or what accelerate was told."""
+        if full:
+            return torch.autocast(self.accelerator.device.type, enabled=False)
+        return self.accelerator.autocast()
+
+    def update_generator(self, batch: Batch, fake: Tensor | None = None) -> Tensor:
+        """One step of the generator by the critic's gradient at what it has drawn, or draws; its loss."""
         # no gradient to the critic's weights is wanted, so it is neither made nor synchronised
         critic = self.accelerator.unwrap_model(self.critic).requires_grad_(False)
-        fake_scores = critic(**batch.sequences.inputs(), patches=fake).float()
-        real_scores = fake_scores  # a loss that is not relativistic does not look at them
-        if self.loss.relativistic:
-            with torch.no_grad():
-                real_scores = critic(**batch.sequences.inputs(), patches=batch.real).float()
-        loss = self.loss.generator(real_scores, fake_scores)
-        self.generator_optim.zero_grad()
-        self.accelerator.backward(loss)
-        self.generator_optim.step()
+        with self.accelerator.accumulate(self.generator):
+            fake = self.draw(batch) if fake is None else fake
+            with self.precision(full=False):
+                scores = self.score(critic, batch.sequences, batch.view(fake))
+                real = scores  # a loss that is not relativistic does not look at them
+                if self.loss.relativistic:
+                    with torch.no_grad():
+                        real = self.score(critic, batch.sequences, batch.view(batch.real))
+            loss = self.loss.generator(*(everyone(side, self.accelerator) for side in (real, scores)))
+            self.accelerator.backward(loss)
+            self.generator_optim.step()
+            self.generator_optim.zero_grad()
         return loss

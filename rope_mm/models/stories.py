@@ -39,9 +39,10 @@ class Sequences:
         columns = (getattr(self, field.name) for field in fields(self))
         return Sequences(*(x.to(device, narrow if x.is_floating_point() else x.dtype) for x in columns))
 
-    def twice(self) -> "Sequences":
-        """The same rows again below: one pass for real and fake."""
-        return Sequences(*(torch.cat([getattr(self, field.name)] * 2) for field in fields(self)))
+    def cycle(self, rows: int) -> "Sequences":
+        """So many rows: the first ones, or all and then again from the top."""
+        order = torch.arange(rows, device=self.mask.device) % len(self.mask)
+        return Sequences(*(getattr(self, field.name)[order] for field in fields(self)))
 
     def inputs(self) -> dict[str, Tensor]:
         """As keyword arguments of a forward or of `generate`."""

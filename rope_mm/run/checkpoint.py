@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 MANIFEST = "manifest.json"
 
 
@@ -29,6 +31,7 @@ def save(
 
     Raises:
         ValueError: keep below 1.
+        OSError: what could not be written, on a full disk; the part of it that was is removed.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1 checkpoint, not {keep}")
@@ -40,10 +43,19 @@ def save(
         clear_partial(folder)
         partial.mkdir(parents=True)
     wait()
-    write(partial)
-    wait()
+    try:
+        write(partial)
+        wait()
+        if main:
+            write_manifest(partial)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"checkpoint {final} could not be written ({reason}); the earlier ones are whole: free space, "
+            "and the same command goes on from the newest"
+        ) from error
     if main:
-        write_manifest(partial)
         partial.rename(final)
         flush(final.parent)
         for path in steps(folder)[:-keep]:

@@ -1,5 +1,6 @@
 """Configuration of a run: defaults of a frozen dataclass < --config FILE, repeatable < --key.path value."""
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
@@ -16,19 +17,20 @@ Schema = TypeVar("Schema")
 
 
 def run(main: Callable[[Schema], Any], schema: type[Schema], argv: Sequence[str] | None = None) -> None:
-    """Call main with the configuration of the command line; a ValueError ends in one line and exit code 2.
+    """Call main with the configuration of the command line; its errors end in one line and an exit code.
 
+    2 for a ValueError, 1 for an OSError such as a full disk, 128 + n where signal n stopped it.
     `python -X dev script.py` shows the traceback instead.
     """
     try:
         main(load(schema, argv))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
+    except KeyboardInterrupt as stopped:
+        raise SystemExit(128 + (stopped.args or (signal.SIGINT,))[0]) from None
 
 
 def load(schema: type[Schema], argv: Sequence[str] | None = None) -> Schema:

@@ -75,7 +75,9 @@ class Log:
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix(shown)
-        elif step >= self.total or time.monotonic() - self.printed >= self.pause:
+            if "warning" in shown:
+                self.bar.write(f"{step}: {shown['warning']}", file=sys.stderr)
+        elif step >= self.total or "warning" in shown or time.monotonic() - self.printed >= self.pause:
             self.printed = time.monotonic()
             numbers = "  ".join(f"{name} {value}" for name, value in shown.items())
             print(f"{self.desc} {step}/{self.total}  {numbers}".strip(), file=sys.stderr, flush=True)

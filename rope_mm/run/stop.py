@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM as a wish to stop after the step at hand; a second one stops at once."""
+"""Ctrl-C and SIGTERM as a wish to stop after the step at hand; a second one stops at once.
+
+A stopped run is not done, so it ends as if the signal had killed it: exit code 130 or 143.
+"""
 
 import signal
 from types import FrameType
@@ -13,10 +16,12 @@ class Stop:
 
     def __init__(self):
         self.asked = False
+        self.signal = signal.SIGINT
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
         if self.asked:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(self.signal)
         self.asked = True
 
     def __enter__(self) -> "Stop":
