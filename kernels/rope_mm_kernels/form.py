@@ -37,6 +37,10 @@ class Form(NamedTuple):
 
 def check_heads(q: Tensor, k: Tensor) -> None:
     """Refuse q and k that no kernel takes."""
+    if hasattr(q, "full_tensor") or hasattr(k, "full_tensor"):
+        raise ValueError(
+            "q or k is a DTensor, but a kernel reads its own process's memory; give `to_local()`"
+        )
     shapes = f"q {(*q.shape,)}, k {(*k.shape,)}"
     if q.dtype not in DTYPES or k.dtype != q.dtype:
         raise ValueError(
