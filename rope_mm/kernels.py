@@ -72,9 +72,8 @@ def in_parts(x: Tensor) -> bool:
 
 def check_heads(q: Tensor, k: Tensor) -> None:
     """Refuse q and k that differ in more than their heads, or are spread over processes."""
-    if hasattr(q, "full_tensor") or hasattr(
-        k, "full_tensor"
-    ):  # as a DTensor, whose import would cost a second
+    # a DTensor is known by this method: to import the class would cost a second
+    if any(hasattr(x, "full_tensor") for x in (q, k)):
         raise ValueError(
             "q or k is a DTensor, but every process rotates its own heads; give `to_local()` of both and, "
             "of an Omega per head, the rows of these heads"

@@ -37,7 +37,7 @@ class Form(NamedTuple):
 
 def check_heads(q: Tensor, k: Tensor) -> None:
     """Refuse q and k that no kernel takes."""
-    if hasattr(q, "full_tensor") or hasattr(k, "full_tensor"):
+    if any(hasattr(x, "full_tensor") for x in (q, k)):
         raise ValueError(
             "q or k is a DTensor, but a kernel reads its own process's memory; give `to_local()`"
         )
