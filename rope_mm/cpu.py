@@ -19,15 +19,19 @@ def halves(x: Tensor, pairing: str) -> tuple[Tensor, ...]:
     return rotation.PAIRINGS["half" if pairing == "block" else pairing][0](x)
 
 
-def turn_into(out: Tensor, x: Tensor, both: Tensor, sin: Tensor, pairing: str, blocks: Sequence[int]) -> None:
-    """Write the channels x (..., 2r), rotated, into out, given the cosine of every channel."""
-    torch.mul(x, both, out=out)
-    blocks = blocks or (sin.shape[-1],)
+def faces(x: Tensor, out: Tensor, pairing: str, blocks: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    """Of every block the first and second channels of x, and of out, as views."""
+    if not blocks:
+        return [(*halves(x, pairing), *halves(out, pairing))]
     channels = [2 * n for n in blocks]
-    for here, there, s in zip(
-        x.split(channels, -1), out.split(channels, -1), sin.split(blocks, -1), strict=True
-    ):
-        (x1, x2), (y1, y2) = halves(here, pairing), halves(there, pairing)
+    both = zip(x.split(channels, -1), out.split(channels, -1), strict=True)
+    return [(*halves(here, pairing), *halves(there, pairing)) for here, there in both]
+
+
+def turn_into(out: Tensor, x: Tensor, views: list, both: Tensor, sin: Tensor, blocks: Sequence[int]) -> None:
+    """Write the channels x (..., 2r), rotated, into out, given their `faces` and every channel's cosine."""
+    torch.mul(x, both, out=out)
+    for (x1, x2, y1, y2), s in zip(views, sin.split(blocks, -1) if blocks else (sin,), strict=True):
         y1.addcmul_(x2, s, value=-1)
         y2.addcmul_(x1, s)
 
@@ -45,14 +49,16 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, pairing: str, blocks: Sequence[i
     step = max(1, PART // max(1, x.shape[0] * h * d))
     rows = x.narrow(-1, start, 2 * r), out.narrow(-1, start, 2 * r)
     parts = *(y.split(step, 1) for y in rows), *(y.split(step, -3) for y in (both, sin))
-    wide = torch.empty(2, x.shape[0], min(step, x.shape[1]), h, 2 * r, dtype=cos.dtype)
+    source, goal, views = x[:0], x[:0], []
     for here, there, c, s in zip(*parts, strict=True):
         if x.dtype == cos.dtype:
-            turn_into(there, here, c, s, pairing, blocks)
-        else:
-            source, goal = wide[:, :, : here.shape[1]]
-            turn_into(goal, source.copy_(here), c, s, pairing, blocks)
-            there.copy_(goal)
+            turn_into(there, here, faces(here, there, pairing, blocks), c, s, blocks)
+            continue
+        if source.shape != here.shape:  # at the first part, and at the last where it is shorter
+            source, goal = torch.empty(2, *here.shape, dtype=cos.dtype)
+            views = faces(source, goal, pairing, blocks)
+        turn_into(goal, source.copy_(here), views, c, s, blocks)
+        there.copy_(goal)
     return out
 
 

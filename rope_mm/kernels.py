@@ -71,7 +71,13 @@ def in_parts(x: Tensor) -> bool:
 
 
 def check_heads(q: Tensor, k: Tensor) -> None:
-    """Refuse q and k that differ in more than their heads."""
+    """Refuse q and k that differ in more than their heads, or are spread over processes."""
+    # a DTensor is known by this method: to import the class would cost a second
+    if any(hasattr(x, "full_tensor") for x in (q, k)):
+        raise ValueError(
+            "q or k is a DTensor, but every process rotates its own heads; give `to_local()` of both and, "
+            "of an Omega per head, the rows of these heads"
+        )
     if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
         shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
         raise ValueError(f"q and k must be (b, s, heads, d), alike but for the heads, not {shapes}")
@@ -139,6 +145,7 @@ class Turn:
         """Heads x (b, s, h, d) of one kind, rotated: keys of other tokens than the queries, or outputs."""
         if self.cos is None or self.sin is None:
             return rotate(x, x[:, :, :0], self.positions, self.omega, **vars(self.form))[0]
+        check_heads(x, x)
         if self.cos.shape[-3] != x.shape[1]:
             raise ValueError(
                 f"this turn was made for {self.cos.shape[-3]} tokens, but heads are {(*x.shape,)}"

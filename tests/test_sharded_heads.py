@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,7 +18,11 @@ from rope_mm import Rotary, rotate
 def test_processes_that_rotate_their_own_heads_rotate_all():
     root = Path(__file__).parents[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    environment = {
+        "PYTHONPATH": f"{root}:{root / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/usr/bin:/bin",
+    }
     done = subprocess.run(
         [*torchrun, __file__], env=environment, capture_output=True, text=True, timeout=100, cwd=root
     )
@@ -38,6 +44,24 @@ def whole(turn, q, k):
     return [*out, *torch.autograd.grad(sum(x.sin().sum() for x in out), (q, k))]
 
 
+def refuse(q, k, positions, rope) -> None:
+    """Heads that are spread over processes are not taken for those of one."""
+    turn = rope.turn(positions)
+    calls = [
+        lambda: rope(q, k, positions),
+        lambda: turn(q, k),
+        lambda: turn.one(q),
+        lambda: rotate(q, k, positions, rope.omega),
+    ]
+    if find_spec("triton"):
+        from rope_mm_kernels import rotate as launch
+
+        calls.append(lambda: launch(q, k, positions, rope.omega))
+    for call in calls:
+        with pytest.raises(ValueError, match=r"DTensor.*to_local"):
+            call()
+
+
 def compare() -> None:
     """A shared Omega, and one per head of k, whose rows are sharded as the heads are."""
     dist.init_process_group("gloo")
@@ -54,6 +78,7 @@ def compare() -> None:
     ):
         for x, y in zip(by_shards(local, q, k, mesh), whole(all_heads, q, k), strict=True):
             torch.testing.assert_close(x, y)
+    refuse(*(distribute_tensor(x, mesh, [Shard(2)]) for x in (q, k)), positions, rope)
     dist.barrier()
     dist.destroy_process_group()
 

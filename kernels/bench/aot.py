@@ -10,25 +10,15 @@ is executed once. Exits with 1 where a bound is broken.
 """
 
 import argparse
-import math
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, NamedTuple
-from unittest.mock import patch
+from typing import NamedTuple
 
 import torch
-import triton
-from rope_mm_kernels import form, norm_rotate, rotate
+from machine import READERS, Code, Launch, compiling
+from rope_mm_kernels import norm_rotate, norm_rotate_by_table, rotate, rotate_by_table
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 TARGETS = {"sm_90": ("cuda", 90, 32), "sm_80": ("cuda", 80, 32), "gfx942": ("hip", "gfx942", 64)}
 WIDTHS = (64, 72, 80, 88, 96, 128, 256)
@@ -46,63 +36,6 @@ class Variant(NamedTuple):
     g: int = 8
     a: int = 3
     n: int = 1
-
-
-class Code(NamedTuple):
-    """Registers, bytes of spills and stack, memory accesses (direction, bits), and all instructions."""
-
-    registers: int
-    spills: int
-    stack: int
-    accesses: Counter
-    instructions: int
-
-
-class Driver:
-    """As much of a GPU as the compiler asks about."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def get_current_target(self):
-        """The GPU to compile for."""
-        return self.target
-
-    def get_current_device(self):
-        """A number of its own: Triton keeps what it compiled by this number."""
-        return hash(self.target)
-
-    def get_current_stream(self, device):
-        """None of its streams."""
-        return 0
-
-
-class Launch(NamedTuple):
-    """A kernel that was compiled, and how many threads it would run."""
-
-    asm: dict[str, Any]
-    threads: int
-
-
-@contextmanager
-def compiling(target: GPUTarget) -> Iterator[list[Launch]]:
-    """Compile what is launched instead of running it."""
-    run, launches = JITFunction.run, []
-
-    def compile_only(self, *args, grid, **kw):
-        compiled: Any = run(self, *args, grid=grid, **{**kw, "warmup": True})
-        size = grid({**dict(zip(self.arg_names, args, strict=False)), **kw}) if callable(grid) else grid
-        launches.append(
-            Launch(compiled.asm, math.prod(size) * compiled.metadata.num_warps * target.warp_size)
-        )
-
-    driver.set_active(Driver(target))
-    with (
-        patch.object(JITFunction, "run", compile_only),
-        patch.object(form, "lanes_of_a_warp", lambda x: target.warp_size),
-        patch.object(torch.cuda, "device", lambda index: nullcontext()),
-    ):
-        yield launches
 
 
 def blocks_of(variant: Variant) -> tuple[int, ...]:
@@ -127,7 +60,26 @@ def normed(q, k, positions, omega, **how):
     return norm_rotate(q, k, positions, omega, *weights, **how)
 
 
+def tabled(q, k, positions, omega, **how):
+    """`rotate_by_table` with tables of a batch."""
+    return rotate_by_table(q, k, *torch.zeros(2, 1, TOKENS, 2 * omega.shape[-1], dtype=q.dtype), **how)
+
+
+def normed_tabled(q, k, positions, omega, **how):
+    """`norm_rotate_by_table` with weights of its own."""
+    tables = torch.zeros(2, 1, TOKENS, 2 * omega.shape[-1], dtype=q.dtype)
+    weights = (torch.zeros(q.shape[3], dtype=q.dtype, requires_grad=True) for _ in range(2))
+    return norm_rotate_by_table(q, k, *tables, *weights, **how)
+
+
 FAMILIES: dict[str, Callable] = {"rotate": rotate, "norm_rotate": normed}
+# these have no Omega to learn, nor rows of it
+TABLED: dict[str, Callable] = {"rotate_by_table": tabled, "norm_rotate_by_table": normed_tabled}
+
+
+def families(variant: Variant) -> dict[str, Callable]:
+    """Those that such a call can ask for."""
+    return FAMILIES | ({} if variant.learned or variant.n > 1 else TABLED)
 
 
 def liger(variant: Variant, target: GPUTarget) -> list[Launch]:
@@ -156,68 +108,35 @@ def flash(variant: Variant, target: GPUTarget) -> list[Launch]:
 PEERS = {"liger_kernel": (liger, ("half",)), "flash_attn": (flash, ("half", "interleaved"))}
 
 
-def number(pattern: str, text: str) -> int:
-    """The first number that the pattern finds."""
-    return int(re.findall(pattern, text)[0])
-
-
-def read_cuda(asm: dict[str, Any]) -> Code:
-    """From the cubin, by the tools in Triton's wheel."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    registers, stack, local = (number(rf"{word}:(\d+)", usage) for word in ("REG", "STACK", "LOCAL"))
-    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)]
-    jumps = [(at, int(to, 16)) for at, text in lines for to in re.findall(r"BRA\b.*?0x([0-9a-f]+)", text)]
-    # the one jump that leads back is a trap behind the end, to itself
-    assert all(to >= at for at, to in jumps), "there is a loop: what is written is not what is executed"
-    code = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for _, text in lines]
-    code = [word for word in code if word != "NOP"]
-    accesses = Counter()
-    for word in code:
-        found = re.match(r"(LD|ST)G\.E(?:\.\w+)*?(?:\.(U8|S8|U16|S16|64|128))?(?:\.CONSTANT)?$", word)
-        if found:
-            accesses[found[1], int((found[2] or "32").strip("US"))] += 1
-    spills = sum(bool(re.match("LDL|STL", word)) for word in code)
-    return Code(registers, spills, stack + local, accesses, len(code))
-
-
-def read_hip(asm: dict[str, Any]) -> Code:
-    """From AMD's assembly."""
-    text: str = asm["amdgcn"]
-    names = "vgpr_count", "private_segment_fixed_size", "vgpr_spill_count"
-    registers, stack, spills = (number(rf"\.{name}:\s+(\d+)", text) for name in names)
-    text = text[: text.index(".Lfunc_end")]
-    code = re.findall(r"^\s+((?:[vs]|ds|global|buffer|flat)_\w+)", text, re.MULTILINE)
-    bits = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
-    accesses = Counter()
-    for word in code:
-        found = re.match(r"(?:global|buffer|flat)_(load|store)_(?:[us]?)(\w+?)(?:_d16)?(?:_hi)?$", word)
-        if found:
-            accesses[found[1][:2].upper().replace("LO", "LD"), bits[found[2]]] += 1
-    return Code(registers, spills, stack, accesses, len(code))
-
-
-READERS = {"cuda": read_cuda, "hip": read_hip}
-# instructions per pair that the language model's heads may cost, (32, 8, 128) on three axes
-BOUNDS = {"rotate forward": 20, "rotate backward with dOmega": 40, "norm_rotate forward": 30}
+# instructions per pair that the language model's heads may cost, (32, 8, 128) on three axes, halves paired
+BOUNDS = {
+    "cuda": {
+        "rotate forward": 20,
+        "rotate backward with dOmega": 40,
+        "norm_rotate forward": 30,
+        "rotate_by_table forward": 14,
+        "norm_rotate_by_table forward": 23,
+    },
+    "hip": {
+        "rotate forward": 27,
+        "rotate backward with dOmega": 42,
+        "norm_rotate forward": 35,
+        "rotate_by_table forward": 22,
+        "norm_rotate_by_table forward": 30,
+    },
+}
 
 
 def broken(name: str, variant: Variant, code: Code, each: float, target: GPUTarget) -> list[str]:
     """What a kernel must not do, and does."""
-    bound = BOUNDS.get(name) if variant[:2] == ("half", 128) and variant.n == 1 else None
+    bound = BOUNDS[target.backend].get(name) if variant[:2] == ("half", 128) and variant.n == 1 else None
     # a block of d / 4 pairs of 16 bits begins where its size allows
     wide = variant.d % (32 if variant.pairing == "block" else 16) == 0
     wrong = {
         "spills": code.spills or code.stack,
         "accesses of 16 bits": any(bits <= 16 for _, bits in code.accesses),
         "no stores of 128 bits": wide and not code.accesses["ST", 128],
-        f"more than {bound} instructions per pair": target.backend == "cuda" and bound and each > bound,
+        f"more than {bound} instructions per pair": bound and each > bound,
     }
     return [what for what, is_so in wrong.items() if is_so]
 
@@ -251,7 +170,7 @@ def examine(variants: list[Variant], titles: list[str], peers: bool = False) -> 
     for title in titles:
         target = GPUTarget(*TARGETS[title])
         for variant in variants:
-            for family, call in FAMILIES.items():
+            for family, call in families(variant).items():
                 for way, launch in both(variant, target, call).items():
                     wrong += row(f"{family} {way}", variant, [launch], target, title)
         for package, (compiled, pairings) in PEERS.items() if peers and target.backend == "cuda" else ():
@@ -261,7 +180,7 @@ def examine(variants: list[Variant], titles: list[str], peers: bool = False) -> 
     return wrong
 
 
-QUICK = [Variant(learned=True), Variant("interleaved"), Variant(d=72)]
+QUICK = [Variant(learned=True), Variant(), Variant("interleaved", learned=True), Variant(d=72)]
 ALL = [
     Variant(pairing, d, learned)
     for pairing in ("half", "interleaved", "block")

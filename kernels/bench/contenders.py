@@ -85,6 +85,13 @@ def rope_mm_norm(case: Case) -> Turn:
     return lambda q, k: norm_rotate(q, k, case.positions, case.omega, case.weight, case.weight)
 
 
+def rope_mm_norm_table(case: Case) -> Turn:
+    """`norm_rotate_by_table`."""
+    from rope_mm_kernels import norm_rotate_by_table
+
+    return lambda q, k: norm_rotate_by_table(q, k, case.cos, case.sin, case.weight, case.weight)
+
+
 def transformers(case: Case) -> Turn:
     """`apply_rotary_pos_emb`."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -220,7 +227,7 @@ CONTENDERS = {
         },
     ),
     "rope_mm hf": Contender("rope_mm_kernels", both(lambda case: rope_mm(case, "hf"))),
-    "rope_mm table": Contender("rope_mm_kernels", both(rope_mm_table)),
+    "rope_mm table": Contender("rope_mm_kernels", {**both(rope_mm_table), **normed(rope_mm_norm_table)}),
     "transformers": Contender(
         "transformers", {**both(transformers), **normed(transformers_norm), "tables": tables}
     ),

@@ -2,6 +2,6 @@
 
 from rope_mm_kernels.norm_rotary import norm_rotate
 from rope_mm_kernels.rotary import rotate, rotate_
-from rope_mm_kernels.table import rotate_by_table
+from rope_mm_kernels.table import norm_rotate_by_table, rotate_by_table
 
-__all__ = ["norm_rotate", "rotate", "rotate_", "rotate_by_table"]
+__all__ = ["norm_rotate", "norm_rotate_by_table", "rotate", "rotate_", "rotate_by_table"]

@@ -1,12 +1,12 @@
 """Cosine and sine (L, V) of V pairs of L lanes: made of positions and Omega, or read from tables.
 
-All three take the same arguments; positions, Omega and tables are (data, *strides).
+All three take the same arguments; positions and Omega are (data, *strides), tables views as those of q.
 """
 
 import triton
 import triton.language as tl
 
-from rope_mm_kernels.pairs import load_pairs
+from rope_mm_kernels.pairs import address, load_pairs
 from rope_mm_kernels.trig import cos_sin, turns
 
 
@@ -27,7 +27,7 @@ def load_omega(omega, axis: tl.constexpr, row, pair, A: tl.constexpr, r: tl.cons
 @triton.jit
 def exact(
     positions, omega, batch, step, row, pair,
-    A: tl.constexpr, r: tl.constexpr, BLOCKS: tl.constexpr, V: tl.constexpr,
+    A: tl.constexpr, r: tl.constexpr, BLOCKS: tl.constexpr, UNIT: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Of positions @ Omega as if it were not rounded."""
     turn, low = tl.zeros((pair.shape[0], V), tl.float32), tl.zeros((pair.shape[0], V), tl.float32)
@@ -41,7 +41,7 @@ def exact(
 @triton.jit
 def hf(
     positions, omega, batch, step, row, pair,
-    A: tl.constexpr, r: tl.constexpr, BLOCKS: tl.constexpr, V: tl.constexpr,
+    A: tl.constexpr, r: tl.constexpr, BLOCKS: tl.constexpr, UNIT: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Of positions @ Omega rounded to float32, product by product, as the tables of transformers are."""
     angle = tl.zeros((pair.shape[0], V), tl.float32)
@@ -58,11 +58,11 @@ def hf(
 @triton.jit
 def table(
     cos, sin, batch, step, row, pair,
-    A: tl.constexpr, r: tl.constexpr, BLOCKS: tl.constexpr, V: tl.constexpr,
+    A: tl.constexpr, r: tl.constexpr, BLOCKS: tl.constexpr, UNIT: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Read at the first channel of every pair."""
-    c, _ = load_pairs(cos[0] + batch * cos[1] + step * cos[2], cos[3], None, pair, BLOCKS, V)
-    s, _ = load_pairs(sin[0] + batch * sin[1] + step * sin[2], sin[3], None, pair, BLOCKS, V)
+    c, _ = load_pairs(address(cos, batch, step, 0, UNIT), cos[4], None, pair, BLOCKS, V)
+    s, _ = load_pairs(address(sin, batch, step, 0, UNIT), sin[4], None, pair, BLOCKS, V)
     return c, s
 
 

@@ -8,10 +8,10 @@ from rope_mm_kernels.pairs import channels
 
 
 def cos_sin(positions: Tensor, omega: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (b, s, n, r), float32; of mode "table", the entries of first channels."""
+    """Cosine and sine (b, s, n, r), float32; of tables (b, s, 1, 2r), the entries of first channels."""
     if form.mode == "table":
         first, _ = channels(form.r, form.blocks, positions.device)
-        tables = (x[..., None, first].float() for x in (positions, omega))
+        tables = (x[..., first].float() for x in (positions, omega))
     else:
         if form.mode == "hf":
             products = positions.float()[..., None, :, None] * omega.float()

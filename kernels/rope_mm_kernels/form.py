@@ -37,6 +37,10 @@ class Form(NamedTuple):
 
 def check_heads(q: Tensor, k: Tensor) -> None:
     """Refuse q and k that no kernel takes."""
+    if any(hasattr(x, "full_tensor") for x in (q, k)):
+        raise ValueError(
+            "q or k is a DTensor, but a kernel reads its own process's memory; give `to_local()`"
+        )
     shapes = f"q {(*q.shape,)}, k {(*k.shape,)}"
     if q.dtype not in DTYPES or k.dtype != q.dtype:
         raise ValueError(
@@ -102,7 +106,10 @@ class Plan(NamedTuple):
     constants: dict[str, Any]
 
 
-def plan(q: Tensor, k: Tensor, form: Form, big: tuple[Tensor, ...], whole: bool, most: int = HEADS) -> Plan:
+def plan(
+    q: Tensor, k: Tensor, sources: tuple[Tensor, Tensor], form: Form,
+    big: tuple[Tensor, ...], whole: bool, most: int = HEADS,
+) -> Plan:  # fmt: skip
     """How a launch on tensors `big` is cut; with `whole`, no token is shared by two programs."""
     (b, s, h, d), g = q.shape, k.shape[2]
     wide = 16 // q.element_size()
@@ -117,7 +124,8 @@ def plan(q: Tensor, k: Tensor, form: Form, big: tuple[Tensor, ...], whole: bool,
     if whole:
         lanes = max(lanes, chunks)
     # triton tells only multiples of 16 apart, and heads of 72 channels are aligned, too: counted in eights
-    unit = math.gcd(8, *(stride for x in big for stride in x.stride()[:3]))
+    strided = (*big, *sources) if form.mode == "table" else big
+    unit = math.gcd(8, *(stride for x in strided for stride in x.stride()[:3]))
     parts = math.ceil(b * s * chunks / lanes)
     return Plan(parts, (math.ceil(h / heads[0]), math.ceil(g / heads[1])), {
         "ANGLES": ANGLES[form.mode], "FACTOR": form.factor, "INVERSE": form.inverse, "BLOCKS": form.blocks,
@@ -131,3 +139,8 @@ def view(x: Tensor, unit: int) -> tuple[Tensor, int, int, int, int]:
     """Data and strides of x (b, s, h, d), those of b, s, h in units."""
     b, s, h, d = x.stride()
     return x, b // unit, s // unit, h // unit, d
+
+
+def source(x: Tensor, form: Form, unit: int) -> tuple:
+    """Data and strides of positions or Omega, or the `view` of a table (b, s, 1, 2r)."""
+    return view(x, unit) if form.mode == "table" else (x, *x.stride())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rope_mm_kernels import definition
 from rope_mm_kernels.angles import store_angle_gradients
-from rope_mm_kernels.form import Form, form_of, plan, view
+from rope_mm_kernels.form import Form, form_of, plan, source, view
 from rope_mm_kernels.ops import differentiate, register
 from rope_mm_kernels.pairs import address, channels, load_pairs, locate, pick, reach, store_pairs
 from rope_mm_kernels.rotary import ROTATE, Rotate, along, empty_parts, like, total
@@ -76,7 +76,7 @@ def norm_rotate_kernel(
         loaded += (load_pairs(start + i * x[3] * UNIT + FRONT * x[4], x[4], inside, pair, BLOCKS, V),)
     weight = tl.where(of_q, q_weight, k_weight) + step * 0
     w1, w2 = load_pairs(weight + FRONT, 1, None, pair, BLOCKS, V)
-    cos, sin = ANGLES(positions, omega, batch, step, row, pair, A, r, BLOCKS, V)
+    cos, sin = ANGLES(positions, omega, batch, step, row, pair, A, r, BLOCKS, UNIT, V)
     cos, sin = cos * FACTOR, sin * FACTOR
     grad, dw1, dw2 = tl.zeros((L, V), tl.float32), tl.zeros((L, V), tl.float32), tl.zeros((L, V), tl.float32)
     if W:
@@ -139,13 +139,14 @@ def launch(q, k, positions, omega, weights, eps: float, form: Form, grads=(), ne
     (b, s, h, _), g = q.shape, k.shape[2]
     made = torch.empty_like(q), torch.empty_like(k)
     big = (q, k, *made, *grads)
-    parts, blocks, constants = plan(q, k, form, big, whole=True, most=4 if grads else 8)
+    sources = positions, omega
+    parts, blocks, constants = plan(q, k, sources, form, big, whole=True, most=4 if grads else 8)
     dpositions, domega = empty_parts(q, form, parts, blocks, needs)
     dweights = torch.empty((parts, sum(blocks), q.shape[3]), device=q.device) if grads else None
     with torch.cuda.device_of(q):
         norm_rotate_kernel[(parts * sum(blocks),)](
             *[view(x, constants["UNIT"]) for x in big], *[None] * (6 - len(big)), *weights,
-            (positions, *positions.stride()), (omega, *omega.stride()), dweights, domega, dpositions,
+            *[source(x, form, constants["UNIT"]) for x in sources], dweights, domega, dpositions,
             b * s, s, h, g, form.n, eps, **constants,
         )  # fmt: skip
     if dweights is None:
@@ -239,6 +240,18 @@ class NormRotate(torch.autograd.Function):
 differentiate("norm_rotate", keep, partial(gradients, ROTATE, NORM_ROTATE_BACKWARD))
 
 
+def turn(q, k, positions, omega, q_weight: Tensor, k_weight: Tensor, eps: float, form: Form):
+    """q' and k', by a launch, or by the op where a graph is recorded; refuses unfit weights and eps."""
+    if q_weight.shape != q.shape[3:] or k_weight.shape != q.shape[3:] or q_weight.dtype != k_weight.dtype:
+        got = f"{q_weight.dtype} {(*q_weight.shape,)} and {k_weight.dtype} {(*k_weight.shape,)}"
+        raise ValueError(f"the weights must be ({q.shape[3]},) and of one dtype, not {got}")
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}, but heads of zeros need a positive one")
+    weights = q_weight.contiguous(), k_weight.contiguous()
+    call = NORM_ROTATE if torch.compiler.is_compiling() else NormRotate.apply
+    return call(q, k, positions, omega, *weights, float(eps), form)
+
+
 def norm_rotate(
     q: Tensor, k: Tensor, positions: Tensor, omega: Tensor, q_weight: Tensor, k_weight: Tensor,
     eps: float = 1e-6, pairing: str = "half", *,
@@ -255,11 +268,4 @@ def norm_rotate(
         ValueError: as `rotate`, weights of another shape, an eps that is not positive.
     """
     form = form_of(q, k, positions, omega, pairing, blocks, tail, factor, mode)
-    if q_weight.shape != q.shape[3:] or k_weight.shape != q.shape[3:] or q_weight.dtype != k_weight.dtype:
-        got = f"{q_weight.dtype} {(*q_weight.shape,)} and {k_weight.dtype} {(*k_weight.shape,)}"
-        raise ValueError(f"the weights must be ({q.shape[3]},) and of one dtype, not {got}")
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}, but heads of zeros need a positive one")
-    weights = q_weight.contiguous(), k_weight.contiguous()
-    turn = NORM_ROTATE if torch.compiler.is_compiling() else NormRotate.apply
-    return turn(q, k, *along(q, positions, omega), *weights, float(eps), form)
+    return turn(q, k, *along(q, positions, omega), q_weight, k_weight, eps, form)

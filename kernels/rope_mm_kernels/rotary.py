@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rope_mm_kernels import definition
 from rope_mm_kernels.angles import store_angle_gradients
-from rope_mm_kernels.form import Form, form_of, plan, view
+from rope_mm_kernels.form import Form, form_of, plan, source, view
 from rope_mm_kernels.ops import differentiate, register
 from rope_mm_kernels.pairs import address, copy_rest, load_pairs, locate, pick, store_pairs
 
@@ -51,7 +51,7 @@ def rotate_kernel(
     for i in tl.static_range(H):
         here = start + tl.minimum(i, end - head - 1) * x[3] * UNIT
         pairs += (load_pairs(here + FRONT * x[4], x[4], None, pair, BLOCKS, V),)
-    cos, sin = ANGLES(positions, omega, batch, step, row, pair, A, r, BLOCKS, V)
+    cos, sin = ANGLES(positions, omega, batch, step, row, pair, A, r, BLOCKS, UNIT, V)
     if FACTOR != 1:
         cos, sin = cos * FACTOR, sin * FACTOR
     if INVERSE:
@@ -81,19 +81,20 @@ def rotate_kernel(
 def launch(q, k, positions, omega, form, rotated=(), needs=(False, False), out=None):
     """q and k rotated; with `rotated`, what forward made, also the gradients of positions and omega needed.
 
-    Shapes: positions (b, s, a), omega (n, a, r).
+    Shapes: positions (b, s, a), omega (n, a, r); or tables, both (b, s, 1, 2r).
     """
     (b, s, h, _), g = q.shape, k.shape[2]
     made = (torch.empty_like(q), torch.empty_like(k)) if out is None else out
     big = (q, k, *made, *rotated)
-    parts, blocks, constants = plan(q, k, form, big, whole=bool(rotated))
+    sources = positions, omega
+    parts, blocks, constants = plan(q, k, sources, form, big, whole=bool(rotated))
     if out is not None:
         constants["W"] = 0  # what is not rotated is there already
     dpositions, domega = empty_parts(q, form, parts, blocks, needs)
     with torch.cuda.device_of(q):
         rotate_kernel[(parts * sum(blocks),)](
             *[view(x, constants["UNIT"]) for x in big], *[None] * (6 - len(big)),
-            (positions, *positions.stride()), (omega, *omega.stride()), domega, dpositions,
+            *[source(x, form, constants["UNIT"]) for x in sources], domega, dpositions,
             b * s, s, h, g, form.n, **constants,
         )  # fmt: skip
     return *made, *(total(dpositions, domega, blocks, positions, omega) if rotated else ())

@@ -17,23 +17,24 @@ assert not wrong, wrong
 """
 # what the table leaves out: the interpreter takes code that the compiler does not
 OPTIONS = """
-import aot, torch
-from rope_mm_kernels import rotate, rotate_, rotate_by_table
+import aot, machine, torch
+from rope_mm_kernels import norm_rotate_by_table, rotate, rotate_, rotate_by_table
 q, k = (torch.zeros(1, 256, heads, 72, requires_grad=True, dtype=torch.float16) for heads in (6, 3))
 positions, omega = torch.zeros(256, 2, requires_grad=True), torch.zeros(3, 2, 24, requires_grad=True)
-cos = torch.zeros(1, 256, 48)
+cos, weight = torch.zeros(1, 256, 48), torch.zeros(72, requires_grad=True)
 unequal = dict(pairing="block", blocks=(8, 16), tail=True, factor=1.5, mode="hf")
-with aot.compiling(aot.GPUTarget(*aot.TARGETS["sm_90"])) as launches:
+with machine.compiling(aot.GPUTarget(*aot.TARGETS["sm_90"])) as launches:
     for out in (
         rotate(q, k, positions, omega, **unequal),
         aot.normed(q, k, positions, omega, **unequal),
         rotate_by_table(q, k, cos, cos, "interleaved"),
+        norm_rotate_by_table(q, k, cos, cos, weight, weight, pairing="block", blocks=(8, 16), tail=True),
     ):
         torch.autograd.backward(out, [torch.zeros_like(x) for x in out])
     with torch.no_grad():
         rotate_(q, k, positions.long(), omega[:1].double(), "interleaved")
-codes = [aot.read_cuda(launch.asm) for launch in launches]
-assert len(codes) == 7 and not any(code.spills or code.stack for code in codes), codes
+codes = [machine.read_cuda(launch.asm) for launch in launches]
+assert len(codes) == 9 and not any(code.spills or code.stack for code in codes), codes
 """
 
 

@@ -5,8 +5,18 @@ from functools import partial
 import pytest
 import torch
 from conftest import INTERPRETED
-from rope_mm_kernels import definition, norm_rotary, norm_rotate, rotary, rotate, rotate_, rotate_by_table
+from rope_mm_kernels import (
+    definition,
+    norm_rotary,
+    norm_rotate,
+    norm_rotate_by_table,
+    rotary,
+    rotate,
+    rotate_,
+    rotate_by_table,
+)
 from rope_mm_kernels.form import form_of
+from rope_mm_kernels.table import fitting
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from truth import Case, agree, cotangents, results
@@ -40,13 +50,23 @@ def arguments(case: Case, device: str):
     return [q, k, positions, omega, *weights], form
 
 
+def by_table(case: Case, device: str):
+    """The same by tables of a batch."""
+    q, k, _, _, *weights = (x.detach() for x in case.make(device, normed=True))
+    tables = torch.rand(2, case.b, case.s, 2 * case.r, device=device)
+    *tables, form = fitting(q, k, *tables, case.pairing, case.blocks, case.tail)
+    return [q, k, *tables, *weights], form
+
+
 @EACH
-def test_a_cpu_without_the_interpreter_computes_what_the_kernels_do(case: Case, device: str) -> None:
-    inputs, form = arguments(case, device)
+@pytest.mark.parametrize("given", [arguments, by_table])
+def test_a_cpu_without_the_interpreter_computes_what_the_kernels_do(case: Case, given, device: str) -> None:
+    inputs, form = given(case, device)
+    needs = (form.mode != "table",) * 2
     out = definition.rotate(*inputs[:4], form)
     grads = cotangents(out, torch.float32)
-    back = (*grads, *inputs[2:4], out, (True, True), form)
-    normed = (*inputs, *grads, (True, True), 1e-6, form)
+    back = (*grads, *inputs[2:4], out, needs, form)
+    normed = (*inputs, *grads, needs, 1e-6, form)
     for plain, launched in (
         (out, rotary.rotated(*inputs[:4], form)),
         (definition.rotate_backward(*back), rotary.rotated_back(*back)),
@@ -73,6 +93,10 @@ def test_ops_keep_what_torch_asks_of_them(device: str) -> None:
     needs = [False, True]
     torch.library.opcheck(OPS.rotate_backward.default, (q, k, positions, omega, [q, k], needs, *form))
     torch.library.opcheck(OPS.norm_rotate_backward.default, (*inputs, q, k, needs, 1e-6, *form))
+    (q, k, *tables_and_weights), form = by_table(case, device)
+    asking = q.requires_grad_(), k, *tables_and_weights
+    torch.library.opcheck(OPS.rotate.default, (*asking[:4], *form))
+    torch.library.opcheck(OPS.norm_rotate.default, (*asking, 1e-6, *form))
 
 
 def normed(*inputs, **how):
@@ -114,8 +138,14 @@ def test_gradients_without_strides_and_checkpoints_go_through_a_graph(device: st
 def test_tables_and_rotation_in_place_go_through_a_graph(device: str) -> None:
     q, k, positions, omega = (x.detach() for x in Case().make(device))
     tables = torch.rand(2, 1, 5, 16, device=device)
-    compiled = torch.compile(rotate_by_table, fullgraph=True, backend="aot_eager")
-    agree(compiled(q, k, *tables), tuple(x.double() for x in rotate_by_table(q, k, *tables)))
+    weights = torch.rand(2, 16, device=device)
+    for turn, given in ((rotate_by_table, ()), (norm_rotate_by_table, weights)):
+        compiled = torch.compile(turn, fullgraph=True, backend="aot_eager")
+        inputs = [x.clone().requires_grad_() for x in (q, k, *given)]
+        found, wanted = (call(*inputs[:2], *tables, *inputs[2:]) for call in (compiled, turn))
+        assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+        slopes = (torch.autograd.grad(sum(x.sin().sum() for x in out), inputs) for out in (found, wanted))
+        assert all(torch.equal(x, y) for x, y in zip(*slopes, strict=True))
     wanted = rotate(q, k, positions, omega)
     found = torch.compile(rotate_, fullgraph=True, backend="aot_eager")(q, k, positions, omega)
     assert all(torch.equal(x, y) for x, y in zip((q, k, *found), (*wanted, *wanted), strict=True))

@@ -269,7 +269,7 @@ def test_many_lanes_need_wide_counters() -> None:
     q = torch.empty(1, dtype=torch.float16).as_strided((2**20, 2**9, 1, 64), (0, 0, 0, 0))
     form = rope_mm_kernels.form.Form(1, 1, 32, (32,), 0, "exact")
     for whole, wide in ((q, True), (q[: 2**18], False)):
-        plan = rope_mm_kernels.form.plan(whole, whole, form, (whole,), whole=False)
+        plan = rope_mm_kernels.form.plan(whole, whole, (whole, whole), form, (whole,), whole=False)
         assert plan.constants["WIDE"] == wide and plan.parts * sum(plan.blocks) < 2**31
 
 
