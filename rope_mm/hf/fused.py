@@ -1,15 +1,15 @@
 """Our rotation in place of a model's own function, in training and inference, proved by a forward."""
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rope_mm.hf.attentions import attentions, clone
-from rope_mm.hf.fitting import describe
-from rope_mm.hf.reading import applied
-from rope_mm.hf.swap import Handle, RopeMMRotaryEmbedding, rope_of, set_rope, sites, unset_rope
+from rope_mm.hf.attentions import exchange
+from rope_mm.hf.reading import APPLY, callers
+from rope_mm.hf.stand_in import describe, sites
+from rope_mm.hf.swap import Handle, rope_of, ropes_of, set_rope
 from rope_mm.kernels import Turn
 
 
@@ -30,43 +30,33 @@ def use_kernels(model: nn.Module) -> Handle:
         ValueError: a family whose attention calls no function that can be replaced, or answers that differ;
             the model is as it was.
     """
-    fresh = not any(isinstance(module, RopeMMRotaryEmbedding) for *_, module in sites(model))
-    places = [(owner, module) for _, owner, _, module in sites(model)]
-    found = [part for owner, _ in places for part in applied(owner)]
+    found = [part for site in sites(model) for part in callers(site.owner, APPLY)]
     if len(kinds := {type(module).__name__ for module, _ in found}) > 1:
         raise ValueError(f"{', '.join(sorted(kinds))} rotate in their own ways, and our op has one for all")
-    if not found or any("forward" in vars(module) for module, _ in found):
+    if not found:
         raise ValueError(
             f"{type(model).__name__} has no attention with a rotary function of its own to replace"
-            if not found
-            else f"{type(found[0][0]).__name__} has had its forward replaced; call use_kernels before that"
         )
-    if fresh:
+    name = type(found[0][0]).__name__
+    if any("forward" in vars(module) for module, _ in found):
+        raise ValueError(f"{name} has had its forward replaced; call use_kernels before that")
+    if fresh := not any(site.ours for site in sites(model)):
         set_rope(model, rope_of(model))
+    places = [(site.owner, site.module, 0 if fresh else len(site.module.undo)) for site in sites(model)]
     try:
-        before = [probe(owner) for owner, _ in places]
-        for _, _, _, rotary in sites(model):
-            rotary.turns = True  # pyright: ignore[reportArgumentType]
-        for module in {module for module, _ in found}:
-            names = tuple(name for other, name in found if other is module)
-            vars(module)["forward"] = MethodType(clone(type(module).forward, names, turn_both), module)
-        check_same(before, [probe(owner) for owner, _ in places])
+        before = [probe(owner) for owner, *_ in places]
+        for owner, rotary, _ in places:
+            rotary.turns = True
+            rotary.undo.append(partial(setattr, rotary, "turns", False))
+            exchange(rotary.undo, callers(owner, APPLY), turn_both)
+        check_same(before, [probe(owner) for owner, *_ in places])
     except Exception as error:
-        (unset_rope if fresh else drop_kernels)(model)
+        for _, rotary, left in places:
+            rotary.take_back(left)
         raise ValueError(
-            f"{type(found[0][0]).__name__} cannot rotate by our op ({type(error).__name__}: {error}); "
-            "the model is as it was"
+            f"{name} cannot rotate by our op ({type(error).__name__}: {error}); the model is as it was"
         ) from error
     return Handle(model)
-
-
-def drop_kernels(model: nn.Module) -> None:
-    """Give attention its own forward back."""
-    for _, owner, _, rotary in sites(model):
-        if isinstance(rotary, RopeMMRotaryEmbedding) and rotary.turns:
-            rotary.turns = False
-            for module, _ in applied(owner):
-                vars(module).pop("forward", None)
 
 
 @torch.no_grad()
@@ -95,18 +85,11 @@ def check_same(before: list[Tensor], after: list[Tensor]) -> None:
 
 def explain(model: nn.Module) -> None:
     """Print what each rotary place of a model runs."""
-    if isinstance(rope := getattr(getattr(model, "base_model", model), "rope_mm", None), nn.Module):
-        print(f"{len(attentions(model))} attention modules: {rope}")
-    for name, owner, _, module in sites(model):
-        ours = isinstance(module, RopeMMRotaryEmbedding)
-        ropes: Any = module.runs if ours else None
-        if not ours:
-            try:
-                ropes = rope_of(owner)
-            except ValueError as error:
-                ropes = {None: error}
-            ropes = ropes if isinstance(ropes, dict) else {None: ropes}
-        how = "our op" if ours and module.turns else "the model's own function"
-        for layer, rope in ropes.items():
-            what = rope if isinstance(rope, ValueError) else describe(rope)
-            print(f"{name}{f' ({layer})' if layer else ''}: {what}; applied by {how}")
+    for site in sites(model):
+        how = "our op" if site.ours and site.module.turns else "the model's own function"
+        try:
+            told = {layer: describe(rope) for layer, rope in ropes_of(site).items()}
+        except ValueError as error:
+            told = {None: str(error)}
+        for layer, what in told.items():
+            print(f"{site.name}{f' ({layer})' if layer else ''}: {what}; applied by {how}")

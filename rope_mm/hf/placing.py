@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rope_mm.hf.stand_in import scheme_of
 from rope_mm.positions import place_rows
 from rope_mm.scheme import Scheme
 from rope_mm.segments import Image, Segment, Text, Video
@@ -26,8 +27,6 @@ def positions_for(
     Raises:
         ValueError: a model without a scheme of ours, or tokens that do not match their grids.
     """
-    from rope_mm.hf.swap import scheme_of
-
     scheme = scheme_of(model)
     if isinstance(what, Mapping):
         positions, mask, _ = place_inputs(model.config, scheme, **what)
@@ -122,7 +121,5 @@ def read_story(kinds: Tensor, queues: dict[int, list[Segment]]) -> list[Segment]
 
 def get_rope_index(self: Any, input_ids: Tensor, *args: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
     """In place of a model's own method: positions (a, b, s) by our layout, and how far words are ahead."""
-    from rope_mm.hf.swap import scheme_of
-
     positions, _, ahead = place_inputs(self.config, scheme_of(self), input_ids, **inputs)
     return positions.movedim(-1, 0), ahead

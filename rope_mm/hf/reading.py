@@ -3,7 +3,7 @@
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,26 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from rope_mm.hf.saving import NotSetYet
+from rope_mm.kernels import Form, Turn, make_turn
 from rope_mm.rope_parameters import from_hf_config, read_head_dim
 from rope_mm.rotation import PAIRINGS
 from rope_mm.scheme import Scheme
 
-# how positions (s, a) are handed to a module, and the shape its tables have before the channels
-CALLS: dict[str, tuple[int, Callable[[Tensor], Tensor], Callable[[int], tuple[int, ...]]]] = {
-    "rows": (3, lambda p: p.T[:, None], lambda s: (1, s)),  # M-RoPE: (3, b, s)
-    "grid": (2, lambda p: p, lambda s: (s,)),  # towers: (s, 2), rows and columns
-    "film": (3, lambda p: p, lambda s: (s,)),  # towers of videos
-    "grids": (2, lambda p: p[None], lambda s: (1, s)),
-    "words": (1, lambda p: p.T, lambda s: (1, s)),
+# the axes that a module is told, and the shape in which positions (s, a) are handed to it
+CALLS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "rows": ("tyx", lambda p: p.T[:, None]),  # M-RoPE: (3, b, s)
+    "grid": ("yx", lambda p: p),  # towers: (s, 2), rows and columns
+    "film": ("tyx", lambda p: p),  # towers of videos
+    "grids": ("yx", lambda p: p[None]),
+    "words": ("t", lambda p: p.T),
 }
+# how r angles fill a table: on both channels of their pairs, or each once
+SPREADS: dict[str, Callable[..., Tensor]] = {name: join for name, (_, join) in PAIRINGS.items()}
+SPREADS |= dict.fromkeys(("single", "complex"), lambda first, _second, _blocks: first)
+NO_ANSWER = RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError
 
-
-def single(first: Tensor, _second: Tensor, _blocks: Any = ()) -> Tensor:
-    """Each angle once."""
-    return first
-
-
-SPREADS = {name: join for name, (_, join) in PAIRINGS.items()} | {"single": single, "complex": single}
+APPLY = re.compile(r"apply_(multimodal_)?rotary_(pos_)?emb\w*$")
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class ModelRope:
         pairing: the channels that its function turns together, found by turning unit vectors.
         axes: a tower's coordinates in the order in which it has them.
         scheme: ours with the same Omega within float32's rounding, where the family is known.
+        error: by how much its tables differ from the module's, 0 where it is positions @ Omega.
     """
 
     omega: tuple[tuple[float, ...], ...]
@@ -55,57 +55,70 @@ class ModelRope:
     pairing: str = "half"
     axes: tuple[str, ...] = ()
     scheme: Scheme | None = None
+    error: float = 0.0
 
     @property
     def pairs(self) -> int:
         """How many pairs of channels turn."""
         return len(self.omega[0])
 
-    def fill(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Any:
-        """Tables as the model expects them, from (..., r)."""
+    @property
+    def of_words(self) -> bool:
+        """Whether its positions are those of words, as in decoders, not rows and columns."""
+        return self.call in ("words", "rows")
+
+    def angles(self, positions: Tensor) -> Tensor:
+        """Radians (..., r) at positions (..., a), in float32 as transformers makes them."""
+        omega = torch.tensor(self.omega, device=positions.device)
+        angle: Any = sum(positions[..., axis, None].float() * row for axis, row in enumerate(omega))
+        return angle
+
+    def turn(self, positions: Tensor, dtype: torch.dtype) -> Turn:
+        """The work of one forward, for attention that rotates by our op."""
+        return make_turn(positions, torch.tensor(self.omega), Form(self.pairing, factor=self.factor), dtype)
+
+    def tables(self, angle: Tensor, factor: float, dtype: torch.dtype) -> Any:
+        """Tables of angles (..., r) as the model expects them."""
         if self.spread == "complex":
-            return torch.complex(cos, sin)
+            return (torch.polar(torch.ones_like(angle), angle) * factor).to(torch.complex64)
         blocks = (self.pairs // len(self.omega),) * len(self.omega)
-        cos, sin = (SPREADS[self.spread](x, x, blocks) for x in (cos, sin))
+        once = (angle.cos() * factor).float(), (angle.sin() * factor).float()
+        cos, sin = (SPREADS[self.spread](x, x, blocks) for x in once)
         return (cos, sin) if self.wide else (cos.to(dtype), sin.to(dtype))
 
-    def cos_sin(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Any:
-        """The model's tables at positions (..., a)."""
-        omega = torch.tensor(self.omega, device=positions.device)
-        angle: Any = sum(positions[..., axis, None].float() * omega[axis] for axis in range(len(self.omega)))
-        if self.spread == "complex":
-            return torch.polar(torch.ones_like(angle), angle) * self.factor
-        return self.fill(angle.cos() * self.factor, angle.sin() * self.factor, dtype)
+
+def frequencies(module: nn.Module) -> list[Tensor]:
+    """The `inv_freq`s of a rotary module, none where it is something else."""
+    named = module.named_buffers(recurse=False)
+    return [x for name, x in named if name.endswith("inv_freq") and not list(module.children())]
 
 
-def rotary_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """(name, owner, attribute, module) of each module without parts that has `inv_freq`s."""
-    for name, owner in model.named_modules():
-        for leaf, module in owner.named_children():
-            buffers = [key for key, _ in module.named_buffers(recurse=False)]
-            if any(key.endswith("inv_freq") for key in buffers) and not list(module.children()):
-                yield f"{name}.{leaf}".strip("."), owner, leaf, module
+def read_module(module: nn.Module, owner: nn.Module) -> dict[str | None, ModelRope]:
+    """What a module does, for each type of layer that it tells apart, None for all of them."""
+    kinds, config = getattr(module, "rope_type", None), getattr(module, "config", None)
+    layers = list(kinds) if isinstance(kinds, dict) else [None]
+    return {layer: named(read_layer(module, layer), owner, config, layer) for layer in layers}
 
 
-def layer_types(module: nn.Module) -> list[str | None]:
-    """The types of layers that the module tells apart, [None] if it does not."""
-    kinds = getattr(module, "rope_type", None)
-    return list(kinds) if isinstance(kinds, dict) else [None]
-
-
-def refuse_bent(module: nn.Module, layer: str | None) -> None:
-    """Refuse angles that depend on how long the sequence is.
+def refuse_bent(module: nn.Module, ropes: dict[str | None, ModelRope]) -> None:
+    """Refuse what is not positions @ Omega, bit for bit.
 
     Raises:
-        ValueError: rope_type "dynamic" or "longrope".
+        ValueError: rope_type "dynamic" or "longrope", or tables that differ.
     """
-    kind = getattr(module, "rope_type", "default")
-    kind = kind[layer] if isinstance(kind, dict) else kind
-    if "dynamic" in str(kind) or kind == "longrope":
-        raise ValueError(
-            f"{type(module).__name__} has rope_type {kind!r}, whose angles depend on the longest position "
-            "and are no positions @ Omega; give set_rope a scheme, with a fixed extension such as YaRN"
-        )
+    name, kinds = type(module).__name__, getattr(module, "rope_type", "default")
+    for layer, rope in ropes.items():
+        kind = kinds[layer] if isinstance(kinds, dict) else kinds
+        if "dynamic" in str(kind) or kind == "longrope":
+            raise ValueError(
+                f"{name} has rope_type {kind!r}, whose angles depend on the longest position and are no "
+                "positions @ Omega; give set_rope a scheme, with a fixed extension such as YaRN"
+            )
+        if rope.error != 0:
+            raise ValueError(
+                f"{name} is no positions @ Omega: its tables differ by {rope.error:.1e}, so it cannot be "
+                "read; give set_rope a scheme instead"
+            )
 
 
 def spare(module: nn.Module) -> nn.Module:
@@ -116,103 +129,87 @@ def spare(module: nn.Module) -> nn.Module:
             made = type(module)(config)
     else:
         made = copy.deepcopy(module, {id(config): config})
-    for name, value in list(vars(made).items()):
-        if isinstance(value, NotSetYet):
-            setattr(made, name, 1.0)
+    for name in [name for name, value in vars(made).items() if isinstance(value, NotSetYet)]:
+        setattr(made, name, 1.0)
     return made
 
 
 def ask(module: nn.Module, call: str, p: Tensor, layer: str | None, dtype: torch.dtype = torch.float32):
-    """Tables of positions p (s, a) in a call of this kind; None where the module cannot be called so."""
-    _, shape, lead = CALLS[call]
+    """Cosines and sines (s, d) of p (s, a), and how they would hold single angles; None for no answer."""
     device = next(module.buffers()).device
     x = torch.zeros(1, 1, 1, dtype=dtype, device=device)
     try:
-        out = module(x, shape(p.to(device)), *([layer] if layer else []))
+        out = module(x, CALLS[call][1](p.to(device)), *([layer] if layer else []))
         cos, sin = (out.real, out.imag) if isinstance(out, Tensor) else out
-        whole = isinstance(out, Tensor)
-    except (RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError):
+    except NO_ANSWER:
         return None
-    if cos.shape[:-1] != lead(len(p)):
+    if cos.shape[:-1].numel() != len(p):
         return None
-    return cos.reshape(len(p), -1), sin.reshape(len(p), -1), whole
+    return (
+        cos.reshape(len(p), -1),
+        sin.reshape(len(p), -1),
+        "complex" if isinstance(out, Tensor) else "single",
+    )
 
 
 def spread_of(table: Tensor, axes: int, bare: str) -> tuple[str, Tensor]:
     """How the angles fill a table (s, d), and the channels that hold each once."""
     d = table.shape[-1]
-    for spread in (*PAIRINGS, bare):
-        join, r = SPREADS[spread], d if spread == bare else d // 2
-        blocks = (r // axes,) * axes
-        if (spread == "block" and sum(blocks) != r) or (spread != bare and d % 2):
+    for spread in PAIRINGS if bare == "single" else ():
+        blocks = (d // 2 // axes,) * axes
+        if d % 2 or (spread == "block" and 2 * sum(blocks) != d):
             continue
-        number = torch.arange(r, device=table.device)
-        once = join(number, number, blocks)
-        first = torch.stack([(once == i).nonzero()[0, 0] for i in range(r)])
+        number = torch.arange(d // 2, device=table.device)
+        once = SPREADS[spread](number, number, blocks)
+        first = torch.stack([(once == i).nonzero()[0, 0] for i in number])
         if torch.equal(table[:, first][:, once], table):
             return spread, first
-    raise AssertionError("a bare table is any")
+    return bare, torch.arange(d, device=table.device)
 
 
-def read_module(module: nn.Module, layer: str | None = None, strict: bool = True) -> ModelRope:
+def read_layer(module: nn.Module, layer: str | None) -> ModelRope:
     """What a rotary module does at every position, from what it does at unit positions.
 
-    Not strict, it tells how the module is asked, whatever its angles are.
-
     Raises:
-        ValueError: a module that is called in no known way, or is not positions @ Omega bit for bit.
+        ValueError: a module that is called in no known way.
     """
-    if strict:
-        refuse_bent(module, layer)
-    module = spare(module)
-    draw = torch.Generator().manual_seed(0)
-    for call, (a, *_) in CALLS.items():
+    name, module, draw = type(module).__name__, spare(module), torch.Generator().manual_seed(0)
+    for call, (axes, _) in CALLS.items():
+        a = len(axes)
         far = torch.randint(0, 4096, (8, a), generator=draw)
         p = torch.cat((torch.zeros(1, a, dtype=torch.long), torch.eye(a, dtype=torch.long), far))
-        if (tables := ask(module, call, p, layer)) is None:
+        if (answer := ask(module, call, p, layer)) is None:
             continue
-        cos, sin, whole = tables
-        spread, first = spread_of(torch.cat((cos, sin)), a, "complex" if whole else "single")
-        angle = torch.atan2(sin[1 : a + 1, first], cos[1 : a + 1, first])
+        cos, sin, bare = answer
+        spread, first = spread_of(torch.cat((cos, sin)), a, bare)
+        omega = snapped(torch.atan2(sin[1 : a + 1, first], cos[1 : a + 1, first]), module)
         low = ask(module, call, p, layer, torch.bfloat16)
         wide = low is not None and low[0].dtype == torch.float32
-        omega = tuple(map(tuple, snapped(angle, module).tolist()))
-        rope = ModelRope(omega, cos[0, 0].item(), call, spread, wide, axes=("t", "y", "x")[-a:])
-        ours = rope.cos_sin(p.to(cos.device))
-        ours = (ours.real, ours.imag) if whole else ours
+        told = tuple(map(tuple, omega.tolist()))
+        rope = ModelRope(told, cos[0, 0].item(), call, spread, wide, axes=tuple(axes))
+        ours = rope.tables(rope.angles(p.to(cos.device)), rope.factor, torch.float32)
+        ours = (ours.real, ours.imag) if isinstance(ours, Tensor) else ours
         error = max((x - y).abs().max().item() for x, y in zip(ours, (cos, sin), strict=True))
-        if strict and error != 0:
-            raise ValueError(
-                f"{type(module).__name__} is no positions @ Omega: its tables differ by {error:.1e}, so it "
-                "cannot be read; give set_rope a scheme instead"
-            )
-        return rope
+        return replace(rope, error=error)
     raise ValueError(
-        f"{type(module).__name__} takes positions and gives tables in no known way; served are "
-        f"{', '.join(CALLS)}, with (cos, sin) for an answer"
+        f"{name} takes positions and gives tables in no known way; served are {', '.join(CALLS)}, with "
+        "(cos, sin) for an answer"
     )
 
 
 def snapped(angle: Tensor, module: nn.Module) -> Tensor:
     """Angles (a, r), each the module's own frequency where one is near: atan2 has rounded them."""
-    own = torch.cat([b.flatten().float() for key, b in module.named_buffers() if key.endswith("inv_freq")])
+    own = torch.cat([x.flatten().float() for x in frequencies(module)])
     nearest = own[(angle[..., None] - own).abs().argmin(-1)]
     near = (nearest - angle).abs() <= 1e-5 * angle.abs().clamp(min=1e-30)
     return torch.where(near, nearest, angle)
 
 
-APPLY = re.compile(r"apply_(multimodal_)?rotary_(pos_)?emb\w*$")
-
-
-def seen_globals(module: nn.Module) -> tuple[str, ...]:
-    """Names that a module's own forward looks up."""
-    return inspect.unwrap(type(module).forward).__code__.co_names
-
-
-def applied(owner: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Attention modules of an owner, and the names of the functions with which they rotate."""
-    seen = [(module, name) for module in owner.modules() for name in seen_globals(module)]
-    return [(module, name) for module, name in seen if APPLY.match(name)]
+def callers(owner: nn.Module, pattern: re.Pattern[str]) -> list[tuple[nn.Module, str]]:
+    """Modules of an owner whose own forward looks such a global up, and its name."""
+    forwards = [(module, inspect.unwrap(type(module).forward)) for module in owner.modules()]
+    seen = [(module, name) for module, forward in forwards for name in forward.__code__.co_names]
+    return [(module, name) for module, name in seen if pattern.match(name)]
 
 
 def paired(rope: ModelRope, owner: nn.Module) -> str:
@@ -222,7 +219,7 @@ def paired(rope: ModelRope, owner: nn.Module) -> str:
     that holds also for functions that put the channels in another order.
     """
     told = {"single": "half", "complex": "interleaved"}.get(rope.spread, rope.spread)
-    r, found = rope.pairs, applied(owner)
+    r, found = rope.pairs, callers(owner, APPLY)
     if not found or any(p.is_meta for p in owner.parameters()):
         return told
     # DeepSeek's attention names two functions, and its config says which of them it calls
@@ -230,10 +227,10 @@ def paired(rope: ModelRope, owner: nn.Module) -> str:
     turn, unit = inspect.unwrap(type(module).forward).__globals__[name], torch.eye(2 * r)[None, None]
     angle = torch.linspace(0.5, 1, r).expand(1, 2 * r, r)
     try:
-        q, _ = turn(unit, unit, *rope.fill(angle.cos(), angle.sin(), torch.float32))
-        _, k = turn(unit, unit, *rope.fill(torch.ones_like(angle), torch.zeros_like(angle), torch.float32))
+        q, _ = turn(unit, unit, *rope.tables(angle, 1.0, torch.float32))
+        _, k = turn(unit, unit, *rope.tables(0 * angle, 1.0, torch.float32))
         partner = ((q @ k.mT) * (1 - unit)).abs().argmax(-1).flatten()
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+    except NO_ANSWER:
         return told
     channel = torch.arange(2 * r)
     others = {"half": (channel + r) % (2 * r), "interleaved": channel ^ 1}

@@ -80,7 +80,7 @@ def test_the_scheme_and_omega_of_a_model_that_had_none_are_saved_and_brought_bac
     model, pixels = ViTModel(config).eval(), torch.randn(1, 3, 16, 16)
     set_rope(model, "rope-vit-mixed")
     with torch.no_grad():
-        model.rope_mm.learned.mul_(1.5)
+        model.rope_mm.runs[None].learned.mul_(1.5)
     model.save_pretrained(tmp_path)
     loaded = ViTModel.from_pretrained(tmp_path).eval()
     set_rope(loaded)
