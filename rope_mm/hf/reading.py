@@ -101,78 +101,58 @@ def read_module(module: nn.Module, owner: nn.Module) -> dict[str | None, ModelRo
 
 
 def refuse_bent(module: nn.Module, ropes: dict[str | None, ModelRope]) -> None:
-    """Refuse what is not positions @ Omega, bit for bit.
-
-    Raises:
-        ValueError: rope_type "dynamic" or "longrope", or tables that differ.
-    """
-    name, kinds = type(module).__name__, getattr(module, "rope_type", "default")
+    """Refuse what is not positions @ Omega, bit for bit."""
+    kinds = getattr(module, "rope_type", "default")
     for layer, rope in ropes.items():
         kind = kinds[layer] if isinstance(kinds, dict) else kinds
         if "dynamic" in str(kind) or kind == "longrope":
-            raise ValueError(
-                f"{name} has rope_type {kind!r}, whose angles depend on the longest position and are no "
-                "positions @ Omega; give set_rope a scheme, with a fixed extension such as YaRN"
-            )
-        if rope.error != 0:
-            raise ValueError(
-                f"{name} is no positions @ Omega: its tables differ by {rope.error:.1e}, so it cannot be "
-                "read; give set_rope a scheme instead"
-            )
+            why = f"has rope_type {kind!r}, whose angles depend on the longest position and are"
+        elif rope.error != 0:
+            why = f"has tables that differ by {rope.error:.1e} from what could be read, so they are"
+        else:
+            continue
+        raise ValueError(
+            f"{type(module).__name__} {why} no positions @ Omega; give set_rope a scheme, with a fixed "
+            "extension such as YaRN where contexts are long"
+        )
 
 
 def spare(module: nn.Module) -> nn.Module:
     """A copy to ask, for some modules remember; on the meta device one newly made from the config."""
     config: Any = getattr(module, "config", None)
-    if any(buffer.is_meta for buffer in module.buffers()):
-        with torch.device("cpu"):
-            made = type(module)(config)
-    else:
-        made = copy.deepcopy(module, {id(config): config})
-    for name in [name for name, value in vars(made).items() if isinstance(value, NotSetYet)]:
-        setattr(made, name, 1.0)
+    with torch.device("cpu"):
+        lost = any(buffer.is_meta for buffer in module.buffers())
+        made = type(module)(config) if lost else copy.deepcopy(module, {id(config): config})
+    vars(made).update({name: 1.0 for name, value in vars(made).items() if isinstance(value, NotSetYet)})
     return made
 
 
 def ask(module: nn.Module, call: str, p: Tensor, layer: str | None, dtype: torch.dtype = torch.float32):
     """Cosines and sines (s, d) of p (s, a), and how they would hold single angles; None for no answer."""
     device = next(module.buffers()).device
-    x = torch.zeros(1, 1, 1, dtype=dtype, device=device)
+    x, layers = torch.zeros(1, 1, 1, dtype=dtype, device=device), [layer] if layer else []
     try:
-        out = module(x, CALLS[call][1](p.to(device)), *([layer] if layer else []))
-        cos, sin = (out.real, out.imag) if isinstance(out, Tensor) else out
+        out = module(x, CALLS[call][1](p.to(device)), *layers)
+        bare, parts = ("complex", (out.real, out.imag)) if isinstance(out, Tensor) else ("single", out)
+        cos, sin = (part.reshape(len(p), -1) for part in parts if part.shape[:-1].numel() == len(p))
     except NO_ANSWER:
         return None
-    if cos.shape[:-1].numel() != len(p):
-        return None
-    return (
-        cos.reshape(len(p), -1),
-        sin.reshape(len(p), -1),
-        "complex" if isinstance(out, Tensor) else "single",
-    )
+    return cos, sin, bare
 
 
-def spread_of(table: Tensor, axes: int, bare: str) -> tuple[str, Tensor]:
-    """How the angles fill a table (s, d), and the channels that hold each once."""
-    d = table.shape[-1]
-    for spread in PAIRINGS if bare == "single" else ():
-        blocks = (d // 2 // axes,) * axes
-        if d % 2 or (spread == "block" and 2 * sum(blocks) != d):
-            continue
-        number = torch.arange(d // 2, device=table.device)
-        once = SPREADS[spread](number, number, blocks)
-        first = torch.stack([(once == i).nonzero()[0, 0] for i in number])
-        if torch.equal(table[:, first][:, once], table):
-            return spread, first
-    return bare, torch.arange(d, device=table.device)
+def gathered(table: Tensor, axes: int, bare: str) -> tuple[str, Tensor]:
+    """How a table (s, d) holds its angles, and each of them once."""
+    blocks = (table.shape[-1] // 2 // axes,) * axes
+    for spread, (split, join) in PAIRINGS.items() if bare == "single" else ():
+        if table.shape[-1] % (2 * axes if spread == "block" else 2) == 0:
+            once, _ = split(table, blocks)
+            if torch.equal(join(once, once, blocks), table):
+                return spread, once
+    return bare, table
 
 
 def read_layer(module: nn.Module, layer: str | None) -> ModelRope:
-    """What a rotary module does at every position, from what it does at unit positions.
-
-    Raises:
-        ValueError: a module that is called in no known way.
-    """
+    """What a rotary module does at every position, from what it does at unit positions."""
     name, module, draw = type(module).__name__, spare(module), torch.Generator().manual_seed(0)
     for call, (axes, _) in CALLS.items():
         a = len(axes)
@@ -180,17 +160,17 @@ def read_layer(module: nn.Module, layer: str | None) -> ModelRope:
         p = torch.cat((torch.zeros(1, a, dtype=torch.long), torch.eye(a, dtype=torch.long), far))
         if (answer := ask(module, call, p, layer)) is None:
             continue
-        cos, sin, bare = answer
-        spread, first = spread_of(torch.cat((cos, sin)), a, bare)
-        omega = snapped(torch.atan2(sin[1 : a + 1, first], cos[1 : a + 1, first]), module)
+        *both, bare = answer
+        spread, once = gathered(torch.cat(both), a, bare)
+        cos, sin = once.chunk(2)
+        omega = snapped(torch.atan2(sin[1 : a + 1], cos[1 : a + 1]), module)
         low = ask(module, call, p, layer, torch.bfloat16)
         wide = low is not None and low[0].dtype == torch.float32
         told = tuple(map(tuple, omega.tolist()))
         rope = ModelRope(told, cos[0, 0].item(), call, spread, wide, axes=tuple(axes))
         ours = rope.tables(rope.angles(p.to(cos.device)), rope.factor, torch.float32)
         ours = (ours.real, ours.imag) if isinstance(ours, Tensor) else ours
-        error = max((x - y).abs().max().item() for x, y in zip(ours, (cos, sin), strict=True))
-        return replace(rope, error=error)
+        return replace(rope, error=(torch.cat(ours) - torch.cat(both)).abs().max().item())
     raise ValueError(
         f"{name} takes positions and gives tables in no known way; served are {', '.join(CALLS)}, with "
         "(cos, sin) for an answer"
