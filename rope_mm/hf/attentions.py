@@ -1,4 +1,7 @@
-"""Attention whose globals are exchanged, for one instance: how models without rotary come to have one."""
+"""Attention whose globals are exchanged, for one instance.
+
+So models without rotary come to have one, and so our op takes the place of a model's own function.
+"""
 
 import inspect
 import re
@@ -13,7 +16,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_mm.hf.reading import callers
-from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, Site
+from rope_mm.hf.stand_in import Site, Undo
+from rope_mm.kernels import Turn
 from rope_mm.scheme import Scheme
 from rope_mm.segments import Image, Still, Text
 
@@ -34,7 +38,7 @@ def clone(f: Callable[..., Any], names: tuple[str, ...], value: Any) -> Callable
     return copy
 
 
-def exchange(undo: list[Callable[[], Any]], found: list[tuple[nn.Module, str]], value: Any) -> None:
+def exchange(undo: Undo, found: list[tuple[nn.Module, str]], value: Any) -> None:
     """Let modules see `value` where their forward saw a global, and note how to undo it."""
     for module in {module for module, _ in found}:
         names = tuple(name for other, name in found if other is module)
@@ -89,11 +93,7 @@ def tell(model: Any, args: tuple, kwargs: dict[str, Any]):
 
 
 def listen(attention: Any, args: tuple, kwargs: dict[str, Any]):
-    """Before an attention's forward: what its model told it, also when checkpointing calls it again.
-
-    Raises:
-        ValueError: a model that does not hand its arguments on.
-    """
+    """Before an attention's forward: what its model told it, also when checkpointing calls it again."""
     if "rope_mm" not in kwargs:
         raise ValueError(
             f"{type(attention).__name__} was told no positions: its model does not hand arguments on to it, "
@@ -104,11 +104,7 @@ def listen(attention: Any, args: tuple, kwargs: dict[str, Any]):
 
 
 def bare_site(model: Any) -> Site:
-    """Where a model without rotary has room for one.
-
-    Raises:
-        ValueError: no attention that can be served, or several parts with attention of their own.
-    """
+    """Where a model without rotary has room for one, beside the layers of its one stack of attention."""
     base, found = getattr(model, "base_model", None), attentions(model)
     if base is None or len({id(getattr(module, "config", None)) for module, _ in found}) != 1:
         parts = ", ".join(name for name, part in model.named_children() if attentions(part))
@@ -119,9 +115,39 @@ def bare_site(model: Any) -> Site:
     return Site("rope_mm", base, "rope_mm", None)
 
 
-def tell_attention(base: nn.Module, rotary: RopeMMRotaryEmbedding) -> None:
+def tell_attention(base: nn.Module, undo: Undo) -> None:
     """Let a model's attention rotate by what stands beside its layers."""
-    found, undo = attentions(base), rotary.undo
-    exchange(undo, found, Rotating)
     undo.append(base.register_forward_pre_hook(tell, with_kwargs=True).remove)
-    undo += [module.register_forward_pre_hook(listen, with_kwargs=True).remove for module, _ in found]
+    exchange(undo, attentions(base), Rotating)
+    for module, _ in attentions(base):
+        vars(module)["rope_mm_told"] = None
+        undo.append(partial(delattr, module, "rope_mm_told"))
+        undo.append(module.register_forward_pre_hook(listen, with_kwargs=True).remove)
+
+
+def turn_both(q: Tensor, k: Tensor, turn: Turn, _same: Turn | None = None, unsqueeze_dim: int = 1, **_: Any):
+    """Stands where `apply_rotary_pos_emb` stood, for q and k (b, h, s, d), or (b, s, h, d) if it says so."""
+    if unsqueeze_dim == 2:
+        return turn(q, k)
+    q, k = turn(q.transpose(1, 2), k.transpose(1, 2))
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+@torch.no_grad()
+def probe(owner: Any) -> Tensor:
+    """The stream (1, 8, c) that a decoder makes of fixed noise."""
+    weight = owner.get_input_embeddings().weight
+    noise = torch.randn(1, 8, weight.shape[-1], generator=torch.Generator().manual_seed(0))
+    training, _ = owner.training, owner.eval()
+    try:
+        return owner(inputs_embeds=noise.to(weight), use_cache=False)[0]
+    finally:
+        owner.train(training)
+
+
+def check_same(before: list[Tensor], after: list[Tensor]) -> None:
+    """Refuse streams that differ by more than the rounding of the model's numbers."""
+    for one, other in zip(before, after, strict=True):
+        error, eps = (one - other).abs().max().item(), torch.finfo(one.dtype).eps
+        if not error <= 256 * eps * one.abs().max().item():
+            raise ValueError(f"the streams of the probe differ by {error:.1e}")

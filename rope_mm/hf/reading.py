@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from rope_mm.hf.saving import NotSetYet
 from rope_mm.kernels import Form, Turn, make_turn
 from rope_mm.rope_parameters import from_hf_config, read_head_dim
-from rope_mm.rotation import PAIRINGS
 from rope_mm.scheme import Scheme
+from rope_mm.tables import fill_tables, find_pairing, read_tables, split_tables
 
 # the axes that a module is told, and the shape in which positions (s, a) are handed to it
 CALLS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
@@ -24,9 +24,7 @@ CALLS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "grids": ("yx", lambda p: p[None]),
     "words": ("t", lambda p: p.T),
 }
-# how r angles fill a table: on both channels of their pairs, or each once
-SPREADS: dict[str, Callable[..., Tensor]] = {name: join for name, (_, join) in PAIRINGS.items()}
-SPREADS |= dict.fromkeys(("single", "complex"), lambda first, _second, _blocks: first)
+OF_WORDS = "rows", "words"  # positions of decoders, which walk on with every word
 NO_ANSWER = RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError
 
 APPLY = re.compile(r"apply_(multimodal_)?rotary_(pos_)?emb\w*$")
@@ -39,7 +37,7 @@ class ModelRope:
     Attributes:
         omega: radians per step (a, r), the module's own float32 numbers.
         call: how positions reach the module, a key of CALLS.
-        spread: how r angles fill its tables, a key of SPREADS.
+        spread: how r angles fill its tables, a key of `tables.SPREADS`.
         wide: whether tables stay float32 in a model of another dtype.
         pairing: the channels that its function turns together, found by turning unit vectors.
         axes: a tower's coordinates in the order in which it has them.
@@ -62,11 +60,6 @@ class ModelRope:
         """How many pairs of channels turn."""
         return len(self.omega[0])
 
-    @property
-    def of_words(self) -> bool:
-        """Whether its positions are those of words, as in decoders, not rows and columns."""
-        return self.call in ("words", "rows")
-
     def angles(self, positions: Tensor) -> Tensor:
         """Radians (..., r) at positions (..., a), in float32 as transformers makes them."""
         omega = torch.tensor(self.omega, device=positions.device)
@@ -79,12 +72,8 @@ class ModelRope:
 
     def tables(self, angle: Tensor, factor: float, dtype: torch.dtype) -> Any:
         """Tables of angles (..., r) as the model expects them."""
-        if self.spread == "complex":
-            return (torch.polar(torch.ones_like(angle), angle) * factor).to(torch.complex64)
-        blocks = (self.pairs // len(self.omega),) * len(self.omega)
-        once = (angle.cos() * factor).float(), (angle.sin() * factor).float()
-        cos, sin = (SPREADS[self.spread](x, x, blocks) for x in once)
-        return (cos, sin) if self.wide else (cos.to(dtype), sin.to(dtype))
+        tables = fill_tables(angle, self.spread, factor, len(self.omega))
+        return tables if self.wide else tuple(x.to(dtype) for x in tables)
 
 
 def frequencies(module: nn.Module) -> list[Tensor]:
@@ -127,28 +116,15 @@ def spare(module: nn.Module) -> nn.Module:
     return made
 
 
-def ask(module: nn.Module, call: str, p: Tensor, layer: str | None, dtype: torch.dtype = torch.float32):
-    """Cosines and sines (s, d) of p (s, a), and how they would hold single angles; None for no answer."""
-    device = next(module.buffers()).device
-    x, layers = torch.zeros(1, 1, 1, dtype=dtype, device=device), [layer] if layer else []
+def ask(module: nn.Module, call: str, p: Tensor, layer: str | None, dtype: torch.dtype) -> Any:
+    """Tables of positions p (s, a), told in this way; None where the module takes or gives others."""
+    device, layers = next(module.buffers()).device, [layer] if layer else []
     try:
-        out = module(x, CALLS[call][1](p.to(device)), *layers)
-        bare, parts = ("complex", (out.real, out.imag)) if isinstance(out, Tensor) else ("single", out)
-        cos, sin = (part.reshape(len(p), -1) for part in parts if part.shape[:-1].numel() == len(p))
+        tables = module(torch.zeros(1, 1, 1).to(device, dtype), CALLS[call][1](p.to(device)), *layers)
+        fits = all(x.shape[:-1].numel() == len(p) for x in split_tables(tables))
     except NO_ANSWER:
         return None
-    return cos, sin, bare
-
-
-def gathered(table: Tensor, axes: int, bare: str) -> tuple[str, Tensor]:
-    """How a table (s, d) holds its angles, and each of them once."""
-    blocks = (table.shape[-1] // 2 // axes,) * axes
-    for spread, (split, join) in PAIRINGS.items() if bare == "single" else ():
-        if table.shape[-1] % (2 * axes if spread == "block" else 2) == 0:
-            once, _ = split(table, blocks)
-            if torch.equal(join(once, once, blocks), table):
-                return spread, once
-    return bare, table
+    return tables if fits else None
 
 
 def read_layer(module: nn.Module, layer: str | None) -> ModelRope:
@@ -158,31 +134,21 @@ def read_layer(module: nn.Module, layer: str | None) -> ModelRope:
         a = len(axes)
         far = torch.randint(0, 4096, (8, a), generator=draw)
         p = torch.cat((torch.zeros(1, a, dtype=torch.long), torch.eye(a, dtype=torch.long), far))
-        if (answer := ask(module, call, p, layer)) is None:
+        exact, low = (ask(module, call, p, layer, dtype) for dtype in (torch.float32, torch.bfloat16))
+        if exact is None:
             continue
-        *both, bare = answer
-        spread, once = gathered(torch.cat(both), a, bare)
-        cos, sin = once.chunk(2)
-        omega = snapped(torch.atan2(sin[1 : a + 1], cos[1 : a + 1]), module)
-        low = ask(module, call, p, layer, torch.bfloat16)
-        wide = low is not None and low[0].dtype == torch.float32
+        own = torch.cat([x.flatten().float() for x in frequencies(module)])
+        spread, omega, factor = read_tables(exact, a, own)
+        wide = low is not None and split_tables(low)[0].dtype == torch.float32
         told = tuple(map(tuple, omega.tolist()))
-        rope = ModelRope(told, cos[0, 0].item(), call, spread, wide, axes=tuple(axes))
-        ours = rope.tables(rope.angles(p.to(cos.device)), rope.factor, torch.float32)
-        ours = (ours.real, ours.imag) if isinstance(ours, Tensor) else ours
-        return replace(rope, error=(torch.cat(ours) - torch.cat(both)).abs().max().item())
+        rope = ModelRope(told, factor, call, spread, wide, axes=tuple(axes))
+        ours = rope.tables(rope.angles(p.to(own.device)), factor, torch.float32)
+        pairs = zip(split_tables(ours), split_tables(exact), strict=True)
+        return replace(rope, error=max((x - y).abs().max().item() for x, y in pairs))
     raise ValueError(
         f"{name} takes positions and gives tables in no known way; served are {', '.join(CALLS)}, with "
         "(cos, sin) for an answer"
     )
-
-
-def snapped(angle: Tensor, module: nn.Module) -> Tensor:
-    """Angles (a, r), each the module's own frequency where one is near: atan2 has rounded them."""
-    own = torch.cat([x.flatten().float() for x in frequencies(module)])
-    nearest = own[(angle[..., None] - own).abs().argmin(-1)]
-    near = (nearest - angle).abs() <= 1e-5 * angle.abs().clamp(min=1e-30)
-    return torch.where(near, nearest, angle)
 
 
 def callers(owner: nn.Module, pattern: re.Pattern[str]) -> list[tuple[nn.Module, str]]:
@@ -193,13 +159,9 @@ def callers(owner: nn.Module, pattern: re.Pattern[str]) -> list[tuple[nn.Module,
 
 
 def paired(rope: ModelRope, owner: nn.Module) -> str:
-    """The pairing of the function that an owner's attention calls; the tables' own where it cannot be asked.
-
-    q' k with unit vectors for q, turned, and for k, not turned, meets the two channels of each pair alone;
-    that holds also for functions that put the channels in another order.
-    """
+    """The pairing of the function that an owner's attention calls; its tables' own without an answer."""
     told = {"single": "half", "complex": "interleaved"}.get(rope.spread, rope.spread)
-    r, found = rope.pairs, callers(owner, APPLY)
+    found, r = callers(owner, APPLY), rope.pairs
     if not found or any(p.is_meta for p in owner.parameters()):
         return told
     # DeepSeek's attention names two functions, and its config says which of them it calls
@@ -209,12 +171,9 @@ def paired(rope: ModelRope, owner: nn.Module) -> str:
     try:
         q, _ = turn(unit, unit, *rope.tables(angle, 1.0, torch.float32))
         _, k = turn(unit, unit, *rope.tables(0 * angle, 1.0, torch.float32))
-        partner = ((q @ k.mT) * (1 - unit)).abs().argmax(-1).flatten()
+        return find_pairing(q[0, 0], k[0, 0]) or told
     except NO_ANSWER:
         return told
-    channel = torch.arange(2 * r)
-    others = {"half": (channel + r) % (2 * r), "interleaved": channel ^ 1}
-    return next((pairing for pairing, other in others.items() if torch.equal(partner, other)), told)
 
 
 def named(rope: ModelRope, owner: nn.Module, config: Any, layer: str | None) -> ModelRope:

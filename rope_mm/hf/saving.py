@@ -1,6 +1,5 @@
 """A scheme in `config.rope_parameters`, so that it is saved with the model, and read again."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def not_yet(config: Any, *_: Any, layer_type: str | None = None, **__: Any) -> t
 ROPE_INIT_FUNCTIONS[NAME] = not_yet  # pyright: ignore[reportArgumentType]
 
 
-def write(config: Any, schemes: Mapping[str | None, Scheme], refusing: bool) -> None:
+def write(config: Any, schemes: dict[str | None, Scheme], refusing: bool) -> None:
     """Enter schemes, one for each type of layer, in a config; refusing, its models wait for `set_rope`."""
     old: Any = getattr(config, "rope_parameters", None) or {}
     kind = {"rope_type": NAME} if refusing else {}  # towers know one rope_type and could not be loaded
@@ -45,35 +44,24 @@ def write(config: Any, schemes: Mapping[str | None, Scheme], refusing: bool) -> 
 
 
 def read(config: Any, layer: str | None) -> Scheme:
-    """The scheme that a config was given for layers of this type.
-
-    Raises:
-        ValueError: a config without.
-    """
+    """The scheme that a config was given for layers of this type."""
     rope = getattr(config, "rope_parameters", None) or {}
-    rope = rope.get(layer) if layer else rope
-    if not rope or NAME not in rope:
+    entries = (rope.get(layer) or {}) if layer else rope
+    if NAME not in entries:
         raise ValueError(
             f"{type(config).__name__} holds no scheme of ours; give set_rope one, or load a model that was "
             "saved after set_rope"
         )
-    return Scheme.from_dict(rope[NAME])
+    return Scheme.from_dict(entries[NAME])
 
 
-def fill_learned(rope: Any, folder: str, key: str) -> None:
-    """Read the learned Omega of a Rotary, where it has one, from the weights beside a config.
-
-    Raises:
-        ValueError: weights that are not there or do not hold it.
-    """
-    if rope.learned is None:
-        return
+def fill_learned(learned: Tensor, folder: str, key: str) -> None:
+    """Read a learned Omega from the weights beside a config."""
     for path in sorted(Path(folder).glob("*.safetensors")) if folder else ():
         with safe_open(path, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118, it is no dict
-                if name.endswith(key):
-                    rope.learned.data.copy_(weights.get_tensor(name))
-                    return
+            for name in filter(lambda name: name.endswith(key), weights.keys()):
+                learned.data.copy_(weights.get_tensor(name))
+                return
     raise ValueError(
         f"the saved Omega was learned, but no *.safetensors in {folder!r} holds {key!r}; load the model from "
         "the folder where it was saved"

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from rope_mm import rotation
-from rope_mm.hf.reading import ModelRope, frequencies
+from rope_mm.hf.reading import OF_WORDS, ModelRope, frequencies
 from rope_mm.rotary import Rotary
 from rope_mm.scheme import Scheme
 
 Runs = Rotary | ModelRope
+Undo = list[Callable[[], Any]]
 
 
 class RopeMMRotaryEmbedding(nn.Module):
@@ -33,20 +34,15 @@ class RopeMMRotaryEmbedding(nn.Module):
         self.runs, self.asked, self.original = runs, asked, original
         self.learned = nn.ModuleList(rope for rope in runs.values() if isinstance(rope, Rotary))
         self.config, self.rope_type, self.turns = config, "default", not asked
-        self.undo: list[Callable[[], Any]] = []
+        self.undo: Undo = []
         self.coords: Tensor | None = None
         self.call = next((rope.call for rope in asked.values()), "")
-        self.axes = len(next(iter(runs.values())).omega)
+        self.axes = len(self.first.omega)
 
     @property
-    def reads_words(self) -> bool:
-        """Whether it is told positions of words, as in decoders, not rows and columns."""
-        return any(rope.of_words for rope in self.asked.values())
-
-    @property
-    def places(self) -> bool:
-        """Whether it runs a scheme of ours, by whose layout tokens are placed."""
-        return any(isinstance(rope, Rotary) for rope in self.runs.values())
+    def first(self) -> Runs:
+        """What it runs in layers of the first type; positions are the same for all."""
+        return next(iter(self.runs.values()))
 
     def take_back(self, left: int = 0) -> None:
         """Undo all but the first changes."""
@@ -66,7 +62,7 @@ class RopeMMRotaryEmbedding(nn.Module):
 
     def positions(self, ids: Tensor, rope: Runs, asked: ModelRope) -> Tensor:
         """Positions (..., s, a) from what the model hands over."""
-        if self.reads_words:
+        if self.call in OF_WORDS:
             if self.coords is not None:
                 return self.coords
             if ids.dim() == 3 and len(ids) == self.axes:
@@ -78,11 +74,7 @@ class RopeMMRotaryEmbedding(nn.Module):
         return torch.stack([at.get(axis, torch.zeros_like(ids[..., 0])) for axis in rope.scheme.axes], -1)
 
     def split_positions(self, owner: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        """Before the owner's forward: (1 + a, b, s) position_ids become token positions and coordinates.
-
-        Raises:
-            ValueError: three-dimensional position_ids of other rows.
-        """
+        """Before the owner's forward: (1 + a, b, s) position_ids become token positions and coordinates."""
         self.coords, ids, a = None, kwargs.get("position_ids"), self.axes
         if ids is None or ids.dim() != 3:
             if getattr(kwargs.get("past_key_values"), "rope_mm_placed", False):
@@ -119,11 +111,7 @@ class RopeMMRotaryEmbedding(nn.Module):
 
 
 def refuse_leak(owner: Any, tokens: Tensor, kwargs: dict[str, Any]) -> None:
-    """Refuse packed rows where transformers would let documents see one another.
-
-    Raises:
-        ValueError: token positions that start again, with a cache or a mask.
-    """
+    """Refuse packed rows where transformers would let documents see one another."""
     if tokens.shape[-1] == 1 or torch.compiler.is_compiling() or not (tokens.diff() < 0).any():
         return
     use_cache = kwargs.get("use_cache")
@@ -157,11 +145,7 @@ class Site(NamedTuple):
 
 
 def sites(model: Any) -> list[Site]:
-    """Where a model keeps its rotary modules; those of words where there are any.
-
-    Raises:
-        ValueError: rotary modules in a list, of which only the model knows which it calls.
-    """
+    """Where a model keeps its rotary modules; those of words where there are any."""
     found = [
         Site(f"{name}.{leaf}".strip("."), owner, leaf, module)
         for name, owner in model.named_modules()
@@ -179,14 +163,9 @@ def sites(model: Any) -> list[Site]:
 
 
 def scheme_of(model: nn.Module) -> Scheme:
-    """The scheme by which a model places what it reads.
-
-    Raises:
-        ValueError: a model that was given none.
-    """
-    runs = [
-        rope for site in sites(model) if site.ours and site.module.asked for rope in site.module.runs.values()
-    ]
-    if not runs or runs[0].scheme is None:
+    """The scheme by which a model places what it reads."""
+    placing = [site.module for site in sites(model) if site.ours and site.module.asked]
+    scheme = placing[0].first.scheme if placing else None
+    if scheme is None:
         raise ValueError(f"{type(model).__name__} runs no scheme of ours that places tokens; `set_rope` one")
-    return runs[0].scheme
+    return scheme

@@ -1,6 +1,5 @@
 """A model's rotary module changed for one that runs a scheme, and changed back."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -8,39 +7,31 @@ from typing import Any
 
 from torch import nn
 
-from rope_mm.hf.attentions import bare_site, tell_attention
-from rope_mm.hf.fitting import ready
+from rope_mm.hf.attentions import bare_site, check_same, exchange, probe, tell_attention, turn_both
+from rope_mm.hf.fitting import make_stand_in
 from rope_mm.hf.placing import get_rope_index
-from rope_mm.hf.reading import read_module, refuse_bent
-from rope_mm.hf.saving import fill_learned, read, write
-from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, Site, sites
-from rope_mm.rope_parameters import read_head_dim
-from rope_mm.rotary import Rotary
-from rope_mm.scheme import Scheme
-from rope_mm.schemes import read_scheme
+from rope_mm.hf.reading import APPLY, OF_WORDS, callers, read_module, refuse_bent
+from rope_mm.hf.saving import fill_learned, write
+from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, Site, describe, sites
 
 
 @dataclass(frozen=True)
 class Handle:
-    """What `set_rope` did to a model; `undo` takes it back."""
+    """What `set_rope` or `use_kernels` did to a model; `undo` takes it back.
+
+    Raises:
+        ValueError: from `undo`, a model that has its own rotary modules already.
+    """
 
     model: nn.Module
 
     def undo(self) -> None:
-        """Restore the model's own rotary modules.
-
-        Raises:
-            ValueError: a model that has its own already.
-        """
+        """Restore the model's own rotary modules."""
         unset_rope(self.model)
 
 
 def ropes_of(site: Site) -> dict[str | None, Any]:
-    """What a site runs, for each type of layer.
-
-    Raises:
-        ValueError: angles that are not linear in position.
-    """
+    """What a site runs, for each type of layer; angles that are not linear in position are refused."""
     if site.ours:
         return dict(site.module.runs)
     ropes = read_module(site.module, site.owner)
@@ -84,50 +75,17 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
     places = sites(model) or [bare_site(model)]
     if any(site.ours for site in places):
         raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
-    swaps = [(site, stand_in(site, scheme, changes)) for site in places]
+    swaps = [(site, make_stand_in(site, scheme, changes)) for site in places]
     for site, rotary in swaps if scheme is None else ():
-        for at, rope in enumerate(rotary.learned):
-            fill_learned(rope, getattr(model, "name_or_path", ""), f"{site.leaf}.learned.{at}.learned")
+        for name, learned in rotary.learned.named_parameters(f"{site.leaf}.learned"):
+            fill_learned(learned, getattr(model, "name_or_path", ""), name)
     for site, rotary in swaps:
         enter(site, rotary)
-        for part in model.modules() if rotary.places else ():
+        for part in model.modules() if rotary.learned else ():
             if hasattr(type(part), "get_rope_index"):  # a model that places pictures itself
                 vars(part)["get_rope_index"] = MethodType(get_rope_index, part)
                 rotary.undo.append(partial(delattr, part, "get_rope_index"))
     return Handle(model)
-
-
-def stand_in(site: Site, scheme: Any, changes: dict[str, Any]) -> RopeMMRotaryEmbedding:
-    """The module that takes a site's place, checked.
-
-    Raises:
-        ValueError: what does not fit.
-    """
-    original, config = site.module, getattr(site.module or site.owner, "config", None)
-    asked = read_module(original, site.owner) if original else {}
-    layers = list(asked) or [None]
-    if scheme is None:
-        scheme = {layer: read(config, layer) for layer in layers}
-    given = scheme if isinstance(scheme, Mapping) else dict.fromkeys(layers, scheme)
-    if set(given) != set(layers):
-        raise ValueError(f"layers are of the types {layers}, but schemes came for {list(given)}")
-    if not original:
-        return RopeMMRotaryEmbedding({None: whole(given[None], config, changes)}, {}, None, config)
-    runs = {layer: ready(given[layer], rope, original, changes) for layer, rope in asked.items()}
-    schemes = [rope.scheme for rope in runs.values()]
-    if len(layouts := {scheme and (scheme.layout, scheme.options) for scheme in schemes}) > 1:
-        raise ValueError(f"layers would place tokens by several layouts, {layouts}; give one layout")
-    return RopeMMRotaryEmbedding(runs, asked, original, config)
-
-
-def whole(scheme: Any, config: Any, changes: dict[str, Any]) -> Rotary:
-    """The Rotary of a model that has none: any scheme fits."""
-    if isinstance(scheme, Rotary) and not changes:
-        return scheme
-    chosen = read_scheme(scheme if isinstance(scheme, str | Scheme) else scheme.scheme, **changes)
-    return Rotary(
-        read_head_dim(config), chosen, heads=config.num_attention_heads if chosen.per_head else None
-    )
 
 
 def enter(site: Site, rotary: RopeMMRotaryEmbedding) -> None:
@@ -136,12 +94,12 @@ def enter(site: Site, rotary: RopeMMRotaryEmbedding) -> None:
     undo, config = rotary.undo, rotary.config
     undo.append(partial(setattr, owner, leaf, original) if original else partial(delattr, owner, leaf))
     setattr(owner, leaf, rotary)
-    if config and all(isinstance(rope, Rotary) for rope in rotary.runs.values()):
+    if config and len(rotary.learned) == len(rotary.runs):
         undo.append(partial(setattr, config, "rope_parameters", getattr(config, "rope_parameters", None)))
         schemes: Any = {layer: rope.scheme for layer, rope in rotary.runs.items()}
-        write(config, schemes, rotary.reads_words)
+        write(config, schemes, refusing=rotary.call in OF_WORDS)
     if not original:
-        return tell_attention(owner, rotary)
+        return tell_attention(owner, undo)
     undo.append(owner.register_forward_pre_hook(rotary.split_positions, with_kwargs=True).remove)
     if rotary.call != "rows":
         undo.append(owner.register_forward_hook(rotary.mark_cache, with_kwargs=True).remove)
@@ -158,3 +116,51 @@ def unset_rope(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no rope of ours to take back")
     for rotary in ours:
         rotary.take_back()
+
+
+def use_kernels(model: nn.Module) -> Handle:
+    """Rotate queries and keys of a decoder by our op: the kernel on a GPU, the definition elsewhere.
+
+    A small forward before and after proves that our path runs and agrees; `undo` takes the model's rope back.
+
+    Raises:
+        ValueError: a family whose attention calls no function that can be replaced, or answers that differ;
+            the model is as it was.
+    """
+    found = [module for site in sites(model) for module, _ in callers(site.owner, APPLY)]
+    name, *others = sorted({type(module).__name__ for module in found}) or [type(model).__name__]
+    if others:
+        raise ValueError(f"{', '.join((name, *others))} rotate in their own ways, and our op has one for all")
+    if not found:
+        raise ValueError(f"{name} has no attention with a rotary function of its own to replace")
+    if any("forward" in vars(module) for module in found):
+        raise ValueError(f"{name} has had its forward replaced; call use_kernels before that")
+    if fresh := not any(site.ours for site in sites(model)):
+        set_rope(model, rope_of(model))
+    places = [(site.owner, site.module, 0 if fresh else len(site.module.undo)) for site in sites(model)]
+    try:
+        before = [probe(owner) for owner, *_ in places]
+        for owner, rotary, _ in places:
+            rotary.turns = True
+            rotary.undo.append(partial(setattr, rotary, "turns", False))
+            exchange(rotary.undo, callers(owner, APPLY), turn_both)
+        check_same(before, [probe(owner) for owner, *_ in places])
+    except Exception as error:
+        for _, rotary, left in places:
+            rotary.take_back(left)
+        raise ValueError(
+            f"{name} cannot rotate by our op ({type(error).__name__}: {error}); the model is as it was"
+        ) from error
+    return Handle(model)
+
+
+def explain(model: nn.Module) -> None:
+    """Print what each rotary place of a model runs."""
+    for site in sites(model):
+        how = "our op" if site.ours and site.module.turns else "the model's own function"
+        try:
+            told = {layer: describe(rope) for layer, rope in ropes_of(site).items()}
+        except ValueError as error:
+            told = {None: str(error)}
+        for layer, what in told.items():
+            print(f"{site.name}{f' ({layer})' if layer else ''}: {what}; applied by {how}")

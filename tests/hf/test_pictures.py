@@ -393,6 +393,23 @@ def test_what_had_no_rotary_has_no_cache_with_it(tiny):
         model(ids[:, :1], past_key_values=cache)
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+def test_undone_nothing_of_ours_is_left(tiny, kernels):
+    model = tiny("llama") if kernels else bare(ViTModel, ViTConfig(**EYE))
+
+    def traces():
+        hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+        return [sorted(vars(m)) for m in model.modules()], hooks, model.config.to_dict()
+
+    model.config.rope_parameters = getattr(model.config, "rope_parameters", None)
+    before = traces()
+    set_rope(model, "flat")
+    use_kernels(model) if kernels else run(model)
+    assert traces() != before
+    unset_rope(model)
+    assert traces() == before
+
+
 def test_a_rotary_of_ones_own_is_the_one_that_runs():
     rope = Rotary(16, "rope-vit-mixed", heads=4)
     model = bare(ViTModel, ViTConfig(**EYE))
