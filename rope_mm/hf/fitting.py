@@ -65,23 +65,17 @@ def refuse_scheme(scheme: Scheme, asked: ModelRope, name: str, head_dim: int) ->
     """Refuse a scheme that tables of this module cannot say."""
     a, pairs = len(scheme.axes), asked.pairs if scheme.fraction == 1 else scheme.pairs(head_dim)
     one_table = f"but {name} makes one table for all heads and every length"
-    refuse(
-        {
-            f"{scheme} has an Omega for each head, {one_table}": scheme.per_head,
-            f"{scheme} has an Omega that depends on the length, {one_table}": scheme.needs_length,
-            f"the scheme pairs channels {scheme.pairing!r}, but the model's weights are for "
-            f"{asked.pairing!r}; change the scheme's pairing, or the weights by `convert_pairing`": (
-                scheme.pairing != asked.pairing
-            ),
-            f"fraction {scheme.fraction} of head_dim {head_dim} makes {pairs} pairs, but {name} turns "
-            f"{asked.pairs}; leave the fraction at 1 to take the model's": (
-                pairs != asked.pairs or 2 * asked.pairs > head_dim
-            ),
-            f"{name} is told rows and columns alone, which layout 'grid' takes, not {scheme.layout!r}": (
-                asked.call not in OF_WORDS and scheme.layout != "grid"
-            ),
-            f"layout {scheme.layout!r} does not count words along all of its axes, as decoding does": (
-                asked.call in OF_WORDS and scheme.word_line != ([0.0] * a, [1.0] * a)
-            ),
-        }
-    )
+    other_part = pairs != asked.pairs or 2 * asked.pairs > head_dim
+    words, walk = asked.call in OF_WORDS, ([0.0] * a, [1.0] * a)
+    stays, off_grid = words and scheme.word_line != walk, not words and scheme.layout != "grid"
+    refusals = {
+        f"{scheme} has an Omega for each head, {one_table}": scheme.per_head,
+        f"{scheme} has an Omega that depends on the length, {one_table}": scheme.needs_length,
+        f"the scheme pairs channels {scheme.pairing!r}, but the model's weights are for {asked.pairing!r}; "
+        "change the scheme's pairing, or the weights by `convert_pairing`": scheme.pairing != asked.pairing,
+        f"fraction {scheme.fraction} of head_dim {head_dim} makes {pairs} pairs, but {name} turns "
+        f"{asked.pairs}; leave the fraction at 1 to take the model's": other_part,
+        f"layout {scheme.layout!r} does not count words along all of its axes, as decoding does": stays,
+        f"{name} is told rows and columns alone, which layout 'grid' takes, not {scheme.layout!r}": off_grid,
+    }
+    refuse(refusals)

@@ -96,7 +96,7 @@ class RopeMMRotaryEmbedding(nn.Module):
             refuse_leak(owner, kept, kwargs)
         if native:  # such models split four rows themselves, and three have no token positions
             told = rows == 1 + a or (rows == 4 and a != 4)
-            kept = torch.cat((kept[None], *(ids[:1],) * 3)) if told else ids[:1].expand(3, -1, -1)
+            kept = ids[:1].expand(4 if told else 3, -1, -1)
         return args, {**kwargs, "position_ids": kept}
 
     def mark_cache(self, _owner: nn.Module, _args: tuple, _kwargs: dict[str, Any], out: Any) -> None:
