@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rope_mm import rotation
 from rope_mm.hf.fitting import Runs, axes_of, describe, factor_of
+from rope_mm.hf.placing import ENDS_IN_PICTURE
 from rope_mm.hf.reading import ModelRope
 from rope_mm.kernels import Form, make_turn
 from rope_mm.rotary import Rotary
@@ -106,6 +107,7 @@ def split_positions(owner: nn.Module, args: tuple, kwargs: dict[str, Any]):
     tokens = ids[:1].long()
     if rows == 1 + a:
         refuse_leak(owner, tokens[0], kwargs)
+        refuse_step(ids[0], kwargs.get("past_key_values"))
     if native:  # such models split four rows themselves, and three have no token positions
         told = rows == 1 + a or (rows == 4 and a != 4)
         kept = torch.cat((tokens, *(ids[:1],) * 3)) if told else ids[:1].expand(3, -1, -1)
@@ -128,6 +130,21 @@ def refuse_leak(owner: Any, tokens: Tensor, kwargs: dict[str, Any]) -> None:
             "token positions start again within a row, and with a cache or an attention_mask transformers "
             "lets the documents see one another; pass use_cache=False and no mask"
         )
+
+
+def refuse_step(counts: Tensor, cache: Any) -> None:
+    """Refuse a step of one from where the next word is not one ahead, which `positions_for` marks.
+
+    Raises:
+        ValueError: a mark that was counted on.
+    """
+    ended, compiling = getattr(cache, "rope_mm_ended", False), torch.compiler.is_compiling()
+    marks = None if compiling else counts % 1 > 0
+    within = marks is not None and (marks[:, 1:] & (counts.diff() == 1) & marks[:, :-1]).any()
+    if within or (ended and (marks is None or marks[:, 0].any())):
+        raise ValueError(ENDS_IN_PICTURE)
+    if cache is not None and marks is not None:
+        cache.rope_mm_ended = bool(marks[:, -1].any())
 
 
 def mark_cache(owner: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from rope_mm.hf.attentions import drop_hook, give, take_back
 from rope_mm.hf.fitting import Runs, ready
-from rope_mm.hf.placing import get_rope_index
+from rope_mm.hf.placing import METHODS
 from rope_mm.hf.reading import ModelRope, layer_types, named, read_module, rotary_modules
 from rope_mm.hf.saving import fill_learned, read, write
 from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, mark_cache, split_positions
@@ -126,16 +126,18 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
         owner.register_forward_pre_hook(split_positions, with_kwargs=True)
         if not swapped.asked_natively:
             owner.register_forward_hook(mark_cache, with_kwargs=True)
-    for part in placing_parts(model):
-        part.get_rope_index = MethodType(get_rope_index, part)
+    for part, name in placing_parts(model):
+        vars(part)[name] = MethodType(METHODS[name], part)
     return Handle(model)
 
 
-def placing_parts(model: nn.Module) -> list[Any]:
-    """Parts that place images themselves, where the text runs a scheme of ours."""
+def placing_parts(model: nn.Module) -> list[tuple[Any, str]]:
+    """Parts that place images themselves, and the methods with which they do, where text runs our scheme."""
     runs = [rope for *_, module in sites(model) for rope in getattr(module, "runs", {}).values()]
     ours = any(isinstance(rope, Rotary) for rope in runs)
-    return [part for part in model.modules() if ours and hasattr(type(part), "get_rope_index")]
+    places = any(hasattr(type(part), "get_rope_index") for part in model.modules())
+    parts = model.modules() if ours and places else ()
+    return [(part, name) for part in parts for name in METHODS if hasattr(type(part), name)]
 
 
 def scheme_of(model: nn.Module) -> Scheme:
@@ -180,8 +182,8 @@ def unset_rope(model: nn.Module) -> None:
     ours = [site for site in sites(model) if isinstance(site[-1], RopeMMRotaryEmbedding)]
     if not ours:
         raise ValueError(f"{type(model).__name__} has no rope of ours to take back")
-    for part in placing_parts(model):
-        vars(part).pop("get_rope_index", None)
+    for part, name in placing_parts(model):
+        vars(part).pop(name, None)
     for _, owner, leaf, module in ours:
         for part in owner.modules() if module.turns else ():  # attention that runs our op
             vars(part).pop("forward", None)
