@@ -36,6 +36,16 @@ def clone(f: Callable[..., Any], names: tuple[str, ...], value: Any) -> Callable
     return copy
 
 
+def put_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Give a module a forward, or its class's again; behind the hook of accelerate, where there is one."""
+    if "_old_forward" in vars(module):
+        vars(module)["_old_forward"] = MethodType(forward or type(module).forward, module)
+    elif forward:
+        vars(module)["forward"] = MethodType(forward, module)
+    else:
+        vars(module).pop("forward", None)
+
+
 def attentions(model: nn.Module) -> list[nn.Module]:
     """Attention modules that look their attention up by name, those to other sequences left out."""
     cross = [module for module in model.modules() if "cross" in type(module).__name__.lower()]
@@ -124,14 +134,15 @@ def give(model: Any, scheme: Any, changes: dict[str, Any]) -> None:
     write(base.config, {None: chosen}, refusing=False)
     for module in found:
         vars(module)["rope_mm_forward"] = clone(type(module).forward, (NAME,), ROTATING)
-        vars(module)["forward"] = MethodType(rotated_forward, module)
+        put_forward(module, rotated_forward)
     base.register_forward_pre_hook(tell, with_kwargs=True)
 
 
 def take_back(model: Any) -> None:
     """Undo `give`."""
     for module in attentions(model):
-        for mine in ("forward", "rope_mm_forward", "rope_mm_told"):
+        put_forward(module, None)
+        for mine in ("rope_mm_forward", "rope_mm_told"):
             vars(module).pop(mine, None)
     base = model.base_model
     base.config.rope_parameters = base.rope_mm_saved

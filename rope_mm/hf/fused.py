@@ -1,12 +1,11 @@
 """Our rotation in place of a model's own function, in training and inference, proved by a forward."""
 
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rope_mm.hf.attentions import attentions, clone
+from rope_mm.hf.attentions import attentions, clone, put_forward
 from rope_mm.hf.fitting import describe
 from rope_mm.hf.reading import applied
 from rope_mm.hf.swap import Handle, RopeMMRotaryEmbedding, rope_of, set_rope, sites, unset_rope
@@ -35,7 +34,9 @@ def use_kernels(model: nn.Module) -> Handle:
     found = [part for owner, _ in places for part in applied(owner)]
     if len(kinds := {type(module).__name__ for module, _ in found}) > 1:
         raise ValueError(f"{', '.join(sorted(kinds))} rotate in their own ways, and our op has one for all")
-    if not found or any("forward" in vars(module) for module, _ in found):
+    if not found or any(
+        "forward" in vars(module) and "_old_forward" not in vars(module) for module, _ in found
+    ):
         raise ValueError(
             f"{type(model).__name__} has no attention with a rotary function of its own to replace"
             if not found
@@ -49,7 +50,7 @@ def use_kernels(model: nn.Module) -> Handle:
             rotary.turns = True  # pyright: ignore[reportArgumentType]
         for module in {module for module, _ in found}:
             names = tuple(name for other, name in found if other is module)
-            vars(module)["forward"] = MethodType(clone(type(module).forward, names, turn_both), module)
+            put_forward(module, clone(type(module).forward, names, turn_both))
         check_same(before, [probe(owner) for owner, _ in places])
     except Exception as error:
         (unset_rope if fresh else drop_kernels)(model)
@@ -66,7 +67,7 @@ def drop_kernels(model: nn.Module) -> None:
         if isinstance(rotary, RopeMMRotaryEmbedding) and rotary.turns:
             rotary.turns = False
             for module, _ in applied(owner):
-                vars(module).pop("forward", None)
+                put_forward(module, None)
 
 
 @torch.no_grad()

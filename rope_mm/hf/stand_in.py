@@ -51,6 +51,11 @@ class RopeMMRotaryEmbedding(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None):
         layer = layer_type if layer_type in self.runs else None
         rope, asked = self.runs[layer], self.asked[layer]
+        if isinstance(rope, Rotary) and rope.omega.is_meta:
+            raise ValueError(
+                "the learned Omega is on the meta device, as when accelerate offloads it; keep the rotary "
+                "module on a device, by a line of its own in device_map"
+            )
         positions = self.positions(position_ids, rope, asked)
         if self.turns:
             omega = torch.as_tensor(rope.omega, device=x.device)

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from rope_mm.hf.attentions import drop_hook, give, take_back
+from rope_mm.hf.attentions import drop_hook, give, put_forward, take_back
 from rope_mm.hf.fitting import Runs, ready
 from rope_mm.hf.placing import METHODS
-from rope_mm.hf.reading import ModelRope, layer_types, named, read_module, rotary_modules
+from rope_mm.hf.reading import ModelRope, applied, layer_types, named, read_module, rotary_modules
 from rope_mm.hf.saving import fill_learned, read, write
 from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, mark_cache, split_positions
 from rope_mm.rotary import Rotary
@@ -185,8 +185,8 @@ def unset_rope(model: nn.Module) -> None:
     for part, name in placing_parts(model):
         vars(part).pop(name, None)
     for _, owner, leaf, module in ours:
-        for part in owner.modules() if module.turns else ():  # attention that runs our op
-            vars(part).pop("forward", None)
+        for part, _ in applied(owner) if module.turns else ():  # attention that runs our op
+            put_forward(part, None)
         setattr(owner, leaf, module.original)
         if module.config:
             module.config.rope_parameters = module.saved
