@@ -110,14 +110,20 @@ def tell(model: Any, args: tuple, kwargs: dict[str, Any]):
     return args, {**kwargs, "rope_mm": (model.rope_mm, grid)}
 
 
+def base_of(model: Any) -> Any:
+    """The model inside its adapters and its head."""
+    inner = getattr(model, "base_model", model)
+    return model if inner is model else base_of(inner)
+
+
 def give(model: Any, scheme: Any, changes: dict[str, Any]) -> None:
     """Let a model without rotary rotate by a scheme, or by the one in its config.
 
     Raises:
         ValueError: no attention that can be served, or several parts with attention of their own.
     """
-    base, found = getattr(model, "base_model", None), attentions(model)
-    if base is None or len({id(getattr(module, "config", None)) for module in found}) != 1:
+    base, found = base_of(model), attentions(model)
+    if not hasattr(base, "config") or len({id(getattr(module, "config", None)) for module in found}) != 1:
         parts = ", ".join(name for name, part in model.named_children() if attentions(part))
         raise ValueError(
             f"{type(model).__name__} has neither a rotary module nor one stack of attention to rotate"
@@ -144,7 +150,7 @@ def take_back(model: Any) -> None:
         put_forward(module, None)
         for mine in ("rope_mm_forward", "rope_mm_told"):
             vars(module).pop(mine, None)
-    base = model.base_model
+    base = base_of(model)
     base.config.rope_parameters = base.rope_mm_saved
     del base.rope_mm, base.rope_mm_saved
     drop_hook(base, tell)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rope_mm.hf.attentions import attentions, clone, put_forward
+from rope_mm.hf.attentions import attentions, base_of, clone, put_forward
 from rope_mm.hf.fitting import describe
 from rope_mm.hf.reading import applied
 from rope_mm.hf.swap import Handle, RopeMMRotaryEmbedding, rope_of, set_rope, sites, unset_rope
@@ -96,7 +96,7 @@ def check_same(before: list[Tensor], after: list[Tensor]) -> None:
 
 def explain(model: nn.Module) -> None:
     """Print what each rotary place of a model runs."""
-    if isinstance(rope := getattr(getattr(model, "base_model", model), "rope_mm", None), nn.Module):
+    if isinstance(rope := getattr(base_of(model), "rope_mm", None), nn.Module):
         print(f"{len(attentions(model))} attention modules: {rope}")
     for name, owner, _, module in sites(model):
         ours = isinstance(module, RopeMMRotaryEmbedding)

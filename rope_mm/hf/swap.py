@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from rope_mm.hf.attentions import drop_hook, give, put_forward, take_back
+from rope_mm.hf.attentions import base_of, drop_hook, give, put_forward, take_back
 from rope_mm.hf.fitting import Runs, ready
 from rope_mm.hf.placing import METHODS
 from rope_mm.hf.reading import ModelRope, applied, layer_types, named, read_module, rotary_modules
@@ -54,11 +54,6 @@ def sites(model: nn.Module) -> list[tuple[str, nn.Module, str, Any]]:
     text = getattr(model, "config", None) and model.config.get_text_config()  # pyright: ignore
     words = [site for site in found if getattr(site[-1], "config", None) is text]
     return words or found
-
-
-def base_of(model: Any) -> Any:
-    """The model inside its head."""
-    return getattr(model, "base_model", model)
 
 
 def read_site(owner: nn.Module, module: nn.Module, strict: bool = True) -> dict[str | None, ModelRope | Runs]:
