@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_mm.hf.reading import seen_globals
-from rope_mm.hf.saving import fill_learned, read, write
+from rope_mm.hf.saving import fill_learned, read, restore, wake, write
 from rope_mm.rope_parameters import read_head_dim
 from rope_mm.rotary import Rotary
 from rope_mm.scheme import Scheme
@@ -137,7 +137,8 @@ def give(model: Any, scheme: Any, changes: dict[str, Any]) -> None:
     if scheme is None:
         fill_learned(rope, model.name_or_path, "rope_mm.learned")
     base.rope_mm, base.rope_mm_saved = rope, vars(base.config).get("rope_parameters")
-    write(base.config, {None: chosen}, refusing=False)
+    wake(base)
+    write(base.config, {None: chosen}, by_rope=False)
     for module in found:
         vars(module)["rope_mm_forward"] = clone(type(module).forward, (NAME,), ROTATING)
         put_forward(module, rotated_forward)
@@ -151,7 +152,7 @@ def take_back(model: Any) -> None:
         for mine in ("rope_mm_forward", "rope_mm_told"):
             vars(module).pop(mine, None)
     base = base_of(model)
-    base.config.rope_parameters = base.rope_mm_saved
+    restore(base.config, base.rope_mm_saved)
     del base.rope_mm, base.rope_mm_saved
     drop_hook(base, tell)
 

@@ -11,7 +11,7 @@ from rope_mm.hf.attentions import base_of, drop_hook, give, put_forward, take_ba
 from rope_mm.hf.fitting import Runs, ready
 from rope_mm.hf.placing import METHODS
 from rope_mm.hf.reading import ModelRope, applied, layer_types, named, read_module, rotary_modules
-from rope_mm.hf.saving import fill_learned, read, write
+from rope_mm.hf.saving import fill_learned, read, restore, wake, write
 from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, mark_cache, split_positions
 from rope_mm.rotary import Rotary
 from rope_mm.scheme import Scheme
@@ -117,7 +117,8 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
         setattr(owner, leaf, swapped)
         if all(isinstance(rope, Rotary) for rope in swapped.runs.values()) and swapped.config:
             schemes: Any = {layer: rope.scheme for layer, rope in swapped.runs.items()}
-            write(swapped.config, schemes, swapped.reads_words)
+            write(swapped.config, schemes, by_rope=swapped.reads_words)
+            wake(owner)
         owner.register_forward_pre_hook(split_positions, with_kwargs=True)
         if not swapped.asked_natively:
             owner.register_forward_hook(mark_cache, with_kwargs=True)
@@ -184,6 +185,6 @@ def unset_rope(model: nn.Module) -> None:
             put_forward(part, None)
         setattr(owner, leaf, module.original)
         if module.config:
-            module.config.rope_parameters = module.saved
+            restore(module.config, module.saved)
         drop_hook(owner, split_positions)
         drop_hook(owner, mark_cache)
