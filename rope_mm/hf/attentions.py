@@ -38,12 +38,22 @@ def clone(f: Callable[..., Any], names: tuple[str, ...], value: Any) -> Callable
     return copy
 
 
+def put_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Give a module a forward, or its class's again; behind the hook of accelerate, where there is one."""
+    if "_old_forward" in vars(module):
+        vars(module)["_old_forward"] = MethodType(forward or type(module).forward, module)
+    elif forward:
+        vars(module)["forward"] = MethodType(forward, module)
+    else:
+        vars(module).pop("forward", None)
+
+
 def exchange(undo: Undo, found: list[tuple[nn.Module, str]], value: Any) -> None:
     """Let modules see `value` where their forward saw a global, and note how to undo it."""
     for module in {module for module, _ in found}:
         names = tuple(name for other, name in found if other is module)
-        vars(module)["forward"] = MethodType(clone(type(module).forward, names, value), module)
-        undo.append(partial(delattr, module, "forward"))
+        put_forward(module, clone(type(module).forward, names, value))
+        undo.append(partial(put_forward, module, None))
 
 
 def attentions(model: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -103,10 +113,16 @@ def listen(attention: Any, args: tuple, kwargs: dict[str, Any]):
     return args, {name: value for name, value in kwargs.items() if name != "rope_mm"}
 
 
+def base_of(model: Any) -> Any:
+    """The model inside its adapters and its head."""
+    inner = getattr(model, "base_model", model)
+    return model if inner is model else base_of(inner)
+
+
 def bare_site(model: Any) -> Site:
     """Where a model without rotary has room for one, beside the layers of its one stack of attention."""
-    base, found = getattr(model, "base_model", None), attentions(model)
-    if base is None or len({id(getattr(module, "config", None)) for module, _ in found}) != 1:
+    base, found = base_of(model), attentions(model)
+    if not hasattr(base, "config") or len({id(getattr(module, "config", None)) for module, _ in found}) != 1:
         parts = ", ".join(name for name, part in model.named_children() if attentions(part))
         raise ValueError(
             f"{type(model).__name__} has neither a rotary module nor one stack of attention to rotate"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rope_mm.hf.stand_in import scheme_of
+from rope_mm.hf.stand_in import ENDS_IN_PICTURE, scheme_of
 from rope_mm.positions import place_rows
 from rope_mm.scheme import Scheme
 from rope_mm.segments import Image, Segment, Video, story_of
@@ -19,6 +19,9 @@ def positions_for(
 ) -> Tensor:
     """position_ids (1 + a, b, s) of stories, or of what a processor made, by the scheme that a model runs.
 
+    A row that ends where the next word is not one step ahead, as behind a picture, says so by a quarter in
+    its last token position, so that `generate`, which takes one step, can be refused.
+
     Args:
         model: a model that `set_rope` gave a scheme.
         what: a story for each row, or a dict with input_ids, grids and, of padded rows, attention_mask.
@@ -29,18 +32,45 @@ def positions_for(
     """
     scheme = scheme_of(model)
     if isinstance(what, Mapping):
-        positions, mask, _ = place_inputs(model.config, scheme, **what)
+        positions, mask, ahead = place_inputs(model.config, scheme, **what)
+        after = ahead.to(positions) + mask.sum(-1, keepdim=True)
     else:
         rows = place_rows(what, scheme.layout, padding_side=padding_side, **dict(scheme.options))
         positions, mask = rows.positions, rows.mask
-    tokens = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return torch.cat((tokens[None].to(positions), positions.movedim(-1, 0)))
+        after = positions.new_tensor([[cursor.next] for cursor in rows.cursors])
+    tokens = (mask.long().cumsum(-1) - 1).clamp(min=0).to(positions)
+    tokens[:, -1] += 0.25 * (mask[:, -1] & strays(positions[:, -1] + 1, after))
+    return torch.cat((tokens[None], positions.movedim(-1, 0)))
+
+
+def strays(step: Tensor, after: Tensor) -> Tensor:
+    """Whether one step (b, a) leads elsewhere than to the next word (b, 1), for each row."""
+    return ~torch.isclose(step, after, rtol=0, atol=1e-6).all(-1)
 
 
 def get_rope_index(self: Any, input_ids: Tensor, *_args: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
     """In place of a model's own method: positions (a, b, s) by our layout, and how far words are ahead."""
     positions, _, ahead = place_inputs(self.config, scheme_of(self), input_ids, **inputs)
     return positions.movedim(-1, 0), ahead
+
+
+def prepare_positions(self: Any, inputs: Tensor, given: dict[str, Any]) -> Tensor:
+    """In place of a model's own method: its positions of a prompt, where `generate` can go on from them."""
+    ids = type(self)._prepare_position_ids_for_generation(self, inputs, given)
+    if len(ids) > 1 and ids.dim() == 3:
+        tokens, last = ids[0, :, -1:], ids[1:, :, -1].T
+        if strays(last, tokens + self.model.rope_deltas.to(tokens)).any():
+            raise ValueError(ENDS_IN_PICTURE)
+    return ids
+
+
+METHODS = {"get_rope_index": get_rope_index, "_prepare_position_ids_for_generation": prepare_positions}
+
+
+def methods_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Parts of a model that places pictures itself, and the methods with which they do."""
+    found = [(part, name) for part in model.modules() for name in METHODS if hasattr(type(part), name)]
+    return found if "get_rope_index" in {name for _, name in found} else []
 
 
 def place_inputs(

@@ -13,6 +13,10 @@ from rope_mm.scheme import Scheme
 
 Runs = Rotary | ModelRope
 Undo = list[Callable[[], Any]]
+ENDS_IN_PICTURE = (
+    "the prompt ends in a picture, and the word behind it does not stand one step further on; end it with a "
+    "word, such as the token that closes a picture"
+)
 
 
 class RopeMMRotaryEmbedding(nn.Module):
@@ -52,6 +56,11 @@ class RopeMMRotaryEmbedding(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None):
         layer = layer_type if layer_type in self.runs else None
         rope, asked = self.runs[layer], self.asked[layer]
+        if isinstance(rope, Rotary) and rope.omega.is_meta:
+            raise ValueError(
+                "the learned Omega is on the meta device, as when accelerate offloads it; keep the rotary "
+                "module on a device, by a line of its own in device_map"
+            )
         positions = self.positions(position_ids, rope, asked)
         if self.turns:
             turn = rope.turn(positions, x.dtype)
@@ -94,9 +103,10 @@ class RopeMMRotaryEmbedding(nn.Module):
         kept = ids[0].long()
         if rows == 1 + a:
             refuse_leak(owner, kept, kwargs)
+            refuse_step(ids[0], kwargs.get("past_key_values"))
         if native:  # such models split four rows themselves, and three have no token positions
             told = rows == 1 + a or (rows == 4 and a != 4)
-            kept = ids[:1].expand(4 if told else 3, -1, -1)
+            kept = torch.cat((kept[None], *(ids[:1],) * 3)) if told else ids[:1].expand(3, -1, -1)
         return args, {**kwargs, "position_ids": kept}
 
     def mark_cache(self, _owner: nn.Module, _args: tuple, _kwargs: dict[str, Any], out: Any) -> None:
@@ -121,6 +131,17 @@ def refuse_leak(owner: Any, tokens: Tensor, kwargs: dict[str, Any]) -> None:
             "token positions start again within a row, and with a cache or an attention_mask transformers "
             "lets the documents see one another; pass use_cache=False and no mask"
         )
+
+
+def refuse_step(counts: Tensor, cache: Any) -> None:
+    """Refuse a step of one from where the next word is not one ahead, which `positions_for` marks."""
+    ended, compiling = getattr(cache, "rope_mm_ended", False), torch.compiler.is_compiling()
+    marks = None if compiling else counts % 1 > 0
+    within = marks is not None and (marks[:, 1:] & (counts.diff() == 1) & marks[:, :-1]).any()
+    if within or (ended and (marks is None or marks[:, 0].any())):
+        raise ValueError(ENDS_IN_PICTURE)
+    if cache is not None and marks is not None:
+        cache.rope_mm_ended = bool(marks[:, -1].any())
 
 
 def describe(rope: Runs) -> str:

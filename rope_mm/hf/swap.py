@@ -7,11 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from rope_mm.hf.attentions import bare_site, check_same, exchange, probe, tell_attention, turn_both
+from rope_mm.hf.attentions import (
+    attentions,
+    bare_site,
+    check_same,
+    exchange,
+    probe,
+    tell_attention,
+    turn_both,
+)
 from rope_mm.hf.fitting import make_stand_in
-from rope_mm.hf.placing import get_rope_index
+from rope_mm.hf.placing import METHODS, methods_of
 from rope_mm.hf.reading import APPLY, OF_WORDS, callers, read_module, refuse_bent
-from rope_mm.hf.saving import fill_learned, write
+from rope_mm.hf.saving import fill_learned, restore, wake, write
 from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, Site, describe, sites
 
 
@@ -81,10 +89,9 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
             fill_learned(learned, getattr(model, "name_or_path", ""), name)
     for site, rotary in swaps:
         enter(site, rotary)
-        for part in model.modules() if rotary.learned else ():
-            if hasattr(type(part), "get_rope_index"):  # a model that places pictures itself
-                vars(part)["get_rope_index"] = MethodType(get_rope_index, part)
-                rotary.undo.append(partial(delattr, part, "get_rope_index"))
+        for part, name in methods_of(model) if rotary.learned else ():
+            vars(part)[name] = MethodType(METHODS[name], part)
+            rotary.undo.append(partial(delattr, part, name))
     return Handle(model)
 
 
@@ -95,9 +102,10 @@ def enter(site: Site, rotary: RopeMMRotaryEmbedding) -> None:
     undo.append(partial(setattr, owner, leaf, original) if original else partial(delattr, owner, leaf))
     setattr(owner, leaf, rotary)
     if config and len(rotary.learned) == len(rotary.runs):
-        undo.append(partial(setattr, config, "rope_parameters", getattr(config, "rope_parameters", None)))
+        undo.append(partial(restore, config, getattr(config, "rope_parameters", None)))
         schemes: Any = {layer: rope.scheme for layer, rope in rotary.runs.items()}
-        write(config, schemes, refusing=rotary.call in OF_WORDS)
+        write(config, schemes, by_rope=rotary.call in OF_WORDS)
+        wake(owner)
     if not original:
         return tell_attention(owner, undo)
     undo.append(owner.register_forward_pre_hook(rotary.split_positions, with_kwargs=True).remove)
@@ -133,7 +141,7 @@ def use_kernels(model: nn.Module) -> Handle:
         raise ValueError(f"{', '.join((name, *others))} rotate in their own ways, and our op has one for all")
     if not found:
         raise ValueError(f"{name} has no attention with a rotary function of its own to replace")
-    if any("forward" in vars(module) for module in found):
+    if any("forward" in vars(module) and "_old_forward" not in vars(module) for module in found):
         raise ValueError(f"{name} has had its forward replaced; call use_kernels before that")
     if fresh := not any(site.ours for site in sites(model)):
         set_rope(model, rope_of(model))
@@ -157,10 +165,12 @@ def use_kernels(model: nn.Module) -> Handle:
 def explain(model: nn.Module) -> None:
     """Print what each rotary place of a model runs."""
     for site in sites(model):
+        bare = site.ours and not site.module.asked
+        name = f"{len(attentions(site.owner))} attention modules" if bare else site.name
         how = "our op" if site.ours and site.module.turns else "the model's own function"
         try:
             told = {layer: describe(rope) for layer, rope in ropes_of(site).items()}
         except ValueError as error:
             told = {None: str(error)}
         for layer, what in told.items():
-            print(f"{site.name}{f' ({layer})' if layer else ''}: {what}; applied by {how}")
+            print(f"{name}{f' ({layer})' if layer else ''}: {what}; applied by {how}")
