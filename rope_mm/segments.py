@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
+from itertools import groupby, pairwise
 from math import ceil
 
 from rope_mm.choice import Choice
@@ -126,6 +126,34 @@ def film(video: Video, sound: int, chunk: float = 2.0) -> list[Segment]:
         kind = Frames if start else Video
         story += [kind(len(frames), video.y, video.x, video.seconds)] if frames else []
         story += [Sound(len(tokens))] if tokens else []
+    return story
+
+
+def story_of(kinds: Sequence[int], seen: dict[int, list[Segment]]) -> list[Segment]:
+    """The story of tokens of these kinds: words where 0, elsewhere what was `seen` of the kind, in turn.
+
+    Pictures are taken out of their lists. A video's frames may have words between them.
+
+    Raises:
+        ValueError: a run of tokens that pictures do not fill.
+    """
+    story: list[Segment] = []
+    for kind, tokens in groupby(kinds):
+        run = len(list(tokens))
+        while run:
+            waiting: list[Segment] = seen[kind] if kind else [Text(run)]
+            now = waiting.pop(0) if waiting else None
+            if isinstance(now, Video) and now.y * now.x == run < now.tokens:
+                waiting.insert(0, Video(now.t - 1, now.y, now.x, now.seconds))
+                now = Image(now.y, now.x)
+            if now is None or now.tokens > run:
+                needed = f"{now} needs {now.tokens}" if now else "no grid is left for them"
+                raise ValueError(
+                    f"{run} image or video tokens stand in a row, but {needed}; give the grids with which "
+                    "the processor laid the tokens out"
+                )
+            story.append(now)
+            run -= now.tokens
     return story
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-MODULES = ("rope_mm", "rope_mm.losses", "rope_mm.models", "rope_mm.data")
+MODULES = ("rope_mm", "rope_mm.losses", "rope_mm.models", "rope_mm.data", "rope_mm.hf")
 TESTS = "\n".join(
     path.read_text() for path in Path(__file__).parent.rglob("test_*.py") if path != Path(__file__)
 )

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rope_mm import Audio, Frames, Image, Segment, Sound, Still, Text, Video, film, parse_segments, stamped
-from rope_mm.segments import read_segments
+from rope_mm.segments import read_segments, story_of
 
 SIZES = st.integers(1, 6)
 PACES = st.sampled_from([1.0, 0.5, 0.04, 2.5])
@@ -72,3 +72,19 @@ def test_a_stamped_video_is_its_pictures_each_after_its_words():
 def test_a_story_holds_segments_only():
     with pytest.raises(ValueError, match="not 5"):
         read_segments([Text(2), 5])
+
+
+def test_a_story_is_read_from_the_kinds_of_its_tokens():
+    seen = {1: [Image(2, 2), Image(1, 3)], 2: [Video(2, 1, 2), Video(2, 2, 1, 0.5)]}
+    kinds = [0, 0, *[1] * 7, 0, *[2] * 4, 0, 2, 2, 0, 2, 2]
+    assert story_of(kinds, seen) == [
+        *(Text(2), Image(2, 2), Image(1, 3), Text(1), Video(2, 1, 2), Text(1)),
+        *(Image(2, 1), Text(1), Video(1, 2, 1, 0.5)),  # the last video was told frame by frame
+    ]
+    assert seen == {1: [], 2: []}
+
+
+@pytest.mark.parametrize(("run", "said"), [(3, "image:2x2 needs 4"), (5, "no grid is left")])
+def test_tokens_that_pictures_do_not_fill_are_refused(run, said):
+    with pytest.raises(ValueError, match=said):
+        story_of([0] + [1] * run, {1: [Image(2, 2)]})

@@ -1,9 +1,13 @@
-"""Attention whose globals are exchanged, for one instance: how models without rotary come to have one."""
+"""Attention whose globals are exchanged, for one instance.
+
+So models without rotary come to have one, and so our op takes the place of a model's own function.
+"""
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -11,15 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rope_mm.hf.reading import seen_globals
-from rope_mm.hf.saving import fill_learned, read, write
-from rope_mm.rope_parameters import read_head_dim
-from rope_mm.rotary import Rotary
+from rope_mm.hf.reading import callers
+from rope_mm.hf.stand_in import Site, Undo
+from rope_mm.kernels import Turn
 from rope_mm.scheme import Scheme
-from rope_mm.schemes import read_scheme
 from rope_mm.segments import Image, Still, Text
 
-NAME = "ALL_ATTENTION_FUNCTIONS"
+ATTEND = re.compile("ALL_ATTENTION_FUNCTIONS$")
 
 
 @cache
@@ -36,58 +38,58 @@ def clone(f: Callable[..., Any], names: tuple[str, ...], value: Any) -> Callable
     return copy
 
 
-def attentions(model: nn.Module) -> list[nn.Module]:
+def put_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Give a module a forward, or its class's again; behind the hook of accelerate, where there is one."""
+    if "_old_forward" in vars(module):
+        vars(module)["_old_forward"] = MethodType(forward or type(module).forward, module)
+    elif forward:
+        vars(module)["forward"] = MethodType(forward, module)
+    else:
+        vars(module).pop("forward", None)
+
+
+def exchange(undo: Undo, found: list[tuple[nn.Module, str]], value: Any) -> None:
+    """Let modules see `value` where their forward saw a global, and note how to undo it."""
+    for module in {module for module, _ in found}:
+        names = tuple(name for other, name in found if other is module)
+        put_forward(module, clone(type(module).forward, names, value))
+        undo.append(partial(put_forward, module, None))
+
+
+def attentions(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Attention modules that look their attention up by name, those to other sequences left out."""
-    cross = [module for module in model.modules() if "cross" in type(module).__name__.lower()]
-    return [module for module in model.modules() if NAME in seen_globals(module) and module not in cross]
+    return [(at, name) for at, name in callers(model, ATTEND) if "cross" not in type(at).__name__.lower()]
 
 
 class Rotating:
     """Stands where ALL_ATTENTION_FUNCTIONS stood, and rotates q and k (b, h, s, d) on their way."""
 
-    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+    @staticmethod
+    def get_interface(name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         """The attention of that name, rotated."""
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
 
         def rotated(module: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any):
-            rope, story = module.rope_mm_told
+            rope, grid = module.rope_mm_told
             if q.shape[2] != k.shape[2]:
                 raise ValueError(
                     f"{q.shape[2]} queries meet {k.shape[2]} keys, as with a cache, and this rotation then "
                     "does not know where they stand; pass use_cache=False"
                 )
             wide = torch.float32 if k.device.type == "mps" else torch.float64
-            p = torch.tensor(numbers_of(rope.scheme, k.shape[2], story), dtype=wide, device=k.device)
+            p = torch.tensor(numbers_of(rope.scheme, k.shape[2], grid), dtype=wide, device=k.device)
             q, k = (x.transpose(1, 2) for x in rope(q.transpose(1, 2), k.transpose(1, 2), p))
             return attend(module, q, k, *args, **kwargs)
 
         return rotated
 
 
-ROTATING = Rotating()
-
-
 @torch.compiler.assume_constant_result
 def numbers_of(scheme: Scheme, tokens: int, grid: tuple[int, int] | None) -> list[list[float]]:
     """Positions (s, a): of words, or of an image behind tokens that are not rotated."""
     still = tokens - grid[0] * grid[1] if grid else 0
-    picture = [Image(*grid)] if grid else [Text(tokens)]
-    return scheme.place([Still(still), *picture] if still else picture)[0].tolist()
-
-
-def rotated_forward(self: Any, *args: Any, rope_mm: Any = None, **kwargs: Any):
-    """The attention's own forward, with q and k rotated by what the model was told.
-
-    Raises:
-        ValueError: a model that does not hand its arguments on.
-    """
-    if rope_mm is None:
-        raise ValueError(
-            f"{type(self).__name__} was told no positions: its model does not hand arguments on to it, so "
-            "`unset_rope` it; it is not served"
-        )
-    self.rope_mm_told = rope_mm  # read in this very call, also when checkpointing calls it again
-    return self.rope_mm_forward(self, *args, **kwargs)
+    seen = Image(*grid) if grid else Text(tokens)
+    return scheme.place([Still(still), seen] if still else [seen])[0].tolist()
 
 
 def tell(model: Any, args: tuple, kwargs: dict[str, Any]):
@@ -97,54 +99,71 @@ def tell(model: Any, args: tuple, kwargs: dict[str, Any]):
         patch = model.config.patch_size
         down, across = patch if isinstance(patch, Iterable) else (patch, patch)
         grid = (pixels.shape[-2] // down, pixels.shape[-1] // across)
-    return args, {**kwargs, "rope_mm": (model.rope_mm, grid)}
+    return args, {**kwargs, "rope_mm": (model.rope_mm.runs[None], grid)}
 
 
-def give(model: Any, scheme: Any, changes: dict[str, Any]) -> None:
-    """Let a model without rotary rotate by a scheme, or by the one in its config.
+def listen(attention: Any, args: tuple, kwargs: dict[str, Any]):
+    """Before an attention's forward: what its model told it, also when checkpointing calls it again."""
+    if "rope_mm" not in kwargs:
+        raise ValueError(
+            f"{type(attention).__name__} was told no positions: its model does not hand arguments on to it, "
+            "so `unset_rope` it; it is not served"
+        )
+    attention.rope_mm_told = kwargs["rope_mm"]
+    return args, {name: value for name, value in kwargs.items() if name != "rope_mm"}
 
-    Raises:
-        ValueError: no attention that can be served, or several parts with attention of their own.
-    """
-    base, found = getattr(model, "base_model", None), attentions(model)
-    if base is None or len({id(getattr(module, "config", None)) for module in found}) != 1:
+
+def base_of(model: Any) -> Any:
+    """The model inside its adapters and its head."""
+    inner = getattr(model, "base_model", model)
+    return model if inner is model else base_of(inner)
+
+
+def bare_site(model: Any) -> Site:
+    """Where a model without rotary has room for one, beside the layers of its one stack of attention."""
+    base, found = base_of(model), attentions(model)
+    if not hasattr(base, "config") or len({id(getattr(module, "config", None)) for module, _ in found}) != 1:
         parts = ", ".join(name for name, part in model.named_children() if attentions(part))
         raise ValueError(
             f"{type(model).__name__} has neither a rotary module nor one stack of attention to rotate"
             + (f"; give one of its parts: {parts}" if parts else "")
         )
-    given = read(base.config, None) if scheme is None else getattr(scheme, "scheme", scheme)
-    chosen = read_scheme(given, **changes)
-    heads = base.config.num_attention_heads if chosen.per_head else None
-    own = isinstance(scheme, Rotary) and not changes
-    rope = scheme if own else Rotary(read_head_dim(base.config), chosen, heads=heads)
-    if scheme is None:
-        fill_learned(rope, model.name_or_path, "rope_mm.learned")
-    base.rope_mm, base.rope_mm_saved = rope, vars(base.config).get("rope_parameters")
-    write(base.config, {None: chosen}, refusing=False)
-    for module in found:
-        vars(module)["rope_mm_forward"] = clone(type(module).forward, (NAME,), ROTATING)
-        vars(module)["forward"] = MethodType(rotated_forward, module)
-    base.register_forward_pre_hook(tell, with_kwargs=True)
+    return Site("rope_mm", base, "rope_mm", None)
 
 
-def take_back(model: Any) -> None:
-    """Undo `give`."""
-    for module in attentions(model):
-        for mine in ("forward", "rope_mm_forward", "rope_mm_told"):
-            vars(module).pop(mine, None)
-    base = model.base_model
-    base.config.rope_parameters = base.rope_mm_saved
-    del base.rope_mm, base.rope_mm_saved
-    drop_hook(base, tell)
+def tell_attention(base: nn.Module, undo: Undo) -> None:
+    """Let a model's attention rotate by what stands beside its layers."""
+    undo.append(base.register_forward_pre_hook(tell, with_kwargs=True).remove)
+    exchange(undo, attentions(base), Rotating)
+    for module, _ in attentions(base):
+        vars(module)["rope_mm_told"] = None
+        undo.append(partial(delattr, module, "rope_mm_told"))
+        undo.append(module.register_forward_pre_hook(listen, with_kwargs=True).remove)
 
 
-def drop_hook(module: nn.Module, mine: Callable[..., Any]) -> None:
-    """Remove a hook, found by itself, so that copies of a model can be undone too."""
-    for hooks, with_kwargs in (
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-        (module._forward_hooks, module._forward_hooks_with_kwargs),
-    ):
-        for key in [key for key, hook in hooks.items() if hook is mine]:
-            del hooks[key]
-            with_kwargs.pop(key, None)
+def turn_both(q: Tensor, k: Tensor, turn: Turn, _same: Turn | None = None, unsqueeze_dim: int = 1, **_: Any):
+    """Stands where `apply_rotary_pos_emb` stood, for q and k (b, h, s, d), or (b, s, h, d) if it says so."""
+    if unsqueeze_dim == 2:
+        return turn(q, k)
+    q, k = turn(q.transpose(1, 2), k.transpose(1, 2))
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+@torch.no_grad()
+def probe(owner: Any) -> Tensor:
+    """The stream (1, 8, c) that a decoder makes of fixed noise."""
+    weight = owner.get_input_embeddings().weight
+    noise = torch.randn(1, 8, weight.shape[-1], generator=torch.Generator().manual_seed(0))
+    training, _ = owner.training, owner.eval()
+    try:
+        return owner(inputs_embeds=noise.to(weight), use_cache=False)[0]
+    finally:
+        owner.train(training)
+
+
+def check_same(before: list[Tensor], after: list[Tensor]) -> None:
+    """Refuse streams that differ by more than the rounding of the model's numbers."""
+    for one, other in zip(before, after, strict=True):
+        error, eps = (one - other).abs().max().item(), torch.finfo(one.dtype).eps
+        if not error <= 256 * eps * one.abs().max().item():
+            raise ValueError(f"the streams of the probe differ by {error:.1e}")

@@ -1,94 +1,81 @@
-"""Whether a scheme fits a model's rotary module."""
+"""A scheme made to fit a model: the module that will run it, or the reason why it cannot."""
 
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import nn
-
-from rope_mm.hf.reading import ModelRope
-from rope_mm.lattice import Cursor
-from rope_mm.layouts import LAYOUTS
+from rope_mm.hf.reading import OF_WORDS, ModelRope, read_module
+from rope_mm.hf.saving import read
+from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, Runs, Site
 from rope_mm.rope_parameters import read_head_dim
 from rope_mm.rotary import Rotary
 from rope_mm.scheme import Scheme
 from rope_mm.schemes import read_scheme
 
-Runs = Rotary | ModelRope
+
+def refuse(refusals: dict[str, Any]) -> None:
+    """Raise a ValueError with the first sentence that holds."""
+    for sentence in (sentence for sentence, holds in refusals.items() if holds):
+        raise ValueError(sentence)
 
 
-def axes_of(rope: Runs) -> int:
-    """How many coordinates its positions have."""
-    return len(rope.omega) if isinstance(rope, ModelRope) else len(rope.scheme.axes)
+def make_stand_in(site: Site, scheme: Any, changes: dict[str, Any]) -> RopeMMRotaryEmbedding:
+    """The module that takes a site's place, checked; without a scheme, by the one in its config."""
+    original, config = site.module, getattr(site.module or site.owner, "config", None)
+    asked = read_module(original, site.owner) if original else {}
+    layers = list(asked) or [None]
+    if scheme is None:
+        scheme = {layer: read(config, layer) for layer in layers}
+    given = scheme if isinstance(scheme, Mapping) else dict.fromkeys(layers, scheme)
+    unlike = f"layers are of the types {layers}, but schemes came for {list(given)}"
+    refuse({unlike: set(given) != set(layers)})
+    name = type(original or site.owner).__name__
+    runs = {layer: make_run(given[layer], asked.get(layer), name, config, changes) for layer in layers}
+    layouts = {rope.scheme and (rope.scheme.layout, rope.scheme.options) for rope in runs.values()}
+    refuse({f"layers would place tokens by several layouts, {layouts}; give one layout": len(layouts) > 1})
+    return RopeMMRotaryEmbedding(runs, asked, original, config)
 
 
-def factor_of(rope: Runs) -> float:
-    """What cosine and sine are multiplied by."""
-    return rope.factor if isinstance(rope, ModelRope) else rope.form.factor
-
-
-def describe(rope: Runs) -> str:
-    """In a few words, what runs."""
-    if isinstance(rope, Rotary):
-        return f"{rope.scheme}, exact angles"
-    return f"the model's own, bit for bit ({rope.scheme or 'a scheme of no known name'})"
-
-
-def ready(scheme: Any, asked: ModelRope, original: nn.Module, changes: dict[str, Any]) -> Runs:
-    """A scheme made ready for a module that is asked in this way.
-
-    Raises:
-        ValueError: what the module's tables cannot say.
-    """
-    if isinstance(scheme, ModelRope):
-        same = (scheme.call, scheme.spread, scheme.pairs) == (asked.call, asked.spread, asked.pairs)
-        if not same or changes:
-            raise ValueError(
-                f"this rope was read from another kind of module ({scheme.call}, {scheme.pairs} pairs); "
-                f"{type(original).__name__} takes {asked.call} and turns {asked.pairs} pairs"
-            )
-        return scheme
-    name, config = type(original).__name__, getattr(original, "config", None)
-    if not isinstance(scheme, Rotary):
-        chosen = read_scheme(scheme, **changes)
-        refuse_scheme(chosen, asked, name, config)
-        return Rotary(2 * asked.pairs, chosen.change(fraction=1.0, slot="front"))
-    if changes or scheme.head_dim != 2 * asked.pairs:
-        raise ValueError(
-            f"{name} turns {2 * asked.pairs} channels of a head, so its Rotary needs that head_dim, not "
-            f"{scheme.head_dim}, and cannot change {sorted(changes)} any more; make another"
+def make_run(given: Any, asked: ModelRope | None, name: str, config: Any, changes: dict[str, Any]) -> Runs:
+    """What runs: a rope of the same kind or a Rotary as they came, a scheme as a Rotary."""
+    width = 2 * asked.pairs if asked else read_head_dim(config)
+    if isinstance(given, ModelRope) and asked:
+        mine, theirs = ((rope.call, rope.spread, rope.pairs) for rope in (given, asked))
+        why = (
+            f"this rope was read from another kind of module ({given.call}, {given.pairs} pairs); "
+            f"{name} takes {asked.call} and turns {asked.pairs} pairs"
         )
-    refuse_scheme(scheme.scheme, asked, name, config)
-    return scheme
+        refuse({why: changes or mine != theirs})
+        return given
+    if made := isinstance(given, Rotary):
+        why = (
+            f"{name} turns {width} channels of a head, so its Rotary needs that head_dim, not "
+            f"{given.head_dim}, and cannot change {sorted(changes)} any more; make another"
+        )
+        refuse({why: changes or given.head_dim != width})
+    spec: Any = getattr(given, "scheme", given)
+    chosen = read_scheme(spec, **changes)
+    if asked:
+        refuse_scheme(chosen, asked, name, read_head_dim(config) if config else width)
+        chosen = chosen.change(fraction=1.0, slot="front")
+    heads = config.num_attention_heads if chosen.per_head else None
+    return given if made else Rotary(width, chosen, heads=heads)
 
 
-def refuse_scheme(scheme: Scheme, asked: ModelRope, name: str, config: Any) -> None:
-    """Refuse a scheme that tables of this module cannot say.
-
-    Raises:
-        ValueError: with what came, what fits and what to do.
-    """
-    if scheme.per_head or scheme.needs_length:
-        what = "an Omega for each head" if scheme.per_head else "an Omega that depends on the length"
-        raise ValueError(f"{scheme} has {what}, but {name} makes one table for all heads and every length")
-    if scheme.pairing != asked.pairing:
-        raise ValueError(
-            f"the scheme pairs channels {scheme.pairing!r}, but the model's weights are for "
-            f"{asked.pairing!r}; change the scheme's pairing, or the weights by `convert_pairing`"
-        )
-    head_dim = read_head_dim(config) if config is not None else 2 * asked.pairs
-    pairs = asked.pairs if scheme.fraction == 1 else scheme.pairs(head_dim)
-    if pairs != asked.pairs or 2 * asked.pairs > head_dim:
-        raise ValueError(
-            f"fraction {scheme.fraction} of head_dim {head_dim} makes {pairs} pairs, but {name} turns "
-            f"{asked.pairs}; leave the fraction at 1 to take the model's"
-        )
-    if asked.call in ("words", "rows"):
-        words, _ = LAYOUTS[scheme.layout].words(Cursor(), 2, len(scheme.axes))
-        if not torch.equal(words, torch.arange(2.0, dtype=torch.float64)[:, None].expand_as(words)):
-            raise ValueError(
-                f"layout {scheme.layout!r} does not count words along all of its axes, as decoding does"
-            )
-    elif scheme.layout != "grid":
-        raise ValueError(
-            f"{name} is told rows and columns alone, which layout 'grid' takes, not {scheme.layout!r}"
-        )
+def refuse_scheme(scheme: Scheme, asked: ModelRope, name: str, head_dim: int) -> None:
+    """Refuse a scheme that tables of this module cannot say."""
+    a, pairs = len(scheme.axes), asked.pairs if scheme.fraction == 1 else scheme.pairs(head_dim)
+    one_table = f"but {name} makes one table for all heads and every length"
+    other_part = pairs != asked.pairs or 2 * asked.pairs > head_dim
+    words, walk = asked.call in OF_WORDS, ([0.0] * a, [1.0] * a)
+    stays, off_grid = words and scheme.word_line != walk, not words and scheme.layout != "grid"
+    refusals = {
+        f"{scheme} has an Omega for each head, {one_table}": scheme.per_head,
+        f"{scheme} has an Omega that depends on the length, {one_table}": scheme.needs_length,
+        f"the scheme pairs channels {scheme.pairing!r}, but the model's weights are for {asked.pairing!r}; "
+        "change the scheme's pairing, or the weights by `convert_pairing`": scheme.pairing != asked.pairing,
+        f"fraction {scheme.fraction} of head_dim {head_dim} makes {pairs} pairs, but {name} turns "
+        f"{asked.pairs}; leave the fraction at 1 to take the model's": other_part,
+        f"layout {scheme.layout!r} does not count words along all of its axes, as decoding does": stays,
+        f"{name} is told rows and columns alone, which layout 'grid' takes, not {scheme.layout!r}": off_grid,
+    }
+    refuse(refusals)

@@ -6,17 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rope_mm.hf.stand_in import ENDS_IN_PICTURE, scheme_of
 from rope_mm.positions import place_rows
 from rope_mm.scheme import Scheme
-from rope_mm.segments import Image, Segment, Text, Video
+from rope_mm.segments import Image, Segment, Video, story_of
 
-Story = str | Sequence[Segment]
+WORDS, IMAGES, VIDEOS = range(3)  # kinds of tokens, as processors number them
 
 
 def positions_for(
-    model: nn.Module, what: Sequence[Story] | Mapping[str, Any], padding_side: str = "right"
+    model: nn.Module, what: Sequence[str | Sequence[Segment]] | Mapping[str, Any], padding_side: str = "right"
 ) -> Tensor:
     """position_ids (1 + a, b, s) of stories, or of what a processor made, by the scheme that a model runs.
+
+    A row that ends where the next word is not one step ahead, as behind a picture, says so by a quarter in
+    its last token position, so that `generate`, which takes one step, can be refused.
 
     Args:
         model: a model that `set_rope` gave a scheme.
@@ -26,16 +30,47 @@ def positions_for(
     Raises:
         ValueError: a model without a scheme of ours, or tokens that do not match their grids.
     """
-    from rope_mm.hf.swap import scheme_of
-
     scheme = scheme_of(model)
     if isinstance(what, Mapping):
-        positions, mask, _ = place_inputs(model.config, scheme, **what)
+        positions, mask, ahead = place_inputs(model.config, scheme, **what)
+        after = ahead.to(positions) + mask.sum(-1, keepdim=True)
     else:
         rows = place_rows(what, scheme.layout, padding_side=padding_side, **dict(scheme.options))
         positions, mask = rows.positions, rows.mask
-    tokens = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return torch.cat((tokens[None].to(positions), positions.movedim(-1, 0)))
+        after = positions.new_tensor([[cursor.next] for cursor in rows.cursors])
+    tokens = (mask.long().cumsum(-1) - 1).clamp(min=0).to(positions)
+    tokens[:, -1] += 0.25 * (mask[:, -1] & strays(positions[:, -1] + 1, after))
+    return torch.cat((tokens[None], positions.movedim(-1, 0)))
+
+
+def strays(step: Tensor, after: Tensor) -> Tensor:
+    """Whether one step (b, a) leads elsewhere than to the next word (b, 1), for each row."""
+    return ~torch.isclose(step, after, rtol=0, atol=1e-6).all(-1)
+
+
+def get_rope_index(self: Any, input_ids: Tensor, *_args: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """In place of a model's own method: positions (a, b, s) by our layout, and how far words are ahead."""
+    positions, _, ahead = place_inputs(self.config, scheme_of(self), input_ids, **inputs)
+    return positions.movedim(-1, 0), ahead
+
+
+def prepare_positions(self: Any, inputs: Tensor, given: dict[str, Any]) -> Tensor:
+    """In place of a model's own method: its positions of a prompt, where `generate` can go on from them."""
+    ids = type(self)._prepare_position_ids_for_generation(self, inputs, given)
+    if len(ids) > 1 and ids.dim() == 3:
+        tokens, last = ids[0, :, -1:], ids[1:, :, -1].T
+        if strays(last, tokens + self.model.rope_deltas.to(tokens)).any():
+            raise ValueError(ENDS_IN_PICTURE)
+    return ids
+
+
+METHODS = {"get_rope_index": get_rope_index, "_prepare_position_ids_for_generation": prepare_positions}
+
+
+def methods_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Parts of a model that places pictures itself, and the methods with which they do."""
+    found = [(part, name) for part in model.modules() for name in METHODS if hasattr(type(part), name)]
+    return found if "get_rope_index" in {name for _, name in found} else []
 
 
 def place_inputs(
@@ -46,83 +81,36 @@ def place_inputs(
     Raises:
         ValueError: tokens of images that do not match their grids.
     """
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    kinds = inputs.get("mm_token_type_ids")
+    mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
+    kinds, seen = inputs.get("mm_token_type_ids"), read_grids(config, inputs)
     if kinds is None:
-        images, videos = (getattr(config, f"{kind}_token_id", None) for kind in ("image", "video"))
-        kinds = (input_ids == (-1 if images is None else images)).int()
-        kinds += 2 * (input_ids == (-1 if videos is None else videos)).int()
-    queues = read_grids(config, inputs)
-    positions = torch.zeros(*input_ids.shape, len(scheme.axes), dtype=torch.float64)
-    ahead = []
-    for row, (seen, there) in enumerate(zip(kinds.cpu(), mask.bool().cpu(), strict=True)):
-        placed, cursor = scheme.place(read_story(seen[there], queues))
-        positions[row, there] = placed
-        ahead.append(cursor.next - cursor.tokens)
-    if left := [str(seen) for queue in queues.values() for seen in queue]:
-        raise ValueError(
-            f"grids came for {', '.join(left)}, but there are no tokens left for them to stand on"
-        )
+        kinds = torch.zeros_like(input_ids)
+        for kind, name in ((IMAGES, "image_token_id"), (VIDEOS, "video_token_id")):
+            kinds[input_ids == getattr(config, name, None)] = kind
     wide = torch.float32 if input_ids.device.type == "mps" else torch.float64
-    moved = (x.to(input_ids.device) for x in (positions.to(wide), mask.bool(), torch.tensor(ahead)[:, None]))
-    return tuple(moved)  # pyright: ignore[reportReturnType]
+    positions = torch.zeros(*input_ids.shape, len(scheme.axes), dtype=torch.float64)
+    ahead = torch.zeros(len(input_ids), 1)
+    for row, (kind, there) in enumerate(zip(kinds.cpu(), mask.cpu(), strict=True)):
+        placed, cursor = scheme.place(story_of(kind[there].tolist(), seen))
+        positions[row, there], ahead[row] = placed, cursor.next - cursor.tokens
+    if left := [str(picture) for pictures in seen.values() for picture in pictures]:
+        came = ", ".join(left)
+        raise ValueError(f"grids came for {came}, but there are no tokens left for them to stand on")
+    return positions.to(input_ids.device, wide), mask, ahead.to(input_ids.device)
 
 
 def read_grids(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[Segment]]:
-    """Images (key 1) and videos (key 2) in their order, in merged patches."""
+    """Images and videos in their order, in merged patches."""
     merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1)
-
-    def grids(name: str) -> list[list[int]]:
-        told = inputs.get(name)
-        return (
-            []
-            if told is None
-            else [[t, y // merge, x // merge] for t, y, x in torch.as_tensor(told).tolist()]
-        )
-
+    told = [inputs.get(f"{kind}_grid_thw") for kind in ("image", "video")]
+    images, videos = ([] if grids is None else torch.as_tensor(grids).tolist() for grids in told)
     seconds = inputs.get("second_per_grid_ts")
-    videos = grids("video_grid_thw")
-    paces = [1.0] * len(videos) if seconds is None else [float(pace) for pace in seconds]
-    queues: dict[int, list[Segment]] = {
-        1: [Image(y, x) if t == 1 else Video(t, y, x) for t, y, x in grids("image_grid_thw")],
-        2: [Video(t, y, x, pace) for (t, y, x), pace in zip(videos, paces, strict=True)],
+    paces = [1.0] * len(videos) if seconds is None else map(float, seconds)
+    return {
+        IMAGES: [
+            Video(t, y // merge, x // merge) if t > 1 else Image(y // merge, x // merge) for t, y, x in images
+        ],
+        VIDEOS: [
+            Video(t, y // merge, x // merge, pace) for (t, y, x), pace in zip(videos, paces, strict=True)
+        ],
     }
-    return queues
-
-
-def read_story(kinds: Tensor, queues: dict[int, list[Segment]]) -> list[Segment]:
-    """Segments of one row from the kinds of its tokens, taking grids from the queues.
-
-    Raises:
-        ValueError: a run of tokens that no grid fills.
-    """
-    story: list[Segment] = []
-    for kind, run in zip(
-        *(x.tolist() for x in torch.unique_consecutive(kinds, return_counts=True)), strict=True
-    ):
-        if kind == 0:
-            story.append(Text(run))
-            continue
-        while run:  # pictures may follow one another without a word between
-            seen = queues[kind].pop(0) if queues[kind] else None
-            if isinstance(seen, Video) and seen.y * seen.x == run < seen.tokens:  # told frame by frame
-                if seen.t > 1:
-                    queues[kind].insert(0, Video(seen.t - 1, seen.y, seen.x, seen.seconds))
-                seen = Image(seen.y, seen.x)
-            if seen is None or seen.tokens > run:
-                raise ValueError(
-                    f"{run} image or video tokens stand in a row, but "
-                    + (f"{seen} needs {seen.tokens}" if seen else "no grid is left for them")
-                    + "; give the grids with which the processor laid the tokens out"
-                )
-            story.append(seen)
-            run -= seen.tokens
-    return story
-
-
-def get_rope_index(self: Any, input_ids: Tensor, *args: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """In place of a model's own method: positions (a, b, s) by our layout, and how far words are ahead."""
-    from rope_mm.hf.swap import scheme_of
-
-    positions, _, ahead = place_inputs(self.config, scheme_of(self), input_ids, **inputs)
-    return positions.movedim(-1, 0), ahead

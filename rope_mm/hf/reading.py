@@ -3,7 +3,7 @@
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,26 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from rope_mm.hf.saving import NotSetYet
+from rope_mm.kernels import Form, Turn, make_turn
 from rope_mm.rope_parameters import from_hf_config, read_head_dim
-from rope_mm.rotation import PAIRINGS
 from rope_mm.scheme import Scheme
+from rope_mm.tables import fill_tables, find_pairing, read_tables, split_tables
 
-# how positions (s, a) are handed to a module, and the shape its tables have before the channels
-CALLS: dict[str, tuple[int, Callable[[Tensor], Tensor], Callable[[int], tuple[int, ...]]]] = {
-    "rows": (3, lambda p: p.T[:, None], lambda s: (1, s)),  # M-RoPE: (3, b, s)
-    "grid": (2, lambda p: p, lambda s: (s,)),  # towers: (s, 2), rows and columns
-    "film": (3, lambda p: p, lambda s: (s,)),  # towers of videos
-    "grids": (2, lambda p: p[None], lambda s: (1, s)),
-    "words": (1, lambda p: p.T, lambda s: (1, s)),
+# the axes that a module is told, and the shape in which positions (s, a) are handed to it
+CALLS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "rows": ("tyx", lambda p: p.T[:, None]),  # M-RoPE: (3, b, s)
+    "grid": ("yx", lambda p: p),  # towers: (s, 2), rows and columns
+    "film": ("tyx", lambda p: p),  # towers of videos
+    "grids": ("yx", lambda p: p[None]),
+    "words": ("t", lambda p: p.T),
 }
+OF_WORDS = "rows", "words"  # positions of decoders, which walk on with every word
+NO_ANSWER = RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError
 
-
-def single(first: Tensor, _second: Tensor, _blocks: Any = ()) -> Tensor:
-    """Each angle once."""
-    return first
-
-
-SPREADS = {name: join for name, (_, join) in PAIRINGS.items()} | {"single": single, "complex": single}
+APPLY = re.compile(r"apply_(multimodal_)?rotary_(pos_)?emb\w*$")
 
 
 @dataclass(frozen=True)
@@ -40,11 +37,12 @@ class ModelRope:
     Attributes:
         omega: radians per step (a, r), the module's own float32 numbers.
         call: how positions reach the module, a key of CALLS.
-        spread: how r angles fill its tables, a key of SPREADS.
+        spread: how r angles fill its tables, a key of `tables.SPREADS`.
         wide: whether tables stay float32 in a model of another dtype.
         pairing: the channels that its function turns together, found by turning unit vectors.
         axes: a tower's coordinates in the order in which it has them.
         scheme: ours with the same Omega within float32's rounding, where the family is known.
+        error: by how much its tables differ from the module's, 0 where it is positions @ Omega.
     """
 
     omega: tuple[tuple[float, ...], ...]
@@ -55,174 +53,115 @@ class ModelRope:
     pairing: str = "half"
     axes: tuple[str, ...] = ()
     scheme: Scheme | None = None
+    error: float = 0.0
 
     @property
     def pairs(self) -> int:
         """How many pairs of channels turn."""
         return len(self.omega[0])
 
-    def fill(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Any:
-        """Tables as the model expects them, from (..., r)."""
-        if self.spread == "complex":
-            return torch.complex(cos, sin)
-        blocks = (self.pairs // len(self.omega),) * len(self.omega)
-        cos, sin = (SPREADS[self.spread](x, x, blocks) for x in (cos, sin))
-        return (cos, sin) if self.wide else (cos.to(dtype), sin.to(dtype))
-
-    def cos_sin(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Any:
-        """The model's tables at positions (..., a)."""
+    def angles(self, positions: Tensor) -> Tensor:
+        """Radians (..., r) at positions (..., a), in float32 as transformers makes them."""
         omega = torch.tensor(self.omega, device=positions.device)
-        angle: Any = sum(positions[..., axis, None].float() * omega[axis] for axis in range(len(self.omega)))
-        if self.spread == "complex":
-            return torch.polar(torch.ones_like(angle), angle) * self.factor
-        return self.fill(angle.cos() * self.factor, angle.sin() * self.factor, dtype)
+        angle: Any = sum(positions[..., axis, None].float() * row for axis, row in enumerate(omega))
+        return angle
+
+    def turn(self, positions: Tensor, dtype: torch.dtype) -> Turn:
+        """The work of one forward, for attention that rotates by our op."""
+        return make_turn(positions, torch.tensor(self.omega), Form(self.pairing, factor=self.factor), dtype)
+
+    def tables(self, angle: Tensor, factor: float, dtype: torch.dtype) -> Any:
+        """Tables of angles (..., r) as the model expects them."""
+        tables = fill_tables(angle, self.spread, factor, len(self.omega))
+        return tables if self.wide else tuple(x.to(dtype) for x in tables)
 
 
-def rotary_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """(name, owner, attribute, module) of each module without parts that has `inv_freq`s."""
-    for name, owner in model.named_modules():
-        for leaf, module in owner.named_children():
-            buffers = [key for key, _ in module.named_buffers(recurse=False)]
-            if any(key.endswith("inv_freq") for key in buffers) and not list(module.children()):
-                yield f"{name}.{leaf}".strip("."), owner, leaf, module
+def frequencies(module: nn.Module) -> list[Tensor]:
+    """The `inv_freq`s of a rotary module, none where it is something else."""
+    named = module.named_buffers(recurse=False)
+    return [x for name, x in named if name.endswith("inv_freq") and not list(module.children())]
 
 
-def layer_types(module: nn.Module) -> list[str | None]:
-    """The types of layers that the module tells apart, [None] if it does not."""
-    kinds = getattr(module, "rope_type", None)
-    return list(kinds) if isinstance(kinds, dict) else [None]
+def read_module(module: nn.Module, owner: nn.Module) -> dict[str | None, ModelRope]:
+    """What a module does, for each type of layer that it tells apart, None for all of them."""
+    kinds, config = getattr(module, "rope_type", None), getattr(module, "config", None)
+    layers = list(kinds) if isinstance(kinds, dict) else [None]
+    return {layer: named(read_layer(module, layer), owner, config, layer) for layer in layers}
 
 
-def refuse_bent(module: nn.Module, layer: str | None) -> None:
-    """Refuse angles that depend on how long the sequence is.
-
-    Raises:
-        ValueError: rope_type "dynamic" or "longrope".
-    """
-    kind = getattr(module, "rope_type", "default")
-    kind = kind[layer] if isinstance(kind, dict) else kind
-    if "dynamic" in str(kind) or kind == "longrope":
+def refuse_bent(module: nn.Module, ropes: dict[str | None, ModelRope]) -> None:
+    """Refuse what is not positions @ Omega, bit for bit."""
+    kinds = getattr(module, "rope_type", "default")
+    for layer, rope in ropes.items():
+        kind = kinds[layer] if isinstance(kinds, dict) else kinds
+        if "dynamic" in str(kind) or kind == "longrope":
+            why = f"has rope_type {kind!r}, whose angles depend on the longest position and are"
+        elif rope.error != 0:
+            why = f"has tables that differ by {rope.error:.1e} from what could be read, so they are"
+        else:
+            continue
         raise ValueError(
-            f"{type(module).__name__} has rope_type {kind!r}, whose angles depend on the longest position "
-            "and are no positions @ Omega; give set_rope a scheme, with a fixed extension such as YaRN"
+            f"{type(module).__name__} {why} no positions @ Omega; give set_rope a scheme, with a fixed "
+            "extension such as YaRN where contexts are long"
         )
 
 
 def spare(module: nn.Module) -> nn.Module:
     """A copy to ask, for some modules remember; on the meta device one newly made from the config."""
     config: Any = getattr(module, "config", None)
-    if any(buffer.is_meta for buffer in module.buffers()):
-        with torch.device("cpu"):
-            made = type(module)(config)
-    else:
-        made = copy.deepcopy(module, {id(config): config})
-    for name, value in list(vars(made).items()):
-        if isinstance(value, NotSetYet):
-            setattr(made, name, 1.0)
+    with torch.device("cpu"):
+        lost = any(buffer.is_meta for buffer in module.buffers())
+        made = type(module)(config) if lost else copy.deepcopy(module, {id(config): config})
+    vars(made).update({name: 1.0 for name, value in vars(made).items() if isinstance(value, NotSetYet)})
     return made
 
 
-def ask(module: nn.Module, call: str, p: Tensor, layer: str | None, dtype: torch.dtype = torch.float32):
-    """Tables of positions p (s, a) in a call of this kind; None where the module cannot be called so."""
-    _, shape, lead = CALLS[call]
-    device = next(module.buffers()).device
-    x = torch.zeros(1, 1, 1, dtype=dtype, device=device)
+def ask(module: nn.Module, call: str, p: Tensor, layer: str | None, dtype: torch.dtype) -> Any:
+    """Tables of positions p (s, a), told in this way; None where the module takes or gives others."""
+    device, layers = next(module.buffers()).device, [layer] if layer else []
     try:
-        out = module(x, shape(p.to(device)), *([layer] if layer else []))
-        cos, sin = (out.real, out.imag) if isinstance(out, Tensor) else out
-        whole = isinstance(out, Tensor)
-    except (RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError):
+        tables = module(torch.zeros(1, 1, 1).to(device, dtype), CALLS[call][1](p.to(device)), *layers)
+        fits = all(x.shape[:-1].numel() == len(p) for x in split_tables(tables))
+    except NO_ANSWER:
         return None
-    if cos.shape[:-1] != lead(len(p)):
-        return None
-    return cos.reshape(len(p), -1), sin.reshape(len(p), -1), whole
+    return tables if fits else None
 
 
-def spread_of(table: Tensor, axes: int, bare: str) -> tuple[str, Tensor]:
-    """How the angles fill a table (s, d), and the channels that hold each once."""
-    d = table.shape[-1]
-    for spread in (*PAIRINGS, bare):
-        join, r = SPREADS[spread], d if spread == bare else d // 2
-        blocks = (r // axes,) * axes
-        if (spread == "block" and sum(blocks) != r) or (spread != bare and d % 2):
-            continue
-        number = torch.arange(r, device=table.device)
-        once = join(number, number, blocks)
-        first = torch.stack([(once == i).nonzero()[0, 0] for i in range(r)])
-        if torch.equal(table[:, first][:, once], table):
-            return spread, first
-    raise AssertionError("a bare table is any")
-
-
-def read_module(module: nn.Module, layer: str | None = None, strict: bool = True) -> ModelRope:
-    """What a rotary module does at every position, from what it does at unit positions.
-
-    Not strict, it tells how the module is asked, whatever its angles are.
-
-    Raises:
-        ValueError: a module that is called in no known way, or is not positions @ Omega bit for bit.
-    """
-    if strict:
-        refuse_bent(module, layer)
-    module = spare(module)
-    draw = torch.Generator().manual_seed(0)
-    for call, (a, *_) in CALLS.items():
+def read_layer(module: nn.Module, layer: str | None) -> ModelRope:
+    """What a rotary module does at every position, from what it does at unit positions."""
+    name, module, draw = type(module).__name__, spare(module), torch.Generator().manual_seed(0)
+    for call, (axes, _) in CALLS.items():
+        a = len(axes)
         far = torch.randint(0, 4096, (8, a), generator=draw)
         p = torch.cat((torch.zeros(1, a, dtype=torch.long), torch.eye(a, dtype=torch.long), far))
-        if (tables := ask(module, call, p, layer)) is None:
+        exact, low = (ask(module, call, p, layer, dtype) for dtype in (torch.float32, torch.bfloat16))
+        if exact is None:
             continue
-        cos, sin, whole = tables
-        spread, first = spread_of(torch.cat((cos, sin)), a, "complex" if whole else "single")
-        angle = torch.atan2(sin[1 : a + 1, first], cos[1 : a + 1, first])
-        low = ask(module, call, p, layer, torch.bfloat16)
-        wide = low is not None and low[0].dtype == torch.float32
-        omega = tuple(map(tuple, snapped(angle, module).tolist()))
-        rope = ModelRope(omega, cos[0, 0].item(), call, spread, wide, axes=("t", "y", "x")[-a:])
-        ours = rope.cos_sin(p.to(cos.device))
-        ours = (ours.real, ours.imag) if whole else ours
-        error = max((x - y).abs().max().item() for x, y in zip(ours, (cos, sin), strict=True))
-        if strict and error != 0:
-            raise ValueError(
-                f"{type(module).__name__} is no positions @ Omega: its tables differ by {error:.1e}, so it "
-                "cannot be read; give set_rope a scheme instead"
-            )
-        return rope
+        own = torch.cat([x.flatten().float() for x in frequencies(module)])
+        spread, omega, factor = read_tables(exact, a, own)
+        wide = low is not None and split_tables(low)[0].dtype == torch.float32
+        told = tuple(map(tuple, omega.tolist()))
+        rope = ModelRope(told, factor, call, spread, wide, axes=tuple(axes))
+        ours = rope.tables(rope.angles(p.to(own.device)), factor, torch.float32)
+        pairs = zip(split_tables(ours), split_tables(exact), strict=True)
+        return replace(rope, error=max((x - y).abs().max().item() for x, y in pairs))
     raise ValueError(
-        f"{type(module).__name__} takes positions and gives tables in no known way; served are "
-        f"{', '.join(CALLS)}, with (cos, sin) for an answer"
+        f"{name} takes positions and gives tables in no known way; served are {', '.join(CALLS)}, with "
+        "(cos, sin) for an answer"
     )
 
 
-def snapped(angle: Tensor, module: nn.Module) -> Tensor:
-    """Angles (a, r), each the module's own frequency where one is near: atan2 has rounded them."""
-    own = torch.cat([b.flatten().float() for key, b in module.named_buffers() if key.endswith("inv_freq")])
-    nearest = own[(angle[..., None] - own).abs().argmin(-1)]
-    near = (nearest - angle).abs() <= 1e-5 * angle.abs().clamp(min=1e-30)
-    return torch.where(near, nearest, angle)
-
-
-APPLY = re.compile(r"apply_(multimodal_)?rotary_(pos_)?emb\w*$")
-
-
-def seen_globals(module: nn.Module) -> tuple[str, ...]:
-    """Names that a module's own forward looks up."""
-    return inspect.unwrap(type(module).forward).__code__.co_names
-
-
-def applied(owner: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Attention modules of an owner, and the names of the functions with which they rotate."""
-    seen = [(module, name) for module in owner.modules() for name in seen_globals(module)]
-    return [(module, name) for module, name in seen if APPLY.match(name)]
+def callers(owner: nn.Module, pattern: re.Pattern[str]) -> list[tuple[nn.Module, str]]:
+    """Modules of an owner whose own forward looks such a global up, and its name."""
+    forwards = [(module, inspect.unwrap(type(module).forward)) for module in owner.modules()]
+    seen = [(module, name) for module, forward in forwards for name in forward.__code__.co_names]
+    return [(module, name) for module, name in seen if pattern.match(name)]
 
 
 def paired(rope: ModelRope, owner: nn.Module) -> str:
-    """The pairing of the function that an owner's attention calls; the tables' own where it cannot be asked.
-
-    q' k with unit vectors for q, turned, and for k, not turned, meets the two channels of each pair alone;
-    that holds also for functions that put the channels in another order.
-    """
+    """The pairing of the function that an owner's attention calls; its tables' own without an answer."""
     told = {"single": "half", "complex": "interleaved"}.get(rope.spread, rope.spread)
-    r, found = rope.pairs, applied(owner)
+    found, r = callers(owner, APPLY), rope.pairs
     if not found or any(p.is_meta for p in owner.parameters()):
         return told
     # DeepSeek's attention names two functions, and its config says which of them it calls
@@ -230,14 +169,11 @@ def paired(rope: ModelRope, owner: nn.Module) -> str:
     turn, unit = inspect.unwrap(type(module).forward).__globals__[name], torch.eye(2 * r)[None, None]
     angle = torch.linspace(0.5, 1, r).expand(1, 2 * r, r)
     try:
-        q, _ = turn(unit, unit, *rope.fill(angle.cos(), angle.sin(), torch.float32))
-        _, k = turn(unit, unit, *rope.fill(torch.ones_like(angle), torch.zeros_like(angle), torch.float32))
-        partner = ((q @ k.mT) * (1 - unit)).abs().argmax(-1).flatten()
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        q, _ = turn(unit, unit, *rope.tables(angle, 1.0, torch.float32))
+        _, k = turn(unit, unit, *rope.tables(0 * angle, 1.0, torch.float32))
+        return find_pairing(q[0, 0], k[0, 0]) or told
+    except NO_ANSWER:
         return told
-    channel = torch.arange(2 * r)
-    others = {"half": (channel + r) % (2 * r), "interleaved": channel ^ 1}
-    return next((pairing for pairing, other in others.items() if torch.equal(partner, other)), told)
 
 
 def named(rope: ModelRope, owner: nn.Module, config: Any, layer: str | None) -> ModelRope:

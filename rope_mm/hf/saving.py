@@ -1,6 +1,5 @@
 """A scheme in `config.rope_parameters`, so that it is saved with the model, and read again."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +7,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_mm.scheme import Scheme
 
 NAME = "rope_mm"
+WAITS = "this model was saved with a scheme; call rope_mm.hf.set_rope(model) first"
 
 
 class NotSetYet:
@@ -19,7 +20,7 @@ class NotSetYet:
 
     @classmethod
     def __torch_function__(cls, *_: Any, **__: Any):
-        raise ValueError("this model was saved with a scheme; call rope_mm.hf.set_rope(model) first")
+        raise ValueError(WAITS)
 
 
 def not_yet(config: Any, *_: Any, layer_type: str | None = None, **__: Any) -> tuple[Tensor, NotSetYet]:
@@ -30,50 +31,62 @@ def not_yet(config: Any, *_: Any, layer_type: str | None = None, **__: Any) -> t
     return torch.linspace(1, 0.1, pairs), NotSetYet()
 
 
+def refuse(*_: Any, **__: Any) -> None:
+    """The attention of a model that waits for its scheme."""
+    raise ValueError(WAITS)
+
+
 ROPE_INIT_FUNCTIONS[NAME] = not_yet  # pyright: ignore[reportArgumentType]
+ALL_ATTENTION_FUNCTIONS.register(NAME, refuse)
 
 
-def write(config: Any, schemes: Mapping[str | None, Scheme], refusing: bool) -> None:
-    """Enter schemes, one for each type of layer, in a config; refusing, its models wait for `set_rope`."""
+def write(config: Any, schemes: dict[str | None, Scheme], by_rope: bool) -> None:
+    """Enter schemes, one for each type of layer, in a config, whose models, loaded, wait for `set_rope`.
+
+    Where `rope_type` cannot make them wait, for towers know one and others none, their attention does.
+    """
     old: Any = getattr(config, "rope_parameters", None) or {}
-    kind = {"rope_type": NAME} if refusing else {}  # towers know one rope_type and could not be loaded
+    kind = {"rope_type": NAME} if by_rope else {}
     new = {
         layer: {**(old.get(layer) if layer else old), **kind, NAME: scheme.to_dict()}
         for layer, scheme in schemes.items()
     }
     config.rope_parameters = new.get(None) or {**old, **new}
+    if not by_rope:
+        config.attn_implementation = NAME
+
+
+def wake(model: Any) -> None:
+    """Give a model that was loaded and waits the attention that it would have."""
+    if getattr(model.config, "_attn_implementation", None) == NAME:
+        model.set_attn_implementation(model._check_and_adjust_attn_implementation(None))
+
+
+def restore(config: Any, rope_parameters: Any) -> None:
+    """Undo `write`."""
+    config.rope_parameters = rope_parameters
+    vars(config).pop("attn_implementation", None)
 
 
 def read(config: Any, layer: str | None) -> Scheme:
-    """The scheme that a config was given for layers of this type.
-
-    Raises:
-        ValueError: a config without.
-    """
+    """The scheme that a config was given for layers of this type."""
     rope = getattr(config, "rope_parameters", None) or {}
-    rope = rope.get(layer) if layer else rope
-    if not rope or NAME not in rope:
+    entries = (rope.get(layer) or {}) if layer else rope
+    if NAME not in entries:
         raise ValueError(
             f"{type(config).__name__} holds no scheme of ours; give set_rope one, or load a model that was "
             "saved after set_rope"
         )
-    return Scheme.from_dict(rope[NAME])
+    return Scheme.from_dict(entries[NAME])
 
 
-def fill_learned(rope: Any, folder: str, key: str) -> None:
-    """Read the learned Omega of a Rotary, where it has one, from the weights beside a config.
-
-    Raises:
-        ValueError: weights that are not there or do not hold it.
-    """
-    if rope.learned is None:
-        return
+def fill_learned(learned: Tensor, folder: str, key: str) -> None:
+    """Read a learned Omega from the weights beside a config."""
     for path in sorted(Path(folder).glob("*.safetensors")) if folder else ():
         with safe_open(path, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118, it is no dict
-                if name.endswith(key):
-                    rope.learned.data.copy_(weights.get_tensor(name))
-                    return
+            for name in filter(lambda name: name.endswith(key), weights.keys()):
+                learned.data.copy_(weights.get_tensor(name))
+                return
     raise ValueError(
         f"the saved Omega was learned, but no *.safetensors in {folder!r} holds {key!r}; load the model from "
         "the folder where it was saved"

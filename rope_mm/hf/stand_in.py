@@ -1,124 +1,127 @@
 """The module that stands where a model's rotary module stood, and what goes on around its owner's forward."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rope_mm import rotation
-from rope_mm.hf.fitting import Runs, axes_of, describe, factor_of
-from rope_mm.hf.reading import ModelRope
-from rope_mm.kernels import Form, make_turn
+from rope_mm.hf.reading import OF_WORDS, ModelRope, frequencies
 from rope_mm.rotary import Rotary
+from rope_mm.scheme import Scheme
+
+Runs = Rotary | ModelRope
+Undo = list[Callable[[], Any]]
+ENDS_IN_PICTURE = (
+    "the prompt ends in a picture, and the word behind it does not stand one step further on; end it with a "
+    "word, such as the token that closes a picture"
+)
 
 
 class RopeMMRotaryEmbedding(nn.Module):
     """Stands where a model's rotary module stood, is called as it was, and keeps it for `unset_rope`.
 
-    It has no buffers: Omega is rebuilt from its numbers, so that no cast and no empty load can harm it.
+    A model that had none has one beside its layers, of which its attention is told. It has no buffers: Omega
+    is rebuilt from its numbers, so that no cast and no empty load can harm it.
 
     Attributes:
-        asked: how the model calls it and reads its tables, for each type of layer.
         runs: what it runs, for each type of layer.
+        asked: how the model calls it and reads its tables, for each type of layer; nothing if it never does.
+        turns: whether attention rotates by our op, and is told a turn for its tables.
+        undo: calls that, the last one first, make the model what it was; a copy of the model copies them.
         coords: positions (b, s, a) of the forward that is under way, where the model was given them.
     """
 
-    def __init__(self, original: nn.Module, asked: dict[str | None, ModelRope], runs: dict[str | None, Runs]):
+    def __init__(self, runs: dict[Any, Runs], asked: dict[Any, ModelRope], original: Any, config: Any):
         super().__init__()
-        self.original, self.asked, self.runs = original, asked, runs
+        self.runs, self.asked, self.original = runs, asked, original
         self.learned = nn.ModuleList(rope for rope in runs.values() if isinstance(rope, Rotary))
-        self.config, self.rope_type = getattr(original, "config", None), "default"
+        self.config, self.rope_type, self.turns = config, "default", not asked
+        self.undo: Undo = []
         self.coords: Tensor | None = None
-        self.turns = False
-        self.saved = getattr(self.config, "rope_parameters", None)
+        self.call = next((rope.call for rope in asked.values()), "")
+        self.axes = len(self.first.omega)
 
     @property
-    def axes(self) -> int:
-        """How many coordinates a position has."""
-        return axes_of(next(iter(self.runs.values())))
+    def first(self) -> Runs:
+        """What it runs in layers of the first type; positions are the same for all."""
+        return next(iter(self.runs.values()))
 
-    @property
-    def asked_natively(self) -> bool:
-        """Whether the model itself hands over a row of positions for each axis, as with M-RoPE."""
-        return next(iter(self.asked.values())).call == "rows"
-
-    @property
-    def reads_words(self) -> bool:
-        """Whether it is told positions of words, as in decoders, not rows and columns."""
-        return next(iter(self.asked.values())).call in ("words", "rows")
+    def take_back(self, left: int = 0) -> None:
+        """Undo all but the first changes."""
+        while len(self.undo) > left:
+            self.undo.pop()()
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None):
         layer = layer_type if layer_type in self.runs else None
         rope, asked = self.runs[layer], self.asked[layer]
+        if isinstance(rope, Rotary) and rope.omega.is_meta:
+            raise ValueError(
+                "the learned Omega is on the meta device, as when accelerate offloads it; keep the rotary "
+                "module on a device, by a line of its own in device_map"
+            )
         positions = self.positions(position_ids, rope, asked)
         if self.turns:
-            omega = torch.as_tensor(rope.omega, device=x.device)
-            turn = make_turn(positions, omega, Form(asked.pairing, factor=factor_of(rope)), x.dtype)
+            turn = rope.turn(positions, x.dtype)
             return turn, turn
         if isinstance(rope, ModelRope):
-            return rope.cos_sin(positions, x.dtype)
-        cos, sin = rotation.cos_sin(positions, rope.omega, torch.float32, factor_of(rope))
-        return asked.fill(cos[..., 0, :], sin[..., 0, :], x.dtype)
+            return rope.tables(rope.angles(positions), rope.factor, x.dtype)
+        return asked.tables(rotation.angles(positions, rope.omega)[..., 0, :], rope.form.factor, x.dtype)
 
     def positions(self, ids: Tensor, rope: Runs, asked: ModelRope) -> Tensor:
         """Positions (..., s, a) from what the model hands over."""
-        a = axes_of(rope)
-        if self.reads_words:
+        if self.call in OF_WORDS:
             if self.coords is not None:
                 return self.coords
-            if ids.dim() == 3 and len(ids) == a:
+            if ids.dim() == 3 and len(ids) == self.axes:
                 return ids.movedim(0, -1)
-            return (ids if ids.dim() == 2 else ids[0])[..., None].expand(-1, -1, a)
+            return (ids if ids.dim() == 2 else ids[0])[..., None].expand(-1, -1, self.axes)
         if isinstance(rope, ModelRope):
             return ids
         at = dict(zip(asked.axes, ids.unbind(-1), strict=True))
-        still = torch.zeros_like(ids[..., 0])
-        return torch.stack([at.get(axis, still) for axis in rope.scheme.axes], -1)
+        return torch.stack([at.get(axis, torch.zeros_like(ids[..., 0])) for axis in rope.scheme.axes], -1)
+
+    def split_positions(self, owner: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        """Before the owner's forward: (1 + a, b, s) position_ids become token positions and coordinates."""
+        self.coords, ids, a = None, kwargs.get("position_ids"), self.axes
+        if ids is None or ids.dim() != 3:
+            if getattr(kwargs.get("past_key_values"), "rope_mm_placed", False):
+                raise ValueError(
+                    "this cache was filled at given positions, so what follows needs its own: position_ids "
+                    f"(1 + {a}, b, s), as `positions_for` makes them for the whole story"
+                )
+            return None
+        rows, native = len(ids), self.call == "rows"
+        if rows != 1 + a and not (native and rows in (1, 3, 4, a)):
+            raise ValueError(
+                f"position_ids {tuple(ids.shape)} have {rows} rows, but {a} axes need (1 + {a}, b, s), the "
+                "token positions first; `positions_for` makes them"
+            )
+        if rows in (a, 1 + a):
+            self.coords = ids[-a:].movedim(0, -1)
+        kept = ids[0].long()
+        if rows == 1 + a:
+            refuse_leak(owner, kept, kwargs)
+            refuse_step(ids[0], kwargs.get("past_key_values"))
+        if native:  # such models split four rows themselves, and three have no token positions
+            told = rows == 1 + a or (rows == 4 and a != 4)
+            kept = torch.cat((kept[None], *(ids[:1],) * 3)) if told else ids[:1].expand(3, -1, -1)
+        return args, {**kwargs, "position_ids": kept}
+
+    def mark_cache(self, _owner: nn.Module, _args: tuple, _kwargs: dict[str, Any], out: Any) -> None:
+        """After the owner's forward: its cache knows that positions were given."""
+        cache = getattr(out, "past_key_values", None)
+        if self.coords is not None and cache is not None and not torch.compiler.is_compiling():
+            cache.rope_mm_placed = True
+        self.coords = None
 
     def extra_repr(self) -> str:
         return ", ".join(f"{layer or 'all layers'}: {describe(rope)}" for layer, rope in self.runs.items())
 
 
-def split_positions(owner: nn.Module, args: tuple, kwargs: dict[str, Any]):
-    """Before the owner's forward: (1 + a, b, s) position_ids become token positions and coordinates.
-
-    Raises:
-        ValueError: three-dimensional position_ids of other rows.
-    """
-    rotary = next(m for m in owner.children() if isinstance(m, RopeMMRotaryEmbedding))
-    rotary.coords, ids = None, kwargs.get("position_ids")
-    if ids is None or ids.dim() != 3:
-        if getattr(kwargs.get("past_key_values"), "rope_mm_placed", False):
-            raise ValueError(
-                "this cache was filled at given positions, so what follows needs its own: position_ids "
-                f"(1 + {rotary.axes}, b, s), as `positions_for` makes them for the whole story"
-            )
-        return None
-    a, rows = rotary.axes, len(ids)
-    native = rotary.asked_natively
-    if rows != 1 + a and not (native and rows in (1, 3, 4, a)):
-        raise ValueError(
-            f"position_ids {tuple(ids.shape)} have {rows} rows, but {a} axes need (1 + {a}, b, s), the token "
-            "positions first; `positions_for` makes them"
-        )
-    if rows in (a, 1 + a):
-        rotary.coords = ids[-a:].movedim(0, -1)
-    tokens = ids[:1].long()
-    if rows == 1 + a:
-        refuse_leak(owner, tokens[0], kwargs)
-    if native:  # such models split four rows themselves, and three have no token positions
-        told = rows == 1 + a or (rows == 4 and a != 4)
-        kept = torch.cat((tokens, *(ids[:1],) * 3)) if told else ids[:1].expand(3, -1, -1)
-        return args, {**kwargs, "position_ids": kept}
-    return args, {**kwargs, "position_ids": tokens[0]}
-
-
 def refuse_leak(owner: Any, tokens: Tensor, kwargs: dict[str, Any]) -> None:
-    """Refuse packed rows where transformers would let documents see one another.
-
-    Raises:
-        ValueError: token positions that start again, with a cache or a mask.
-    """
+    """Refuse packed rows where transformers would let documents see one another."""
     if tokens.shape[-1] == 1 or torch.compiler.is_compiling() or not (tokens.diff() < 0).any():
         return
     use_cache = kwargs.get("use_cache")
@@ -130,10 +133,60 @@ def refuse_leak(owner: Any, tokens: Tensor, kwargs: dict[str, Any]) -> None:
         )
 
 
-def mark_cache(owner: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-    """After the owner's forward: its cache knows that positions were given."""
-    rotary = next(m for m in owner.children() if isinstance(m, RopeMMRotaryEmbedding))
-    cache = getattr(out, "past_key_values", None)
-    if rotary.coords is not None and cache is not None and not torch.compiler.is_compiling():
-        cache.rope_mm_placed = True
-    rotary.coords = None
+def refuse_step(counts: Tensor, cache: Any) -> None:
+    """Refuse a step of one from where the next word is not one ahead, which `positions_for` marks."""
+    ended, compiling = getattr(cache, "rope_mm_ended", False), torch.compiler.is_compiling()
+    marks = None if compiling else counts % 1 > 0
+    within = marks is not None and (marks[:, 1:] & (counts.diff() == 1) & marks[:, :-1]).any()
+    if within or (ended and (marks is None or marks[:, 0].any())):
+        raise ValueError(ENDS_IN_PICTURE)
+    if cache is not None and marks is not None:
+        cache.rope_mm_ended = bool(marks[:, -1].any())
+
+
+def describe(rope: Runs) -> str:
+    """In a few words, what runs."""
+    if isinstance(rope, Rotary):
+        return f"{rope.scheme}, exact angles"
+    return f"the model's own, bit for bit ({rope.scheme or 'a scheme of no known name'})"
+
+
+class Site(NamedTuple):
+    """Where a model keeps a rotary module, its own or ours; a model of plain attention has room for one."""
+
+    name: str
+    owner: Any
+    leaf: str
+    module: Any
+
+    @property
+    def ours(self) -> bool:
+        """Whether `set_rope` was here."""
+        return isinstance(self.module, RopeMMRotaryEmbedding)
+
+
+def sites(model: Any) -> list[Site]:
+    """Where a model keeps its rotary modules; those of words where there are any."""
+    found = [
+        Site(f"{name}.{leaf}".strip("."), owner, leaf, module)
+        for name, owner in model.named_modules()
+        if not isinstance(owner, RopeMMRotaryEmbedding)
+        for leaf, module in owner.named_children()
+        if isinstance(module, RopeMMRotaryEmbedding) or frequencies(module)
+    ]
+    if listed := [name for name, owner, *_ in found if isinstance(owner, nn.ModuleList)]:
+        raise ValueError(
+            f"{type(model).__name__} keeps rotary modules in a list ({', '.join(listed)}), and only its own "
+            "forward knows which layer calls which; it is not served"
+        )
+    text = getattr(model, "config", None) and model.config.get_text_config()
+    return [site for site in found if getattr(site.module, "config", None) is text] or found
+
+
+def scheme_of(model: nn.Module) -> Scheme:
+    """The scheme by which a model places what it reads."""
+    placing = [site.module for site in sites(model) if site.ours and site.module.asked]
+    scheme = placing[0].first.scheme if placing else None
+    if scheme is None:
+        raise ValueError(f"{type(model).__name__} runs no scheme of ours that places tokens; `set_rope` one")
+    return scheme

@@ -1,74 +1,50 @@
 """A model's rotary module changed for one that runs a scheme, and changed back."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from rope_mm.hf.attentions import drop_hook, give, take_back
-from rope_mm.hf.fitting import Runs, ready
-from rope_mm.hf.placing import get_rope_index
-from rope_mm.hf.reading import ModelRope, layer_types, named, read_module, rotary_modules
-from rope_mm.hf.saving import fill_learned, read, write
-from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, mark_cache, split_positions
-from rope_mm.rotary import Rotary
-from rope_mm.scheme import Scheme
+from rope_mm.hf.attentions import (
+    attentions,
+    bare_site,
+    check_same,
+    exchange,
+    probe,
+    tell_attention,
+    turn_both,
+)
+from rope_mm.hf.fitting import make_stand_in
+from rope_mm.hf.placing import METHODS, methods_of
+from rope_mm.hf.reading import APPLY, OF_WORDS, callers, read_module, refuse_bent
+from rope_mm.hf.saving import fill_learned, restore, wake, write
+from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, Site, describe, sites
 
 
 @dataclass(frozen=True)
 class Handle:
-    """What `set_rope` did to a model; `undo` takes it back."""
+    """What `set_rope` or `use_kernels` did to a model; `undo` takes it back.
+
+    Raises:
+        ValueError: from `undo`, a model that has its own rotary modules already.
+    """
 
     model: nn.Module
 
     def undo(self) -> None:
-        """Restore the model's own rotary modules.
-
-        Raises:
-            ValueError: a model that has its own already.
-        """
+        """Restore the model's own rotary modules."""
         unset_rope(self.model)
 
 
-def sites(model: nn.Module) -> list[tuple[str, nn.Module, str, Any]]:
-    """(name, owner, attribute, module) of rotary modules, ours included; of words where there are any.
-
-    Raises:
-        ValueError: rotary modules in a list, of which only the model knows which it calls.
-    """
-    ours = [
-        (f"{name}.{leaf}".strip("."), owner, leaf, module)
-        for name, owner in model.named_modules()
-        for leaf, module in owner.named_children()
-        if isinstance(module, RopeMMRotaryEmbedding)
-    ]
-    inside = {id(module.original) for *_, module in ours}
-    found = [site for site in rotary_modules(model) if id(site[-1]) not in inside] + ours
-    if listed := [name for name, owner, *_ in found if isinstance(owner, nn.ModuleList)]:
-        raise ValueError(
-            f"{type(model).__name__} keeps rotary modules in a list ({', '.join(listed)}), and only its own "
-            "forward knows which layer calls which; it is not served"
-        )
-    text = getattr(model, "config", None) and model.config.get_text_config()  # pyright: ignore
-    words = [site for site in found if getattr(site[-1], "config", None) is text]
-    return words or found
-
-
-def base_of(model: Any) -> Any:
-    """The model inside its head."""
-    return getattr(model, "base_model", model)
-
-
-def read_site(owner: nn.Module, module: nn.Module, strict: bool = True) -> dict[str | None, ModelRope | Runs]:
-    """What a site runs, for each type of layer."""
-    if isinstance(module, RopeMMRotaryEmbedding):
-        return dict(module.runs)
-    return {
-        layer: named(read_module(module, layer, strict), owner, getattr(module, "config", None), layer)
-        for layer in layer_types(module)
-    }
+def ropes_of(site: Site) -> dict[str | None, Any]:
+    """What a site runs, for each type of layer; angles that are not linear in position are refused."""
+    if site.ours:
+        return dict(site.module.runs)
+    ropes = read_module(site.module, site.owner)
+    refuse_bent(site.module, ropes)
+    return ropes
 
 
 def rope_of(model: nn.Module) -> Any:
@@ -79,26 +55,24 @@ def rope_of(model: nn.Module) -> Any:
     Raises:
         ValueError: no rotary, angles that are not linear in position, or parts that differ.
     """
-    if rope := getattr(base_of(model), "rope_mm", None):
-        return rope
-    found = [read_site(owner, module) for _, owner, _, module in sites(model)]
+    found = [ropes_of(site) for site in sites(model)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no module with inv_freq, so no rotary that can be read")
-    if any(other != found[0] for other in found[1:]):
-        names = ", ".join(name for name, *_ in sites(model))
+    if any(other != found[0] for other in found):
+        names = ", ".join(site.name for site in sites(model))
         raise ValueError(
             f"{type(model).__name__} rotates in several ways, at {names}; give one of these parts"
         )
-    ropes = found[0]
-    return ropes[None] if list(ropes) == [None] else ropes
+    return found[0][None] if list(found[0]) == [None] else found[0]
 
 
 def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **changes: Any) -> Handle:
     """Let a live model of transformers rotate by a scheme; `handle.undo()` or `unset_rope` takes it back.
 
     Args:
-        model: a decoder, a vision-language model (its text is meant) or a tower with rotary.
-        scheme: a key of SCHEMES, a Scheme, a Rotary, what `rope_of` gave, or a dict of them by layer type.
+        model: a decoder, a vision-language model (its text is meant), a tower, or a model without rotary.
+        scheme: a key of SCHEMES, a Scheme, a Rotary, what `rope_of` gave, or a dict of them by layer type;
+            None for the one with which the model was saved.
         layout: another layout than the scheme's.
         changes: fields of the scheme to replace.
 
@@ -106,67 +80,37 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
         ValueError: what the model cannot run, with the reason; the model is as it was.
     """
     changes |= {"layout": layout} if layout else {}
-    places = sites(model)
-    ours = [module for *_, module in places if isinstance(module, RopeMMRotaryEmbedding)]
-    if ours or getattr(base_of(model), "rope_mm", None):
+    places = sites(model) or [bare_site(model)]
+    if any(site.ours for site in places):
         raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
-    if not places:
-        give(model, scheme, changes)
-        return Handle(model)
-    folder = getattr(model, "name_or_path", "")
-    swaps = [(owner, leaf, swap_for(owner, module, scheme, changes)) for _, owner, leaf, module in places]
-    for _, leaf, swapped in swaps if scheme is None else ():
-        for at, rope in enumerate(swapped.learned):
-            fill_learned(rope, folder, f"{leaf}.learned.{at}.learned")
-    for owner, leaf, swapped in swaps:
-        setattr(owner, leaf, swapped)
-        if all(isinstance(rope, Rotary) for rope in swapped.runs.values()) and swapped.config:
-            schemes: Any = {layer: rope.scheme for layer, rope in swapped.runs.items()}
-            write(swapped.config, schemes, swapped.reads_words)
-        owner.register_forward_pre_hook(split_positions, with_kwargs=True)
-        if not swapped.asked_natively:
-            owner.register_forward_hook(mark_cache, with_kwargs=True)
-    for part in placing_parts(model):
-        part.get_rope_index = MethodType(get_rope_index, part)
+    swaps = [(site, make_stand_in(site, scheme, changes)) for site in places]
+    for site, rotary in swaps if scheme is None else ():
+        for name, learned in rotary.learned.named_parameters(f"{site.leaf}.learned"):
+            fill_learned(learned, getattr(model, "name_or_path", ""), name)
+    for site, rotary in swaps:
+        enter(site, rotary)
+        for part, name in methods_of(model) if rotary.learned else ():
+            vars(part)[name] = MethodType(METHODS[name], part)
+            rotary.undo.append(partial(delattr, part, name))
     return Handle(model)
 
 
-def placing_parts(model: nn.Module) -> list[Any]:
-    """Parts that place images themselves, where the text runs a scheme of ours."""
-    runs = [rope for *_, module in sites(model) for rope in getattr(module, "runs", {}).values()]
-    ours = any(isinstance(rope, Rotary) for rope in runs)
-    return [part for part in model.modules() if ours and hasattr(type(part), "get_rope_index")]
-
-
-def scheme_of(model: nn.Module) -> Scheme:
-    """The scheme by which a model places what it reads.
-
-    Raises:
-        ValueError: a model that was given none.
-    """
-    runs = [rope for *_, module in sites(model) for rope in getattr(module, "runs", {}).values()]
-    if not runs or runs[0].scheme is None:
-        raise ValueError(f"{type(model).__name__} runs no scheme of ours that places tokens; `set_rope` one")
-    return runs[0].scheme
-
-
-def swap_for(owner: nn.Module, original: Any, scheme: Any, changes: dict[str, Any]) -> RopeMMRotaryEmbedding:
-    """The module that takes the place of `original`, checked.
-
-    Raises:
-        ValueError: what does not fit.
-    """
-    asked: dict[str | None, Any] = read_site(owner, original, strict=False)
-    if scheme is None:
-        scheme = {layer: read(original.config, layer) for layer in asked}
-    given = scheme if isinstance(scheme, Mapping) else dict.fromkeys(asked, scheme)
-    if set(given) != set(asked):
-        raise ValueError(f"layers are of the types {list(asked)}, but schemes came for {list(given)}")
-    runs = {layer: ready(given[layer], rope, original, changes) for layer, rope in asked.items()}
-    schemes = [rope.scheme for rope in runs.values()]
-    if len(layouts := {scheme and (scheme.layout, scheme.options) for scheme in schemes}) > 1:
-        raise ValueError(f"layers would place tokens by several layouts, {layouts}; give one layout")
-    return RopeMMRotaryEmbedding(original, asked, runs)
+def enter(site: Site, rotary: RopeMMRotaryEmbedding) -> None:
+    """Put our module in its place, and note how to undo it."""
+    _, owner, leaf, original = site
+    undo, config = rotary.undo, rotary.config
+    undo.append(partial(setattr, owner, leaf, original) if original else partial(delattr, owner, leaf))
+    setattr(owner, leaf, rotary)
+    if config and len(rotary.learned) == len(rotary.runs):
+        undo.append(partial(restore, config, getattr(config, "rope_parameters", None)))
+        schemes: Any = {layer: rope.scheme for layer, rope in rotary.runs.items()}
+        write(config, schemes, by_rope=rotary.call in OF_WORDS)
+        wake(owner)
+    if not original:
+        return tell_attention(owner, undo)
+    undo.append(owner.register_forward_pre_hook(rotary.split_positions, with_kwargs=True).remove)
+    if rotary.call != "rows":
+        undo.append(owner.register_forward_hook(rotary.mark_cache, with_kwargs=True).remove)
 
 
 def unset_rope(model: nn.Module) -> None:
@@ -175,18 +119,58 @@ def unset_rope(model: nn.Module) -> None:
     Raises:
         ValueError: a model that has them already.
     """
-    if getattr(base_of(model), "rope_mm", None):
-        return take_back(model)
-    ours = [site for site in sites(model) if isinstance(site[-1], RopeMMRotaryEmbedding)]
+    ours = [site.module for site in sites(model) if site.ours]
     if not ours:
         raise ValueError(f"{type(model).__name__} has no rope of ours to take back")
-    for part in placing_parts(model):
-        vars(part).pop("get_rope_index", None)
-    for _, owner, leaf, module in ours:
-        for part in owner.modules() if module.turns else ():  # attention that runs our op
-            vars(part).pop("forward", None)
-        setattr(owner, leaf, module.original)
-        if module.config:
-            module.config.rope_parameters = module.saved
-        drop_hook(owner, split_positions)
-        drop_hook(owner, mark_cache)
+    for rotary in ours:
+        rotary.take_back()
+
+
+def use_kernels(model: nn.Module) -> Handle:
+    """Rotate queries and keys of a decoder by our op: the kernel on a GPU, the definition elsewhere.
+
+    A small forward before and after proves that our path runs and agrees; `undo` takes the model's rope back.
+
+    Raises:
+        ValueError: a family whose attention calls no function that can be replaced, or answers that differ;
+            the model is as it was.
+    """
+    found = [module for site in sites(model) for module, _ in callers(site.owner, APPLY)]
+    name, *others = sorted({type(module).__name__ for module in found}) or [type(model).__name__]
+    if others:
+        raise ValueError(f"{', '.join((name, *others))} rotate in their own ways, and our op has one for all")
+    if not found:
+        raise ValueError(f"{name} has no attention with a rotary function of its own to replace")
+    if any("forward" in vars(module) and "_old_forward" not in vars(module) for module in found):
+        raise ValueError(f"{name} has had its forward replaced; call use_kernels before that")
+    if fresh := not any(site.ours for site in sites(model)):
+        set_rope(model, rope_of(model))
+    places = [(site.owner, site.module, 0 if fresh else len(site.module.undo)) for site in sites(model)]
+    try:
+        before = [probe(owner) for owner, *_ in places]
+        for owner, rotary, _ in places:
+            rotary.turns = True
+            rotary.undo.append(partial(setattr, rotary, "turns", False))
+            exchange(rotary.undo, callers(owner, APPLY), turn_both)
+        check_same(before, [probe(owner) for owner, *_ in places])
+    except Exception as error:
+        for _, rotary, left in places:
+            rotary.take_back(left)
+        raise ValueError(
+            f"{name} cannot rotate by our op ({type(error).__name__}: {error}); the model is as it was"
+        ) from error
+    return Handle(model)
+
+
+def explain(model: nn.Module) -> None:
+    """Print what each rotary place of a model runs."""
+    for site in sites(model):
+        bare = site.ours and not site.module.asked
+        name = f"{len(attentions(site.owner))} attention modules" if bare else site.name
+        how = "our op" if site.ours and site.module.turns else "the model's own function"
+        try:
+            told = {layer: describe(rope) for layer, rope in ropes_of(site).items()}
+        except ValueError as error:
+            told = {None: str(error)}
+        for layer, what in told.items():
+            print(f"{name}{f' ({layer})' if layer else ''}: {what}; applied by {how}")

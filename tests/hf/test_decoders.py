@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, StaticCache, Trainer, TrainingArg
 
 from rope_mm import SCHEMES, Rotary, Scheme, rotation
 from rope_mm.extension import YaRN
-from rope_mm.hf import explain, positions_for, rope_of, set_rope, unset_rope, use_kernels
+from rope_mm.hf import Handle, ModelRope, explain, positions_for, rope_of, set_rope, unset_rope, use_kernels
 from rope_mm.schemes import MULTIMODAL, TEXT
 
 IDS = torch.arange(3, 27).view(2, 12)
@@ -36,6 +36,7 @@ def test_with_its_own_rope_a_model_is_unchanged_and_undone_it_is_its_own(tiny, m
     before = logits(model)
     modules = dict(model.named_modules())
     handle = set_rope(model, rope_of(model))
+    assert isinstance(handle, Handle)
     assert torch.equal(logits(model), before)
     handle.undo()
     assert torch.equal(logits(model), before)
@@ -434,6 +435,13 @@ def test_its_own_rope_leaves_a_model_of_small_numbers_unchanged(tiny, tmp_path, 
 def test_a_rotary_of_another_head_is_refused(tiny):
     with pytest.raises(ValueError, match="its Rotary needs that head_dim, not 8"):
         set_rope(tiny("llama"), Rotary(8, "rope-tv"))
+
+
+def test_the_rope_of_another_kind_of_module_is_refused(tiny):
+    rope = rope_of(tiny("gpt_neox"))
+    assert isinstance(rope, ModelRope) and rope.pairs == 2
+    with pytest.raises(ValueError, match=r"read from another kind of module \(words, 2 pairs\)"):
+        set_rope(tiny("llama"), rope)
 
 
 def test_layers_may_run_at_their_own_theta(tiny):

@@ -171,8 +171,26 @@ def test_whether_words_after_a_long_video_stand_inside_it_is_a_choice(layout, sa
 )
 @pytest.mark.parametrize("make", QWENS)
 def test_decoding_of_a_vision_language_model_equals_its_full_forward(make, scheme):
-    model, inputs = make(), seen(*GRIDS)
+    model = make()
     set_rope(model, scheme)
+    generate_and_compare(model, seen(*GRIDS))
+
+
+@pytest.mark.parametrize("make", QWENS)
+def test_a_prompt_that_ends_in_a_picture_is_refused_where_its_words_are_not_one_step_ahead(make):
+    model, inputs = make(), seen(*GRIDS)
+    ends = {name: inputs[name][:, :-3] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    set_rope(model, "rope-tv")
+    assert logits(model, **inputs | ends).isfinite().all()
+    with pytest.raises(ValueError, match="end it with a word"):
+        model.generate(**inputs | ends, **GREEDY)
+    unset_rope(model)
+    model.generate(**inputs | ends, **GREEDY)
+    set_rope(model, "v2pe")
+    generate_and_compare(model, inputs | ends)
+
+
+def generate_and_compare(model, inputs):
     out = model.generate(**inputs, **GREEDY)
     n = inputs["input_ids"].shape[1]
     more = out.sequences.shape[1] - n
@@ -391,6 +409,23 @@ def test_what_had_no_rotary_has_no_cache_with_it(tiny):
     cache = model(ids).past_key_values
     with pytest.raises(ValueError, match="1 queries meet 9 keys"):
         model(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_undone_nothing_of_ours_is_left(tiny, kernels):
+    model = tiny("llama") if kernels else bare(ViTModel, ViTConfig(**EYE))
+
+    def traces():
+        hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+        return [sorted(vars(m)) for m in model.modules()], hooks, model.config.to_dict()
+
+    model.config.rope_parameters = getattr(model.config, "rope_parameters", None)
+    before = traces()
+    set_rope(model, "flat")
+    use_kernels(model) if kernels else run(model)
+    assert traces() != before
+    unset_rope(model)
+    assert traces() == before
 
 
 def test_a_rotary_of_ones_own_is_the_one_that_runs():

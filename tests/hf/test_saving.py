@@ -1,6 +1,14 @@
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, ViTConfig, ViTModel
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    PixtralVisionConfig,
+    PixtralVisionModel,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rope_mm import SCHEMES
 from rope_mm.hf import rope_of, set_rope
@@ -80,9 +88,11 @@ def test_the_scheme_and_omega_of_a_model_that_had_none_are_saved_and_brought_bac
     model, pixels = ViTModel(config).eval(), torch.randn(1, 3, 16, 16)
     set_rope(model, "rope-vit-mixed")
     with torch.no_grad():
-        model.rope_mm.learned.mul_(1.5)
+        model.rope_mm.runs[None].learned.mul_(1.5)
     model.save_pretrained(tmp_path)
     loaded = ViTModel.from_pretrained(tmp_path).eval()
+    with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
+        loaded(pixels)
     set_rope(loaded)
     with torch.no_grad():
         assert torch.equal(loaded(pixels)[0], model(pixels)[0])
@@ -91,3 +101,35 @@ def test_the_scheme_and_omega_of_a_model_that_had_none_are_saved_and_brought_bac
     with pytest.raises(ValueError, match="was learned, but no"):
         set_rope(other)
     assert not hasattr(other, "rope_mm")
+
+
+def test_a_tower_waits_for_its_scheme_and_undone_it_does_not(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = PixtralVisionModel(PixtralVisionConfig(**sizes, image_size=16, patch_size=4)).eval()
+    pixels = torch.randn(1, 3, 16, 16)
+    before = model(pixels)[0]
+    handle = set_rope(model, "pixtral", theta=100.0)
+    model.save_pretrained(tmp_path)
+    loaded = PixtralVisionModel.from_pretrained(tmp_path).eval()
+    with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
+        loaded(pixels)
+    set_rope(loaded)
+    assert torch.equal(loaded(pixels)[0], model(pixels)[0])
+    handle.undo()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PixtralVisionModel.from_pretrained(tmp_path)(pixels)[0], before)
+
+
+def test_where_nobody_knows_our_schemes_the_model_does_not_load(tiny, tmp_path, monkeypatch):
+    model = ViTModel(ViTConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1))
+    set_rope(model, "rope-vit-axial")
+    model.save_pretrained(tmp_path / "vit")
+    model = tiny("llama")
+    set_rope(model, "rope-tv")
+    model.save_pretrained(tmp_path / "llama")
+    monkeypatch.delitem(AttentionInterface._global_mapping, "rope_mm")
+    monkeypatch.delitem(ROPE_INIT_FUNCTIONS, "rope_mm")
+    with pytest.raises(ValueError, match='attn_implementation="rope_mm"` is not supported'):
+        ViTModel.from_pretrained(tmp_path / "vit")
+    with pytest.raises(KeyError, match="rope_mm"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "llama")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rope_mm.hf import positions_for, rope_of, set_rope, use_kernels
@@ -91,6 +92,21 @@ def decoding(model):
     return (torch.stack(out.logits, 1) - full).abs().max().item()
 
 
+def compiling(model):
+    """Graphs of a forward at two places of pictures, and the largest difference that compiling makes."""
+    handle = set_rope(model, "rope-tv", pairing=ropes(model)[0].pairing)
+    torch._dynamo.reset()
+    counter, far = CompileCounter(), 0.0
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for stories in (STORIES, STORIES[::-1]):
+        run = {"position_ids": positions_for(model, stories), "use_cache": False}
+        ids = torch.randint(3, 97, (2, 13))
+        with torch.no_grad():
+            far = max(far, (compiled(ids, **run).logits - model(ids, **run).logits).abs().max().item())
+    handle.undo()
+    return counter.frame_count, far
+
+
 def training(model):
     """Whether our op rotates there and gradients come; the reason if it does not."""
     try:
@@ -111,8 +127,10 @@ def test_a_family_by_name(tiny, families, model_type):
     assert error == 0 and called
     far = decoding(model)
     assert far < 1e-4
+    graphs, compiled = compiling(model)
+    assert graphs == 1 and compiled < 1e-4
     op = training(model)
-    families[model_type] = error, far, "yes" if op == "yes" else "refused"
+    families[model_type] = error, far, compiled, "yes" if op == "yes" else "refused"
     assert (op == "yes") == (model_type not in COMPLEX), op
 
 
