@@ -36,8 +36,9 @@ def main() -> None:
     """One training step of the same weights with and without our op."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    llama: Any = LlamaForCausalLM(LlamaConfig(vocab_size=99, num_key_value_heads=2, **SIZES)).to(device)
-    ids = torch.randint(99, (2, 64), device=device)
+    with torch.device(device):
+        llama = LlamaForCausalLM(LlamaConfig(vocab_size=99, num_key_value_heads=2, **SIZES))
+        ids = torch.randint(99, (2, 64))
     plain = copy.deepcopy(llama)
 
     explain(llama)
