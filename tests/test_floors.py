@@ -6,7 +6,9 @@ import pytest
 from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).parents[1]
-CODE = sorted(path for folder in ("rope_mm", "kernels", "train") for path in (ROOT / folder).rglob("*.py"))
+CODE = sorted(
+    path for folder in ("rope_mm", "kernels", "train", "examples") for path in (ROOT / folder).rglob("*.py")
+)
 ALL = [*CODE, *sorted((ROOT / "tests").rglob("*.py"))]
 
 
