@@ -101,6 +101,9 @@ def prdc(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
     }
 
 
+HELD = 0.1  # of its weight is what a mode must have of the samples, to count as held
+
+
 def mode_statistics(labels: Tensor, weights: Tensor) -> dict[str, float]:
     """How samples of these labels (n,) spread over modes 0 .. K-1 of true weights (K,), up to a factor.
 
@@ -116,7 +119,7 @@ def mode_statistics(labels: Tensor, weights: Tensor) -> dict[str, float]:
     ratio = shares * weights.sum() / weights.double()
     return {
         "modes": int((shares > 0).sum()),
-        "held": int((ratio >= 0.1).sum()),
+        "held": int((ratio >= HELD).sum()),
         "least": float(ratio.min()),
         "kl": float(torch.xlogy(shares, ratio).sum()),
         "kl_floor": (len(weights) - 1) / (2 * len(labels)),
@@ -129,21 +132,24 @@ SIGMAS = 3.0  # from the centre of its mode, a sample is of high quality (PacGAN
 def gaussian_modes(samples: Tensor, centres: Tensor, sigma: float) -> dict[str, float]:
     """How samples (n, f) spread over equal Gaussians at centres (K, f), each sample counted for the nearest.
 
-    As `mode_statistics`, but `modes` have a sample of high quality. `quality` is the share of such samples,
-    `spread` their deviation from their mode's mean over that of true ones (both within the 3 sigma);
-    nan where no mode has two.
+    As `mode_statistics`, but `modes`, `held` and `least` count samples of high quality alone, so that no blur
+    holds a mode. `quality` is the share of such samples, `spread` their deviation from their mode's mean over
+    that of true ones (both within the 3 sigma); nan where no mode has two.
     """
     samples, centres, f = samples.double(), centres.double(), samples.shape[1]
     distance, labels = torch.cdist(samples, centres).min(1)
     near = distance <= SIGMAS * sigma
     best, mode = samples[near], labels[near]
     counts = mode.bincount(minlength=len(centres)).double()
+    ratio = counts * len(centres) / len(samples)
     means = torch.zeros_like(centres).index_add_(0, mode, best) / counts.clamp_min(1)[:, None]
     variance = (best - means[mode]).square().sum() / (f * (counts - 1).clamp_min(0).sum())
     half, edge = torch.tensor(f / 2), torch.tensor(SIGMAS**2 / 2)
     truth = sigma**2 * torch.special.gammainc(half + 1, edge) / torch.special.gammainc(half, edge)
     return mode_statistics(labels, torch.ones(len(centres))) | {
         "modes": int((counts > 0).sum()),
+        "held": int((ratio >= HELD).sum()),
+        "least": float(ratio.min()),
         "quality": float(near.double().mean()),
         "spread": float((variance / truth).sqrt()),
     }
