@@ -179,7 +179,8 @@ def test_a_mode_is_hit_by_a_sample_of_high_quality_and_held_by_a_share():
     centres = torch.tensor([[0.0], [10.0], [20.0]])
     samples = torch.tensor([[0.0]] * 30 + [[0.1]] * 30 + [[10.2]] + [[23.0]] * 39)  # the last: far from 20
     found = gaussian_modes(samples, centres, 0.1)
-    assert (found["modes"], found["held"], found["quality"]) == (2, 2, pytest.approx(0.61))
+    assert (found["modes"], found["held"], found["quality"]) == (2, 1, pytest.approx(0.61))
+    assert found["kl"] == pytest.approx(sum(p * math.log(3 * p) for p in (0.6, 0.01, 0.39)))
     assert math.isnan(gaussian_modes(samples[-39:], centres, 0.1)["spread"])
 
 

@@ -218,7 +218,10 @@ def table(numbers: dict[str, dict[str, Any]]) -> str:
     lines = [f"| row | {' | '.join(COLUMNS)} | CPU s |", "|---" * (len(COLUMNS) + 2) + "|"]
     for name, row in numbers.items():
         of = {key: torch.tensor(row[key], dtype=torch.float64) for key in COLUMNS}
-        cells = [f"{of[key].mean():{form}} ± {of[key].std():{form}}" for key, form in COLUMNS.items()]
+        cells = [
+            f"{of[key].mean():{form}} ± {of[key].std(correction=int(len(row[key]) > 1)):{form}}"
+            for key, form in COLUMNS.items()
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} | {row['cpu_seconds']:.0f} |")
     return "\n".join(lines)
 
