@@ -22,7 +22,7 @@ from torch.nn.functional import leaky_relu, relu
 from tqdm import tqdm, trange
 
 from rope_mm.data import seeded
-from rope_mm.losses import DISTANCES, GAN_LOSSES, METHODS, PENALTIES
+from rope_mm.losses import DISTANCES, GAN_LOSSES, PENALTIES
 from rope_mm.losses.divergences import Curve
 from rope_mm.losses.penalties import GradientPenalty
 from rope_mm.metrics import gaussian_modes
@@ -40,19 +40,6 @@ class Row:
     method: str = "autograd"
     distance: str = "l2"  # of gan-qp
     critic_steps: int = 1  # before each step of the generator
-
-    def check(self) -> None:
-        """Refuse what cannot be trained.
-
-        Raises:
-            ValueError: an unknown loss, penalty, method or distance, or a penalty of scores.
-        """
-        _ = GAN_LOSSES[self.loss], METHODS[self.method], DISTANCES[self.distance]
-        if self.critic_steps < 1:
-            raise ValueError(f"critic_steps must be at least 1, not {self.critic_steps}")
-        for name in self.penalties:
-            if not isinstance(PENALTIES[name], GradientPenalty):
-                raise ValueError(f"a row takes penalties of gradients, and {name!r} is one of scores")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +103,15 @@ class Perceptrons(nn.Module):
 
 
 class Game:
-    """Both players of a row on several seeds at once: nothing of one seed reaches another."""
+    """Both players of a row on several seeds at once: nothing of one seed reaches another.
+
+    Raises:
+        ValueError: no critic steps; from `step`, whatever else of a row cannot be trained.
+    """
 
     def __init__(self, row: Row, settings: Settings, seeds: Sequence[int]):
+        if row.critic_steps < 1:
+            raise ValueError(f"critic_steps must be at least 1, not {row.critic_steps}")
         self.row, self.settings = row, settings
         self.random, hidden = [seeded(seed, "gaussians") for seed in seeds], [settings.width] * 3
         self.generator = Perceptrons([settings.noise, *hidden, 2], relu, self.random)
@@ -138,7 +131,8 @@ class Game:
         terms = [torch.zeros(())]
         for name, gamma in self.row.penalties.items():
             penalty = PENALTIES[name]
-            assert isinstance(penalty, GradientPenalty)
+            if not isinstance(penalty, GradientPenalty):
+                raise ValueError(f"a row takes penalties of gradients, and {name!r} is one of scores")
             for seed, generator in enumerate(self.random):
                 critic = lambda x, mine=slice(seed, seed + 1): self.critic(x[None], mine)[0, :, 0]  # noqa: E731
                 term = penalty.of(critic, real[seed], fake[seed], method=self.row.method, generator=generator)
@@ -258,7 +252,7 @@ def main(config: Gaussians) -> None:
     if not config.rows or not config.seeds:
         raise ValueError("there is nothing to train: take --config configs/adversarial/gaussians.yaml")
     for row in config.rows.values():
-        row.check()
+        Game(row, config.settings, config.seeds).step(0.0)  # refuses what cannot be trained before any is
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:

@@ -71,7 +71,7 @@ def test_a_seed_among_others_is_trained_as_it_is_alone(row, double):
 
 def test_penalties_spread_players_over_the_grid_that_do_not_without(tmp_path):
     found = train(tmp_path, seeds="[0]", steps=200, width=64, batch=128, samples=2000)
-    assert found["held"]["kl"][0] < 0.3 < 0.6 < found["free"]["kl"][0]
+    assert found["held"]["kl"][0] < found["free"]["kl"][0] / 2
     assert found["true samples"]["modes"] == [25]
     assert found["true samples"]["quality"][0] > 0.98
     assert (tmp_path / "gaussians.png").read_bytes().startswith(b"\x89PNG")
@@ -104,7 +104,8 @@ def test_a_row_is_trained_anew_when_it_or_the_settings_change(tmp_path):
         ("{loss: rsgann}", "did you mean 'rsgan"),
         ("{penalties: {centring: 0.1}}", "'centring' is one of scores"),
         ("{penalties: {r1: 0.1}, method: exact}", "method 'exact' is unknown"),
-        ("{distance: l3}", "distance 'l3' is unknown"),
+        ("{loss: gan-qp, distance: l3}", "distance 'l3' is unknown"),
+        ("{penalties: {one-centred: 0.1}, method: fd}", "take 'autograd'"),
         ("{critic_steps: 0}", "critic_steps must be at least 1, not 0"),
         ("{lose: ns}", "rows.mine must be"),
     ],
@@ -132,4 +133,4 @@ def test_the_configuration_of_the_published_table_can_be_trained():
     config = load(gaussians.Gaussians, ["--config", str(CONFIG)])
     assert config.settings == gaussians.Settings()
     for row in config.rows.values():
-        row.check()
+        gaussians.Game(row, gaussians.Settings(width=8, batch=4), [0]).step(0.5)
