@@ -1,10 +1,9 @@
-"""How good drawn images are, by features of an independent judge: recognition, Frechet distance, coverage."""
-
-from dataclasses import dataclass
+"""How close samples come to real ones, in features (n, f): distances, neighbourhoods, modes, captions."""
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
+
+ROWS = 1000  # of a matrix of distances at a time
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
@@ -25,95 +24,146 @@ def symmetric_root(matrix: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt() @ vectors.T
 
 
+def kid(a: Tensor, b: Tensor) -> float:
+    """Unbiased squared MMD of features (n, f) and (m, f) under (x·y / f + 1)³ (arXiv 1801.01401)."""
+    a, b = a.double(), b.double()
+
+    def kernel(products: Tensor) -> Tensor:
+        return (products / a.shape[1] + 1) ** 3
+
+    def total(x: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([kernel(rows @ y.T).sum() for rows in x.split(ROWS)]).sum()
+
+    def within(x: Tensor) -> Tensor:  # without the pairs of a sample and itself
+        return (total(x, x) - kernel(x.square().sum(1)).sum()) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b)))
+
+
+def sliced_wasserstein(
+    a: Tensor, b: Tensor, directions: int = 256, generator: torch.Generator | None = None
+) -> float:
+    """Squared W2 of features (n, f) on a line, averaged over random directions (Bonneel et al., 2015).
+
+    Raises:
+        ValueError: unequal numbers of samples.
+    """
+    if len(a) != len(b):
+        raise ValueError(
+            f"the sliced distance pairs sorted samples and wants as many, not {len(a)} and {len(b)}"
+        )
+    lines = torch.randn(a.shape[1], directions, generator=generator, dtype=torch.float64)
+    lines = (lines / lines.norm(dim=0)).to(a.device)
+    gap = (a.double() @ lines).sort(0).values - (b.double() @ lines).sort(0).values
+    return float(gap.square().mean())
+
+
 NEIGHBOURS = 5
 
 
-def coverage(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> float:
-    """Share of real features (n, f) with a fake (m, f) nearer than their k-th real one (arXiv 2002.09797)."""
-    real, fake = real.double(), fake.double()
-    radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest of all is the point itself
-    return float((torch.cdist(real, fake).amin(1) < radius).double().mean())
-
-
-class Judge(nn.Module):
-    """A small classifier of images; `features` (n, 64) are what its last layer reads."""
-
-    def __init__(self, inputs: int, classes: int):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Flatten(), nn.Linear(inputs, 256), nn.ReLU(), nn.Dropout(0.3), nn.Linear(256, 64), nn.ReLU()
-        )
-        self.head = nn.Linear(64, classes)
-
-    def features(self, images: Tensor) -> Tensor:
-        return self.body(images)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.body(images))
-
-
-def train_judge(images: Tensor, labels: Tensor, seed: int, epochs: int = 60, batch: int = 64) -> Judge:
-    """A judge trained on real images (n, ch, y, x) and labels (n,); the global random state is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        judge = Judge(images[0].numel(), int(labels.max()) + 1)
-        optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (-(-len(images) // batch)))
-        for _ in range(epochs):
-            for rows in torch.randperm(len(images)).split(batch):
-                optimizer.zero_grad()
-                cross_entropy(judge(images[rows]), labels[rows]).backward()
-                optimizer.step()
-                schedule.step()
-    return judge.eval()
-
-
-@dataclass(frozen=True)
-class Exam:
-    """What drawn pictures are judged by: a judge, features of held-out reals, which of them to draw again.
-
-    `floor` is what real training images score in the same exam, and the judge's accuracy on held-out reals.
-    """
-
-    judge: Judge
-    real: Tensor
-    rows: list[int]
-    labels: Tensor
-    floor: dict[str, float]
-
-    @torch.no_grad()
-    def mark(self, pictures: Tensor) -> dict[str, float]:
-        """Marks of pictures (n, ch, y, x), drawn for the labels (n,) in order.
-
-        The share recognised as asked, the same for the worst label, Frechet distance and coverage.
-        """
-        pictures = pictures.clamp(-1, 1)
-        right = (self.judge(pictures).argmax(1) == self.labels).double()
-        features = self.judge.features(pictures)
-        return {
-            "recognised": float(right.mean()),
-            "worst": min(float(right[self.labels == label].mean()) for label in self.labels.unique()),
-            "frechet": frechet(features, self.real),
-            "coverage": coverage(self.real, features),
-        }
-
-
-def prepare_exam(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], pictures: int, seed: int) -> Exam:
-    """An exam for that many pictures, from images and labels of real training and held-out data.
-
-    Picture i is to show what held-out image rows[i] shows.
+def radii(points: Tensor, k: int) -> Tensor:
+    """Distance (n,) of each of the points (n, f) to its k-th neighbour.
 
     Raises:
-        ValueError: too few held-out images to have neighbours.
+        ValueError: no more than k points.
     """
-    images, labels = test
-    if len(images) <= NEIGHBOURS:
-        raise ValueError(f"an exam needs more than {NEIGHBOURS} held-out images, not {len(images)}")
-    judge = train_judge(*train, seed)
-    order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        real, other = judge.features(images), judge.features(train[0][order[:pictures]])
-        right = (judge(images).argmax(1) == labels).double().mean()
-    floor = {"recognised": float(right), "frechet": frechet(other, real), "coverage": coverage(real, other)}
-    rows = torch.arange(pictures) % len(labels)
-    return Exam(judge, real, rows.tolist(), labels[rows], floor)
+    if len(points) <= k:
+        raise ValueError(f"{k} neighbours want more than {k} samples, not {len(points)}")
+    # the nearest of all is the point itself
+    return torch.cat([torch.cdist(rows, points).kthvalue(k + 1).values for rows in points.split(ROWS)])
+
+
+def prdc(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
+    """Precision, recall, density and coverage of features (n, f) and (m, f).
+
+    A ball reaches to a sample's k-th neighbour of its kind. Precision: share of fakes in some real's ball;
+    density: the mean number of such balls, over k. Recall: share of reals in some fake's ball; coverage:
+    share of reals with a fake in theirs (arXiv 1904.06991; 2002.09797). For fakes of the real law the mean
+    density is 1 and the mean coverage 1 - Π_i<k (n - 1 - i) / (n + m - 1 - i).
+
+    Raises:
+        ValueError: no more than k reals or fakes.
+    """
+    real, fake = real.double(), fake.double()
+    of_fake, recalled, covered = radii(fake, k), [], []
+    balls = torch.zeros(len(fake), dtype=real.dtype, device=real.device)
+    for rows, of_real in zip(real.split(ROWS), radii(real, k).split(ROWS), strict=True):
+        distance = torch.cdist(rows, fake)
+        inside = distance < of_real[:, None]
+        balls += inside.sum(0)
+        covered.append(inside.any(1))
+        recalled.append((distance < of_fake).any(1))
+    return {
+        "precision": float((balls > 0).double().mean()),
+        "recall": float(torch.cat(recalled).double().mean()),
+        "density": float(balls.mean() / k),
+        "coverage": float(torch.cat(covered).double().mean()),
+    }
+
+
+HELD = 0.1  # of its weight is what a mode must have of the samples, to count as held
+
+
+def mode_statistics(labels: Tensor, weights: Tensor) -> dict[str, float]:
+    """How samples of these labels (n,) spread over modes 0 .. K-1 of true weights (K,), up to a factor.
+
+    `modes` have a sample, `held` at least a tenth of their weight, `least` is the smallest share over weight.
+    `kl` is KL(shares‖weights); `kl_floor`, (K - 1) / 2n, is what n true samples have of it on average.
+
+    Raises:
+        ValueError: no labels, or one that is no mode.
+    """
+    if not len(labels) or labels.min() < 0 or labels.max() >= len(weights):
+        raise ValueError(f"labels must be some of 0..{len(weights) - 1}, not {labels.tolist()[:5]}...")
+    shares = labels.bincount(minlength=len(weights)).double() / len(labels)
+    ratio = shares * weights.sum() / weights.double()
+    return {
+        "modes": int((shares > 0).sum()),
+        "held": int((ratio >= HELD).sum()),
+        "least": float(ratio.min()),
+        "kl": float(torch.xlogy(shares, ratio).sum()),
+        "kl_floor": (len(weights) - 1) / (2 * len(labels)),
+    }
+
+
+SIGMAS = 3.0  # from the centre of its mode, a sample is of high quality (PacGAN, arXiv 1712.04086)
+
+
+def gaussian_modes(samples: Tensor, centres: Tensor, sigma: float) -> dict[str, float]:
+    """How samples (n, f) spread over equal Gaussians at centres (K, f), each sample counted for the nearest.
+
+    As `mode_statistics`, but `modes`, `held` and `least` count samples of high quality alone, so that no blur
+    holds a mode. `quality` is the share of such samples, `spread` their deviation from their mode's mean over
+    that of true ones (both within the 3 sigma); nan where no mode has two.
+    """
+    samples, centres, f = samples.double(), centres.double(), samples.shape[1]
+    distance, labels = torch.cdist(samples, centres).min(1)
+    near = distance <= SIGMAS * sigma
+    best, mode = samples[near], labels[near]
+    counts = mode.bincount(minlength=len(centres)).double()
+    ratio = counts * len(centres) / len(samples)
+    means = torch.zeros_like(centres).index_add_(0, mode, best) / counts.clamp_min(1)[:, None]
+    variance = (best - means[mode]).square().sum() / (f * (counts - 1).clamp_min(0).sum())
+    half, edge = torch.tensor(f / 2), torch.tensor(SIGMAS**2 / 2)
+    truth = sigma**2 * torch.special.gammainc(half + 1, edge) / torch.special.gammainc(half, edge)
+    return mode_statistics(labels, torch.ones(len(centres))) | {
+        "modes": int((counts > 0).sum()),
+        "held": int((ratio >= HELD).sum()),
+        "least": float(ratio.min()),
+        "quality": float(near.double().mean()),
+        "spread": float((variance / truth).sqrt()),
+    }
+
+
+def recognition(found: Tensor, asked: Tensor) -> dict[str, float]:
+    """Share of samples found to be what their captions asked for, in every attribute: labels (n,) or (n, a).
+
+    `recognised` is that share of all samples, `worst` of the caption that fares worst.
+    """
+    right = (found == asked).view(len(asked), -1).all(1).double()
+    _, caption = asked.unique(dim=0, return_inverse=True)
+    each = torch.zeros(int(caption.max()) + 1, dtype=right.dtype, device=right.device)
+    return {
+        "recognised": float(right.mean()),
+        "worst": float((each.index_add(0, caption, right) / caption.bincount()).min()),
+    }

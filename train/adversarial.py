@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import batch_indices, draw_augmentation, load_images, seeded
-from rope_mm.metrics import prepare_exam
+from rope_mm.exam import prepare_exam
 from rope_mm.models import IMAGE_TOKEN, Canvas, load_tokenizer, read_config
 from rope_mm.models.duel import Batch, Duel, Optim
 from rope_mm.models.objective import Objective

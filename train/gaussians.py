@@ -1,0 +1,281 @@
+"""25 Gaussians on a grid: which modes small players find under each loss and penalty, over several seeds.
+
+    python train/gaussians.py --config configs/adversarial/gaussians.yaml
+    python train/gaussians.py --rows.mine "{loss: hinge, penalties: {r1: 0.1}, method: fd}" --out runs/mine
+
+Finished rows are kept: the same command again goes on with the others. Wants matplotlib: pip install
+rope-mm[plots].
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import leaky_relu, relu
+from tqdm import tqdm, trange
+
+from rope_mm.data import seeded
+from rope_mm.losses import DISTANCES, GAN_LOSSES, PENALTIES
+from rope_mm.losses.divergences import Curve
+from rope_mm.losses.penalties import GradientPenalty
+from rope_mm.metrics import gaussian_modes
+from rope_mm.run import checkpoint
+from rope_mm.run.config import run
+from rope_mm.run.ema import Ema
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the table: a loss, the gammas of gradient penalties and how their gradients are found."""
+
+    loss: str = "rpgan"
+    penalties: dict[str, float] = field(default_factory=dict)
+    method: str = "autograd"
+    distance: str = "l2"  # of gan-qp
+    critic_steps: int = 1  # before each step of the generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all rows share: networks of three hidden layers; Adam's rate is a cosine in the second half."""
+
+    steps: int = 6_000
+    batch: int = 256
+    width: int = 96
+    noise: int = 16
+    rate: float = 1e-3
+    betas: tuple[float, float] = (0.0, 0.99)
+    ema: float = 0.999
+    samples: int = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gaussians:
+    """Train every row on every seed, all seeds at once, and draw the table of what they reach.
+
+    Writes OUT/<row>.pt as each row is done, OUT/gaussians.json and OUT/gaussians.png with all of them.
+    """
+
+    out: str = "runs/gaussians"
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    rows: dict[str, Row] = field(default_factory=dict)
+    settings: Settings = field(default_factory=Settings)
+
+
+SIGMA = 0.05
+CENTRES = torch.cartesian_prod(torch.arange(-4.0, 5, 2), torch.arange(-4.0, 5, 2))  # PacGAN, 1712.04086
+SCALE = 8.0025**0.5  # deviation of either coordinate; the players see data of unit spread
+
+
+def true_samples(count: int, generator: torch.Generator) -> Tensor:
+    """Samples (count, 2) of the mixture."""
+    modes = torch.randint(len(CENTRES), (count,), generator=generator)
+    return CENTRES[modes] + SIGMA * torch.randn(count, 2, generator=generator)
+
+
+class Perceptrons(nn.Module):
+    """A perceptron for each generator of random numbers, which draws its weights: (s, b, i) -> (s, b, o)."""
+
+    def __init__(self, widths: Sequence[int], activation: Curve, generators: Sequence[torch.Generator]):
+        super().__init__()
+        self.activation, pairs = activation, list(pairwise(widths))
+
+        def uniform(rows: int, i: int, o: int) -> nn.Parameter:  # as nn.Linear begins
+            draws = [torch.rand(rows, o, generator=generator) for generator in generators]
+            return nn.Parameter((2 * torch.stack(draws) - 1) / i**0.5)
+
+        self.weights = nn.ParameterList(uniform(i, i, o) for i, o in pairs)
+        self.biases = nn.ParameterList(uniform(1, i, o) for i, o in pairs)
+
+    def forward(self, x: Tensor, seeds: slice = slice(None)) -> Tensor:
+        """The outputs of all, or of these."""
+        *inner, last = zip(self.biases, self.weights, strict=True)
+        for bias, weight in inner:
+            x = self.activation(torch.baddbmm(bias[seeds], x, weight[seeds]))
+        return torch.baddbmm(last[0][seeds], x, last[1][seeds])
+
+
+class Game:
+    """Both players of a row on several seeds at once: nothing of one seed reaches another.
+
+    Raises:
+        ValueError: no critic steps; from `step`, whatever else of a row cannot be trained.
+    """
+
+    def __init__(self, row: Row, settings: Settings, seeds: Sequence[int]):
+        if row.critic_steps < 1:
+            raise ValueError(f"critic_steps must be at least 1, not {row.critic_steps}")
+        self.row, self.settings = row, settings
+        self.random, hidden = [seeded(seed, "gaussians") for seed in seeds], [settings.width] * 3
+        self.generator = Perceptrons([settings.noise, *hidden, 2], relu, self.random)
+        self.critic = Perceptrons([2, *hidden, 1], lambda x: leaky_relu(x, 0.2), self.random)
+        self.average = Ema(self.generator, settings.ema)
+        self.optimizers = [
+            torch.optim.Adam(player.parameters(), settings.rate, settings.betas, fused=True)
+            for player in (self.generator, self.critic)
+        ]
+
+    def noise(self, count: int) -> Tensor:
+        """Inputs (s, count, noise) of the generator."""
+        return torch.stack([torch.randn(count, self.settings.noise, generator=r) for r in self.random])
+
+    def penalty(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The row's penalties on the images (s, b, 2), each seed's on its own, summed."""
+        terms = [torch.zeros(())]
+        for name, gamma in self.row.penalties.items():
+            penalty = PENALTIES[name]
+            if not isinstance(penalty, GradientPenalty):
+                raise ValueError(f"a row takes penalties of gradients, and {name!r} is one of scores")
+            for seed, generator in enumerate(self.random):
+                critic = lambda x, mine=slice(seed, seed + 1): self.critic(x[None], mine)[0, :, 0]  # noqa: E731
+                term = penalty.of(critic, real[seed], fake[seed], method=self.row.method, generator=generator)
+                terms.append(gamma * term)
+        return torch.stack(terms).sum()
+
+    def scores(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (s, b) of either side."""
+        real, fake = self.critic(torch.cat([real, fake], dim=1))[..., 0].chunk(2, dim=1)
+        return real, fake
+
+    def update_critic(self, real: Tensor, fake: Tensor) -> None:
+        """One step of the critic on images (s, b, 2)."""
+        loss, extra = GAN_LOSSES[self.row.loss], ()
+        if loss.needs_distance:
+            distance = DISTANCES[self.row.distance](real.flatten(0, 1), fake.flatten(0, 1))
+            extra = (distance.view(real.shape[:2]),)
+        value = torch.vmap(loss.critic)(*self.scores(real, fake), *extra).sum()
+        self.optimizers[1].zero_grad()
+        (value + self.penalty(real, fake)).backward()
+        self.optimizers[1].step()
+
+    def step(self, progress: float) -> None:
+        """The critic's steps and one of the generator, when this part of the training is behind them."""
+        for optimizer in self.optimizers:
+            late = max(0.0, 2 * progress - 1)
+            optimizer.param_groups[0]["lr"] = self.settings.rate * (1 + math.cos(math.pi * late)) / 2
+        real = fake = torch.empty(0)
+        for _ in range(self.row.critic_steps):
+            real = torch.stack([true_samples(self.settings.batch, r) for r in self.random]) / SCALE
+            fake = self.generator(self.noise(self.settings.batch))
+            self.update_critic(real, fake.detach())
+        value = torch.vmap(GAN_LOSSES[self.row.loss].generator)(*self.scores(real, fake)).sum()
+        self.optimizers[0].zero_grad()
+        value.backward(inputs=list(self.generator.parameters()))
+        self.optimizers[0].step()
+        self.average.update(self.generator)
+
+    @torch.no_grad()
+    def samples(self) -> Tensor:
+        """What the averaged generators draw (s, samples, 2)."""
+        return SCALE * self.average.model(self.noise(self.settings.samples))
+
+
+def play(row: Row, settings: Settings, seeds: Sequence[int]) -> dict[str, Any]:
+    """Train a row; the samples (s, n, 2) of its seeds and the time that they took together."""
+    began, worked = time.perf_counter(), time.process_time()
+    game = Game(row, settings, seeds)
+    for step in trange(settings.steps, leave=False):
+        game.step(step / settings.steps)
+    return {
+        "samples": game.samples(),
+        "seconds": round(time.perf_counter() - began, 1),
+        "cpu_seconds": round(time.process_time() - worked, 1),
+    }
+
+
+def finished(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """What a file holds of a row, if it is of this one."""
+    if not path.exists():
+        return None
+    result = torch.load(path, weights_only=True)
+    return result if result["of"] == identity else None
+
+
+def marks(samples: Tensor) -> dict[str, list[float]]:
+    """Every mark of samples (s, n, 2), seed by seed."""
+    of_seeds = [gaussian_modes(drawn, CENTRES, SIGMA) for drawn in samples]
+    return {name: [of_seed[name] for of_seed in of_seeds] for name in of_seeds[0]}
+
+
+COLUMNS = {"modes": ".1f", "held": ".1f", "least": ".2f", "quality": ".3f", "kl": ".4f", "spread": ".2f"}
+
+
+def table(numbers: dict[str, dict[str, Any]]) -> str:
+    """Lines of a Markdown table: mean ± deviation over seeds, and the processor's seconds for all of them."""
+    lines = [f"| row | {' | '.join(COLUMNS)} | CPU s |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for name, row in numbers.items():
+        of = {key: torch.tensor(row[key], dtype=torch.float64) for key in COLUMNS}
+        cells = [
+            f"{of[key].mean():{form}} ± {of[key].std(correction=int(len(row[key]) > 1)):{form}}"
+            for key, form in COLUMNS.items()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['cpu_seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Samples of every row's first seed, beside true ones."""
+    from matplotlib.figure import Figure
+
+    columns = min(5, len(results))
+    rows = -(-len(results) // columns)
+    figure = Figure((2.2 * columns, 2.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, (name, result) in zip(panels, results.items(), strict=False):
+        axes.plot(*result["samples"][0, :2500].T, ",", color="k", alpha=0.6)
+        axes.set(title=name, xlim=(-5, 5), ylim=(-5, 5), aspect="equal")
+        axes.title.set_fontsize("small")
+    checkpoint.write_file(path, lambda part: figure.savefig(part, format="png", dpi=80))
+
+
+def truth(settings: Settings, seeds: Sequence[int]) -> dict[str, Any]:
+    """The row of true samples, which no generator should beat."""
+    samples = [true_samples(settings.samples, seeded(seed, "truth")) for seed in seeds]
+    return {"samples": torch.stack(samples), "seconds": 0.0, "cpu_seconds": 0.0}
+
+
+def main(config: Gaussians) -> None:
+    """Train the rows that are not finished; the table, its numbers and its picture.
+
+    Raises:
+        ValueError: no rows or seeds, a row that cannot be trained, no matplotlib.
+    """
+    if not config.rows or not config.seeds:
+        raise ValueError("there is nothing to train: take --config configs/adversarial/gaussians.yaml")
+    for row in config.rows.values():
+        Game(row, config.settings, config.seeds).step(0.0)  # refuses what cannot be trained before any is
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise ValueError("the picture wants matplotlib: pip install rope-mm[plots]") from None
+    out, results = Path(config.out), {"true samples": truth(config.settings, config.seeds)}
+    for name in (bar := tqdm(config.rows, desc="gaussians")):
+        bar.set_postfix_str(name)
+        row = config.rows[name]
+        identity = json.loads(json.dumps([asdict(row), asdict(config.settings), config.seeds]))
+        result = finished(out / f"{name}.pt", identity)
+        if result is None:
+            result = {"of": identity} | play(row, config.settings, config.seeds)
+            checkpoint.write_file(out / f"{name}.pt", lambda part, r=result: torch.save(r, part))
+        results[name] = result
+    numbers = {
+        name: marks(result["samples"]) | {key: result[key] for key in ("seconds", "cpu_seconds")}
+        for name, result in results.items()
+    }
+    checkpoint.write_text(out / "gaussians.json", json.dumps(numbers, indent=1))
+    draw(out / "gaussians.png", results)
+    print(table(numbers))
+    print(f"numbers of every seed: {out}/gaussians.json   samples: {out}/gaussians.png")
+
+
+if __name__ == "__main__":
+    run(main, Gaussians)
