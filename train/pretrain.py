@@ -10,7 +10,6 @@ resolved configuration, Ctrl-C saves and stops. OUT/model is then for train/eval
 
 import json
 import logging
-import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +19,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data import Documents, load_splits
+from rope_mm.data import Documents, load_splits, seeded
 from rope_mm.models import (
     IMAGE_TOKEN,
     RopeMMCritic,
@@ -31,15 +30,17 @@ from rope_mm.models import (
 )
 from rope_mm.models.feed import Feed
 from rope_mm.models.objective import Objective
-from rope_mm.models.packing import Packer, moved
+from rope_mm.models.packing import Pack, Packer, moved
 from rope_mm.models.picture_heads import HEADS
 from rope_mm.models.rival import Rival
 from rope_mm.models.telling import Form, Teller, show
 from rope_mm.run import checkpoint
+from rope_mm.run.alarm import finite, keep_batch
 from rope_mm.run.config import dump, run
 from rope_mm.run.ema import Ema
 from rope_mm.run.folder import open_folder
 from rope_mm.run.loop import Pace, train
+from rope_mm.run.schedule import SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +58,12 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW; rates rise over `warm_up` steps, then fall along half a cosine to `final` of themselves."""
+    """AdamW; rates rise over `warm_up` steps and go along the schedule to `final` of themselves."""
 
     lr: float = 2e-3
     critic_lr: float = 2e-3
     warm_up: int = 100
+    schedule: str = "cosine"
     final: float = 0.05
     betas: tuple[float, float] = (0.9, 0.99)
     critic_betas: tuple[float, float] = (0.0, 0.99)
@@ -161,10 +163,12 @@ class Training:
         else:
             whole = cast(Any, pack.whole)
             part = len(whole.patches) / documents
-            seen = self.rival.update(whole, drawn.detach(), part * self.accelerator.num_processes)
+            probes = seeded(self.config.seed, "probes", step, self.accelerator.process_index)
+            part_of_mean = part * self.accelerator.num_processes
+            seen = self.rival.update(whole, drawn.detach(), part_of_mean, probes)
             seen = {name: term * part for name, term in seen.items()}
             terms["adversarial"] = self.rival.judge(whole, drawn) * part
-        lost = self.lost(step, terms | seen)
+        lost = self.lost(step, terms | seen, pack)
         total = terms["words"] + self.config.picture_weight * terms[self.config.head]
         self.optimizer.zero_grad()
         self.accelerator.backward(total * self.accelerator.num_processes)  # of which DDP takes the mean
@@ -180,28 +184,30 @@ class Training:
             return numbers
         return cast(Tensor, self.accelerator.reduce(numbers.to(self.accelerator.device), "sum"))
 
-    def lost(self, step: int, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    def lost(self, step: int, terms: dict[str, Tensor], pack: Pack) -> dict[str, Tensor]:
         """What all processes lost.
 
         Raises:
-            ValueError: a loss that is not finite.
+            ValueError: a loss that is not finite; what this process read is kept.
         """
         losses = self.total(torch.stack([term.detach().float() for term in terms.values()]))
         lost = dict(zip(terms, losses, strict=True))
-        if bad := [name for name, loss in lost.items() if not loss.isfinite()]:
+        if not finite(lost):
+            bad = ", ".join(name for name, loss in lost.items() if not loss.isfinite())
+            path = Path(self.config.out) / f"nan-step-{step + 1}-{self.accelerator.process_index}.pt"
+            rows = self.feed.documents.batch(self.config.seed, step, self.config.batch)
+            keep_batch(path, step + 1, lost, [{"rows": rows, **pack.inputs(), "labels": pack.labels}])
             raise ValueError(
-                f"the loss of {bad[0]} is not finite at step {step + 1}, on rows "
-                f"{self.feed.documents.batch(self.config.seed, step, self.config.batch)[0]} and on; "
-                "resume from the last checkpoint with a lower rate, or look at those rows"
+                f"{bad} not finite at step {step + 1}: its rows and batch are in {path}, the last checkpoint "
+                "is as it was; begin anew with lower rates"
             )
         return lost
 
     def set_rates(self, step: int) -> None:
         """The learning rates of a step."""
         optim = self.config.optim
-        rise = min(1.0, (step + 1) / max(optim.warm_up, 1))
-        fall = (1 + math.cos(math.pi * step / self.config.steps)) / 2
-        factor = rise * (optim.final + (1 - optim.final) * fall)
+        factor = min(1.0, (step + 1) / max(optim.warm_up, 1))
+        factor *= SCHEDULES[optim.schedule](1.0, optim.final, step / self.config.steps)
         rates = [(self.optimizer, optim.lr)]
         rates += [(self.rival.optimizer, optim.critic_lr)] if self.rival else []
         for optimizer, rate in rates:

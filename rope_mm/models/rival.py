@@ -64,9 +64,9 @@ class Rival:
             total = terms["critic"]
             for name, gamma in self.penalties.gammas.items():
                 total = total + gamma * terms[name]
-            self.optimizer.zero_grad()
             self.accelerator.backward(total * share)
             self.optimizer.step()
+            self.optimizer.zero_grad()
         return terms | {"real": real_scores.mean(), "fake": fake_scores.mean()}
 
     def judge(self, whole: Whole, drawn: Tensor) -> Tensor:

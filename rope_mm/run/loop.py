@@ -73,7 +73,7 @@ def train(training: Training, pace: Pace, out: Path) -> dict[str, float]:
             if last or stopping or step % pace.checkpoint_every == 0:
                 save(out, step, accelerator)
             if stopping and not last:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(stop.signal)
             if last or step % pace.log_every == 0:
                 then, read = time.perf_counter(), training.tokens
     if marks is None:  # the run was whole already

@@ -18,6 +18,7 @@ def make(loss):
     config = read_config(hidden_size=32, intermediate_size=48)
     objective = Objective(name=loss, penalties={"r1": 1.0, "r2": 0.5})
     duel = Duel(config, objective, Optim(), Accelerator())
+    duel.critic_optim.param_groups[0]["eps"] = 1.0  # steps in proportion to gradients, rounding included
     rival = Rival(duel.critic, duel.critic_optim, objective, duel.accelerator)
     return config, duel, rival
 
