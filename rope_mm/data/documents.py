@@ -123,34 +123,24 @@ class Documents:
         self.size, self.channels, self.join = size, channels, join
         self.templates = told = [read_template(template) for template in templates]
         columns = [{part.column for part in template if isinstance(part, Field)} for template in told]
-        self.fits = [
-            [
-                template
-                for template, wanted in zip(told, columns, strict=True)
-                if wanted <= set(rows.column_names)
-            ]
-            for rows in sources
-        ]
-        here = [rows.column_names for rows in sources]
+        here = [set(rows.column_names) for rows in sources]
+        pairs = list(zip(told, columns, strict=True))
+        self.fits = [[template for template, wanted in pairs if wanted <= names] for names in here]
         for template, wanted in zip(templates, columns, strict=True):
-            if not any(wanted <= set(names) for names in here):
+            if not any(wanted <= names for names in here):
                 raise ValueError(f"template {template!r} fits no source; their columns are {here}")
         if not all(self.fits):
             raise ValueError(f"no template fits columns {here[self.fits.index([])]}")
         used = sorted(set().union(*columns))
-        chosen = [
-            (name, *choose_kind(rows.features[name], name))
-            for rows in sources
-            for name in used
-            if name in rows.features
-        ]
-        self.kinds = {name: kind for name, kind, _ in chosen}
-        self.readers = {name: read for name, _, read in chosen}
-        for part in (part for template in told for part in template if isinstance(part, Field)):
-            if part.drawn and self.kinds[part.column] == "words":
-                raise ValueError(
-                    f"column {part.column!r} holds words, which are written; only pictures are drawn"
-                )
+        chosen = {name: rows.features[name] for rows in sources for name in used if name in rows.features}
+        kinds = {name: choose_kind(feature, name) for name, feature in chosen.items()}
+        self.kinds = {name: kind for name, (kind, _) in kinds.items()}
+        self.readers = {name: read for name, (_, read) in kinds.items()}
+        drawn = {
+            part.column for template in told for part in template if isinstance(part, Field) and part.drawn
+        }
+        if words := [name for name in sorted(drawn) if self.kinds[name] == "words"]:
+            raise ValueError(f"column {words[0]!r} holds words, which are written; only pictures are drawn")
         # as stored, so that a picture which cannot be read is named by its row
         self.sources = [
             rows.select_columns([name for name in used if name in rows.column_names]).with_format("arrow")

@@ -7,7 +7,7 @@ draws them one by one.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -138,7 +138,8 @@ class Packer:
         drafted = self.read(documents, generators)
         rows = first_fit([len(d.row.ids) + int(d.drawn.sum()) for d in drafted], self.length)
         drafted = [drafted[number] for row in rows for number in row]
-        tokens = iter([d.tokens(self.processor.image_token_id) for d in drafted])
+        image = cast(int, self.processor.image_token_id)
+        tokens = iter([d.tokens(image) for d in drafted])
         packed = [join([next(tokens) for _ in row]) for row in rows]
         fill = dict(zip(("input_ids", "position_ids", "rank"), PADDING, strict=False)) | {"labels": NONE}
         columns = {

@@ -91,12 +91,12 @@ def lay_out(
     scheme: Scheme,
     ended: bool = False,
 ) -> list[Row]:
-    """Rows of stories such as ["a handwritten seven", Image(4, 4)]; `ended`, with the tokenizer's last word.
+    """Rows of stories such as ["a handwritten seven", Image(4, 4)].
 
     Strings become words; an Image or Video becomes that many image tokens, for patches given beside it.
+    Where `ended`, a story that ends in words has the tokenizer's end after them.
     """
     image, last = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.eos_token_id
-    end = [[last]] if ended and last is not None else []
     words = {part for story in stories for part in story if isinstance(part, str)}
     spelt = {
         part: tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -104,6 +104,7 @@ def lay_out(
     }
     rows, placed = [], {}
     for story in stories:
+        end = [[last]] if ended and last is not None and isinstance(story[-1], str) else []
         ids = [spelt[part] if isinstance(part, str) else [image] * part.tokens for part in story] + end
         parts = [*story, *[""] * len(end)]
         shape = tuple(

@@ -135,13 +135,14 @@ def test_words_are_as_if_there_were_no_drafts():
 
 def test_the_words_to_predict_are_all_but_the_first_and_the_end_is_one():
     model = make()
-    pack = packer(model)([["ab", picture(), "c"], [picture(), "d"], ["e"]], seeds(3))
+    documents = [["ab", picture(), "c"], [picture(), "d"], ["e"], ["f", picture()]]
+    pack = packer(model)(documents, seeds(4))
     b, c, d, e = TOKENIZER("bcde", add_special_tokens=False).input_ids
     wanted = pack.labels[pack.labels != -100].tolist()
     assert wanted == [b, c, 1, d, 1, 1]
     assert pack.words == 6
     assert e not in wanted
-    assert pack.tokens == 3 + 8 + 1 + 8 + 2 + 2
+    assert pack.tokens == 3 + 8 + 1 + 8 + 2 + 2 + 9
 
 
 DOCUMENTS = [["one ", picture(True), "a"], [picture(seed=8), "two", clip(2, True)], ["three"], [clip(2), "b"]]
@@ -214,6 +215,6 @@ def test_what_a_critic_reads_are_the_documents_with_drafts_and_their_patches():
 
 def test_a_document_that_no_row_can_hold_is_refused():
     with pytest.raises(
-        ValueError, match="a document of 22 tokens does not fit a row of 20; raise the length"
+        ValueError, match="a document of 21 tokens does not fit a row of 20; raise the length"
     ):
         packer(make(), length=20)([["four!", picture(True)]], seeds(1))
