@@ -1,4 +1,4 @@
-"""Captioned images and clips: digits and sprites of its own, or anything that `datasets` loads."""
+"""Captioned images and clips, of its own or anything that `datasets` loads, and documents made of them."""
 
 from rope_mm.data.augment import AUGMENTATIONS as AUGMENTATIONS
 from rope_mm.data.augment import draw_augmentation as draw_augmentation
@@ -13,6 +13,7 @@ from rope_mm.data.clips import load_clips as load_clips
 from rope_mm.data.digits import DIGIT_NAMES as DIGIT_NAMES
 from rope_mm.data.digits import PHRASES as PHRASES
 from rope_mm.data.digits import captioned_digits as captioned_digits
+from rope_mm.data.documents import Documents as Documents
 from rope_mm.data.images import EMBEDDED as EMBEDDED
 from rope_mm.data.images import CaptionedImages as CaptionedImages
 from rope_mm.data.images import load_images as load_images

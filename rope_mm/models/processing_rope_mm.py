@@ -132,9 +132,9 @@ class RopeMMProcessor(ProcessorMixin):
                     raise ValueError(f"{left} more came for {token} than the text has places for")
         stories, patches = [], []
         for document in documents:
-            parts = [self.read(part, seconds or 1.0) for part in document]
-            stories.append([part if isinstance(part, str) else part[0] for part in parts])
-            patches += [part[1] for part in parts if not isinstance(part, str)]
+            story, shown = self.see(document, seconds or 1.0)
+            stories.append(story)
+            patches += shown
         sequences = arrange(stories, self.tokenizer, self.scheme, chosen["padding_side"])
         data = sequences.inputs() | ({"patches": torch.cat(patches)} if patches else {})
         if return_labels:
@@ -142,10 +142,14 @@ class RopeMMProcessor(ProcessorMixin):
             data["labels"] = sequences.input_ids.masked_fill(~words, -100)
         return BatchFeature(data)
 
-    def read(self, part: Part, seconds: float) -> str | tuple[Segment, Tensor]:
-        """A string as it is; a picture or clip as a segment and its patches (n, p)."""
-        if isinstance(part, str):
-            return part
+    def see(self, document: Sequence[Part], seconds: float = 1.0) -> tuple[list[str | Segment], list[Tensor]]:
+        """A document's strings and segments, and the patches (n, p) of each of its pictures and clips."""
+        read = [part if isinstance(part, str) else self.read(part, seconds) for part in document]
+        story = [part if isinstance(part, str) else part[0] for part in read]
+        return story, [part[1] for part in read if not isinstance(part, str)]
+
+    def read(self, part: Part, seconds: float) -> tuple[Segment, Tensor]:
+        """A picture or clip as a segment and its patches (n, p)."""
         pixels = to_pixels(part, self.num_channels)
         if pixels.shape[-3] != self.num_channels:
             raise ValueError(f"{tuple(pixels.shape)} are not (..., {self.num_channels}, y, x) pixels")
@@ -157,19 +161,42 @@ class RopeMMProcessor(ProcessorMixin):
     def draw(
         self,
         model: PreTrainedModel,
-        captions: Sequence[str],
+        prompts: Sequence[str | Sequence[Part]],
         grid: Image | Video,
         generator: torch.Generator | None = None,
+        steps: int = 1,
+        begun: Sequence[Part] | None = None,
     ) -> Tensor:
-        """Pictures (b, ch, y, x) or clips (b, t, ch, y, x) of captions, in one pass for each frame."""
-        sequences = arrange([[caption, grid] for caption in captions], self.tokenizer, self.scheme, "left")
-        t, y, x = grid.grid
-        width = self.num_channels * self.patch_size**2
-        noise = torch.randn(len(captions), t, y * x, width, generator=generator)
-        frames = draw_frames(model, sequences.to(model.device), noise.to(model.device, model.dtype))
-        raster = frames.flatten(0, 1)[:, token_order(Image(y, x), self.scheme).argsort()]
-        drawn = to_images(raster, y, x, self.patch_size).unflatten(0, (-1, t))
-        return drawn if isinstance(grid, Video) else drawn[:, 0]
+        """Pictures (b, ch, y, x) or clips (b, t, ch, y, x) after captions, or after documents.
+
+        A frame takes so many steps, one pass each. `begun` are clips that the drawn ones go on from; they and
+        the pictures of all documents are equal in size.
+        """
+        (t, y, x), width = grid.grid, self.num_channels * self.patch_size**2
+        none = torch.zeros(0, width)
+        clips = [self.read(clip, 1.0)[1] for clip in begun] if begun else [none] * len(prompts)
+        stories, shown = [], []
+        for prompt, clip in zip(prompts, clips, strict=True):
+            story, seen = self.see([prompt] if isinstance(prompt, str) else prompt)
+            stories.append([*story, grid])
+            shown.append(torch.cat([none, *seen, clip]))
+        noise = torch.randn(len(stories), t - len(clips[0]) // (y * x), y * x, width, generator=generator)
+        before, noise = (part.to(model.device, model.dtype) for part in (torch.stack(shown), noise))
+        sequences = arrange(stories, self.tokenizer, self.scheme, "left").to(model.device)
+        drawn = draw_frames(model, sequences, noise, steps, before)
+        first = torch.stack(clips).to(drawn).unflatten(1, (-1, y * x))
+        frames = torch.cat([first, drawn], 1).flatten(0, 1)
+        raster = frames[:, token_order(Image(y, x), self.scheme).argsort()]
+        pixels = to_images(raster, y, x, self.patch_size).unflatten(0, (-1, t))
+        return pixels if isinstance(grid, Video) else pixels[:, 0]
+
+    def write(
+        self, model: PreTrainedModel, documents: Sequence[Sequence[Part]], words: int = 64
+    ) -> list[str]:
+        """What the model writes after each document, up to its end or so many words."""
+        inputs = self(documents=documents).to(model.device)
+        ids = model.generate(**inputs, max_new_tokens=words, do_sample=False)  # pyright: ignore
+        return self.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def to_pixels(part: Any, channels: int) -> Tensor:

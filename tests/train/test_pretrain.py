@@ -1,0 +1,278 @@
+"""The pretraining script on a model of toy size, and what its model does when asked."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as Picture
+from safetensors.torch import load_file
+
+from rope_mm.models import RopeMMForConditionalGeneration
+from rope_mm.models.picture_heads import HEADS
+from rope_mm.models.telling import Teller
+from rope_mm.run.config import load, run
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "pretrain" / "tiny.yaml"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "train" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+pretrain, evaluate = script("pretrain"), script("evaluate")
+TEMPLATES = "['{caption}{image:draw}', '{image}?{caption}', '{frames:draw}{caption}', '{image}{frames:draw}']"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Bars in a picture of 4 x 4 pixels, and clips of them as they move."""
+    folder = tmp_path_factory.mktemp("bars")
+    bars = [Picture.new("L", (4, 4)) for _ in range(4)]
+    for column, bar in enumerate(bars):
+        bar.paste(255, (column, 0, column + 1, 4))
+    rows = [
+        {"image": bars[i % 4], "frames": [bars[(i + t) % 4] for t in range(3)], "caption": "abcd"[i % 4]}
+        for i in range(16)
+    ]
+    features = Features(image=Image(), frames=List(Image()), caption=Value("string"))
+    bars = Dataset.from_list(rows, features=features)
+    bars.to_parquet(folder / "bars.parquet")
+    return folder / "bars.parquet"
+
+
+def flags(data, out, **changes):
+    settings = {
+        "config": CONFIG, "out": out, "steps": 4, "batch": 8, "length": 64, "log_every": 1,
+        "sample_every": 100, "checkpoint_every": 2, "threads": 1, "workers": 0, "head": "mse",
+        "model.hidden_size": 16, "model.intermediate_size": 16, "model.num_hidden_layers": 1,
+        "data.paths": f"[{data}]", "data.templates": TEMPLATES, "data.size": 4, "optim.warm_up": 2, **changes,
+    }  # fmt: skip
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def train(data, out, **changes):
+    pretrain.main(load(pretrain.Pretrain, flags(data, out, **changes)))
+    return json.loads((out / "result.json").read_text())
+
+
+def weights(out):
+    return load_file(out / "model" / "model.safetensors")
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(one, two):
+    ours, theirs = weights(one), weights(two)
+    return all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def environment(**more):
+    return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", **more}
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(data, out)
+    return out
+
+
+def test_a_run_leaves_metrics_samples_and_a_model_that_loads(whole):
+    result = json.loads((whole / "result.json").read_text())
+    assert set(result) == {"held_out_words", "held_out_mse", "caption_exact", "narrate_exact"}
+    assert set(lines(whole)[0]) == {"step", "words", "mse"}
+    names = {path.name for path in (whole / "samples").iterdir()}
+    assert names == {f"step-000004{end}" for end in (".png", "-clips.png", "-caption.txt", "-narrate.txt")}
+    assert {path.name for path in (whole / "checkpoints").iterdir()} == {"step-000002", "step-000004"}
+    RopeMMForConditionalGeneration.from_pretrained(whole / "model")
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_run_stopped_and_resumed_ends_as_one_that_was_not(head, data, tmp_path, monkeypatch):
+    step, whole, parts = pretrain.Training.step, tmp_path / "whole", tmp_path / "parts"
+
+    def interrupted(self, number):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, number)
+
+    train(data, whole, head=head)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.Training, "step", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            run(pretrain.main, pretrain.Pretrain, flags(data, parts, head=head))
+    assert stopped.value.code == 130
+    assert [path.name for path in (parts / "checkpoints").iterdir()] == ["step-000002"]
+    assert train(data, parts, head=head) == json.loads((whole / "result.json").read_text())
+    assert same(parts, whole)
+    assert lines(parts) == lines(whole)
+
+
+def test_ctrl_c_with_workers_saves_and_workers_change_nothing(whole, data, tmp_path):
+    out = tmp_path / "run"
+    words = [sys.executable, str(ROOT / "train" / "pretrain.py"), *flags(data, out, workers=1)]
+    process = subprocess.Popen(
+        [*words, "--steps", "100000"], env=environment(), start_new_session=True, stderr=subprocess.PIPE
+    )
+    for _ in range(1200):
+        if (out / "metrics.jsonl").exists() and len(lines(out)) > 4:
+            break
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)  # as a terminal and a cluster do: to the workers, too
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 143, told.decode()[-2000:]
+    assert len(list((out / "checkpoints").iterdir())) == 2
+    train(data, tmp_path / "again", workers=1)
+    assert same(tmp_path / "again", whole)
+
+
+@pytest.mark.parametrize("head", ["mse", "flow"])
+def test_pictures_are_learned_and_with_them_the_words(head, data, tmp_path):
+    settings = {"optim.lr": 1e-2, "ema": 0.5, "model.hidden_size": 32, "model.num_hidden_layers": 2}
+    templates = {"data.templates": "['{caption}{image:draw}', '{image}{caption}']"}
+    train(data, tmp_path / "run", head=head, steps=100, batch=16, **settings, **templates)
+    first, *_, last, _ = lines(tmp_path / "run")
+    assert last["words"] < 0.1 * first["words"]
+    assert last[head] < 0.3 * first[head]
+    if head == "mse":  # a bar is drawn where its caption says; the mean of all is 0.75 from each
+        teller = Teller.load(tmp_path / "run" / "model")
+        drawn = teller.draw([teller.prompt("draw", letter) for letter in "abcd"], torch.Generator())
+        bars = 2 * torch.eye(4)[:, None, None].expand(4, 1, 4, 4) - 1
+        assert (drawn - bars).square().mean() < 0.3
+
+
+@pytest.mark.parametrize("resting", ["critic", "model"])
+def test_each_player_of_the_adversarial_head_learns_while_the_other_rests(
+    resting, data, tmp_path, monkeypatch
+):
+    settings = {"optim.lr": 1e-2, "optim.critic_lr": 1e-2, "loss.penalties": "{r1: 0.0, r2: 0.1}"}
+    if resting == "critic":
+        monkeypatch.setattr(pretrain.Rival, "update", lambda *args: {})
+    else:
+        settings["optim.lr"] = 0.0
+    train(data, tmp_path / "run", head="adversarial", steps=30, **settings)
+    first, *_, last, _ = lines(tmp_path / "run")
+    name = "adversarial" if resting == "critic" else "critic"
+    assert last[name] < 0.8 * first[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_two_processes_are_one_with_the_same_documents(head, data, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = {"head": head, "batch": 7, "optim.lr": 1e-3, "optim.critic_lr": 1e-3}
+    train(data, one, **settings)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [*torchrun, str(ROOT / "train" / "pretrain.py"), *flags(data, two, **settings)]
+
+    def launch():
+        done = subprocess.run(
+            words, env=environment(ACCELERATE_USE_CPU="true"), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    launch()
+    ours, theirs = weights(two), weights(one)
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, atol=1e-5, rtol=0, msg=name)
+    for mine, its in zip(lines(two), lines(one), strict=True):
+        assert mine == pytest.approx(its, abs=1e-5, rel=1e-5)
+    if head == "mse":  # and they resume to the bit
+        shutil.copytree(two / "model", tmp_path / "before" / "model")
+        shutil.rmtree(two / "checkpoints" / "step-000004")
+        launch()
+        assert same(two, tmp_path / "before")
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_rows(data, tmp_path, capsys, monkeypatch):
+    step = pretrain.Training.step
+
+    def poisoned(self, number):
+        if number == 2:
+            next(self.model.parameters()).data.fill_(float("nan"))
+        return step(self, number)
+
+    monkeypatch.setattr(pretrain.Training, "step", poisoned)
+    with pytest.raises(SystemExit) as stopped:
+        run(pretrain.main, pretrain.Pretrain, flags(data, tmp_path / "run"))
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: words, mse not finite at step 3: its rows and batch are in ")
+    kept = torch.load(tmp_path / "run" / "nan-step-3-0.pt")
+    assert len(kept["batches"][0]["rows"]) == 8
+    assert kept["batches"][0]["input_ids"].shape == kept["batches"][0]["labels"].shape
+    assert (tmp_path / "run" / "checkpoints" / "step-000002").exists()
+
+
+def test_a_model_writes_draws_and_goes_on_when_asked(whole, tmp_path, capsys):
+    def ask(*words):
+        evaluate.main(load(evaluate.Evaluate, ["--model", str(whole / "model"), *map(str, words)]))
+        return capsys.readouterr().out
+
+    picture, clip, drawn = tmp_path / "a.png", tmp_path / "a.gif", tmp_path / "drawn.png"
+    frames = [Picture.new("L", (4, 4), 80 * i) for i in range(3)]
+    frames[0].save(picture)
+    frames[0].save(clip, save_all=True, append_images=frames[1:])
+    assert ask("--caption", picture).count("\n") == 1
+    assert ask("--caption", clip).count("\n") == 1
+    assert ask("--draw", "a", "--to", drawn).strip() == str(drawn)
+    assert evaluate.read_frames(str(drawn), 32, 1).shape == (1, 1, 32, 32)
+    ask("--extend", clip, "--frames", 2, "--to", drawn)
+    with Picture.open(drawn) as moving:
+        assert moving.n_frames == 5
+        first = evaluate.read_frames(str(drawn), 4, 1)
+        assert torch.equal(first[:3], evaluate.read_frames(str(clip), 4, 1))
+
+
+def test_what_a_model_was_not_taught_is_refused(data, tmp_path):
+    train(data, tmp_path / "run", steps=1, **{"data.templates": "['{caption}']"})
+    teller = Teller.load(tmp_path / "run" / "model")
+    with pytest.raises(ValueError, match="this model was not taught to draw; its templates are"):
+        teller.prompt("draw", "a")
+    with pytest.raises(ValueError, match=r"holds no documents.json; give OUT/model"):
+        Teller.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head": "floww"}, "head 'floww' is unknown; did you mean 'flow'"),
+        ({"length": 10}, "does not fit a row of 10; raise the length"),
+        ({"batch": 0}, "batch must be at least 1, not 0"),
+        ({"workers": -1}, "threads and workers must be 0 or more"),
+        ({"data.templates": "['{title}']"}, "template '{title}' fits no source"),
+        ({"data.join": 0}, "data.join must be at least 1"),
+        ({"model.num_channels": 3}, "model.num_channels is data.channels"),
+        ({"data.size": 5}, "5 x 5 pixels do not divide into patches of 2 x 2"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(changes, message, data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(pretrain.main, pretrain.Pretrain, flags(data, tmp_path / "run", **changes))
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "pretrain").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_config_begins_with_its_command_and_is_understood(path):
+    assert path.read_text().startswith(f"# python train/pretrain.py --config configs/pretrain/{path.name}\n")
+    load(pretrain.Pretrain, ["--config", str(path)])
