@@ -1,0 +1,118 @@
+"""What drawn pictures are judged by: one digit of a caption, or the thousand numbers of stacked digits."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rope_mm.choice import Choice
+from rope_mm.metrics import Judge, prepare_exam, train_judge
+
+STACKS = 4_000  # whose digits teach the judge
+EPOCHS = 10
+
+
+class Marking(Protocol):
+    """An exam: which held-out captions to draw, marks of those pictures, and those of real ones."""
+
+    rows: list[int]
+    floor: dict[str, float]
+
+    def mark(self, pictures: Tensor) -> dict[str, float]:
+        """Marks of pictures (n, ch, y, x), drawn for the captions of `rows`."""
+        ...
+
+
+def digits_of(numbers: Tensor) -> Tensor:
+    """The digits (n, 3) of numbers (n,) below 1000, hundreds first."""
+    return numbers[:, None] // torch.tensor([100, 10, 1]) % 10
+
+
+def law_of(numbers: Tensor) -> Tensor:
+    """Probabilities (1000,) of numbers whose digits are independent, each as frequent as among these (n,)."""
+    hundreds, tens, ones = (digits.bincount(minlength=10).double() for digits in digits_of(numbers).T)
+    law = hundreds[:, None, None] * tens[:, None] * ones
+    return law.flatten() / law.sum()
+
+
+def mode_marks(numbers: Tensor, law: Tensor) -> dict[str, float]:
+    """How many modes the numbers (n,) hit, and KL(their shares ‖ law) in nats.
+
+    Even of n numbers drawn from the law itself the KL is about (modes - 1) / 2n.
+    """
+    share = numbers.bincount(minlength=len(law)).double() / len(numbers)
+    kl = torch.xlogy(share, share) - torch.xlogy(share, law)
+    return {"modes": float((share > 0).sum()), "kl": float(kl.sum())}
+
+
+@dataclass(frozen=True)
+class Modes:
+    """Counts the modes of stacked digits: a judge of single digits reads each channel by itself.
+
+    `floor` are the marks of as many real training stacks, and how many held-out ones the judge reads rightly.
+    With labels (n,), the drawn pictures are also compared with what was asked.
+    """
+
+    judge: Judge
+    law: Tensor
+    rows: list[int]
+    labels: Tensor | None
+    floor: dict[str, float]
+
+    def mark(self, pictures: Tensor) -> dict[str, float]:
+        """Modes hit, KL to the data's law, the same less that of real stacks; the share that is as asked."""
+        numbers = read_numbers(self.judge, pictures)
+        marks = mode_marks(numbers, self.law)
+        marks["kl_excess"] = marks["kl"] - self.floor["kl"]
+        if self.labels is not None:
+            marks["recognised"] = float((numbers == self.labels).double().mean())
+        return marks
+
+
+@torch.no_grad()
+def read_numbers(judge: Judge, pictures: Tensor) -> Tensor:
+    """Numbers (n,) that a judge of single digits reads in pictures (n, 3, y, x), hundreds in the first channel."""
+    parts = (judge(part.clamp(-1, 1).flatten(0, 1)[:, None]).argmax(1) for part in pictures.split(1_000))
+    return torch.cat([part.view(-1, 3) for part in parts]) @ torch.tensor([100, 10, 1])
+
+
+def prepare_modes(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    pictures: int,
+    seed: int,
+    captioned: bool = False,
+) -> Modes:
+    """An exam for that many pictures of stacked digits; `captioned`, every number is asked equally often.
+
+    Raises:
+        ValueError: images without three channels, labels above 999.
+    """
+    (images, numbers), (unseen, held_out) = train, test
+    if images.shape[1] != 3 or max(numbers.max(), held_out.max()) > 999:
+        raise ValueError(
+            f"modes are counted in stacks of three digits, labels 0 to 999, not in {images.shape[1]} channels "
+            f"and labels up to {int(max(numbers.max(), held_out.max()))}"
+        )
+    singles = images[:STACKS].flatten(0, 1)[:, None]
+    judge = train_judge(singles, digits_of(numbers[:STACKS]).flatten(), seed, EPOCHS)
+    order = torch.randint(len(images), (pictures,), generator=torch.Generator().manual_seed(seed))
+    law = law_of(numbers)
+    right = (read_numbers(judge, unseen) == held_out).double().mean()
+    floor = mode_marks(read_numbers(judge, images[order]), law) | {"recognised": float(right)}
+    first = {number: row for row, number in reversed(list(enumerate(held_out.tolist())))}
+    asked = [first[number] for number in sorted(first)]
+    rows = [asked[i % len(asked)] for i in range(pictures)]
+    return Modes(judge, law, rows, held_out[rows] if captioned else None, floor)
+
+
+EXAMS = Choice(
+    "exam",
+    {
+        "caption": prepare_exam,
+        "modes": prepare_modes,
+        "captioned-modes": partial(prepare_modes, captioned=True),
+    },
+)
