@@ -243,6 +243,11 @@ def check(config: Adversarial) -> None:
         raise ValueError("model.num_channels is data.channels, and model.rope_parameters are rope: set those")
 
 
+def identify(config: Adversarial) -> str:
+    """All that a run depends on, as YAML."""
+    return dump(replace(config, out="", restart=False))
+
+
 def main(config: Adversarial) -> None:
     """Train, resume or print, as the configuration says.
 
@@ -259,8 +264,7 @@ def main(config: Adversarial) -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight it saves
     out, accelerator = Path(config.out), Accelerator(gradient_accumulation_steps=config.accumulate)
     training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
-    identity = dump(replace(config, out="", restart=False))
-    open_folder(out, identity, accelerator, config.restart)
+    open_folder(out, identify(config), accelerator, config.restart)
     result = train(training, out)
     if accelerator.is_main_process:
         checkpoint.write_text(out / "result.json", json.dumps(result, indent=1))

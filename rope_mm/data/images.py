@@ -67,8 +67,8 @@ class CaptionedImages:
         if self.labels is None:
             return list(dict.fromkeys(self.captions))[:count]
         first = dict(reversed(list(zip(self.labels.tolist(), self.captions, strict=True))))
-        shown = sorted(first)[:: max(1, len(first) // count)]
-        return [first[label] for label in shown][:count]
+        shown = min(count, len(first))
+        return [first[sorted(first)[i * len(first) // shown]] for i in range(shown)]
 
     def decode(self, rows: Sequence[int]) -> Tensor:
         """Pixels (b, ch, size, size) of rows, uint8."""

@@ -1,7 +1,6 @@
-"""A thousand modes that can be counted: three digits, drawn at random, in the colour channels of one image."""
+"""A thousand modes that can be counted: three digits, drawn at random, in the colours of one image."""
 
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -12,7 +11,7 @@ from PIL import Image as Picture
 from rope_mm.data.digits import DIGIT_NAMES, captioned_digits
 from rope_mm.data.order import seeded
 
-STACKS = {"train": 30_000, "test": 6_000}
+TRAIN, TEST = 30_000, 8_000  # stacks
 BLOCK = 8  # digits are padded with black to whole blocks of as many pixels: 28 x 28 to 32 x 32
 
 
@@ -21,22 +20,23 @@ def stacked_digits() -> DatasetDict:
     return stack_digits(captioned_digits())
 
 
-def stack_digits(splits: DatasetDict) -> DatasetDict:
-    """Stacks of three digits each, the same at every call: red, green and blue are digits of one split.
+def stack_digits(splits: DatasetDict, train: int = TRAIN, test: int = TEST) -> DatasetDict:
+    """Stacks of three digits, the same at every call: red, green and blue are random digits of one split.
 
     Columns: image (RGB), caption ("seven zero three"), number ("703") and label (703).
 
     Raises:
         ValueError: data without columns image and label, or with a label that is no digit.
     """
-    return DatasetDict({name: stack(splits[name], name, count) for name, count in STACKS.items()})
+    counts = {"train": train, "test": test}
+    return DatasetDict({name: stack(splits[name], name, count) for name, count in counts.items()})
 
 
 def stack(digits: Dataset, split: str, count: int) -> Dataset:
     """That many stacks of the rows of a split."""
     if missing := {"image", "label"} - set(digits.column_names):
         raise ValueError(f"stacks are made of columns image and label; the data has no {min(missing)!r}")
-    labels = numpy.asarray(digits["label"])
+    labels = numpy.asarray(list(digits["label"]))
     if labels.min() < 0 or labels.max() > 9:
         raise ValueError(f"stacks are made of digits, labels 0 to 9, not {labels.min()} to {labels.max()}")
     grey = numpy.stack([numpy.asarray(image.convert("L")) for image in digits["image"]])
@@ -79,4 +79,5 @@ def read_npz(path: str) -> DatasetDict:
     columns = {"image": [Picture.fromarray(pixels) for pixels in image], "label": label.tolist()}
     rows = Dataset.from_dict(columns, features=features)
     held = numpy.arange(len(rows)) % 10 == 9
-    return DatasetDict(train=rows.select(numpy.flatnonzero(~held)), test=rows.select(numpy.flatnonzero(held)))
+    splits = {"train": ~held, "test": held}
+    return DatasetDict({name: rows.select(numpy.flatnonzero(part)) for name, part in splits.items()})
