@@ -10,14 +10,15 @@ pip install rope-mm[plots].
 
 import json
 from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from statistics import mean, stdev
 
-import torch
 from adversarial import Adversarial, identify
 from adversarial import main as train
 from tqdm import tqdm
 
+from rope_mm.models.duel import Objective
 from rope_mm.run import checkpoint
 from rope_mm.run.config import run
 from rope_mm.run.log import read_metrics
@@ -29,40 +30,41 @@ Runs = dict[str, list[dict[str, float]]]
 class CompareLosses(Adversarial):
     """Train under every loss with every seed; the configuration is that of `train/adversarial.py`.
 
-    `losses` names the rows; each changes those keys of `loss` that it holds. OUT/table.md, OUT/losses.json
-    and OUT/losses.png are written as runs end.
+    A row is a loss and its penalties, "rpgan+r1+r2", whose gammas are those of `loss.penalties`.
+    OUT/table.md, OUT/losses.json and OUT/losses.png are written as runs end.
     """
 
     out: str = "runs/losses"
     seeds: int = 3
-    losses: dict[str, Any] = field(
-        default_factory=lambda: {
-            "ns": {"name": "ns", "penalties": {}},
-            "rsgan": {"name": "rsgan", "penalties": {}},
-            "rpgan + r1 + r2": {},
-            "gan-qp": {"name": "gan-qp", "penalties": {}},
-        }
-    )
+    losses: list[str] = field(default_factory=lambda: ["ns", "rsgan", "rpgan+r1+r2", "gan-qp"])
     mark: str = "kl"  # what the picture shows over the steps
 
 
-def runs(config: CompareLosses) -> list[tuple[str, Adversarial]]:
-    """Every run with its row; all first seeds come first, so that each row has a number early.
+def objective(row: str, loss: Objective) -> Objective:
+    """The loss of a row such as "rpgan+r1+r2".
 
     Raises:
-        ValueError: no seeds, a loss with a key that the training does not have.
+        ValueError: a penalty without a gamma.
+    """
+    name, *penalties = row.split("+")
+    if lacking := [penalty for penalty in penalties if penalty not in loss.penalties]:
+        raise ValueError(f"losses: {row!r} needs a gamma, loss.penalties.{lacking[0]}")
+    return replace(loss, name=name, penalties={penalty: loss.penalties[penalty] for penalty in penalties})
+
+
+def runs(config: CompareLosses) -> list[tuple[str, Adversarial]]:
+    """Every run with its row; all rows of one seed before the next, so that each has a number early.
+
+    Raises:
+        ValueError: nothing to compare.
     """
     if config.seeds < 1 or not config.losses:
         raise ValueError(f"there is nothing to compare: {config.seeds} seeds, {len(config.losses)} losses")
     common = {f.name: getattr(config, f.name) for f in fields(Adversarial)}
-    known, found = [f.name for f in fields(config.loss)], []
-    for seed in range(config.seed, config.seed + config.seeds):
-        for name, changes in config.losses.items():
-            if unknown := sorted(set(changes) - set(known)):
-                raise ValueError(f"losses.{name} has no {unknown}; a loss has {', '.join(known)}")
-            out = str(Path(config.out) / f"{name.replace(' ', '')}-{seed}")
-            loss = replace(config.loss, **changes)
-            found.append((name, Adversarial(**(common | {"out": out, "seed": seed, "loss": loss}))))
+    found = []
+    for seed, row in product(range(config.seed, config.seed + config.seeds), config.losses):
+        own = {"out": f"{config.out}/{row}-{seed}", "seed": seed, "loss": objective(row, config.loss)}
+        found.append((row, Adversarial(**common | own)))
     return found
 
 
@@ -77,22 +79,26 @@ def result(config: Adversarial) -> dict[str, float]:
 
 
 def table(rows: Runs) -> str:
-    """Markdown: a row for each loss, mean and standard deviation of every mark over the seeds."""
+    """Markdown: a row for each loss, mean ± standard deviation of every mark over the seeds."""
     names = list(next(iter(rows.values()))[0])
     lines = ["| loss | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for loss, marks in rows.items():
-        values = torch.tensor([[mark[name] for name in names] for mark in marks], dtype=torch.float64)
-        spread = values.std(0) if len(values) > 1 else torch.full_like(values[0], float("nan"))
-        cells = [f"{m:.4g} ± {s:.2g}" for m, s in zip(values.mean(0).tolist(), spread.tolist(), strict=True)]
-        lines.append(f"| {loss} | {len(marks)} | " + " | ".join(cells) + " |")
+        columns = [[mark[name] for mark in marks] for name in names]
+        lines.append(f"| {loss} | {len(marks)} | " + " | ".join(map(cell, columns)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def cell(values: list[float]) -> str:
+    """Mean ± standard deviation; of one value, the value."""
+    spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{mean(values):.4g}{spread}"
 
 
 def draw(path: Path, curves: dict[str, list[list[dict]]], mark: str) -> None:
     """A mark over the steps, a colour for each loss and a line for each seed.
 
     Raises:
-        ValueError: no matplotlib.
+        ValueError: no matplotlib, no such mark.
     """
     try:
         from matplotlib.figure import Figure
@@ -103,6 +109,8 @@ def draw(path: Path, curves: dict[str, list[list[dict]]], mark: str) -> None:
     for number, (loss, seeds) in enumerate(curves.items()):
         for seed, metrics in enumerate(seeds):
             seen = [(line["step"], line[mark]) for line in metrics if mark in line]
+            if not seen:
+                raise ValueError(f"the runs have no mark {mark!r}")
             label = loss if seed == 0 else None
             axes.plot(*zip(*seen, strict=True), f"C{number}.-", linewidth=0.8, label=label)
     axes.set(xlabel="step", ylabel=mark, yscale="log")
