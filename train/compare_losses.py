@@ -18,7 +18,7 @@ from adversarial import Adversarial, identify
 from adversarial import main as train
 from tqdm import tqdm
 
-from rope_mm.models.duel import Objective
+from rope_mm.models.objective import Objective
 from rope_mm.run import checkpoint
 from rope_mm.run.config import run
 from rope_mm.run.log import read_metrics
