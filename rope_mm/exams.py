@@ -1,5 +1,6 @@
 """What drawn pictures are judged by: one digit of a caption, or the thousand numbers of stacked digits."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rope_mm.choice import Choice
-from rope_mm.metrics import Judge, prepare_exam, train_judge
+from rope_mm.exam import Judge, prepare_exam, train_judge
+from rope_mm.metrics import mode_statistics, recognition
 
 STACKS = 4_000  # whose digits teach the judge
 EPOCHS = 10
@@ -17,8 +19,15 @@ EPOCHS = 10
 class Marking(Protocol):
     """An exam: which held-out captions to draw, marks of those pictures, and those of real ones."""
 
-    rows: list[int]
-    floor: dict[str, float]
+    @property
+    def rows(self) -> list[int]:
+        """Held-out rows whose captions are to be drawn."""
+        ...
+
+    @property
+    def floor(self) -> dict[str, float]:
+        """What real pictures score."""
+        ...
 
     def mark(self, pictures: Tensor) -> dict[str, float]:
         """Marks of pictures (n, ch, y, x), drawn for the captions of `rows`."""
@@ -38,13 +47,9 @@ def law_of(numbers: Tensor) -> Tensor:
 
 
 def mode_marks(numbers: Tensor, law: Tensor) -> dict[str, float]:
-    """How many modes the numbers (n,) hit, and KL(their shares ‖ law) in nats.
-
-    Even of n numbers drawn from the law itself the KL is about (modes - 1) / 2n.
-    """
-    share = numbers.bincount(minlength=len(law)).double() / len(numbers)
-    kl = torch.xlogy(share, share) - torch.xlogy(share, law)
-    return {"modes": float((share > 0).sum()), "kl": float(kl.sum())}
+    """Of `mode_statistics` what is marked: modes hit, modes with a tenth of their share, KL to the law."""
+    spread = mode_statistics(numbers, law)
+    return {name: spread[name] for name in ("modes", "held", "kl")}
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,7 @@ class Modes:
     """Counts the modes of stacked digits: a judge of single digits reads each channel by itself.
 
     `floor` are the marks of as many real training stacks, if there are as many, and the share of held-out
-    ones that the judge reads rightly.
-    With labels (n,), the drawn pictures are also compared with what was asked.
+    ones that the judge reads rightly. With labels (n,), pictures are also compared with what was asked.
     """
 
     judge: Judge
@@ -63,12 +67,12 @@ class Modes:
     floor: dict[str, float]
 
     def mark(self, pictures: Tensor) -> dict[str, float]:
-        """Modes hit, KL to the data's law, the same less that of real stacks; the share that is as asked."""
+        """Modes and KL to the data's law, the KL less that of real stacks; the share that is as asked."""
         numbers = read_numbers(self.judge, pictures)
         marks = mode_marks(numbers, self.law)
         marks["kl_excess"] = marks["kl"] - self.floor["kl"]
         if self.labels is not None:
-            marks["recognised"] = float((numbers == self.labels).double().mean())
+            marks["recognised"] = recognition(numbers, self.labels)["recognised"]
         return marks
 
 
@@ -101,15 +105,15 @@ def prepare_modes(
     singles = images[:STACKS].flatten(0, 1)[:, None]
     judge = train_judge(singles, digits_of(numbers[:STACKS]).flatten(), seed, EPOCHS)
     law = law_of(numbers)
-    right = (read_numbers(judge, unseen) == held_out).double().mean()
-    floor = mode_marks(read_numbers(judge, images[:pictures]), law) | {"recognised": float(right)}
+    right = recognition(read_numbers(judge, unseen), held_out)["recognised"]
+    floor = mode_marks(read_numbers(judge, images[:pictures]), law) | {"recognised": right}
     first = {number: row for row, number in reversed(list(enumerate(held_out.tolist())))}
     asked = [first[number] for number in sorted(first)]
     rows = [asked[i % len(asked)] for i in range(pictures)]
     return Modes(judge, law, rows, held_out[rows] if captioned else None, floor)
 
 
-EXAMS = Choice(
+EXAMS = Choice[Callable[..., Marking]](
     "exam",
     {
         "caption": prepare_exam,
