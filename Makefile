@@ -5,7 +5,7 @@ py := .venv/bin/python
 # the models here are small: more threads wait longer than they work
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: venv train test bench check peer-tests
+.PHONY: venv train test bench bench-gan check peer-tests
 
 venv: .venv/installed
 
@@ -24,6 +24,9 @@ test: .venv/installed
 bench: .venv/installed
 	PYTHONPATH=.:kernels $(py) kernels/bench/cpu.py
 	PYTHONPATH=.:kernels $(py) kernels/bench/aot.py --quick
+
+bench-gan: .venv/installed
+	$(py) train/compare_losses.py --config configs/adversarial/stacked-digits.yaml --out runs/losses
 
 check: .venv/installed
 	$(py) -m ruff format --check .

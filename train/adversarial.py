@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import batch_indices, draw_augmentation, load_images, seeded
-from rope_mm.exam import prepare_exam
+from rope_mm.exams import EXAMS
 from rope_mm.models import IMAGE_TOKEN, Canvas, load_tokenizer, read_config
 from rope_mm.models.duel import Batch, Duel, Optim
 from rope_mm.models.objective import Objective
@@ -38,14 +38,15 @@ from rope_mm.run.stop import Stop
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Which images: "digits", a folder, a parquet file or a hub name, and the names of its columns."""
+    """Which images, as `load_splits` finds them, and the names of their columns."""
 
     path: str = "digits"
     image: str = "image"
-    caption: str = "caption"
+    caption: str = "caption"  # "" to draw without captions
     label: str = ""  # "" where there is none; then drawn images are shown but not judged
     size: int = 8
     channels: int = 1
+    keep: bool = False  # decode all images at the start and hold them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ class Adversarial:
     ema: float = 0.995
     log_every: int = 10
     sample_every: int = 500
+    exam: str = "caption"  # of EXAMS
     judged: int = 1_000  # images drawn for an evaluation
     checkpoint_every: int = 500
     threads: int = 0  # of torch on the CPU; 0 leaves them to torch
@@ -101,10 +103,11 @@ class Training:
         self.exam = None
         labels, asked = self.images.labels, self.held_out.labels
         if labels is not None and asked is not None and accelerator.is_main_process:
-            known, unknown = range(min(len(labels), EXAMPLES)), range(min(len(asked), EXAMPLES))
+            most = max(EXAMPLES, config.judged)
+            known, unknown = range(min(len(labels), most)), range(min(len(asked), EXAMPLES))
             train = self.images.images(known), labels[: len(known)]
             test = self.held_out.images(unknown), asked[: len(unknown)]
-            self.exam = prepare_exam(train, test, config.judged, config.seed)
+            self.exam = EXAMS[config.exam](train, test, config.judged, config.seed)
 
     def batch(self, turn: int) -> Batch:
         """This process's share of the turn-th batch; its random numbers come from (seed, turn, process)."""
@@ -240,6 +243,11 @@ def check(config: Adversarial) -> None:
         raise ValueError("model.num_channels is data.channels, and model.rope_parameters are rope: set those")
 
 
+def identify(config: Adversarial) -> str:
+    """All that a run depends on, as YAML."""
+    return dump(replace(config, out="", restart=False))
+
+
 def main(config: Adversarial) -> None:
     """Train, resume or print, as the configuration says.
 
@@ -256,8 +264,7 @@ def main(config: Adversarial) -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight it saves
     out, accelerator = Path(config.out), Accelerator(gradient_accumulation_steps=config.accumulate)
     training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
-    identity = dump(replace(config, out="", restart=False))
-    open_folder(out, identity, accelerator, config.restart)
+    open_folder(out, identify(config), accelerator, config.restart)
     result = train(training, out)
     if accelerator.is_main_process:
         checkpoint.write_text(out / "result.json", json.dumps(result, indent=1))

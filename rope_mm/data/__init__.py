@@ -30,3 +30,5 @@ from rope_mm.data.sprites import CLIP_FACTORS as CLIP_FACTORS
 from rope_mm.data.sprites import FACTORS as FACTORS
 from rope_mm.data.sprites import draw_clips as draw_clips
 from rope_mm.data.sprites import draw_sprites as draw_sprites
+from rope_mm.data.stacked import stack_digits as stack_digits
+from rope_mm.data.stacked import stacked_digits as stacked_digits

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rope_mm.data.captioned_sprites import captioned_clips, captioned_sprites
 from rope_mm.data.digits import captioned_digits
+from rope_mm.data.stacked import read_npz, stack_digits, stacked_digits
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -20,7 +21,8 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 class CaptionedImages:
     """Rows of a split as images in [-1, 1] (b, ch, size, size), captions, and labels where there is a column.
 
-    An image of another shape is cropped to a centred square and resized.
+    An image of another shape is cropped to a centred square and resized. Without a caption column all
+    captions are empty. `keep` decodes all images at once and holds their bytes, for small data read often.
 
     Raises:
         ValueError: a column that is missing, with those there are.
@@ -34,9 +36,10 @@ class CaptionedImages:
         image: str = "image",
         caption: str = "caption",
         label: str = "",
+        keep: bool = False,
     ):
         check_rows(rows, channels, image, caption, label)
-        self.captions = read_captions(rows[caption], caption)
+        self.captions = read_captions(rows[caption], caption) if caption else [""] * len(rows)
         self.labels = read_labels(rows[label], label) if label else None
         if not isinstance(rows.features[image], datasets.Image):
             raise ValueError(f"column {image!r} holds {rows.features[image]}, not images")
@@ -44,6 +47,7 @@ class CaptionedImages:
         self.rows = rows.cast_column(image, datasets.Image(decode=False))
         self.size, self.channels = size, channels
         self.image = image
+        self.kept = self.decode(range(len(rows))) if keep else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,19 +59,26 @@ class CaptionedImages:
             ValueError: an image that cannot be decoded, with its row.
         """
         wanted = range(len(self)) if indices is None else [int(i) for i in indices]
-        return torch.stack([self.decode(row, self.rows[row][self.image]) for row in wanted])
+        pixels = self.decode(wanted) if self.kept is None else self.kept[list(wanted)]
+        return pixels / 127.5 - 1
 
     def examples(self, count: int) -> list[str]:
-        """Captions to show: the first of each label in order, or the first different ones."""
+        """Captions to show: of each label the first one, labels evenly apart, or the first different ones."""
         if self.labels is None:
             return list(dict.fromkeys(self.captions))[:count]
         first = dict(reversed(list(zip(self.labels.tolist(), self.captions, strict=True))))
-        return [first[label] for label in sorted(first)][:count]
+        shown = min(count, len(first))
+        return [first[sorted(first)[i * len(first) // shown]] for i in range(shown)]
 
-    def decode(self, row: int, stored: dict) -> Tensor:
-        """One image (ch, size, size) from what `datasets` stores: bytes or a path."""
+    def decode(self, rows: Sequence[int]) -> Tensor:
+        """Pixels (b, ch, size, size) of rows, uint8."""
+        stored = self.rows[list(rows)][self.image]
+        return torch.stack([self.decode_one(row, file) for row, file in zip(rows, stored, strict=True)])
+
+    def decode_one(self, row: int, stored: dict) -> Tensor:
+        """Pixels (ch, size, size) from what `datasets` stores: bytes or a path."""
         try:
-            return fit_picture(open_picture(stored), self.size, self.channels) / 127.5 - 1
+            return fit_picture(open_picture(stored), self.size, self.channels)
         except UNREADABLE as error:
             name = (stored or {}).get("path") or "the image"
             message = f"row {row}, column {self.image!r}: {name} does not decode ({error})"
@@ -135,19 +146,25 @@ EMBEDDED: dict[str, Callable[[], DatasetDict]] = {
     "digits": captioned_digits,
     "sprites": captioned_sprites,
     "clips": captioned_clips,
+    "stacked-digits": stacked_digits,
 }
 
 
 def load_splits(path: str) -> DatasetDict:
-    """Splits train and test of a source in `EMBEDDED`, a folder, a parquet file or a hub name.
+    """Splits train and test of an embedded source, a folder, a parquet or npz file or a hub name.
 
-    Where there is no test or validation split, a fifth of the rows is held out.
+    Where there is no test or validation split, a fifth of the rows is held out. "stacked:PATH" stacks the
+    digits of any of them, as `stack_digits` does.
 
     Raises:
-        ValueError: what `datasets` cannot load.
+        ValueError: what `datasets` cannot load, stacks of what are no digits.
     """
     if path in EMBEDDED:
         return EMBEDDED[path]()
+    if path.startswith("stacked:"):
+        return stack_digits(load_splits(path.removeprefix("stacked:")))
+    if Path(path).suffix == ".npz":
+        return read_npz(path)
     try:
         if Path(path).suffix == ".parquet":
             loaded = datasets.load_dataset("parquet", data_files=path)
@@ -170,9 +187,10 @@ def load_images(
     image: str = "image",
     caption: str = "caption",
     label: str = "",
+    keep: bool = False,
 ) -> tuple[CaptionedImages, CaptionedImages]:
     """Train and test images of a source; see `load_splits` and `CaptionedImages`."""
-    splits, columns = load_splits(path), (image, caption, label)
+    splits, columns = load_splits(path), (image, caption, label, keep)
     return (
         CaptionedImages(splits["train"], size, channels, *columns),
         CaptionedImages(splits["test"], size, channels, *columns),

@@ -1,0 +1,94 @@
+"""Several losses and seeds by one command, on a model of toy size."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from rope_mm.run.config import load
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "adversarial" / "digits.yaml"
+
+
+@pytest.fixture(scope="module")
+def script():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "train"))
+        spec = importlib.util.spec_from_file_location("compare_losses", ROOT / "train" / "compare_losses.py")
+        module = sys.modules["compare_losses"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def flags(out, **changes):
+    settings = {
+        "config": CONFIG, "out": out, "steps": 4, "batch": 2, "judged": 20, "sample_every": 2, "threads": 1,
+        "model.hidden_size": 16, "model.intermediate_size": 16, "model.num_hidden_layers": 1, "seeds": 2,
+        "mark": "frechet", "losses": "[ns, rpgan+r1]", **changes,
+    }  # fmt: skip
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def compare(script, out, **changes):
+    script.main(load(script.CompareLosses, flags(out, **changes)))
+
+
+def test_losses_are_compared_over_seeds_and_nothing_is_done_twice(script, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "losses"
+    compare(script, out)
+    printed = capsys.readouterr().out
+    rows = json.loads((out / "losses.json").read_text())
+    assert {name: len(marks) for name, marks in rows.items()} == {"ns": 2, "rpgan+r1": 2}
+    assert (out / "table.md").read_text() in printed
+    assert (out / "losses.png").stat().st_size > 5000
+    for name in ("ns-0", "ns-1", "rpgan+r1-0", "rpgan+r1-1"):
+        run = (out / name / "run.yaml").read_text()
+        assert f"seed: {name[-1]}" in run
+        assert ("name: ns" in run) == name.startswith("ns")
+        assert ("r1: 2.0" in run) == name.startswith("rpgan")
+        assert "r2" not in run  # which the config has, but no row
+    monkeypatch.setattr(script, "train", None)
+    compare(script, out)
+    assert json.loads((out / "losses.json").read_text()) == rows
+
+
+def test_a_run_that_was_cut_off_is_trained_to_its_end(script, tmp_path, monkeypatch):
+    out, trained, real = tmp_path / "losses", [], script.train
+    compare(script, out, seeds=1, losses="[ns]")
+    before = (out / "losses.json").read_text()
+    (out / "ns-0" / "result.json").unlink()
+    monkeypatch.setattr(script, "train", lambda config: (trained.append(config.out), real(config)))
+    compare(script, out, seeds=1, losses="[ns]")
+    assert trained == [str(out / "ns-0")]
+    assert (out / "losses.json").read_text() == before
+
+
+def test_the_table_holds_means_and_standard_deviations(script):
+    rows = {
+        "ns": [{"kl": 1.0, "modes": 999.0}, {"kl": 3.0, "modes": 1000.0}],
+        "ours": [{"kl": 0.5, "modes": 7.0}],
+    }
+    assert script.table(rows).splitlines() == [
+        "| loss | seeds | kl | modes |",
+        "|---|---|---|---|",
+        "| ns | 2 | 2 ± 1.4 | 999.5 ± 0.71 |",
+        "| ours | 1 | 0.5 | 7 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 0}, "nothing to compare: 0 seeds"),
+        ({"losses": "[]"}, "nothing to compare: 2 seeds, 0 losses"),
+        ({"losses": "[ns+r3]"}, r"'ns\+r3' needs a gamma, loss\.penalties\.r3"),
+        ({"losses": "[nss]"}, "GAN loss 'nss' is unknown"),
+        ({"losses": "[ns]", "mark": "fid"}, "no mark 'fid'"),
+    ],
+)
+def test_bad_input_is_refused(script, changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        compare(script, tmp_path / "losses", **changes)

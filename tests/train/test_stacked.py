@@ -1,0 +1,73 @@
+"""Two steps of every configuration of stacked digits, as it is but for the size of batch and data."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+
+from rope_mm.data import stack_digits
+from rope_mm.run.config import load
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "train" / "adversarial.py"
+CONFIGS = ROOT / "configs" / "adversarial"
+
+
+@pytest.fixture(scope="module")
+def adversarial():
+    spec = importlib.util.spec_from_file_location("adversarial", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "adversarial", module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.fixture
+def two_steps(adversarial, tmp_path, monkeypatch):
+    """The marks of two small steps of a configuration."""
+    monkeypatch.setattr(stack_digits, "__defaults__", (400, 60))
+
+    def run(config, **changes):
+        out = tmp_path / "run"
+        settings = {
+            "config": CONFIGS / config, "out": out, "steps": 2, "batch": 2, "judged": 40, "threads": 1,
+            **changes,
+        }  # fmt: skip
+        flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        adversarial.main(load(adversarial.Adversarial, flags))
+        return json.loads((out / "result.json").read_text()), out / "samples" / "step-000002.png"
+
+    return run
+
+
+def test_without_captions_modes_are_counted(two_steps):
+    marks, sheet = two_steps("stacked-digits.yaml")
+    assert set(marks) == {
+        "modes", "held", "kl", "kl_excess", "real_modes", "real_held", "real_kl", "real_recognised",
+    }  # fmt: skip
+    assert 1 <= marks["modes"] <= 40
+    assert sheet.exists()
+
+
+@pytest.mark.parametrize("caption", ["number", "caption"])
+def test_with_captions_it_is_also_asked_whether_the_digits_are_those(caption, two_steps):
+    marks, _ = two_steps("stacked-digits-captioned.yaml", **{"data.caption": caption})
+    assert {"modes", "recognised"} < set(marks)
+
+
+def test_the_same_seed_gives_the_same_marks(two_steps):
+    one, _ = two_steps("stacked-digits.yaml")
+    two, _ = two_steps("stacked-digits.yaml", restart="true")
+    assert one == two
+
+
+def test_stacked_mnist_trains_from_a_file_of_arrays(two_steps, tmp_path):
+    labels = numpy.arange(200) // 10 % 10  # so that of each digit some are held out and some are not
+    image = numpy.random.default_rng(0).integers(0, 255, (200, 28, 28), dtype="uint8")
+    numpy.savez(tmp_path / "mnist.npz", image=image, label=labels)
+    marks, _ = two_steps("stacked-mnist.yaml", **{"data.path": f"stacked:{tmp_path}/mnist.npz"})
+    assert set(marks) >= {"modes", "kl_excess", "real_kl"}

@@ -1,0 +1,143 @@
+"""The same training under several losses and seeds: a table, mean +- spread, and a picture.
+
+    make bench-gan
+    python train/compare_losses.py --config configs/adversarial/stacked-digits.yaml --out runs/losses
+
+Each run is one of `train/adversarial.py` in OUT/<loss>-<seed>: the same command again resumes the one that
+was interrupted and does not train again what is done. The picture wants matplotlib:
+pip install rope-mm[plots].
+"""
+
+import json
+from dataclasses import dataclass, field, fields, replace
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+
+from adversarial import Adversarial, identify
+from adversarial import main as train
+from tqdm import tqdm
+
+from rope_mm.models.objective import Objective
+from rope_mm.run import checkpoint
+from rope_mm.run.config import run
+from rope_mm.run.log import read_metrics
+
+Runs = dict[str, list[dict[str, float]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareLosses(Adversarial):
+    """Train under every loss with every seed; the configuration is that of `train/adversarial.py`.
+
+    A row is a loss and its penalties, "rpgan+r1+r2", whose gammas are those of `loss.penalties`.
+    OUT/table.md, OUT/losses.json and OUT/losses.png are written as runs end.
+    """
+
+    out: str = "runs/losses"
+    seeds: int = 3
+    losses: list[str] = field(default_factory=lambda: ["ns", "rsgan", "rpgan+r1+r2", "gan-qp"])
+    mark: str = "kl"  # what the picture shows over the steps
+
+
+def objective(row: str, loss: Objective) -> Objective:
+    """The loss of a row such as "rpgan+r1+r2".
+
+    Raises:
+        ValueError: a penalty without a gamma.
+    """
+    name, *penalties = row.split("+")
+    if lacking := [penalty for penalty in penalties if penalty not in loss.penalties]:
+        raise ValueError(f"losses: {row!r} needs a gamma, loss.penalties.{lacking[0]}")
+    return replace(loss, name=name, penalties={penalty: loss.penalties[penalty] for penalty in penalties})
+
+
+def runs(config: CompareLosses) -> list[tuple[str, Adversarial]]:
+    """Every run with its row; all rows of one seed before the next, so that each has a number early.
+
+    Raises:
+        ValueError: nothing to compare.
+    """
+    if config.seeds < 1 or not config.losses:
+        raise ValueError(f"there is nothing to compare: {config.seeds} seeds, {len(config.losses)} losses")
+    common = {f.name: getattr(config, f.name) for f in fields(Adversarial)}
+    found = []
+    for seed, row in product(range(config.seed, config.seed + config.seeds), config.losses):
+        own = {"out": f"{config.out}/{row}-{seed}", "seed": seed, "loss": objective(row, config.loss)}
+        found.append((row, Adversarial(**common | own)))
+    return found
+
+
+def result(config: Adversarial) -> dict[str, float]:
+    """The marks of a run, trained as far as it is not yet."""
+    out = Path(config.out)
+    done, made = out / "result.json", out / "run.yaml"
+    whole = done.exists() and made.exists() and made.read_text().endswith("\n" + identify(config))
+    if config.restart or not whole:
+        train(config)
+    return json.loads(done.read_text())
+
+
+def table(rows: Runs) -> str:
+    """Markdown: a row for each loss, mean ± standard deviation of every mark over the seeds."""
+    names = list(next(iter(rows.values()))[0])
+    lines = ["| loss | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for loss, marks in rows.items():
+        columns = [[mark[name] for mark in marks] for name in names]
+        lines.append(f"| {loss} | {len(marks)} | " + " | ".join(map(cell, columns)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(values: list[float]) -> str:
+    """Mean ± standard deviation; of one value, the value."""
+    spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{mean(values):.4g}{spread}"
+
+
+def draw(path: Path, curves: dict[str, list[list[dict]]], mark: str) -> None:
+    """A mark over the steps, a colour for each loss and a line for each seed.
+
+    Raises:
+        ValueError: no matplotlib, no such mark.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("the picture wants matplotlib: pip install rope-mm[plots]") from None
+    figure = Figure((7, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, (loss, seeds) in enumerate(curves.items()):
+        for seed, metrics in enumerate(seeds):
+            seen = [(line["step"], line[mark]) for line in metrics if mark in line]
+            if not seen:
+                raise ValueError(f"the runs have no mark {mark!r}")
+            label = loss if seed == 0 else None
+            axes.plot(*zip(*seen, strict=True), f"C{number}.-", linewidth=0.8, label=label)
+    axes.set(xlabel="step", ylabel=mark, yscale="log")
+    axes.legend()
+    checkpoint.write_file(path, lambda part: figure.savefig(part, format="png", dpi=120))
+
+
+def main(config: CompareLosses) -> None:
+    """Run what is not yet done; table and picture after each run.
+
+    Raises:
+        ValueError: as `train/adversarial.py`; no matplotlib.
+    """
+    out, rows, curves = Path(config.out), {}, {}
+    for name, each in (bar := tqdm(runs(config), desc="losses")):
+        bar.set_postfix_str(each.out)
+        marks = result(each)
+        if config.dry_run or not marks:
+            continue
+        rows.setdefault(name, []).append(marks)
+        curves.setdefault(name, []).append(read_metrics(Path(each.out)))
+        checkpoint.write_text(out / "losses.json", json.dumps(rows, indent=1))
+        checkpoint.write_text(out / "table.md", table(rows))
+        draw(out / "losses.png", curves, config.mark)
+    if rows:
+        print(f"\n{table(rows)}\n{out}/table.md   {out}/losses.png")
+
+
+if __name__ == "__main__":
+    run(main, CompareLosses)
