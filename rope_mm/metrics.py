@@ -111,8 +111,10 @@ def mode_statistics(labels: Tensor, weights: Tensor) -> dict[str, float]:
     `kl` is KL(shares‖weights); `kl_floor`, (K - 1) / 2n, is what n true samples have of it on average.
 
     Raises:
-        ValueError: no labels, or one that is no mode.
+        ValueError: no labels, one that is no mode, a weight that is not positive.
     """
+    if not (weights > 0).all():
+        raise ValueError(f"every mode needs a positive weight, and {int((weights <= 0).sum())} have none")
     if not len(labels) or labels.min() < 0 or labels.max() >= len(weights):
         raise ValueError(f"labels must be some of 0..{len(weights) - 1}, not {labels.tolist()[:5]}...")
     shares = labels.bincount(minlength=len(weights)).double() / len(labels)

@@ -157,6 +157,8 @@ def test_true_samples_have_the_sampling_floor_of_divergence_on_average():
 
 @pytest.mark.parametrize("labels", [[0, 4], [-1, 0], []])
 def test_a_label_that_is_no_mode_is_refused(labels):
+    with pytest.raises(ValueError, match="positive weight, and 1 have none"):
+        mode_statistics(torch.tensor([0]), torch.tensor([1.0, 0.0]))
     with pytest.raises(ValueError, match=r"labels must be some of 0\.\.3"):
         mode_statistics(torch.tensor(labels, dtype=torch.long), torch.ones(4))
 
