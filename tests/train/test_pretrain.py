@@ -248,6 +248,9 @@ def test_a_model_writes_draws_and_goes_on_when_asked(whole, tmp_path, capsys):
         assert moving.n_frames == 5
         first = evaluate.read_frames(str(drawn), 4, 1)
         assert torch.equal(first[:3], evaluate.read_frames(str(clip), 4, 1))
+    ask("--extend", clip, "--frames", 9, "--cache", "rolling", "--to", drawn)
+    with Picture.open(drawn) as moving:
+        assert moving.n_frames == 12
 
 
 def test_what_a_model_was_not_taught_is_refused(data, tmp_path):
