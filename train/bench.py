@@ -227,7 +227,7 @@ def main() -> None:
     text = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(**text)
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=6)
     flags = parser.parse_args()
     torch.set_num_threads(1)
     rounds = 4 if flags.quick else flags.rounds

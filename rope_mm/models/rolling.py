@@ -1,6 +1,6 @@
 """A cache that rolls: keys are kept unrotated, so that what stays can move to other places."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class RollingCache(DynamicCache):
 
     def drop(self, start: int, stop: int) -> None:
         """Forget the tokens from start to stop; those after them move up."""
-        for layer in self.layers:
+        for layer in cast(Any, self.layers):
             layer.keys, layer.values = (
                 torch.cat([x[..., :start, :], x[..., stop:, :]], -2) for x in (layer.keys, layer.values)
             )
