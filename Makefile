@@ -24,6 +24,7 @@ test: .venv/installed
 bench: .venv/installed
 	PYTHONPATH=.:kernels $(py) kernels/bench/cpu.py
 	PYTHONPATH=.:kernels $(py) kernels/bench/aot.py --quick
+	PYTHONPATH=.:kernels:kernels/bench $(py) train/bench.py --quick
 
 bench-gan: .venv/installed
 	$(py) train/compare_losses.py --config configs/adversarial/stacked-digits.yaml --out runs/losses

@@ -3,12 +3,14 @@
     python train/evaluate.py --model OUT/model --caption picture.png
     python train/evaluate.py --model OUT/model --draw "a red square" --to drawn.png
     python train/evaluate.py --model OUT/model --extend clip.gif --frames 4 --to longer.gif
+    python train/evaluate.py --model OUT/model --extend clip.gif --frames 400 --cache rolling --to long.gif
 
 A clip is an animated picture, such as GIF, WebP or PNG.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image as Picture
@@ -32,6 +34,7 @@ class Evaluate:
     extend: str = ""
     words: str = ""  # that say what the clip shows, for a model that reads them before it
     frames: int = 4  # that the clip goes on for
+    cache: Literal["whole", "rolling"] = "whole"  # rolling: of as many frames as a clip it learned from
     seed: int = 0
     to: str = "drawn.png"
 
@@ -87,7 +90,9 @@ def main(config: Evaluate) -> None:
     if config.extend:
         frames = read_frames(config.extend, size, channels)
         prompt = teller.prompt("film", config.words, frames[0])
-        write_frames(Path(config.to), teller.film([prompt], [frames], config.frames, generator)[0])
+        window = teller.form.frames if config.cache == "rolling" else None
+        drawn = teller.film([prompt], [frames], config.frames, generator, window)
+        write_frames(Path(config.to), drawn[0])
         print(config.to)
 
 

@@ -41,6 +41,7 @@ from rope_mm.run.ema import Ema
 from rope_mm.run.folder import open_folder
 from rope_mm.run.loop import Pace, train
 from rope_mm.run.schedule import SCHEDULES
+from rope_mm.run.speed import Cost, count_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,7 @@ class Pretrain:
     checkpoint_every: int = 500
     workers: int = 0  # processes that prepare batches ahead
     threads: int = 0  # of torch on the CPU; 0 leaves them to torch
+    profile: int = 0  # steps, after the first ones, of which rotary's share is printed
     restart: bool = False
     dry_run: bool = False
 
@@ -131,7 +133,7 @@ class Training:
         if critical:
             critic, optimizer = self.prepare(RopeMMCritic(settings), config.optim.critic_betas)
             self.rival = Rival(critic, optimizer, config.loss, accelerator)
-        self.tokens = 0
+        self.tokens, self.flops, self.cost = 0, 0.0, Cost.of(model)
         form = Form.of(self.held_out, config.data.templates, self.head.steps)
         self.teller = Teller(self.average.model, self.processor, form)
 
@@ -152,9 +154,18 @@ class Training:
         """An update of the model, and of its critic; what all processes lost."""
         self.set_rates(step)
         pack = moved(next(self.packs), self.accelerator.device)
-        counts = [pack.tokens, pack.words, len(pack.noise), len(pack.whole.patches) if pack.whole else 0]
-        tokens, words, patches, documents = self.total(torch.tensor(counts, dtype=torch.float64)).tolist()
+        pairs = count_pairs(pack.document, pack.attention_mask)
+        counts = [
+            pack.tokens,
+            pairs,
+            pack.words,
+            len(pack.noise),
+            len(pack.whole.patches) if pack.whole else 0,
+        ]
+        totals = self.total(torch.tensor(counts, dtype=torch.float64)).tolist()
+        tokens, pairs, words, patches, documents = totals
         self.tokens += int(tokens)
+        self.flops += self.cost.flops(tokens, pairs)  # of the model; a critic's are its rival's
         out = self.model(**pack.inputs(), labels=pack.labels, num_items_in_batch=max(words, 1))
         drawn = out.patches[pack.draft]
         terms, seen = {"words": out.loss}, {}
@@ -241,8 +252,9 @@ def check(config: Pretrain) -> None:
     for name in ("steps", "batch", "length", "log_every", "sample_every", "checkpoint_every"):
         if (value := getattr(config, name)) < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
-    if min(config.threads, config.workers) < 0:
-        raise ValueError(f"threads and workers must be 0 or more, not {config.threads} and {config.workers}")
+    for name in ("threads", "workers", "profile"):
+        if (value := getattr(config, name)) < 0:
+            raise ValueError(f"{name} must be 0 or more, not {value}")
     if config.data.join < 1 or not config.data.paths or not config.data.templates:
         raise ValueError("data.join must be at least 1, and data.paths and data.templates name something")
     if "num_channels" in config.model or "rope_parameters" in config.model:
@@ -271,9 +283,9 @@ def main(config: Pretrain) -> None:
             f"batch {config.batch} has no document for some of {accelerator.num_processes} processes"
         )
     training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
-    open_folder(out, dump(replace(config, out="", restart=False)), accelerator, config.restart)
+    open_folder(out, dump(replace(config, out="", profile=0, restart=False)), accelerator, config.restart)
     pace = Pace(config.steps, config.log_every, config.sample_every, config.checkpoint_every)
-    result = train(training, pace, out)
+    result = train(training, pace, out, config.profile)
     if accelerator.is_main_process:
         checkpoint.write_text(out / "result.json", json.dumps(result, indent=1))
         print(json.dumps(result, indent=1))

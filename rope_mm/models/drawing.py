@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from rope_mm.models.rolling import RollingCache
 from rope_mm.models.stories import Sequences
 
 
@@ -15,6 +16,7 @@ def draw_frames(
     noise: Tensor,
     steps: int = 1,
     shown: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Patches (b, t, n, p) drawn from noise of that shape at the end of sequences, frame after frame.
 
@@ -23,17 +25,30 @@ def draw_frames(
     each goes an equal part of the way from the noise to what the pass has drawn. `shown` (b, m, p) are the
     patches of what stands before. With t or steps > 1 padding is on the left.
 
+    With a window the sequences end in so many frames, shown ones included. Once they are full, the oldest is
+    forgotten for every new one and the others move up, so that no distance is longer than in these sequences.
+
     Raises:
-        ValueError: fewer than 1 step.
+        ValueError: fewer than 1 step, a window of fewer than 2 frames.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     (b, t, n, _), inputs = noise.shape, sequences.inputs()
+    if window is not None and window < 2:
+        raise ValueError(f"window must be at least 2 frames, the one before and the one drawn, not {window}")
     cached = t > 1 or (steps > 1 and not model.config.scheme.needs_length)
-    cache, length = DynamicCache() if cached else None, sequences.input_ids.shape[1]
+    length, cache = sequences.input_ids.shape[1], DynamicCache() if cached else None
     frames, start, before = [], 0, noise[:, :0, 0] if shown is None else shown
+    room, oldest = t, length - (window or 0) * n
+    if window is not None:
+        cache = RollingCache(model.model.rotary, sequences.positions)
+        places = int((sequences.input_ids[0] == model.config.image_token_id).sum())
+        room = (places - before.shape[1]) // n
     for frame in range(t):
-        end = length - (t - 1 - frame) * n
+        end = length - max(0, room - 1 - frame) * n
+        if isinstance(cache, RollingCache) and frame >= room:
+            cache.drop(oldest, oldest + n)
+            start -= n
         here = noise[:, frame]
         for step in range(steps):
             chunk = {name: x[..., start:end] for name, x in inputs.items() if name != "rope_deltas"}

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,6 +23,7 @@ from rope_mm.heads import PatchHead, ScoreHead
 from rope_mm.models.border import count_tokens, documents, from_border, make_mask
 from rope_mm.models.eager import eager_attention
 from rope_mm.models.generation import PictureGeneration
+from rope_mm.models.rolling import QueryTurn, RollingCache
 from rope_mm.rotary import Rotary
 
 from .configuration_rope_mm import RopeMMConfig  # beside this file also where a saved model brings its code
@@ -167,7 +169,10 @@ class RopeMMModel(RopeMMPreTrainedModel):
         if past_key_values is not None:
             self.check_cache(document)
         mask = make_mask(self.config, x, attention_mask, past_key_values, rank, document)
-        turn = self.rotary.turn(positions, x.dtype)  # once; every layer uses the same
+        with record_function("rotary angles"):  # by which name a profile finds it
+            turn = self.rotary.turn(positions, x.dtype)  # once; every layer uses the same
+        if isinstance(past_key_values, RollingCache):
+            turn = QueryTurn(**vars(turn))
         for block in self.blocks:
             x = block(x, turn, mask, past_key_values=past_key_values, position_ids=count, **kwargs)
         return BaseModelOutputWithPast(self.norm(x), past_key_values)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -166,27 +167,32 @@ class RopeMMProcessor(ProcessorMixin):
         generator: torch.Generator | None = None,
         steps: int = 1,
         begun: Sequence[Part] | None = None,
+        window: int | None = None,
     ) -> Tensor:
         """Pictures (b, ch, y, x) or clips (b, t, ch, y, x) after captions, or after documents.
 
         A frame takes so many steps, one pass each. `begun` are clips that the drawn ones go on from; they and
-        the pictures of all documents are equal in size.
+        the pictures of all documents are equal in size. With a `window` a frame sees of its clip so many
+        frames at most, itself among them; they stand as in a clip of that length, however long this one is.
         """
         (t, y, x), width = grid.grid, self.num_channels * self.patch_size**2
         none = torch.zeros(0, width)
         clips = [self.read(clip, 1.0)[1] for clip in begun] if begun else [none] * len(prompts)
+        window = None if window is None or window >= t else window
+        held = grid if window is None else replace(grid, t=window)
+        last = len(clips[0]) if window is None else min(len(clips[0]), (window - 1) * y * x)
         stories, shown = [], []
         for prompt, clip in zip(prompts, clips, strict=True):
             story, seen = self.see([prompt] if isinstance(prompt, str) else prompt)
-            stories.append([*story, grid])
-            shown.append(torch.cat([none, *seen, clip]))
+            stories.append([*story, held])
+            shown.append(torch.cat([none, *seen, clip[len(clip) - last :]]))
         noise = torch.randn(len(stories), t - len(clips[0]) // (y * x), y * x, width, generator=generator)
         before, noise = (part.to(model.device, model.dtype) for part in (torch.stack(shown), noise))
         sequences = arrange(stories, self.tokenizer, self.scheme, "left").to(model.device)
-        drawn = draw_frames(model, sequences, noise, steps, before)
+        drawn = draw_frames(model, sequences, noise, steps, before, window)
         first = torch.stack(clips).to(drawn).unflatten(1, (-1, y * x))
-        frames = torch.cat([first, drawn], 1).flatten(0, 1)
-        raster = frames[:, token_order(Image(y, x), self.scheme).argsort()]
+        patches = torch.cat([first, drawn], 1).flatten(0, 1)
+        raster = patches[:, token_order(Image(y, x), self.scheme).argsort()]
         pixels = to_images(raster, y, x, self.patch_size).unflatten(0, (-1, t))
         return pixels if isinstance(grid, Video) else pixels[:, 0]
 

@@ -112,11 +112,12 @@ class Teller:
         begun: Sequence[Tensor],
         frames: int,
         generator: torch.Generator,
+        window: int | None = None,
     ) -> Tensor:
-        """Clips (b, t, ch, y, x) after prompts: those begun, and so many frames more."""
+        """Clips (b, t, ch, y, x) after prompts: those begun, and so many frames more; see `draw`."""
         side = self.form.size // self.processor.patch_size
         grid = Video(frames + (len(begun[0]) if begun else 0), side, side)
-        return self.processor.draw(self.model, prompts, grid, generator, self.form.steps, begun)
+        return self.processor.draw(self.model, prompts, grid, generator, self.form.steps, begun, window)
 
 
 def pixels_of(part: str | Shown) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from rope_mm.run.folder import agree, resume, save
 from rope_mm.run.log import Log
+from rope_mm.run.profile import profiled
+from rope_mm.run.speed import Speed, peak_flops
 from rope_mm.run.stop import Stop
 
 
@@ -24,10 +26,11 @@ class Pace:
 
 
 class Training(Protocol):
-    """What is trained; `tokens` counts those it has read."""
+    """What is trained; `tokens` counts those it has read, `flops` what the model did with them."""
 
     accelerator: Accelerator
     tokens: int
+    flops: float
 
     def begin(self, step: int) -> None:
         """Make ready to go on from a step."""
@@ -46,8 +49,10 @@ class Training(Protocol):
         ...
 
 
-def train(training: Training, pace: Pace, out: Path) -> dict[str, float]:
+def train(training: Training, pace: Pace, out: Path, profile: int = 0) -> dict[str, float]:
     """Train from the last checkpoint on, or from the start; the marks at the end.
+
+    After the first steps so many are profiled, and rotary's share of their time is printed.
 
     Raises:
         KeyboardInterrupt: somebody asked to stop; a checkpoint was saved.
@@ -55,16 +60,19 @@ def train(training: Training, pace: Pace, out: Path) -> dict[str, float]:
     accelerator = training.accelerator
     step, marks = resume(out, accelerator), None
     training.begin(step)
-    then, read = time.perf_counter(), training.tokens
+    take = profiled(training.step, profile, print) if profile else training.step
+    peak = peak_flops(accelerator.device)
+    speed = Speed(peak and peak * accelerator.num_processes)
+    then, read, done = time.perf_counter(), training.tokens, training.flops
     with Stop() as stop, Log(out, pace.steps, step, desc=str(out), main=accelerator.is_main_process) as log:
         while step < pace.steps:
-            terms = training.step(step)
+            terms = take(step)
             step += 1
             last = step == pace.steps
             if last or step % pace.log_every == 0:
                 numbers = {name: float(term) for name, term in terms.items()}
-                speed = (training.tokens - read) / (time.perf_counter() - then)
-                log(step, {"tokens/s": speed}, **numbers)
+                passed = time.perf_counter() - then
+                log(step, speed(training.tokens - read, training.flops - done, passed), **numbers)
             if last or step % pace.sample_every == 0:
                 marks = training.look(out / "samples" / f"step-{step:06d}")
                 if marks:
@@ -75,7 +83,7 @@ def train(training: Training, pace: Pace, out: Path) -> dict[str, float]:
             if stopping and not last:
                 raise KeyboardInterrupt(stop.signal)
             if last or step % pace.log_every == 0:
-                then, read = time.perf_counter(), training.tokens
+                then, read, done = time.perf_counter(), training.tokens, training.flops
     if marks is None:  # the run was whole already
         marks = training.look(out / "samples" / f"step-{step:06d}")
     training.save_model(out / "model")

@@ -94,6 +94,15 @@ def whole(data, tmp_path_factory):
     return out
 
 
+def test_a_profile_prints_rotary_s_share_and_changes_nothing(data, tmp_path, capsys):
+    train(data, tmp_path / "plain")
+    assert "rotary's share" not in capsys.readouterr().out
+    train(data, tmp_path / "profiled", profile=1)
+    assert "rotary's share of step time" in capsys.readouterr().out
+    plain, profiled = weights(tmp_path / "plain"), weights(tmp_path / "profiled")
+    assert all(torch.equal(plain[name], profiled[name]) for name in plain)
+
+
 def test_a_run_leaves_metrics_samples_and_a_model_that_loads(whole):
     result = json.loads((whole / "result.json").read_text())
     assert set(result) == {"held_out_words", "held_out_mse", "caption_exact", "narrate_exact"}
@@ -239,6 +248,9 @@ def test_a_model_writes_draws_and_goes_on_when_asked(whole, tmp_path, capsys):
         assert moving.n_frames == 5
         first = evaluate.read_frames(str(drawn), 4, 1)
         assert torch.equal(first[:3], evaluate.read_frames(str(clip), 4, 1))
+    ask("--extend", clip, "--frames", 9, "--cache", "rolling", "--to", drawn)
+    with Picture.open(drawn) as moving:
+        assert moving.n_frames == 12
 
 
 def test_what_a_model_was_not_taught_is_refused(data, tmp_path):
@@ -256,7 +268,7 @@ def test_what_a_model_was_not_taught_is_refused(data, tmp_path):
         ({"head": "floww"}, "head 'floww' is unknown; did you mean 'flow'"),
         ({"length": 10}, "does not fit a row of 10; raise the length"),
         ({"batch": 0}, "batch must be at least 1, not 0"),
-        ({"workers": -1}, "threads and workers must be 0 or more"),
+        ({"workers": -1}, "workers must be 0 or more"),
         ({"data.templates": "['{title}']"}, "template '{title}' fits no source"),
         ({"data.join": 0}, "data.join must be at least 1"),
         ({"model.num_channels": 3}, "model.num_channels is data.channels"),

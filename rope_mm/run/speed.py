@@ -1,0 +1,74 @@
+"""How fast a run is: tokens and floating-point operations a second, and their share of what a GPU can do."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# dense bfloat16 FLOP/s of data sheets, by a part of the device's name, of which the first that fits counts
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What a device can do at most, FLOP/s in bfloat16; None where nobody has written it down."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def count_pairs(document: Tensor, mask: Tensor) -> int:
+    """Pairs of tokens of one document, each with itself too; documents (b, s), and 0 at padding (b, s)."""
+    row = torch.arange(len(document), device=document.device)[:, None]
+    number = row * (document.max() + 1) + document
+    return int(torch.bincount(number.flatten(), mask.flatten()).square().sum())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of training a decoder, forward and backward (arXiv 2204.02311, appendix B).
+
+    A token costs 6 for every weight that multiplies it, a pair of tokens in attention 12 for every channel of
+    all heads and layers: 2 products of 2 operations, thrice. What a mask hides within a document is counted,
+    as in the paper; what it hides between documents is not.
+    """
+
+    weights: int
+    channels: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Cost":
+        """The cost of a model with a config in Hugging Face's names; to look words up costs nothing."""
+        sizes: Any = model.config
+        tables = {m.weight: None for m in model.modules() if isinstance(m, nn.Embedding)}
+        used = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+        looked_up = sum(table.numel() for table in tables if table not in used)
+        channels = sizes.num_hidden_layers * sizes.num_attention_heads * sizes.head_dim
+        return cls(sum(p.numel() for p in model.parameters()) - looked_up, channels)
+
+    def flops(self, tokens: float, pairs: float) -> float:
+        """FLOPs of so many tokens, of which so many pairs attend."""
+        return 6 * self.weights * tokens + 12 * self.channels * pairs
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a progress line says of speed; `peak` is of all devices together, FLOP/s, None if not known."""
+
+    peak: float | None
+
+    def __call__(self, tokens: float, flops: float, seconds: float) -> dict[str, float]:
+        """Tokens a second, and model FLOP utilisation as a share of the peak, or GFLOP/s without one."""
+        rate = flops / seconds
+        used = {"GFLOP/s": rate / 1e9} if self.peak is None else {"MFU": rate / self.peak}
+        return {"tokens/s": tokens / seconds} | used

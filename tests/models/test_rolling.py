@@ -1,0 +1,101 @@
+"""Clips longer than anything trained: a window whose keys are rotated afresh."""
+
+import pytest
+import torch
+
+from rope_mm import SCHEMES, Video
+from rope_mm.models import (
+    RopeMMForConditionalGeneration,
+    RopeMMProcessor,
+    arrange,
+    load_tokenizer,
+    read_config,
+)
+from rope_mm.models.drawing import draw_frames
+from rope_mm.models.rolling import RollingCache
+
+GRID = 2, 2  # patches of a frame
+
+
+def make(scheme, layers=2, **rope):
+    torch.manual_seed(0)
+    config = read_config(
+        hidden_size=64, intermediate_size=48, num_attention_heads=2, num_key_value_heads=2,
+        num_hidden_layers=layers, rope_parameters={"scheme": scheme, **rope},
+    )  # fmt: skip
+    return RopeMMForConditionalGeneration(config).eval()
+
+
+def place(model, frames):
+    """Two prompts of unequal length and a clip."""
+    stories = [[words, Video(frames, *GRID)] for words in ("a", "some")]
+    return arrange(stories, load_tokenizer(), model.config.scheme, "left")
+
+
+def noise_of(model, frames, start=0):
+    noise = torch.randn(2, 9, 4, model.config.patch_width, generator=torch.Generator().manual_seed(1))
+    return noise[:, start : start + frames]
+
+
+@pytest.mark.parametrize("scheme", [name for name, scheme in SCHEMES.items() if not scheme.needs_length])
+def test_until_it_is_full_a_window_is_a_cache_like_any_other(scheme):
+    model = make(scheme)
+    sequences, noise = place(model, 3), noise_of(model, 3)
+    whole, rolling = (draw_frames(model, sequences, noise, 2, window=window) for window in (None, 3))
+    torch.testing.assert_close(rolling, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("scheme", ["rope-tv-causal", "m-rope", "flat", "mixed"])
+def test_a_full_window_draws_as_if_the_clip_began_in_it(scheme, steps):
+    model, window = make(scheme, layers=1), 3  # of one layer, whose keys know their own token alone
+    drawn = draw_frames(model, place(model, window), noise_of(model, 7), steps, window=window)
+    for frame in range(window, 7):
+        before = drawn[:, frame - window + 1 : frame].flatten(1, 2)
+        alone = draw_frames(model, place(model, window), noise_of(model, 1, frame), steps, before)
+        torch.testing.assert_close(drawn[:, frame], alone[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_keys_that_move_up_are_rotated_to_where_they_now_stand():
+    model, window = make("rope-tv-causal", layers=1, theta=10.0), 3
+    drawn = draw_frames(model, place(model, window), noise_of(model, 5), window=window)
+    changed = noise_of(model, 5).clone()
+    changed[:, 0] += 1  # forgotten by the fourth frame, but for what the second and third made of it
+    other = draw_frames(model, place(model, window), changed, window=window)
+    assert not torch.equal(drawn[:, 1], other[:, 1])
+    whole = draw_frames(model, place(model, 5), noise_of(model, 5))
+    torch.testing.assert_close(drawn[:, :3], whole[:, :3], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(drawn[:, 3], whole[:, 3], atol=1e-3)
+
+
+def test_a_full_window_grows_no_more(monkeypatch):
+    lengths, update = [], RollingCache.update
+
+    def record(self, *args, **kwargs):
+        k, v = update(self, *args, **kwargs)
+        lengths.append(k.shape[-2])
+        return k, v
+
+    monkeypatch.setattr(RollingCache, "update", record)
+    model = make("rope-tv-causal", layers=1)
+    draw_frames(model, place(model, 3), noise_of(model, 8), window=3)
+    assert lengths == [8, 12, *[16] * 6]  # a prompt of four, then one, two and three frames of four
+
+
+def test_a_processor_goes_on_with_a_clip_in_a_window():
+    model = make("rope-tv-causal")
+    processor = RopeMMProcessor.from_config(model.config, load_tokenizer())
+    begun = [torch.rand(4, 1, 4, 4), torch.rand(4, 1, 4, 4)]
+
+    def draw(frames, window, begun=begun):
+        generator = torch.Generator().manual_seed(0)
+        return processor.draw(model, ["a", "b"], Video(frames, *GRID), generator, 1, begun, window)
+
+    clips = draw(9, 3)
+    assert clips.shape == (2, 9, 1, 4, 4)
+    torch.testing.assert_close(clips[:, :4], torch.stack(begun))
+    late = draw(9, 3, [torch.cat([1 - clip[:2], clip[2:]]) for clip in begun])
+    assert torch.equal(clips[:, 4:], late[:, 4:])  # of what began only two frames are in the window
+    assert torch.equal(draw(6, 6), draw(6, None))
+    with pytest.raises(ValueError, match="window must be at least 2 frames"):
+        draw(9, 1)

@@ -1,0 +1,250 @@
+"""What training costs: steps beside transformers', packing, memory by length, rotary's share.
+
+    PYTHONPATH=kernels/bench python train/bench.py            all tables
+    PYTHONPATH=kernels/bench python train/bench.py --quick    small sizes and few rounds
+
+A step is forward, backward and AdamW, in one thread. Contenders take turns in one process, and a time is the
+thread's own. A ratio is the median over the rounds of (median of one's turn) / (median of the other's); the
+spread is its quartiles.
+"""
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import cpu
+import report
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from rope_mm.data import seeded
+from rope_mm.data.documents import Document, Shown
+from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer, read_config
+from rope_mm.models.packing import Packer
+from rope_mm.models.picture_heads import from_noise
+from rope_mm.run.profile import measure_share
+
+GOAL = 1.1  # of a step over Llama's
+VOCAB = len(load_tokenizer())
+
+
+class Size(NamedTuple):
+    """A model, and what it reads in a step: so many rows of so many words."""
+
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    rows: int
+    words: int
+
+    def settings(self) -> dict[str, Any]:
+        """As transformers' configs name them."""
+        return {
+            "hidden_size": self.width,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.width // self.heads,
+            "vocab_size": VOCAB,
+            "tie_word_embeddings": True,
+        }
+
+
+SMALL = Size(64, 128, 2, 2, 2, 16, 256)  # that of configs/pretrain/tiny.yaml
+LARGE = Size(256, 768, 4, 8, 4, 4, 512)
+
+
+def ours(size: Size) -> nn.Module:
+    """RopeMM of a size."""
+    return RopeMMForConditionalGeneration(read_config(**size.settings())).train()
+
+
+MODELS: dict[str, Callable[[Size], nn.Module]] = {
+    "RopeMM": ours,
+    "Llama": lambda size: LlamaForCausalLM(LlamaConfig(**size.settings())).train(),
+    "Qwen3": lambda size: Qwen3ForCausalLM(Qwen3Config(**size.settings())).train(),
+}
+
+
+def trainer(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], None]:
+    """A step of a model on these inputs."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+
+    def step() -> None:
+        loss = model(**inputs, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def spread(times: dict[str, list], one: str, other: str) -> tuple[float, float, float]:
+    """Median and quartiles of a ratio over the rounds: (low, median, high)."""
+    low, median, high = statistics.quantiles(
+        [x / y for x, y in zip(times[one], times[other], strict=True)], n=4
+    )
+    return low, median, high
+
+
+def steps_table(sizes: list[Size], rounds: int) -> str:
+    """RopeMM's step over those of transformers' models, on words alone."""
+    rows = []
+    for size in sizes:
+        ids = torch.randint(VOCAB - 2, (size.rows, size.words), generator=seeded("bench"))
+        inputs = {"input_ids": ids, "labels": ids}
+        times = cpu.play(
+            {name: trainer(make(size), inputs) for name, make in MODELS.items()}, rounds, time.thread_time
+        )
+        for other in ("Llama", "Qwen3"):
+            low, ratio, high = spread(times, "RopeMM", other)
+            ms = (f"{1e3 * statistics.median(times[name]):.1f}" for name in ("RopeMM", other))
+            goal = f"<= {GOAL}" + ", missed" * (ratio > GOAL) if other == "Llama" else ""
+            shape = f"{size.width} x {size.layers}", f"{size.rows} x {size.words}"
+            rows.append((*shape, *ms, other, f"{ratio:.2f} ({low:.2f} to {high:.2f})", goal))
+    return report.table(
+        ("width x layers", "words", "ms", "ms of", "the other", "ratio (quartiles)", "goal"), rows
+    )
+
+
+def uneven(count: int, longest: int) -> list[Document]:
+    """Documents of words about a picture, up to so many bytes, short ones more often than long ones."""
+    draw, pixels = random.Random(0), torch.zeros(1, 8, 8)
+    sizes = [round(longest ** draw.random()) for _ in range(count)]
+    return [["a" * size, Shown(pixels), "b" * (1 + size // 2)] for size in sizes]
+
+
+def packing_table(size: Size, rounds: int) -> str:
+    """Tokens a second of documents packed, and of the same padded to the longest."""
+    model = ours(size)
+    processor = RopeMMProcessor(load_tokenizer())
+    documents = uneven(24, size.words // 2)
+    pack = Packer(processor, size.words, from_noise)(documents, [seeded("bench")] * len(documents))
+    read = [[part if isinstance(part, str) else part.pixels for part in d] for d in documents]
+    padded = dict(processor(documents=read, return_labels=True, padding_side="right"))
+    ways = {"packed": pack.inputs() | {"labels": pack.labels}, "padded": padded}
+    times = cpu.play(
+        {name: trainer(model, inputs) for name, inputs in ways.items()}, rounds, time.thread_time
+    )
+    tokens = {name: int(inputs["attention_mask"].sum()) for name, inputs in ways.items()}
+    rows = []
+    for name, inputs in ways.items():
+        speed = tokens[name] / statistics.median(times[name])
+        rows.append((name, " x ".join(map(str, inputs["input_ids"].shape)), tokens[name], f"{speed:.0f}"))
+    low, ratio, high = (x * tokens["packed"] / tokens["padded"] for x in spread(times, "padded", "packed"))
+    said = f"packed over padded: {ratio:.2f} ({low:.2f} to {high:.2f}) times the tokens a second"
+    return report.table(("way", "rows", "tokens", "tokens/s"), rows) + f"\n\n{said}"
+
+
+def peak_memory(step: Callable[[], None], device: str) -> int:
+    """Bytes that a step allocates at most, over what there is before it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    events = cast(Any, seen.profiler).kineto_results.events()
+    held = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def seconds(step: Callable[[], None], device: str) -> float:
+    """Of a step, its median of three."""
+    found = []
+    for _ in range(3):
+        start = time.perf_counter() if device == "cuda" else time.thread_time()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        found.append((time.perf_counter() if device == "cuda" else time.thread_time()) - start)
+    return statistics.median(found)
+
+
+# backend, whether patches see each other, which takes a mask, and where it trains
+WAYS = {
+    "sdpa, words alone (no mask)": ("sdpa", False, ("cpu", "cuda")),
+    "sdpa, with pictures (a mask of s x s)": ("sdpa", True, ("cpu", "cuda")),
+    "flex_attention, with pictures": ("flex_attention", True, ("cuda",)),
+    "flash_attention_2, words alone": ("flash_attention_2", False, ()),
+}
+
+
+def length_rows(way: str, size: Size, lengths: list[int], device: str) -> list[tuple]:
+    """Memory and time of one row of each length, in one way of attention."""
+    backend, pictures, where = WAYS[way]
+    if device not in where:
+        return [(way, "", "not measured", "", "")]
+    model, rows = ours(size).to(device), []
+    cast(PreTrainedModel, model).set_attn_implementation(backend)
+    for length in lengths:
+        ids = torch.randint(VOCAB - 2, (1, length), generator=seeded("bench")).to(device)
+        rank: Tensor = torch.arange(length, device=device)[None] // 16
+        step = trainer(model, {"input_ids": ids, "labels": ids} | ({"rank": rank} if pictures else {}))
+        step()  # makes the optimiser's state
+        taken, peak = seconds(step, device), peak_memory(step, device)
+        rows.append(
+            (way, length, f"{peak / 2**20:.0f}", f"{peak / 2**10 / length:.0f}", f"{1e3 * taken:.0f}")
+        )
+    return rows
+
+
+def lengths_table(size: Size, lengths: list[int]) -> str:
+    """Length of a row against memory and time of its step."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = [row for way in WAYS for row in length_rows(way, size, lengths, device)]
+    return report.table(("attention", "tokens", "MiB at most", "KiB a token", "ms"), rows)
+
+
+def share_lines(sizes: list[Size]) -> str:
+    """Rotary's share of a step on words, by size."""
+    lines = []
+    for size in sizes:
+        ids = torch.randint(VOCAB - 2, (size.rows, size.words), generator=seeded("bench"))
+        step = trainer(ours(size), {"input_ids": ids, "labels": ids})
+        step()
+        lines.append(
+            f"{size.width} x {size.layers}, {size.rows} x {size.words} words: {measure_share(step, 3)}"
+        )
+    return "\n\n".join(lines)
+
+
+def main() -> None:
+    """Read the flags, measure, print the tables."""
+    text = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(**text)
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
+    parser.add_argument("--rounds", type=int, default=6)
+    flags = parser.parse_args()
+    torch.set_num_threads(1)
+    rounds = 4 if flags.quick else flags.rounds
+    sizes = [SMALL] if flags.quick else [SMALL, LARGE]
+    lengths = [256, 512, 1024] if flags.quick else [512, 1024, 2048, 4096]
+    print(
+        *(f"{key}: {value}" for key, value in report.provenance(("torch", "transformers")).items()), sep="\n"
+    )
+    tables = {
+        "A step on words": partial(steps_table, sizes, rounds),
+        "Packed and padded": partial(packing_table, sizes[-1], rounds),
+        "Length, memory and time": partial(lengths_table, sizes[-1], lengths),
+        "Rotary's share": partial(share_lines, sizes),
+    }
+    for title, make in tables.items():
+        print(f"\n## {title}\n\n{make()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
