@@ -37,9 +37,9 @@ def from_noise(blocks: int, generator: torch.Generator) -> Tensor:
     return torch.zeros(blocks)
 
 
-def anywhere(blocks: int, generator: torch.Generator) -> Tensor:
-    """Drafts are anywhere on the way."""
-    return torch.rand(blocks, generator=generator)
+def nearer_noise(blocks: int, generator: torch.Generator) -> Tensor:
+    """Drafts are anywhere on the way, more of them near its start: logit-normal."""
+    return (0.8 * torch.randn(blocks, generator=generator) - 0.8).sigmoid()
 
 
 HEADS = Choice(
@@ -47,7 +47,7 @@ HEADS = Choice(
     {
         "mse": Head(from_noise, torch.ones_like, 1, "the mean of all pictures that fit, in one pass"),
         "flow": Head(
-            anywhere,
+            nearer_noise,
             lambda time: (1 - time).clamp(min=NEAR) ** -2,
             16,
             "arXiv 2210.02747; ‖v̂ - v‖² of v = x - noise by x̂, arXiv 2511.13720; no time, arXiv 2502.13129",
