@@ -84,8 +84,11 @@ class Teller:
         """What stands before a task's column, its columns filled with these words or this picture or clip.
 
         Raises:
-            ValueError: a task that needs a picture before it where none came.
+            ValueError: a task that needs a picture before it where none came, words without a token.
         """
+        tokenizer = self.processor.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        if tokenizer.unk_token_id in tokenizer(words, add_special_tokens=False)["input_ids"]:
+            raise ValueError(f"{words!r} has words that the model was not taught; give some of its data's")
         parts: list[Part] = []
         for part in self.form.task(name).before:
             value = (
