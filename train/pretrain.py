@@ -119,8 +119,7 @@ class Training:
             rope_parameters=config.rope,
         )
         self.processor = RopeMMProcessor.from_config(settings, tokenizer)
-        critical = self.head.weigh is None
-        packer = Packer(self.processor, config.length, self.head.times, critical)
+        packer = Packer(self.processor, config.length, self.head.times, self.head.critical)
         share = accelerator.num_processes, accelerator.process_index
         self.feed = Feed(documents, packer, config.seed, config.batch, *share)
         self.exam = Feed(self.held_out, replace(packer, whole=False), config.seed, config.batch)
@@ -129,7 +128,7 @@ class Training:
         accelerator.register_for_checkpointing(self.average)
         self.model, self.optimizer = self.prepare(model, config.optim.betas)
         self.rival = None
-        if critical:
+        if self.head.critical:
             critic, optimizer = self.prepare(RopeMMCritic(settings), config.optim.critic_betas)
             self.rival = Rival(critic, optimizer, config.loss, accelerator)
         self.tokens = 0
@@ -160,7 +159,7 @@ class Training:
         drawn = out.patches[pack.draft]
         terms, seen = {"words": out.loss}, {}
         if self.rival is None:
-            terms[self.config.head] = self.head.loss(drawn, pack.target, pack.time) / max(patches, 1)
+            terms[self.config.head] = self.head.loss(drawn, pack.target) / max(patches, 1)
         else:
             whole = cast(Any, pack.whole)
             part = len(whole.patches) / documents
@@ -223,7 +222,7 @@ class Training:
         out = self.average.model(**pack.inputs(), labels=pack.labels)
         marks = {"held_out_words": float(out.loss)}
         if self.rival is None and len(pack.noise):
-            lost = self.head.loss(out.patches[pack.draft], pack.target, pack.time) / len(pack.noise)
+            lost = self.head.loss(out.patches[pack.draft], pack.target) / len(pack.noise)
             marks[f"held_out_{self.config.head}"] = float(lost)
         for source in filter(EXAMS.__contains__, self.config.data.paths):
             marks |= EXAMS[source].mark(self.teller, self.held_out)
