@@ -22,6 +22,18 @@ def to_images(patches: Tensor, y: int, x: int, size: int) -> Tensor:
     return rearrange(patches, "b (y x) (ch p q) -> b ch (y p) (x q)", y=y, x=x, p=size, q=size)
 
 
+class PatchMap(nn.Linear):
+    """Patches (n, p) -> (n, c). Weights times `gain` make any patch as loud as one of 2 x 2 numbers.
+
+    At the scale of other weights a patch of many numbers drowns the vector of the image word, by which
+    attention tells places.
+    """
+
+    def __init__(self, patch_width: int, width: int):
+        super().__init__(patch_width, width, bias=False)
+        self.gain = 2 / patch_width**0.5
+
+
 class Embed(nn.Module):
     """A vector for every word, and a linear map for every patch, added to the vector of the image word.
 
@@ -31,7 +43,7 @@ class Embed(nn.Module):
     def __init__(self, vocab: int, width: int, patch_width: int):
         super().__init__()
         self.words = nn.Embedding(vocab, width)
-        self.patches = nn.Linear(patch_width, width, bias=False)
+        self.patches = PatchMap(patch_width, width)
 
     def forward(self, x: Tensor, patches: Tensor | None, places: Tensor) -> Tensor:
         """Words x (b, s, c) with patches (b, n, p) or (n, p) added, in order, at places (b, s).

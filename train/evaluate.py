@@ -5,7 +5,7 @@
     python train/evaluate.py --model OUT/model --extend clip.gif --frames 4 --to longer.gif
     python train/evaluate.py --model OUT/model --extend clip.gif --frames 400 --cache rolling --to long.gif
 
-A clip is an animated picture, such as GIF, WebP or PNG.
+A clip is an animated picture, such as GIF, WebP or PNG. sprites:3 and clips:3 are row 3 of what is held out.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from PIL import ImageSequence, UnidentifiedImageError
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data.images import MODES, fit_picture
+from rope_mm.data.images import EMBEDDED, MODES, fit_picture, load_splits
 from rope_mm.models.telling import Teller
 from rope_mm.run.checkpoint import write_file
 from rope_mm.run.config import run
@@ -33,6 +33,7 @@ class Evaluate:
     draw: str = ""
     extend: str = ""
     words: str = ""  # that say what the clip shows, for a model that reads them before it
+    given: int = 0  # frames of the clip to go on from; 0 takes all
     frames: int = 4  # that the clip goes on for
     cache: Literal["whole", "rolling"] = "whole"  # rolling: of as many frames as a clip it learned from
     seed: int = 0
@@ -40,19 +41,28 @@ class Evaluate:
 
 
 def read_frames(path: str, size: int, channels: int) -> Tensor:
-    """The frames (t, ch, size, size) of a picture, one if it is not animated.
+    """The frames (t, ch, size, size) of a picture, one if it is not animated, or of source:row.
 
     Raises:
-        ValueError: a file that is no picture.
+        ValueError: a file that is no picture, a row that is not there.
     """
+    source, colon, row = path.rpartition(":")
     try:
-        with Picture.open(path) as picture:
-            return (
-                torch.stack([fit_picture(f, size, channels) for f in ImageSequence.Iterator(picture)]) / 127.5
-                - 1
-            )
-    except (OSError, UnidentifiedImageError) as error:
+        if colon and source in EMBEDDED:
+            shown = find_row(source, int(row))
+        else:
+            with Picture.open(path) as picture:
+                shown = [frame.copy() for frame in ImageSequence.Iterator(picture)]
+    except (OSError, UnidentifiedImageError, ValueError, IndexError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from None
+    return torch.stack([fit_picture(frame, size, channels) for frame in shown]) / 127.5 - 1
+
+
+def find_row(source: str, row: int) -> list[Picture.Image]:
+    """The frames of a held-out row of embedded data, its caption printed."""
+    found = load_splits(source)["test"][row]
+    print(f"{source}:{row} {found['caption']}")
+    return found.get("frames") or [found["image"]]
 
 
 def write_frames(path: Path, frames: Tensor, zoom: int = 8) -> None:
@@ -89,6 +99,7 @@ def main(config: Evaluate) -> None:
         print(config.to)
     if config.extend:
         frames = read_frames(config.extend, size, channels)
+        frames = frames[: config.given or None]
         prompt = teller.prompt("film", config.words, frames[0])
         window = teller.form.frames if config.cache == "rolling" else None
         drawn = teller.film([prompt], [frames], config.frames, generator, window)

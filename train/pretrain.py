@@ -33,6 +33,7 @@ from rope_mm.models.objective import Objective
 from rope_mm.models.packing import Pack, Packer, moved
 from rope_mm.models.picture_heads import HEADS
 from rope_mm.models.rival import Rival
+from rope_mm.models.sprite_exam import EXAMS
 from rope_mm.models.telling import Form, Teller, show
 from rope_mm.run import checkpoint
 from rope_mm.run.alarm import finite, keep_batch
@@ -81,7 +82,7 @@ class Pretrain:
     steps: int = 2_000
     batch: int = 64  # documents a step, of all processes together
     length: int = 256  # tokens, drafts included, that documents are packed to
-    tokenizer: str = "bytes"
+    tokenizer: str = "bytes"  # or words, those of the data; a folder or a hub name
     data: Data = field(default_factory=Data)
     rope: dict[str, Any] = field(default_factory=lambda: {"scheme": "rope-tv-causal"})
     model: dict[str, Any] = field(default_factory=dict)  # fields of RopeMMConfig
@@ -105,7 +106,12 @@ class Training:
 
     def __init__(self, config: Pretrain, accelerator: Accelerator):
         self.config, self.accelerator, self.head = config, accelerator, HEADS[config.head]
-        tokenizer = load_tokenizer(config.tokenizer)
+        splits = [load_splits(path) for path in config.data.paths]
+        chosen = asdict(config.data)
+        del chosen["paths"]
+        documents = Documents([split["train"] for split in splits], **chosen)
+        self.held_out = Documents([split["test"] for split in splits], **chosen)
+        tokenizer = load_tokenizer(config.tokenizer, documents.texts())
         torch.manual_seed(config.seed)
         settings = read_config(
             **{"num_channels": config.data.channels, **config.model},
@@ -115,13 +121,7 @@ class Training:
             rope_parameters=config.rope,
         )
         self.processor = RopeMMProcessor.from_config(settings, tokenizer)
-        splits = [load_splits(path) for path in config.data.paths]
-        chosen = asdict(config.data)
-        del chosen["paths"]
-        documents = Documents([split["train"] for split in splits], **chosen)
-        self.held_out = Documents([split["test"] for split in splits], **chosen)
-        critical = self.head.weigh is None
-        packer = Packer(self.processor, config.length, self.head.times, critical)
+        packer = Packer(self.processor, config.length, self.head.times, self.head.critical)
         share = accelerator.num_processes, accelerator.process_index
         self.feed = Feed(documents, packer, config.seed, config.batch, *share)
         self.exam = Feed(self.held_out, replace(packer, whole=False), config.seed, config.batch)
@@ -130,7 +130,7 @@ class Training:
         accelerator.register_for_checkpointing(self.average)
         self.model, self.optimizer = self.prepare(model, config.optim.betas)
         self.rival = None
-        if critical:
+        if self.head.critical:
             critic, optimizer = self.prepare(RopeMMCritic(settings), config.optim.critic_betas)
             self.rival = Rival(critic, optimizer, config.loss, accelerator)
         self.tokens, self.flops, self.cost = 0, 0.0, Cost.of(model)
@@ -170,7 +170,7 @@ class Training:
         drawn = out.patches[pack.draft]
         terms, seen = {"words": out.loss}, {}
         if self.rival is None:
-            terms[self.config.head] = self.head.loss(drawn, pack.target, pack.time) / max(patches, 1)
+            terms[self.config.head] = self.head.loss(drawn, pack.target) / max(patches, 1)
         else:
             whole = cast(Any, pack.whole)
             part = len(whole.patches) / documents
@@ -233,8 +233,10 @@ class Training:
         out = self.average.model(**pack.inputs(), labels=pack.labels)
         marks = {"held_out_words": float(out.loss)}
         if self.rival is None and len(pack.noise):
-            lost = self.head.loss(out.patches[pack.draft], pack.target, pack.time) / len(pack.noise)
+            lost = self.head.loss(out.patches[pack.draft], pack.target) / len(pack.noise)
             marks[f"held_out_{self.config.head}"] = float(lost)
+        for source in filter(EXAMS.__contains__, self.config.data.paths):
+            marks |= EXAMS[source].mark(self.teller, self.held_out)
         return marks | show(self.teller, self.held_out, path)
 
     def save_model(self, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Rows of data sets told by templates as documents of words, pictures and clips; which row packs which."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any, cast
@@ -150,6 +150,15 @@ class Documents:
 
     def __len__(self) -> int:
         return self.ends[-1]
+
+    def texts(self) -> Iterator[str]:
+        """All words: those of the templates, then those of every row, column by column."""
+        for template in self.templates:
+            yield from (part for part in template if isinstance(part, str))
+        for rows in self.sources:
+            for name in rows.column_names:
+                if self.kinds[name] == "words":
+                    yield from filter(None, cast(Any, rows[name]).to_pylist())
 
     def batch(self, seed: int, step: int, batch: int) -> list[list[int]]:
         """Numbers of the rows in each document of a step's batch, each row once in an epoch."""

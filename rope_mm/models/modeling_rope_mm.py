@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from rope_mm.attention import Attention
 from rope_mm.blocks import Block
-from rope_mm.embed import Embed
+from rope_mm.embed import Embed, PatchMap
 from rope_mm.heads import PatchHead, ScoreHead
 from rope_mm.models.border import count_tokens, documents, from_border, make_mask
 from rope_mm.models.eager import eager_attention
@@ -90,7 +90,8 @@ class RopeMMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            gain = module.gain if isinstance(module, PatchMap) else 1.0
+            nn.init.normal_(module.weight, std=self.config.initializer_range * gain)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 

@@ -1,6 +1,5 @@
 """Heads for pictures: how drafts begin, what is lost on what they became, and in how many steps one draws."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,27 +8,25 @@ from torch import Tensor
 from rope_mm.choice import Choice
 from rope_mm.models.packing import Times
 
-NEAR = 0.05  # the least part of the way that a flow's loss takes to be left: it divides by its square
-
 
 @dataclass(frozen=True)
 class Head:
     """What the model learns to do with a draft; it predicts the patch itself, whatever the draft.
 
-    `times` (blocks,) tell how far drafts have come when they are read; `weigh` is the weight (m, 1) of each
-    patch's squared error at such times, and None leaves the loss to a critic. `steps` are those of drawing.
+    `times` (blocks,) tell how far drafts have come when they are read, `steps` are those of drawing;
+    `critical` heads leave the loss to a critic.
     """
 
     times: Times
-    weigh: Callable[[Tensor], Tensor] | None
     steps: int
     source: str
+    critical: bool = False
 
-    def loss(self, drawn: Tensor, target: Tensor, time: Tensor) -> Tensor:
-        """Weighted squared errors of patches (m, p), each the mean of its numbers, summed up."""
-        if self.weigh is None:
+    def loss(self, drawn: Tensor, target: Tensor) -> Tensor:
+        """Squared errors of patches (m, p), each the mean of its numbers, summed up."""
+        if self.critical:
             raise ValueError("the loss of this head is a critic's, not a distance; see `Rival`")
-        return (self.weigh(time) * (drawn.float() - target).square()).mean(1).sum()
+        return (drawn.float() - target).square().mean(1).sum()
 
 
 def from_noise(blocks: int, generator: torch.Generator) -> Tensor:
@@ -37,23 +34,24 @@ def from_noise(blocks: int, generator: torch.Generator) -> Tensor:
     return torch.zeros(blocks)
 
 
-def anywhere(blocks: int, generator: torch.Generator) -> Tensor:
-    """Drafts are anywhere on the way."""
-    return torch.rand(blocks, generator=generator)
+def near_noise(blocks: int, generator: torch.Generator) -> Tensor:
+    """Drafts are anywhere on the way, half of them in its first eighth.
+
+    Only there must words be read: later the draft itself tells what it becomes, as its many pixels agree.
+    For the same reason errors are not divided by (1 - time)²: that would weigh the last details most.
+    """
+    return torch.rand(blocks, generator=generator) ** 3
 
 
 HEADS = Choice(
     "head",
     {
-        "mse": Head(from_noise, torch.ones_like, 1, "the mean of all pictures that fit, in one pass"),
+        "mse": Head(from_noise, 1, "the mean of all pictures that fit, in one pass"),
         "flow": Head(
-            anywhere,
-            lambda time: (1 - time).clamp(min=NEAR) ** -2,
-            16,
-            "arXiv 2210.02747; ‖v̂ - v‖² of v = x - noise by x̂, arXiv 2511.13720; no time, arXiv 2502.13129",
+            near_noise, 16, "arXiv 2210.02747; ‖x̂ - x‖² by x̂, arXiv 2511.13720; no time, arXiv 2502.13129"
         ),
         "adversarial": Head(
-            from_noise, None, 1, "a critic of the document with what was drawn, arXiv 1406.2661"
+            from_noise, 1, "a critic of the document with what was drawn, arXiv 1406.2661", critical=True
         ),
     },
 )

@@ -1,6 +1,6 @@
 """Stories of strings and segments -> the tensors that the model reads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import NamedTuple
@@ -13,10 +13,15 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 from rope_mm.attention import ranks
 from rope_mm.lattice import in_blocks
 from rope_mm.models.border import to_border
+from rope_mm.models.vocabulary import word_tokenizer
 from rope_mm.scheme import Scheme
 from rope_mm.segments import Segment, Text
 
 IMAGE_TOKEN = "<image>"
+OWN: dict[str, Callable[[Iterable[str]], PreTrainedTokenizerBase]] = {
+    "bytes": lambda texts: ByT5Tokenizer(extra_ids=0),
+    "words": word_tokenizer,
+}
 PADDING = 0, 0.0, torch.iinfo(torch.int32).max, False  # a rank above all, from which all is seen
 
 
@@ -56,21 +61,25 @@ class Sequences:
         }
 
 
-def load_tokenizer(name: str = "bytes") -> PreTrainedTokenizerBase:
-    """The byte-level tokenizer, which needs no file, or any of Hugging Face's by name or folder.
+def load_tokenizer(name: str = "bytes", texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
+    """A tokenizer of bytes, which needs no file, of the words of texts, or any of Hugging Face's.
+
+    Args:
+        name: "bytes", "words", a folder or a hub name.
+        texts: what "words" is made of.
 
     Raises:
-        ValueError: a name that transformers cannot load.
+        ValueError: a name that transformers cannot load, or no words.
     """
-    if name == "bytes":
-        tokenizer = ByT5Tokenizer(extra_ids=0)
+    if name in OWN:
+        tokenizer = OWN[name](texts)
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
         except OSError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"no tokenizer {name!r}: give bytes, a folder or a hub name ({reason})"
+                f"no tokenizer {name!r}: give bytes, words, a folder or a hub name ({reason})"
             ) from error
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     return tokenizer

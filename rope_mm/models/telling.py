@@ -84,8 +84,11 @@ class Teller:
         """What stands before a task's column, its columns filled with these words or this picture or clip.
 
         Raises:
-            ValueError: a task that needs a picture before it where none came.
+            ValueError: a task that needs a picture before it where none came, words without a token.
         """
+        tokenizer = self.processor.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        if tokenizer.unk_token_id in tokenizer(words, add_special_tokens=False)["input_ids"]:
+            raise ValueError(f"{words!r} has words that the model was not taught; give some of its data's")
         parts: list[Part] = []
         for part in self.form.task(name).before:
             value = (
@@ -119,6 +122,11 @@ class Teller:
         grid = Video(frames + (len(begun[0]) if begun else 0), side, side)
         return self.processor.draw(self.model, prompts, grid, generator, self.form.steps, begun, window)
 
+    def complete(self, prompts: Sequence[Sequence[Part]], true: Tensor, generator: torch.Generator) -> Tensor:
+        """Clips that go on from the first half of true ones (b, t, ch, y, x), after prompts."""
+        given = true.shape[1] // 2
+        return self.film(prompts, list(true[:, :given]), true.shape[1] - given, generator).cpu()
+
 
 def pixels_of(part: str | Shown) -> Tensor:
     """The pixels of what is shown."""
@@ -140,7 +148,7 @@ def spell(document: Document) -> str:
 def show(teller: Teller, held_out: Documents, path: Path) -> dict[str, float]:
     """Samples of every task the model was taught, in files that begin with this path; how much is right.
 
-    Rows of a sheet begin with the true picture or clip; a clip's first frame is given.
+    Rows of a sheet begin with the true picture or clip; a clip's first half is given.
     """
     tasks = find_tasks(held_out.templates, held_out.kinds)
     marks: dict[str, float] = {}
@@ -154,8 +162,7 @@ def show(teller: Teller, held_out: Documents, path: Path) -> dict[str, float]:
     if "film" in tasks:
         asked = held_out.ask(tasks["film"], ROWS)
         true = torch.stack([pixels_of(value) for _, value in asked])
-        prompts = [plain(before) for before, _ in asked]
-        clips = teller.film(prompts, list(true[:, :1]), true.shape[1] - 1, seeded("sheet")).cpu()
+        clips = teller.complete([plain(before) for before, _ in asked], true, seeded("sheet"))
         rows = torch.stack([true, clips], 1).flatten(0, 2)
         names = [spell(before) for before, _ in asked]
         save_sheet(path.with_name(f"{path.name}-clips.png"), rows, names)

@@ -258,3 +258,11 @@ def test_patches_must_be_as_many_as_their_places(config):
         RopeMMModel(config)(**sequences.inputs(), patches=patches[:-1])
     with pytest.raises(ValueError, match="9 x 9 pixels do not divide into patches of 2 x 2"):
         _ = Canvas(config, load_tokenizer(), 9).grid
+
+
+@pytest.mark.parametrize(("patch_size", "channels"), [(2, 1), (8, 3)])
+def test_a_patch_of_any_size_is_as_loud_as_one_of_four_numbers(patch_size, channels):
+    config = read_config(hidden_size=512, patch_size=patch_size, num_channels=channels)
+    embed = RopeMMForConditionalGeneration(config).model.embed
+    seen = embed.patches(torch.randn(64, config.patch_width))
+    assert seen.std().item() == pytest.approx(2 * config.initializer_range, rel=0.1)

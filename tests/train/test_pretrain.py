@@ -16,6 +16,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Picture
 from safetensors.torch import load_file
 
+from rope_mm.data import captioned_clips
 from rope_mm.models import RopeMMForConditionalGeneration
 from rope_mm.models.picture_heads import HEADS
 from rope_mm.models.telling import Teller
@@ -57,9 +58,11 @@ def data(tmp_path_factory):
 def flags(data, out, **changes):
     settings = {
         "config": CONFIG, "out": out, "steps": 4, "batch": 8, "length": 64, "log_every": 1,
-        "sample_every": 100, "checkpoint_every": 2, "threads": 1, "workers": 0, "head": "mse",
-        "model.hidden_size": 16, "model.intermediate_size": 16, "model.num_hidden_layers": 1,
-        "data.paths": f"[{data}]", "data.templates": TEMPLATES, "data.size": 4, "optim.warm_up": 2, **changes,
+        "sample_every": 100, "checkpoint_every": 2, "threads": 1, "workers": 0, "tokenizer": "bytes",
+        "head": "mse", "picture_weight": 1.0, "optim.lr": 2e-3, "optim.warm_up": 2,
+        "model.patch_size": 2, "model.hidden_size": 16, "model.intermediate_size": 16,
+        "model.num_hidden_layers": 1, "model.num_attention_heads": 2, "model.num_key_value_heads": 2,
+        "data.paths": f"[{data}]", "data.templates": TEMPLATES, "data.size": 4, "data.channels": 1, **changes,
     }  # fmt: skip
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
@@ -251,6 +254,29 @@ def test_a_model_writes_draws_and_goes_on_when_asked(whole, tmp_path, capsys):
     ask("--extend", clip, "--frames", 9, "--cache", "rolling", "--to", drawn)
     with Picture.open(drawn) as moving:
         assert moving.n_frames == 12
+
+
+def test_sprites_and_clips_are_examined_and_held_out_rows_are_asked_for_by_number(tmp_path, capsys):
+    out, size = tmp_path / "run", {"data.size": 8, "data.channels": 3, "model.patch_size": 8}
+    size["data.templates"] = "['{caption}{image:draw}', '{image}{caption}', '{frames:draw}{caption}']"
+    train("sprites,clips", out, steps=1, tokenizer="words", **size)
+    marks = {f"{task}_right" for task in ("draw", "caption", "film", "narrate")}
+    assert marks < set(json.loads((out / "result.json").read_text()))
+    capsys.readouterr()
+
+    def ask(*words):
+        evaluate.main(load(evaluate.Evaluate, ["--model", str(out / "model"), *map(str, words)]))
+        return capsys.readouterr().out
+
+    rows, drawn = captioned_clips()["test"], tmp_path / "clip.png"
+    assert ask("--caption", "clips:5").startswith(f"clips:5 {rows[5]['caption']}\n")
+    ask("--extend", "clips:5", "--given", 2, "--frames", 1, "--to", drawn)
+    with Picture.open(drawn) as moving:
+        assert moving.n_frames == 3
+    with pytest.raises(ValueError, match="'a rde circle' has words that the model was not taught"):
+        ask("--draw", "a rde circle")
+    with pytest.raises(ValueError, match="clips:-1000 cannot be read as a picture"):
+        ask("--caption", "clips:-1000")
 
 
 def test_what_a_model_was_not_taught_is_refused(data, tmp_path):
