@@ -30,12 +30,11 @@ from rope_mm.models import (
 )
 from rope_mm.models.feed import Feed
 from rope_mm.models.objective import Objective
-from rope_mm.models.packing import Pack, Packer, moved
+from rope_mm.models.packing import Packer, moved
 from rope_mm.models.picture_heads import HEADS
 from rope_mm.models.rival import Rival
 from rope_mm.models.telling import Form, Teller, show
 from rope_mm.run import checkpoint
-from rope_mm.run.alarm import finite, keep_batch
 from rope_mm.run.config import dump, run
 from rope_mm.run.ema import Ema
 from rope_mm.run.folder import open_folder
@@ -168,7 +167,7 @@ class Training:
             seen = self.rival.update(whole, drawn.detach(), part_of_mean, probes)
             seen = {name: term * part for name, term in seen.items()}
             terms["adversarial"] = self.rival.judge(whole, drawn) * part
-        lost = self.lost(step, terms | seen, pack)
+        lost = self.lost(terms | seen)
         total = terms["words"] + self.config.picture_weight * terms[self.config.head]
         self.optimizer.zero_grad()
         self.accelerator.backward(total * self.accelerator.num_processes)  # of which DDP takes the mean
@@ -184,24 +183,16 @@ class Training:
             return numbers
         return cast(Tensor, self.accelerator.reduce(numbers.to(self.accelerator.device), "sum"))
 
-    def lost(self, step: int, terms: dict[str, Tensor], pack: Pack) -> dict[str, Tensor]:
-        """What all processes lost.
-
-        Raises:
-            ValueError: a loss that is not finite; what this process read is kept.
-        """
+    def lost(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What all processes lost."""
         losses = self.total(torch.stack([term.detach().float() for term in terms.values()]))
-        lost = dict(zip(terms, losses, strict=True))
-        if not finite(lost):
-            bad = ", ".join(name for name, loss in lost.items() if not loss.isfinite())
-            path = Path(self.config.out) / f"nan-step-{step + 1}-{self.accelerator.process_index}.pt"
-            rows = self.feed.documents.batch(self.config.seed, step, self.config.batch)
-            keep_batch(path, step + 1, lost, [{"rows": rows, **pack.inputs(), "labels": pack.labels}])
-            raise ValueError(
-                f"{bad} not finite at step {step + 1}: its rows and batch are in {path}, the last checkpoint "
-                "is as it was; begin anew with lower rates"
-            )
-        return lost
+        return dict(zip(terms, losses, strict=True))
+
+    def batches(self, step: int) -> list[Any]:
+        """The rows of a step's documents, and this process's share as the model reads it."""
+        pack = self.feed[step]
+        rows = self.feed.documents.batch(self.config.seed, step, self.config.batch)
+        return [{"rows": rows, **pack.inputs(), "labels": pack.labels}]
 
     def set_rates(self, step: int) -> None:
         """The learning rates of a step."""

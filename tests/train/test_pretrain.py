@@ -137,7 +137,7 @@ def test_ctrl_c_with_workers_saves_and_workers_change_nothing(whole, data, tmp_p
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)  # as a terminal and a cluster do: to the workers, too
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 143, told.decode()[-2000:]
+    assert process.returncode == 0, told.decode()[-2000:]
     assert len(list((out / "checkpoints").iterdir())) == 2
     train(data, tmp_path / "again", workers=1)
     assert same(tmp_path / "again", whole)
@@ -214,8 +214,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_rows(data, tmp_pa
         run(pretrain.main, pretrain.Pretrain, flags(data, tmp_path / "run"))
     assert stopped.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: words, mse not finite at step 3: its rows and batch are in ")
-    kept = torch.load(tmp_path / "run" / "nan-step-3-0.pt")
+    assert last.startswith("error: words, mse not finite at step 3: its batches are in ")
+    kept = torch.load(tmp_path / "run" / "nan-step-3.pt")
     assert len(kept["batches"][0]["rows"]) == 8
     assert kept["batches"][0]["input_ids"].shape == kept["batches"][0]["labels"].shape
     assert (tmp_path / "run" / "checkpoints" / "step-000002").exists()

@@ -110,7 +110,7 @@ def test_a_run_that_collapses_says_so_in_its_metrics_and_on_the_progress_line(tm
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_ends_with_the_code_of_the_signal(tmp_path):
+def test_sigterm_saves_and_ends_well(tmp_path):
     out = tmp_path / "run"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command(out, steps=4000), env=environment(), **quiet)
@@ -119,7 +119,7 @@ def test_sigterm_saves_and_ends_with_the_code_of_the_signal(tmp_path):
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
+    assert process.wait(60) == 0
     newest = checkpoint.latest(out / "checkpoints")
     checkpoint.verify(newest)
     assert checkpoint.step_of(newest) == (out / "metrics.jsonl").read_text().count("\n")
