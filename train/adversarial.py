@@ -32,6 +32,7 @@ from rope_mm.run.ema import Ema
 from rope_mm.run.folder import open_folder
 from rope_mm.run.loop import Pace, train
 from rope_mm.run.sheet import save_sheet
+from rope_mm.run.trackers import begin_trackers, end_trackers, read_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class Adversarial:
     judged: int = 1_000  # images drawn for an evaluation
     checkpoint_every: int = 500
     threads: int = 0  # of torch on the CPU; 0 leaves them to torch
+    trackers: str = ""  # tensorboard, wandb, trackio, or several with commas between
     restart: bool = False
     dry_run: bool = False
 
@@ -208,14 +210,19 @@ def main(config: Adversarial) -> None:
         torch.set_num_threads(config.threads)
     disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight it saves
-    out, accelerator = Path(config.out), Accelerator(gradient_accumulation_steps=config.accumulate)
+    out, trackers = Path(config.out), read_trackers(config.trackers)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.accumulate, log_with=trackers, project_dir=out
+    )
     training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
     # a batch is of a process, so that their number belongs to what the run is
     identity = f"# processes: {accelerator.num_processes}\n{dump(replace(config, out='', restart=False))}"
     open_folder(out, identity, accelerator, config.restart)
     pace = Pace(config.steps, config.log_every, config.sample_every, config.checkpoint_every)
+    begin_trackers(accelerator, out, config)
     floor = training.exam.floor if training.exam else {}
     result = train(training, pace, out) | {f"real_{name}": mark for name, mark in floor.items()}
+    end_trackers(accelerator)
     if accelerator.is_main_process:
         checkpoint.write_text(out / "result.json", json.dumps(result, indent=1))
         print(json.dumps(result, indent=1))

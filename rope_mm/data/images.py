@@ -138,8 +138,13 @@ EMBEDDED: dict[str, Callable[[], DatasetDict]] = {
 }
 
 
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # of files, by how their names end
+
+
 def load_splits(path: str) -> DatasetDict:
-    """Splits train and test of a source in `EMBEDDED`, a folder, a parquet file or a hub name.
+    """Splits train and test of a source in `EMBEDDED`, a folder, a hub name, parquet or webdataset files.
+
+    Several files are named by a pattern such as "shards/*.tar".
 
     Where there is no test or validation split, a fifth of the rows is held out.
 
@@ -149,8 +154,8 @@ def load_splits(path: str) -> DatasetDict:
     if path in EMBEDDED:
         return EMBEDDED[path]()
     try:
-        if Path(path).suffix == ".parquet":
-            loaded = datasets.load_dataset("parquet", data_files=path)
+        if builder := BUILDERS.get(Path(path).suffix):
+            loaded = datasets.load_dataset(builder, data_files=path)
         else:
             loaded = datasets.load_dataset(path)
     # what a source of any format may raise is for `datasets` to know

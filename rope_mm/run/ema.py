@@ -1,4 +1,4 @@
-"""An exponential moving average of a model's weights, from which one samples."""
+"""What a checkpoint keeps beside models: an exponential moving average of their weights, and a count."""
 
 from copy import deepcopy
 from typing import Any, Generic, TypeVar
@@ -54,3 +54,18 @@ class Ema(Generic[Model]):
         """Go on where `state_dict` was taken."""
         self.model.load_state_dict(state["model"])
         self.updates = state["updates"]
+
+
+class Count:
+    """A number that an interrupted run goes on from; register it for checkpointing, too."""
+
+    def __init__(self):
+        self.count = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The number."""
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.count = state["count"]

@@ -63,7 +63,8 @@ def train(training: Training, pace: Pace, out: Path) -> dict[str, float]:
     step, marks = resume(out, accelerator), None
     training.begin(step)
     then, read = time.perf_counter(), training.tokens
-    with Stop() as stop, Log(out, pace.steps, step, desc=str(out), main=accelerator.is_main_process) as log:
+    told = {"main": accelerator.is_main_process, "also": accelerator.log}
+    with Stop() as stop, Log(out, pace.steps, step, desc=str(out), **told) as log:
         while step < pace.steps:
             terms = training.step(step)
             step += 1
@@ -116,6 +117,6 @@ def refuse(training: Training, out: Path, step: int, terms: Mapping[str, Tensor]
     keep_batch(path, step, terms, training.batches(step - 1))
     lost = [name for name, term in terms.items() if not term.isfinite()] or ["another process's"]
     raise ValueError(
-        f"{', '.join(lost)} not finite at step {step}: its batches are in {path}, the last checkpoint is as it "
-        "was; begin anew with lower rates or, of a critic, larger penalties"
+        f"{', '.join(lost)} not finite at step {step}: its batches are in {path}, the last checkpoint is as "
+        "it was; begin anew with lower rates or, of a critic, larger penalties"
     )

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM as a wish to stop after the step at hand; a second one stops at once.
 
-A run that saved because SIGTERM asked it to has done what it was asked: exit code 0. After Ctrl-C it is 130, and
-after a second signal n, which leaves no time to save, 128 + n.
+A run that saved because SIGTERM asked it to has done what it was asked: exit code 0. After Ctrl-C it is 130,
+and after a second signal n, which leaves no time to save, 128 + n.
 """
 
 import signal

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Picture
 from safetensors.torch import load_file
 
 from rope_mm.models import RopeMMForConditionalGeneration
 from rope_mm.models.picture_heads import HEADS
+from rope_mm.models.rival import Rival
 from rope_mm.models.telling import Teller
 from rope_mm.run.config import load, run
 
@@ -35,23 +34,6 @@ def script(name):
 
 pretrain, evaluate = script("pretrain"), script("evaluate")
 TEMPLATES = "['{caption}{image:draw}', '{image}?{caption}', '{frames:draw}{caption}', '{image}{frames:draw}']"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Bars in a picture of 4 x 4 pixels, and clips of them as they move."""
-    folder = tmp_path_factory.mktemp("bars")
-    bars = [Picture.new("L", (4, 4)) for _ in range(4)]
-    for column, bar in enumerate(bars):
-        bar.paste(255, (column, 0, column + 1, 4))
-    rows = [
-        {"image": bars[i % 4], "frames": [bars[(i + t) % 4] for t in range(3)], "caption": "abcd"[i % 4]}
-        for i in range(16)
-    ]
-    features = Features(image=Image(), frames=List(Image()), caption=Value("string"))
-    bars = Dataset.from_list(rows, features=features)
-    bars.to_parquet(folder / "bars.parquet")
-    return folder / "bars.parquet"
 
 
 def flags(data, out, **changes):
@@ -164,41 +146,13 @@ def test_each_player_of_the_adversarial_head_learns_while_the_other_rests(
 ):
     settings = {"optim.lr": 1e-2, "optim.critic_lr": 1e-2, "loss.penalties": "{r1: 0.0, r2: 0.1}"}
     if resting == "critic":
-        monkeypatch.setattr(pretrain.Rival, "update", lambda *args: {})
+        monkeypatch.setattr(Rival, "update", lambda *args: {})
     else:
         settings["optim.lr"] = 0.0
     train(data, tmp_path / "run", head="adversarial", steps=30, **settings)
     first, *_, last, _ = lines(tmp_path / "run")
     name = "adversarial" if resting == "critic" else "critic"
     assert last[name] < 0.8 * first[name]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head", HEADS)
-def test_two_processes_are_one_with_the_same_documents(head, data, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    settings = {"head": head, "batch": 7, "optim.lr": 1e-3, "optim.critic_lr": 1e-3}
-    train(data, one, **settings)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = [*torchrun, str(ROOT / "train" / "pretrain.py"), *flags(data, two, **settings)]
-
-    def launch():
-        done = subprocess.run(
-            words, env=environment(ACCELERATE_USE_CPU="true"), capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-
-    launch()
-    ours, theirs = weights(two), weights(one)
-    for name, weight in theirs.items():
-        torch.testing.assert_close(ours[name], weight, atol=1e-5, rtol=0, msg=name)
-    for mine, its in zip(lines(two), lines(one), strict=True):
-        assert mine == pytest.approx(its, abs=1e-5, rel=1e-5)
-    if head == "mse":  # and they resume to the bit
-        shutil.copytree(two / "model", tmp_path / "before" / "model")
-        shutil.rmtree(two / "checkpoints" / "step-000004")
-        launch()
-        assert same(two, tmp_path / "before")
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_rows(data, tmp_path, capsys, monkeypatch):
