@@ -32,7 +32,7 @@ from rope_mm.run.ema import Ema
 from rope_mm.run.folder import open_folder
 from rope_mm.run.loop import Pace, train
 from rope_mm.run.sheet import save_sheet
-from rope_mm.run.trackers import begin_trackers, end_trackers, read_trackers
+from rope_mm.run.trackers import read_trackers, tracking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,10 +219,10 @@ def main(config: Adversarial) -> None:
     identity = f"# processes: {accelerator.num_processes}\n{dump(replace(config, out='', restart=False))}"
     open_folder(out, identity, accelerator, config.restart)
     pace = Pace(config.steps, config.log_every, config.sample_every, config.checkpoint_every)
-    begin_trackers(accelerator, out, config)
+    with tracking(accelerator, out, config):
+        result = train(training, pace, out)
     floor = training.exam.floor if training.exam else {}
-    result = train(training, pace, out) | {f"real_{name}": mark for name, mark in floor.items()}
-    end_trackers(accelerator)
+    result |= {f"real_{name}": mark for name, mark in floor.items()}
     if accelerator.is_main_process:
         checkpoint.write_text(out / "result.json", json.dumps(result, indent=1))
         print(json.dumps(result, indent=1))

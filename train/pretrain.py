@@ -39,7 +39,7 @@ from rope_mm.run.config import dump, run
 from rope_mm.run.ema import Count, Ema
 from rope_mm.run.folder import open_folder
 from rope_mm.run.loop import Pace, train
-from rope_mm.run.trackers import begin_trackers, end_trackers, read_trackers
+from rope_mm.run.trackers import read_trackers, tracking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,9 +233,8 @@ def main(config: Pretrain) -> None:
     training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
     open_folder(out, dump(replace(config, out="", restart=False)), accelerator, config.restart)
     pace = Pace(config.steps, config.log_every, config.sample_every, config.checkpoint_every)
-    begin_trackers(accelerator, out, config)
-    result = train(training, pace, out)
-    end_trackers(accelerator)
+    with tracking(accelerator, out, config):
+        result = train(training, pace, out)
     if training.left_out.count:
         result["left_out"] = training.left_out.count
     if accelerator.is_main_process:

@@ -1,5 +1,7 @@
 """Where metrics go besides the run's folder: tensorboard, wandb and trackio, by accelerate."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,16 +28,15 @@ def read_trackers(names: str) -> list[Any] | None:
     return wanted or None
 
 
-def begin_trackers(accelerator: Accelerator, out: Path, config: Any) -> None:
-    """Tell the accelerator's trackers, if it has any, the name of a run's folder and the configuration."""
-    if not accelerator.log_with:
-        return
-    entries = flatten(asdict(config), known_keys(type(config)), "")
-    plain = {key: value if isinstance(value, int | float | str) else str(value) for _, key, value in entries}
-    accelerator.init_trackers(out.name, plain)
-
-
-def end_trackers(accelerator: Accelerator) -> None:
-    """Let trackers write what they hold back."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
+@contextmanager
+def tracking(accelerator: Accelerator, out: Path, config: Any) -> Iterator[None]:
+    """While entered, the accelerator's trackers, if it has any, follow the run of this folder's name."""
+    if accelerator.log_with:
+        entries = flatten(asdict(config), known_keys(type(config)), "")
+        plain = {k: v if isinstance(v, int | float | str) else str(v) for _, k, v in entries}
+        accelerator.init_trackers(out.name, plain)
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()

@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_rows(data, tmp_pa
 
     def poisoned(self, number):
         if number == 2:
-            next(self.model.parameters()).data.fill_(float("nan"))
+            next(self.learner.model.parameters()).data.fill_(float("nan"))
         return step(self, number)
 
     monkeypatch.setattr(pretrain.Training, "step", poisoned)

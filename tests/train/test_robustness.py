@@ -65,9 +65,10 @@ def start(script, out, until, **changes):
     """A process that has logged so many lines."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(script.command(out, **changes), env=environment(), **quiet)
-    for _ in range(1200):
+    for _ in range(2400):
         if lines(out) > until:
             break
+        assert process.poll() is None
         time.sleep(0.05)
     return process
 
@@ -154,6 +155,7 @@ def test_a_run_that_collapses_says_so_in_its_metrics_and_on_the_progress_line(tm
     assert warned["warning"] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(script, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "killed"
     settings = {"steps": 40, "checkpoint_every": 3, "sample_every": 40, "log_every": 1}
