@@ -6,7 +6,7 @@
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train/adversarial.py --config ...
 
 The same command again resumes where the last checkpoint stopped; --restart begins anew, --dry-run prints the
-resolved configuration, Ctrl-C saves and stops.
+resolved configuration, Ctrl-C and SIGTERM save and stop.
 """
 
 import json
@@ -216,7 +216,8 @@ def main(config: Adversarial) -> None:
     )
     training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
     # a batch is of a process, so that their number belongs to what the run is
-    identity = f"# processes: {accelerator.num_processes}\n{dump(replace(config, out='', restart=False))}"
+    described = dump(replace(config, out="", trackers="", restart=False))
+    identity = f"# processes: {accelerator.num_processes}\n{described}"
     open_folder(out, identity, accelerator, config.restart)
     pace = Pace(config.steps, config.log_every, config.sample_every, config.checkpoint_every)
     with tracking(accelerator, out, config):

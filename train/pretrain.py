@@ -1,11 +1,12 @@
 """Pretrain on documents of words, pictures and clips in any order: to write, and to draw.
 
     python train/pretrain.py --config configs/pretrain/tiny.yaml
-    accelerate launch train/pretrain.py --config ...
+    accelerate launch --config_file configs/accelerate/ddp.yaml train/pretrain.py --config ...
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train/pretrain.py --config ...
 
 The same command again resumes where the last checkpoint stopped; --restart begins anew, --dry-run prints the
-resolved configuration, Ctrl-C saves and stops. OUT/model is then for train/evaluate.py.
+resolved configuration, Ctrl-C and SIGTERM save and stop. OUT/model is then for train/evaluate.py. The batch
+is that of all processes together, so that a run may go on with another number of them.
 """
 
 import json
@@ -231,7 +232,7 @@ def main(config: Pretrain) -> None:
     if config.batch < (turns := accelerator.num_processes * config.accumulate):
         raise ValueError(f"batch {config.batch} has no document for some of {turns} turns of processes")
     training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
-    open_folder(out, dump(replace(config, out="", restart=False)), accelerator, config.restart)
+    open_folder(out, dump(replace(config, out="", trackers="", restart=False)), accelerator, config.restart)
     pace = Pace(config.steps, config.log_every, config.sample_every, config.checkpoint_every)
     with tracking(accelerator, out, config):
         result = train(training, pace, out)

@@ -45,7 +45,7 @@ def forget(out, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("head", "steps"), [("mse", 4), ("flow", 20), ("adversarial", 4)])
+@pytest.mark.parametrize(("head", "steps"), [("flow", 20), ("adversarial", 4)])
 def test_two_processes_are_one_with_the_same_documents(head, steps, data, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     settings = {"head": head, "batch": 7, "steps": steps, "checkpoint_every": 2, **SLOWLY}
@@ -91,9 +91,10 @@ def test_blocks_computed_anew_change_nothing(head, data, tmp_path):
 
 @pytest.mark.compile
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own look, at a graph break
 def test_a_compiled_run_is_the_same_run(data, tmp_path):
-    train(data, tmp_path / "eager", head="flow", steps=2)
-    train(data, tmp_path / "compiled", head="flow", steps=2, compile="aot_eager")
+    train(data, tmp_path / "eager", head="flow", steps=1)
+    train(data, tmp_path / "compiled", head="flow", steps=1, compile="aot_eager")
     close(tmp_path / "compiled", tmp_path / "eager")
 
 
