@@ -6,7 +6,7 @@
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train/adversarial.py --config ...
 
 The same command again resumes where the last checkpoint stopped; --restart begins anew, --dry-run prints the
-resolved configuration, Ctrl-C saves and stops.
+resolved configuration, Ctrl-C and SIGTERM save and stop.
 """
 
 import json
@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,13 +27,12 @@ from rope_mm.models import IMAGE_TOKEN, Canvas, load_tokenizer, read_config
 from rope_mm.models.duel import Batch, Duel, Optim
 from rope_mm.models.objective import Objective
 from rope_mm.run import checkpoint
-from rope_mm.run.alarm import finite, keep_batch, warning
 from rope_mm.run.config import dump, run
 from rope_mm.run.ema import Ema
-from rope_mm.run.folder import agree, open_folder, resume, save
-from rope_mm.run.log import Log, read_metrics
+from rope_mm.run.folder import open_folder
+from rope_mm.run.loop import Pace, train
 from rope_mm.run.sheet import save_sheet
-from rope_mm.run.stop import Stop
+from rope_mm.run.trackers import read_trackers, tracking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +74,7 @@ class Adversarial:
     judged: int = 1_000  # images drawn for an evaluation
     checkpoint_every: int = 500
     threads: int = 0  # of torch on the CPU; 0 leaves them to torch
+    trackers: str = ""  # tensorboard, wandb, trackio, or several with commas between
     restart: bool = False
     dry_run: bool = False
 
@@ -100,7 +100,7 @@ class Training:
         self.duel = Duel(model, config.loss, config.optim, accelerator, config.compile, config.checkpointing)
         self.average = Ema(self.duel.unwrapped_generator, config.ema)
         accelerator.register_for_checkpointing(self.average)
-        self.exam = None
+        self.exam, self.tokens, self.flops = None, 0, 0.0
         labels, asked = self.images.labels, self.held_out.labels
         if labels is not None and asked is not None and accelerator.is_main_process:
             most = max(EXAMPLES, config.judged)
@@ -129,6 +129,9 @@ class Training:
             return change
         return lambda patches: self.canvas.patches(change(self.canvas.picture(patches)))
 
+    def begin(self, step: int) -> None:
+        """Nothing: what a step reads is made when it begins."""
+
     def rounds(self, step: int) -> list[list[Batch]]:
         """The batches of a step: `accumulate` for each of `critic_steps` updates."""
         parts, turns = self.config.accumulate, self.config.critic_steps
@@ -140,28 +143,17 @@ class Training:
     def step(self, step: int) -> dict[str, Tensor]:
         """`critic_steps` updates of the critic, then one of the generator; what they lost."""
         self.duel.set_rates(step / self.config.steps)
-        terms = self.duel.play(self.rounds(step))
+        rounds = self.rounds(step)
+        own = sum(int(batch.sequences.mask.sum()) for parts in rounds for batch in parts)
+        self.tokens += own * self.accelerator.num_processes  # about: their captions differ
+        terms = self.duel.play(rounds)
         self.average.update(self.duel.unwrapped_generator)
         return terms
 
-    def stop(self, out: Path, step: int, terms: dict[str, Tensor]) -> NoReturn:
-        """End a run whose numbers of this step, counted from 1, are not finite, and keep what they came from.
-
-        Raises:
-            ValueError: always.
-        """
-        process = self.accelerator
-        share = f"-{process.process_index}" if process.num_processes > 1 else ""
-        path = out / f"nan-step-{step}{share}.pt"
-        batches = [batch for parts in self.rounds(step - 1) for batch in parts]
-        keep_batch(
-            path, step, terms, [vars(b.sequences) | {"real": b.real, "noise": b.noise} for b in batches]
-        )
-        lost = [name for name, term in terms.items() if not term.isfinite()] or ["another process's"]
-        raise ValueError(
-            f"{', '.join(lost)} not finite at step {step}: its batches are in {path}, the last checkpoint is "
-            "as it was; begin anew with lower rates or larger penalties"
-        )
+    def batches(self, step: int) -> list[dict[str, Tensor]]:
+        """What this process reads in a step, as it is kept where a number is not finite."""
+        read = [batch for parts in self.rounds(step) for batch in parts]
+        return [vars(batch.sequences) | {"real": batch.real, "noise": batch.noise} for batch in read]
 
     def look(self, path: Path) -> dict[str, float]:
         """Draw a contact sheet with the averaged generator; its marks, if there is an exam."""
@@ -169,7 +161,9 @@ class Training:
             return {}
         rows = self.held_out.examples(10)
         captions = [caption for caption in rows for _ in range(10)]
-        save_sheet(path, self.canvas.draw(self.average.model, captions, seeded("sheet")), rows)
+        save_sheet(
+            path.with_suffix(".png"), self.canvas.draw(self.average.model, captions, seeded("sheet")), rows
+        )
         if self.exam is None:
             return {}
         asked = [self.held_out.captions[row] for row in self.exam.rows]
@@ -180,44 +174,6 @@ class Training:
         if self.accelerator.is_main_process:
             self.average.model.save_pretrained(path)
             self.canvas.tokenizer.save_pretrained(path)
-
-
-def train(training: Training, out: Path) -> dict[str, float]:
-    """Train from the last checkpoint on, or from the start; the marks at the end.
-
-    Raises:
-        KeyboardInterrupt: somebody asked to stop; a checkpoint was saved.
-    """
-    config, accelerator = training.config, training.accelerator
-    step, marks = resume(out, accelerator), None
-    with (
-        Stop() as stop,
-        Log(out, config.steps, step, desc=config.out, main=accelerator.is_main_process) as log,
-    ):
-        while step < config.steps:
-            terms = training.step(step)
-            step += 1
-            if agree(accelerator, not finite(terms)):
-                training.stop(out, step, terms)
-            last = step == config.steps
-            if last or step % config.log_every == 0:
-                log(step, **terms)
-            if last or step % config.sample_every == 0:
-                marks = training.look(out / "samples" / f"step-{step:06d}.png")
-                if marks:
-                    log(step, **marks)
-                if alarm := warning(read_metrics(out)):
-                    log(step, warning=alarm)
-            stopping = agree(accelerator, stop.asked)
-            if last or stopping or step % config.checkpoint_every == 0:
-                save(out, step, accelerator)
-            if stopping and not last:
-                raise KeyboardInterrupt(stop.signal)
-    if marks is None:  # the run was whole already
-        marks = training.look(out / "samples" / f"step-{step:06d}.png")
-    training.save_model(out / "model")
-    floor = training.exam.floor if training.exam else {}
-    return marks | {f"real_{name}": mark for name, mark in floor.items()}
 
 
 def check(config: Adversarial) -> None:
@@ -245,7 +201,7 @@ def check(config: Adversarial) -> None:
 
 def identify(config: Adversarial) -> str:
     """All that a run depends on, as YAML."""
-    return dump(replace(config, out="", restart=False))
+    return dump(replace(config, out="", trackers="", restart=False))
 
 
 def main(config: Adversarial) -> None:
@@ -262,10 +218,19 @@ def main(config: Adversarial) -> None:
         torch.set_num_threads(config.threads)
     disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight it saves
-    out, accelerator = Path(config.out), Accelerator(gradient_accumulation_steps=config.accumulate)
+    out, trackers = Path(config.out), read_trackers(config.trackers)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.accumulate, log_with=trackers, project_dir=out
+    )
     training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
-    open_folder(out, identify(config), accelerator, config.restart)
-    result = train(training, out)
+    # a batch is of a process, so that their number belongs to what the run is
+    identity = f"# processes: {accelerator.num_processes}\n{identify(config)}"
+    open_folder(out, identity, accelerator, config.restart)
+    pace = Pace(config.steps, config.log_every, config.sample_every, config.checkpoint_every)
+    with tracking(accelerator, out, config):
+        result = train(training, pace, out)
+    floor = training.exam.floor if training.exam else {}
+    result |= {f"real_{name}": mark for name, mark in floor.items()}
     if accelerator.is_main_process:
         checkpoint.write_text(out / "result.json", json.dumps(result, indent=1))
         print(json.dumps(result, indent=1))

@@ -1,48 +1,48 @@
 """Pretrain on documents of words, pictures and clips in any order: to write, and to draw.
 
     python train/pretrain.py --config configs/pretrain/tiny.yaml
-    accelerate launch train/pretrain.py --config ...
+    accelerate launch --config_file configs/accelerate/ddp.yaml train/pretrain.py --config ...
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train/pretrain.py --config ...
 
 The same command again resumes where the last checkpoint stopped; --restart begins anew, --dry-run prints the
-resolved configuration, Ctrl-C saves and stops. OUT/model is then for train/evaluate.py.
+resolved configuration, Ctrl-C and SIGTERM save and stop. OUT/model is then for train/evaluate.py. The batch
+is that of all processes together, so that a run may go on with another number of them.
 """
 
 import json
 import logging
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import Documents, load_splits, seeded
 from rope_mm.models import (
     IMAGE_TOKEN,
-    RopeMMCritic,
     RopeMMForConditionalGeneration,
     RopeMMProcessor,
     load_tokenizer,
     read_config,
 )
 from rope_mm.models.feed import Feed
+from rope_mm.models.learner import Learner, Optim, Totals
 from rope_mm.models.objective import Objective
-from rope_mm.models.packing import Pack, Packer, moved
+from rope_mm.models.packing import Packer, moved
 from rope_mm.models.picture_heads import HEADS
-from rope_mm.models.rival import Rival
 from rope_mm.models.sprite_exam import EXAMS
 from rope_mm.models.telling import Form, Teller, show
 from rope_mm.run import checkpoint
-from rope_mm.run.alarm import finite, keep_batch
 from rope_mm.run.config import dump, run
-from rope_mm.run.ema import Ema
+from rope_mm.run.ema import Count, Ema
 from rope_mm.run.folder import open_folder
 from rope_mm.run.loop import Pace, train
-from rope_mm.run.schedule import SCHEDULES
-from rope_mm.run.speed import Cost, count_pairs
+from rope_mm.run.speed import Cost
+from rope_mm.run.trackers import read_trackers, tracking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +56,7 @@ class Data:
     size: int = 8
     channels: int = 1
     join: int = 1  # rows in a document
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optim:
-    """AdamW; rates rise over `warm_up` steps and go along the schedule to `final` of themselves."""
-
-    lr: float = 2e-3
-    critic_lr: float = 2e-3
-    warm_up: int = 100
-    schedule: str = "cosine"
-    final: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.99)
-    critic_betas: tuple[float, float] = (0.0, 0.99)
-    weight_decay: float = 0.0
-    clip: float = 1.0  # the longest gradient; 0 for any
+    strict: bool = False  # stop at a row that cannot be read, where otherwise its document is left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +67,7 @@ class Pretrain:
     seed: int = 0
     steps: int = 2_000
     batch: int = 64  # documents a step, of all processes together
+    accumulate: int = 1  # parts of them that a process reads one after another
     length: int = 256  # tokens, drafts included, that documents are packed to
     tokenizer: str = "bytes"  # or words, those of the data; a folder or a hub name
     data: Data = field(default_factory=Data)
@@ -90,6 +77,8 @@ class Pretrain:
     picture_weight: float = 1.0  # of the loss of pictures, that of words being 1
     loss: Objective = field(default_factory=Objective)  # of the adversarial head
     optim: Optim = field(default_factory=Optim)
+    compile: str = ""  # a backend of torch.compile, such as inductor; "" compiles nothing
+    checkpointing: bool = False  # blocks computed anew in the backward, to save memory
     ema: float = 0.995
     log_every: int = 10
     sample_every: int = 500
@@ -97,6 +86,7 @@ class Pretrain:
     workers: int = 0  # processes that prepare batches ahead
     threads: int = 0  # of torch on the CPU; 0 leaves them to torch
     profile: int = 0  # steps, after the first ones, of which rotary's share is printed
+    trackers: str = ""  # tensorboard, wandb, trackio, or several with commas between
     restart: bool = False
     dry_run: bool = False
 
@@ -108,7 +98,7 @@ class Training:
         self.config, self.accelerator, self.head = config, accelerator, HEADS[config.head]
         splits = [load_splits(path) for path in config.data.paths]
         chosen = asdict(config.data)
-        del chosen["paths"]
+        del chosen["paths"], chosen["strict"]
         documents = Documents([split["train"] for split in splits], **chosen)
         self.held_out = Documents([split["test"] for split in splits], **chosen)
         tokenizer = load_tokenizer(config.tokenizer, documents.texts())
@@ -122,72 +112,55 @@ class Training:
         )
         self.processor = RopeMMProcessor.from_config(settings, tokenizer)
         packer = Packer(self.processor, config.length, self.head.times, self.head.critical)
-        share = accelerator.num_processes, accelerator.process_index
-        self.feed = Feed(documents, packer, config.seed, config.batch, *share)
+        every = accelerator.num_processes, accelerator.process_index, config.accumulate
+        self.feed = Feed(documents, packer, config.seed, config.batch, *every)
         self.exam = Feed(self.held_out, replace(packer, whole=False), config.seed, config.batch)
         model = RopeMMForConditionalGeneration(settings)
-        self.average = Ema(model, config.ema)
-        accelerator.register_for_checkpointing(self.average)
-        self.model, self.optimizer = self.prepare(model, config.optim.betas)
-        self.rival = None
-        if self.head.critical:
-            critic, optimizer = self.prepare(RopeMMCritic(settings), config.optim.critic_betas)
-            self.rival = Rival(critic, optimizer, config.loss, accelerator)
-        self.tokens, self.flops, self.cost = 0, 0.0, Cost.of(model)
+        self.average, self.left_out = Ema(model, config.ema), Count()
+        how = accelerator, config.picture_weight, config.compile, config.checkpointing
+        self.learner = Learner(model, config.head, config.optim, config.loss, *how)
+        accelerator.register_for_checkpointing(self.average, self.left_out)
+        self.tokens, self.flops, self.cost = 0, 0.0, Cost.of(self.average.model)
         form = Form.of(self.held_out, config.data.templates, self.head.steps)
         self.teller = Teller(self.average.model, self.processor, form)
 
-    def prepare(
-        self, model: nn.Module, betas: tuple[float, float]
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """A model and its optimiser, on their devices."""
-        decay = self.config.optim.weight_decay
-        return self.accelerator.prepare(
-            model, torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=decay)
-        )
-
     def begin(self, step: int) -> None:
         """Make ready to go on from a step."""
-        self.packs = self.feed.packs(range(step, self.config.steps), self.config.workers)
+        self.readings = self.feed.readings(step, self.config.steps, self.config.workers)
 
     def step(self, step: int) -> dict[str, Tensor]:
         """An update of the model, and of its critic; what all processes lost."""
-        self.set_rates(step)
-        pack = moved(next(self.packs), self.accelerator.device)
-        pairs = count_pairs(pack.document, pack.attention_mask)
-        counts = [
-            pack.tokens,
-            pairs,
-            pack.words,
-            len(pack.noise),
-            len(pack.whole.patches) if pack.whole else 0,
-        ]
-        totals = self.total(torch.tensor(counts, dtype=torch.float64)).tolist()
-        tokens, pairs, words, patches, documents = totals
+        self.learner.set_rates(step, self.config.steps)
+        readings = [next(self.readings) for _ in range(self.config.accumulate)]
+        missing = self.name([reason for reading in readings for reason in reading.left_out])
+        packs = [moved(reading.pack, self.accelerator.device) for reading in readings]
+        counts = torch.tensor([(*pack.counts, 0) for pack in packs], dtype=torch.float64).sum(0)
+        counts[-1] = missing
+        tokens, pairs, *totals, missing = self.total(counts).tolist()
         self.tokens += int(tokens)
         self.flops += self.cost.flops(tokens, pairs)  # of the model; a critic's are its rival's
-        out = self.model(**pack.inputs(), labels=pack.labels, num_items_in_batch=max(words, 1))
-        drawn = out.patches[pack.draft]
-        terms, seen = {"words": out.loss}, {}
-        if self.rival is None:
-            terms[self.config.head] = self.head.loss(drawn, pack.target) / max(patches, 1)
-        else:
-            whole = cast(Any, pack.whole)
-            part = len(whole.patches) / documents
-            probes = seeded(self.config.seed, "probes", step, self.accelerator.process_index)
-            part_of_mean = part * self.accelerator.num_processes
-            seen = self.rival.update(whole, drawn.detach(), part_of_mean, probes)
-            seen = {name: term * part for name, term in seen.items()}
-            terms["adversarial"] = self.rival.judge(whole, drawn) * part
-        lost = self.lost(step, terms | seen, pack)
-        total = terms["words"] + self.config.picture_weight * terms[self.config.head]
-        self.optimizer.zero_grad()
-        self.accelerator.backward(total * self.accelerator.num_processes)  # of which DDP takes the mean
-        if self.config.optim.clip:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
-        self.optimizer.step()
-        self.average.update(self.model)
-        return lost
+        self.left_out.count += int(missing)
+        process = self.accelerator
+        probes = seeded(self.config.seed, "probes", step, process.process_index, device=process.device)
+        terms = self.learner.learn(packs, Totals(*totals), probes)
+        self.average.update(self.learner.model)
+        losses = self.total(torch.stack([term.float() for term in terms.values()]))
+        lost = dict(zip(terms, losses, strict=True))
+        return lost | ({"left_out": torch.tensor(self.left_out.count)} if self.left_out.count else {})
+
+    def name(self, left_out: list[str]) -> int:
+        """Say which documents this process leaves out, and why; how many.
+
+        Raises:
+            ValueError: the first of them, where data.strict is set.
+        """
+        if left_out and self.config.data.strict:
+            raise ValueError(
+                f"{left_out[0]}; repair it, or go on without its document by --data.strict false"
+            )
+        for reason in left_out:
+            print(f"left out: {reason}", file=sys.stderr, flush=True)
+        return len(left_out)
 
     def total(self, numbers: Tensor) -> Tensor:
         """The sum of all processes' numbers."""
@@ -195,44 +168,22 @@ class Training:
             return numbers
         return cast(Tensor, self.accelerator.reduce(numbers.to(self.accelerator.device), "sum"))
 
-    def lost(self, step: int, terms: dict[str, Tensor], pack: Pack) -> dict[str, Tensor]:
-        """What all processes lost.
-
-        Raises:
-            ValueError: a loss that is not finite; what this process read is kept.
-        """
-        losses = self.total(torch.stack([term.detach().float() for term in terms.values()]))
-        lost = dict(zip(terms, losses, strict=True))
-        if not finite(lost):
-            bad = ", ".join(name for name, loss in lost.items() if not loss.isfinite())
-            path = Path(self.config.out) / f"nan-step-{step + 1}-{self.accelerator.process_index}.pt"
-            rows = self.feed.documents.batch(self.config.seed, step, self.config.batch)
-            keep_batch(path, step + 1, lost, [{"rows": rows, **pack.inputs(), "labels": pack.labels}])
-            raise ValueError(
-                f"{bad} not finite at step {step + 1}: its rows and batch are in {path}, the last checkpoint "
-                "is as it was; begin anew with lower rates"
-            )
-        return lost
-
-    def set_rates(self, step: int) -> None:
-        """The learning rates of a step."""
-        optim = self.config.optim
-        factor = min(1.0, (step + 1) / max(optim.warm_up, 1))
-        factor *= SCHEDULES[optim.schedule](1.0, optim.final, step / self.config.steps)
-        rates = [(self.optimizer, optim.lr)]
-        rates += [(self.rival.optimizer, optim.critic_lr)] if self.rival else []
-        for optimizer, rate in rates:
-            optimizer.param_groups[0]["lr"] = rate * factor
+    def batches(self, step: int) -> list[Any]:
+        """The rows of a step's documents, and this process's share as the model reads it."""
+        parts = self.config.accumulate
+        packs = [self.feed[turn].pack for turn in range(step * parts, (step + 1) * parts)]
+        rows = self.feed.documents.batch(self.config.seed, step, self.config.batch)
+        return [{"rows": rows, **pack.inputs(), "labels": pack.labels} for pack in packs]
 
     @torch.no_grad()
     def look(self, path: Path) -> dict[str, float]:
         """Samples and marks of the averaged model on held-out documents."""
         if not self.accelerator.is_main_process:
             return {}
-        pack = moved(self.exam[0], self.accelerator.device)
+        pack = moved(self.exam[0].pack, self.accelerator.device)
         out = self.average.model(**pack.inputs(), labels=pack.labels)
-        marks = {"held_out_words": float(out.loss)}
-        if self.rival is None and len(pack.noise):
+        marks = {"held_out_words": float(out.loss)} if pack.words else {}
+        if self.learner.rival is None and len(pack.noise):
             lost = self.head.loss(out.patches[pack.draft], pack.target) / len(pack.noise)
             marks[f"held_out_{self.config.head}"] = float(lost)
         for source in filter(EXAMS.__contains__, self.config.data.paths):
@@ -251,7 +202,7 @@ def check(config: Pretrain) -> None:
     Raises:
         ValueError: with the key and its value.
     """
-    for name in ("steps", "batch", "length", "log_every", "sample_every", "checkpoint_every"):
+    for name in ("steps", "batch", "accumulate", "length", "log_every", "sample_every", "checkpoint_every"):
         if (value := getattr(config, name)) < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     for name in ("threads", "workers", "profile"):
@@ -279,15 +230,18 @@ def main(config: Pretrain) -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight it saves
     # a process whose documents have no picture leaves weights without a gradient
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    out, accelerator = Path(config.out), Accelerator(kwargs_handlers=[unused])
-    if config.batch < accelerator.num_processes:
-        raise ValueError(
-            f"batch {config.batch} has no document for some of {accelerator.num_processes} processes"
-        )
+    out, trackers = Path(config.out), read_trackers(config.trackers)
+    accelerator = Accelerator(kwargs_handlers=[unused], log_with=trackers, project_dir=out)
+    if config.batch < (turns := accelerator.num_processes * config.accumulate):
+        raise ValueError(f"batch {config.batch} has no document for some of {turns} turns of processes")
     training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
-    open_folder(out, dump(replace(config, out="", profile=0, restart=False)), accelerator, config.restart)
+    identity = dump(replace(config, out="", profile=0, trackers="", restart=False))
+    open_folder(out, identity, accelerator, config.restart)
     pace = Pace(config.steps, config.log_every, config.sample_every, config.checkpoint_every)
-    result = train(training, pace, out, config.profile)
+    with tracking(accelerator, out, config):
+        result = train(training, pace, out, config.profile)
+    if training.left_out.count:
+        result["left_out"] = training.left_out.count
     if accelerator.is_main_process:
         checkpoint.write_text(out / "result.json", json.dumps(result, indent=1))
         print(json.dumps(result, indent=1))

@@ -1,6 +1,7 @@
 """Rows of data sets told by templates as documents of words, pictures and clips; which row packs which."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any, cast
@@ -38,6 +39,10 @@ class Task:
 
     before: tuple[str | Field, ...]
     column: str
+
+
+class Unreadable(ValueError):
+    """A row that cannot be read: its number, its column and why."""
 
 
 Document = list[str | Shown]
@@ -112,6 +117,7 @@ class Documents:
     Pictures are cropped to a centred square and resized.
 
     Raises:
+        Unreadable: later, on asking for a row that holds no picture or words where it should.
         ValueError: a source that no template fits, a template that fits no source, a column of no use.
     """
 
@@ -120,6 +126,11 @@ class Documents:
     ):
         if channels not in MODES:
             raise ValueError(f"images have {', '.join(map(str, MODES))} channels, not {channels}")
+        if any(isinstance(rows, datasets.IterableDataset) for rows in sources):
+            raise ValueError(
+                "a source is streamed, but the rows of a step are a function of (seed, step), for which they "
+                "have numbers; load it without streaming, or write a part of it to a parquet file"
+            )
         self.size, self.channels, self.join = size, channels, join
         self.templates = told = [read_template(template) for template in templates]
         columns = [{part.column for part in template if isinstance(part, Field)} for template in told]
@@ -165,12 +176,23 @@ class Documents:
         return batch_indices(len(self), batch * self.join, seed, step).view(batch, self.join).tolist()
 
     def ask(self, task: Task, count: int) -> list[tuple[Document, str | Shown]]:
-        """What is before a task and what fulfils it, at rows spread over the first source that fits."""
+        """What is before a task and what fulfils it, at rows spread over the first source that fits.
+
+        Rows that cannot be read are passed over.
+
+        Raises:
+            ValueError: rows of which none can be read.
+        """
         wanted = {part.column for part in task.before if isinstance(part, Field)} | {task.column}
         source = next(place for place, rows in enumerate(self.sources) if wanted <= set(rows.column_names))
         size = len(self.sources[source])
         rows = [i * size // min(count, size) for i in range(min(count, size))]
-        told = [self.fill((*task.before, Field(task.column)), source, row) for row in rows]
+        told = []
+        for row in rows:
+            with suppress(Unreadable):
+                told.append(self.fill((*task.before, Field(task.column)), source, row))
+        if not told:
+            raise ValueError(f"none of {len(rows)} rows with column {task.column!r} can be read")
         return [(document[:-1], document[-1]) for document in told]
 
     def tell(self, rows: Sequence[int], generator: torch.Generator) -> Document:
@@ -195,7 +217,8 @@ class Documents:
                 parts.append(self.read(part, values[part.column]))
             except (*UNREADABLE, RuntimeError) as error:  # torchcodec raises the latter
                 reason = str(error).splitlines()[0]
-                raise ValueError(f"row {row}, column {part.column!r} cannot be read: {reason}") from error
+                place = f"row {row} of source {source}" if len(self.sources) > 1 else f"row {row}"
+                raise Unreadable(f"{place}, column {part.column!r} cannot be read: {reason}") from error
         return parts
 
     def read(self, part: Field, stored: Any) -> str | Shown:

@@ -150,8 +150,13 @@ EMBEDDED: dict[str, Callable[[], DatasetDict]] = {
 }
 
 
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # of files, by how their names end
+
+
 def load_splits(path: str) -> DatasetDict:
-    """Splits train and test of an embedded source, a folder, a parquet or npz file or a hub name.
+    """Splits train and test of an embedded source, a folder, a hub name, parquet, webdataset or npz files.
+
+    Several parquet or webdataset files are named by a pattern such as "shards/*.tar".
 
     Where there is no test or validation split, a fifth of the rows is held out. "stacked:PATH" stacks the
     digits of any of them, as `stack_digits` does.
@@ -166,8 +171,8 @@ def load_splits(path: str) -> DatasetDict:
     if Path(path).suffix == ".npz":
         return read_npz(path)
     try:
-        if Path(path).suffix == ".parquet":
-            loaded = datasets.load_dataset("parquet", data_files=path)
+        if builder := BUILDERS.get(Path(path).suffix):
+            loaded = datasets.load_dataset(builder, data_files=path)
         else:
             loaded = datasets.load_dataset(path)
     # what a source of any format may raise is for `datasets` to know

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from rope_mm.losses import DISTANCES, GAN_LOSSES
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.models.modeling_rope_mm import RopeMMCritic, RopeMMForConditionalGeneration
-from rope_mm.models.objective import Anchors, Judged, Objective, Penalties
+from rope_mm.models.objective import Anchors, Judged, Objective, Penalties, is_smooth
 from rope_mm.models.stories import Sequences
 from rope_mm.run.gathering import everyone
+from rope_mm.run.prepare import precision, prepare, sharded
 from rope_mm.run.schedule import SCHEDULES
-
-TWICE = "eager", "sdpa"  # attention with second derivatives, sdpa as plain matrix products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,43 +74,18 @@ class Duel:
         compile: str = "",
         checkpointing: bool = False,
     ):
-        if accelerator.mixed_precision == "fp16":
-            raise ValueError("fp16 overflows in a gradient penalty; take mixed precision bf16, or no")
-        if checkpointing and objective.method == "jvp":
-            raise ValueError(
-                "a forward derivative, jvp, does not go through checkpoints; take autograd or fd"
-            )
         self.accelerator, self.optim = accelerator, optim
-        self.compile, self.checkpointing = compile, checkpointing
         self.loss, self.distance = GAN_LOSSES[objective.name], DISTANCES[objective.distance]
         self.strength, self.schedule = objective.strength, SCHEDULES[optim.schedule]
         generator, critic = RopeMMForConditionalGeneration(model), RopeMMCritic(model)
-        twice = not compile and critic.config._attn_implementation in TWICE
-        self.penalties, self.anchors, self.gamma = Penalties(objective, twice), Anchors(), 1.0
+        twice = is_smooth(critic, bool(compile), sharded(accelerator))
+        self.penalties, self.anchors, self.gamma = Penalties(objective, twice, checkpointing), Anchors(), 1.0
         if not model.tie_word_embeddings:
             generator.lm_head.requires_grad_(False)  # it is not trained here, and processes would wait for it
-        self.generator, self.generator_optim = self.prepare(generator)
-        self.critic, self.critic_optim = self.prepare(critic)
+        how = accelerator, optim.betas, optim.weight_decay, compile, checkpointing
+        self.generator, self.generator_optim = prepare(generator, *how)
+        self.critic, self.critic_optim = prepare(critic, *how)
         accelerator.register_for_checkpointing(self.anchors)
-
-    def prepare(self, player: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """A player and its optimiser, on their devices."""
-        if self.checkpointing:
-            old = "gradient_checkpointing_enable"  # its name in earlier versions of transformers
-            enable = getattr(player, "activation_checkpointing_enable", None) or getattr(player, old)
-            enable({"use_reentrant": False})  # the other kind allows no penalty
-        adam = torch.optim.AdamW(
-            player.parameters(), betas=self.optim.betas, weight_decay=self.optim.weight_decay
-        )
-        wrapped, adam = self.accelerator.prepare(player, adam)
-        for name in (
-            "forward",
-            "_original_forward",
-        ):  # accelerate's autocast, which penalties could not leave
-            vars(player).pop(name, None)
-        if self.compile:
-            player.compile(backend=self.compile)
-        return wrapped, adam
 
     @property
     def unwrapped_generator(self) -> RopeMMForConditionalGeneration:
@@ -165,7 +139,7 @@ class Duel:
         critic = lambda patches: plain(batch.view(patches))  # noqa: E731
         with self.accelerator.accumulate(self.critic), self.penalties.attention():
             pair = torch.cat([batch.real, fake]).requires_grad_(self.penalties.shares)
-            with self.precision(full=self.penalties.shares):
+            with precision(self.accelerator, full=self.penalties.shares):
                 scores = critic(pair)
             halves = scores.chunk(2)
             real, fakes = (everyone(half, self.accelerator) for half in halves)
@@ -175,7 +149,7 @@ class Duel:
             terms = {"critic": self.loss.critic(real, fakes, *extra)}
             self.anchors.update(real, fakes)
             judged = Judged(critic, plain, batch.real, fake, halves[0], halves[1], batch.probes)
-            with self.precision(full=True):
+            with precision(self.accelerator, full=True):
                 terms |= self.penalties(judged, pair, scores, self.anchors)
             total = terms["critic"]
             for name, gamma in self.penalties.gammas.items():
@@ -185,19 +159,13 @@ class Duel:
             self.critic_optim.zero_grad()
         return terms | {"real": real.mean(), "fake": fakes.mean()}
 
-    def precision(self, full: bool):
-        """Context of a forward: float32, or what accelerate was told."""
-        if full:
-            return torch.autocast(self.accelerator.device.type, enabled=False)
-        return self.accelerator.autocast()
-
     def update_generator(self, batch: Batch, fake: Tensor | None = None) -> Tensor:
         """One step of the generator by the critic's gradient at what it has drawn, or draws; its loss."""
         # no gradient to the critic's weights is wanted, so it is neither made nor synchronised
         critic = self.accelerator.unwrap_model(self.critic).requires_grad_(False)
         with self.accelerator.accumulate(self.generator):
             fake = self.draw(batch) if fake is None else fake
-            with self.precision(full=False):
+            with precision(self.accelerator):
                 scores = self.score(critic, batch.sequences, batch.view(fake))
                 real = scores  # a loss that is not relativistic does not look at them
                 if self.loss.relativistic:

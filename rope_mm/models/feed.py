@@ -1,21 +1,31 @@
 """What a process reads at every step: its share of the documents, packed, by seed and step alone."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
-from rope_mm.data.documents import Documents
+from rope_mm.data.documents import Document, Documents, Unreadable
 from rope_mm.data.order import seeded
 from rope_mm.models.packing import Pack, Packer
 
 
+class Reading(NamedTuple):
+    """A pack, and for each document that is left out of it what could not be read."""
+
+    pack: Pack
+    left_out: list[str]
+
+
 @dataclass(frozen=True)
 class Feed(Dataset):
-    """Packs by step. Of `batch` documents a step, every `world`-th from `rank` on is this process's.
+    """Readings by turn; a step has `parts` turns.
 
-    What is random about a document is so by (seed, step, its number), whichever process reads it.
+    Of `batch` documents a step every (world * parts)-th is read by this process in a turn. What is random
+    about a document is so by (seed, step, its number), whichever process reads it. A document with a row that
+    cannot be read is left out, and nothing takes its place.
     """
 
     documents: Documents
@@ -24,18 +34,32 @@ class Feed(Dataset):
     batch: int
     world: int = 1
     rank: int = 0
+    parts: int = 1
 
-    def __getitem__(self, step: int) -> Pack:
+    def __getitem__(self, turn: int) -> Reading:
+        step, part = divmod(turn, self.parts)
         rows = self.documents.batch(self.seed, step, self.batch)
-        mine = range(self.rank, self.batch, self.world)
-        generators = [seeded(self.seed, "document", step, number) for number in mine]
-        told = [self.documents.tell(rows[n], g) for n, g in zip(mine, generators, strict=True)]
-        return self.packer(told, generators)
+        mine = range(part * self.world + self.rank, self.batch, self.world * self.parts)
+        told: list[Document] = []
+        generators, left_out = [], []
+        for number in mine:
+            generator = seeded(self.seed, "document", step, number)
+            try:
+                told.append(self.documents.tell(rows[number], generator))
+            except Unreadable as error:
+                left_out.append(str(error))
+            else:
+                generators.append(generator)
+        if not told:  # one without a word or picture, as processes wait for each other's gradients
+            told.append([""])
+            generators.append(seeded(self.seed, "nothing"))
+        return Reading(self.packer(told, generators), left_out)
 
-    def packs(self, steps: Sequence[int], workers: int = 0) -> Iterator[Pack]:
-        """The packs of these steps, made ahead by so many workers."""
+    def readings(self, step: int, steps: int, workers: int = 0) -> Iterator[Reading]:
+        """The readings from one step up to another, made ahead by so many workers."""
+        turns = range(step * self.parts, steps * self.parts)
         return iter(
-            DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=be_deaf)
+            DataLoader(self, batch_size=None, sampler=turns, num_workers=workers, worker_init_fn=be_deaf)
         )
 
 

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rope_mm.losses import METHODS, PENALTIES, input_gradients, twice_differentiable
 from rope_mm.losses.gradients import Critic
 from rope_mm.losses.penalties import GradientPenalty
+
+TWICE = "eager", "sdpa"  # attention with second derivatives, sdpa as plain matrix products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +91,16 @@ OF_SCORES: dict[str, Callable[[Judged, Anchors], Tensor]] = {
 }
 
 
+def is_smooth(critic: PreTrainedModel, compiled: bool, shards: bool) -> bool:
+    """Whether a critic is differentiable twice.
+
+    FSDP frees the weights that a second derivative needs (pytorch issue 172543).
+    """
+    return not compiled and not shards and critic.config._attn_implementation in TWICE
+
+
 class Penalties:
-    """The penalties of an objective on a critic that is differentiable twice, or not.
+    """The penalties of an objective on a critic that is differentiable twice, or checkpointed, or not.
 
     `gammas` are their weights. Where `shares` is true, r1 and r2 are taken exactly from the pass that makes
     the scores of real and fake, so that the pair must require a gradient then.
@@ -98,7 +109,11 @@ class Penalties:
         ValueError: an unknown penalty, a method that it or the critic does not allow.
     """
 
-    def __init__(self, objective: Objective, twice: bool):
+    def __init__(self, objective: Objective, twice: bool, checkpointing: bool = False):
+        if checkpointing and objective.method == "jvp":
+            raise ValueError(
+                "a forward derivative, jvp, does not go through checkpoints; take autograd or fd"
+            )
         self.gammas = {name: gamma for name, gamma in objective.penalties.items() if gamma}
         self.method = ("autograd" if twice else "fd") if objective.method == "auto" else objective.method
         self.fraction, self.sigma = objective.fraction, objective.sigma
@@ -114,8 +129,8 @@ class Penalties:
         self.exact = bool(of_gradients) and self.method != "fd"
         if self.exact and not twice:
             raise ValueError(
-                f"loss.method {self.method!r} differentiates the critic twice, and a compiled critic or its "
-                "attention cannot be; take fd, or sdpa attention without compile"
+                f"loss.method {self.method!r} differentiates the critic twice, which one that is compiled or "
+                "sharded (FSDP), or its attention, does not allow; take fd, or sdpa attention without either"
             )
         at_pair = any(penalty.at != "between" for penalty in of_gradients)
         self.shares = at_pair and self.method == "autograd" and self.fraction == 1

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rope_mm.data.documents import Document, first_fit
+from rope_mm.data.documents import Document, Shown, first_fit
 from rope_mm.models.processing_rope_mm import RopeMMProcessor
 from rope_mm.models.stories import PADDING, Row, Sequences, lay_out, side_by_side
+from rope_mm.run.speed import count_pairs
 
 Times = Callable[[int, torch.Generator], Tensor]
 Batch = TypeVar("Batch")
@@ -33,6 +34,11 @@ class Whole:
     patches: Tensor
     there: Tensor
     drawn: Tensor
+
+    @property
+    def count(self) -> int:
+        """How many documents have something to draw; where none has, a blank stands there."""
+        return int(self.drawn.any(1).sum())
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,32 @@ class Pack:
         return int(self.attention_mask.sum())
 
     @property
+    def critical(self) -> Whole:
+        """What a critic reads.
+
+        Raises:
+            ValueError: a pack that was made for no critic.
+        """
+        if self.whole is None:
+            raise ValueError("a critic reads whole documents; pack them by Packer(..., whole=True)")
+        return self.whole
+
+    @property
     def words(self) -> int:
         """How many words are predicted."""
         return int((self.labels != NONE).sum())
+
+    @property
+    def counts(self) -> tuple[int, int, int, int, int]:
+        """How many tokens, pairs of them in one document, words, drafts, and documents for a critic."""
+        documents = self.whole.count if self.whole else 0
+        return (
+            self.tokens,
+            count_pairs(self.document, self.attention_mask),
+            self.words,
+            len(self.noise),
+            documents,
+        )
 
     def inputs(self) -> dict[str, Tensor]:
         """As keyword arguments of a forward: every draft as it begins."""
@@ -154,7 +183,7 @@ class Packer:
         there = [part for d in drafted for part in (d.patches, d.patches[d.drawn])]
         draft = [torch.arange(len(d.drawn) + len(d.noise)) >= len(d.drawn) for d in drafted]
         begun = torch.cat([d.noise for d in drafted]), torch.cat([d.time for d in drafted])
-        whole = gather(drafted) if self.whole else None
+        whole = self.gather(drafted) if self.whole else None
         return Pack(
             **columns,
             patches=torch.cat(there),
@@ -183,6 +212,17 @@ class Packer:
             drafted.append(Drafted(row, patches, drawn, noise, time))
         return drafted
 
+    def gather(self, drafted: Sequence[Drafted]) -> Whole:
+        """The documents with drafts, side by side; where none has any, a blank patch that is only read."""
+        drafted = [d for d in drafted if d.drawn.any()]
+        if not drafted:  # a critic in several processes has to take part in every update
+            blank = torch.zeros(self.processor.num_channels, *(self.processor.patch_size,) * 2)
+            drafted = self.read([[Shown(blank)]], [torch.Generator()])
+        patches = pad_sequence([d.patches for d in drafted], batch_first=True)
+        there = pad_sequence([torch.ones_like(d.drawn) for d in drafted], batch_first=True)
+        drawn = pad_sequence([d.drawn for d in drafted], batch_first=True)
+        return Whole(side_by_side([d.row for d in drafted]), patches, there, drawn)
+
 
 def join(documents: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Columns of documents one after another, `attention_mask` and their numbers, `document`, added."""
@@ -190,12 +230,3 @@ def join(documents: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     row = {name: torch.cat([d[name] for d in documents]) for name in documents[0]}
     number = torch.arange(len(documents)).repeat_interleave(lengths)
     return row | {"document": number, "attention_mask": torch.ones_like(number)}
-
-
-def gather(drafted: Sequence[Drafted]) -> Whole:
-    """The documents with drafts, side by side."""
-    drafted = [d for d in drafted if d.drawn.any()]
-    patches = pad_sequence([d.patches for d in drafted], batch_first=True)
-    there = pad_sequence([torch.ones_like(d.drawn) for d in drafted], batch_first=True)
-    drawn = pad_sequence([d.drawn for d in drafted], batch_first=True)
-    return Whole(side_by_side([d.row for d in drafted]), patches, there, drawn)

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rope_mm.run.sources import known_keys, read_file, read_flags
+from rope_mm.run.stop import KILLED
 
 Schema = TypeVar("Schema")
 
@@ -19,7 +20,8 @@ Schema = TypeVar("Schema")
 def run(main: Callable[[Schema], Any], schema: type[Schema], argv: Sequence[str] | None = None) -> None:
     """Call main with the configuration of the command line; its errors end in one line and an exit code.
 
-    2 for a ValueError, 1 for an OSError such as a full disk, 128 + n where signal n stopped it.
+    2 for a ValueError, 1 for an OSError such as a full disk, 128 + n where signal n stopped it, except for a
+    SIGTERM after which it could save: 0.
     `python -X dev script.py` shows the traceback instead.
     """
     try:
@@ -30,7 +32,7 @@ def run(main: Callable[[Schema], Any], schema: type[Schema], argv: Sequence[str]
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
     except KeyboardInterrupt as stopped:
-        raise SystemExit(128 + (stopped.args or (signal.SIGINT,))[0]) from None
+        raise SystemExit((stopped.args or (KILLED + signal.SIGINT,))[0]) from None
 
 
 def load(schema: type[Schema], argv: Sequence[str] | None = None) -> Schema:

@@ -1,10 +1,11 @@
-"""An exponential moving average of a model's weights, from which one samples."""
+"""What a checkpoint keeps beside models: an exponential moving average of their weights, and a count."""
 
 from copy import deepcopy
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,7 +41,7 @@ class Ema(Generic[Model]):
         n = self.updates
         decay = min(self.decay, (1 + n) / (10 + n)) if self.warm_up else self.decay
         averages: list[Tensor] = list(self.model.parameters())
-        weights = [new.to(old) for old, new in zip(averages, model.parameters(), strict=True)]
+        weights = [whole(new).to(old) for old, new in zip(averages, model.parameters(), strict=True)]
         torch._foreach_lerp_(averages, weights, 1 - decay)
         for old, new in zip(self.model.buffers(), model.buffers(), strict=True):
             old.copy_(new)
@@ -54,3 +55,23 @@ class Ema(Generic[Model]):
         """Go on where `state_dict` was taken."""
         self.model.load_state_dict(state["model"])
         self.updates = state["updates"]
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight, gathered from all processes where each holds but a part."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+class Count:
+    """A number that an interrupted run goes on from; register it for checkpointing, too."""
+
+    def __init__(self):
+        self.count = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The number."""
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.count = state["count"]

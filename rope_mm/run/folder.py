@@ -5,9 +5,11 @@ import platform
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from rope_mm.run import checkpoint
 
@@ -17,12 +19,11 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 def open_folder(out: Path, identity: str, accelerator: Accelerator, restart: bool) -> None:
     """Make the folder of a run, or refuse one that holds another run; `restart` empties it first.
 
-    `identity` is all that the run depends on; the number of processes, which share the data, is added to it.
+    `identity` is all that the run depends on, the number of processes too where a batch depends on it.
 
     Raises:
         ValueError: with the first line that differs.
     """
-    identity = f"# processes: {accelerator.num_processes}\n{identity}"
     stored, folder = out / "run.yaml", out / "checkpoints"
     begun = checkpoint.latest(folder) is not None and stored.exists() and not restart
     if begun and (old := stored.read_text()) != identity:
@@ -44,12 +45,12 @@ def open_folder(out: Path, identity: str, accelerator: Accelerator, restart: boo
     accelerator.wait_for_everyone()
 
 
-def agree(accelerator: Accelerator, asked: bool) -> bool:
-    """Whether any process was asked to stop: all must answer alike, or some would wait for the others."""
+def agree(accelerator: Accelerator, number: int) -> int:
+    """The largest number of any process: all must answer alike, or some would wait for the others."""
     if accelerator.num_processes == 1:
-        return asked
-    flag = torch.tensor(float(asked), device=accelerator.device)
-    return bool(accelerator.reduce(flag, reduction="sum"))
+        return number
+    numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
+    return int(cast(Tensor, numbers).max())
 
 
 def zip_lines(old: str, new: str) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,6 +32,7 @@ class Log:
         main: False in every process but one; then nothing is written.
         bar: a bar that redraws itself, or now and then a line; None: a bar where stderr is a terminal.
         pause: seconds between such lines.
+        also: is told every line, `also({name: value}, step=step)`, such as `Accelerator.log`.
 
     Raises:
         ValueError: a metrics.jsonl that holds something else.
@@ -47,8 +48,9 @@ class Log:
         main: bool = True,
         bar: bool | None = None,
         pause: float = 10.0,
+        also: Callable[..., object] = lambda metrics, step: None,
     ):
-        self.total, self.desc, self.main, self.pause = total, desc, main, pause
+        self.total, self.desc, self.main, self.pause, self.also = total, desc, main, pause, also
         self.file: TextIO | None = None
         self.bar: tqdm | None = None
         self.printed = -math.inf
@@ -74,6 +76,7 @@ class Log:
         line |= aside or {}
         shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in line.items()}
         del shown["step"]
+        self.also({name: value for name, value in line.items() if name != "step"}, step=step)
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix(shown)

@@ -68,7 +68,12 @@ class Speed:
     peak: float | None
 
     def __call__(self, tokens: float, flops: float, seconds: float) -> dict[str, float]:
-        """Tokens a second, and model FLOP utilisation as a share of the peak, or GFLOP/s without one."""
+        """Tokens a second, and model FLOP utilisation as a share of the peak, or GFLOP/s without one.
+
+        Without a count of operations, tokens alone.
+        """
+        if not flops:
+            return {"tokens/s": tokens / seconds}
         rate = flops / seconds
         used = {"GFLOP/s": rate / 1e9} if self.peak is None else {"MFU": rate / self.peak}
         return {"tokens/s": tokens / seconds} | used

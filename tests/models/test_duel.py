@@ -153,7 +153,7 @@ def test_compiled_players_have_the_gradients_of_plain_ones():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"compile": "aot_eager", "method": "autograd"}, "compiled critic .* take fd"),
+        ({"compile": "aot_eager", "method": "autograd"}, "compiled or sharded .* take fd"),
         ({"compile": "aot_eager", "penalties": {"one-centred": 1.0}}, "take 'autograd'"),
         ({"checkpointing": True, "method": "jvp"}, "take autograd or fd"),
         ({"method": "finite"}, "method 'finite' is unknown"),

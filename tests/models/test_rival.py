@@ -72,4 +72,14 @@ def test_a_gradient_reaches_what_was_drawn_and_no_weight_of_the_critic():
     drawn = torch.randn(16, 4, requires_grad=True)
     rival.judge(whole, drawn).backward()
     assert drawn.grad.ne(0).any(1).all()
-    assert all(p.grad is None and p.requires_grad for p in duel.critic.parameters())
+    assert all(p.grad is None for p in duel.critic.parameters())
+
+
+def test_a_sharded_critic_is_penalised_by_finite_differences_and_not_otherwise(monkeypatch):
+    _, duel, rival = make("rpgan")
+    assert rival.penalties.method == "autograd"
+    monkeypatch.setattr("rope_mm.models.rival.sharded", lambda accelerator: True)
+    players = duel.critic, duel.critic_optim
+    assert Rival(*players, Objective(), duel.accelerator).penalties.method == "fd"
+    with pytest.raises(ValueError, match=r"compiled or sharded \(FSDP\).* take fd"):
+        Rival(*players, Objective(method="autograd"), duel.accelerator)

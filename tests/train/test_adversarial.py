@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -65,10 +64,6 @@ def whole(tmp_path_factory):
     return out
 
 
-def command(out, **changes):
-    return [sys.executable, str(SCRIPT), *flags(out, **changes)]
-
-
 def environment(**more):
     return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", **more}
 
@@ -85,26 +80,6 @@ def test_a_run_leaves_its_configuration_metrics_pictures_and_a_model_that_loads(
     assert "scheme: rope-tv" in (whole / "run.yaml").read_text()
     assert set(json.loads((whole / "versions.json").read_text())) >= {"python", "torch", "transformers"}
     RopeMMForConditionalGeneration.from_pretrained(whole / "model")
-
-
-def test_a_run_killed_in_the_middle_ends_as_if_it_had_not_been(whole, tmp_path):
-    out = tmp_path / "killed"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command(out, **JUDGED), env=environment(), **quiet)
-    metrics = out / "metrics.jsonl"
-    for _ in range(1200):
-        if metrics.exists() and len(metrics.read_text().splitlines()) > 14:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "result.json").exists()
-    done = subprocess.run(command(out, **JUDGED), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for name in ("result.json", "metrics.jsonl", "run.yaml"):
-        assert (out / name).read_text() == (whole / name).read_text()
-    ours, theirs = weights(out), weights(whole)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(whole, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Picture
 from safetensors.torch import load_file
 
 from rope_mm.data import captioned_clips
 from rope_mm.models import RopeMMForConditionalGeneration
 from rope_mm.models.picture_heads import HEADS
+from rope_mm.models.rival import Rival
 from rope_mm.models.telling import Teller
 from rope_mm.run.config import load, run
 
@@ -36,23 +35,6 @@ def script(name):
 
 pretrain, evaluate = script("pretrain"), script("evaluate")
 TEMPLATES = "['{caption}{image:draw}', '{image}?{caption}', '{frames:draw}{caption}', '{image}{frames:draw}']"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Bars in a picture of 4 x 4 pixels, and clips of them as they move."""
-    folder = tmp_path_factory.mktemp("bars")
-    bars = [Picture.new("L", (4, 4)) for _ in range(4)]
-    for column, bar in enumerate(bars):
-        bar.paste(255, (column, 0, column + 1, 4))
-    rows = [
-        {"image": bars[i % 4], "frames": [bars[(i + t) % 4] for t in range(3)], "caption": "abcd"[i % 4]}
-        for i in range(16)
-    ]
-    features = Features(image=Image(), frames=List(Image()), caption=Value("string"))
-    bars = Dataset.from_list(rows, features=features)
-    bars.to_parquet(folder / "bars.parquet")
-    return folder / "bars.parquet"
 
 
 def flags(data, out, **changes):
@@ -149,7 +131,7 @@ def test_ctrl_c_with_workers_saves_and_workers_change_nothing(whole, data, tmp_p
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)  # as a terminal and a cluster do: to the workers, too
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 143, told.decode()[-2000:]
+    assert process.returncode == 0, told.decode()[-2000:]
     assert len(list((out / "checkpoints").iterdir())) == 2
     train(data, tmp_path / "again", workers=1)
     assert same(tmp_path / "again", whole)
@@ -176,7 +158,7 @@ def test_each_player_of_the_adversarial_head_learns_while_the_other_rests(
 ):
     settings = {"optim.lr": 1e-2, "optim.critic_lr": 1e-2, "loss.penalties": "{r1: 0.0, r2: 0.1}"}
     if resting == "critic":
-        monkeypatch.setattr(pretrain.Rival, "update", lambda *args: {})
+        monkeypatch.setattr(Rival, "update", lambda *args: {})
     else:
         settings["optim.lr"] = 0.0
     train(data, tmp_path / "run", head="adversarial", steps=30, **settings)
@@ -185,40 +167,12 @@ def test_each_player_of_the_adversarial_head_learns_while_the_other_rests(
     assert last[name] < 0.8 * first[name]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("head", HEADS)
-def test_two_processes_are_one_with_the_same_documents(head, data, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    settings = {"head": head, "batch": 7, "optim.lr": 1e-3, "optim.critic_lr": 1e-3}
-    train(data, one, **settings)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = [*torchrun, str(ROOT / "train" / "pretrain.py"), *flags(data, two, **settings)]
-
-    def launch():
-        done = subprocess.run(
-            words, env=environment(ACCELERATE_USE_CPU="true"), capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-
-    launch()
-    ours, theirs = weights(two), weights(one)
-    for name, weight in theirs.items():
-        torch.testing.assert_close(ours[name], weight, atol=1e-5, rtol=0, msg=name)
-    for mine, its in zip(lines(two), lines(one), strict=True):
-        assert mine == pytest.approx(its, abs=1e-5, rel=1e-5)
-    if head == "mse":  # and they resume to the bit
-        shutil.copytree(two / "model", tmp_path / "before" / "model")
-        shutil.rmtree(two / "checkpoints" / "step-000004")
-        launch()
-        assert same(two, tmp_path / "before")
-
-
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_rows(data, tmp_path, capsys, monkeypatch):
     step = pretrain.Training.step
 
     def poisoned(self, number):
         if number == 2:
-            next(self.model.parameters()).data.fill_(float("nan"))
+            next(self.learner.model.parameters()).data.fill_(float("nan"))
         return step(self, number)
 
     monkeypatch.setattr(pretrain.Training, "step", poisoned)
@@ -226,8 +180,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_rows(data, tmp_pa
         run(pretrain.main, pretrain.Pretrain, flags(data, tmp_path / "run"))
     assert stopped.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: words, mse not finite at step 3: its rows and batch are in ")
-    kept = torch.load(tmp_path / "run" / "nan-step-3-0.pt")
+    assert last.startswith("error: words, mse not finite at step 3: its batches are in ")
+    kept = torch.load(tmp_path / "run" / "nan-step-3.pt")
     assert len(kept["batches"][0]["rows"]) == 8
     assert kept["batches"][0]["input_ids"].shape == kept["batches"][0]["labels"].shape
     assert (tmp_path / "run" / "checkpoints" / "step-000002").exists()

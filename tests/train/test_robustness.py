@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from rope_mm.run import checkpoint
-from rope_mm.run.config import run
+from rope_mm.run.config import load, run
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_adversarial import adversarial, command, environment, flags, train
+import test_pretrain
+from test_adversarial import SCRIPT, adversarial, environment, flags, train
+from test_pretrain import pretrain
 
 EVERYTHING = {
     "loss.penalties": "{r1: 1.0, r2: 1.0, zero-centred: 0.1, consistency: 0.1, centring: 0.1, lecam: 0.1}",
@@ -25,6 +30,47 @@ EVERYTHING = {
     "accumulate": 2, "critic_steps": 2,
 }  # fmt: skip
 SHORT = {"steps": 4, "checkpoint_every": 2, "sample_every": 4}
+
+
+@dataclass(frozen=True)
+class Script:
+    """A training script, and the flags of a run of toy size."""
+
+    path: Path
+    main: Callable
+    schema: type
+    flags: Callable
+
+    def run(self, out, **changes):
+        self.main(load(self.schema, self.flags(out, **changes)))
+
+    def command(self, out, **changes):
+        return [sys.executable, str(self.path), *self.flags(out, **changes)]
+
+
+@pytest.fixture(params=["adversarial", "pretrain"])
+def script(request, data):
+    if request.param == "adversarial":
+        return Script(SCRIPT, adversarial.main, adversarial.Adversarial, flags)
+    told = partial(test_pretrain.flags, data, head="adversarial")
+    return Script(SCRIPT.with_name("pretrain.py"), pretrain.main, pretrain.Pretrain, told)
+
+
+def lines(out):
+    metrics = out / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def start(script, out, until, **changes):
+    """A process that has logged so many lines."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(script.command(out, **changes), env=environment(), **quiet)
+    for _ in range(2400):
+        if lines(out) > until:
+            break
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process
 
 
 def content(folder):
@@ -110,22 +156,34 @@ def test_a_run_that_collapses_says_so_in_its_metrics_and_on_the_progress_line(tm
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_ends_with_the_code_of_the_signal(tmp_path):
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(script, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    settings = {"steps": 40, "checkpoint_every": 3, "sample_every": 40, "log_every": 1}
+    script.run(whole, **settings)
+    process = start(script, out, 14, **settings)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "result.json").exists()
+    checkpoint.verify(checkpoint.latest(out / "checkpoints"))
+    script.run(out, **settings)
+    for name in ("result.json", "metrics.jsonl", "run.yaml"):
+        assert (out / name).read_text() == (whole / name).read_text()
+    ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (out, whole))
+    assert same(ours, theirs)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_ends_well(script, tmp_path):
     out = tmp_path / "run"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command(out, steps=4000), env=environment(), **quiet)
-    for _ in range(1200):
-        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") > 4:
-            break
-        time.sleep(0.05)
+    process = start(script, out, 4, steps=4000, log_every=1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
+    assert process.wait(60) == 0
     newest = checkpoint.latest(out / "checkpoints")
     checkpoint.verify(newest)
-    assert checkpoint.step_of(newest) == (out / "metrics.jsonl").read_text().count("\n")
+    assert checkpoint.step_of(newest) == lines(out)
 
 
-def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(script, tmp_path, monkeypatch, capsys):
     from accelerate import Accelerator
 
     out, saved = tmp_path / "run", Accelerator.save_state
@@ -138,12 +196,12 @@ def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(tmp_path, monkeypat
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(Accelerator, "save_state", full)
-        run(adversarial.main, adversarial.Adversarial, flags(out, **SHORT))
+        run(script.main, script.schema, script.flags(out, **SHORT))
     assert stopped.value.code == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith(f"error: checkpoint {out}/checkpoints/step-000004 could not be written")
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"]
-    train(out, **SHORT)
+    script.run(out, **SHORT)
     assert checkpoint.latest(out / "checkpoints").name == "step-000004"
 
 

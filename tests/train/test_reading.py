@@ -1,0 +1,126 @@
+"""What pretraining reads: rows that cannot be read, and the formats that `datasets` loads."""
+
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as Picture
+
+from rope_mm.data import load_splits
+from rope_mm.run.config import run
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_pretrain import flags, lines, pretrain, same, train
+
+TEMPLATES = {"data.templates": "['{caption}{image:draw}', '{image}{caption}']", "batch": 6, "length": 48}
+
+
+def png(shade, size=4):
+    file = io.BytesIO()
+    Picture.new("L", (size, size), shade).save(file, format="PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def torn(tmp_path_factory):
+    """Twenty captioned pictures, two of which are none; both are trained on."""
+    rows = [{"image": {"bytes": png(10 * i), "path": None}, "caption": "abcd"[i % 4]} for i in range(20)]
+    order = Dataset.from_dict({"i": list(range(20))}).train_test_split(test_size=0.2, seed=0)
+    bad = order["train"]["i"][3], order["train"]["i"][7]
+    for row in bad:
+        rows[row]["image"] = {"bytes": b"no picture", "path": None}
+    path = tmp_path_factory.mktemp("torn") / "torn.parquet"
+    Dataset.from_list(rows, features=Features(image=Image(), caption=Value("string"))).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("head", ["flow", "adversarial"])
+def test_a_row_that_cannot_be_read_is_named_left_out_and_counted(head, torn, tmp_path, capfd):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = {"head": head, "steps": 8, **TEMPLATES}  # 48 of 16 rows: three epochs
+    result = train(torn, whole, **settings)
+    named = [line for line in capfd.readouterr().err.splitlines() if line.startswith("left out: ")]
+    assert len(named) == result["left_out"] == lines(whole)[-2]["left_out"] == 6
+    assert {line.split(":")[1] for line in named} == {
+        f" row {row}, column 'image' cannot be read" for row in (3, 7)
+    }
+    train(torn, parts, **{**settings, "workers": 1})
+    assert same(parts, whole)  # nothing depends on who read it
+
+
+def test_what_was_left_out_before_an_interruption_is_counted_after_it(torn, tmp_path):
+    import shutil
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(torn, whole, **TEMPLATES, steps=6)
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / "step-000006")
+    train(torn, parts, **TEMPLATES, steps=6)
+    assert lines(parts) == lines(whole)
+    assert (parts / "result.json").read_text() == (whole / "result.json").read_text()
+
+
+@pytest.mark.parametrize("head", ["flow", "adversarial"])
+def test_a_part_of_which_nothing_can_be_read_teaches_nothing(head, torn, tmp_path):
+    result = train(
+        torn, tmp_path / "run", **{**TEMPLATES, "head": head, "batch": 2, "accumulate": 2, "steps": 8}
+    )
+    assert result["left_out"] == 2
+
+
+def test_strict_stops_at_such_a_row(torn, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        changes = {"data.strict": "true", "steps": 8, **TEMPLATES}
+        run(pretrain.main, pretrain.Pretrain, flags(torn, tmp_path / "run", **changes))
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: row ") and "column 'image' cannot be read: cannot identify" in last
+
+
+def folder(path):
+    for i in range(10):
+        (path / f"{i}.png").write_bytes(png(20 * i))
+    rows = [json.dumps({"file_name": f"{i}.png", "text": "abcd"[i % 4]}) for i in range(10)]
+    (path / "metadata.jsonl").write_text("\n".join(rows))
+    return path, "['{text}{image:draw}', '{image}{text}']"
+
+
+def parquet(path):
+    rows = [{"picture": {"bytes": png(20 * i), "path": None}, "text": "abcd"[i % 4]} for i in range(10)]
+    rows = Dataset.from_list(rows, features=Features(picture=Image(), text=Value("string")))
+    rows.to_parquet(path / "rows.parquet")
+    return path / "rows.parquet", "['{text}{picture:draw}']"
+
+
+def webdataset(path):
+    with tarfile.open(path / "shard-000.tar", "w") as tar:
+        for i in range(10):
+            for ending, content in (("png", png(20 * i)), ("txt", b"abcd"[i % 4 :][:1])):
+                member = tarfile.TarInfo(f"{i:03d}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path / "shard-000.tar", "['{txt}{png:draw}']"
+
+
+@pytest.mark.parametrize("source", [folder, parquet, webdataset])
+def test_what_datasets_loads_is_trained_on_its_columns_named_by_templates(source, tmp_path):
+    (tmp_path / "source").mkdir()
+    path, templates = source(tmp_path / "source")
+    train(path, tmp_path / "run", **{"data.templates": templates, "steps": 1, "batch": 4, "length": 48})
+    assert "mse" in lines(tmp_path / "run")[0]
+
+
+def test_several_tars_are_one_source(tmp_path):
+    shard, _ = webdataset(tmp_path)
+    shard.with_name("shard-001.tar").write_bytes(shard.read_bytes())
+    splits = load_splits(str(tmp_path / "shard-*.tar"))
+    assert len(splits["train"]) + len(splits["test"]) == 20
+
+
+def test_a_stream_is_refused():
+    with pytest.raises(ValueError, match=r"streamed.*(seed, step).*without streaming"):
+        pretrain.Documents([load_splits("digits")["train"].to_iterable_dataset()], ["{caption}"], 8, 1)
