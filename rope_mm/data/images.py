@@ -72,15 +72,26 @@ class CaptionedImages:
     def decode(self, row: int, stored: dict) -> Tensor:
         """One image (ch, size, size) from what `datasets` stores: bytes or a path."""
         try:
-            data = stored["bytes"] or Path(stored["path"]).read_bytes()
-            source = Picture.open(BytesIO(data)).convert(MODES[self.channels])
-            picture = ImageOps.fit(source, (self.size, self.size), Picture.Resampling.BOX)
-        except (OSError, ValueError, SyntaxError, TypeError, Picture.DecompressionBombError) as error:
-            name = (stored or {}).get("path") or "the image"
-            message = f"row {row}, column {self.image!r}: {name} does not decode ({error})"
-            raise ValueError(message) from error
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        return pixels.view(self.size, self.size, self.channels).permute(2, 0, 1) / 127.5 - 1
+            return decode_picture(stored, self.size, self.channels)
+        except ValueError as error:
+            raise ValueError(f"row {row}, column {self.image!r}: {error}") from error
+
+
+def decode_picture(stored: dict | None, size: int, channels: int) -> Tensor:
+    """One image (ch, size, size) in [-1, 1] from what `datasets` stores, cropped to a square and resized.
+
+    Raises:
+        ValueError: one that cannot be decoded.
+    """
+    try:
+        data = stored["bytes"] or Path(stored["path"]).read_bytes()  # pyright: ignore[reportOptionalSubscript]
+        source = Picture.open(BytesIO(data)).convert(MODES[channels])
+        picture = ImageOps.fit(source, (size, size), Picture.Resampling.BOX)
+    except (OSError, ValueError, SyntaxError, TypeError, Picture.DecompressionBombError) as error:
+        name = (stored or {}).get("path") or "the image"
+        raise ValueError(f"{name} does not decode ({error})") from error
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.view(size, size, channels).permute(2, 0, 1) / 127.5 - 1
 
 
 def read_captions(column: Sequence, name: str) -> list[str]:
