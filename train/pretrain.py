@@ -238,7 +238,7 @@ class Training:
         return marks | show(self.teller, self.held_out, path)
 
     def save_model(self, path: Path) -> None:
-        """Write the averaged model, its processor and what it was taught, for `train/evaluate.py`."""
+        """Write the averaged model, its processor and what it was taught, for `evaluate.py`."""
         if self.accelerator.is_main_process:
             self.teller.save(path)
 
@@ -279,7 +279,7 @@ def main(config: Pretrain) -> None:
     out, accelerator = Path(config.out), Accelerator(kwargs_handlers=[unused])
     if config.batch < accelerator.num_processes:
         raise ValueError(
-            f"batch {config.batch} has no document for some of {accelerator.num_processes} processes; raise it"
+            f"batch {config.batch} has no document for some of {accelerator.num_processes} processes"
         )
     training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
     open_folder(out, dump(replace(config, out="", restart=False)), accelerator, config.restart)
