@@ -27,7 +27,8 @@ def sees(rank: Tensor, document: Tensor | None = None, past: int | Tensor = 0) -
     """The rule (b, h, q, k) -> bool by which queries of row b see keys, both counted from the row's start.
 
     Args:
-        rank: (b, s): a token sees those of its own and of lower rank.
+        rank: (b, s): a token sees those of its own and of lower rank. A draft, which is to become what has
+            rank r, has rank -r: it sees what they see, and itself in their place; others do not see it.
         document: (b, s): and none of another document.
         past: how many tokens came before these s; all of them are seen.
     """
@@ -35,7 +36,8 @@ def sees(rank: Tensor, document: Tensor | None = None, past: int | Tensor = 0) -
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         mine, its = (q - past).clamp(0, last), (k - past).clamp(0, last)
-        seen = (rank[b, its] <= rank[b, mine]) & (k - past <= last)
+        theirs, own = rank[b, its], rank[b, mine]
+        seen = ((theirs == own) | (theirs >= 0) & (theirs < own.abs())) & (k - past <= last)
         if document is not None:
             seen = seen & (document[b, its] == document[b, mine])
         return seen | (k < past)

@@ -1,4 +1,4 @@
-"""Captioned images and clips: digits and sprites of its own, or anything that `datasets` loads."""
+"""Captioned images and clips: digits and sprites of its own, or anything that `datasets` loads; documents."""
 
 from rope_mm.data.captioned_sprites import CLIP_PHRASES as CLIP_PHRASES
 from rope_mm.data.captioned_sprites import SPRITE_PHRASES as SPRITE_PHRASES
@@ -11,6 +11,7 @@ from rope_mm.data.clips import load_clips as load_clips
 from rope_mm.data.digits import DIGIT_NAMES as DIGIT_NAMES
 from rope_mm.data.digits import PHRASES as PHRASES
 from rope_mm.data.digits import captioned_digits as captioned_digits
+from rope_mm.data.documents import Documents as Documents
 from rope_mm.data.images import EMBEDDED as EMBEDDED
 from rope_mm.data.images import CaptionedImages as CaptionedImages
 from rope_mm.data.images import load_images as load_images

@@ -67,11 +67,9 @@ class CaptionedImages:
     def decode(self, row: int, stored: dict) -> Tensor:
         """One image (ch, size, size) from what `datasets` stores: bytes or a path."""
         try:
-            return fit_picture(open_picture(stored), self.size, self.channels) / 127.5 - 1
-        except UNREADABLE as error:
-            name = (stored or {}).get("path") or "the image"
-            message = f"row {row}, column {self.image!r}: {name} does not decode ({error})"
-            raise ValueError(message) from error
+            return decode_picture(stored, self.size, self.channels)
+        except ValueError as error:
+            raise ValueError(f"row {row}, column {self.image!r}: {error}") from error
 
 
 def check_rows(rows: Dataset, channels: int, *columns: str) -> None:
@@ -103,6 +101,18 @@ def fit_picture(picture: Picture.Image, size: int, channels: int) -> Tensor:
     fitted = ImageOps.fit(picture.convert(MODES[channels]), (size, size), Picture.Resampling.BOX)
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
     return pixels.view(size, size, channels).permute(2, 0, 1)
+
+
+def decode_picture(stored: dict | None, size: int, channels: int) -> Tensor:
+    """One image (ch, size, size) in [-1, 1] from what `datasets` stores, cropped to a square and resized.
+
+    Raises:
+        ValueError: one that cannot be decoded.
+    """
+    try:
+        return fit_picture(open_picture(stored), size, channels) / 127.5 - 1  # pyright: ignore[reportArgumentType]
+    except UNREADABLE as error:
+        raise ValueError(f"{(stored or {}).get('path') or 'the image'} does not decode ({error})") from error
 
 
 def read_captions(column: Sequence, name: str) -> list[str]:

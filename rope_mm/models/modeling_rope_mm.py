@@ -128,6 +128,7 @@ class RopeMMModel(RopeMMPreTrainedModel):
         patches: Tensor | None = None,
         rank: Tensor | None = None,
         rope_deltas: Tensor | None = None,
+        document: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
@@ -141,8 +142,10 @@ class RopeMMModel(RopeMMPreTrainedModel):
             past_key_values: a cache to read and to fill.
             inputs_embeds: (b, s, c) in the place of input_ids.
             patches: (b, n, p) or (n, p), one for every image token, in order.
-            rank: (b, s), from `ranks`: a token sees those of its own and of lower rank; None for words.
+            rank: (b, s), from `ranks`: a token sees those of its own and of lower rank, see `sees`; None for
+                words.
             rope_deltas: (b,), by how much words stand beyond their tokens' numbers.
+            document: (b, s), numbers of packed documents; else position_ids or cu_seq_lens_q tell.
             use_cache: whether to return a cache; a forward by itself makes none.
             kwargs: for the backend, such as `cu_seq_lens_q`, where packed documents end.
 
@@ -159,7 +162,8 @@ class RopeMMModel(RopeMMPreTrainedModel):
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = count_tokens(x, attention_mask, past)
         count, positions = from_border(position_ids, self.config.scheme, rope_deltas)
-        document = documents(count, attention_mask, kwargs.get("cu_seq_lens_q"))
+        if document is None:
+            document = documents(count, attention_mask, kwargs.get("cu_seq_lens_q"))
         if past_key_values is not None:
             self.check_cache(document)
         mask = make_mask(self.config, x, attention_mask, past_key_values, rank, document)

@@ -157,19 +157,42 @@ class RopeMMProcessor(ProcessorMixin):
     def draw(
         self,
         model: PreTrainedModel,
-        captions: Sequence[str],
+        prompts: Sequence[str | Sequence[Part]],
         grid: Image | Video,
         generator: torch.Generator | None = None,
+        steps: int = 1,
+        begun: Sequence[Part] | None = None,
     ) -> Tensor:
-        """Pictures (b, ch, y, x) or clips (b, t, ch, y, x) of captions, in one pass for each frame."""
-        sequences = arrange([[caption, grid] for caption in captions], self.tokenizer, self.scheme, "left")
-        t, y, x = grid.grid
-        width = self.num_channels * self.patch_size**2
-        noise = torch.randn(len(captions), t, y * x, width, generator=generator)
-        frames = draw_frames(model, sequences.to(model.device), noise.to(model.device, model.dtype))
-        raster = frames.flatten(0, 1)[:, token_order(Image(y, x), self.scheme).argsort()]
-        drawn = to_images(raster, y, x, self.patch_size).unflatten(0, (-1, t))
-        return drawn if isinstance(grid, Video) else drawn[:, 0]
+        """Pictures (b, ch, y, x) or clips (b, t, ch, y, x) after captions, or after documents.
+
+        A frame takes so many steps, one pass each. `begun` are clips that the drawn ones go on from; they and
+        the pictures of all documents are equal in size.
+        """
+        (t, y, x), width = grid.grid, self.num_channels * self.patch_size**2
+        none = torch.zeros(0, width)
+        clips = [self.read(clip, 1.0)[1] for clip in begun] if begun else [none] * len(prompts)
+        stories, shown = [], []
+        for prompt, clip in zip(prompts, clips, strict=True):
+            parts = [self.read(part, 1.0) for part in ([prompt] if isinstance(prompt, str) else prompt)]
+            stories.append([*(part if isinstance(part, str) else part[0] for part in parts), grid])
+            shown.append(torch.cat([none, *(part[1] for part in parts if not isinstance(part, str)), clip]))
+        noise = torch.randn(len(stories), t - len(clips[0]) // (y * x), y * x, width, generator=generator)
+        before, noise = (part.to(model.device, model.dtype) for part in (torch.stack(shown), noise))
+        sequences = arrange(stories, self.tokenizer, self.scheme, "left").to(model.device)
+        drawn = draw_frames(model, sequences, noise, steps, before)
+        first = torch.stack(clips).to(drawn).unflatten(1, (-1, y * x))
+        frames = torch.cat([first, drawn], 1).flatten(0, 1)
+        raster = frames[:, token_order(Image(y, x), self.scheme).argsort()]
+        pixels = to_images(raster, y, x, self.patch_size).unflatten(0, (-1, t))
+        return pixels if isinstance(grid, Video) else pixels[:, 0]
+
+    def write(
+        self, model: PreTrainedModel, documents: Sequence[Sequence[Part]], words: int = 64
+    ) -> list[str]:
+        """What the model writes after each document, up to its end or so many words."""
+        inputs = self(documents=documents).to(model.device)
+        ids = model.generate(**inputs, max_new_tokens=words, do_sample=False)  # pyright: ignore
+        return self.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def to_pixels(part: Any, channels: int) -> Tensor:

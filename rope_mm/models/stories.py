@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,18 +75,27 @@ def load_tokenizer(name: str = "bytes") -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def arrange(
+class Row(NamedTuple):
+    """One story's tokens: ids (s,), positions (s, a), ranks (s,), and how far the next word is ahead."""
+
+    ids: Tensor
+    positions: Tensor
+    rank: Tensor
+    ahead: float
+
+
+def lay_out(
     stories: Sequence[Sequence[str | Segment]],
     tokenizer: PreTrainedTokenizerBase,
     scheme: Scheme,
-    padding_side: str = "right",
-) -> Sequences:
-    """A batch of stories such as ["a handwritten seven", Image(4, 4)], padded to the longest.
+    ended: bool = False,
+) -> list[Row]:
+    """Rows of stories such as ["a handwritten seven", Image(4, 4)]; `ended`, with the tokenizer's last word.
 
     Strings become words; an Image or Video becomes that many image tokens, for patches given beside it.
-    `generate` wants the padding on the left.
     """
-    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image, last = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.eos_token_id
+    end = [[last]] if ended and last is not None else []
     words = {part for story in stories for part in story if isinstance(part, str)}
     spelt = {
         part: tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -93,21 +103,37 @@ def arrange(
     }
     rows, placed = [], {}
     for story in stories:
-        ids = [spelt[part] if isinstance(part, str) else [image] * part.tokens for part in story]
+        ids = [spelt[part] if isinstance(part, str) else [image] * part.tokens for part in story] + end
+        parts = [*story, *[""] * len(end)]
         shape = tuple(
-            Text(len(i)) if isinstance(part, str) else part for part, i in zip(story, ids, strict=True) if i
+            Text(len(i)) if isinstance(part, str) else part for part, i in zip(parts, ids, strict=True) if i
         )
         if shape not in placed:
             positions, cursor = scheme.place(shape)
-            there = torch.ones(len(positions), dtype=torch.bool)
-            placed[shape] = positions, ranks(shape), there, cursor.next - cursor.tokens
-        rows.append((torch.tensor([i for part in ids for i in part]), *placed[shape]))
-    *columns, deltas = (list(column) for column in zip(*rows, strict=True))
+            placed[shape] = positions, ranks(shape), cursor.next - cursor.tokens
+        rows.append(Row(torch.tensor([i for part in ids for i in part]), *placed[shape]))
+    return rows
+
+
+def arrange(
+    stories: Sequence[Sequence[str | Segment]],
+    tokenizer: PreTrainedTokenizerBase,
+    scheme: Scheme,
+    padding_side: str = "right",
+) -> Sequences:
+    """A batch of stories, padded to the longest; see `lay_out`. `generate` wants the padding on the left."""
+    return side_by_side(lay_out(stories, tokenizer, scheme), padding_side)
+
+
+def side_by_side(rows: Sequence[Row], padding_side: str = "right") -> Sequences:
+    """Rows as one batch, padded to the longest."""
     pad = partial(pad_sequence, batch_first=True, padding_side=padding_side)
+    *columns, ahead = (list(column) for column in zip(*rows, strict=True))
+    there = [torch.ones(len(row.ids), dtype=torch.bool) for row in rows]
     ids, positions, rank, mask = (
-        pad(x, padding_value=fill) for x, fill in zip(columns, PADDING, strict=True)
+        pad(x, padding_value=fill) for x, fill in zip([*columns, there], PADDING, strict=True)
     )
-    return Sequences(ids, positions, rank, mask, torch.tensor(deltas, dtype=torch.float64))
+    return Sequences(ids, positions, rank, mask, torch.tensor(ahead, dtype=torch.float64))
 
 
 def token_order(segment: Segment, scheme: Scheme) -> Tensor:

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -59,8 +60,8 @@ class Log:
         if sys.stderr.isatty() if bar is None else bar:
             self.bar = tqdm(total=total, initial=step, desc=desc or None, dynamic_ncols=True)
 
-    def __call__(self, step: int, **metrics: Any) -> None:
-        """Write a line: finite numbers, tensors of one number, or text.
+    def __call__(self, step: int, aside: Mapping[str, float] | None = None, **metrics: Any) -> None:
+        """Write a line: finite numbers, tensors of one number, or text; what is aside is shown, not written.
 
         Raises:
             ValueError: a number that is not finite.
@@ -70,6 +71,7 @@ class Log:
             return
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
+        line |= aside or {}
         shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in line.items()}
         del shown["step"]
         if self.bar is not None:

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments, masking_utils
-from transformers.integrations import flex_attention
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from rope_mm import SCHEMES, Image, Text, Video
 from rope_mm.attention import Attention, ranks, sees
@@ -33,17 +32,6 @@ def inputs_of(model, *stories, side="left"):
     places = int((inputs["input_ids"] == model.config.image_token_id).sum())
     torch.manual_seed(1)
     return inputs | {"patches": torch.randn(places, model.config.patch_width)}
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """flex_attention by its definition: to compile it takes a minute here and tells nothing more."""
-    from torch.nn.attention import flex_attention as torch_flex
-
-    make_blocks = lambda *args, _compile, **kwargs: torch_flex.create_block_mask(*args, **kwargs)  # noqa: E731
-    monkeypatch.setattr(masking_utils, "create_block_mask", make_blocks)
-    attend = lambda *args, training, **kwargs: torch_flex.flex_attention(*args, **kwargs)  # noqa: E731
-    monkeypatch.setattr(flex_attention, "compile_friendly_flex_attention", attend)
 
 
 @pytest.mark.parametrize("backend", ["eager", "flex_attention"])

@@ -1,0 +1,167 @@
+"""What a pretrained model does when asked: write of a picture, draw what words say, go on with a clip."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rope_mm.data.documents import Document, Documents, Shown, Task, find_tasks, read_template
+from rope_mm.data.order import seeded
+from rope_mm.models.modeling_rope_mm import RopeMMForConditionalGeneration
+from rope_mm.models.processing_rope_mm import Part, RopeMMProcessor
+from rope_mm.run.checkpoint import write_text
+from rope_mm.run.sheet import save_sheet
+from rope_mm.segments import Image, Video
+
+FILE = "documents.json"
+ROWS, COLUMNS, WRITTEN = 8, 8, 64  # of a sheet, and how many held-out documents are written
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a model was taught: templates, what their columns hold, sizes, and the steps of a drawing."""
+
+    templates: list[str]
+    kinds: dict[str, str]
+    size: int
+    frames: int
+    steps: int
+
+    @classmethod
+    def of(cls, documents: Documents, templates: Sequence[str], steps: int) -> "Form":
+        """The form of documents; a clip is as long as their first one."""
+        tasks = find_tasks(documents.templates, documents.kinds)
+        frames = 1
+        if "film" in tasks:
+            ((_, clip),) = documents.ask(tasks["film"], 1)
+            frames = len(pixels_of(clip))
+        return cls(list(templates), documents.kinds, documents.size, frames, steps)
+
+    def task(self, name: str) -> Task:
+        """How the model was taught to "draw", "film" or "write".
+
+        Raises:
+            ValueError: what it was not taught.
+        """
+        tasks = find_tasks([read_template(template) for template in self.templates], self.kinds)
+        if name not in tasks:
+            raise ValueError(f"this model was not taught to {name}; its templates are {self.templates}")
+        return tasks[name]
+
+
+@dataclass(frozen=True)
+class Teller:
+    """A model, its processor and its form."""
+
+    model: PreTrainedModel
+    processor: RopeMMProcessor
+    form: Form
+
+    @classmethod
+    def load(cls, path: Path) -> "Teller":
+        """What `save` wrote.
+
+        Raises:
+            ValueError: a folder that holds no such model.
+        """
+        if not (path / FILE).is_file():
+            raise ValueError(f"{path} holds no {FILE}; give OUT/model of a run of train/pretrain.py")
+        model = RopeMMForConditionalGeneration.from_pretrained(path).eval()
+        processor = RopeMMProcessor.from_pretrained(path)
+        return cls(model, processor, Form(**json.loads((path / FILE).read_text())))
+
+    def save(self, path: Path) -> None:
+        """Write model, processor and form to a folder."""
+        self.model.save_pretrained(path)
+        self.processor.save_pretrained(path)
+        write_text(path / FILE, json.dumps(asdict(self.form), indent=1))
+
+    def prompt(self, name: str, words: str = "", shown: Part | None = None) -> list[Part]:
+        """What stands before a task's column, its columns filled with these words or this picture or clip.
+
+        Raises:
+            ValueError: a task that needs a picture before it where none came.
+        """
+        parts: list[Part] = []
+        for part in self.form.task(name).before:
+            value = (
+                part if isinstance(part, str) else words if self.form.kinds[part.column] == "words" else shown
+            )
+            if value is None:
+                raise ValueError(f"to {name} the model reads a picture first; give one")
+            parts.append(value)
+        return parts
+
+    def write(self, prompts: Sequence[Sequence[Part]]) -> list[str]:
+        """What the model writes after prompts, one by one where they differ in their pictures' sizes."""
+        return self.processor.write(self.model, prompts)
+
+    def draw(self, prompts: Sequence[Sequence[Part]], generator: torch.Generator) -> Tensor:
+        """Pictures (b, ch, y, x) after prompts."""
+        side = self.form.size // self.processor.patch_size
+        grid = Image(side, side)
+        return self.processor.draw(self.model, prompts, grid, generator, self.form.steps)
+
+    def film(
+        self,
+        prompts: Sequence[Sequence[Part]],
+        begun: Sequence[Tensor],
+        frames: int,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Clips (b, t, ch, y, x) after prompts: those begun, and so many frames more."""
+        side = self.form.size // self.processor.patch_size
+        grid = Video(frames + (len(begun[0]) if begun else 0), side, side)
+        return self.processor.draw(self.model, prompts, grid, generator, self.form.steps, begun)
+
+
+def pixels_of(part: str | Shown) -> Tensor:
+    """The pixels of what is shown."""
+    if isinstance(part, str):
+        raise ValueError(f"{part!r} is no picture")
+    return part.pixels
+
+
+def plain(document: Document) -> list[Part]:
+    """A document as a processor takes it."""
+    return [part if isinstance(part, str) else part.pixels for part in document]
+
+
+def spell(document: Document) -> str:
+    """A document's words."""
+    return "".join(part for part in document if isinstance(part, str)).strip()
+
+
+def show(teller: Teller, held_out: Documents, path: Path) -> dict[str, float]:
+    """Samples of every task the model was taught, in files that begin with this path; how much is right.
+
+    Rows of a sheet begin with the true picture or clip; a clip's first frame is given.
+    """
+    tasks = find_tasks(held_out.templates, held_out.kinds)
+    marks: dict[str, float] = {}
+    if "draw" in tasks:
+        asked = held_out.ask(tasks["draw"], ROWS)
+        prompts = [plain(before) for before, _ in asked for _ in range(COLUMNS - 1)]
+        drawn = teller.draw(prompts, seeded("sheet")).cpu().unflatten(0, (len(asked), -1))
+        true = torch.stack([pixels_of(value) for _, value in asked])[:, None]
+        rows = torch.cat([true, drawn], 1).flatten(0, 1)
+        save_sheet(path.with_name(f"{path.name}.png"), rows, [spell(before) for before, _ in asked])
+    if "film" in tasks:
+        asked = held_out.ask(tasks["film"], ROWS)
+        true = torch.stack([pixels_of(value) for _, value in asked])
+        prompts = [plain(before) for before, _ in asked]
+        clips = teller.film(prompts, list(true[:, :1]), true.shape[1] - 1, seeded("sheet")).cpu()
+        rows = torch.stack([true, clips], 1).flatten(0, 2)
+        names = [spell(before) for before, _ in asked]
+        save_sheet(path.with_name(f"{path.name}-clips.png"), rows, names)
+    if "write" in tasks:
+        asked = held_out.ask(tasks["write"], WRITTEN)
+        written = teller.write([plain(before) for before, _ in asked])
+        pairs = [(str(true), said.strip()) for (_, true), said in zip(asked, written, strict=True)]
+        write_text(path.with_name(f"{path.name}.txt"), "".join(f"{true} | {said}\n" for true, said in pairs))
+        marks["written"] = sum(true.strip() == said for true, said in pairs) / len(pairs)
+    return marks
