@@ -10,7 +10,7 @@ The figure wants matplotlib: pip install rope-mm[plots].
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import chain
@@ -22,9 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from rope_mm.choice import Choice
-from rope_mm.data import CLIP_FACTORS, Quiz, ask_cell, ask_frame, ask_neighbour, batch_indices, seeded
-from rope_mm.data.places import WORDS, ask_motion, ask_sprite
+from rope_mm.data import CLIP_FACTORS, Quiz, batch_indices, seeded
+from rope_mm.data.places import QUIZZES, WORDS
 from rope_mm.embed import to_patches
 from rope_mm.models import IMAGE_TOKEN, RopeMMForConditionalGeneration, read_config
 from rope_mm.models.stories import Row, lay_out, side_by_side
@@ -58,18 +57,6 @@ class Compare:
     untrained: dict[str, dict[str, Any]] = field(default_factory=dict)
     threads: int = 0  # of torch on the CPU; 0 leaves them to torch
     device: str = "cpu"
-
-
-TASKS: Choice[Callable[..., Quiz]] = Choice(
-    "task",
-    {
-        "cell": ask_cell,
-        "neighbour": ask_neighbour,
-        "frame": ask_frame,
-        "sprite": ask_sprite,
-        "motion": ask_motion,
-    },
-)
 
 
 class Words:
@@ -121,17 +108,19 @@ def tell(quiz: Quiz, size: int) -> Told:
     return Told([*story, quiz.question, quiz.answer], torch.cat(patches), len(WORD.findall(quiz.answer)) + 1)
 
 
-def write_quizzes(task: str, sizes: Mapping[str, Any], count: int, *key: int | str) -> list[Quiz]:
-    """So many quizzes of a form, which depend on the key alone.
+def write_quizzes(task: str, form: Mapping[str, Any], count: int, *key: int | str) -> list[Quiz]:
+    """So many quizzes of a form, which depend on the key alone; `ask` in it names the quiz, else the task.
 
     Raises:
-        ValueError: an unknown task, sizes it does not take.
+        ValueError: an unknown quiz, sizes it does not take.
     """
-    generator, ask = seeded(task, json.dumps(sizes, sort_keys=True), *key), TASKS[task]
+    sizes = dict(form)
+    name = sizes.pop("ask", task)
+    generator, ask = seeded(name, json.dumps(sizes, sort_keys=True), *key), QUIZZES[name]
     try:
         return [ask(generator, **sizes) for _ in range(count)]
     except TypeError as error:
-        raise ValueError(f"task {task!r} with sizes {dict(sizes)}: {error}") from None
+        raise ValueError(f"task {task!r} with sizes {sizes}: {error}") from None
 
 
 class School:
@@ -214,6 +203,7 @@ def train(config: Compare, school: School, scheme: str, seed: int, bar: tqdm) ->
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / config.warm_up, 1.25 * (1 - step / config.steps))
     )
+    loss = torch.zeros(())
     for step in range(config.steps):
         chosen = batch_indices(len(asked), config.batch, seed, step).tolist()
         loss, right = answer(model, [asked[i] for i in chosen])
@@ -222,7 +212,10 @@ def train(config: Compare, school: School, scheme: str, seed: int, bar: tqdm) ->
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(step=step + 1, loss=f"{loss.item():.3f}", right=f"{right.float().mean().item():.2f}")
+        if step % 20 == 19:
+            bar.set_postfix(step=step + 1, loss=loss.item(), right=right.float().mean().item())
+    if not loss.isfinite():
+        raise ValueError(f"the loss of {scheme}, seed {seed}, is not finite; give a lower --lr")
     marks = school.judge(model.eval())
     cost = {"lessons_cpu_s": taught - began, "cpu_s": time.process_time() - taught}
     return {"marks": marks, "parameters": model.num_parameters(), "loss": loss.item(), **cost}

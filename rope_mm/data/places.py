@@ -4,11 +4,13 @@ Each function draws from a generator and takes every size as an argument, so tha
 asked: finer grids, other aspect ratios, longer documents and clips. Rows, columns and frames count from 1.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
+from rope_mm.choice import Choice
 from rope_mm.data.captioned_sprites import write_captions
 from rope_mm.data.sprites import (
     BACKGROUND,
@@ -127,6 +129,18 @@ def ask_motion(generator: Generator, frames: int = 4, size: int | tuple[int, int
     (caption,) = write_captions(factors, ("{colour}, first at the {row} {column}, {motion}",), [0])
     clip = draw_clips(factors, frames, size)[0]
     return Quiz([clip], "what happens?", caption)
+
+
+QUIZZES: Choice[Callable[..., Quiz]] = Choice(
+    "quiz",
+    {
+        "cell": ask_cell,
+        "neighbour": ask_neighbour,
+        "frame": ask_frame,
+        "sprite": ask_sprite,
+        "motion": ask_motion,
+    },
+)
 
 
 def anything(generator: Generator) -> dict[str, Tensor]:
