@@ -99,6 +99,8 @@ def draw_figure(path: Path, summary: Summary) -> None:
     figure = Figure((2.2 * columns, 2.8 * len(summary)), layout="constrained")
     grid = figure.subplots(len(summary), columns, sharey=True, squeeze=False)
     for row, (kind, tasks) in zip(grid, summary.items(), strict=True):
+        for axes in row[len(tasks) :]:
+            axes.set_visible(False)
         for axes, (task, numbers) in zip(row, tasks.items(), strict=False):
             names, best = list(numbers["mean"]), 100 * max(numbers["mean"].values())
             axes.barh(names, [100 * numbers["mean"][name] for name in names], color="lightsteelblue")
