@@ -4,12 +4,25 @@ Each function draws from a generator and takes every size as an argument, so tha
 asked: finer grids, other aspect ratios, longer documents and clips. Rows, columns and frames count from 1.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from rope_mm.data.sprites import BACKGROUND, COLOURS, FACTORS, PLACES, ROWS, SHAPES, draw_sprites
+from rope_mm.choice import Choice
+from rope_mm.data.captioned_sprites import write_captions
+from rope_mm.data.sprites import (
+    BACKGROUND,
+    CLIP_FACTORS,
+    COLOURS,
+    FACTORS,
+    PLACES,
+    ROWS,
+    SHAPES,
+    draw_clips,
+    draw_sprites,
+)
 
 WORDS = (
     "apple",
@@ -101,6 +114,38 @@ def ask_frame(
     clip = draw_sprites({"shape": shapes, "colour": colours, **places}, size)
     sought = name({"shape": torch.tensor([shape]), "colour": torch.tensor([colour])}, 0)
     return Quiz([clip], f"which frame shows the {sought}?", f"frame {needle + 1}")
+
+
+def ask_sprite(generator: Generator, size: int | tuple[int, int] = 16) -> Quiz:
+    """The colour and the place of a sprite."""
+    factors = anything(generator)
+    (caption,) = write_captions(factors, ("{colour} at the {row} {column}",), [0])
+    return Quiz([draw_sprites(factors, size)[0]], "what is it?", caption)
+
+
+def ask_motion(generator: Generator, frames: int = 4, size: int | tuple[int, int] = 16) -> Quiz:
+    """The colour of a sprite, its first place and how it moves."""
+    factors = anything(generator)
+    (caption,) = write_captions(factors, ("{colour}, first at the {row} {column}, {motion}",), [0])
+    clip = draw_clips(factors, frames, size)[0]
+    return Quiz([clip], "what happens?", caption)
+
+
+QUIZZES: Choice[Callable[..., Quiz]] = Choice(
+    "quiz",
+    {
+        "cell": ask_cell,
+        "neighbour": ask_neighbour,
+        "frame": ask_frame,
+        "sprite": ask_sprite,
+        "motion": ask_motion,
+    },
+)
+
+
+def anything(generator: Generator) -> dict[str, Tensor]:
+    """The factors of one clip, (1,) each."""
+    return {factor: torch.tensor([draw(generator, len(words))]) for factor, words in CLIP_FACTORS.items()}
 
 
 def name(factors: dict[str, Tensor], index: int) -> str:

@@ -1,0 +1,209 @@
+"""The comparison of schemes on models of toy size: nothing is learned here, but everything else must work."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import tukey_hsd
+
+from rope_mm.data.places import ask_motion, ask_sprite
+from rope_mm.data.sprite_judge import judge_clips, judge_sprites
+from rope_mm.data.sprites import COLOURS, COLUMNS, MOTIONS, ROWS
+from rope_mm.run.comparison import judge_noise
+from rope_mm.run.config import load, run
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "train" / "compare_schemes.py"
+CONFIGS = sorted((ROOT / "configs" / "compare").glob("*.yaml"))
+SMALL = ROOT / "configs" / "compare" / "small.yaml"
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("compare_schemes", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["compare_schemes"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+compare = script()
+TOY = """
+steps: 3
+batch: 8
+documents: 40
+questions: 4
+model: {patch_size: 8, hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 1,
+  num_key_value_heads: 1}
+schemes: {flat: {scheme: flat}, tv: {scheme: rope-tv}}
+trained:
+  cell: {2x3: {rows: 2, columns: 3, cell: 8}}
+  neighbour: {2 of 1x1: {size: 8}}
+  needle: {3 of 1x1: {ask: frame, frames: 3, size: 8}}
+  sprite: {1x1: {size: 8}}
+  motion: {2 of 1x1: {frames: 2, size: 8}}
+untrained: {cell: {3x2: {rows: 3, columns: 2, cell: 8}}, frame: {2 of 1x2: {frames: 2, size: [8, 16]}}}
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Flags of a comparison of two schemes and one seed."""
+    (tmp_path / "toy.yaml").write_text(TOY)
+    return ["--config", str(tmp_path / "toy.yaml"), "--seeds", "1", "--out", str(tmp_path / "out")]
+
+
+def start(flags):
+    config = load(compare.Compare, flags)
+    compare.main(config)
+    return Path(config.out)
+
+
+def test_a_comparison_leaves_a_table_a_figure_and_all_numbers(toy):
+    out = start(toy)
+    report = json.loads((out / "compare.json").read_text())
+    assert set(report["runs"]) == {"flat", "tv"}
+    (run,) = report["runs"]["flat"]
+    assert set(run["marks"]["trained"]) == {"cell", "neighbour", "needle", "sprite", "motion"}
+    assert set(run["marks"]["untrained"]) == {"cell", "frame"}
+    assert run["parameters"] == report["runs"]["tv"][0]["parameters"]
+    summary = report["summary"]["trained"]["all"]
+    tasks = [sum(forms.values()) / len(forms) for forms in run["marks"]["trained"].values()]
+    assert summary["mean"]["flat"] == pytest.approx(sum(tasks) / 5)
+    table = (out / "table.md").read_text()
+    assert table.count("| flat |") == table.count("| tv |") == 2
+    assert (out / "compare.png").stat().st_size < 200_000
+
+
+def test_what_is_done_is_not_run_again_and_more_seeds_go_on(toy, monkeypatch):
+    monkeypatch.setattr(compare, "draw_figure", lambda *args: None)
+    out = start(toy)
+    files = [path for path in out.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    trained, train = [], compare.train
+    monkeypatch.setattr(compare, "train", lambda *args: trained.append(args[2:4]) or train(*args))
+    start(toy)
+    assert not trained
+    assert {path: path.read_bytes() for path in files} == before
+    start([*toy, "--seeds", "2"])
+    assert trained == [("flat", 1), ("tv", 1)]
+    first = out / "runs" / "tv-0.json"
+    first.unlink()
+    start(toy)
+    assert trained[2:] == [("tv", 0)]
+    assert json.loads(first.read_text())["marks"] == json.loads(before[first])["marks"]
+
+
+def test_a_folder_of_other_runs_is_refused(toy):
+    start(toy)
+    with pytest.raises(ValueError, match="another lr"):
+        start([*toy, "--lr", "0.5"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ([], "two or more"),
+        (["--config", str(SMALL), "--steps", "0"], "steps must be at least 1"),
+        (["--config", str(SMALL), "--trained.room.small.rows", "2"], "quiz 'room' is unknown"),
+        (["--config", str(SMALL), "--trained.cell.small.row", "2"], "task 'cell'"),
+        (["--config", str(SMALL), "--schemes.flat.scheme", "flatt"], "flatt"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(flags, reason, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(
+            compare.main,
+            compare.Compare,
+            [*flags, "--out", str(tmp_path), "--documents", "8", "--questions", "1"],
+        )
+    assert stopped.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_schemes_of_a_configuration_differ_in_nothing_but_the_scheme(path):
+    config = load(
+        compare.Compare,
+        [
+            "--config",
+            str(SMALL),
+            "--config",
+            str(path),
+            "--documents",
+            "8",
+            "--questions",
+            "2",
+            "--device",
+            "cpu",
+        ],
+    )
+    words = compare.School(config).words
+    models = {scheme: compare.make_model(config, words, scheme, 0) for scheme in config.schemes}
+    first = dict(models["flat"].named_parameters())
+    for name, model in models.items():
+        ours = {key: weight for key, weight in model.named_parameters() if "rotary" not in key}
+        assert ours.keys() == first.keys()
+        assert all(torch.equal(weight, first[key]) for key, weight in ours.items()), name
+        assert model.config.scheme.theta == config.theta
+    assert {"m-rope-spatial-reset", "videorope", "mixed"} < models.keys()
+
+
+def test_an_answer_is_right_if_and_only_if_greedy_decoding_writes_it(toy):
+    config = load(compare.Compare, toy)
+    school = compare.School(config)
+    model = compare.make_model(config, school.words, "tv", 0).eval()
+    ((row, quiz),) = asked = school.lay_out(school.exams["trained", "sprite", "1x1"][:1], model.config.scheme)
+    loss, right = compare.answer(model, asked)
+    assert not right and loss > 0
+    ids, forward = row.ids, type(model).forward
+    assert ids[-1] == school.words.eos_token_id
+    wanted = torch.nn.functional.one_hot(ids[1:], len(school.words.number)).float()
+
+    def clairvoyant(**inputs):
+        out = forward(model, **inputs)
+        out.logits[0, -quiz.answer - 1 : -1] = wanted[-quiz.answer :]
+        return out
+
+    model.forward = clairvoyant
+    assert compare.answer(model, asked)[1].all()
+    wanted[-1] = 0  # no end: greedy decoding would go on
+    assert not compare.answer(model, asked)[1].any()
+
+
+def test_captions_say_what_the_judge_of_sprites_sees():
+    for number in range(20):
+        quiz = ask_sprite(torch.Generator().manual_seed(number), 16)
+        seen = {name: int(index) for name, index in judge_sprites(quiz.document[0][None]).items()}
+        assert (
+            quiz.answer
+            == f"{list(COLOURS)[seen['colour']]} at the {ROWS[seen['row']]} {COLUMNS[seen['column']]}"
+        )
+        quiz = ask_motion(torch.Generator().manual_seed(number), 4, 16)
+        assert list(MOTIONS)[judge_clips(quiz.document[0][None])["motion"]] in quiz.answer
+
+
+def test_noise_is_tukeys_where_seeds_have_no_effect_and_p_counts_what_shuffling_reaches():
+    torch.manual_seed(0)
+    scores = torch.randn(4, 60, dtype=torch.float64) * 0.1
+    scores -= scores.mean(0)  # no effect of seeds is left to take away
+    scores[0] += 0.02
+    ours = judge_noise(scores)["differ"]
+    interval = tukey_hsd(*scores.tolist()).confidence_interval(0.95)
+    theirs = float((interval.high - interval.low)[0, 1] / 2)
+    assert ours == pytest.approx(theirs * (236 / 177) ** 0.5, rel=0.02)  # 177 degrees of freedom, not 236
+
+
+def test_three_seeds_of_two_schemes_can_never_be_told_apart_by_shuffling():
+    apart = judge_noise(torch.tensor([[0.0, 0.01, 0.02], [0.9, 0.91, 0.92]]))
+    assert apart["p"] == pytest.approx(0.25, abs=0.02)  # 2 of 8 shuffles are as extreme
+    assert apart["differ"] == pytest.approx(0.0, abs=1e-6)
+    assert judge_noise(torch.rand(3, 1))["differ"] is None
+
+
+def test_schemes_that_do_not_differ_give_any_p_with_equal_chance():
+    torch.manual_seed(1)
+    p = torch.tensor([judge_noise(torch.rand(4, 3))["p"] for _ in range(30)])
+    assert 0.3 < p.mean() < 0.7 and p.min() > 1e-4

@@ -1,0 +1,293 @@
+"""Do rotary schemes matter? One small model for each scheme and seed, all else equal, asked about places.
+
+    python train/compare_schemes.py --config configs/compare/small.yaml
+
+The same command again goes on: a run that is done is not run again. OUT/table.md, OUT/compare.json and
+OUT/compare.png tell how often answers are right at trained and untrained sizes, and what is inside the noise.
+The figure wants matplotlib: pip install rope-mm[plots].
+"""
+
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from rope_mm.data import CLIP_FACTORS, Quiz, batch_indices, seeded
+from rope_mm.data.places import QUIZZES, WORDS
+from rope_mm.embed import to_patches
+from rope_mm.models import IMAGE_TOKEN, RopeMMForConditionalGeneration, read_config
+from rope_mm.models.stories import Row, lay_out, side_by_side
+from rope_mm.run import checkpoint
+from rope_mm.run.comparison import draw_figure, summarise, write_table
+from rope_mm.run.config import run
+from rope_mm.scheme import Scheme
+from rope_mm.segments import Image, Segment, Video
+
+START, END, PAD, NONE = "look", "<end>", "<pad>", -100
+FREE = "out", "schemes", "seeds", "threads", "device"  # may change from one start to the next
+WORD = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Compare schemes on questions of place; the same command again goes on, runs that are done stay."""
+
+    out: str = "runs/compare"
+    schemes: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> fields of rope_parameters
+    theta: float = 100.0  # of every scheme that names none
+    seeds: int = 3
+    steps: int = 1000
+    batch: int = 64
+    documents: int = 16384  # to train on, in equal parts of the trained forms
+    questions: int = 200  # of every form, to judge by
+    lr: float = 3e-3
+    warm_up: int = 50
+    model: dict[str, Any] = field(default_factory=dict)  # fields of RopeMMConfig
+    trained: dict[str, dict[str, Any]] = field(default_factory=dict)  # task -> form -> sizes
+    untrained: dict[str, dict[str, Any]] = field(default_factory=dict)
+    threads: int = 0  # of torch on the CPU; 0 leaves them to torch
+    device: str = "cpu"
+
+
+class Words:
+    """A tokenizer of the words that quizzes have, one token each, in the part of it that `lay_out` asks."""
+
+    eos_token_id = 1
+
+    def __init__(self, quizzes: Sequence[Quiz]):
+        texts = [part for q in quizzes for part in (*q.document, q.question, q.answer)]
+        texts += [START, *WORDS, *chain(*CLIP_FACTORS.values()), *map(str, range(1, 65))]
+        words = {word for text in texts if isinstance(text, str) for word in WORD.findall(text)}
+        self.number = {word: i for i, word in enumerate((PAD, END, IMAGE_TOKEN, *sorted(words)))}
+        self.spelt: dict[str, list[int]] = {}
+
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
+        """Numbers of the words; a word never seen is a KeyError."""
+        if text not in self.spelt:
+            self.spelt[text] = [self.number[word] for word in WORD.findall(text)]
+        return {"input_ids": self.spelt[text]}
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        """The number of one token."""
+        return self.number[token]
+
+
+class Told(NamedTuple):
+    """A quiz as strings and segments, its patches (n, p) in 0 to 255, and how many tokens the answer has."""
+
+    story: list[str | Segment]
+    patches: Tensor
+    answer: int
+
+
+Placed = tuple[Row, Told]  # a quiz and its tokens where a scheme places them
+
+
+def tell(quiz: Quiz, size: int) -> Told:
+    """A quiz told to a model with patches of so many pixels."""
+    story: list[str | Segment] = [START]
+    patches = []
+    for part in quiz.document:
+        if isinstance(part, str):
+            story.append(part)
+            continue
+        frames = part.view(-1, *part.shape[-3:])
+        patches.append(to_patches(frames, size).flatten(0, 1))
+        y, x = (side // size for side in part.shape[-2:])
+        story.append(Image(y, x) if part.dim() == 3 else Video(len(frames), y, x))
+    return Told([*story, quiz.question, quiz.answer], torch.cat(patches), len(WORD.findall(quiz.answer)) + 1)
+
+
+def write_quizzes(task: str, form: Mapping[str, Any], count: int, *key: int | str) -> list[Quiz]:
+    """So many quizzes of a form, which depend on the key alone; `ask` in it names the quiz, else the task.
+
+    Raises:
+        ValueError: an unknown quiz, sizes it does not take.
+    """
+    sizes = dict(form)
+    name = sizes.pop("ask", task)
+    generator, ask = seeded(name, json.dumps(sizes, sort_keys=True), *key), QUIZZES[name]
+    try:
+        return [ask(generator, **sizes) for _ in range(count)]
+    except TypeError as error:
+        raise ValueError(f"task {task!r} with sizes {sizes}: {error}") from None
+
+
+class School:
+    """Documents to train on and questions to judge by; the same for every scheme, the questions for all."""
+
+    def __init__(self, config: Compare):
+        self.config, self.size = config, config.model.get("patch_size", 2)
+        self.trained = [(task, sizes) for task, forms in config.trained.items() for sizes in forms.values()]
+        exams = {
+            (kind, task, form): write_quizzes(task, sizes, config.questions, "exam")
+            for kind, tasks in (("trained", config.trained), ("untrained", config.untrained))
+            for task, forms in tasks.items()
+            for form, sizes in forms.items()
+        }
+        self.exams = {form: [tell(quiz, self.size) for quiz in quizzes] for form, quizzes in exams.items()}
+        sample = [quiz for form in self.trained for quiz in write_quizzes(*form, 16, "words")]
+        self.words = Words([*sample, *(quiz for quizzes in exams.values() for quiz in quizzes)])
+        self.lessons = lru_cache(maxsize=1)(self.write_lessons)
+
+    def write_lessons(self, seed: int) -> list[Told]:
+        """The documents of a seed."""
+        each = -(-self.config.documents // len(self.trained))
+        told = [quiz for form in self.trained for quiz in write_quizzes(*form, each, "lesson", seed)]
+        return [tell(quiz, self.size) for quiz in told]
+
+    def lay_out(self, told: Sequence[Told], scheme: Scheme) -> list[Placed]:
+        """Quizzes with their tokens where a scheme places them."""
+        tokenizer = cast(PreTrainedTokenizerBase, self.words)
+        rows = lay_out([quiz.story for quiz in told], tokenizer, scheme, ended=True)
+        return list(zip(rows, told, strict=True))
+
+    @torch.no_grad()
+    def judge(self, model: RopeMMForConditionalGeneration) -> dict[str, dict[str, dict[str, float]]]:
+        """The share of right answers: trained or untrained -> task -> form."""
+        marks: dict[str, dict[str, dict[str, float]]] = {}
+        for (kind, task, form), told in self.exams.items():
+            asked = self.lay_out(told, model.config.scheme)
+            right = [answer(model, asked[i : i + 100])[1] for i in range(0, len(asked), 100)]
+            marks.setdefault(kind, {}).setdefault(task, {})[form] = torch.cat(right).float().mean().item()
+        return marks
+
+
+def answer(model: RopeMMForConditionalGeneration, asked: Sequence[Placed]) -> tuple[Tensor, Tensor]:
+    """The loss of the answers, and which (b,) are right throughout, each word given those before it.
+
+    An answer is right throughout if and only if greedy decoding writes it.
+    """
+    sequences = side_by_side([row for row, _ in asked])
+    labels = sequences.input_ids.masked_fill(~sequences.mask, NONE)
+    for label, (row, quiz) in zip(labels, asked, strict=True):
+        label[: len(row.ids) - quiz.answer] = NONE
+    labels = labels.to(model.device)
+    patches = torch.cat([quiz.patches for _, quiz in asked]).to(model.device).float() / 127.5 - 1
+    out = model(**sequences.to(model.device).inputs(), patches=patches, labels=labels)
+    said = out.logits[:, :-1].argmax(-1)
+    return out.loss, ((said == labels[:, 1:]) | (labels[:, 1:] == NONE)).all(1)
+
+
+def make_model(config: Compare, words: Words, scheme: str, seed: int) -> RopeMMForConditionalGeneration:
+    """The model of a scheme; what is random depends on the seed alone."""
+    torch.manual_seed(seed)
+    settings = read_config(
+        **{"num_channels": 3, **config.model},
+        vocab_size=len(words.number),
+        image_token_id=words.number[IMAGE_TOKEN],
+        eos_token_id=words.eos_token_id,
+        rope_parameters={"theta": config.theta, **config.schemes[scheme]},
+    )
+    return RopeMMForConditionalGeneration(settings).to(config.device)  # pyright: ignore[reportArgumentType]
+
+
+def train(config: Compare, school: School, scheme: str, seed: int, bar: tqdm) -> dict[str, Any]:
+    """One run: the marks of a scheme's model, its parameters, what it took."""
+    began = time.process_time()
+    lessons = school.lessons(seed)
+    taught = time.process_time()
+    model = make_model(config, school.words, scheme, seed)
+    asked = school.lay_out(lessons, model.config.scheme)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.99), weight_decay=0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / config.warm_up, 1.25 * (1 - step / config.steps))
+    )
+    loss = torch.zeros(())
+    for step in range(config.steps):
+        chosen = batch_indices(len(asked), config.batch, seed, step).tolist()
+        loss, right = answer(model, [asked[i] for i in chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 19:
+            bar.set_postfix(step=step + 1, loss=loss.item(), right=right.float().mean().item())
+    if not loss.isfinite():
+        raise ValueError(f"the loss of {scheme}, seed {seed}, is not finite; give a lower --lr")
+    marks = school.judge(model.eval())
+    cost = {"lessons_cpu_s": taught - began, "cpu_s": time.process_time() - taught}
+    return {"marks": marks, "parameters": model.num_parameters(), "loss": loss.item(), **cost}
+
+
+def check(config: Compare) -> None:
+    """Refuse what makes no comparison.
+
+    Raises:
+        ValueError: with the key and its value.
+    """
+    if len(config.schemes) < 2 or not config.trained:
+        raise ValueError(
+            f"schemes {list(config.schemes)} must be two or more, and trained name tasks; "
+            "give --config configs/compare/small.yaml"
+        )
+    for name in ("seeds", "steps", "batch", "documents", "questions", "warm_up"):
+        if (value := getattr(config, name)) < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {config.device!r} is not here; give --device cpu")
+
+
+def read_run(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What a run that is done has left, None where there is none.
+
+    Raises:
+        ValueError: one of other settings, or one that cannot be read.
+    """
+    if not path.exists():
+        return None
+    try:
+        done = json.loads(path.read_text(encoding="utf-8"))
+        differs = [name for name, value in settings.items() if done["settings"].get(name) != value]
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(f"{path} is no run of this script; delete it") from None
+    if differs:
+        raise ValueError(f"{path} has another {', '.join(differs)}; delete it, or give another --out")
+    return done
+
+
+def main(config: Compare) -> None:
+    """Run what is not done yet, then tell what all runs say.
+
+    Raises:
+        ValueError: a configuration that makes no comparison, runs of another one in its folder.
+    """
+    check(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    out, school = Path(config.out), School(config)
+    whole = {name: value for name, value in asdict(config).items() if name not in FREE}
+    plan = [(seed, scheme) for seed in range(config.seeds) for scheme in config.schemes]
+    runs: dict[str, list[dict[str, Any]]] = {scheme: [] for scheme in config.schemes}
+    with tqdm(plan, desc="runs") as bar:
+        for seed, scheme in bar:
+            path = out / "runs" / f"{scheme}-{seed}.json"
+            settings = {**whole, "scheme": config.schemes[scheme]}
+            bar.set_description(f"{scheme}, seed {seed}")
+            done = read_run(path, settings)
+            if done is None:
+                done = {"settings": settings, **train(config, school, scheme, seed, bar)}
+                checkpoint.write_text(path, json.dumps(done, indent=1))
+            runs[scheme].append({name: value for name, value in done.items() if name != "settings"})
+    summary = summarise(runs)
+    table = write_table(summary)
+    report = {"settings": {**whole, "schemes": config.schemes}, "summary": summary, "runs": runs}
+    checkpoint.write_text(out / "compare.json", json.dumps(report, indent=1))
+    checkpoint.write_text(out / "table.md", table)
+    draw_figure(out / "compare.png", summary)
+    print(f"{table}\n{out}/table.md, compare.json, compare.png")
+
+
+if __name__ == "__main__":
+    run(main, Compare)
