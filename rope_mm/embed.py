@@ -23,15 +23,11 @@ def to_images(patches: Tensor, y: int, x: int, size: int) -> Tensor:
 
 
 class PatchMap(nn.Linear):
-    """Patches (n, p) -> (n, c). Weights times `gain` make any patch as loud as one of 2 x 2 numbers.
+    """Patches (n, p) -> (n, c), whose weights may begin at a scale of their own.
 
     At the scale of other weights a patch of many numbers drowns the vector of the image word, by which
     attention tells places.
     """
-
-    def __init__(self, patch_width: int, width: int):
-        super().__init__(patch_width, width, bias=False)
-        self.gain = 2 / patch_width**0.5
 
 
 class Embed(nn.Module):
@@ -43,7 +39,7 @@ class Embed(nn.Module):
     def __init__(self, vocab: int, width: int, patch_width: int):
         super().__init__()
         self.words = nn.Embedding(vocab, width)
-        self.patches = PatchMap(patch_width, width)
+        self.patches = PatchMap(patch_width, width, bias=False)
 
     def forward(self, x: Tensor, patches: Tensor | None, places: Tensor) -> Tensor:
         """Words x (b, s, c) with patches (b, n, p) or (n, p) added, in order, at places (b, s).

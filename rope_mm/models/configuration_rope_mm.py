@@ -21,7 +21,8 @@ class RopeMMConfig(PreTrainedConfig):
     change, such as `"extensions": [{"rope_type": "yarn", "factor": 4.0, "original": 512}]`; or it is a
     Scheme, whose fields are then written out. `theta` is kept under transformers' name, rope_theta.
     `head_dim` is hidden_size / num_attention_heads where it is 0. `bounded_patches` end in tanh, for pixels
-    in (-1, 1).
+    in (-1, 1). `patch_initializer_range` is `initializer_range` where it is 0; at 0.2 / sqrt(p) patches of p
+    numbers are as loud as those of 2 x 2.
     """
 
     model_type = "rope_mm"
@@ -39,6 +40,7 @@ class RopeMMConfig(PreTrainedConfig):
     bounded_patches: bool = False
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.1
+    patch_initializer_range: float = 0.0
     tie_word_embeddings: bool = True
     image_token_id: int = 259
     pad_token_id: int | None = 0

@@ -90,8 +90,8 @@ class RopeMMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.Linear):
-            gain = module.gain if isinstance(module, PatchMap) else 1.0
-            nn.init.normal_(module.weight, std=self.config.initializer_range * gain)
+            own = self.config.patch_initializer_range if isinstance(module, PatchMap) else 0.0
+            nn.init.normal_(module.weight, std=own or self.config.initializer_range)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
