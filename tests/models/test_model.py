@@ -260,9 +260,12 @@ def test_patches_must_be_as_many_as_their_places(config):
         _ = Canvas(config, load_tokenizer(), 9).grid
 
 
-@pytest.mark.parametrize(("patch_size", "channels"), [(2, 1), (8, 3)])
-def test_a_patch_of_any_size_is_as_loud_as_one_of_four_numbers(patch_size, channels):
-    config = read_config(hidden_size=512, patch_size=patch_size, num_channels=channels)
-    embed = RopeMMForConditionalGeneration(config).model.embed
-    seen = embed.patches(torch.randn(64, config.patch_width))
-    assert seen.std().item() == pytest.approx(2 * config.initializer_range, rel=0.1)
+@pytest.mark.parametrize("patch_size", [2, 8])
+def test_patches_begin_as_loud_as_the_config_says(patch_size):
+    config = read_config(hidden_size=512, patch_size=patch_size, num_channels=3)
+    for own, loudness in ((0.0, 0.1), (0.02, 0.02)):
+        config.patch_initializer_range = own
+        embed = RopeMMForConditionalGeneration(config).model.embed
+        seen = embed.patches(torch.randn(64, config.patch_width))
+        assert seen.std().item() == pytest.approx(loudness * config.patch_width**0.5, rel=0.1)
+        assert embed.words.weight.std().item() == pytest.approx(config.initializer_range, rel=0.05)

@@ -161,10 +161,10 @@ def test_each_player_of_the_adversarial_head_learns_while_the_other_rests(
         monkeypatch.setattr(Rival, "update", lambda *args: {})
     else:
         settings["optim.lr"] = 0.0
-    train(data, tmp_path / "run", head="adversarial", steps=30, **settings)
-    first, *_, last, _ = lines(tmp_path / "run")
+    train(data, tmp_path / "run", head="adversarial", steps=80, **settings)
+    *seen, _ = lines(tmp_path / "run")
     name = "adversarial" if resting == "critic" else "critic"
-    assert last[name] < 0.8 * first[name]
+    assert sum(line[name] for line in seen[-10:]) / 10 < 0.8 * seen[0][name]
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_rows(data, tmp_path, capsys, monkeypatch):
