@@ -6,7 +6,7 @@ So models without rotary come to have one, and so our op takes the place of a mo
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rope_mm.hf.patches import grid_of, place_tokens
 from rope_mm.hf.reading import callers
 from rope_mm.hf.stand_in import Site, Undo
 from rope_mm.kernels import Turn
-from rope_mm.scheme import Scheme
-from rope_mm.segments import Image, Still, Text
 
 ATTEND = re.compile("ALL_ATTENTION_FUNCTIONS$")
 
@@ -76,29 +75,18 @@ class Rotating:
                     f"{q.shape[2]} queries meet {k.shape[2]} keys, as with a cache, and this rotation then "
                     "does not know where they stand; pass use_cache=False"
                 )
-            wide = torch.float32 if k.device.type == "mps" else torch.float64
-            p = torch.tensor(numbers_of(rope.scheme, k.shape[2], grid), dtype=wide, device=k.device)
+            p = place_tokens(rope.scheme, k.shape[2], grid, k.device)
             q, k = (x.transpose(1, 2) for x in rope(q.transpose(1, 2), k.transpose(1, 2), p))
             return attend(module, q, k, *args, **kwargs)
 
         return rotated
 
 
-@torch.compiler.assume_constant_result
-def numbers_of(scheme: Scheme, tokens: int, grid: tuple[int, int] | None) -> list[list[float]]:
-    """Positions (s, a): of words, or of an image behind tokens that are not rotated."""
-    still = tokens - grid[0] * grid[1] if grid else 0
-    seen = Image(*grid) if grid else Text(tokens)
-    return scheme.place([Still(still), seen] if still else [seen])[0].tolist()
-
-
 def tell(model: Any, args: tuple, kwargs: dict[str, Any]):
     """Before a model's forward: its rotary and the image's grid go along with the arguments."""
     grid, pixels = None, kwargs.get("pixel_values", args[0] if args else None)
     if model.main_input_name == "pixel_values" and pixels is not None:
-        patch = model.config.patch_size
-        down, across = patch if isinstance(patch, Iterable) else (patch, patch)
-        grid = (pixels.shape[-2] // down, pixels.shape[-1] // across)
+        grid = grid_of(model.config, pixels)
     return args, {**kwargs, "rope_mm": (model.rope_mm.runs[None], grid)}
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rope_mm.hf.patches import PIXELS
 from rope_mm.hf.reading import OF_WORDS, ModelRope, read_module
 from rope_mm.hf.saving import read
 from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, Runs, Site
@@ -67,7 +68,8 @@ def refuse_scheme(scheme: Scheme, asked: ModelRope, name: str, head_dim: int) ->
     one_table = f"but {name} makes one table for all heads and every length"
     other_part = pairs != asked.pairs or 2 * asked.pairs > head_dim
     words, walk = asked.call in OF_WORDS, ([0.0] * a, [1.0] * a)
-    stays, off_grid = words and scheme.word_line != walk, not words and scheme.layout != "grid"
+    stays = words and scheme.word_line != walk
+    off_grid = not words and asked.call != PIXELS and scheme.layout != "grid"
     refusals = {
         f"{scheme} has an Omega for each head, {one_table}": scheme.per_head,
         f"{scheme} has an Omega that depends on the length, {one_table}": scheme.needs_length,

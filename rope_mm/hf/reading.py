@@ -2,14 +2,17 @@
 
 import copy
 import inspect
+import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rope_mm.hf.patches import PIXELS, ask_patches
 from rope_mm.hf.saving import NotSetYet
 from rope_mm.kernels import Form, Turn, make_turn
 from rope_mm.rope_parameters import from_hf_config, read_head_dim
@@ -36,7 +39,7 @@ class ModelRope:
 
     Attributes:
         omega: radians per step (a, r), the module's own float32 numbers.
-        call: how positions reach the module, a key of CALLS.
+        call: how positions reach the module, a key of CALLS; of an image, 2 pi times the centres of patches.
         spread: how r angles fill its tables, a key of `tables.SPREADS`.
         wide: whether tables stay float32 in a model of another dtype.
         pairing: the channels that its function turns together, found by turning unit vectors.
@@ -113,7 +116,7 @@ def spare(module: nn.Module) -> nn.Module:
         lost = any(buffer.is_meta for buffer in module.buffers())
         made = type(module)(config) if lost else copy.deepcopy(module, {id(config): config})
     vars(made).update({name: 1.0 for name, value in vars(made).items() if isinstance(value, NotSetYet)})
-    return made
+    return made.eval()
 
 
 def ask(module: nn.Module, call: str, p: Tensor, layer: str | None, dtype: torch.dtype) -> Any:
@@ -127,28 +130,42 @@ def ask(module: nn.Module, call: str, p: Tensor, layer: str | None, dtype: torch
     return tables if fits else None
 
 
-def read_layer(module: nn.Module, layer: str | None) -> ModelRope:
-    """What a rotary module does at every position, from what it does at unit positions."""
-    name, module, draw = type(module).__name__, spare(module), torch.Generator().manual_seed(0)
+def answers(module: nn.Module, layer: str | None) -> tuple[str, str, Tensor, Any, Any]:
+    """How a module is told positions, their axes, some (s, a), and its tables in float32 and bfloat16.
+
+    The first positions are the origin and a step on each axis.
+    """
+    draw, dtypes = torch.Generator().manual_seed(0), (torch.float32, torch.bfloat16)
     for call, (axes, _) in CALLS.items():
         a = len(axes)
         far = torch.randint(0, 4096, (8, a), generator=draw)
         p = torch.cat((torch.zeros(1, a, dtype=torch.long), torch.eye(a, dtype=torch.long), far))
-        exact, low = (ask(module, call, p, layer, dtype) for dtype in (torch.float32, torch.bfloat16))
-        if exact is None:
-            continue
-        own = torch.cat([x.flatten().float() for x in frequencies(module)])
-        spread, omega, factor = read_tables(exact, a, own)
-        wide = low is not None and split_tables(low)[0].dtype == torch.float32
-        told = tuple(map(tuple, omega.tolist()))
-        rope = ModelRope(told, factor, call, spread, wide, axes=tuple(axes))
-        ours = rope.tables(rope.angles(p.to(own.device)), factor, torch.float32)
-        pairs = zip(split_tables(ours), split_tables(exact), strict=True)
-        return replace(rope, error=max((x - y).abs().max().item() for x, y in pairs))
+        exact, low = (ask(module, call, p, layer, dtype) for dtype in dtypes)
+        if exact is not None:
+            return call, axes, p, exact, low
+    with suppress(*NO_ANSWER):
+        p, exact, low = ask_patches(module, *dtypes)
+        return PIXELS, "yx", p, exact, low
     raise ValueError(
-        f"{name} takes positions and gives tables in no known way; served are {', '.join(CALLS)}, with "
-        "(cos, sin) for an answer"
+        f"{type(module).__name__} takes positions and gives tables in no known way; served are "
+        f"{', '.join(CALLS)} and {PIXELS}, with (cos, sin) for an answer"
     )
+
+
+def read_layer(module: nn.Module, layer: str | None) -> ModelRope:
+    """What a rotary module does at every position, from what it does a step from the origin."""
+    module = spare(module)
+    call, axes, p, exact, low = answers(module, layer)
+    own, step = torch.cat([x.flatten() for x in frequencies(module)]), p[1, 0].item()
+    # in float64, where a frequency times a step divided by it is itself; on the CPU, which has float64
+    tables = exact.cpu() if isinstance(exact, Tensor) else [x.cpu() for x in exact]
+    spread, omega, factor = read_tables(tables, len(axes), own.cpu().double() * step)
+    wide = low is not None and split_tables(low)[0].dtype == torch.float32
+    told = tuple(map(tuple, (omega / step).float().tolist()))
+    rope = ModelRope(told, factor, call, spread, wide, axes=tuple(axes))
+    ours = rope.tables(rope.angles(p.to(own.device)), factor, torch.float32)
+    pairs = zip(split_tables(ours), split_tables(exact), strict=True)
+    return replace(rope, error=max((x - y).abs().max().item() for x, y in pairs))
 
 
 def callers(owner: nn.Module, pattern: re.Pattern[str]) -> list[tuple[nn.Module, str]]:
@@ -184,7 +201,7 @@ def named(rope: ModelRope, owner: nn.Module, config: Any, layer: str | None) -> 
         omega = scheme.omega(read_head_dim(config, layer)).float()
     except (ValueError, AttributeError, TypeError):
         return rope
-    theirs = torch.tensor(rope.omega)
+    theirs = torch.tensor(rope.omega) * (math.tau if rope.call == PIXELS else 1)
     for rows, axes in ((omega, rope.axes), (omega[1:], ("y", "x")), (omega[1:].flip(0), ("x", "y"))):
         same = rows.shape == theirs.shape and torch.allclose(rows, theirs, rtol=1e-5, atol=1e-12)
         if same and abs(scheme.factor - rope.factor) < 1e-5:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rope_mm import rotation
+from rope_mm.hf.patches import centres_in_radians, place_patches
 from rope_mm.hf.reading import OF_WORDS, ModelRope, frequencies
 from rope_mm.rotary import Rotary
 from rope_mm.scheme import Scheme
@@ -53,7 +54,7 @@ class RopeMMRotaryEmbedding(nn.Module):
         while len(self.undo) > left:
             self.undo.pop()()
 
-    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None):
+    def forward(self, x: Tensor, position_ids: Tensor | None = None, layer_type: str | None = None):
         layer = layer_type if layer_type in self.runs else None
         rope, asked = self.runs[layer], self.asked[layer]
         if isinstance(rope, Rotary) and rope.omega.is_meta:
@@ -61,13 +62,19 @@ class RopeMMRotaryEmbedding(nn.Module):
                 "the learned Omega is on the meta device, as when accelerate offloads it; keep the rotary "
                 "module on a device, by a line of its own in device_map"
             )
-        positions = self.positions(position_ids, rope, asked)
+        ids = position_ids
+        positions = self.patches(x, rope) if ids is None else self.positions(ids, rope, asked)
         if self.turns:
             turn = rope.turn(positions, x.dtype)
             return turn, turn
         if isinstance(rope, ModelRope):
             return rope.tables(rope.angles(positions), rope.factor, x.dtype)
         return asked.tables(rotation.angles(positions, rope.omega)[..., 0, :], rope.form.factor, x.dtype)
+
+    def patches(self, pixels: Tensor, rope: Runs) -> Tensor:
+        """Positions (s, a) of patches where the model hands over the image, as DINOv3 does."""
+        told = self.config, pixels, self.original.training
+        return centres_in_radians(*told) if isinstance(rope, ModelRope) else place_patches(rope.scheme, *told)
 
     def positions(self, ids: Tensor, rope: Runs, asked: ModelRope) -> Tensor:
         """Positions (..., s, a) from what the model hands over."""

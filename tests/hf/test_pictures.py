@@ -18,6 +18,8 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     ElectraConfig,
     ElectraModel,
     LlavaConfig,
@@ -262,6 +264,128 @@ def test_pixtral_is_unchanged_by_its_own_rope_and_takes_another():
     with pytest.raises(ValueError, match="told rows and columns alone"):
         set_rope(model, "eva-02", pairing="half")
     assert torch.equal(run(), before)
+
+
+@pytest.fixture
+def dinov3():
+    torch.manual_seed(0)
+    config = DINOv3ViTConfig(
+        **SMALL, image_size=16, patch_size=4, num_register_tokens=3, initializer_range=0.2
+    )
+    return DINOv3ViTModel(config).eval()
+
+
+SIZES = (16, 16), (24, 44)
+
+
+def seen_by(model, size):
+    return model(torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))).last_hidden_state
+
+
+@torch.no_grad()
+def test_dinov3_is_unchanged_by_its_own_rope_in_images_of_all_sizes(dinov3):
+    before = [seen_by(dinov3, size) for size in SIZES]
+    handle = set_rope(dinov3, rope_of(dinov3))
+    assert all(torch.equal(seen_by(dinov3, size), x) for size, x in zip(SIZES, before, strict=True))
+    handle.undo()
+    assert type(dinov3.rope_embeddings).__name__ == "DINOv3ViTRopePositionEmbedding"
+    assert all(torch.equal(seen_by(dinov3, size), x) for size, x in zip(SIZES, before, strict=True))
+
+
+def test_omega_of_dinov3_is_read_to_the_bit_and_has_its_name(dinov3):
+    rope = rope_of(dinov3)
+    own, none = dinov3.rope_embeddings.inv_freq.tolist(), [0.0] * 4
+    assert rope.omega == ((*own, *none), (*none, *own))
+    assert rope.scheme == SCHEMES["dinov3"]
+    with torch.device("meta"):
+        empty = DINOv3ViTModel(dinov3.config)
+    assert rope_of(empty) == rope
+
+
+def test_dinov3_with_a_frequency_that_is_not_what_its_config_says_is_read_from_its_module(dinov3):
+    dinov3.rope_embeddings.inv_freq *= 1.1
+    rope = rope_of(dinov3)
+    assert rope.omega[0][:4] == tuple(dinov3.rope_embeddings.inv_freq.tolist())
+    assert rope.scheme is None
+
+
+@torch.no_grad()
+def test_dinov3_by_our_scheme_differs_by_the_rounding_of_its_angles_and_by_another_for_good(dinov3):
+    before = [seen_by(dinov3, size) for size in SIZES]
+    for scheme, lowest, highest in (("dinov3", 0, 1e-5), ("rope-vit-axial", 0.1, 100), ("eva-02", 0.1, 100)):
+        handle = set_rope(dinov3, scheme, pairing="half")
+        for size, x in zip(SIZES, before, strict=True):
+            assert lowest < (seen_by(dinov3, size) - x).abs().max() < highest
+        handle.undo()
+        assert torch.equal(seen_by(dinov3, SIZES[0]), before[0])
+
+
+@pytest.mark.parametrize("scheme", ["dinov3", "rope-vit-axial"])
+@torch.no_grad()
+def test_class_and_register_tokens_of_dinov3_stand_still_and_patches_turn_as_defined(dinov3, scheme):
+    heads = []
+
+    def watch(module, q, k, v, *args, **kwargs):
+        heads.append((q, k))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register("watch", watch)
+    for off in (0.0, 1.0):
+        set_rope(dinov3, SCHEMES[scheme].change(pairing="half", scale=off * SCHEMES[scheme].scale))
+        dinov3.config._attn_implementation = "watch"
+        seen_by(dinov3, (16, 24))
+        unset_rope(dinov3)
+    plain, turned = heads[0], heads[2]
+    p, _ = SCHEMES[scheme].place([Still(4), Image(4, 6)])
+    omega = SCHEMES[scheme].omega(16)
+    exact = rotate(*(x.double().transpose(1, 2) for x in plain), p, omega, "half")
+    for ours, base, true in zip(turned, plain, exact, strict=True):
+        assert torch.equal(ours[:, :, :4], base[:, :, :4])
+        assert (ours.transpose(1, 2) - true).abs().max() < 3e-6
+
+
+def test_training_moves_patches_of_dinov3_by_its_own_rope_and_is_refused_by_ours(dinov3):
+    dinov3.config.pos_embed_shift, dinov3.config.pos_embed_jitter = 0.5, 1.5
+    still = seen_by(dinov3, (16, 20))
+
+    def trained():
+        torch.manual_seed(3)
+        return seen_by(dinov3.train(), (16, 20))
+
+    moved = trained()
+    assert not torch.allclose(moved, still, atol=1e-2)
+    set_rope(dinov3.eval(), rope_of(dinov3))
+    assert torch.equal(seen_by(dinov3, (16, 20)), still)
+    assert torch.equal(trained(), moved)
+    unset_rope(dinov3)
+    set_rope(dinov3, "dinov3")
+    with pytest.raises(ValueError, match=r"pos_embed_shift=0.5, pos_embed_jitter=1.5, pos_embed_rescale=2.0"):
+        trained()
+    assert (seen_by(dinov3.eval(), (16, 20)) - still).abs().max() < 1e-5
+    for name in ("shift", "jitter", "rescale"):
+        setattr(dinov3.config, f"pos_embed_{name}", None)
+    trained().square().mean().backward()
+    assert dinov3.embeddings.patch_embeddings.weight.grad.isfinite().all()
+
+
+@torch.no_grad()
+def test_dinov3_saved_with_a_scheme_waits_for_it_and_runs_it_again(dinov3, tmp_path):
+    set_rope(dinov3, "dinov3", theta=50.0)
+    dinov3.save_pretrained(tmp_path)
+    loaded = DINOv3ViTModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="call rope_mm"):
+        seen_by(loaded, SIZES[1])
+    set_rope(loaded)
+    assert torch.equal(seen_by(loaded, SIZES[1]), seen_by(dinov3, SIZES[1]))
+
+
+@torch.no_grad()
+def test_dinov3_compiles_to_one_graph_for_each_size(dinov3):
+    torch._dynamo.reset()
+    set_rope(dinov3, "dinov3")
+    compiled = torch.compile(dinov3, fullgraph=True, backend="aot_eager", dynamic=False)
+    for size in SIZES:
+        assert (seen_by(compiled, size) - seen_by(dinov3, size)).abs().max() < 2e-6
 
 
 def test_llava_and_smolvlm_are_unchanged_by_the_rope_of_their_text():
