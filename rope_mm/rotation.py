@@ -71,9 +71,13 @@ PAIRINGS = Choice(
 
 
 def check_fit(x: Tensor, cos: Tensor, pairing: str, blocks: Sequence[int]) -> None:
-    """Refuse more pairs than channels, heads that n does not divide, blocks that do not sum to r."""
+    """Refuse other rows, more pairs than channels, heads that n does not divide, blocks that do not sum to r."""
     (h, d), (n, r) = x.shape[-2:], cos.shape[-2:]
     PAIRINGS[pairing]
+    if cos.dim() == 4 and cos.shape[0] != 1 and cos.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"positions are of {cos.shape[0]} rows, but heads of {x.shape[0]}; give as many, or one for all"
+        )
     if 2 * r > d:
         raise ValueError(f"{r} pairs need {2 * r} channels, but a head has {d}; take a smaller Omega")
     if h % n:
@@ -95,7 +99,8 @@ def turn_heads(
     Head j follows row j * n // h of the n rows (RoFormer, equation 34).
 
     Raises:
-        ValueError: more pairs than channels, heads that n does not divide, blocks that do not sum to r.
+        ValueError: other rows, more pairs than channels, heads that n does not divide, blocks that do not sum
+            to r.
     """
     check_fit(x, cos, pairing, blocks)
     split, join = PAIRINGS[pairing]

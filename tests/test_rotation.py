@@ -312,6 +312,10 @@ def test_a_module_without_learned_omega_has_nothing_to_save():
         (lambda q, k, p, o: Rotary(25), "head_dim 25"),
         (lambda q, k, p, o: Rotary(24, pairing="halves"), "did you mean 'half'"),
         (lambda q, k, p, o: Rotary(24)(q[:, :3], k[:, :3], Rotary(24).turn(p)), "made for 24 tokens"),
+        (
+            lambda q, k, p, o: Rotary(24)(q[:1], k[:1], Rotary(24).turn(p.expand(3, -1, -1))),
+            "positions are of 3 rows, but heads of 1",
+        ),
         (lambda q, k, p, o: Rotary(24, heads=2).cos_sin(p), "a table is shared by all heads"),
     ],
 )
