@@ -71,7 +71,7 @@ PAIRINGS = Choice(
 
 
 def check_fit(x: Tensor, cos: Tensor, pairing: str, blocks: Sequence[int]) -> None:
-    """Refuse other rows, more pairs than channels, heads that n does not divide, blocks that do not sum to r."""
+    """Refuse other rows, too many pairs, heads that n does not divide, blocks that do not sum to r."""
     (h, d), (n, r) = x.shape[-2:], cos.shape[-2:]
     PAIRINGS[pairing]
     if cos.dim() == 4 and cos.shape[0] != 1 and cos.shape[0] != x.shape[0]:

@@ -62,7 +62,7 @@ class RopeMMTester:
         return config, inputs | {"patches": torch.randn(self.batch_size, 5, config.patch_width)}
 
     def prepare_config_and_inputs_for_model_class(self, model_class):
-        """For the test that takes one row of what has rows in front, which position_ids (1 + a, b, s) have not."""
+        """For a test that takes one row of what has rows in front: position_ids (1 + a, b, s) have not."""
         config, inputs = self.prepare_config_and_inputs_for_common()
         return config, {name: x for name, x in inputs.items() if name != "position_ids"}
 
