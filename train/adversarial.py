@@ -9,7 +9,6 @@ The same command again resumes where the last checkpoint stopped; --restart begi
 resolved configuration, Ctrl-C and SIGTERM save and stop.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -26,13 +25,11 @@ from rope_mm.exams import EXAMS
 from rope_mm.models import IMAGE_TOKEN, Canvas, load_tokenizer, read_config
 from rope_mm.models.duel import Batch, Duel, Optim
 from rope_mm.models.objective import Objective
-from rope_mm.run import checkpoint
 from rope_mm.run.config import dump, run
 from rope_mm.run.ema import Ema
-from rope_mm.run.folder import open_folder
-from rope_mm.run.loop import Pace, train
+from rope_mm.run.loop import carry_out
 from rope_mm.run.sheet import save_sheet
-from rope_mm.run.trackers import read_trackers, tracking
+from rope_mm.run.trackers import read_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +172,11 @@ class Training:
             self.average.model.save_pretrained(path)
             self.canvas.tokenizer.save_pretrained(path)
 
+    def remarks(self) -> dict[str, float]:
+        """What real images score in the same exam."""
+        floor = self.exam.floor if self.exam else {}
+        return {f"real_{name}": mark for name, mark in floor.items()}
+
 
 def check(config: Adversarial) -> None:
     """Refuse numbers that make no run.
@@ -225,16 +227,7 @@ def main(config: Adversarial) -> None:
     training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
     # a batch is of a process, so that their number belongs to what the run is
     identity = f"# processes: {accelerator.num_processes}\n{identify(config)}"
-    open_folder(out, identity, accelerator, config.restart)
-    pace = Pace(config.steps, config.log_every, config.sample_every, config.checkpoint_every)
-    with tracking(accelerator, out, config):
-        result = train(training, pace, out)
-    floor = training.exam.floor if training.exam else {}
-    result |= {f"real_{name}": mark for name, mark in floor.items()}
-    if accelerator.is_main_process:
-        checkpoint.write_text(out / "result.json", json.dumps(result, indent=1))
-        print(json.dumps(result, indent=1))
-        print(f"drawn: {out}/samples/step-{config.steps:06d}.png   model: {out}/model")
+    carry_out(training, config, out, identity)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ resolved configuration, Ctrl-C and SIGTERM save and stop. OUT/model is then for 
 is that of all processes together, so that a run may go on with another number of them.
 """
 
-import json
 import logging
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -36,13 +35,11 @@ from rope_mm.models.packing import Packer, moved
 from rope_mm.models.picture_heads import HEADS
 from rope_mm.models.sprite_exam import EXAMS
 from rope_mm.models.telling import Form, Teller, show
-from rope_mm.run import checkpoint
 from rope_mm.run.config import dump, run
 from rope_mm.run.ema import Count, Ema
-from rope_mm.run.folder import open_folder
-from rope_mm.run.loop import Pace, train
+from rope_mm.run.loop import carry_out
 from rope_mm.run.speed import Cost
-from rope_mm.run.trackers import read_trackers, tracking
+from rope_mm.run.trackers import read_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +192,10 @@ class Training:
         if self.accelerator.is_main_process:
             self.teller.save(path)
 
+    def remarks(self) -> dict[str, float]:
+        """How many documents could not be read, where some could not."""
+        return {"left_out": self.left_out.count} if self.left_out.count else {}
+
 
 def check(config: Pretrain) -> None:
     """Refuse numbers that make no run.
@@ -236,16 +237,7 @@ def main(config: Pretrain) -> None:
         raise ValueError(f"batch {config.batch} has no document for some of {turns} turns of processes")
     training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
     identity = dump(replace(config, out="", profile=0, trackers="", restart=False))
-    open_folder(out, identity, accelerator, config.restart)
-    pace = Pace(config.steps, config.log_every, config.sample_every, config.checkpoint_every)
-    with tracking(accelerator, out, config):
-        result = train(training, pace, out, config.profile)
-    if training.left_out.count:
-        result["left_out"] = training.left_out.count
-    if accelerator.is_main_process:
-        checkpoint.write_text(out / "result.json", json.dumps(result, indent=1))
-        print(json.dumps(result, indent=1))
-        print(f"samples: {out}/samples   model: {out}/model")
+    carry_out(training, config, out, identity, config.profile)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class RopeMMPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = False  # Omega is made anew in every forward
+    _can_compile_fullgraph = False  # a forward compiles whole (tests/test_compile.py); `generate` is untried
     supports_gradient_checkpointing = True
     _can_record_outputs = {"hidden_states": RopeMMBlock, "attentions": RopeMMAttention}
 

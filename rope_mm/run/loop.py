@@ -1,8 +1,8 @@
 """The loop of every training script: steps, samples and checkpoints, from where the last one stopped."""
 
+import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -10,21 +10,28 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rope_mm.run.alarm import finite, keep_batch, warning
-from rope_mm.run.folder import agree, resume, save
+from rope_mm.run.checkpoint import write_text
+from rope_mm.run.folder import agree, open_folder, resume, save
 from rope_mm.run.log import Log, read_metrics
 from rope_mm.run.profile import profiled
 from rope_mm.run.speed import Speed, peak_flops
 from rope_mm.run.stop import Stop, exit_code
+from rope_mm.run.trackers import tracking
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How long a run is, and every how many steps something happens in it."""
+class Pace(Protocol):
+    """What a configuration says of a run: how long it is, and every how many steps something happens."""
 
-    steps: int
-    log_every: int
-    sample_every: int
-    checkpoint_every: int
+    @property
+    def steps(self) -> int: ...
+    @property
+    def log_every(self) -> int: ...
+    @property
+    def sample_every(self) -> int: ...
+    @property
+    def checkpoint_every(self) -> int: ...
+    @property
+    def restart(self) -> bool: ...
 
 
 class Training(Protocol):
@@ -53,6 +60,27 @@ class Training(Protocol):
     def save_model(self, path: Path) -> None:
         """Write the model."""
         ...
+
+    def remarks(self) -> dict[str, float]:
+        """What a result says beside the marks."""
+        ...
+
+
+def carry_out(training: Training, config: Pace, out: Path, identity: str, profile: int = 0) -> None:
+    """Train in a folder that holds this run or none; its result is written there and printed.
+
+    Raises:
+        KeyboardInterrupt: as from `train`.
+        ValueError: a folder of another run, a damaged checkpoint, a loss that is not finite.
+    """
+    accelerator = training.accelerator
+    open_folder(out, identity, accelerator, config.restart)
+    with tracking(accelerator, out, config):
+        result = train(training, config, out, profile) | training.remarks()
+    if accelerator.is_main_process:
+        write_text(out / "result.json", json.dumps(result, indent=1))
+        print(json.dumps(result, indent=1))
+        print(f"samples: {out}/samples   model: {out}/model")
 
 
 def train(training: Training, pace: Pace, out: Path, profile: int = 0) -> dict[str, float]:
