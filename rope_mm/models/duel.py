@@ -8,13 +8,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rope_mm.losses import DISTANCES, GAN_LOSSES
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
+from rope_mm.models.contest import Contest
 from rope_mm.models.modeling_rope_mm import RopeMMCritic, RopeMMForConditionalGeneration
-from rope_mm.models.objective import Anchors, Judged, Objective, Penalties, is_smooth
+from rope_mm.models.objective import Objective
 from rope_mm.models.stories import Sequences
 from rope_mm.run.gathering import everyone
-from rope_mm.run.prepare import precision, prepare, sharded
+from rope_mm.run.prepare import prepare
 from rope_mm.run.schedule import SCHEDULES
 
 
@@ -75,17 +75,14 @@ class Duel:
         checkpointing: bool = False,
     ):
         self.accelerator, self.optim = accelerator, optim
-        self.loss, self.distance = GAN_LOSSES[objective.name], DISTANCES[objective.distance]
-        self.strength, self.schedule = objective.strength, SCHEDULES[optim.schedule]
+        self.schedule, self.gamma = SCHEDULES[optim.schedule], 1.0
         generator, critic = RopeMMForConditionalGeneration(model), RopeMMCritic(model)
-        twice = is_smooth(critic, bool(compile), sharded(accelerator))
-        self.penalties, self.anchors, self.gamma = Penalties(objective, twice, checkpointing), Anchors(), 1.0
+        self.contest = Contest(objective, critic, accelerator, bool(compile), checkpointing)
         if not model.tie_word_embeddings:
             generator.lm_head.requires_grad_(False)  # it is not trained here, and processes would wait for it
         how = accelerator, optim.betas, optim.weight_decay, compile, checkpointing
         self.generator, self.generator_optim = prepare(generator, *how)
         self.critic, self.critic_optim = prepare(critic, *how)
-        accelerator.register_for_checkpointing(self.anchors)
 
     @property
     def unwrapped_generator(self) -> RopeMMForConditionalGeneration:
@@ -137,27 +134,17 @@ class Duel:
         self.accelerator.unwrap_model(self.critic).requires_grad_(True)
         plain = lambda patches: self.score(self.critic, batch.sequences, patches)  # noqa: E731
         critic = lambda patches: plain(batch.view(patches))  # noqa: E731
-        with self.accelerator.accumulate(self.critic), self.penalties.attention():
-            pair = torch.cat([batch.real, fake]).requires_grad_(self.penalties.shares)
-            with precision(self.accelerator, full=self.penalties.shares):
-                scores = critic(pair)
-            halves = scores.chunk(2)
-            real, fakes = (everyone(half, self.accelerator) for half in halves)
-            extra = ()
-            if self.loss.needs_distance:
-                extra = everyone(self.distance(batch.real, fake), self.accelerator), self.strength
-            terms = {"critic": self.loss.critic(real, fakes, *extra)}
-            self.anchors.update(real, fakes)
-            judged = Judged(critic, plain, batch.real, fake, halves[0], halves[1], batch.probes)
-            with precision(self.accelerator, full=True):
-                terms |= self.penalties(judged, pair, scores, self.anchors)
-            total = terms["critic"]
-            for name, gamma in self.penalties.gammas.items():
-                total = total + gamma * self.gamma * terms[name]
+        with self.accelerator.accumulate(self.critic), self.contest.penalties.attention():
+            sides = batch.real, fake, batch.probes, self.everyone
+            total, terms = self.contest.of_critic(critic, plain, *sides, lambda *scores: scores, self.gamma)
             self.accelerator.backward(total)
             self.critic_optim.step()
             self.critic_optim.zero_grad()
-        return terms | {"real": real.mean(), "fake": fakes.mean()}
+        return terms
+
+    def everyone(self, rows: Tensor) -> Tensor:
+        """Rows of all processes."""
+        return everyone(rows, self.accelerator)
 
     def update_generator(self, batch: Batch, fake: Tensor | None = None) -> Tensor:
         """One step of the generator by the critic's gradient at what it has drawn, or draws; its loss."""
@@ -165,13 +152,8 @@ class Duel:
         critic = self.accelerator.unwrap_model(self.critic).requires_grad_(False)
         with self.accelerator.accumulate(self.generator):
             fake = self.draw(batch) if fake is None else fake
-            with precision(self.accelerator):
-                scores = self.score(critic, batch.sequences, batch.view(fake))
-                real = scores  # a loss that is not relativistic does not look at them
-                if self.loss.relativistic:
-                    with torch.no_grad():
-                        real = self.score(critic, batch.sequences, batch.view(batch.real))
-            loss = self.loss.generator(*(everyone(side, self.accelerator) for side in (real, scores)))
+            score = lambda patches: self.score(critic, batch.sequences, batch.view(patches))  # noqa: E731
+            loss = self.contest.of_model(score, batch.real, fake, self.everyone)
             self.accelerator.backward(loss)
             self.generator_optim.step()
             self.generator_optim.zero_grad()

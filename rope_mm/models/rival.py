@@ -6,10 +6,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rope_mm.losses import DISTANCES, GAN_LOSSES
-from rope_mm.models.objective import Anchors, Judged, Objective, Penalties, is_smooth
+from rope_mm.models.contest import Contest
+from rope_mm.models.objective import Objective
 from rope_mm.models.packing import Whole
-from rope_mm.run.prepare import precision, sharded
+
+
+def own(rows: Tensor) -> Tensor:
+    """This process's rows alone: shares of documents differ in size, and are weighed."""
+    return rows
 
 
 class Rival:
@@ -29,11 +33,8 @@ class Rival:
         checkpointing: bool = False,
     ):
         self.critic, self.optimizer, self.accelerator = critic, optimizer, accelerator
-        self.loss, self.distance = GAN_LOSSES[objective.name], DISTANCES[objective.distance]
-        self.strength = objective.strength
-        twice = is_smooth(accelerator.unwrap_model(critic), compiled, sharded(accelerator))
-        self.penalties, self.anchors = Penalties(objective, twice, checkpointing), Anchors()
-        accelerator.register_for_checkpointing(self.anchors)
+        plain = accelerator.unwrap_model(critic)
+        self.contest = Contest(objective, plain, accelerator, compiled, checkpointing)
 
     def score(self, critic: nn.Module, whole: Whole, patches: Tensor) -> Tensor:
         """Scores (r,) of the documents with drawn ones among their patches (r, n, p), or of all twice.
@@ -62,44 +63,29 @@ class Rival:
         self.accelerator.unwrap_model(self.critic).requires_grad_(True)
         fake = whole.patches.masked_scatter(whole.drawn[..., None], drawn)
         critic = lambda patches: self.score(self.critic, whole, patches)  # noqa: E731
-        with self.penalties.attention():
-            pair = torch.cat([whole.patches, fake]).requires_grad_(self.penalties.shares)
-            with precision(self.accelerator, full=self.penalties.shares):
-                scores = critic(pair)
-            real_scores, fake_scores = scores.chunk(2)
-            extra = (self.distance(whole.patches, fake), self.strength) if self.loss.needs_distance else ()
-            terms = {"critic": self.loss.critic(real_scores, fake_scores, *extra)}
-            self.anchors.update(*self.means(real_scores, fake_scores, share))
-            judged = Judged(critic, critic, whole.patches, fake, real_scores, fake_scores, probes)
-            with precision(self.accelerator, full=True):
-                terms |= self.penalties(judged, pair, scores, self.anchors)
-            total = terms["critic"]
-            for name, gamma in self.penalties.gammas.items():
-                total = total + gamma * terms[name]
+        with self.contest.penalties.attention():
+            means = lambda real, fakes: self.means(real, fakes, share)  # noqa: E731
+            total, terms = self.contest.of_critic(critic, critic, whole.patches, fake, probes, own, means)
             self.accelerator.backward(total * share)
             if last:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        return terms | {"real": real_scores.mean(), "fake": fake_scores.mean()}
+        return terms
 
     def judge(self, whole: Whole, drawn: Tensor) -> Tensor:
         """The loss of the model for drawn patches (m, p), with a gradient to them alone."""
         # no gradient of the critic's weights is wanted, so none is made nor synchronised, in the backward too
         critic = self.accelerator.unwrap_model(self.critic).requires_grad_(False)
         fake = whole.patches.masked_scatter(whole.drawn[..., None], drawn)
-        with precision(self.accelerator):
-            scores = self.score(critic, whole, fake)
-            real_scores = scores  # a loss that is not relativistic does not look at them
-            if self.loss.relativistic:
-                with torch.no_grad():
-                    real_scores = self.score(critic, whole, whole.patches)
-        return self.loss.generator(real_scores, scores)
+        score = lambda patches: self.score(critic, whole, patches)  # noqa: E731
+        return self.contest.of_model(score, whole.patches, fake, own)
 
-    def means(self, real_scores: Tensor, fake_scores: Tensor, share: float) -> Tensor:
-        """The mean scores (2,) of all processes' documents."""
+    def means(self, real_scores: Tensor, fake_scores: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """The two mean scores of all processes' documents."""
         means = torch.stack([real_scores.detach().mean(), fake_scores.detach().mean()])
         if self.accelerator.num_processes == 1:
-            return means
+            return means[0], means[1]
         parts = torch.cat([means * share, torch.full_like(means[:1], share)])
         *sums, all_parts = cast(Tensor, self.accelerator.reduce(parts, "sum"))
-        return torch.stack(sums) / all_parts.clamp(min=1e-9)
+        real, fake = torch.stack(sums) / all_parts.clamp(min=1e-9)
+        return real, fake

@@ -51,7 +51,7 @@ def test_every_penalty_is_used_by_name_and_moves_the_critic(name):
 def test_penalties_of_the_shared_pass_are_those_of_passes_of_their_own():
     shared = duel(penalties={"r1": 2.0, "r2": 1.0})
     apart = duel(penalties={"r1": 2.0, "r2": 1.0}, fraction=0.9)  # of four rows that is all four
-    assert shared.penalties.shares and not apart.penalties.shares
+    assert shared.contest.penalties.shares and not apart.contest.penalties.shares
     close(played(shared)[0], played(apart)[0], rtol=1e-4, atol=1e-7)
 
 
@@ -146,7 +146,7 @@ def test_compiled_players_have_the_gradients_of_plain_ones():
     how = {"name": "ns", "penalties": {"r1": 1.0}, "sigma": 0.1}
     plain, _ = played(duel(method="fd", **how), probes=probes())
     compiled = duel(compile="aot_eager", **how)
-    assert compiled.penalties.method == "fd"
+    assert compiled.contest.penalties.method == "fd"
     close(played(compiled, probes=probes())[0], plain, rtol=1e-4, atol=1e-6)
 
 

@@ -77,9 +77,9 @@ def test_a_gradient_reaches_what_was_drawn_and_no_weight_of_the_critic():
 
 def test_a_sharded_critic_is_penalised_by_finite_differences_and_not_otherwise(monkeypatch):
     _, duel, rival = make("rpgan")
-    assert rival.penalties.method == "autograd"
-    monkeypatch.setattr("rope_mm.models.rival.sharded", lambda accelerator: True)
+    assert rival.contest.penalties.method == "autograd"
+    monkeypatch.setattr("rope_mm.models.contest.sharded", lambda accelerator: True)
     players = duel.critic, duel.critic_optim
-    assert Rival(*players, Objective(), duel.accelerator).penalties.method == "fd"
+    assert Rival(*players, Objective(), duel.accelerator).contest.penalties.method == "fd"
     with pytest.raises(ValueError, match=r"compiled or sharded \(FSDP\).* take fd"):
         Rival(*players, Objective(method="autograd"), duel.accelerator)
