@@ -1,15 +1,15 @@
 """Originals run beside ours: what agrees is collected, and README's table is made of it."""
 
-import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 
-README = Path(__file__).parents[2] / "README.md"
-BEGIN = "<!-- originals: written by pytest tests/conformance --write-table -->"
-END = "<!-- /originals -->"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import readme_table
+
 ROWS: dict[tuple[str, str, str], float] = {}
 
 
@@ -33,31 +33,14 @@ def agree() -> Callable[..., None]:
     return agree
 
 
-def rounded_up(error: float) -> str:
-    """One digit, never below the error itself."""
-    if not error:
-        return "0"
-    power = math.floor(math.log10(error))
-    return f"{math.ceil(error / 10**power) * 10.0**power:.0e}".replace("e-0", "e-")
-
-
-def table() -> str:
-    """Rows as Markdown, by scheme."""
-    head = ["| scheme | original | compared | largest difference |", "| --- | --- | --- | --- |"]
-    rows = [f"| `{s}` | {o} | {w} | {rounded_up(e)} |" for (s, o, w), e in sorted(ROWS.items())]
-    return "\n".join(head + rows)
-
-
 @pytest.fixture
 def compared() -> tuple[set[tuple[str, ...]], set[tuple[str, ...]]]:
     """Scheme, original and what was compared: the rows that README has, and those of this run."""
-    lines = README.read_text().split(BEGIN)[1].split(END)[0].strip().splitlines()[2:]
-    cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
-    return {tuple(row[:3]) for row in cells}, set(ROWS)
+    return {tuple(row[:3]) for row in readme_table.read("originals")}, set(ROWS)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if session.config.getoption("--write-table", default=False):
-        text = README.read_text()
-        before, rest = text.split(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}")
+        titles = "scheme", "original", "compared", "largest difference"
+        rows = [(f"`{s}`", o, w, readme_table.rounded_up(e)) for (s, o, w), e in sorted(ROWS.items())]
+        readme_table.write("originals", titles, rows)

@@ -1,7 +1,7 @@
 """Tiny random models of transformers, and a table of families for README made of what was compared."""
 
 import dataclasses
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-README = Path(__file__).parents[2] / "README.md"
-BEGIN = "<!-- families: written by pytest tests/hf --write-families -->"
-END = "<!-- /families -->"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import readme_table
+
 ROWS: dict[str, tuple[float, float, float, str]] = {}
 
 SIZES: dict[str, Any] = {
@@ -87,29 +87,16 @@ def families() -> dict[str, tuple[float, float, float, str]]:
     return ROWS
 
 
-def rounded_up(error: float) -> str:
-    """One digit, never below the error itself."""
-    if not error:
-        return "0"
-    power = math.floor(math.log10(error))
-    return f"{math.ceil(error / 10**power) * 10.0**power:.0e}".replace("e-0", "e-")
-
-
-def table() -> str:
-    """Rows as Markdown, by family."""
-    head = [
-        "| model type | its own rope: logits | three axes: generate less forward | compiled | our op |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    rows = [
-        f"| {name} | {rounded_up(own)} | {rounded_up(far)} | {rounded_up(graph)} | {op} |"
-        for name, (own, far, graph, op) in sorted(ROWS.items())
-    ]
-    return "\n".join(head + rows)
-
-
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if session.config.getoption("--write-families", default=False):
-        text = README.read_text()
-        before, rest = text.split(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}")
+        titles = (
+            "model type",
+            "its own rope: logits",
+            "three axes: generate less forward",
+            "compiled",
+            "our op",
+        )
+        rows = [
+            (name, *map(readme_table.rounded_up, errors), op) for name, (*errors, op) in sorted(ROWS.items())
+        ]
+        readme_table.write("families", titles, rows)
