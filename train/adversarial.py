@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import batch_indices, draw_augmentation, load_images, seeded
-from rope_mm.exams import EXAMS
+from rope_mm.image_exams import IMAGE_EXAMS
 from rope_mm.models import IMAGE_TOKEN, Canvas, load_tokenizer, read_config
 from rope_mm.models.duel import Batch, Duel, Optim
 from rope_mm.models.objective import Objective
@@ -67,7 +67,7 @@ class Adversarial:
     ema: float = 0.995
     log_every: int = 10
     sample_every: int = 500
-    exam: str = "caption"  # of EXAMS
+    exam: str = "caption"  # of IMAGE_EXAMS
     judged: int = 1_000  # images drawn for an evaluation
     checkpoint_every: int = 500
     threads: int = 0  # of torch on the CPU; 0 leaves them to torch
@@ -104,7 +104,7 @@ class Training:
             known, unknown = range(min(len(labels), most)), range(min(len(asked), EXAMPLES))
             train = self.images.images(known), labels[: len(known)]
             test = self.held_out.images(unknown), asked[: len(unknown)]
-            self.exam = EXAMS[config.exam](train, test, config.judged, config.seed)
+            self.exam = IMAGE_EXAMS[config.exam](train, test, config.judged, config.seed)
 
     def batch(self, turn: int) -> Batch:
         """This process's share of the turn-th batch; its random numbers come from (seed, turn, process)."""

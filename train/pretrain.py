@@ -33,7 +33,7 @@ from rope_mm.models.learner import Learner, Optim, Totals
 from rope_mm.models.objective import Objective
 from rope_mm.models.packing import Packer, moved
 from rope_mm.models.picture_heads import HEADS
-from rope_mm.models.sprite_exam import EXAMS
+from rope_mm.models.sprite_exam import SPRITE_EXAMS
 from rope_mm.models.telling import Form, Teller, show
 from rope_mm.run.config import dump, run
 from rope_mm.run.ema import Count, Ema
@@ -183,8 +183,8 @@ class Training:
         if self.learner.rival is None and len(pack.noise):
             lost = self.head.loss(out.patches[pack.draft], pack.target) / len(pack.noise)
             marks[f"held_out_{self.config.head}"] = float(lost)
-        for source in filter(EXAMS.__contains__, self.config.data.paths):
-            marks |= EXAMS[source].mark(self.teller, self.held_out)
+        for source in filter(SPRITE_EXAMS.__contains__, self.config.data.paths):
+            marks |= SPRITE_EXAMS[source].mark(self.teller, self.held_out)
         return marks | show(self.teller, self.held_out, path)
 
     def save_model(self, path: Path) -> None:

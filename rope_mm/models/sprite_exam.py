@@ -17,7 +17,7 @@ ASKED = 128  # held-out pictures or clips, of 512
 
 
 @dataclass(frozen=True)
-class Exam:
+class SpriteExam:
     """Tasks of making and of telling, who judges what was made, and by which factors it is right."""
 
     making: str
@@ -52,7 +52,7 @@ class Exam:
         return float(right.float().mean())
 
 
-EXAMS = {
-    "sprites": Exam("draw", "caption", judge_sprites, tuple(FACTORS)),
-    "clips": Exam("film", "narrate", judge_clips, tuple(CLIP_FACTORS)),
+SPRITE_EXAMS = {
+    "sprites": SpriteExam("draw", "caption", judge_sprites, tuple(FACTORS)),
+    "clips": SpriteExam("film", "narrate", judge_clips, tuple(CLIP_FACTORS)),
 }

@@ -6,7 +6,7 @@ import torch
 from rope_mm.data import CLIP_FACTORS, Documents, captioned_clips, captioned_sprites, draw_clips, draw_sprites
 from rope_mm.data.captioned_sprites import read_caption, write_captions
 from rope_mm.data.sprite_judge import judge_clips, judge_sprites
-from rope_mm.models.sprite_exam import EXAMS
+from rope_mm.models.sprite_exam import SPRITE_EXAMS
 
 SHAPE = {"size": 16, "channels": 3}
 CLIP_PHRASE = "{shape} {colour} {row} {column} {motion}"
@@ -52,10 +52,10 @@ class Clever:
 
 @pytest.mark.parametrize(("off", "share"), [(0, 1.0), (1, 0.0)])
 def test_an_exam_gives_the_share_with_every_factor_right(off, share, sprites, clips):
-    assert EXAMS["sprites"].mark(Clever(off), sprites) == {"draw_right": share, "caption_right": share}
-    assert EXAMS["clips"].mark(Clever(off), clips) == {"film_right": share, "narrate_right": share}
+    assert SPRITE_EXAMS["sprites"].mark(Clever(off), sprites) == {"draw_right": share, "caption_right": share}
+    assert SPRITE_EXAMS["clips"].mark(Clever(off), clips) == {"film_right": share, "narrate_right": share}
 
 
 def test_a_task_that_is_not_taught_has_no_mark():
     telling = Documents([captioned_sprites(1, 8)["test"]], ["{image}{caption}"], **SHAPE)
-    assert EXAMS["sprites"].mark(Clever(), telling) == {"caption_right": 1.0}
+    assert SPRITE_EXAMS["sprites"].mark(Clever(), telling) == {"caption_right": 1.0}

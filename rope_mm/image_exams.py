@@ -1,4 +1,4 @@
-"""What drawn pictures are judged by: one digit of a caption, or the thousand numbers of stacked digits."""
+"""Exams of drawn images by a judge that learned from real ones: what a caption asks, or stacked digits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from rope_mm.choice import Choice
-from rope_mm.exam import Judge, prepare_exam, train_judge
-from rope_mm.metrics import mode_statistics, recognition
+from rope_mm.metrics import NEIGHBOURS, frechet, mode_statistics, prdc, recognition
 
 STACKS = 4_000  # whose digits teach the judge
 EPOCHS = 10
 
 
-class Marking(Protocol):
+class ImageExam(Protocol):
     """An exam: which held-out captions to draw, marks of those pictures, and those of real ones."""
 
     @property
@@ -32,6 +32,95 @@ class Marking(Protocol):
     def mark(self, pictures: Tensor) -> dict[str, float]:
         """Marks of pictures (n, ch, y, x), drawn for the captions of `rows`."""
         ...
+
+
+class Judge(nn.Module):
+    """A small classifier of images; `features` (n, 64) are what its last layer reads."""
+
+    def __init__(self, inputs: int, classes: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Flatten(), nn.Linear(inputs, 256), nn.ReLU(), nn.Dropout(0.3), nn.Linear(256, 64), nn.ReLU()
+        )
+        self.head = nn.Linear(64, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.body(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(images))
+
+
+def train_judge(images: Tensor, labels: Tensor, seed: int, epochs: int = 60, batch: int = 64) -> Judge:
+    """A judge trained on real images (n, ch, y, x) and labels (n,); the global random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        judge = Judge(images[0].numel(), int(labels.max()) + 1)
+        optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (-(-len(images) // batch)))
+        for _ in range(epochs):
+            for rows in torch.randperm(len(images)).split(batch):
+                optimizer.zero_grad()
+                cross_entropy(judge(images[rows]), labels[rows]).backward()
+                optimizer.step()
+                schedule.step()
+    return judge.eval()
+
+
+def closeness(real: Tensor, fake: Tensor) -> dict[str, float]:
+    """Frechet distance, precision, recall, density and coverage of features (n, f) and (m, f)."""
+    return {"frechet": frechet(fake, real)} | prdc(real, fake)
+
+
+@dataclass(frozen=True)
+class CaptionExam:
+    """What drawn pictures are judged by: a judge, features of held-out reals, which of them to draw again.
+
+    `floor` is what real training images score in the same exam, and the judge's accuracy on held-out reals.
+    """
+
+    judge: Judge
+    real: Tensor
+    rows: list[int]
+    labels: Tensor
+    floor: dict[str, float]
+
+    @torch.no_grad()
+    def mark(self, pictures: Tensor) -> dict[str, float]:
+        """Marks of pictures (n, ch, y, x), drawn for the labels (n,) in order.
+
+        The share recognised as asked, the same for the worst label, and how close their features come.
+        """
+        pictures = pictures.clamp(-1, 1)
+        features = self.judge.features(pictures)
+        found = self.judge.head(features).argmax(1)
+        return recognition(found, self.labels) | closeness(self.real, features)
+
+
+def prepare_captions(
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], pictures: int, seed: int
+) -> CaptionExam:
+    """An exam for that many pictures, from images and labels of real training and held-out data.
+
+    Picture i is to show what held-out image rows[i] shows.
+
+    Raises:
+        ValueError: too few pictures or held-out images to have neighbours.
+    """
+    images, labels = test
+    if min(len(images), pictures) <= NEIGHBOURS:
+        raise ValueError(
+            f"an exam needs more than {NEIGHBOURS} pictures and as many held-out images, "
+            f"not {pictures} and {len(images)}"
+        )
+    judge = train_judge(*train, seed)
+    order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        real, other = judge.features(images), judge.features(train[0][order[:pictures]])
+        right = recognition(judge(images).argmax(1), labels)["recognised"]
+    floor = {"recognised": right} | closeness(real, other)
+    rows = torch.arange(pictures) % len(labels)
+    return CaptionExam(judge, real, rows.tolist(), labels[rows], floor)
 
 
 def digits_of(numbers: Tensor) -> Tensor:
@@ -53,7 +142,7 @@ def mode_marks(numbers: Tensor, law: Tensor) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Modes:
+class ModeExam:
     """Counts the modes of stacked digits: a judge of single digits reads each channel by itself.
 
     `floor` are the marks of as many real training stacks, if there are as many, and the share of held-out
@@ -89,7 +178,7 @@ def prepare_modes(
     pictures: int,
     seed: int,
     captioned: bool = False,
-) -> Modes:
+) -> ModeExam:
     """An exam for that many pictures of stacked digits; `captioned`, every number is asked equally often.
 
     Raises:
@@ -110,13 +199,13 @@ def prepare_modes(
     first = {number: row for row, number in reversed(list(enumerate(held_out.tolist())))}
     asked = [first[number] for number in sorted(first)]
     rows = [asked[i % len(asked)] for i in range(pictures)]
-    return Modes(judge, law, rows, held_out[rows] if captioned else None, floor)
+    return ModeExam(judge, law, rows, held_out[rows] if captioned else None, floor)
 
 
-EXAMS = Choice[Callable[..., Marking]](
+IMAGE_EXAMS = Choice[Callable[..., ImageExam]](
     "exam",
     {
-        "caption": prepare_exam,
+        "caption": prepare_captions,
         "modes": prepare_modes,
         "captioned-modes": partial(prepare_modes, captioned=True),
     },
