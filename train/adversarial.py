@@ -9,9 +9,8 @@ The same command again resumes where the last checkpoint stopped; --restart begi
 resolved configuration, Ctrl-C and SIGTERM save and stop.
 """
 
-import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import batch_indices, draw_augmentation, load_images, seeded
 from rope_mm.image_exams import IMAGE_EXAMS
-from rope_mm.models import IMAGE_TOKEN, Canvas, load_tokenizer, read_config
+from rope_mm.models import Canvas, load_tokenizer
+from rope_mm.models.configuration_rope_mm import config_for
 from rope_mm.models.duel import Batch, Duel, Optim
 from rope_mm.models.objective import Objective
-from rope_mm.run.config import dump, run
+from rope_mm.run.config import at_least, run
 from rope_mm.run.ema import Ema
-from rope_mm.run.loop import carry_out
+from rope_mm.run.loop import Run, carry_out, identify
 from rope_mm.run.sheet import save_sheet
-from rope_mm.run.trackers import read_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +45,10 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adversarial:
+class Adversarial(Run):
     """Train an image head against a critic; the same command again resumes, --restart begins anew."""
 
     out: str = "runs/adversarial"
-    seed: int = 0
-    steps: int = 1_000
     batch: int = 64  # images a process and step
     accumulate: int = 1  # batches whose gradients make a step
     critic_steps: int = 1
@@ -65,15 +62,8 @@ class Adversarial:
     compile: str = ""  # a backend of torch.compile, such as inductor; "" compiles nothing
     checkpointing: bool = False  # blocks computed anew in the backward, to save memory
     ema: float = 0.995
-    log_every: int = 10
-    sample_every: int = 500
     exam: str = "caption"  # of IMAGE_EXAMS
     judged: int = 1_000  # images drawn for an evaluation
-    checkpoint_every: int = 500
-    threads: int = 0  # of torch on the CPU; 0 leaves them to torch
-    trackers: str = ""  # tensorboard, wandb, trackio, or several with commas between
-    restart: bool = False
-    dry_run: bool = False
 
 
 EXAMPLES = 10_000  # images of each split, at most, that the judge sees
@@ -86,12 +76,7 @@ class Training:
         self.config, self.accelerator = config, accelerator
         tokenizer = load_tokenizer(config.tokenizer)
         torch.manual_seed(config.seed)
-        model = read_config(
-            **{"num_channels": config.data.channels, **config.model},
-            vocab_size=len(tokenizer),
-            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-            rope_parameters=config.rope,
-        )
+        model = config_for(tokenizer, config.data.channels, config.rope, config.model)
         self.canvas = Canvas(model, tokenizer, config.data.size)
         self.images, self.held_out = load_images(**asdict(config.data))
         self.duel = Duel(model, config.loss, config.optim, accelerator, config.compile, config.checkpointing)
@@ -125,6 +110,10 @@ class Training:
         if not config.augment:
             return change
         return lambda patches: self.canvas.patches(change(self.canvas.picture(patches)))
+
+    def identity(self) -> str:
+        """All that the run depends on; a batch is of a process, so that their number, too."""
+        return f"# processes: {self.accelerator.num_processes}\n{identify(self.config)}"
 
     def begin(self, step: int) -> None:
         """Nothing: what a step reads is made when it begins."""
@@ -184,10 +173,7 @@ def check(config: Adversarial) -> None:
     Raises:
         ValueError: with the key and its value.
     """
-    every = "log_every", "sample_every", "checkpoint_every"
-    for name in ("steps", "batch", "accumulate", "critic_steps", *every, "judged"):
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+    at_least(1, config, "batch", "accumulate", "critic_steps", "judged")
     draw_augmentation(config.augment, 1, torch.Generator())
     if config.loss.penalties.get("consistency") and not any(config.augment.values()):
         raise ValueError(
@@ -195,15 +181,6 @@ def check(config: Adversarial) -> None:
         )
     if not 0 < config.optim.until <= 1:
         raise ValueError(f"optim.until must be in (0, 1], not {config.optim.until}")
-    if config.threads < 0:
-        raise ValueError(f"threads must be 0 (torch decides) or more, not {config.threads}")
-    if "num_channels" in config.model or "rope_parameters" in config.model:
-        raise ValueError("model.num_channels is data.channels, and model.rope_parameters are rope: set those")
-
-
-def identify(config: Adversarial) -> str:
-    """All that a run depends on, as YAML."""
-    return dump(replace(config, out="", trackers="", restart=False))
 
 
 def main(config: Adversarial) -> None:
@@ -213,21 +190,8 @@ def main(config: Adversarial) -> None:
         ValueError: a configuration, data or a checkpoint that cannot be used.
     """
     check(config)
-    if config.dry_run:
-        print(dump(replace(config, dry_run=False)), end="")
-        return
-    if config.threads:
-        torch.set_num_threads(config.threads)
     disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight it saves
-    out, trackers = Path(config.out), read_trackers(config.trackers)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=config.accumulate, log_with=trackers, project_dir=out
-    )
-    training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
-    # a batch is of a process, so that their number belongs to what the run is
-    identity = f"# processes: {accelerator.num_processes}\n{identify(config)}"
-    carry_out(training, config, out, identity)
+    carry_out(Training, config, gradient_accumulation_steps=config.accumulate)
 
 
 if __name__ == "__main__":

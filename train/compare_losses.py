@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 
-from adversarial import Adversarial, identify
+from adversarial import Adversarial
 from adversarial import main as train
 from tqdm import tqdm
 
@@ -22,6 +22,7 @@ from rope_mm.models.objective import Objective
 from rope_mm.run import checkpoint
 from rope_mm.run.config import run
 from rope_mm.run.log import read_metrics
+from rope_mm.run.loop import identify
 
 Runs = dict[str, list[dict[str, float]]]
 

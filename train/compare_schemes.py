@@ -29,7 +29,7 @@ from rope_mm.models import IMAGE_TOKEN, RopeMMForConditionalGeneration, read_con
 from rope_mm.models.stories import Row, lay_out, side_by_side
 from rope_mm.run import checkpoint
 from rope_mm.run.comparison import draw_figure, summarise, write_table
-from rope_mm.run.config import run
+from rope_mm.run.config import at_least, run
 from rope_mm.scheme import Scheme
 from rope_mm.segments import Image, Segment, Video
 
@@ -232,9 +232,7 @@ def check(config: Compare) -> None:
             f"schemes {list(config.schemes)} must be two or more, and trained name tasks; "
             "give --config configs/compare/small.yaml"
         )
-    for name in ("seeds", "steps", "batch", "documents", "questions", "warm_up"):
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+    at_least(1, config, "seeds", "steps", "batch", "documents", "questions", "warm_up")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {config.device!r} is not here; give --device cpu")
 

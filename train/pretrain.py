@@ -9,7 +9,6 @@ resolved configuration, Ctrl-C and SIGTERM save and stop. OUT/model is then for 
 is that of all processes together, so that a run may go on with another number of them.
 """
 
-import logging
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,13 +20,9 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import Documents, load_splits, seeded
-from rope_mm.models import (
-    IMAGE_TOKEN,
-    RopeMMForConditionalGeneration,
-    RopeMMProcessor,
-    load_tokenizer,
-    read_config,
-)
+from rope_mm.losses import GAN_LOSSES
+from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer
+from rope_mm.models.configuration_rope_mm import config_for
 from rope_mm.models.feed import Feed
 from rope_mm.models.learner import Learner, Optim, Totals
 from rope_mm.models.objective import Objective
@@ -35,11 +30,10 @@ from rope_mm.models.packing import Packer, moved
 from rope_mm.models.picture_heads import HEADS
 from rope_mm.models.sprite_exam import SPRITE_EXAMS
 from rope_mm.models.telling import Form, Teller, show
-from rope_mm.run.config import dump, run
+from rope_mm.run.config import at_least, run
 from rope_mm.run.ema import Count, Ema
-from rope_mm.run.loop import carry_out
+from rope_mm.run.loop import Run, carry_out, identify
 from rope_mm.run.speed import Cost
-from rope_mm.run.trackers import read_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +51,10 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain:
+class Pretrain(Run):
     """Pretrain on documents of words and pictures; the same command again resumes, --restart begins anew."""
 
     out: str = "runs/pretrain"
-    seed: int = 0
     steps: int = 2_000
     batch: int = 64  # documents a step, of all processes together
     accumulate: int = 1  # parts of them that a process reads one after another
@@ -77,21 +70,20 @@ class Pretrain:
     compile: str = ""  # a backend of torch.compile, such as inductor; "" compiles nothing
     checkpointing: bool = False  # blocks computed anew in the backward, to save memory
     ema: float = 0.995
-    log_every: int = 10
-    sample_every: int = 500
-    checkpoint_every: int = 500
     workers: int = 0  # processes that prepare batches ahead
-    threads: int = 0  # of torch on the CPU; 0 leaves them to torch
-    profile: int = 0  # steps, after the first ones, of which rotary's share is printed
-    trackers: str = ""  # tensorboard, wandb, trackio, or several with commas between
-    restart: bool = False
-    dry_run: bool = False
 
 
 class Training:
     """The model, what it learns from, and the critic where the head has one."""
 
     def __init__(self, config: Pretrain, accelerator: Accelerator):
+        if config.batch < (turns := accelerator.num_processes * config.accumulate):
+            raise ValueError(f"batch {config.batch} has no document for some of {turns} turns of processes")
+        if turns > 1 and HEADS[config.head].critical and GAN_LOSSES[config.loss.name].of_means:
+            raise ValueError(
+                f"loss.name {config.loss.name} compares scores with means over the batch, of which each of "
+                f"{turns} turns of processes reads a part; take one process and accumulate 1, or rpgan"
+            )
         self.config, self.accelerator, self.head = config, accelerator, HEADS[config.head]
         splits = [load_splits(path) for path in config.data.paths]
         chosen = asdict(config.data)
@@ -100,13 +92,7 @@ class Training:
         self.held_out = Documents([split["test"] for split in splits], **chosen)
         tokenizer = load_tokenizer(config.tokenizer, documents.texts())
         torch.manual_seed(config.seed)
-        settings = read_config(
-            **{"num_channels": config.data.channels, **config.model},
-            vocab_size=len(tokenizer),
-            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-            eos_token_id=tokenizer.eos_token_id,
-            rope_parameters=config.rope,
-        )
+        settings = config_for(tokenizer, config.data.channels, config.rope, config.model)
         self.processor = RopeMMProcessor.from_config(settings, tokenizer)
         packer = Packer(self.processor, config.length, self.head.times, self.head.critical)
         every = accelerator.num_processes, accelerator.process_index, config.accumulate
@@ -120,6 +106,10 @@ class Training:
         self.tokens, self.flops, self.cost = 0, 0.0, Cost.of(self.average.model)
         form = Form.of(self.held_out, config.data.templates, self.head.steps)
         self.teller = Teller(self.average.model, self.processor, form)
+
+    def identity(self) -> str:
+        """All that the run depends on; a batch is of all processes, however many they are."""
+        return identify(self.config)
 
     def begin(self, step: int) -> None:
         """Make ready to go on from a step."""
@@ -203,16 +193,10 @@ def check(config: Pretrain) -> None:
     Raises:
         ValueError: with the key and its value.
     """
-    for name in ("steps", "batch", "accumulate", "length", "log_every", "sample_every", "checkpoint_every"):
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-    for name in ("threads", "workers", "profile"):
-        if (value := getattr(config, name)) < 0:
-            raise ValueError(f"{name} must be 0 or more, not {value}")
+    at_least(1, config, "batch", "accumulate", "length")
+    at_least(0, config, "workers")
     if config.data.join < 1 or not config.data.paths or not config.data.templates:
         raise ValueError("data.join must be at least 1, and data.paths and data.templates name something")
-    if "num_channels" in config.model or "rope_parameters" in config.model:
-        raise ValueError("model.num_channels is data.channels, and model.rope_parameters are rope: set those")
 
 
 def main(config: Pretrain) -> None:
@@ -222,22 +206,10 @@ def main(config: Pretrain) -> None:
         ValueError: a configuration, data or a checkpoint that cannot be used.
     """
     check(config)
-    if config.dry_run:
-        print(dump(replace(config, dry_run=False)), end="")
-        return
-    if config.threads:
-        torch.set_num_threads(config.threads)
     disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight it saves
     # a process whose documents have no picture leaves weights without a gradient
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    out, trackers = Path(config.out), read_trackers(config.trackers)
-    accelerator = Accelerator(kwargs_handlers=[unused], log_with=trackers, project_dir=out)
-    if config.batch < (turns := accelerator.num_processes * config.accumulate):
-        raise ValueError(f"batch {config.batch} has no document for some of {turns} turns of processes")
-    training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
-    identity = dump(replace(config, out="", profile=0, trackers="", restart=False))
-    carry_out(training, config, out, identity, config.profile)
+    carry_out(Training, config, kwargs_handlers=[unused])
 
 
 if __name__ == "__main__":

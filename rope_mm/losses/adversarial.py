@@ -16,15 +16,16 @@ class GanLoss:
     """What the critic minimises and what the generator minimises.
 
     Both take scores `(real, fake)`; where `needs_distance`, the critic takes the distance (b,) of each pair
-    as its third. Where not `relativistic`, the generator does not look at `real`. `divergence` is what the
-    best critic measures and the generator then descends; P is p(real) q(fake), swap the same with the two
-    places exchanged.
+    as its third. Where not `relativistic`, the generator does not look at `real`; where `of_means`, scores
+    are compared with means over the batch, which must be whole. `divergence` is what the best critic measures
+    and the generator then descends; P is p(real) q(fake), swap the same with the two places exchanged.
     """
 
     critic: Callable[..., Tensor]
     generator: Callable[[Tensor, Tensor], Tensor]
     source: str
     relativistic: bool = False
+    of_means: bool = False
     needs_distance: bool = False
     divergence: str = ""
 
@@ -57,7 +58,7 @@ def averaged(f: Curve, source: str, divergence: str) -> GanLoss:
         return (f(real - fake.mean()) + f(real.mean() - fake)).mean() / 2
 
     swapped = lambda real, fake: critic(fake, real)  # noqa: E731
-    return GanLoss(critic, swapped, source, relativistic=True, divergence=divergence)
+    return GanLoss(critic, swapped, source, relativistic=True, of_means=True, divergence=divergence)
 
 
 def f_gan(name: str, d: FDivergence) -> GanLoss:

@@ -1,12 +1,14 @@
 """The model's config: what its weights need, in Hugging Face's names."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from rope_mm.models.stories import IMAGE_TOKEN
 from rope_mm.scheme import Scheme
 from rope_mm.schemes import read_scheme
 
@@ -128,3 +130,23 @@ def read_config(**settings: Any) -> RopeMMConfig:
         return RopeMMConfig(**settings)
     except StrictDataclassError as error:
         raise ValueError(f"model: {error.__cause__ or error}".replace("\n", " ")) from error
+
+
+def config_for(
+    tokenizer: PreTrainedTokenizerBase, channels: int, rope: Mapping[str, Any], model: Mapping[str, Any]
+) -> RopeMMConfig:
+    """The config of a training script: its data's tokenizer and channels, its rope, and fields of the model.
+
+    Raises:
+        ValueError: as `read_config`, and fields that have a key of their own.
+    """
+    if "num_channels" in model or "rope_parameters" in model:
+        raise ValueError("model.num_channels is data.channels, and model.rope_parameters are rope: set those")
+    return read_config(
+        **model,
+        num_channels=channels,
+        vocab_size=len(tokenizer),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        eos_token_id=tokenizer.eos_token_id,
+        rope_parameters=dict(rope),
+    )

@@ -57,14 +57,15 @@ class Anchors:
     """
 
     def __init__(self):
-        self.means, self.batches = torch.zeros(2), 0
+        self.means, self.batches = torch.zeros(2), torch.zeros(())
 
     def update(self, real_scores: Tensor, fake_scores: Tensor) -> None:
-        """Take in the scores of a batch."""
+        """Take in the scores of a batch, if their means are finite."""
         fresh = torch.stack([real_scores.detach().mean(), fake_scores.detach().mean()])
-        decay = min(0.99, self.batches / (self.batches + 1))
-        self.means = torch.lerp(fresh, self.means.to(fresh.device), decay)
-        self.batches += 1
+        means, batches = self.means.to(fresh.device), self.batches.to(fresh.device)
+        decay, good = (batches / (batches + 1)).clamp(max=0.99), fresh.isfinite().all()
+        self.means = torch.where(good, torch.lerp(fresh, means, decay), means)
+        self.batches = batches + good
 
     def state_dict(self) -> dict[str, Any]:
         """The means and how many batches made them."""

@@ -64,6 +64,17 @@ def dump(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 
+def at_least(least: int, config: Any, *names: str) -> None:
+    """Refuse smaller numbers.
+
+    Raises:
+        ValueError: with the key and its value.
+    """
+    for name in names:
+        if (value := getattr(config, name)) < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
 def usage(schema: type) -> str:
     """The help of a script: a YAML file of the defaults, under comments that say how to change them."""
     flags = [

@@ -5,11 +5,8 @@ import platform
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from rope_mm.run import checkpoint
 
@@ -43,14 +40,6 @@ def open_folder(out: Path, identity: str, accelerator: Accelerator, restart: boo
         checkpoint.write_text(stored, identity)
         checkpoint.write_text(out / "versions.json", json.dumps(versions, indent=1))
     accelerator.wait_for_everyone()
-
-
-def agree(accelerator: Accelerator, number: int) -> int:
-    """The largest number of any process: all must answer alike, or some would wait for the others."""
-    if accelerator.num_processes == 1:
-        return number
-    numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
-    return int(cast(Tensor, numbers).max())
 
 
 def zip_lines(old: str, new: str) -> list[tuple[str, str]]:

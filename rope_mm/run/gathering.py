@@ -1,6 +1,6 @@
-"""Rows of all processes, through which the gradient of the whole batch comes back."""
+"""What several processes have together: rows through which a gradient comes back, and one answer."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -31,3 +31,11 @@ def everyone(rows: Tensor, accelerator: Accelerator) -> Tensor:
     number of processes: the mean that DDP takes over them is the gradient of the whole batch.
     """
     return rows if accelerator.num_processes == 1 else Gather.apply(rows, accelerator)  # pyright: ignore
+
+
+def agree(accelerator: Accelerator, number: int) -> int:
+    """The largest number of any process: all must answer alike, or some would wait for the others."""
+    if accelerator.num_processes == 1:
+        return number
+    numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
+    return int(cast(Tensor, numbers).max())

@@ -1,37 +1,53 @@
 """The loop of every training script: steps, samples and checkpoints, from where the last one stopped."""
 
 import json
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rope_mm.run.alarm import finite, keep_batch, warning
+from rope_mm.run.alarm import MOST, Guard, finite, keep_batch, warning
 from rope_mm.run.checkpoint import write_text
-from rope_mm.run.folder import agree, open_folder, resume, save
+from rope_mm.run.config import at_least, dump
+from rope_mm.run.folder import open_folder, resume, save
+from rope_mm.run.gathering import agree
 from rope_mm.run.log import Log, read_metrics
 from rope_mm.run.profile import profiled
 from rope_mm.run.speed import Speed, peak_flops
 from rope_mm.run.stop import Stop, exit_code
-from rope_mm.run.trackers import tracking
+from rope_mm.run.trackers import read_trackers, tracking
 
 
-class Pace(Protocol):
-    """What a configuration says of a run: how long it is, and every how many steps something happens."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What every training script can be told."""
 
-    @property
-    def steps(self) -> int: ...
-    @property
-    def log_every(self) -> int: ...
-    @property
-    def sample_every(self) -> int: ...
-    @property
-    def checkpoint_every(self) -> int: ...
-    @property
-    def restart(self) -> bool: ...
+    out: str = "runs"
+    seed: int = 0
+    steps: int = 1_000
+    log_every: int = 10
+    sample_every: int = 500
+    checkpoint_every: int = 500
+    on_nan: Literal["stop", "skip"] = "stop"  # skip: leave out a step whose gradient is not finite
+    threads: int = 0  # of torch on the CPU; 0 leaves them to torch
+    profile: int = 0  # steps, after the first ones, of which rotary's share is printed
+    trackers: str = ""  # tensorboard, wandb, trackio, or several with commas between
+    restart: bool = False
+    dry_run: bool = False
+
+
+Config = TypeVar("Config", bound=Run)
+
+
+def identify(config: Run) -> str:
+    """All that a run depends on, as YAML."""
+    return dump(replace(config, out="", on_nan="stop", profile=0, trackers="", restart=False))
 
 
 class Training(Protocol):
@@ -40,6 +56,10 @@ class Training(Protocol):
     accelerator: Accelerator
     tokens: int
     flops: float
+
+    def identity(self) -> str:
+        """All that the run depends on: of another one its folder is refused."""
+        ...
 
     def begin(self, step: int) -> None:
         """Make ready to go on from a step."""
@@ -66,24 +86,37 @@ class Training(Protocol):
         ...
 
 
-def carry_out(training: Training, config: Pace, out: Path, identity: str, profile: int = 0) -> None:
-    """Train in a folder that holds this run or none; its result is written there and printed.
+def carry_out(make: Callable[[Config, Accelerator], Training], config: Config, **how: Any) -> None:
+    """Print the configuration, or train in a folder that holds this run or none; its result is written there.
+
+    `how` are arguments of the Accelerator.
 
     Raises:
         KeyboardInterrupt: as from `train`.
-        ValueError: a folder of another run, a damaged checkpoint, a loss that is not finite.
+        ValueError: numbers that make no run, a folder of another run, a damaged checkpoint, a loss that is
+            not finite.
     """
-    accelerator = training.accelerator
-    open_folder(out, identity, accelerator, config.restart)
+    at_least(1, config, "steps", "log_every", "sample_every", "checkpoint_every")
+    at_least(0, config, "threads", "profile")
+    if config.dry_run:
+        print(dump(replace(config, dry_run=False)), end="")
+        return
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight it saves
+    out, trackers = Path(config.out), read_trackers(config.trackers)
+    accelerator = Accelerator(log_with=trackers, project_dir=out, **how)
+    training = make(config, accelerator)  # what cannot be used is refused before the folder is touched
+    open_folder(out, training.identity(), accelerator, config.restart)
     with tracking(accelerator, out, config):
-        result = train(training, config, out, profile) | training.remarks()
+        result = train(training, config, out) | training.remarks()
     if accelerator.is_main_process:
         write_text(out / "result.json", json.dumps(result, indent=1))
         print(json.dumps(result, indent=1))
         print(f"samples: {out}/samples   model: {out}/model")
 
 
-def train(training: Training, pace: Pace, out: Path, profile: int = 0) -> dict[str, float]:
+def train(training: Training, config: Run, out: Path) -> dict[str, float]:
     """Train from the last checkpoint on, or from the start; the marks at the end.
 
     After the first steps so many are profiled, and rotary's share of their time is printed.
@@ -93,37 +126,43 @@ def train(training: Training, pace: Pace, out: Path, profile: int = 0) -> dict[s
         ValueError: a loss that is not finite; what was read is kept.
     """
     accelerator = training.accelerator
+    guard = Guard(accelerator, config.on_nan)
     step, marks = resume(out, accelerator), None
     training.begin(step)
-    take = profiled(training.step, profile, print) if profile else training.step
+    take = profiled(training.step, config.profile, print) if config.profile else training.step
     peak = peak_flops(accelerator.device)
     speed = Speed(peak and peak * accelerator.num_processes)
     then, read, done = time.perf_counter(), training.tokens, training.flops
     told = {"main": accelerator.is_main_process, "also": accelerator.log}
-    with Stop() as stop, Log(out, pace.steps, step, desc=str(out), **told) as log:
-        while step < pace.steps:
+    with Stop() as stop, Log(out, config.steps, step, desc=str(out), **told) as log:
+        while step < config.steps:
             terms = take(step)
             step += 1
-            if agree(accelerator, not finite(terms)):
-                refuse(training, out, step, terms)
-            last = step == pace.steps
-            logging = last or step % pace.log_every == 0
-            if logging:
+            if guard.tripped and guard.row < MOST:
+                terms = guard.excuse(step, terms)
+            elif agree(accelerator, guard.tripped or not finite(terms)):
+                refuse(training, out, step, terms, guard.row)
+            else:
+                guard.row = 0
+            last = step == config.steps
+            due = last or step % config.log_every == 0
+            if due:
                 passed = time.perf_counter() - then
-                log(step, speed(training.tokens - read, training.flops - done, passed), **terms)
-            if last or step % pace.sample_every == 0:
+                pace = speed(training.tokens - read, training.flops - done, passed)
+                log(step, pace, **terms, **guard.counted())
+            if last or step % config.sample_every == 0:
                 marks = look(training, out, step, log)
             stopping = agree(accelerator, stop.asked)
-            if last or stopping or step % pace.checkpoint_every == 0:
+            if last or stopping or step % config.checkpoint_every == 0:
                 save(out, step, accelerator)
             if stopping and not last:
                 raise KeyboardInterrupt(exit_code(stopping))
-            if logging:
+            if due:
                 then, read, done = time.perf_counter(), training.tokens, training.flops
     if marks is None:  # the run was whole already
         marks = training.look(samples(out, step))
     training.save_model(out / "model")
-    return marks
+    return marks | guard.counted()
 
 
 def samples(out: Path, step: int) -> Path:
@@ -141,8 +180,12 @@ def look(training: Training, out: Path, step: int, log: Log) -> dict[str, float]
     return marks
 
 
-def refuse(training: Training, out: Path, step: int, terms: Mapping[str, Tensor]) -> NoReturn:
+def refuse(
+    training: Training, out: Path, step: int, terms: Mapping[str, Tensor], before: int = 0
+) -> NoReturn:
     """End a run whose numbers of this step, counted from 1, are not finite, and keep what they came from.
+
+    So many steps `before` it were left out.
 
     Raises:
         ValueError: always.
@@ -151,8 +194,10 @@ def refuse(training: Training, out: Path, step: int, terms: Mapping[str, Tensor]
     share = f"-{process.process_index}" if process.num_processes > 1 else ""
     path = out / f"nan-step-{step}{share}.pt"
     keep_batch(path, step, terms, training.batches(step - 1))
-    lost = [name for name, term in terms.items() if not term.isfinite()] or ["another process's"]
+    found = [name for name, term in terms.items() if not term.isfinite()]
+    lost = found or ["a gradient or another process's"]
+    after = f", after {before} steps that were left out" if before else ""
     raise ValueError(
-        f"{', '.join(lost)} not finite at step {step}: its batches are in {path}, the last checkpoint is as "
-        "it was; begin anew with lower rates or, of a critic, larger penalties"
+        f"{', '.join(lost)} not finite at step {step}{after}: its batches are in {path}, the last checkpoint "
+        "is as it was; begin anew with lower rates or, of a critic, larger penalties"
     )

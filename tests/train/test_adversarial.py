@@ -218,7 +218,7 @@ def test_captioned_images_of_a_folder_are_drawn_without_labels(tmp_path):
         ({"optim.lrr": 1}, "--optim.lrr: optim.lrr is unknown; did you mean optim.lr"),
         ({"critic_steps": 0}, "critic_steps must be at least 1, not 0"),
         ({"batch": 0}, "batch must be at least 1, not 0"),
-        ({"threads": -1}, "threads must be 0"),
+        ({"threads": -1}, "threads must be at least 0, not -1"),
         ({"model.num_channels": 3}, "model.num_channels is data.channels"),
         ({"model.patch_size": 0}, "patch_size must be at least 1, not 0"),
         ({"data.image": "label"}, "column 'label' holds ClassLabel"),
