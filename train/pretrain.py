@@ -47,7 +47,7 @@ class Data:
     size: int = 8
     channels: int = 1
     join: int = 1  # rows in a document
-    strict: bool = False  # stop at a row that cannot be read, where otherwise its document is left out
+    strict: bool = False  # stop at what cannot be read or is too long, where otherwise it is left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +119,16 @@ class Training:
         """An update of the model, and of its critic; what all processes lost."""
         self.learner.set_rates(step, self.config.steps)
         readings = [next(self.readings) for _ in range(self.config.accumulate)]
-        missing = self.name([reason for reading in readings for reason in reading.left_out])
+        left_out = [reason for reading in readings for reason in reading.left_out]
+        missing = self.name(left_out)
         packs = [moved(reading.pack, self.accelerator.device) for reading in readings]
         counts = torch.tensor([(*pack.counts, 0) for pack in packs], dtype=torch.float64).sum(0)
         counts[-1] = missing
         tokens, pairs, *totals, missing = self.total(counts).tolist()
+        if step == 0 and missing == self.config.batch:
+            raise ValueError(
+                f"none of the first {self.config.batch} documents can be learned from: {left_out[0]}"
+            )
         self.tokens += int(tokens)
         self.flops += self.cost.flops(tokens, pairs)  # of the model; a critic's are its rival's
         self.left_out.count += int(missing)

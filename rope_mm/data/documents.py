@@ -90,6 +90,11 @@ def find_tasks(templates: Sequence[Template], kinds: Mapping[str, str]) -> dict[
     return found
 
 
+def misfit(length: int, room: int) -> str:
+    """What is said of a document that is longer than a row."""
+    return f"a document of {length} tokens does not fit a row of {room}; raise the length"
+
+
 def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Numbers of the documents in each row: every one, in order, goes into the first row that has room.
 
@@ -100,7 +105,7 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     left: list[int] = []
     for number, length in enumerate(lengths):
         if length > room:
-            raise ValueError(f"a document of {length} tokens does not fit a row of {room}; raise the length")
+            raise ValueError(misfit(length, room))
         row = next((row for row, free in enumerate(left) if free >= length), len(rows))
         if row == len(rows):
             rows.append([])
@@ -198,12 +203,20 @@ class Documents:
     def tell(self, rows: Sequence[int], generator: torch.Generator) -> Document:
         """The document of these rows."""
         document: Document = []
-        for number in rows:
-            source = next(place for place, end in enumerate(self.ends) if number < end)
+        for source, row in map(self.find, rows):
             fitting = self.fits[source]
             chosen = fitting[int(torch.randint(len(fitting), (), generator=generator))]
-            document += self.fill(chosen, source, number - self.ends[source] + len(self.sources[source]))
+            document += self.fill(chosen, source, row)
         return document
+
+    def find(self, number: int) -> tuple[int, int]:
+        """The source of a row and its number there, by its number among all."""
+        source = next(place for place, end in enumerate(self.ends) if number < end)
+        return source, number - self.ends[source] + len(self.sources[source])
+
+    def name(self, source: int, row: int) -> str:
+        """What a row is called."""
+        return f"row {row} of source {source}" if len(self.sources) > 1 else f"row {row}"
 
     def fill(self, template: Template, source: int, row: int) -> Document:
         """A template with what a row of a source holds."""
@@ -216,8 +229,7 @@ class Documents:
             try:
                 parts.append(self.read(part, values[part.column]))
             except (*UNREADABLE, RuntimeError) as error:  # torchcodec raises the latter
-                reason = str(error).splitlines()[0]
-                place = f"row {row} of source {source}" if len(self.sources) > 1 else f"row {row}"
+                place, reason = self.name(source, row), str(error).splitlines()[0]
                 raise Unreadable(f"{place}, column {part.column!r} cannot be read: {reason}") from error
         return parts
 

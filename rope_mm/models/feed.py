@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
-from rope_mm.data.documents import Document, Documents, Unreadable
+from rope_mm.data.documents import Document, Documents, Unreadable, misfit
 from rope_mm.data.order import seeded
 from rope_mm.models.packing import Pack, Packer
 
 
 class Reading(NamedTuple):
-    """A pack, and for each document that is left out of it what could not be read."""
+    """A pack, and for each document that is left out of it why."""
 
     pack: Pack
     left_out: list[str]
@@ -25,7 +25,7 @@ class Feed(Dataset):
 
     Of `batch` documents a step every (world * parts)-th is read by this process in a turn. What is random
     about a document is so by (seed, step, its number), whichever process reads it. A document with a row that
-    cannot be read is left out, and nothing takes its place.
+    cannot be read, or longer than the packer's rows, is left out, and nothing takes its place.
     """
 
     documents: Documents
@@ -41,7 +41,7 @@ class Feed(Dataset):
         rows = self.documents.batch(self.seed, step, self.batch)
         mine = range(part * self.world + self.rank, self.batch, self.world * self.parts)
         told: list[Document] = []
-        generators, left_out = [], []
+        numbers, generators, left_out = [], [], []
         for number in mine:
             generator = seeded(self.seed, "document", step, number)
             try:
@@ -49,11 +49,18 @@ class Feed(Dataset):
             except Unreadable as error:
                 left_out.append(str(error))
             else:
+                numbers.append(number)
                 generators.append(generator)
-        if not told:  # one without a word or picture, as processes wait for each other's gradients
-            told.append([""])
-            generators.append(seeded(self.seed, "nothing"))
-        return Reading(self.packer(told, generators), left_out)
+        drafted = []
+        for number, read in zip(numbers, self.packer.read(told, generators), strict=True):
+            if read.length <= self.packer.length:
+                drafted.append(read)
+            else:
+                names = ", ".join(self.documents.name(*self.documents.find(row)) for row in rows[number])
+                left_out.append(f"{names}: {misfit(read.length, self.packer.length)}")
+        if not drafted:  # one without a word or picture, as processes wait for each other's gradients
+            drafted = self.packer.read([[""]], [seeded(self.seed, "nothing")])
+        return Reading(self.packer.pack(drafted), left_out)
 
     def readings(self, step: int, steps: int, workers: int = 0) -> Iterator[Reading]:
         """The readings from one step up to another, made ahead by so many workers."""

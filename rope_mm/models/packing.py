@@ -131,6 +131,11 @@ class Drafted:
     noise: Tensor
     time: Tensor
 
+    @property
+    def length(self) -> int:
+        """How many tokens it has, drafts included."""
+        return len(self.row.ids) + len(self.noise)
+
     def tokens(self, image: int) -> dict[str, Tensor]:
         """Columns (s, ...) of a pack: the document, then its drafts."""
         ids, positions, rank, _ = self.row
@@ -164,8 +169,15 @@ class Packer:
         Raises:
             ValueError: a document that is longer than a row.
         """
-        drafted = self.read(documents, generators)
-        rows = first_fit([len(d.row.ids) + int(d.drawn.sum()) for d in drafted], self.length)
+        return self.pack(self.read(documents, generators))
+
+    def pack(self, drafted: Sequence[Drafted]) -> Pack:
+        """The pack of documents that are read.
+
+        Raises:
+            ValueError: one that is longer than a row.
+        """
+        rows = first_fit([d.length for d in drafted], self.length)
         drafted = [drafted[number] for row in rows for number in row]
         image = cast(int, self.processor.image_token_id)
         tokens = iter([d.tokens(image) for d in drafted])

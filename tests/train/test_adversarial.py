@@ -100,6 +100,15 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(whole, tmp_path, monkeypatch)
     assert train(out, **JUDGED) == json.loads((whole / "result.json").read_text())
 
 
+def test_a_profile_prints_rotary_s_share_and_changes_nothing(tmp_path, capsys):
+    train(tmp_path / "plain", steps=5)
+    assert "rotary's share" not in capsys.readouterr().out
+    train(tmp_path / "profiled", steps=5, profile=1)
+    assert re.search(r"rotary's share of step time: \d+\.\d%", capsys.readouterr().out)
+    plain, profiled = weights(tmp_path / "plain"), weights(tmp_path / "profiled")
+    assert all(torch.equal(plain[name], profiled[name]) for name in plain)
+
+
 def test_a_run_that_is_whole_is_not_trained_again(whole, monkeypatch):
     monkeypatch.setattr(adversarial.Training, "step", None)
     before = json.loads((whole / "result.json").read_text())

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
+from rope_mm.data import load_splits
 from rope_mm.run.config import load, run
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -96,6 +98,37 @@ def test_two_processes_leave_out_the_same_step(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
     assert lines(tmp_path / "poisoned")[-1]["steps_left_out"] == 1
     assert equal(weights(tmp_path / "poisoned"), weights(tmp_path / "idle"))
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Twenty captions, of which some are too long for a row of 16 tokens; which of those trained on."""
+    rows = ["a" * 40 if i % 6 == 3 else "abcd"[i % 4] * (i % 7 + 1) for i in range(20)]
+    path = tmp_path / "texts.parquet"
+    Dataset.from_dict({"caption": rows}).to_parquet(path)
+    return path, [i for i, row in enumerate(load_splits(str(path))["train"]["caption"]) if len(row) == 40]
+
+
+TEXTS = {"data.templates": "['{caption}']", "length": 16, "batch": 8, "steps": 4}  # two epochs
+
+
+def test_a_document_longer_than_a_row_is_named_left_out_and_counted(texts, tmp_path, capsys):
+    path, long = texts
+    result = test_pretrain.train(path, tmp_path / "run", **TEXTS)
+    named = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
+    assert long and result["left_out"] == len(named) == 2 * len(long)
+    why = "a document of 41 tokens does not fit a row of 16; raise the length"
+    assert set(named) == {f"left out: row {row}: {why}" for row in long}
+
+
+def test_strict_stops_at_such_a_document(texts, tmp_path):
+    with pytest.raises(ValueError, match=r"row \d+: a document of 41 tokens .* --data.strict false"):
+        test_pretrain.train(texts[0], tmp_path / "run", **TEXTS, **{"data.strict": "true"})
+
+
+def test_a_length_that_no_document_fits_is_said_at_once(texts, tmp_path):
+    with pytest.raises(ValueError, match=r"none of the first 8 documents .* does not fit a row of 1; raise"):
+        test_pretrain.train(texts[0], tmp_path / "run", **{**TEXTS, "length": 1})
 
 
 def test_what_to_do_with_such_a_step_is_one_of_two(tmp_path):
