@@ -1,5 +1,7 @@
 """What a process reads at every step: its share of the documents, packed, by seed and step alone."""
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,12 +67,22 @@ class Feed(Dataset):
     def readings(self, step: int, steps: int, workers: int = 0) -> Iterator[Reading]:
         """The readings from one step up to another, made ahead by so many workers."""
         turns = range(step * self.parts, steps * self.parts)
-        return iter(
-            DataLoader(self, batch_size=None, sampler=turns, num_workers=workers, worker_init_fn=be_deaf)
-        )
+        loader = DataLoader(self, batch_size=None, sampler=turns, num_workers=workers, worker_init_fn=be_deaf)
+        made = iter(loader)
+        atexit.register(end_workers)  # what is registered last is called first: before torch waits for them
+        return made
 
 
 def be_deaf(worker: int) -> None:
     """Leave it to the main process to answer Ctrl-C and SIGTERM, which come to its workers too."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """Kill what is busy as the main process ends: deaf to being asked, it would be waited for."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a worker's death for a failure
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
