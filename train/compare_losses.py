@@ -70,12 +70,14 @@ def runs(config: CompareLosses) -> list[tuple[str, Adversarial]]:
 
 
 def result(config: Adversarial) -> dict[str, float]:
-    """The marks of a run, trained as far as it is not yet."""
+    """The marks of a run, trained as far as it is not yet; none of a dry run."""
     out = Path(config.out)
     done, made = out / "result.json", out / "run.yaml"
     whole = done.exists() and made.exists() and made.read_text().endswith("\n" + identify(config))
     if config.restart or not whole:
         train(config)
+    if config.dry_run:
+        return {}
     return json.loads(done.read_text())
 
 
@@ -124,7 +126,7 @@ def main(config: CompareLosses) -> None:
     for name, each in (bar := tqdm(runs(config), desc="losses")):
         bar.set_postfix_str(each.out)
         marks = result(each)
-        if config.dry_run or not marks:
+        if not marks:
             continue
         rows.setdefault(name, []).append(marks)
         curves.setdefault(name, []).append(read_metrics(Path(each.out)))

@@ -66,6 +66,14 @@ def test_a_run_that_was_cut_off_is_trained_to_its_end(script, tmp_path, monkeypa
     assert (out / "losses.json").read_text() == before
 
 
+def test_a_dry_run_prints_every_configuration_and_touches_nothing(script, tmp_path, capsys):
+    compare(script, tmp_path / "losses", dry_run="true")
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("out: ")]
+    runs = ("ns-0", "rpgan+r1-0", "ns-1", "rpgan+r1-1")
+    assert printed == [f"out: {tmp_path}/losses/{name}" for name in runs]
+    assert not (tmp_path / "losses").exists()
+
+
 def test_the_table_holds_means_and_standard_deviations(script):
     rows = {
         "ns": [{"kl": 1.0, "modes": 999.0}, {"kl": 3.0, "modes": 1000.0}],
