@@ -17,6 +17,7 @@ def draw_frames(
     steps: int = 1,
     shown: Tensor | None = None,
     window: int | None = None,
+    guidance: float = 1.0,
 ) -> Tensor:
     """Patches (b, t, n, p) drawn from noise of that shape at the end of sequences, frame after frame.
 
@@ -28,12 +29,17 @@ def draw_frames(
     With a window the sequences end in so many frames, shown ones included. Once they are full, the oldest is
     forgotten for every new one and the others move up, so that no distance is longer than in these sequences.
 
+    Where guidance is not 1, sequences and shown have 2b rows, of which the second half lacks the words; see
+    `guide`.
+
     Raises:
         ValueError: fewer than 1 step, a window of fewer than 2 frames.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    (b, t, n, _), inputs = noise.shape, sequences.inputs()
+    drawings, inputs = len(noise), sequences.inputs()
+    noise = noise if guidance == 1 else torch.cat([noise, noise])
+    b, t, n, _ = noise.shape
     if window is not None and window < 2:
         raise ValueError(f"window must be at least 2 frames, the one before and the one drawn, not {window}")
     cached = t > 1 or (steps > 1 and not model.config.scheme.needs_length)
@@ -55,10 +61,20 @@ def draw_frames(
             chunk["attention_mask"] = inputs["attention_mask"][:, :end]
             patches = torch.cat([before, here], 1)
             drawn = model(**chunk, patches=patches, past_key_values=cache, words=False).patches
-            here = here.lerp(drawn.view(b, -1, drawn.shape[-1])[:, -n:], 1 / (steps - step))
+            goal = drawn.view(b, -1, drawn.shape[-1])[:, -n:]
+            here = here.lerp(goal if guidance == 1 else guide(goal, guidance), 1 / (steps - step))
             if cache is not None:
                 cache.crop(-n)
                 start, before = end - n, before[:, :0]
         frames.append(here)
         before = here
-    return torch.stack(frames, 1)
+    return torch.stack(frames, 1)[:drawings]
+
+
+def guide(drawn: Tensor, guidance: float) -> Tensor:
+    """Patches (2b, n, p), with words and without: both become u + guidance (c - u), the words' part enlarged.
+
+    Classifier-free guidance, arXiv 2207.12598.
+    """
+    told, untold = drawn.chunk(2)
+    return untold.lerp(told, guidance).repeat(2, 1, 1)
