@@ -124,7 +124,7 @@ def moved(batch: Batch, device: torch.device | str) -> Batch:
 
 @dataclass(frozen=True)
 class Drafted:
-    """One document's row and patches (n, p), which of them are drawn and which read (n,), how drafts begin."""
+    """One document's row and patches (n, p), which are drawn and which read (n,), and how drafts begin."""
 
     row: Row
     patches: Tensor
