@@ -29,17 +29,14 @@ def draw_frames(
     With a window the sequences end in so many frames, shown ones included. Once they are full, the oldest is
     forgotten for every new one and the others move up, so that no distance is longer than in these sequences.
 
-    Where guidance is not 1, sequences and shown have 2b rows, of which the second half lacks the words; see
-    `guide`.
+    Where guidance is not 1, the second half of all rows is the first without its words; see `guide`.
 
     Raises:
         ValueError: fewer than 1 step, a window of fewer than 2 frames.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    drawings, inputs = len(noise), sequences.inputs()
-    noise = noise if guidance == 1 else torch.cat([noise, noise])
-    b, t, n, _ = noise.shape
+    (b, t, n, _), inputs = noise.shape, sequences.inputs()
     if window is not None and window < 2:
         raise ValueError(f"window must be at least 2 frames, the one before and the one drawn, not {window}")
     cached = t > 1 or (steps > 1 and not model.config.scheme.needs_length)
@@ -61,20 +58,20 @@ def draw_frames(
             chunk["attention_mask"] = inputs["attention_mask"][:, :end]
             patches = torch.cat([before, here], 1)
             drawn = model(**chunk, patches=patches, past_key_values=cache, words=False).patches
-            goal = drawn.view(b, -1, drawn.shape[-1])[:, -n:]
-            here = here.lerp(goal if guidance == 1 else guide(goal, guidance), 1 / (steps - step))
+            here = here.lerp(guide(drawn.unflatten(0, (b, -1))[:, -n:], guidance), 1 / (steps - step))
             if cache is not None:
                 cache.crop(-n)
                 start, before = end - n, before[:, :0]
-        frames.append(here)
-        before = here
-    return torch.stack(frames, 1)[:drawings]
+        frames.append(before := here)
+    return torch.stack(frames, 1)
 
 
 def guide(drawn: Tensor, guidance: float) -> Tensor:
-    """Patches (2b, n, p), with words and without: both become u + guidance (c - u), the words' part enlarged.
+    """Patches (2b, n, p), with words c and without them u: both halves become u + guidance (c - u).
 
-    Classifier-free guidance, arXiv 2207.12598.
+    Classifier-free guidance, arXiv 2207.12598. At 1 nothing is done, of however many rows.
     """
+    if guidance == 1:
+        return drawn
     told, untold = drawn.chunk(2)
     return untold.lerp(told, guidance).repeat(2, 1, 1)

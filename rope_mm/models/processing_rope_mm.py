@@ -194,10 +194,10 @@ class RopeMMProcessor(ProcessorMixin):
             guidance = 1.0  # there are no words to leave out
         if guidance != 1:
             stories += [[part for part in story if not isinstance(part, str)] for story in stories]
-            shown += shown
+            shown, noise = shown * 2, noise.repeat(2, 1, 1, 1)
         before, noise = (part.to(model.device, model.dtype) for part in (torch.stack(shown), noise))
         sequences = arrange(stories, self.tokenizer, self.scheme, "left").to(model.device)
-        drawn = draw_frames(model, sequences, noise, steps, before, window, guidance)
+        drawn = draw_frames(model, sequences, noise, steps, before, window, guidance)[: len(clips)]
         first = torch.stack(clips).to(drawn).unflatten(1, (-1, y * x))
         patches = torch.cat([first, drawn], 1).flatten(0, 1)
         raster = patches[:, token_order(Image(y, x), self.scheme).argsort()]
