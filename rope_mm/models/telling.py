@@ -1,7 +1,7 @@
 """What a pretrained model does when asked: write of a picture, draw what words say, go on with a clip."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rope_mm.data.documents import Document, Documents, Shown, Task, find_tasks, read_template
+from rope_mm.data.documents import Document, Documents, Field, Shown, Task, find_tasks, read_template
 from rope_mm.data.order import seeded
 from rope_mm.models.modeling_rope_mm import RopeMMForConditionalGeneration
 from rope_mm.models.processing_rope_mm import Part, RopeMMProcessor
@@ -34,7 +34,18 @@ class Form:
 
     @classmethod
     def of(cls, documents: Documents, templates: Sequence[str], steps: int, guidance: float = 1.0) -> "Form":
-        """The form of documents; a clip is as long as their first one."""
+        """The form of documents; a clip is as long as their first one.
+
+        Raises:
+            ValueError: guidance, where all templates have words before what is drawn.
+        """
+        if guidance != 1 and not any(
+            draws_untold(template, documents.kinds) for template in documents.templates
+        ):
+            raise ValueError(
+                f"guidance {guidance} needs a template that draws with no words before, such as "
+                f"'{{image:draw}}{{caption}}'; these are {templates}, which fit guidance 1"
+            )
         tasks = find_tasks(documents.templates, documents.kinds)
         frames = 1
         if "film" in tasks:
@@ -138,6 +149,16 @@ class Teller:
         """Clips that go on from the first half of true ones (b, t, ch, y, x), after prompts."""
         given = true.shape[1] // 2
         return self.film(prompts, list(true[:, :given]), true.shape[1] - given, generator).cpu()
+
+
+def draws_untold(template: Sequence[str | Field], kinds: Mapping[str, str]) -> bool:
+    """Whether a template has something to draw before its first words."""
+    for part in template:
+        if isinstance(part, str) or kinds[part.column] == "words":
+            return False
+        if part.drawn:
+            return True
+    return False
 
 
 def pixels_of(part: str | Shown) -> Tensor:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from rope_mm import Image, Video
+from rope_mm.data.documents import read_template
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer, read_config
 from rope_mm.models.drawing import guide
-from rope_mm.models.telling import FILE, Form, Teller
+from rope_mm.models.telling import FILE, Form, Teller, draws_untold
 
 GRID = Image(2, 2)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -92,3 +93,18 @@ def test_a_teller_draws_with_the_guidance_it_was_saved_with(model, tmp_path):
     (tmp_path / FILE).write_text(json.dumps(old))  # as written before there was guidance
     drawn = Teller.load(tmp_path).draw([prompt], torch.Generator().manual_seed(1))
     torch.testing.assert_close(drawn, draw(model, ["some"], 1.0, 2), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("template", "untold"),
+    [
+        ("{image:draw}{words}", True),
+        ("{image}{image:draw} so", True),
+        ("{words}{image:draw}", False),
+        ("see {image:draw}", False),
+        ("{image}{words}", False),
+    ],
+)
+def test_a_template_draws_untold_where_something_is_drawn_before_its_first_words(template, untold):
+    kinds = {"words": "words", "image": "picture"}
+    assert draws_untold(read_template(template), kinds) is untold
