@@ -65,6 +65,7 @@ class Pretrain(Run):
     model: dict[str, Any] = field(default_factory=dict)  # fields of RopeMMConfig
     head: str = "flow"  # mse, flow or adversarial
     picture_weight: float = 1.0  # of the loss of pictures, that of words being 1
+    guidance: float = 1.0  # by words in drawing; above 1 some documents must draw without words
     loss: Objective = field(default_factory=Objective)  # of the adversarial head
     optim: Optim = field(default_factory=Optim)
     compile: str = ""  # a backend of torch.compile, such as inductor; "" compiles nothing
@@ -104,7 +105,7 @@ class Training:
         self.learner = Learner(model, config.head, config.optim, config.loss, *how)
         accelerator.register_for_checkpointing(self.average, self.left_out)
         self.tokens, self.flops, self.cost = 0, 0.0, Cost.of(self.average.model)
-        form = Form.of(self.held_out, config.data.templates, self.head.steps)
+        form = Form.of(self.held_out, config.data.templates, self.head.steps, config.guidance)
         self.teller = Teller(self.average.model, self.processor, form)
 
     def identity(self) -> str:

@@ -17,6 +17,7 @@ def draw_frames(
     steps: int = 1,
     shown: Tensor | None = None,
     window: int | None = None,
+    guidance: float = 1.0,
 ) -> Tensor:
     """Patches (b, t, n, p) drawn from noise of that shape at the end of sequences, frame after frame.
 
@@ -27,6 +28,8 @@ def draw_frames(
 
     With a window the sequences end in so many frames, shown ones included. Once they are full, the oldest is
     forgotten for every new one and the others move up, so that no distance is longer than in these sequences.
+
+    Where guidance is not 1, the second half of all rows is the first without its words; see `guide`.
 
     Raises:
         ValueError: fewer than 1 step, a window of fewer than 2 frames.
@@ -55,10 +58,20 @@ def draw_frames(
             chunk["attention_mask"] = inputs["attention_mask"][:, :end]
             patches = torch.cat([before, here], 1)
             drawn = model(**chunk, patches=patches, past_key_values=cache, words=False).patches
-            here = here.lerp(drawn.view(b, -1, drawn.shape[-1])[:, -n:], 1 / (steps - step))
+            here = here.lerp(guide(drawn.unflatten(0, (b, -1))[:, -n:], guidance), 1 / (steps - step))
             if cache is not None:
                 cache.crop(-n)
                 start, before = end - n, before[:, :0]
-        frames.append(here)
-        before = here
+        frames.append(before := here)
     return torch.stack(frames, 1)
+
+
+def guide(drawn: Tensor, guidance: float) -> Tensor:
+    """Patches (2b, n, p), with words c and without them u: both halves become u + guidance (c - u).
+
+    Classifier-free guidance, arXiv 2207.12598. At 1 nothing is done, of however many rows.
+    """
+    if guidance == 1:
+        return drawn
+    told, untold = drawn.chunk(2)
+    return untold.lerp(told, guidance).repeat(2, 1, 1)

@@ -2,7 +2,8 @@
 
 A draft is a block of noise that stands where its picture or frame stands, sees what that sees, and is seen by
 nobody: all pictures of a row are drawn in one pass, each after the true ones before it, as `draw_frames`
-draws them one by one.
+draws them one by one. A picture or frame that is drawn at the very end of a document is read by nobody, so
+only its draft stands there.
 """
 
 from collections.abc import Callable, Sequence
@@ -123,31 +124,33 @@ def moved(batch: Batch, device: torch.device | str) -> Batch:
 
 @dataclass(frozen=True)
 class Drafted:
-    """One document's row and patches (n, p), which of them are drawn (n,), and how their drafts begin."""
+    """One document's row and patches (n, p), which are drawn and which read (n,), and how drafts begin."""
 
     row: Row
     patches: Tensor
     drawn: Tensor
+    read: Tensor
     noise: Tensor
     time: Tensor
 
     @property
     def length(self) -> int:
-        """How many tokens it has, drafts included."""
-        return len(self.row.ids) + len(self.noise)
+        """How many tokens it has in a pack, drafts included."""
+        return len(self.row.ids) - int((~self.read).sum()) + len(self.noise)
 
     def tokens(self, image: int) -> dict[str, Tensor]:
         """Columns (s, ...) of a pack: the document, then its drafts."""
         ids, positions, rank, _ = self.row
-        at = (ids == image).nonzero()[:, 0][self.drawn]
+        places, kept = (ids == image).nonzero()[:, 0], torch.ones_like(ids, dtype=torch.bool)
+        at, kept[places] = places[self.drawn], self.read
         labels = ids.masked_fill(ids == image, NONE)
         labels[:1] = NONE  # nothing of the document comes before it
         return {
-            "input_ids": torch.cat([ids, ids[at]]),
-            "position_ids": torch.cat([positions, positions[at]]),
-            "rank": torch.cat([rank, -rank[at]]),
-            "labels": torch.cat([labels, labels[at]]),
-            "count": torch.arange(len(ids) + len(at)),
+            "input_ids": torch.cat([ids[kept], ids[at]]),
+            "position_ids": torch.cat([positions[kept], positions[at]]),
+            "rank": torch.cat([rank[kept], -rank[at]]),
+            "labels": torch.cat([labels[kept], labels[at]]),
+            "count": torch.arange(int(kept.sum()) + len(at)),
         }
 
 
@@ -178,10 +181,9 @@ class Packer:
             ValueError: one that is longer than a row.
         """
         rows = first_fit([d.length for d in drafted], self.length)
+        tokens = [d.tokens(cast(int, self.processor.image_token_id)) for d in drafted]
+        packed = [join([tokens[number] for number in row]) for row in rows]
         drafted = [drafted[number] for row in rows for number in row]
-        image = cast(int, self.processor.image_token_id)
-        tokens = iter([d.tokens(image) for d in drafted])
-        packed = [join([next(tokens) for _ in row]) for row in rows]
         fill = dict(zip(("input_ids", "position_ids", "rank"), PADDING, strict=False)) | {"labels": NONE}
         columns = {
             name: pad_sequence(
@@ -192,8 +194,8 @@ class Packer:
         count = columns.pop("count")
         columns["position_ids"] = torch.cat([count[None], columns["position_ids"].movedim(-1, 0)])
         columns["document"] = columns["document"].cummax(1).values  # padding belongs to what it follows
-        there = [part for d in drafted for part in (d.patches, d.patches[d.drawn])]
-        draft = [torch.arange(len(d.drawn) + len(d.noise)) >= len(d.drawn) for d in drafted]
+        there = [part for d in drafted for part in (d.patches[d.read], d.patches[d.drawn])]
+        draft = [torch.arange(int(d.read.sum()) + len(d.noise)) >= d.read.sum() for d in drafted]
         begun = torch.cat([d.noise for d in drafted]), torch.cat([d.time for d in drafted])
         whole = self.gather(drafted) if self.whole else None
         return Pack(
@@ -218,10 +220,11 @@ class Packer:
             sizes = torch.tensor([len(part) for part in shown], dtype=torch.long)
             drawn = torch.tensor(marks, dtype=torch.bool).repeat_interleave(sizes)
             noise = torch.randn(int(drawn.sum()), width, generator=generator)
-            rank = row.rank[row.ids == self.processor.image_token_id][drawn]
-            _, block = rank.unique_consecutive(return_inverse=True)  # a rank for each picture or frame
+            rank = row.rank[row.ids == self.processor.image_token_id]
+            read = ~drawn | (rank < row.rank[-1:])
+            _, block = rank[drawn].unique_consecutive(return_inverse=True)  # one for each picture or frame
             time = self.times(int(block.max()) + 1 if len(block) else 0, generator)[block, None]
-            drafted.append(Drafted(row, patches, drawn, noise, time))
+            drafted.append(Drafted(row, patches, drawn, read, noise, time))
         return drafted
 
     def gather(self, drafted: Sequence[Drafted]) -> Whole:

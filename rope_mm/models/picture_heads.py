@@ -48,7 +48,7 @@ HEADS = Choice(
     {
         "mse": Head(from_noise, 1, "the mean of all pictures that fit, in one pass"),
         "flow": Head(
-            near_noise, 16, "arXiv 2210.02747; ‖x̂ - x‖² by x̂, arXiv 2511.13720; no time, arXiv 2502.13129"
+            near_noise, 8, "arXiv 2210.02747; ‖x̂ - x‖² by x̂, arXiv 2511.13720; no time, arXiv 2502.13129"
         ),
         "adversarial": Head(
             from_noise, 1, "a critic of the document with what was drawn, arXiv 1406.2661", critical=True

@@ -1,7 +1,7 @@
 """What a pretrained model does when asked: write of a picture, draw what words say, go on with a clip."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rope_mm.data.documents import Document, Documents, Shown, Task, find_tasks, read_template
+from rope_mm.data.documents import Document, Documents, Field, Shown, Task, find_tasks, read_template
 from rope_mm.data.order import seeded
 from rope_mm.models.modeling_rope_mm import RopeMMForConditionalGeneration
 from rope_mm.models.processing_rope_mm import Part, RopeMMProcessor
@@ -23,23 +23,35 @@ ROWS, COLUMNS, WRITTEN = 8, 8, 64  # of a sheet, and how many held-out documents
 
 @dataclass(frozen=True)
 class Form:
-    """What a model was taught: templates, what their columns hold, sizes, and the steps of a drawing."""
+    """What a model was taught: templates, what their columns hold, sizes; steps and guidance of a drawing."""
 
     templates: list[str]
     kinds: dict[str, str]
     size: int
     frames: int
     steps: int
+    guidance: float = 1.0
 
     @classmethod
-    def of(cls, documents: Documents, templates: Sequence[str], steps: int) -> "Form":
-        """The form of documents; a clip is as long as their first one."""
+    def of(cls, documents: Documents, templates: Sequence[str], steps: int, guidance: float = 1.0) -> "Form":
+        """The form of documents; a clip is as long as their first one.
+
+        Raises:
+            ValueError: guidance, where all templates have words before what is drawn.
+        """
+        if guidance != 1 and not any(
+            draws_untold(template, documents.kinds) for template in documents.templates
+        ):
+            raise ValueError(
+                f"guidance {guidance} needs a template that draws with no words before, such as "
+                f"'{{image:draw}}{{caption}}'; these are {templates}, which fit guidance 1"
+            )
         tasks = find_tasks(documents.templates, documents.kinds)
         frames = 1
         if "film" in tasks:
             ((_, clip),) = documents.ask(tasks["film"], 1)
             frames = len(pixels_of(clip))
-        return cls(list(templates), documents.kinds, documents.size, frames, steps)
+        return cls(list(templates), documents.kinds, documents.size, frames, steps, guidance)
 
     def task(self, name: str) -> Task:
         """How the model was taught to "draw", "film", "caption" or "narrate".
@@ -106,8 +118,7 @@ class Teller:
     def draw(self, prompts: Sequence[Sequence[Part]], generator: torch.Generator) -> Tensor:
         """Pictures (b, ch, y, x) after prompts."""
         side = self.form.size // self.processor.patch_size
-        grid = Image(side, side)
-        return self.processor.draw(self.model, prompts, grid, generator, self.form.steps)
+        return self.make(prompts, Image(side, side), generator)
 
     def film(
         self,
@@ -120,12 +131,34 @@ class Teller:
         """Clips (b, t, ch, y, x) after prompts: those begun, and so many frames more; see `draw`."""
         side = self.form.size // self.processor.patch_size
         grid = Video(frames + (len(begun[0]) if begun else 0), side, side)
-        return self.processor.draw(self.model, prompts, grid, generator, self.form.steps, begun, window)
+        return self.make(prompts, grid, generator, begun, window)
+
+    def make(
+        self,
+        prompts: Sequence[Sequence[Part]],
+        grid: Image | Video,
+        generator: torch.Generator,
+        begun: Sequence[Tensor] | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """Pictures or clips of a grid, in the form's steps and guidance; see `RopeMMProcessor.draw`."""
+        steps, guidance = self.form.steps, self.form.guidance
+        return self.processor.draw(self.model, prompts, grid, generator, steps, begun, window, guidance)
 
     def complete(self, prompts: Sequence[Sequence[Part]], true: Tensor, generator: torch.Generator) -> Tensor:
         """Clips that go on from the first half of true ones (b, t, ch, y, x), after prompts."""
         given = true.shape[1] // 2
         return self.film(prompts, list(true[:, :given]), true.shape[1] - given, generator).cpu()
+
+
+def draws_untold(template: Sequence[str | Field], kinds: Mapping[str, str]) -> bool:
+    """Whether a template has something to draw before its first words."""
+    for part in template:
+        if isinstance(part, str) or kinds[part.column] == "words":
+            return False
+        if part.drawn:
+            return True
+    return False
 
 
 def pixels_of(part: str | Shown) -> Tensor:

@@ -41,7 +41,7 @@ def flags(data, out, **changes):
     settings = {
         "config": CONFIG, "out": out, "steps": 4, "batch": 8, "length": 64, "log_every": 1,
         "sample_every": 100, "checkpoint_every": 2, "threads": 1, "workers": 0, "tokenizer": "bytes",
-        "head": "mse", "picture_weight": 1.0, "optim.lr": 2e-3, "optim.warm_up": 2,
+        "head": "mse", "picture_weight": 1.0, "guidance": 1.0, "optim.lr": 2e-3, "optim.warm_up": 2,
         "model.patch_size": 2, "model.hidden_size": 16, "model.intermediate_size": 16,
         "model.num_hidden_layers": 1, "model.num_attention_heads": 2, "model.num_key_value_heads": 2,
         "data.paths": f"[{data}]", "data.templates": TEMPLATES, "data.size": 4, "data.channels": 1, **changes,
@@ -253,6 +253,7 @@ def test_what_a_model_was_not_taught_is_refused(data, tmp_path):
         ({"head": "adversarial", "loss.name": "rasgan", "accumulate": 2}, "each of 2 turns of processes"),
         ({"data.join": 0}, "data.join must be at least 1"),
         ({"model.num_channels": 3}, "model.num_channels is data.channels"),
+        ({"guidance": 2.0, "data.templates": "['{caption}{image:draw}']"}, "guidance 2.0 needs a template"),
         ({"data.size": 5}, "5 x 5 pixels do not divide into patches of 2 x 2"),
     ],
 )
