@@ -20,7 +20,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data import Documents, load_splits, seeded
+from rope_mm.data import load_documents, seeded
 from rope_mm.models import (
     IMAGE_TOKEN,
     RopeMMForConditionalGeneration,
@@ -53,6 +53,9 @@ class Data:
     size: int = 8
     channels: int = 1
     join: int = 1  # rows in a document
+    streaming: bool = False  # read rows as they come, and hold only some
+    shuffle: int = 1_000  # rows of streams that are shuffled together; 0 leaves them as they are
+    held_out: int = 256  # rows of a stream, the first ones of its test split or else its own, for samples
     strict: bool = False  # stop at a row that cannot be read, where otherwise its document is left out
 
 
@@ -93,11 +96,9 @@ class Training:
 
     def __init__(self, config: Pretrain, accelerator: Accelerator):
         self.config, self.accelerator, self.head = config, accelerator, HEADS[config.head]
-        splits = [load_splits(path) for path in config.data.paths]
         chosen = asdict(config.data)
-        del chosen["paths"], chosen["strict"]
-        documents = Documents([split["train"] for split in splits], **chosen)
-        self.held_out = Documents([split["test"] for split in splits], **chosen)
+        del chosen["strict"]
+        documents, self.held_out = load_documents(**chosen)
         tokenizer = load_tokenizer(config.tokenizer, documents.texts())
         torch.manual_seed(config.seed)
         settings = read_config(
@@ -116,7 +117,8 @@ class Training:
         self.average, self.left_out = Ema(model, config.ema), Count()
         how = accelerator, config.picture_weight, config.compile, config.checkpointing
         self.learner = Learner(model, config.head, config.optim, config.loss, *how)
-        accelerator.register_for_checkpointing(self.average, self.left_out)
+        stream = [documents] if config.data.streaming else []
+        accelerator.register_for_checkpointing(self.average, self.left_out, *stream)
         self.tokens, self.flops, self.cost = 0, 0.0, Cost.of(self.average.model)
         form = Form.of(self.held_out, config.data.templates, self.head.steps)
         self.teller = Teller(self.average.model, self.processor, form)
@@ -129,6 +131,7 @@ class Training:
         """An update of the model, and of its critic; what all processes lost."""
         self.learner.set_rates(step, self.config.steps)
         readings = [next(self.readings) for _ in range(self.config.accumulate)]
+        self.feed.documents.mark = readings[-1].mark  # which a worker made
         missing = self.name([reason for reading in readings for reason in reading.left_out])
         packs = [moved(reading.pack, self.accelerator.device) for reading in readings]
         counts = torch.tensor([(*pack.counts, 0) for pack in packs], dtype=torch.float64).sum(0)
@@ -209,6 +212,8 @@ def check(config: Pretrain) -> None:
     for name in ("threads", "workers", "profile"):
         if (value := getattr(config, name)) < 0:
             raise ValueError(f"{name} must be 0 or more, not {value}")
+    if config.data.shuffle < 0 or config.data.held_out < 1:
+        raise ValueError("data.shuffle must be 0 or more, and data.held_out at least 1")
     if config.data.join < 1 or not config.data.paths or not config.data.templates:
         raise ValueError("data.join must be at least 1, and data.paths and data.templates name something")
     if "num_channels" in config.model or "rope_parameters" in config.model:

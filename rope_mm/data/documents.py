@@ -137,10 +137,6 @@ class Told(ABC):
             document += self.fill(fitting[int(torch.randint(len(fitting), (), generator=generator))], row)
         return document
 
-    def name(self, source: int, place: str) -> str:
-        """What a row at a place of a source is called."""
-        return f"{place} of source {source}" if len(self.sources) > 1 else place
-
     def fill(self, template: Template, row: Row) -> Document:
         """A template with what a row holds."""
         parts: Document = []
@@ -200,7 +196,8 @@ class Documents(Told):
     def at(self, source: int, row: int) -> Row:
         """A row of a source."""
         (values,) = self.sources[source][row].to_pylist()
-        return Row(source, self.name(source, f"row {row}"), values)
+        name = f"row {row} of source {source}" if len(self.sources) > 1 else f"row {row}"
+        return Row(source, name, values)
 
     def ask(self, task: Task, count: int) -> list[tuple[Document, str | Shown]]:
         """What is before a task and what fulfils it, at rows spread over the first source that fits.

@@ -13,15 +13,15 @@ class Field:
     drawn: bool = False
 
 
+Template = tuple[str | Field, ...]
+
+
 @dataclass(frozen=True)
 class Task:
     """What a template asks of the model: after `before`, to draw or to write what is in a column."""
 
-    before: tuple[str | Field, ...]
+    before: Template
     column: str
-
-
-Template = tuple[str | Field, ...]
 
 
 def read_template(text: str) -> Template:

@@ -3,20 +3,21 @@
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
-from rope_mm.data.documents import Document, Documents, Unreadable
+from rope_mm.data.documents import Document, Told, Unreadable
 from rope_mm.data.order import seeded
 from rope_mm.models.packing import Pack, Packer
 
 
 class Reading(NamedTuple):
-    """A pack, and for each document that is left out of it what could not be read."""
+    """A pack, for each document that is left out of it what could not be read, and the mark of a stream."""
 
     pack: Pack
     left_out: list[str]
+    mark: Any
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Feed(Dataset):
     cannot be read is left out, and nothing takes its place.
     """
 
-    documents: Documents
+    documents: Told
     packer: Packer
     seed: int
     batch: int
@@ -53,7 +54,7 @@ class Feed(Dataset):
         if not told:  # one without a word or picture, as processes wait for each other's gradients
             told.append([""])
             generators.append(seeded(self.seed, "nothing"))
-        return Reading(self.packer(told, generators), left_out)
+        return Reading(self.packer(told, generators), left_out, self.documents.mark)
 
     def readings(self, step: int, steps: int, workers: int = 0) -> Iterator[Reading]:
         """The readings from one step up to another, made ahead by so many workers."""
