@@ -121,9 +121,10 @@ class Told(ABC):
     def find(self, row: Any) -> Row:
         """A row of the last batch asked for."""
 
-    @abstractmethod
     def texts(self) -> Iterator[str]:
-        """All words: those of the templates, then those of the rows."""
+        """All words, those of the templates first."""
+        for template in self.templates:
+            yield from (part for part in template if isinstance(part, str))
 
     def tell(self, rows: Sequence[Any], generator: torch.Generator) -> Document:
         """The document of these rows.
@@ -177,8 +178,7 @@ class Documents(Told):
 
     def texts(self) -> Iterator[str]:
         """All words: those of the templates, then those of every row, column by column."""
-        for template in self.templates:
-            yield from (part for part in template if isinstance(part, str))
+        yield from super().texts()
         for rows in self.sources:
             for name in rows.column_names:
                 if self.kinds[name] == "words":

@@ -1,11 +1,13 @@
 """Anything that `datasets` loads -> captioned images as tensors."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
+import fsspec
 import torch
 from datasets import Dataset, DatasetDict
 from PIL import Image as Picture
@@ -106,8 +108,12 @@ UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, Picture.Decompression
 
 
 def open_picture(stored: dict) -> Picture.Image:
-    """A picture from what `datasets` stores: bytes or a path."""
-    return Picture.open(BytesIO(stored["bytes"] or Path(stored["path"]).read_bytes()))
+    """A picture from what `datasets` stores: bytes or a path, in a stream perhaps to a file elsewhere."""
+    content, path = stored["bytes"], stored["path"]
+    if not content:
+        with cast(Any, fsspec.open(os.fspath(path))) as file:
+            content = file.read()
+    return Picture.open(BytesIO(content))
 
 
 def fit_picture(picture: Picture.Image, size: int, channels: int) -> Tensor:
@@ -172,11 +178,9 @@ def load_splits(path: str) -> DatasetDict:
     if Path(path).suffix == ".npz":
         return read_npz(path)
     train, test = choose_splits(load(path))
-    return (
-        train.train_test_split(test_size=0.2, seed=0)
-        if test is None
-        else DatasetDict({"train": train, "test": test})
-    )
+    if test is None:
+        return train.train_test_split(test_size=0.2, seed=0)
+    return DatasetDict({"train": train, "test": test})
 
 
 def load(path: str, **how: Any) -> Any:

@@ -46,11 +46,12 @@ class Stream(Told):
         self.held: dict[Place, Any] = {}
 
     def texts(self) -> Iterator[str]:
-        """Nothing, as the words of a stream are not known before it is read.
+        """The words of the templates only.
 
         Raises:
-            ValueError: always.
+            ValueError: on asking for more, as those of a stream are not known before it is read.
         """
+        yield from super().texts()
         raise ValueError("the words of a stream are not known before it is read; name another tokenizer")
 
     def batch(self, seed: int, step: int, batch: int) -> list[list[Place]]:
@@ -116,12 +117,11 @@ def load_stream(path: str, held_out: int) -> Source:
     train = with_features(train, path)
     if test is not None:
         return Source(train, head(with_features(test, path), held_out, path), 0)
-    rows = head(train.shard(train.num_shards, 0), held_out + 1, path)
-    if train.num_shards == 1 and len(rows) <= held_out:
-        raise ValueError(
-            f"all {len(rows)} rows of {path!r} are held out: hold out fewer, or give it a test split"
-        )
-    test = rows.select(range(min(held_out, len(rows))))
+    first = head(train.shard(train.num_shards, 0), held_out + 1, path)
+    if train.num_shards == 1 and len(first) <= held_out:
+        count = f"all {len(first)} rows of {path!r}"
+        raise ValueError(f"{count} are held out: hold out fewer, or give it a test split")
+    test = first.select(range(min(held_out, len(first))))
     return Source(train, test, len(test))
 
 

@@ -59,9 +59,23 @@ class Feed(Dataset):
     def readings(self, step: int, steps: int, workers: int = 0) -> Iterator[Reading]:
         """The readings from one step up to another, made ahead by so many workers."""
         turns = range(step * self.parts, steps * self.parts)
-        return iter(
-            DataLoader(self, batch_size=None, sampler=turns, num_workers=workers, worker_init_fn=be_deaf)
+        return plainly(
+            iter(
+                DataLoader(self, batch_size=None, sampler=turns, num_workers=workers, worker_init_fn=be_deaf)
+            )
         )
+
+
+def plainly(readings: Iterator[Reading]) -> Iterator[Reading]:
+    """Readings, and what a worker refuses without its traceback.
+
+    Raises:
+        ValueError: as the worker did, in one sentence.
+    """
+    try:
+        yield from readings
+    except ValueError as error:
+        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 def be_deaf(worker: int) -> None:
