@@ -2,14 +2,16 @@
 
 import io
 import json
+import sys
 import tarfile
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import fsspec
 import pytest
 import torch
-from datasets import Array4D, Dataset, Features, Image, IterableDataset, List, Value
+from datasets import Array4D, Dataset, Features, Image, IterableDataset, List, Value, Video
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Picture
@@ -79,7 +81,7 @@ def test_unshuffled_a_stream_has_the_documents_of_the_same_rows_at_hand_in_their
     assert len(held_out) == 2
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(
     sizes=st.lists(st.integers(1, 20), min_size=1, max_size=3),
     shuffle=st.integers(0, 12),
@@ -234,6 +236,25 @@ def test_what_datasets_streams_is_told_as_it_is_from_files_at_hand(source, tmp_p
         assert all(torch.equal(part.pixels, torch.full((1, 4, 4), i / 127.5 - 1)) for part in document[1:])
 
 
+class Decoder:
+    """What torchcodec's decoder does, for files that are their frames."""
+
+    def __init__(self, content):
+        self.frames = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 1, 4, 4)
+
+    def __len__(self):
+        return len(self.frames)
+
+    def get_frames_at(self, indices):
+        return SimpleNamespace(data=self.frames[indices])
+
+
+@pytest.fixture
+def torchcodec(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", SimpleNamespace(VideoDecoder=Decoder))
+
+
 @pytest.mark.parametrize(
     ("feature", "column"),
     [
@@ -241,10 +262,11 @@ def test_what_datasets_streams_is_told_as_it_is_from_files_at_hand(source, tmp_p
         (Array4D((3, 1, 4, 4), "uint8"), lambda frames: frames.tolist()),
         (Array4D((None, 1, 4, 4), "uint8"), lambda frames: frames.tolist()),
         (List(List(List(List(Value("uint8"))))), lambda frames: frames.tolist()),
+        (Video(decode=False), lambda frames: {"bytes": frames.numpy().tobytes(), "path": None}),
     ],
-    ids=["pictures", "array", "any length", "lists"],
+    ids=["pictures", "array", "any length", "lists", "videos"],
 )
-def test_clips_of_every_kind_of_column_are_documents_streamed_or_not(feature, column):
+def test_clips_of_every_kind_of_column_are_documents_streamed_or_not(feature, column, torchcodec):
     clips = torch.randint(256, (2, 3, 1, 4, 4), dtype=torch.uint8, generator=seeded("clips"))
     stored = Dataset.from_dict({"clip": [column(clip) for clip in clips]}, Features(clip=feature))
     stream = Stream([stored.to_iterable_dataset()], ["{clip:draw}"], 4, 1)
