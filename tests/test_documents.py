@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image as Picture
 
 from rope_mm.data import Documents, load_splits, seeded
-from rope_mm.data.documents import Field, Shown, find_tasks, first_fit, read_template
+from rope_mm.data.documents import Shown, first_fit
+from rope_mm.data.templates import Field, find_tasks, read_template
 
 TEMPLATES = ["{caption}: {image:draw}", "{image} what is it? {caption}", "{frames:draw}{caption}"]
 CAPTION, IMAGE, DRAWN = Field("caption"), Field("image"), Field("image", True)

@@ -19,7 +19,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data import Documents, load_splits, seeded
+from rope_mm.data import load_documents, seeded
 from rope_mm.losses import GAN_LOSSES
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer
 from rope_mm.models.configuration_rope_mm import config_for
@@ -47,6 +47,9 @@ class Data:
     size: int = 8
     channels: int = 1
     join: int = 1  # rows in a document
+    streaming: bool = False  # read rows as they come, and hold only some
+    shuffle: int = 1_000  # rows of streams that are shuffled together; 0 leaves them as they are
+    held_out: int = 256  # rows of a stream, the first ones of its test split or else its own, for samples
     strict: bool = False  # stop at what cannot be read or is too long, where otherwise it is left out
 
 
@@ -86,11 +89,9 @@ class Training:
                 f"{turns} turns of processes reads a part; take one process and accumulate 1, or rpgan"
             )
         self.config, self.accelerator, self.head = config, accelerator, HEADS[config.head]
-        splits = [load_splits(path) for path in config.data.paths]
         chosen = asdict(config.data)
-        del chosen["paths"], chosen["strict"]
-        documents = Documents([split["train"] for split in splits], **chosen)
-        self.held_out = Documents([split["test"] for split in splits], **chosen)
+        del chosen["strict"]
+        documents, self.held_out = load_documents(**chosen)
         tokenizer = load_tokenizer(config.tokenizer, documents.texts())
         torch.manual_seed(config.seed)
         settings = config_for(tokenizer, config.data.channels, config.rope, config.model)
@@ -103,7 +104,8 @@ class Training:
         self.average, self.left_out = Ema(model, config.ema), Count()
         how = accelerator, config.picture_weight, config.compile, config.checkpointing
         self.learner = Learner(model, config.head, config.optim, config.loss, *how)
-        accelerator.register_for_checkpointing(self.average, self.left_out)
+        stream = [documents] if config.data.streaming else []
+        accelerator.register_for_checkpointing(self.average, self.left_out, *stream)
         self.tokens, self.flops, self.cost = 0, 0.0, Cost.of(self.average.model)
         form = Form.of(self.held_out, config.data.templates, self.head.steps, config.guidance)
         self.teller = Teller(self.average.model, self.processor, form)
@@ -120,6 +122,7 @@ class Training:
         """An update of the model, and of its critic; what all processes lost."""
         self.learner.set_rates(step, self.config.steps)
         readings = [next(self.readings) for _ in range(self.config.accumulate)]
+        self.feed.documents.mark = readings[-1].mark  # which a worker made
         left_out = [reason for reading in readings for reason in reading.left_out]
         missing = self.name(left_out)
         packs = [moved(reading.pack, self.accelerator.device) for reading in readings]
@@ -201,6 +204,8 @@ def check(config: Pretrain) -> None:
     """
     at_least(1, config, "batch", "accumulate", "length")
     at_least(0, config, "workers")
+    at_least(0, config.data, "shuffle")
+    at_least(1, config.data, "held_out")
     if config.data.join < 1 or not config.data.paths or not config.data.templates:
         raise ValueError("data.join must be at least 1, and data.paths and data.templates name something")
 

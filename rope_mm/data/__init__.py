@@ -32,3 +32,5 @@ from rope_mm.data.sprites import draw_clips as draw_clips
 from rope_mm.data.sprites import draw_sprites as draw_sprites
 from rope_mm.data.stacked import stack_digits as stack_digits
 from rope_mm.data.stacked import stacked_digits as stacked_digits
+from rope_mm.data.stream import Stream as Stream
+from rope_mm.data.stream import load_documents as load_documents

@@ -1,20 +1,22 @@
 """Rows of data sets told by templates as documents of words, pictures and clips; which row packs which."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from string import Formatter
-from typing import Any, cast
+from functools import cached_property
+from typing import Any, NamedTuple, cast
 
 import datasets
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from PIL import Image as Picture
 from torch import Tensor
 
 from rope_mm.data.clips import choose_reader
 from rope_mm.data.images import MODES, UNREADABLE, fit_picture, open_picture
 from rope_mm.data.order import batch_indices
+from rope_mm.data.templates import Field, Task, Template, read_template
 
 
 @dataclass(frozen=True)
@@ -25,20 +27,12 @@ class Shown:
     drawn: bool = False
 
 
-@dataclass(frozen=True)
-class Field:
-    """A column of a row, in a template; `drawn` where its picture is to be drawn, not only read."""
+class Row(NamedTuple):
+    """A row as stored: the source that it is of, what it is called, and what its columns hold."""
 
-    column: str
-    drawn: bool = False
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a template asks of the model: after `before`, to draw or to write what is in a column."""
-
-    before: tuple[str | Field, ...]
-    column: str
+    source: int
+    name: str
+    values: Mapping[str, Any]
 
 
 class Unreadable(ValueError):
@@ -47,47 +41,6 @@ class Unreadable(ValueError):
 
 Document = list[str | Shown]
 Read = Callable[[Any], list[Picture.Image]]
-Template = tuple[str | Field, ...]
-
-
-def read_template(text: str) -> Template:
-    """Parts of "{caption} {image:draw}": words as they are, columns in braces.
-
-    Raises:
-        ValueError: braces that do not close, anything after a column's name but ":draw".
-    """
-    parts: list[str | Field] = []
-    try:
-        parsed = list(Formatter().parse(text))
-    except ValueError as error:
-        raise ValueError(f"template {text!r}: {error}") from None
-    for words, column, told, conversion in parsed:
-        parts += [words] if words else []
-        if column is None:
-            continue
-        if not column or conversion or told not in ("", "draw"):
-            raise ValueError(f"template {text!r}: a column is {{name}}, or {{name:draw}} where it is drawn")
-        parts.append(Field(column, told == "draw"))
-    return tuple(parts)
-
-
-def find_tasks(templates: Sequence[Template], kinds: Mapping[str, str]) -> dict[str, Task]:
-    """The first task of each name: to "draw" or "caption" a picture, to "film" or "narrate" a clip."""
-    found: dict[str, Task] = {}
-    making, telling = {"picture": "draw", "clip": "film"}, {"picture": "caption", "clip": "narrate"}
-    for template in templates:
-        seen = ""
-        for place, part in enumerate(template):
-            if isinstance(part, str):
-                continue
-            kind = kinds[part.column]
-            task = Task(template[:place], part.column)
-            if part.drawn:
-                found.setdefault(making[kind], task)
-            if kind == "words" and seen:
-                found.setdefault(telling[seen], task)
-            seen = seen if kind == "words" else kind
-    return found
 
 
 def misfit(length: int, room: int) -> str:
@@ -115,31 +68,32 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return rows
 
 
-class Documents:
-    """Rows of sources, one after another, as documents.
+class Told(ABC):
+    """Rows of sources as documents, wherever the rows are.
 
     A row is told by one of the templates whose columns it has, chosen at random; `join` rows make a document.
     Pictures are cropped to a centred square and resized.
 
     Raises:
-        Unreadable: later, on asking for a row that holds no picture or words where it should.
         ValueError: a source that no template fits, a template that fits no source, a column of no use.
     """
 
+    mark: Any = None  # where a stream is read on, in place of beginning anew
+
     def __init__(
-        self, sources: Sequence[Dataset], templates: Sequence[str], size: int, channels: int, join: int = 1
+        self,
+        sources: Sequence[Dataset | IterableDataset],
+        templates: Sequence[str],
+        size: int,
+        channels: int,
+        join: int = 1,
     ):
         if channels not in MODES:
             raise ValueError(f"images have {', '.join(map(str, MODES))} channels, not {channels}")
-        if any(isinstance(rows, datasets.IterableDataset) for rows in sources):
-            raise ValueError(
-                "a source is streamed, but the rows of a step are a function of (seed, step), for which they "
-                "have numbers; load it without streaming, or write a part of it to a parquet file"
-            )
         self.size, self.channels, self.join = size, channels, join
         self.templates = told = [read_template(template) for template in templates]
         columns = [{part.column for part in template if isinstance(part, Field)} for template in told]
-        here = [set(rows.column_names) for rows in sources]
+        here = [set(rows.column_names or ()) for rows in sources]
         pairs = list(zip(told, columns, strict=True))
         self.fits = [[template for template, wanted in pairs if wanted <= names] for names in here]
         for template, wanted in zip(templates, columns, strict=True):
@@ -148,7 +102,8 @@ class Documents:
         if not all(self.fits):
             raise ValueError(f"no template fits columns {here[self.fits.index([])]}")
         used = sorted(set().union(*columns))
-        chosen = {name: rows.features[name] for rows in sources for name in used if name in rows.features}
+        features = cast(Any, [rows.features for rows in sources])
+        chosen = {name: there[name] for there in features for name in used if name in there}
         kinds = {name: choose_kind(feature, name) for name, feature in chosen.items()}
         self.kinds = {name: kind for name, (kind, _) in kinds.items()}
         self.readers = {name: read for name, (_, read) in kinds.items()}
@@ -159,26 +114,95 @@ class Documents:
             raise ValueError(f"column {words[0]!r} holds words, which are written; only pictures are drawn")
         # as stored, so that a picture which cannot be read is named by its row
         self.sources = [
-            rows.select_columns([name for name in used if name in rows.column_names]).with_format("arrow")
-            for rows in sources
+            rows.select_columns([name for name in used if name in names]).with_format("arrow")
+            for rows, names in zip(sources, here, strict=True)
         ]
-        self.ends = torch.tensor([len(rows) for rows in sources]).cumsum(0).tolist()
+
+    @abstractmethod
+    def batch(self, seed: int, step: int, batch: int) -> list[list[Any]]:
+        """The rows of each document of a step's batch."""
+
+    @abstractmethod
+    def find(self, row: Any) -> Row:
+        """A row of the last batch asked for."""
+
+    def texts(self) -> Iterator[str]:
+        """All words, those of the templates first."""
+        for template in self.templates:
+            yield from (part for part in template if isinstance(part, str))
+
+    def tell(self, rows: Sequence[Any], generator: torch.Generator) -> Document:
+        """The document of these rows.
+
+        Raises:
+            Unreadable: a row that holds no picture or words where it should.
+        """
+        document: Document = []
+        for row in map(self.find, rows):
+            fitting = self.fits[row.source]
+            document += self.fill(fitting[int(torch.randint(len(fitting), (), generator=generator))], row)
+        return document
+
+    def fill(self, template: Template, row: Row) -> Document:
+        """A template with what a row holds."""
+        parts: Document = []
+        for part in template:
+            if isinstance(part, str):
+                parts.append(part)
+                continue
+            try:
+                parts.append(self.read(part, row.values[part.column]))
+            except (*UNREADABLE, RuntimeError) as error:  # torchcodec raises the latter
+                reason = str(error).splitlines()[0]
+                raise Unreadable(f"{row.name}, column {part.column!r} cannot be read: {reason}") from error
+        return parts
+
+    def read(self, part: Field, stored: Any) -> str | Shown:
+        """What a row has in a column."""
+        if self.kinds[part.column] == "words":
+            if not isinstance(stored, str):
+                raise ValueError(f"words are text, not {stored!r}")
+            return stored
+        frames = [fit_picture(f, self.size, self.channels) for f in self.readers[part.column](stored)]
+        pixels = torch.stack(frames) / 127.5 - 1
+        return Shown(pixels[0] if self.kinds[part.column] == "picture" else pixels, part.drawn)
+
+
+class Documents(Told):
+    """Rows of sources at hand, one after another, as documents; a row is known by its number."""
+
+    sources: list[Any]
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Numbers after the last row of each source."""
+        return torch.tensor([len(rows) for rows in self.sources]).cumsum(0).tolist()
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def texts(self) -> Iterator[str]:
         """All words: those of the templates, then those of every row, column by column."""
-        for template in self.templates:
-            yield from (part for part in template if isinstance(part, str))
+        yield from super().texts()
         for rows in self.sources:
             for name in rows.column_names:
                 if self.kinds[name] == "words":
-                    yield from filter(None, cast(Any, rows[name]).to_pylist())
+                    yield from filter(None, rows[name].to_pylist())
 
     def batch(self, seed: int, step: int, batch: int) -> list[list[int]]:
         """Numbers of the rows in each document of a step's batch, each row once in an epoch."""
         return batch_indices(len(self), batch * self.join, seed, step).view(batch, self.join).tolist()
+
+    def find(self, row: int) -> Row:
+        """The row of a number."""
+        source = next(place for place, end in enumerate(self.ends) if row < end)
+        return self.at(source, row - self.ends[source] + len(self.sources[source]))
+
+    def at(self, source: int, row: int) -> Row:
+        """A row of a source."""
+        (values,) = self.sources[source][row].to_pylist()
+        name = f"row {row} of source {source}" if len(self.sources) > 1 else f"row {row}"
+        return Row(source, name, values)
 
     def ask(self, task: Task, count: int) -> list[tuple[Document, str | Shown]]:
         """What is before a task and what fulfils it, at rows spread over the first source that fits.
@@ -195,53 +219,10 @@ class Documents:
         told = []
         for row in rows:
             with suppress(Unreadable):
-                told.append(self.fill((*task.before, Field(task.column)), source, row))
+                told.append(self.fill((*task.before, Field(task.column)), self.at(source, row)))
         if not told:
             raise ValueError(f"none of {len(rows)} rows with column {task.column!r} can be read")
         return [(document[:-1], document[-1]) for document in told]
-
-    def tell(self, rows: Sequence[int], generator: torch.Generator) -> Document:
-        """The document of these rows."""
-        document: Document = []
-        for source, row in map(self.find, rows):
-            fitting = self.fits[source]
-            chosen = fitting[int(torch.randint(len(fitting), (), generator=generator))]
-            document += self.fill(chosen, source, row)
-        return document
-
-    def find(self, number: int) -> tuple[int, int]:
-        """The source of a row and its number there, by its number among all."""
-        source = next(place for place, end in enumerate(self.ends) if number < end)
-        return source, number - self.ends[source] + len(self.sources[source])
-
-    def name(self, source: int, row: int) -> str:
-        """What a row is called."""
-        return f"row {row} of source {source}" if len(self.sources) > 1 else f"row {row}"
-
-    def fill(self, template: Template, source: int, row: int) -> Document:
-        """A template with what a row of a source holds."""
-        (values,) = cast(Any, self.sources[source][row]).to_pylist()
-        parts: Document = []
-        for part in template:
-            if isinstance(part, str):
-                parts.append(part)
-                continue
-            try:
-                parts.append(self.read(part, values[part.column]))
-            except (*UNREADABLE, RuntimeError) as error:  # torchcodec raises the latter
-                place, reason = self.name(source, row), str(error).splitlines()[0]
-                raise Unreadable(f"{place}, column {part.column!r} cannot be read: {reason}") from error
-        return parts
-
-    def read(self, part: Field, stored: Any) -> str | Shown:
-        """What a row has in a column."""
-        if self.kinds[part.column] == "words":
-            if not isinstance(stored, str):
-                raise ValueError(f"words are text, not {stored!r}")
-            return stored
-        frames = [fit_picture(f, self.size, self.channels) for f in self.readers[part.column](stored)]
-        pixels = torch.stack(frames) / 127.5 - 1
-        return Shown(pixels[0] if self.kinds[part.column] == "picture" else pixels, part.drawn)
 
 
 def choose_kind(feature: object, column: str) -> tuple[str, Read]:

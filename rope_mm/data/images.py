@@ -1,10 +1,13 @@
 """Anything that `datasets` loads -> captioned images as tensors."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any, cast
 
 import datasets
+import fsspec
 import torch
 from datasets import Dataset, DatasetDict
 from PIL import Image as Picture
@@ -105,8 +108,12 @@ UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, Picture.Decompression
 
 
 def open_picture(stored: dict) -> Picture.Image:
-    """A picture from what `datasets` stores: bytes or a path."""
-    return Picture.open(BytesIO(stored["bytes"] or Path(stored["path"]).read_bytes()))
+    """A picture from what `datasets` stores: bytes or a path, in a stream perhaps to a file elsewhere."""
+    content, path = stored["bytes"], stored["path"]
+    if not content:
+        with cast(Any, fsspec.open(os.fspath(path))) as file:
+            content = file.read()
+    return Picture.open(BytesIO(content))
 
 
 def fit_picture(picture: Picture.Image, size: int, channels: int) -> Tensor:
@@ -170,19 +177,33 @@ def load_splits(path: str) -> DatasetDict:
         return stack_digits(load_splits(path.removeprefix("stacked:")))
     if Path(path).suffix == ".npz":
         return read_npz(path)
+    train, test = choose_splits(load(path))
+    if test is None:
+        return train.train_test_split(test_size=0.2, seed=0)
+    return DatasetDict({"train": train, "test": test})
+
+
+def load(path: str, **how: Any) -> Any:
+    """All splits of a path, as `datasets` loads it.
+
+    Raises:
+        ValueError: what it cannot load.
+    """
+    builder = BUILDERS.get(Path(path).suffix)
     try:
-        if builder := BUILDERS.get(Path(path).suffix):
-            loaded = datasets.load_dataset(builder, data_files=path)
-        else:
-            loaded = datasets.load_dataset(path)
+        if builder:
+            return datasets.load_dataset(builder, data_files=path, **how)
+        return datasets.load_dataset(path, **how)
     # what a source of any format may raise is for `datasets` to know
     except Exception as error:
         raise ValueError(f"`datasets` cannot load {path!r}: {error}".splitlines()[0]) from error
+
+
+def choose_splits(loaded: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The split to train on, and the one to test on or None."""
     train = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    for name in ("test", "validation"):
-        if name in loaded and loaded[name] is not train:
-            return DatasetDict({"train": train, "test": loaded[name]})
-    return train.train_test_split(test_size=0.2, seed=0)
+    others = (loaded[name] for name in ("test", "validation") if name in loaded)
+    return train, next((rows for rows in others if rows is not train), None)
 
 
 def load_images(

@@ -5,20 +5,21 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
-from rope_mm.data.documents import Document, Documents, Unreadable, misfit
+from rope_mm.data.documents import Document, Told, Unreadable, misfit
 from rope_mm.data.order import seeded
 from rope_mm.models.packing import Pack, Packer
 
 
 class Reading(NamedTuple):
-    """A pack, and for each document that is left out of it why."""
+    """A pack, for each document that is left out of it why, and the mark of a stream."""
 
     pack: Pack
     left_out: list[str]
+    mark: Any
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Feed(Dataset):
     cannot be read, or longer than the packer's rows, is left out, and nothing takes its place.
     """
 
-    documents: Documents
+    documents: Told
     packer: Packer
     seed: int
     batch: int
@@ -58,11 +59,11 @@ class Feed(Dataset):
             if read.length <= self.packer.length:
                 drafted.append(read)
             else:
-                names = ", ".join(self.documents.name(*self.documents.find(row)) for row in rows[number])
+                names = ", ".join(self.documents.find(row).name for row in rows[number])
                 left_out.append(f"{names}: {misfit(read.length, self.packer.length)}")
         if not drafted:  # one without a word or picture, as processes wait for each other's gradients
             drafted = self.packer.read([[""]], [seeded(self.seed, "nothing")])
-        return Reading(self.packer.pack(drafted), left_out)
+        return Reading(self.packer.pack(drafted), left_out, self.documents.mark)
 
     def readings(self, step: int, steps: int, workers: int = 0) -> Iterator[Reading]:
         """The readings from one step up to another, made ahead by so many workers."""
@@ -70,7 +71,19 @@ class Feed(Dataset):
         loader = DataLoader(self, batch_size=None, sampler=turns, num_workers=workers, worker_init_fn=be_deaf)
         made = iter(loader)
         atexit.register(end_workers)  # what is registered last is called first: before torch waits for them
-        return made
+        return plainly(made)
+
+
+def plainly(readings: Iterator[Reading]) -> Iterator[Reading]:
+    """Readings, and what a worker refuses without its traceback.
+
+    Raises:
+        ValueError: as the worker did, in one sentence.
+    """
+    try:
+        yield from readings
+    except ValueError as error:
+        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 def be_deaf(worker: int) -> None:

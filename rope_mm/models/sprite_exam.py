@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from rope_mm.data.captioned_sprites import read_caption
-from rope_mm.data.documents import Documents, find_tasks
+from rope_mm.data.documents import Documents
 from rope_mm.data.order import seeded
 from rope_mm.data.sprite_judge import judge_clips, judge_sprites
 from rope_mm.data.sprites import CLIP_FACTORS, FACTORS
+from rope_mm.data.templates import find_tasks
 from rope_mm.models.telling import Teller, pixels_of, plain
 
 ASKED = 128  # held-out pictures or clips, of 512

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rope_mm.data.documents import Document, Documents, Field, Shown, Task, find_tasks, read_template
+from rope_mm.data.documents import Document, Documents, Shown
 from rope_mm.data.order import seeded
+from rope_mm.data.templates import Field, Task, find_tasks, read_template
 from rope_mm.models.modeling_rope_mm import RopeMMForConditionalGeneration
 from rope_mm.models.processing_rope_mm import Part, RopeMMProcessor
 from rope_mm.run.checkpoint import write_text

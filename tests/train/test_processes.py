@@ -73,6 +73,23 @@ def test_a_run_goes_on_with_another_number_of_processes(data, tmp_path):
     close(parts, one)
 
 
+@pytest.mark.slow
+def test_two_processes_are_one_with_the_same_stream_and_resume(data, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    stream = {"data.streaming": "true", "data.shuffle": 5, "data.held_out": 3}
+    settings = {"head": "flow", "batch": 7, "steps": 6, "checkpoint_every": 2, **SLOWLY, **stream}
+    train(data, one, **settings)
+    launch(data, two, **settings)
+    close(two, one)
+    shutil.copytree(two / "model", tmp_path / "before" / "model")
+    forget(two, 2)
+    launch(data, two, **settings)
+    assert same(two, tmp_path / "before")
+    forget(two, 4)
+    train(data, two, **settings)
+    close(two, one)
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_a_batch_read_in_parts_is_the_same_batch(head, data, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -2,11 +2,13 @@
 
 import io
 import json
+import shutil
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Picture
 
@@ -53,8 +55,6 @@ def test_a_row_that_cannot_be_read_is_named_left_out_and_counted(head, torn, tmp
 
 
 def test_what_was_left_out_before_an_interruption_is_counted_after_it(torn, tmp_path):
-    import shutil
-
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(torn, whole, **TEMPLATES, steps=6)
     shutil.copytree(whole, parts)
@@ -121,6 +121,90 @@ def test_several_tars_are_one_source(tmp_path):
     assert len(splits["train"]) + len(splits["test"]) == 20
 
 
-def test_a_stream_is_refused():
-    with pytest.raises(ValueError, match=r"streamed.*(seed, step).*without streaming"):
-        pretrain.Documents([load_splits("digits")["train"].to_iterable_dataset()], ["{caption}"], 8, 1)
+STREAM = {"data.streaming": "true", "data.held_out": 4, "data.shuffle": 5}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Three files of captioned pictures, one of which is none."""
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in range(3):
+        rows = [{"image": {"bytes": png(10 * i), "path": None}, "caption": "abcd"[i % 4]} for i in range(8)]
+        rows[5]["image"]["bytes"] = b"no picture" if shard == 1 else png(0)
+        rows = Dataset.from_list(rows, features=Features(image=Image(), caption=Value("string")))
+        rows.to_parquet(folder / f"{shard}.parquet")
+    return folder / "*.parquet"
+
+
+@pytest.fixture(scope="module")
+def streamed(shards, tmp_path_factory):
+    """An uninterrupted run on a stream: 48 of 20 rows, three epochs."""
+    out = tmp_path_factory.mktemp("streamed") / "whole"
+    train(shards, out, **TEMPLATES, **STREAM, steps=8)
+    return out
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_resumes_to_the_bit_and_says_what_it_leaves_out(workers, shards, streamed, tmp_path, capfd):
+    parts = tmp_path / "parts"
+    shutil.copytree(streamed, parts)
+    shutil.rmtree(parts / "checkpoints" / "step-000008")
+    shutil.rmtree(parts / "model")
+    (parts / "run.yaml").write_text(
+        (parts / "run.yaml").read_text().replace("workers: 0", f"workers: {workers}")
+    )
+    result = train(shards, parts, **TEMPLATES, **STREAM, steps=8, workers=workers)
+    assert same(parts, streamed)
+    assert lines(parts) == lines(streamed)
+    assert result["left_out"] == 2
+    for line in capfd.readouterr().err.splitlines():
+        if line.startswith("left out"):
+            assert line.startswith("left out: row 5 of shard 1, column 'image' cannot be read: ")
+
+
+def test_a_stream_that_breaks_off_ends_a_run_in_one_sentence(tmp_path, capsys):
+    shard, templates = webdataset(tmp_path)
+    shard.with_name("shard-001.tar").write_bytes(shard.read_bytes()[:3000])
+    changes = {**TEMPLATES, **STREAM, "data.templates": templates, "steps": 8}
+    for workers in (0, 1):
+        with pytest.raises(SystemExit) as stopped:
+            words = flags(tmp_path / "shard-*.tar", tmp_path / f"run-{workers}", **changes, workers=workers)
+            run(pretrain.main, pretrain.Pretrain, words)
+        assert stopped.value.code == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("error: row 1 of shard 1 cannot be read, nor what follows: ")
+
+
+def test_the_rows_of_a_step_that_is_not_finite_are_named(shards, tmp_path, monkeypatch):
+    step = pretrain.Training.step
+
+    def poisoned(self, number):
+        if number == 4:
+            next(self.learner.model.parameters()).data.fill_(float("nan"))
+        return step(self, number)
+
+    monkeypatch.setattr(pretrain.Training, "step", poisoned)
+    for workers in (0, 1):
+        with pytest.raises(SystemExit):
+            words = flags(shards, tmp_path / str(workers), **TEMPLATES, **STREAM, steps=8, workers=workers)
+            run(pretrain.main, pretrain.Pretrain, words)
+    kept = [torch.load(tmp_path / str(workers) / "nan-step-5.pt")["batches"][0] for workers in (0, 1)]
+    assert kept[0]["rows"] == kept[1]["rows"]
+    assert len({row for document in kept[0]["rows"] for row in document}) == 6  # all of one epoch
+    assert torch.equal(kept[0]["input_ids"], kept[1]["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.held_out": 0}, "held_out must be at least 1, not 0"),
+        ({"data.shuffle": -1}, "shuffle must be at least 0, not -1"),
+        ({"tokenizer": "words"}, "the words of a stream are not known before it is read"),
+    ],
+)
+def test_what_makes_no_stream_is_refused_in_one_sentence(changes, message, shards, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        words = flags(shards, tmp_path / "run", **{**TEMPLATES, **STREAM, **changes})
+        run(pretrain.main, pretrain.Pretrain, words)
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists()
