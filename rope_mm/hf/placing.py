@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rope_mm.hf.stand_in import ENDS_IN_PICTURE, scheme_of
 from rope_mm.positions import place_rows
+from rope_mm.rotation import widest
 from rope_mm.scheme import Scheme
 from rope_mm.segments import Image, Segment, Video, story_of
 
@@ -87,7 +88,6 @@ def place_inputs(
         kinds = torch.zeros_like(input_ids)
         for kind, name in ((IMAGES, "image_token_id"), (VIDEOS, "video_token_id")):
             kinds[input_ids == getattr(config, name, None)] = kind
-    wide = torch.float32 if input_ids.device.type == "mps" else torch.float64
     positions = torch.zeros(*input_ids.shape, len(scheme.axes), dtype=torch.float64)
     ahead = torch.zeros(len(input_ids), 1)
     for row, (kind, there) in enumerate(zip(kinds.cpu(), mask.cpu(), strict=True)):
@@ -96,7 +96,7 @@ def place_inputs(
     if left := [str(picture) for pictures in seen.values() for picture in pictures]:
         came = ", ".join(left)
         raise ValueError(f"grids came for {came}, but there are no tokens left for them to stand on")
-    return positions.to(input_ids.device, wide), mask, ahead.to(input_ids.device)
+    return positions.to(input_ids.device, widest(input_ids.device)), mask, ahead.to(input_ids.device)
 
 
 def read_grids(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[Segment]]:

@@ -1,6 +1,7 @@
 """The module that stands where a model's rotary module stood, and what goes on around its owner's forward."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,14 @@ class RopeMMRotaryEmbedding(nn.Module):
         """What it runs in layers of the first type; positions are the same for all."""
         return next(iter(self.runs.values()))
 
+    def put(self, target: Any, name: str, value: Any) -> None:
+        """Set an attribute of a module or a config, and note how to undo it."""
+        had = {**vars(target), **getattr(target, "_modules", {})}
+        self.undo.append(
+            partial(setattr, target, name, had[name]) if name in had else partial(delattr, target, name)
+        )
+        setattr(target, name, value)
+
     def take_back(self, left: int = 0) -> None:
         """Undo all but the first changes."""
         while len(self.undo) > left:
@@ -62,22 +71,21 @@ class RopeMMRotaryEmbedding(nn.Module):
                 "the learned Omega is on the meta device, as when accelerate offloads it; keep the rotary "
                 "module on a device, by a line of its own in device_map"
             )
-        ids = position_ids
-        positions = self.patches(x, rope) if ids is None else self.positions(ids, rope, asked)
+        positions = self.positions(x, position_ids, rope, asked)
         if self.turns:
             turn = rope.turn(positions, x.dtype)
             return turn, turn
-        if isinstance(rope, ModelRope):
-            return rope.tables(rope.angles(positions), rope.factor, x.dtype)
-        return asked.tables(rotation.angles(positions, rope.omega)[..., 0, :], rope.form.factor, x.dtype)
+        own = isinstance(rope, ModelRope)
+        angle = rope.angles(positions) if own else rotation.angles(positions, rope.omega)[..., 0, :]
+        return asked.tables(angle, rope.form.factor, x.dtype)
 
-    def patches(self, pixels: Tensor, rope: Runs) -> Tensor:
-        """Positions (s, a) of patches where the model hands over the image, as DINOv3 does."""
-        told = self.config, pixels, self.original.training
-        return centres_in_radians(*told) if isinstance(rope, ModelRope) else place_patches(rope.scheme, *told)
-
-    def positions(self, ids: Tensor, rope: Runs, asked: ModelRope) -> Tensor:
-        """Positions (..., s, a) from what the model hands over."""
+    def positions(self, x: Tensor, ids: Tensor | None, rope: Runs, asked: ModelRope) -> Tensor:
+        """Positions (..., s, a) from what the model hands over, which is an image where it has no `ids`."""
+        if ids is None:
+            told = self.config, x, self.original.training
+            return (
+                place_patches(rope.scheme, *told) if isinstance(rope, Rotary) else centres_in_radians(*told)
+            )
         if self.call in OF_WORDS:
             if self.coords is not None:
                 return self.coords
@@ -112,8 +120,7 @@ class RopeMMRotaryEmbedding(nn.Module):
             refuse_leak(owner, kept, kwargs)
             refuse_step(ids[0], kwargs.get("past_key_values"))
         if native:  # such models split four rows themselves, and three have no token positions
-            told = rows == 1 + a or (rows == 4 and a != 4)
-            kept = torch.cat((kept[None], *(ids[:1],) * 3)) if told else ids[:1].expand(3, -1, -1)
+            kept = kept.expand(4 if rows == 1 + a or rows == 4 != a else 3, -1, -1)
         return args, {**kwargs, "position_ids": kept}
 
     def mark_cache(self, _owner: nn.Module, _args: tuple, _kwargs: dict[str, Any], out: Any) -> None:
