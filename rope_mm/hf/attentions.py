@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_mm.hf.patches import grid_of, image_of, place_tokens
-from rope_mm.hf.reading import callers
+from rope_mm.hf.reading import called, callers
 from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, Site
 from rope_mm.kernels import Turn
 
@@ -47,17 +47,11 @@ def put_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
         vars(module).pop("forward", None)
 
 
-def exchange(rotary: RopeMMRotaryEmbedding, found: list[tuple[nn.Module, str]], value: Any) -> None:
-    """Let modules see `value` where their forward saw a global, and note how to undo it."""
-    for module in {module for module, _ in found}:
-        names = tuple(name for other, name in found if other is module)
-        put_forward(module, clone(type(module).forward, names, value))
+def exchange(rotary: RopeMMRotaryEmbedding, owner: nn.Module, pattern: re.Pattern[str], value: Any) -> None:
+    """Let modules see `value` where their forward saw such globals, and note how to undo it."""
+    for module in callers(owner, pattern):
+        put_forward(module, clone(type(module).forward, tuple(called(module, pattern)), value))
         rotary.undo.append(partial(put_forward, module, None))
-
-
-def attentions(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Attention modules that look their attention up by name, those to other sequences left out."""
-    return [(at, name) for at, name in callers(model, ATTEND) if "cross" not in type(at).__name__.lower()]
 
 
 class Rotating:
@@ -101,17 +95,13 @@ def listen(attention: Any, args: tuple, kwargs: dict[str, Any]):
     return args, {name: value for name, value in kwargs.items() if name != "rope_mm"}
 
 
-def base_of(model: Any) -> Any:
-    """The model inside its adapters and its head."""
-    inner = getattr(model, "base_model", model)
-    return model if inner is model else base_of(inner)
-
-
 def bare_site(model: Any) -> Site:
     """Where a model without rotary has room for one, beside the layers of its one stack of attention."""
-    base, found = base_of(model), attentions(model)
-    if not hasattr(base, "config") or len({id(getattr(module, "config", None)) for module, _ in found}) != 1:
-        parts = ", ".join(name for name, part in model.named_children() if attentions(part))
+    base, found = model, callers(model, ATTEND)
+    while (inner := getattr(base, "base_model", base)) is not base:  # in its adapters, and in its head
+        base = inner
+    if not hasattr(base, "config") or len({id(getattr(module, "config", None)) for module in found}) != 1:
+        parts = ", ".join(name for name, part in model.named_children() if callers(part, ATTEND))
         raise ValueError(
             f"{type(model).__name__} has neither a rotary module nor one stack of attention to rotate"
             + (f"; give one of its parts: {parts}" if parts else "")
@@ -122,8 +112,8 @@ def bare_site(model: Any) -> Site:
 def tell_attention(base: nn.Module, rotary: RopeMMRotaryEmbedding) -> None:
     """Let a model's attention rotate by what stands beside its layers."""
     rotary.undo.append(base.register_forward_pre_hook(tell, with_kwargs=True).remove)
-    exchange(rotary, attentions(base), Rotating)
-    for module, _ in attentions(base):
+    exchange(rotary, base, ATTEND, Rotating)
+    for module in callers(base, ATTEND):
         rotary.put(module, "rope_mm_told", None)
         rotary.undo.append(module.register_forward_pre_hook(listen, with_kwargs=True).remove)
 

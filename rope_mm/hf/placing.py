@@ -101,16 +101,15 @@ def place_inputs(
 
 def read_grids(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[Segment]]:
     """Images and videos in their order, in merged patches."""
-    merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1)
-    told = [inputs.get(f"{kind}_grid_thw") for kind in ("image", "video")]
-    images, videos = ([] if grids is None else torch.as_tensor(grids).tolist() for grids in told)
-    seconds = inputs.get("second_per_grid_ts")
-    paces = [1.0] * len(videos) if seconds is None else map(float, seconds)
+    side = getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1)
+    merge, told = (
+        torch.tensor((1, side, side)),
+        [inputs.get(f"{kind}_grid_thw") for kind in ("image", "video")],
+    )
+    images, videos = ([] if x is None else (torch.as_tensor(x).cpu() // merge).tolist() for x in told)
+    paces = inputs.get("second_per_grid_ts")
+    paces = [1.0] * len(videos) if paces is None else map(float, paces)
     return {
-        IMAGES: [
-            Video(t, y // merge, x // merge) if t > 1 else Image(y // merge, x // merge) for t, y, x in images
-        ],
-        VIDEOS: [
-            Video(t, y // merge, x // merge, pace) for (t, y, x), pace in zip(videos, paces, strict=True)
-        ],
+        IMAGES: [Video(t, y, x) if t > 1 else Image(y, x) for t, y, x in images],
+        VIDEOS: [Video(t, y, x, pace) for (t, y, x), pace in zip(videos, paces, strict=True)],
     }

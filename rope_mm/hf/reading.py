@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rope_mm.hf.patches import PIXELS, centres_in_radians, image_of
 from rope_mm.hf.saving import NotSetYet
-from rope_mm.kernels import Form, Turn, make_turn
+from rope_mm.kernels import Form
 from rope_mm.rope_parameters import from_hf_config, read_head_dim
 from rope_mm.scheme import Scheme
 from rope_mm.tables import fill_tables, find_pairing, read_tables, split_tables
@@ -73,10 +73,6 @@ class ModelRope:
     def form(self) -> Form:
         """How angles turn channels."""
         return Form(self.pairing, factor=self.factor)
-
-    def turn(self, positions: Tensor, dtype: torch.dtype) -> Turn:
-        """The work of one forward, for attention that rotates by our op."""
-        return make_turn(positions, torch.tensor(self.omega), self.form, dtype)
 
     def tables(self, angle: Tensor, factor: float, dtype: torch.dtype) -> Any:
         """Tables of angles (..., r) as the model expects them."""
@@ -153,11 +149,15 @@ def read_layer(module: nn.Module, layer: str | None, kind: str) -> ModelRope:
     return rope
 
 
-def callers(owner: nn.Module, pattern: re.Pattern[str]) -> list[tuple[nn.Module, str]]:
-    """Modules of an owner whose own forward looks such a global up, and its name."""
-    forwards = [(module, inspect.unwrap(type(module).forward)) for module in owner.modules()]
-    seen = [(module, name) for module, forward in forwards for name in forward.__code__.co_names]
-    return [(module, name) for module, name in seen if pattern.match(name)]
+def called(module: nn.Module, pattern: re.Pattern[str]) -> list[str]:
+    """Names of such globals as a module's own forward looks up."""
+    return list(filter(pattern.match, inspect.unwrap(type(module).forward).__code__.co_names))
+
+
+def callers(owner: nn.Module, pattern: re.Pattern[str]) -> list[nn.Module]:
+    """Modules of an owner whose own forward looks such a global up, attention to other sequences left out."""
+    mine = (module for module in owner.modules() if "cross" not in type(module).__name__.lower())
+    return [module for module in mine if called(module, pattern)]
 
 
 def paired(rope: ModelRope, owner: nn.Module) -> str:
@@ -167,8 +167,9 @@ def paired(rope: ModelRope, owner: nn.Module) -> str:
     if not found or any(p.is_meta for p in owner.parameters()):
         return told
     # DeepSeek's attention names two functions, and its config says which of them it calls
-    module, name = found[0 if getattr(getattr(owner, "config", None), "rope_interleave", True) else -1]
-    turn, unit = inspect.unwrap(type(module).forward).__globals__[name], torch.eye(2 * r)[None, None]
+    first = getattr(getattr(owner, "config", None), "rope_interleave", True)
+    name = called(found[0], APPLY)[0 if first else -1]
+    turn, unit = inspect.unwrap(type(found[0]).forward).__globals__[name], torch.eye(2 * r)[None, None]
     angle = torch.linspace(0.5, 1, r).expand(1, 2 * r, r)
     try:
         q, _ = turn(unit, unit, *rope.tables(angle, 1.0, torch.float32))

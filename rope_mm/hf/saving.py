@@ -35,7 +35,7 @@ def not_yet(config: Any, *_: Any, layer_type: str | None = None, **__: Any) -> t
     return torch.linspace(1, 0.1, pairs), NotSetYet()
 
 
-def refuse(*_: Any, **__: Any) -> None:
+def wait(*_: Any, **__: Any) -> None:
     """The attention of a model that waits for its scheme."""
     raise ValueError(WAITS)
 
@@ -50,7 +50,7 @@ def choose_attention(config: Any, name: Any) -> None:
 
 
 ROPE_INIT_FUNCTIONS[NAME] = not_yet  # pyright: ignore[reportArgumentType]
-ALL_ATTENTION_FUNCTIONS.register(NAME, refuse)
+ALL_ATTENTION_FUNCTIONS.register(NAME, wait)
 ATTENTION: Any = PreTrainedConfig._attn_implementation
 PreTrainedConfig._attn_implementation = ATTENTION.setter(choose_attention)
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from rope_mm import rotation
 from rope_mm.hf.patches import centres_in_radians, place_patches
 from rope_mm.hf.reading import OF_WORDS, ModelRope, frequencies
+from rope_mm.kernels import make_turn
 from rope_mm.rotary import Rotary
 from rope_mm.scheme import Scheme
 
 Runs = Rotary | ModelRope
-Undo = list[Callable[[], Any]]
 ENDS_IN_PICTURE = (
     "the prompt ends in a picture, and the word behind it does not stand one step further on; end it with a "
     "word, such as the token that closes a picture"
@@ -40,7 +40,7 @@ class RopeMMRotaryEmbedding(nn.Module):
         self.runs, self.asked, self.original = runs, asked, original
         self.learned = nn.ModuleList(rope for rope in runs.values() if isinstance(rope, Rotary))
         self.config, self.rope_type, self.turns = config, "default", not asked
-        self.undo: Undo = []
+        self.undo: list[Callable[[], Any]] = []
         self.coords: Tensor | None = None
         self.call = next((rope.call for rope in asked.values()), "")
         self.axes = len(self.first.omega)
@@ -66,26 +66,26 @@ class RopeMMRotaryEmbedding(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor | None = None, layer_type: str | None = None):
         layer = layer_type if layer_type in self.runs else None
         rope, asked = self.runs[layer], self.asked[layer]
-        if isinstance(rope, Rotary) and rope.omega.is_meta:
+        positions, omega = self.positions(x, position_ids, rope, asked), torch.as_tensor(rope.omega)
+        if omega.is_meta:
             raise ValueError(
                 "the learned Omega is on the meta device, as when accelerate offloads it; keep the rotary "
                 "module on a device, by a line of its own in device_map"
             )
-        positions = self.positions(x, position_ids, rope, asked)
         if self.turns:
-            turn = rope.turn(positions, x.dtype)
+            turn = make_turn(positions, omega, rope.form, x.dtype)
             return turn, turn
         own = isinstance(rope, ModelRope)
-        angle = rope.angles(positions) if own else rotation.angles(positions, rope.omega)[..., 0, :]
+        angle = rope.angles(positions) if own else rotation.angles(positions, omega)[..., 0, :]
         return asked.tables(angle, rope.form.factor, x.dtype)
 
     def positions(self, x: Tensor, ids: Tensor | None, rope: Runs, asked: ModelRope) -> Tensor:
         """Positions (..., s, a) from what the model hands over, which is an image where it has no `ids`."""
         if ids is None:
             told = self.config, x, self.original.training
-            return (
-                place_patches(rope.scheme, *told) if isinstance(rope, Rotary) else centres_in_radians(*told)
-            )
+            if isinstance(rope, ModelRope):
+                return centres_in_radians(*told)
+            return place_patches(rope.scheme, *told)
         if self.call in OF_WORDS:
             if self.coords is not None:
                 return self.coords

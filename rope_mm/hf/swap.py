@@ -6,15 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from rope_mm.hf.attentions import (
-    attentions,
-    bare_site,
-    check_same,
-    exchange,
-    probe,
-    tell_attention,
-    turn_both,
-)
+from rope_mm.hf.attentions import ATTEND, bare_site, check_same, exchange, probe, tell_attention, turn_both
 from rope_mm.hf.fitting import make_stand_in, refuse
 from rope_mm.hf.placing import METHODS, methods_of
 from rope_mm.hf.reading import APPLY, OF_WORDS, callers, read_module
@@ -135,7 +127,7 @@ def use_kernels(model: nn.Module) -> Handle:
         ValueError: a family whose attention calls no function that can be replaced, or answers that differ;
             the model is as it was.
     """
-    found = [module for site in sites(model) for module, _ in callers(site.owner, APPLY)]
+    found = [module for site in sites(model) for module in callers(site.owner, APPLY)]
     kinds = {type(module).__name__ for module in found}
     name, own = ", ".join(sorted(kinds)) or type(model).__name__, [vars(module) for module in found]
     replaced = any("forward" in names and "_old_forward" not in names for names in own)
@@ -153,7 +145,7 @@ def use_kernels(model: nn.Module) -> Handle:
         before = [probe(owner) for owner, *_ in places]
         for owner, rotary, _ in places:
             rotary.put(rotary, "turns", True)
-            exchange(rotary, callers(owner, APPLY), turn_both)
+            exchange(rotary, owner, APPLY, turn_both)
         check_same(before, [probe(owner) for owner, *_ in places])
     except Exception as error:
         for _, rotary, left in places:
@@ -168,7 +160,7 @@ def explain(model: nn.Module) -> None:
     """Print what each rotary place of a model runs."""
     for site in sites(model):
         bare = site.ours and not site.module.asked
-        name = f"{len(attentions(site.owner))} attention modules" if bare else site.name
+        name = f"{len(callers(site.owner, ATTEND))} attention modules" if bare else site.name
         how = "our op" if site.ours and site.module.turns else "the model's own function"
         try:
             told = {layer: describe(rope) for layer, rope in ropes_of(site).items()}
