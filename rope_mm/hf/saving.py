@@ -97,6 +97,6 @@ def fill_learned(learned: Tensor, folder: str, key: str) -> None:
                 learned.data.copy_(weights.get_tensor(name))
                 return
     raise ValueError(
-        f"the saved Omega was learned, but no *.safetensors in {folder!r} holds {key!r}; load the model from "
-        "the folder where it was saved"
+        f"the saved Omega was learned, but no *.safetensors in {folder!r} holds {key!r}; set name_or_path of "
+        "the model, or of the part that set_rope is given, to the folder where it was saved"
     )

@@ -99,9 +99,10 @@ class RopeMMRotaryEmbedding(nn.Module):
 
     def split_positions(self, owner: nn.Module, args: tuple, kwargs: dict[str, Any]):
         """Before the owner's forward: (1 + a, b, s) position_ids become token positions and coordinates."""
-        self.coords, ids, a = None, kwargs.get("position_ids"), self.axes
+        self.coords, a = None, self.axes
+        ids, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
         if ids is None or ids.dim() != 3:
-            if getattr(kwargs.get("past_key_values"), "rope_mm_placed", False):
+            if hasattr(cache, "rope_mm_ended"):
                 raise ValueError(
                     "this cache was filled at given positions, so what follows needs its own: position_ids "
                     f"(1 + {a}, b, s), as `positions_for` makes them for the whole story"
@@ -118,7 +119,7 @@ class RopeMMRotaryEmbedding(nn.Module):
         kept = ids[0].long()
         if rows == 1 + a:
             refuse_leak(owner, kept, kwargs)
-            refuse_step(ids[0], kwargs.get("past_key_values"))
+            refuse_step(ids[0], cache)
         if native:  # such models split four rows themselves, and three have no token positions
             kept = kept.expand(4 if rows == 1 + a or rows == 4 != a else 3, -1, -1)
         return args, {**kwargs, "position_ids": kept}
@@ -127,7 +128,7 @@ class RopeMMRotaryEmbedding(nn.Module):
         """After the owner's forward: its cache knows that positions were given."""
         cache = getattr(out, "past_key_values", None)
         if self.coords is not None and cache is not None and not torch.compiler.is_compiling():
-            cache.rope_mm_placed = True
+            vars(cache).setdefault("rope_mm_ended", False)
         self.coords = None
 
     def extra_repr(self) -> str:

@@ -101,8 +101,7 @@ def enter(site: Site, rotary: RopeMMRotaryEmbedding) -> None:
     if not site.module:
         return tell_attention(owner, rotary)
     rotary.undo.append(owner.register_forward_pre_hook(rotary.split_positions, with_kwargs=True).remove)
-    if rotary.call != "rows":
-        rotary.undo.append(owner.register_forward_hook(rotary.mark_cache, with_kwargs=True).remove)
+    rotary.undo.append(owner.register_forward_hook(rotary.mark_cache, with_kwargs=True).remove)
 
 
 def unset_rope(model: nn.Module) -> None:
@@ -119,7 +118,7 @@ def unset_rope(model: nn.Module) -> None:
 
 
 def use_kernels(model: nn.Module) -> Handle:
-    """Rotate queries and keys of a decoder by our op: the kernel on a GPU, the definition elsewhere.
+    """Rotate queries and keys of a decoder or a DINOv3 by our op: a kernel on a GPU, else the definition.
 
     A small forward before and after proves that our path runs and agrees; `undo` takes the model's rope back.
 

@@ -194,6 +194,21 @@ def test_a_composite_of_which_the_tower_alone_has_a_scheme_waits_for_it(tmp_path
     assert attention or torch.equal(seen(loaded), seen(model))
 
 
+def test_the_learned_omega_of_a_tower_is_read_from_the_folder_that_it_names(tmp_path):
+    model = qwen()
+    set_rope(model.model.visual, "rope-vit-axial", pairing="half", layout="grid", learnable=True)
+    with torch.no_grad():
+        rope_of(model.model.visual).learned.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    loaded = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path).eval()
+    tower = loaded.model.visual
+    with pytest.raises(ValueError, match="set name_or_path of the model, or of the part"):
+        set_rope(tower)
+    tower.name_or_path = tmp_path
+    set_rope(tower)
+    assert torch.equal(seen(loaded), seen(model))
+
+
 @pytest.mark.parametrize("attention", [None, "eager", "sdpa"])
 def test_who_asks_for_an_attention_gets_it_once_the_scheme_is_set(tmp_path, attention):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
