@@ -12,9 +12,14 @@ from torch import Tensor
 from rope_mm.choice import Choice
 
 
+def widest(device: torch.device | str) -> torch.dtype:
+    """The widest floats that a device has: float64, on MPS float32."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def angles(positions: Tensor, omega: Tensor) -> Tensor:
     """Radians (..., s, n, r) from positions (..., s, a) and Omega (a, r), n = 1, or (n, a, r)."""
-    wide = torch.float32 if positions.device.type == "mps" else torch.float64
+    wide = widest(positions.device)
     omega = omega.reshape(-1, *omega.shape[-2:]).to(positions.device, wide)
     with torch.autocast(positions.device.type, enabled=False):
         return torch.einsum("...sa,nar->...snr", positions.to(wide), omega)

@@ -27,18 +27,22 @@ def split_tables(tables: Any) -> tuple[Tensor, Tensor]:
     return cos, sin
 
 
-def read_tables(tables: Any, a: int, known: Tensor) -> tuple[str, Tensor, float]:
-    """The spread, Omega (a, r) and factor of tables (..., d) at the origin, the a unit positions and others.
+def read_tables(tables: Any, p: Tensor, known: Tensor) -> tuple[str, Tensor, float]:
+    """The spread, Omega (a, r) and factor of tables (..., d) at positions p (s, a).
 
-    An arc tangent has been rounded: a frequency that is near one of the `known` (n,) becomes that one.
+    Among them are the origin and, for each axis, a step along it alone that is below half a turn. An arc
+    tangent has been rounded: a frequency that is near one of the `known` (n,) becomes that one.
     """
     whole = torch.cat([x.reshape(-1, x.shape[-1]) for x in split_tables(tables)])
-    spread, once = ("complex", whole) if isinstance(tables, Tensor) else unspread(whole, a)
-    cos, sin = once.chunk(2)
-    angle = torch.atan2(sin[1 : a + 1], cos[1 : a + 1])
-    nearest = known[(angle[..., None] - known).abs().argmin(-1)]
-    near = (nearest - angle).abs() <= 1e-5 * angle.abs().clamp(min=1e-30)
-    return spread, torch.where(near, nearest, angle), cos[0, 0].item()
+    spread, once = ("complex", whole) if isinstance(tables, Tensor) else unspread(whole, p.shape[-1])
+    (cos, sin), p = once.chunk(2), p.to(once)
+    alone = (p > 0) & ((p != 0).sum(-1, keepdim=True) == 1)
+    first = p.where(alone, torch.inf).argmin(0)
+    omega = torch.atan2(sin[first], cos[first]) / p[first].diagonal()[:, None]
+    nearest = known[(omega[..., None] - known).abs().argmin(-1)]
+    near = (nearest - omega).abs() <= 1e-5 * omega.abs().clamp(min=1e-30)
+    origin = (p == 0).all(-1).int().argmax()
+    return spread, torch.where(near, nearest, omega), cos[origin, 0].item()
 
 
 def unspread(table: Tensor, axes: int) -> tuple[str, Tensor]:

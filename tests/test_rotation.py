@@ -142,6 +142,14 @@ def test_queries_and_keys_may_stand_at_places_of_their_own():
     torch.testing.assert_close(scores(turned_q, turned_k), moved)
 
 
+def test_angles_are_as_wide_as_the_device_has_floats():
+    assert [rotation.widest(device) for device in ("cpu", torch.device("mps", 0), "meta")] == [
+        torch.float64,
+        torch.float32,
+        torch.float64,
+    ]
+
+
 def test_tokens_that_stand_still_are_not_rotated():
     rope = Rotary(24)
     positions, _ = rope.place(STORY)

@@ -12,13 +12,20 @@ def angles(p, omega):
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-@given(a=st.integers(1, 3), rounds=st.integers(1, 3), factor=st.floats(0.5, 2), seed=st.integers(0, 99))
-def test_what_was_read_from_tables_fills_them_again_bit_for_bit(spread, a, rounds, factor, seed):
+@given(
+    a=st.integers(1, 3),
+    rounds=st.integers(1, 3),
+    factor=st.floats(0.5, 2),
+    step=st.floats(0.1, 3),
+    seed=st.integers(0, 99),
+)
+def test_what_was_read_from_tables_fills_them_again_bit_for_bit(spread, a, rounds, factor, step, seed):
     torch.manual_seed(seed)
     omega = torch.rand(a, 2 * a * rounds)
-    p = torch.cat((torch.zeros(1, a), torch.eye(a), torch.randint(0, 999, (5, a))))
+    p = torch.cat((torch.zeros(1, a), step * torch.eye(a), torch.randint(3, 999, (5, a))))
+    p = p[torch.randperm(len(p))]
     tables = fill_tables(angles(p, omega), spread, factor, a)
-    name, found, times = read_tables(tables, a, omega.flatten())
+    name, found, times = read_tables(tables, p, omega.flatten())
     assert torch.equal(found, omega) and times == pytest.approx(factor)
     again = fill_tables(angles(p, found), name, factor, a)
     assert all(torch.equal(x, y) for x, y in zip(split_tables(again), split_tables(tables), strict=True))
@@ -26,7 +33,7 @@ def test_what_was_read_from_tables_fills_them_again_bit_for_bit(spread, a, round
 
 def test_frequencies_that_nobody_knows_are_read_as_well_as_an_arc_tangent_can():
     omega, p = torch.tensor([[0.5, 0.01]]), torch.tensor([[0.0], [1.0]])
-    _, found, _ = read_tables(fill_tables(angles(p, omega), "half"), 1, torch.tensor([3.0]))
+    _, found, _ = read_tables(fill_tables(angles(p, omega), "half"), p, torch.tensor([3.0]))
     assert torch.allclose(found, omega, rtol=1e-6, atol=0)
 
 

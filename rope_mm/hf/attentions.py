@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rope_mm.hf.patches import grid_of, place_tokens
-from rope_mm.hf.reading import callers
-from rope_mm.hf.stand_in import Site, Undo
+from rope_mm.hf.patches import grid_of, image_of, place_tokens
+from rope_mm.hf.reading import called, callers
+from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, Site
 from rope_mm.kernels import Turn
 
 ATTEND = re.compile("ALL_ATTENTION_FUNCTIONS$")
@@ -47,17 +47,11 @@ def put_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
         vars(module).pop("forward", None)
 
 
-def exchange(undo: Undo, found: list[tuple[nn.Module, str]], value: Any) -> None:
-    """Let modules see `value` where their forward saw a global, and note how to undo it."""
-    for module in {module for module, _ in found}:
-        names = tuple(name for other, name in found if other is module)
-        put_forward(module, clone(type(module).forward, names, value))
-        undo.append(partial(put_forward, module, None))
-
-
-def attentions(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Attention modules that look their attention up by name, those to other sequences left out."""
-    return [(at, name) for at, name in callers(model, ATTEND) if "cross" not in type(at).__name__.lower()]
+def exchange(rotary: RopeMMRotaryEmbedding, owner: nn.Module, pattern: re.Pattern[str], value: Any) -> None:
+    """Let modules see `value` where their forward saw such globals, and note how to undo it."""
+    for module in callers(owner, pattern):
+        put_forward(module, clone(type(module).forward, tuple(called(module, pattern)), value))
+        rotary.undo.append(partial(put_forward, module, None))
 
 
 class Rotating:
@@ -101,17 +95,13 @@ def listen(attention: Any, args: tuple, kwargs: dict[str, Any]):
     return args, {name: value for name, value in kwargs.items() if name != "rope_mm"}
 
 
-def base_of(model: Any) -> Any:
-    """The model inside its adapters and its head."""
-    inner = getattr(model, "base_model", model)
-    return model if inner is model else base_of(inner)
-
-
 def bare_site(model: Any) -> Site:
     """Where a model without rotary has room for one, beside the layers of its one stack of attention."""
-    base, found = base_of(model), attentions(model)
-    if not hasattr(base, "config") or len({id(getattr(module, "config", None)) for module, _ in found}) != 1:
-        parts = ", ".join(name for name, part in model.named_children() if attentions(part))
+    base, found = model, callers(model, ATTEND)
+    while (inner := getattr(base, "base_model", base)) is not base:  # in its adapters, and in its head
+        base = inner
+    if not hasattr(base, "config") or len({id(getattr(module, "config", None)) for module in found}) != 1:
+        parts = ", ".join(name for name, part in model.named_children() if callers(part, ATTEND))
         raise ValueError(
             f"{type(model).__name__} has neither a rotary module nor one stack of attention to rotate"
             + (f"; give one of its parts: {parts}" if parts else "")
@@ -119,32 +109,40 @@ def bare_site(model: Any) -> Site:
     return Site("rope_mm", base, "rope_mm", None)
 
 
-def tell_attention(base: nn.Module, undo: Undo) -> None:
+def tell_attention(base: nn.Module, rotary: RopeMMRotaryEmbedding) -> None:
     """Let a model's attention rotate by what stands beside its layers."""
-    undo.append(base.register_forward_pre_hook(tell, with_kwargs=True).remove)
-    exchange(undo, attentions(base), Rotating)
-    for module, _ in attentions(base):
-        vars(module)["rope_mm_told"] = None
-        undo.append(partial(delattr, module, "rope_mm_told"))
-        undo.append(module.register_forward_pre_hook(listen, with_kwargs=True).remove)
+    rotary.undo.append(base.register_forward_pre_hook(tell, with_kwargs=True).remove)
+    exchange(rotary, base, ATTEND, Rotating)
+    for module in callers(base, ATTEND):
+        rotary.put(module, "rope_mm_told", None)
+        rotary.undo.append(module.register_forward_pre_hook(listen, with_kwargs=True).remove)
 
 
 def turn_both(q: Tensor, k: Tensor, turn: Turn, _same: Turn | None = None, unsqueeze_dim: int = 1, **_: Any):
-    """Stands where `apply_rotary_pos_emb` stood, for q and k (b, h, s, d), or (b, s, h, d) if it says so."""
-    if unsqueeze_dim == 2:
-        return turn(q, k)
-    q, k = turn(q.transpose(1, 2), k.transpose(1, 2))
-    return q.transpose(1, 2), k.transpose(1, 2)
+    """Stands where `apply_rotary_pos_emb` stood, for q and k (b, h, s, d), or (b, s, h, d) if it says so.
+
+    Tokens in front of those that have a place, such as class tokens, are not rotated.
+    """
+    axes = (1, 2) if unsqueeze_dim == 1 else (1, 1)
+    q, k = (x.transpose(*axes) for x in (q, k))
+    still = q.shape[1] - turn.positions.shape[-2]
+    turned = turn(q[:, still:], k[:, still:])
+    if still:
+        turned = (torch.cat((x[:, :still], y), 1) for x, y in zip((q, k), turned, strict=True))
+    q, k = (x.transpose(*axes) for x in turned)
+    return q, k
 
 
 @torch.no_grad()
 def probe(owner: Any) -> Tensor:
-    """The stream (1, 8, c) that a decoder makes of fixed noise."""
-    weight = owner.get_input_embeddings().weight
-    noise = torch.randn(1, 8, weight.shape[-1], generator=torch.Generator().manual_seed(0))
+    """The stream that a model makes of fixed noise: of 8 words, or of an image of 2 x 3 patches."""
+    config, weight = owner.config, owner.get_input_embeddings().weight
+    seen = owner.main_input_name == "pixel_values"
+    size = (config.num_channels, *image_of(config, 2, 3)) if seen else (8, weight.shape[-1])
+    noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(weight)
     training, _ = owner.training, owner.eval()
     try:
-        return owner(inputs_embeds=noise.to(weight), use_cache=False)[0]
+        return owner(pixel_values=noise)[0] if seen else owner(inputs_embeds=noise, use_cache=False)[0]
     finally:
         owner.train(training)
 

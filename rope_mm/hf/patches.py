@@ -8,24 +8,24 @@ import torch
 from torch import Tensor
 from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 
+from rope_mm.rotation import widest
 from rope_mm.scheme import Scheme
 from rope_mm.segments import Image, Still, Text
 
 PIXELS = "pixels"  # the call of a module that is told the image
-AUGMENTED = "shift", "jitter", "rescale"
-ASKED = (9, 9), (2, 5)  # patches of images to ask with: one in the middle, and no step is half a turn
 
 
-def patch_of(config: Any) -> tuple[int, int]:
-    """Rows and columns of pixels of a patch."""
+def image_of(config: Any, down: int, across: int) -> tuple[int, int]:
+    """Rows and columns of pixels of an image of so many patches."""
     patch = config.patch_size
-    return tuple(patch) if isinstance(patch, Iterable) else (patch, patch)
+    y, x = patch if isinstance(patch, Iterable) else (patch, patch)
+    return down * y, across * x
 
 
 def grid_of(config: Any, pixels: Tensor) -> tuple[int, int]:
     """Patches down and across an image (..., rows, columns)."""
-    down, across = patch_of(config)
-    return pixels.shape[-2] // down, pixels.shape[-1] // across
+    y, x = image_of(config, 1, 1)
+    return pixels.shape[-2] // y, pixels.shape[-1] // x
 
 
 @torch.compiler.assume_constant_result
@@ -38,21 +38,20 @@ def numbers_of(scheme: Scheme, tokens: int, grid: tuple[int, int] | None) -> lis
 
 def place_tokens(scheme: Scheme, tokens: int, grid: tuple[int, int] | None, device: torch.device) -> Tensor:
     """`numbers_of` as a tensor of the widest floats that a device has."""
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    return torch.tensor(numbers_of(scheme, tokens, grid), dtype=wide, device=device)
+    return torch.tensor(numbers_of(scheme, tokens, grid), dtype=widest(device), device=device)
 
 
 def augmentations(config: Any) -> dict[str, float | None]:
     """By how much a config lets training move patches, None where it does not."""
-    return {name: getattr(config, f"pos_embed_{name}", None) for name in AUGMENTED}
+    return {name: getattr(config, f"pos_embed_{name}", None) for name in ("shift", "jitter", "rescale")}
 
 
 def centres_in_radians(config: Any, pixels: Tensor, training: bool) -> Tensor:
     """2 pi times the centres (s, 2) of patches in an image from -1 to 1, rounded and moved as DINOv3 does."""
     p = dinov3.get_patches_center_coordinates(*grid_of(config, pixels), torch.float32, pixels.device)
-    if training:
-        p = dinov3.augment_patches_center_coordinates(p, **augmentations(config))
-    return math.tau * p
+    return math.tau * (
+        dinov3.augment_patches_center_coordinates(p, **augmentations(config)) if training else p
+    )
 
 
 def place_patches(scheme: Scheme, config: Any, pixels: Tensor, training: bool) -> Tensor:
@@ -69,13 +68,3 @@ def place_patches(scheme: Scheme, config: Any, pixels: Tensor, training: bool) -
         )
     down, across = grid = grid_of(config, pixels)
     return place_tokens(scheme, down * across, grid, pixels.device)
-
-
-def ask_patches(module: Any, *dtypes: torch.dtype) -> list[Any]:
-    """2 pi times centres (s, 2), the origin and a step on each axis first, and a module's tables there."""
-    (down, across), config, device = patch_of(module.config), module.config, next(module.buffers()).device
-    images = [torch.zeros(1, 1, y * down, x * across, device=device) for y, x in ASKED]
-    order = [40, 49, 41, *range(sum(y * x for y, x in ASKED))]  # of 9 x 9: the middle, below, to the right
-    p = torch.cat([centres_in_radians(config, image, training=False) for image in images])
-    told = [[module(image.to(dtype)) for image in images] for dtype in dtypes]
-    return [p[order], *(tuple(torch.cat(parts)[order] for parts in zip(*each, strict=True)) for each in told)]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rope_mm.hf.stand_in import ENDS_IN_PICTURE, scheme_of
 from rope_mm.positions import place_rows
+from rope_mm.rotation import widest
 from rope_mm.scheme import Scheme
 from rope_mm.segments import Image, Segment, Video, story_of
 
@@ -87,7 +88,6 @@ def place_inputs(
         kinds = torch.zeros_like(input_ids)
         for kind, name in ((IMAGES, "image_token_id"), (VIDEOS, "video_token_id")):
             kinds[input_ids == getattr(config, name, None)] = kind
-    wide = torch.float32 if input_ids.device.type == "mps" else torch.float64
     positions = torch.zeros(*input_ids.shape, len(scheme.axes), dtype=torch.float64)
     ahead = torch.zeros(len(input_ids), 1)
     for row, (kind, there) in enumerate(zip(kinds.cpu(), mask.cpu(), strict=True)):
@@ -96,21 +96,20 @@ def place_inputs(
     if left := [str(picture) for pictures in seen.values() for picture in pictures]:
         came = ", ".join(left)
         raise ValueError(f"grids came for {came}, but there are no tokens left for them to stand on")
-    return positions.to(input_ids.device, wide), mask, ahead.to(input_ids.device)
+    return positions.to(input_ids.device, widest(input_ids.device)), mask, ahead.to(input_ids.device)
 
 
 def read_grids(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[Segment]]:
     """Images and videos in their order, in merged patches."""
-    merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1)
-    told = [inputs.get(f"{kind}_grid_thw") for kind in ("image", "video")]
-    images, videos = ([] if grids is None else torch.as_tensor(grids).tolist() for grids in told)
-    seconds = inputs.get("second_per_grid_ts")
-    paces = [1.0] * len(videos) if seconds is None else map(float, seconds)
+    side = getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1)
+    merge, told = (
+        torch.tensor((1, side, side)),
+        [inputs.get(f"{kind}_grid_thw") for kind in ("image", "video")],
+    )
+    images, videos = ([] if x is None else (torch.as_tensor(x).cpu() // merge).tolist() for x in told)
+    paces = inputs.get("second_per_grid_ts")
+    paces = [1.0] * len(videos) if paces is None else map(float, paces)
     return {
-        IMAGES: [
-            Video(t, y // merge, x // merge) if t > 1 else Image(y // merge, x // merge) for t, y, x in images
-        ],
-        VIDEOS: [
-            Video(t, y // merge, x // merge, pace) for (t, y, x), pace in zip(videos, paces, strict=True)
-        ],
+        IMAGES: [Video(t, y, x) if t > 1 else Image(y, x) for t, y, x in images],
+        VIDEOS: [Video(t, y, x, pace) for (t, y, x), pace in zip(videos, paces, strict=True)],
     }

@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rope_mm.hf.patches import PIXELS, ask_patches
+from rope_mm.hf.patches import PIXELS, centres_in_radians, image_of
 from rope_mm.hf.saving import NotSetYet
-from rope_mm.kernels import Form, Turn, make_turn
+from rope_mm.kernels import Form
 from rope_mm.rope_parameters import from_hf_config, read_head_dim
 from rope_mm.scheme import Scheme
 from rope_mm.tables import fill_tables, find_pairing, read_tables, split_tables
@@ -45,7 +45,7 @@ class ModelRope:
         pairing: the channels that its function turns together, found by turning unit vectors.
         axes: a tower's coordinates in the order in which it has them.
         scheme: ours with the same Omega within float32's rounding, where the family is known.
-        error: by how much its tables differ from the module's, 0 where it is positions @ Omega.
+        bent: why it is no positions @ Omega, bit for bit; nothing where it is.
     """
 
     omega: tuple[tuple[float, ...], ...]
@@ -56,7 +56,7 @@ class ModelRope:
     pairing: str = "half"
     axes: tuple[str, ...] = ()
     scheme: Scheme | None = None
-    error: float = 0.0
+    bent: str = ""
 
     @property
     def pairs(self) -> int:
@@ -69,9 +69,10 @@ class ModelRope:
         angle: Any = sum(positions[..., axis, None].float() * row for axis, row in enumerate(omega))
         return angle
 
-    def turn(self, positions: Tensor, dtype: torch.dtype) -> Turn:
-        """The work of one forward, for attention that rotates by our op."""
-        return make_turn(positions, torch.tensor(self.omega), Form(self.pairing, factor=self.factor), dtype)
+    @property
+    def form(self) -> Form:
+        """How angles turn channels."""
+        return Form(self.pairing, factor=self.factor)
 
     def tables(self, angle: Tensor, factor: float, dtype: torch.dtype) -> Any:
         """Tables of angles (..., r) as the model expects them."""
@@ -88,25 +89,11 @@ def frequencies(module: nn.Module) -> list[Tensor]:
 def read_module(module: nn.Module, owner: nn.Module) -> dict[str | None, ModelRope]:
     """What a module does, for each type of layer that it tells apart, None for all of them."""
     kinds, config = getattr(module, "rope_type", None), getattr(module, "config", None)
-    layers = list(kinds) if isinstance(kinds, dict) else [None]
-    return {layer: named(read_layer(module, layer), owner, config, layer) for layer in layers}
-
-
-def refuse_bent(module: nn.Module, ropes: dict[str | None, ModelRope]) -> None:
-    """Refuse what is not positions @ Omega, bit for bit."""
-    kinds = getattr(module, "rope_type", "default")
-    for layer, rope in ropes.items():
-        kind = kinds[layer] if isinstance(kinds, dict) else kinds
-        if "dynamic" in str(kind) or kind == "longrope":
-            why = f"has rope_type {kind!r}, whose angles depend on the longest position and are"
-        elif rope.error != 0:
-            why = f"has tables that differ by {rope.error:.1e} from what could be read, so they are"
-        else:
-            continue
-        raise ValueError(
-            f"{type(module).__name__} {why} no positions @ Omega; give set_rope a scheme, with a fixed "
-            "extension such as YaRN where contexts are long"
-        )
+    layers = kinds if isinstance(kinds, dict) else {None: kinds}
+    return {
+        layer: named(read_layer(module, layer, str(kind)), owner, config, layer)
+        for layer, kind in layers.items()
+    }
 
 
 def spare(module: nn.Module) -> nn.Module:
@@ -119,60 +106,58 @@ def spare(module: nn.Module) -> nn.Module:
     return made.eval()
 
 
-def ask(module: nn.Module, call: str, p: Tensor, layer: str | None, dtype: torch.dtype) -> Any:
-    """Tables of positions p (s, a), told in this way; None where the module takes or gives others."""
-    device, layers = next(module.buffers()).device, [layer] if layer else []
-    try:
-        tables = module(torch.zeros(1, 1, 1).to(device, dtype), CALLS[call][1](p.to(device)), *layers)
-        fits = all(x.shape[:-1].numel() == len(p) for x in split_tables(tables))
-    except NO_ANSWER:
-        return None
-    return tables if fits else None
+def questions(module: nn.Module, layer: str | None) -> Iterator[tuple[str, str, Tensor, tuple[Any, ...]]]:
+    """Ways to call a module: name, axes, positions (s, a), the origin and steps among them, and arguments."""
+    device, draw = next(module.buffers()).device, torch.Generator().manual_seed(0)
+    for call, (axes, shape) in CALLS.items():
+        a = len(axes)
+        far = torch.randint(0, 4096, (8, a), generator=draw)
+        p = torch.cat((torch.zeros(1, a, dtype=torch.long), torch.eye(a, dtype=torch.long), far)).to(device)
+        yield call, axes, p, (torch.zeros(1, 1, 1, device=device), shape(p), *([layer] if layer else ()))
+    config: Any = getattr(module, "config", None)
+    with suppress(*NO_ANSWER):
+        image = torch.zeros(1, 1, *image_of(config, 9, 11), device=device)  # odd: one patch is in the middle
+        yield PIXELS, "yx", centres_in_radians(config, image, training=False), (image,)
 
 
 def answers(module: nn.Module, layer: str | None) -> tuple[str, str, Tensor, Any, Any]:
-    """How a module is told positions, their axes, some (s, a), and its tables in float32 and bfloat16.
-
-    The first positions are the origin and a step on each axis.
-    """
-    draw, dtypes = torch.Generator().manual_seed(0), (torch.float32, torch.bfloat16)
-    for call, (axes, _) in CALLS.items():
-        a = len(axes)
-        far = torch.randint(0, 4096, (8, a), generator=draw)
-        p = torch.cat((torch.zeros(1, a, dtype=torch.long), torch.eye(a, dtype=torch.long), far))
-        exact, low = (ask(module, call, p, layer, dtype) for dtype in dtypes)
-        if exact is not None:
-            return call, axes, p, exact, low
-    with suppress(*NO_ANSWER):
-        p, exact, low = ask_patches(module, *dtypes)
-        return PIXELS, "yx", p, exact, low
+    """How a module is told positions, their axes, some (s, a), and its tables in float32 and bfloat16."""
+    for call, axes, p, (x, *more) in questions(module, layer):
+        with suppress(*NO_ANSWER):
+            exact, low = (module(x.to(dtype), *more) for dtype in (torch.float32, torch.bfloat16))
+            if all(x.shape[:-1].numel() == len(p) for x in split_tables(exact)):
+                return call, axes, p, exact, low
     raise ValueError(
         f"{type(module).__name__} takes positions and gives tables in no known way; served are "
         f"{', '.join(CALLS)} and {PIXELS}, with (cos, sin) for an answer"
     )
 
 
-def read_layer(module: nn.Module, layer: str | None) -> ModelRope:
+def read_layer(module: nn.Module, layer: str | None, kind: str) -> ModelRope:
     """What a rotary module does at every position, from what it does a step from the origin."""
     module = spare(module)
     call, axes, p, exact, low = answers(module, layer)
-    own, step = torch.cat([x.flatten() for x in frequencies(module)]), p[1, 0].item()
-    # in float64, where a frequency times a step divided by it is itself; on the CPU, which has float64
-    tables = exact.cpu() if isinstance(exact, Tensor) else [x.cpu() for x in exact]
-    spread, omega, factor = read_tables(tables, len(axes), own.cpu().double() * step)
-    wide = low is not None and split_tables(low)[0].dtype == torch.float32
-    told = tuple(map(tuple, (omega / step).float().tolist()))
-    rope = ModelRope(told, factor, call, spread, wide, axes=tuple(axes))
-    ours = rope.tables(rope.angles(p.to(own.device)), factor, torch.float32)
+    spread, omega, factor = read_tables(exact, p, torch.cat([x.flatten() for x in frequencies(module)]))
+    wide = split_tables(low)[0].dtype == torch.float32
+    rope = ModelRope(tuple(map(tuple, omega.tolist())), factor, call, spread, wide, axes=tuple(axes))
+    ours = rope.tables(rope.angles(p), factor, torch.float32)
     pairs = zip(split_tables(ours), split_tables(exact), strict=True)
-    return replace(rope, error=max((x - y).abs().max().item() for x, y in pairs))
+    if error := max((x.flatten() - y.flatten()).abs().max().item() for x, y in pairs):
+        rope = replace(rope, bent=f"has tables that differ by {error:.1e} from what could be read")
+    if "dynamic" in kind or kind == "longrope":
+        rope = replace(rope, bent=f"has rope_type {kind!r}, whose angles depend on the longest position")
+    return rope
 
 
-def callers(owner: nn.Module, pattern: re.Pattern[str]) -> list[tuple[nn.Module, str]]:
-    """Modules of an owner whose own forward looks such a global up, and its name."""
-    forwards = [(module, inspect.unwrap(type(module).forward)) for module in owner.modules()]
-    seen = [(module, name) for module, forward in forwards for name in forward.__code__.co_names]
-    return [(module, name) for module, name in seen if pattern.match(name)]
+def called(module: nn.Module, pattern: re.Pattern[str]) -> list[str]:
+    """Names of such globals as a module's own forward looks up."""
+    return list(filter(pattern.match, inspect.unwrap(type(module).forward).__code__.co_names))
+
+
+def callers(owner: nn.Module, pattern: re.Pattern[str]) -> list[nn.Module]:
+    """Modules of an owner whose own forward looks such a global up, attention to other sequences left out."""
+    mine = (module for module in owner.modules() if "cross" not in type(module).__name__.lower())
+    return [module for module in mine if called(module, pattern)]
 
 
 def paired(rope: ModelRope, owner: nn.Module) -> str:
@@ -182,8 +167,9 @@ def paired(rope: ModelRope, owner: nn.Module) -> str:
     if not found or any(p.is_meta for p in owner.parameters()):
         return told
     # DeepSeek's attention names two functions, and its config says which of them it calls
-    module, name = found[0 if getattr(getattr(owner, "config", None), "rope_interleave", True) else -1]
-    turn, unit = inspect.unwrap(type(module).forward).__globals__[name], torch.eye(2 * r)[None, None]
+    first = getattr(getattr(owner, "config", None), "rope_interleave", True)
+    name = called(found[0], APPLY)[0 if first else -1]
+    turn, unit = inspect.unwrap(type(found[0]).forward).__globals__[name], torch.eye(2 * r)[None, None]
     angle = torch.linspace(0.5, 1, r).expand(1, 2 * r, r)
     try:
         q, _ = turn(unit, unit, *rope.tables(angle, 1.0, torch.float32))

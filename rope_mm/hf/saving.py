@@ -6,13 +6,17 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_mm.scheme import Scheme
 
 NAME = "rope_mm"
-WAITS = "this model was saved with a scheme; call rope_mm.hf.set_rope(model) first"
+WAITS = (
+    "this model was saved with a scheme; call rope_mm.hf.set_rope(model) first, of a part of a model with "
+    "that part"
+)
 
 
 class NotSetYet:
@@ -31,17 +35,28 @@ def not_yet(config: Any, *_: Any, layer_type: str | None = None, **__: Any) -> t
     return torch.linspace(1, 0.1, pairs), NotSetYet()
 
 
-def refuse(*_: Any, **__: Any) -> None:
+def wait(*_: Any, **__: Any) -> None:
     """The attention of a model that waits for its scheme."""
     raise ValueError(WAITS)
 
 
+def choose_attention(config: Any, name: Any) -> None:
+    """When a caller or a config around it tells a config its attention: one that waits goes on waiting."""
+    rope = vars(config).get("rope_parameters") or {}
+    waits = NAME in rope and rope.get("rope_type") != NAME and "attn_implementation" not in vars(config)
+    if waits and name not in (None, NAME):
+        config.asked_attention = name
+    ATTENTION.fset(config, NAME if waits else name)
+
+
 ROPE_INIT_FUNCTIONS[NAME] = not_yet  # pyright: ignore[reportArgumentType]
-ALL_ATTENTION_FUNCTIONS.register(NAME, refuse)
+ALL_ATTENTION_FUNCTIONS.register(NAME, wait)
+ATTENTION: Any = PreTrainedConfig._attn_implementation
+PreTrainedConfig._attn_implementation = ATTENTION.setter(choose_attention)
 
 
-def write(config: Any, schemes: dict[str | None, Scheme], by_rope: bool) -> None:
-    """Enter schemes, one for each type of layer, in a config, whose models, loaded, wait for `set_rope`.
+def entries(config: Any, schemes: dict[str | None, Scheme], by_rope: bool) -> dict[str, Any]:
+    """What a config that holds schemes, one for each type of layer, says; models loaded wait for `set_rope`.
 
     Where `rope_type` cannot make them wait, for towers know one and others none, their attention does.
     """
@@ -51,33 +66,27 @@ def write(config: Any, schemes: dict[str | None, Scheme], by_rope: bool) -> None
         layer: {**(old.get(layer) if layer else old), **kind, NAME: scheme.to_dict()}
         for layer, scheme in schemes.items()
     }
-    config.rope_parameters = new.get(None) or {**old, **new}
-    if not by_rope:
-        config.attn_implementation = NAME
+    rope = {"rope_parameters": new.get(None) or {**old, **new}}
+    return rope if by_rope else {**rope, "attn_implementation": NAME}
 
 
 def wake(model: Any) -> None:
     """Give a model that was loaded and waits the attention that it would have."""
     if getattr(model.config, "_attn_implementation", None) == NAME:
-        model.set_attn_implementation(model._check_and_adjust_attn_implementation(None))
-
-
-def restore(config: Any, rope_parameters: Any) -> None:
-    """Undo `write`."""
-    config.rope_parameters = rope_parameters
-    vars(config).pop("attn_implementation", None)
+        asked = vars(model.config).pop("asked_attention", None)
+        model.set_attn_implementation(model._check_and_adjust_attn_implementation(asked))
 
 
 def read(config: Any, layer: str | None) -> Scheme:
     """The scheme that a config was given for layers of this type."""
     rope = getattr(config, "rope_parameters", None) or {}
-    entries = (rope.get(layer) or {}) if layer else rope
-    if NAME not in entries:
+    told = (rope.get(layer) or {}) if layer else rope
+    if NAME not in told:
         raise ValueError(
             f"{type(config).__name__} holds no scheme of ours; give set_rope one, or load a model that was "
             "saved after set_rope"
         )
-    return Scheme.from_dict(entries[NAME])
+    return Scheme.from_dict(told[NAME])
 
 
 def fill_learned(learned: Tensor, folder: str, key: str) -> None:
@@ -88,6 +97,6 @@ def fill_learned(learned: Tensor, folder: str, key: str) -> None:
                 learned.data.copy_(weights.get_tensor(name))
                 return
     raise ValueError(
-        f"the saved Omega was learned, but no *.safetensors in {folder!r} holds {key!r}; load the model from "
-        "the folder where it was saved"
+        f"the saved Omega was learned, but no *.safetensors in {folder!r} holds {key!r}; set name_or_path of "
+        "the model, or of the part that set_rope is given, to the folder where it was saved"
     )

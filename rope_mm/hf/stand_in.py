@@ -1,6 +1,7 @@
 """The module that stands where a model's rotary module stood, and what goes on around its owner's forward."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,11 +10,11 @@ from torch import Tensor, nn
 from rope_mm import rotation
 from rope_mm.hf.patches import centres_in_radians, place_patches
 from rope_mm.hf.reading import OF_WORDS, ModelRope, frequencies
+from rope_mm.kernels import make_turn
 from rope_mm.rotary import Rotary
 from rope_mm.scheme import Scheme
 
 Runs = Rotary | ModelRope
-Undo = list[Callable[[], Any]]
 ENDS_IN_PICTURE = (
     "the prompt ends in a picture, and the word behind it does not stand one step further on; end it with a "
     "word, such as the token that closes a picture"
@@ -39,7 +40,7 @@ class RopeMMRotaryEmbedding(nn.Module):
         self.runs, self.asked, self.original = runs, asked, original
         self.learned = nn.ModuleList(rope for rope in runs.values() if isinstance(rope, Rotary))
         self.config, self.rope_type, self.turns = config, "default", not asked
-        self.undo: Undo = []
+        self.undo: list[Callable[[], Any]] = []
         self.coords: Tensor | None = None
         self.call = next((rope.call for rope in asked.values()), "")
         self.axes = len(self.first.omega)
@@ -49,6 +50,14 @@ class RopeMMRotaryEmbedding(nn.Module):
         """What it runs in layers of the first type; positions are the same for all."""
         return next(iter(self.runs.values()))
 
+    def put(self, target: Any, name: str, value: Any) -> None:
+        """Set an attribute of a module or a config, and note how to undo it."""
+        had = {**vars(target), **getattr(target, "_modules", {})}
+        self.undo.append(
+            partial(setattr, target, name, had[name]) if name in had else partial(delattr, target, name)
+        )
+        setattr(target, name, value)
+
     def take_back(self, left: int = 0) -> None:
         """Undo all but the first changes."""
         while len(self.undo) > left:
@@ -57,27 +66,26 @@ class RopeMMRotaryEmbedding(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor | None = None, layer_type: str | None = None):
         layer = layer_type if layer_type in self.runs else None
         rope, asked = self.runs[layer], self.asked[layer]
-        if isinstance(rope, Rotary) and rope.omega.is_meta:
+        positions, omega = self.positions(x, position_ids, rope, asked), torch.as_tensor(rope.omega)
+        if omega.is_meta:
             raise ValueError(
                 "the learned Omega is on the meta device, as when accelerate offloads it; keep the rotary "
                 "module on a device, by a line of its own in device_map"
             )
-        ids = position_ids
-        positions = self.patches(x, rope) if ids is None else self.positions(ids, rope, asked)
         if self.turns:
-            turn = rope.turn(positions, x.dtype)
+            turn = make_turn(positions, omega, rope.form, x.dtype)
             return turn, turn
-        if isinstance(rope, ModelRope):
-            return rope.tables(rope.angles(positions), rope.factor, x.dtype)
-        return asked.tables(rotation.angles(positions, rope.omega)[..., 0, :], rope.form.factor, x.dtype)
+        own = isinstance(rope, ModelRope)
+        angle = rope.angles(positions) if own else rotation.angles(positions, omega)[..., 0, :]
+        return asked.tables(angle, rope.form.factor, x.dtype)
 
-    def patches(self, pixels: Tensor, rope: Runs) -> Tensor:
-        """Positions (s, a) of patches where the model hands over the image, as DINOv3 does."""
-        told = self.config, pixels, self.original.training
-        return centres_in_radians(*told) if isinstance(rope, ModelRope) else place_patches(rope.scheme, *told)
-
-    def positions(self, ids: Tensor, rope: Runs, asked: ModelRope) -> Tensor:
-        """Positions (..., s, a) from what the model hands over."""
+    def positions(self, x: Tensor, ids: Tensor | None, rope: Runs, asked: ModelRope) -> Tensor:
+        """Positions (..., s, a) from what the model hands over, which is an image where it has no `ids`."""
+        if ids is None:
+            told = self.config, x, self.original.training
+            if isinstance(rope, ModelRope):
+                return centres_in_radians(*told)
+            return place_patches(rope.scheme, *told)
         if self.call in OF_WORDS:
             if self.coords is not None:
                 return self.coords
@@ -91,9 +99,10 @@ class RopeMMRotaryEmbedding(nn.Module):
 
     def split_positions(self, owner: nn.Module, args: tuple, kwargs: dict[str, Any]):
         """Before the owner's forward: (1 + a, b, s) position_ids become token positions and coordinates."""
-        self.coords, ids, a = None, kwargs.get("position_ids"), self.axes
+        self.coords, a = None, self.axes
+        ids, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
         if ids is None or ids.dim() != 3:
-            if getattr(kwargs.get("past_key_values"), "rope_mm_placed", False):
+            if hasattr(cache, "rope_mm_ended"):
                 raise ValueError(
                     "this cache was filled at given positions, so what follows needs its own: position_ids "
                     f"(1 + {a}, b, s), as `positions_for` makes them for the whole story"
@@ -110,17 +119,16 @@ class RopeMMRotaryEmbedding(nn.Module):
         kept = ids[0].long()
         if rows == 1 + a:
             refuse_leak(owner, kept, kwargs)
-            refuse_step(ids[0], kwargs.get("past_key_values"))
+            refuse_step(ids[0], cache)
         if native:  # such models split four rows themselves, and three have no token positions
-            told = rows == 1 + a or (rows == 4 and a != 4)
-            kept = torch.cat((kept[None], *(ids[:1],) * 3)) if told else ids[:1].expand(3, -1, -1)
+            kept = kept.expand(4 if rows == 1 + a or rows == 4 != a else 3, -1, -1)
         return args, {**kwargs, "position_ids": kept}
 
     def mark_cache(self, _owner: nn.Module, _args: tuple, _kwargs: dict[str, Any], out: Any) -> None:
         """After the owner's forward: its cache knows that positions were given."""
         cache = getattr(out, "past_key_values", None)
         if self.coords is not None and cache is not None and not torch.compiler.is_compiling():
-            cache.rope_mm_placed = True
+            vars(cache).setdefault("rope_mm_ended", False)
         self.coords = None
 
     def extra_repr(self) -> str:

@@ -1,25 +1,16 @@
 """A model's rotary module changed for one that runs a scheme, and changed back."""
 
 from dataclasses import dataclass
-from functools import partial
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from rope_mm.hf.attentions import (
-    attentions,
-    bare_site,
-    check_same,
-    exchange,
-    probe,
-    tell_attention,
-    turn_both,
-)
-from rope_mm.hf.fitting import make_stand_in
+from rope_mm.hf.attentions import ATTEND, bare_site, check_same, exchange, probe, tell_attention, turn_both
+from rope_mm.hf.fitting import make_stand_in, refuse
 from rope_mm.hf.placing import METHODS, methods_of
-from rope_mm.hf.reading import APPLY, OF_WORDS, callers, read_module, refuse_bent
-from rope_mm.hf.saving import fill_learned, restore, wake, write
+from rope_mm.hf.reading import APPLY, OF_WORDS, callers, read_module
+from rope_mm.hf.saving import entries, fill_learned, wake
 from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, Site, describe, sites
 
 
@@ -43,7 +34,11 @@ def ropes_of(site: Site) -> dict[str | None, Any]:
     if site.ours:
         return dict(site.module.runs)
     ropes = read_module(site.module, site.owner)
-    refuse_bent(site.module, ropes)
+    for bent in filter(None, (rope.bent for rope in ropes.values())):
+        raise ValueError(
+            f"{type(site.module).__name__} {bent}, so it is no positions @ Omega; give set_rope a scheme, "
+            "with a fixed extension such as YaRN where contexts are long"
+        )
     return ropes
 
 
@@ -90,27 +85,23 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
     for site, rotary in swaps:
         enter(site, rotary)
         for part, name in methods_of(model) if rotary.learned else ():
-            vars(part)[name] = MethodType(METHODS[name], part)
-            rotary.undo.append(partial(delattr, part, name))
+            rotary.put(part, name, MethodType(METHODS[name], part))
     return Handle(model)
 
 
 def enter(site: Site, rotary: RopeMMRotaryEmbedding) -> None:
-    """Put our module in its place, and note how to undo it."""
-    _, owner, leaf, original = site
-    undo, config = rotary.undo, rotary.config
-    undo.append(partial(setattr, owner, leaf, original) if original else partial(delattr, owner, leaf))
-    setattr(owner, leaf, rotary)
+    """Put our module in its place, its scheme in the config, and hooks around the owner's forward."""
+    owner, config = site.owner, rotary.config
+    rotary.put(owner, site.leaf, rotary)
     if config and len(rotary.learned) == len(rotary.runs):
-        undo.append(partial(restore, config, getattr(config, "rope_parameters", None)))
         schemes: Any = {layer: rope.scheme for layer, rope in rotary.runs.items()}
-        write(config, schemes, by_rope=rotary.call in OF_WORDS)
+        for name, value in entries(config, schemes, by_rope=rotary.call in OF_WORDS).items():
+            rotary.put(config, name, value)
         wake(owner)
-    if not original:
-        return tell_attention(owner, undo)
-    undo.append(owner.register_forward_pre_hook(rotary.split_positions, with_kwargs=True).remove)
-    if rotary.call != "rows":
-        undo.append(owner.register_forward_hook(rotary.mark_cache, with_kwargs=True).remove)
+    if not site.module:
+        return tell_attention(owner, rotary)
+    rotary.undo.append(owner.register_forward_pre_hook(rotary.split_positions, with_kwargs=True).remove)
+    rotary.undo.append(owner.register_forward_hook(rotary.mark_cache, with_kwargs=True).remove)
 
 
 def unset_rope(model: nn.Module) -> None:
@@ -127,7 +118,7 @@ def unset_rope(model: nn.Module) -> None:
 
 
 def use_kernels(model: nn.Module) -> Handle:
-    """Rotate queries and keys of a decoder by our op: the kernel on a GPU, the definition elsewhere.
+    """Rotate queries and keys of a decoder or a DINOv3 by our op: a kernel on a GPU, else the definition.
 
     A small forward before and after proves that our path runs and agrees; `undo` takes the model's rope back.
 
@@ -135,23 +126,25 @@ def use_kernels(model: nn.Module) -> Handle:
         ValueError: a family whose attention calls no function that can be replaced, or answers that differ;
             the model is as it was.
     """
-    found = [module for site in sites(model) for module, _ in callers(site.owner, APPLY)]
-    name, *others = sorted({type(module).__name__ for module in found}) or [type(model).__name__]
-    if others:
-        raise ValueError(f"{', '.join((name, *others))} rotate in their own ways, and our op has one for all")
-    if not found:
-        raise ValueError(f"{name} has no attention with a rotary function of its own to replace")
-    if any("forward" in vars(module) and "_old_forward" not in vars(module) for module in found):
-        raise ValueError(f"{name} has had its forward replaced; call use_kernels before that")
+    found = [module for site in sites(model) for module in callers(site.owner, APPLY)]
+    kinds = {type(module).__name__ for module in found}
+    name, own = ", ".join(sorted(kinds)) or type(model).__name__, [vars(module) for module in found]
+    replaced = any("forward" in names and "_old_forward" not in names for names in own)
+    refuse(
+        {
+            f"{name} rotate in their own ways, and our op has one for all": len(kinds) > 1,
+            f"{name} has no attention with a rotary function of its own to replace": not found,
+            f"{name} has had its forward replaced; call use_kernels before that": replaced,
+        }
+    )
     if fresh := not any(site.ours for site in sites(model)):
         set_rope(model, rope_of(model))
     places = [(site.owner, site.module, 0 if fresh else len(site.module.undo)) for site in sites(model)]
     try:
         before = [probe(owner) for owner, *_ in places]
         for owner, rotary, _ in places:
-            rotary.turns = True
-            rotary.undo.append(partial(setattr, rotary, "turns", False))
-            exchange(rotary.undo, callers(owner, APPLY), turn_both)
+            rotary.put(rotary, "turns", True)
+            exchange(rotary, owner, APPLY, turn_both)
         check_same(before, [probe(owner) for owner, *_ in places])
     except Exception as error:
         for _, rotary, left in places:
@@ -166,7 +159,7 @@ def explain(model: nn.Module) -> None:
     """Print what each rotary place of a model runs."""
     for site in sites(model):
         bare = site.ours and not site.module.asked
-        name = f"{len(attentions(site.owner))} attention modules" if bare else site.name
+        name = f"{len(callers(site.owner, ATTEND))} attention modules" if bare else site.name
         how = "our op" if site.ours and site.module.turns else "the model's own function"
         try:
             told = {layer: describe(rope) for layer, rope in ropes_of(site).items()}

@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from rope_mm.attention import sees
+from rope_mm.rotation import widest
 from rope_mm.scheme import Scheme
 
 
@@ -21,7 +22,7 @@ def to_border(positions: Tensor, mask: Tensor) -> Tensor:
 
 def walk(scheme: Scheme, count: Tensor) -> Tensor:
     """Positions (b, s, a) of words that stand at these numbers (b, s) of their row."""
-    wide = torch.float32 if count.device.type == "mps" else torch.float64
+    wide = widest(count.device)
     origin, step = (torch.tensor(x, dtype=wide, device=count.device) for x in scheme.word_line)
     return origin + count[..., None].to(wide) * step
 

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rope_mm.data.documents import Document, Shown, first_fit
 from rope_mm.models.processing_rope_mm import RopeMMProcessor
 from rope_mm.models.stories import PADDING, Row, Sequences, lay_out, side_by_side
+from rope_mm.rotation import widest
 from rope_mm.run.speed import count_pairs
 
 Times = Callable[[int, torch.Generator], Tensor]
@@ -111,11 +112,11 @@ class Pack:
 
 def moved(batch: Batch, device: torch.device | str) -> Batch:
     """A dataclass of tensors on another device, positions in float32 where it has no float64."""
-    narrow = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    wide = widest(device)
 
     def move(part: Any) -> Any:
         if isinstance(part, Tensor):
-            return part.to(device, narrow if part.dtype == torch.float64 else part.dtype)
+            return part.to(device, wide if part.dtype == torch.float64 else part.dtype)
         return part if part is None else moved(part, device)
 
     entries = {field.name: move(getattr(batch, field.name)) for field in fields(batch)}  # pyright: ignore

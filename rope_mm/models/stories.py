@@ -14,6 +14,7 @@ from rope_mm.attention import ranks
 from rope_mm.lattice import in_blocks
 from rope_mm.models.border import to_border
 from rope_mm.models.vocabulary import word_tokenizer
+from rope_mm.rotation import widest
 from rope_mm.scheme import Scheme
 from rope_mm.segments import Segment, Text
 
@@ -41,9 +42,9 @@ class Sequences:
 
     def to(self, device: torch.device | str) -> "Sequences":
         """The same on another device, positions in float32 where it has no float64."""
-        narrow = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        wide = widest(device)
         columns = (getattr(self, field.name) for field in fields(self))
-        return Sequences(*(x.to(device, narrow if x.is_floating_point() else x.dtype) for x in columns))
+        return Sequences(*(x.to(device, wide if x.is_floating_point() else x.dtype) for x in columns))
 
     def cycle(self, rows: int) -> "Sequences":
         """So many rows: the first ones, or all and then again from the top."""

@@ -46,6 +46,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_mm import SCHEMES, Image, Rotary, Scheme, Still, Text, rotate
 from rope_mm.hf import positions_for, rope_of, set_rope, unset_rope, use_kernels
+from rope_mm.kernels import Turn
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 STRIDED = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
@@ -386,6 +387,37 @@ def test_dinov3_compiles_to_one_graph_for_each_size(dinov3):
     compiled = torch.compile(dinov3, fullgraph=True, backend="aot_eager", dynamic=False)
     for size in SIZES:
         assert (seen_by(compiled, size) - seen_by(dinov3, size)).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("scheme", [None, "rope-vit-axial"])
+def test_our_op_rotates_the_patches_of_dinov3_and_leaves_its_class_token(dinov3, scheme):
+    own = [seen_by(dinov3, size) for size in SIZES]
+    if scheme:
+        set_rope(dinov3, scheme, pairing="half")
+    other, handle = copy.deepcopy(dinov3), use_kernels(dinov3)
+    turn, _ = dinov3.rope_embeddings(torch.zeros(1, 3, 16, 24))
+    assert isinstance(turn, Turn) and len(turn.positions) == 24
+    for size in SIZES:
+        ours, theirs = seen_by(dinov3, size), seen_by(other, size)
+        assert (ours - theirs).abs().max() < 1e-5
+        for out in (ours, theirs):
+            out.square().mean().backward()
+    for mine, others in zip(dinov3.parameters(), other.parameters(), strict=True):
+        assert mine.grad is others.grad or torch.allclose(mine.grad, others.grad, rtol=1e-3, atol=1e-6)
+    handle.undo()
+    assert all(torch.equal(seen_by(dinov3, size), x) for size, x in zip(SIZES, own, strict=True))
+
+
+def test_our_op_follows_the_patches_that_training_moves(dinov3):
+    dinov3.config.pos_embed_jitter = 1.5
+    other = copy.deepcopy(dinov3)
+    use_kernels(dinov3)
+    outs = []
+    for model in (dinov3, other):
+        torch.manual_seed(3)
+        outs.append(seen_by(model.train(), (16, 20)))
+    assert (outs[0] - outs[1]).abs().max() < 1e-5
+    assert not torch.allclose(outs[0], seen_by(other.eval(), (16, 20)), atol=1e-2)
 
 
 def test_llava_and_smolvlm_are_unchanged_by_the_rope_of_their_text():

@@ -3,8 +3,14 @@ import torch
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PixtralVisionConfig,
     PixtralVisionModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     ViTConfig,
     ViTModel,
 )
@@ -133,3 +139,85 @@ def test_where_nobody_knows_our_schemes_the_model_does_not_load(tiny, tmp_path, 
         ViTModel.from_pretrained(tmp_path / "vit")
     with pytest.raises(KeyError, match="rope_mm"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+
+
+def llava():
+    """A composite whose tower, CLIP's, has no rotary, and whose text has one."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    eyes = CLIPVisionConfig(**sizes, image_size=16, patch_size=4)
+    text = LlamaConfig(**sizes, vocab_size=20)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=eyes, text_config=text, image_token_id=9)
+    ).eval()
+
+
+def qwen():
+    """A composite whose tower has a rotary of its own."""
+    torch.manual_seed(0)
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 2, "vocab_size": 20}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    eyes = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
+    config = Qwen2VLConfig(text_config=text, vision_config=eyes, image_token_id=9, video_token_id=10)
+    return Qwen2VLForConditionalGeneration(config).eval()
+
+
+def seen(model):
+    """Logits of four words and an image."""
+    ids = torch.tensor([[1, 2, *[9] * (16 if model.config.model_type == "llava" else 4), 3, 4]])
+    pixels = torch.linspace(-1, 1, 16 * 96).view(16, 96)
+    inputs = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    inputs["mm_token_type_ids"] = (ids == 9).int()
+    if model.config.model_type == "llava":
+        inputs = {"pixel_values": pixels.flatten()[:768].view(1, 3, 16, 16)}
+    with torch.no_grad():
+        return model(ids, **inputs).logits
+
+
+@pytest.mark.parametrize("attention", [None, "eager"])
+@pytest.mark.parametrize(("make", "tower"), [(llava, "vision_tower"), (qwen, "visual")])
+def test_a_composite_of_which_the_tower_alone_has_a_scheme_waits_for_it(tmp_path, make, tower, attention):
+    model = make()
+    before = seen(model)
+    set_rope(getattr(model.model, tower), "rope-vit-axial", theta=50.0, pairing="half", layout="grid")
+    assert not torch.equal(seen(model), before)
+    model.save_pretrained(tmp_path)
+    told = {"attn_implementation": attention} if attention else {}
+    loaded = type(model).from_pretrained(tmp_path, **told).eval()
+    with pytest.raises(ValueError, match=r"set_rope\(model\) first, of a part of a model with that part"):
+        seen(loaded)
+    part = getattr(loaded.model, tower)
+    set_rope(part)
+    assert part.config._attn_implementation == (attention or "sdpa")
+    assert torch.allclose(seen(loaded), seen(model), rtol=1e-4, atol=1e-5)
+    assert attention or torch.equal(seen(loaded), seen(model))
+
+
+def test_the_learned_omega_of_a_tower_is_read_from_the_folder_that_it_names(tmp_path):
+    model = qwen()
+    set_rope(model.model.visual, "rope-vit-axial", pairing="half", layout="grid", learnable=True)
+    with torch.no_grad():
+        rope_of(model.model.visual).learned.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    loaded = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path).eval()
+    tower = loaded.model.visual
+    with pytest.raises(ValueError, match="set name_or_path of the model, or of the part"):
+        set_rope(tower)
+    tower.name_or_path = tmp_path
+    set_rope(tower)
+    assert torch.equal(seen(loaded), seen(model))
+
+
+@pytest.mark.parametrize("attention", [None, "eager", "sdpa"])
+def test_who_asks_for_an_attention_gets_it_once_the_scheme_is_set(tmp_path, attention):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model, pixels = ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4)), torch.randn(1, 3, 16, 16)
+    set_rope(model, "rope-vit-axial")
+    model.save_pretrained(tmp_path)
+    loaded = ViTModel.from_pretrained(tmp_path, **({"attn_implementation": attention} if attention else {}))
+    with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
+        loaded(pixels)
+    set_rope(loaded)
+    assert loaded.config._attn_implementation == (attention or "sdpa")
+    assert torch.allclose(loaded.eval()(pixels)[0], model.eval()(pixels)[0], atol=1e-5)
