@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rope_mm.check import check_rotary
 from rope_mm.choice import Choice
+from rope_mm.markdown import table
 from rope_mm.positions import spell
 from rope_mm.rotary import Rotary
 from rope_mm.scheme import Scheme
@@ -245,9 +246,8 @@ COLUMNS: dict[str, Callable[[Promises], str]] = {
 
 def markdown(rows: list[Promises]) -> str:
     """A table whose first cells are names in code."""
-    lines = [["scheme", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
-    lines += [[f"`{row.scheme}`", *(cell(row) for cell in COLUMNS.values())] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [[f"`{row.scheme}`", *(cell(row) for cell in COLUMNS.values())] for row in rows]
+    return table(["scheme", *COLUMNS], lines)
 
 
 def text(rows: list[Promises]) -> str:

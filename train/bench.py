@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from rope_mm import markdown
 from rope_mm.data import seeded
 from rope_mm.data.documents import Document, Shown
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer, read_config
@@ -111,7 +112,7 @@ def steps_table(sizes: list[Size], rounds: int) -> str:
             goal = f"<= {GOAL}" + ", missed" * (ratio > GOAL) if other == "Llama" else ""
             shape = f"{size.width} x {size.layers}", f"{size.rows} x {size.words}"
             rows.append((*shape, *ms, other, f"{ratio:.2f} ({low:.2f} to {high:.2f})", goal))
-    return report.table(
+    return markdown.table(
         ("width x layers", "words", "ms", "ms of", "the other", "ratio (quartiles)", "goal"), rows
     )
 
@@ -142,7 +143,7 @@ def packing_table(size: Size, rounds: int) -> str:
         rows.append((name, " x ".join(map(str, inputs["input_ids"].shape)), tokens[name], f"{speed:.0f}"))
     low, ratio, high = (x * tokens["packed"] / tokens["padded"] for x in spread(times, "padded", "packed"))
     said = f"packed over padded: {ratio:.2f} ({low:.2f} to {high:.2f}) times the tokens a second"
-    return report.table(("way", "rows", "tokens", "tokens/s"), rows) + f"\n\n{said}"
+    return markdown.table(("way", "rows", "tokens", "tokens/s"), rows) + f"\n\n{said}"
 
 
 def peak_memory(step: Callable[[], None], device: str) -> int:
@@ -206,7 +207,7 @@ def lengths_table(size: Size, lengths: list[int]) -> str:
     """Length of a row against memory and time of its step."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = [row for way in WAYS for row in length_rows(way, size, lengths, device)]
-    return report.table(("attention", "tokens", "MiB at most", "KiB a token", "ms"), rows)
+    return markdown.table(("attention", "tokens", "MiB at most", "KiB a token", "ms"), rows)
 
 
 def share_lines(sizes: list[Size]) -> str:

@@ -12,12 +12,12 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
 
 from adversarial import Adversarial, identify
 from adversarial import main as train
 from tqdm import tqdm
 
+from rope_mm import markdown
 from rope_mm.models.objective import Objective
 from rope_mm.run import checkpoint
 from rope_mm.run.config import run
@@ -81,17 +81,12 @@ def result(config: Adversarial) -> dict[str, float]:
 def table(rows: Runs) -> str:
     """Markdown: a row for each loss, mean ± standard deviation of every mark over the seeds."""
     names = list(next(iter(rows.values()))[0])
-    lines = ["| loss | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
-    for loss, marks in rows.items():
-        columns = [[mark[name] for mark in marks] for name in names]
-        lines.append(f"| {loss} | {len(marks)} | " + " | ".join(map(cell, columns)) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def cell(values: list[float]) -> str:
-    """Mean ± standard deviation; of one value, the value."""
-    spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{mean(values):.4g}{spread}"
+    cells = {
+        loss: [markdown.spread([mark[name] for mark in marks], ".4g", ".2g") for name in names]
+        for loss, marks in rows.items()
+    }
+    lines = [[loss, len(rows[loss]), *row] for loss, row in cells.items()]
+    return markdown.table(["loss", "seeds", *names], lines) + "\n"
 
 
 def draw(path: Path, curves: dict[str, list[list[dict]]], mark: str) -> None:

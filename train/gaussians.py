@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, relu
 from tqdm import tqdm, trange
 
+from rope_mm import markdown
 from rope_mm.data import seeded
 from rope_mm.losses import DISTANCES, GAN_LOSSES, PENALTIES
 from rope_mm.losses.divergences import Curve
@@ -208,16 +209,16 @@ COLUMNS = {"modes": ".1f", "held": ".1f", "least": ".2f", "quality": ".3f", "kl"
 
 
 def table(numbers: dict[str, dict[str, Any]]) -> str:
-    """Lines of a Markdown table: mean ± deviation over seeds, and the processor's seconds for all of them."""
-    lines = [f"| row | {' | '.join(COLUMNS)} | CPU s |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for name, row in numbers.items():
-        of = {key: torch.tensor(row[key], dtype=torch.float64) for key in COLUMNS}
-        cells = [
-            f"{of[key].mean():{form}} ± {of[key].std(correction=int(len(row[key]) > 1)):{form}}"
-            for key, form in COLUMNS.items()
+    """Markdown: mean ± standard deviation over seeds, and the processor's seconds for all of them."""
+    lines = [
+        [
+            name,
+            *(markdown.spread(row[key], form) for key, form in COLUMNS.items()),
+            f"{row['cpu_seconds']:.0f}",
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['cpu_seconds']:.0f} |")
-    return "\n".join(lines)
+        for name, row in numbers.items()
+    ]
+    return markdown.table(["row", *COLUMNS, "CPU s"], lines)
 
 
 def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:

@@ -22,6 +22,7 @@ import report
 import torch
 from torch import Tensor
 
+from rope_mm import markdown
 from rope_mm.kernels import make_turn
 
 TURN = 4  # counted calls of one turn
@@ -117,7 +118,7 @@ def compare(tokens: int, name: str, way: str, rounds: int, clock: Callable[[], f
 def show(rows: list[Row]) -> str:
     """The table, with the goals that are missed."""
     titles = "tokens", "dtype", "pass", "contender", "ms", "beside", "ms", "ratio (quartiles)", "goal"
-    return report.table(
+    return markdown.table(
         titles,
         (
             (

@@ -1,4 +1,4 @@
-"""What a bench found, as a table, a JSON file and where it was found."""
+"""What a bench found, as a JSON file, and where it was found."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,6 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
-
-
-def table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows below their titles, in Markdown."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def version(package: str) -> str:

@@ -28,6 +28,8 @@ from cases import DECODE, DECODES, LAYOUTS, PASSES, SHAPES, Shape, expected, flo
 from contenders import CONTENDERS, OURS
 from torch import Tensor
 
+from rope_mm import markdown
+
 NO_GPU = (
     "There is no GPU here, so nothing is timed; run this where torch.cuda is available, "
     "or list the rows by --dry-run."
@@ -180,7 +182,7 @@ def show(rows: list[Row], compared: bool) -> str:
         )
         for row in rows
     )
-    return report.table(titles, lines)
+    return markdown.table(titles, lines)
 
 
 def goals(rows: list[Row]) -> str:
@@ -201,7 +203,7 @@ def goals(rows: list[Row]) -> str:
         if groups:
             least = min(pick(group) for group in groups.values())
             lines.append((f"time of the {name} peer / ours", f">= {bound}", f"{least:.2f}", least >= bound))
-    return report.table(
+    return markdown.table(
         ("goal", "bound", "least", "reached"), ((*x, "yes" if y else "no") for *x, y in lines)
     )
 
@@ -261,7 +263,7 @@ def main() -> int:
     rows = [plan for plan in plans() if plan.way in flags.passes]
     if flags.dry_run:
         titles = "b s h g d a", "layout", "pass", "contender", "bytes", "here"
-        print(report.table(titles, ((*plan, CONTENDERS[plan.contender].here) for plan in rows)))
+        print(markdown.table(titles, ((*plan, CONTENDERS[plan.contender].here) for plan in rows)))
         return 0
     if not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)

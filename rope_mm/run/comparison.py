@@ -8,6 +8,7 @@ import torch
 from scipy.stats import studentized_range
 from torch import Tensor
 
+from rope_mm import markdown
 from rope_mm.run.checkpoint import write_file
 
 SHUFFLES = 10_000
@@ -72,16 +73,15 @@ def write_table(summary: Summary) -> str:
     text = "Right answers in %, mean ± standard deviation over seeds.\n"
     for kind, tasks in summary.items():
         order = sorted(tasks["all"]["mean"], key=lambda name: -tasks["all"]["mean"][name])
-        rows = [[f"{kind} sizes", *tasks], ["---", *["---:"] * len(tasks)]]
+        rows = []
         for name in order:
-            cells = [
-                (f"{100 * t['mean'][name]:.1f} ± {100 * t['spread'][name]:.1f}", t) for t in tasks.values()
-            ]
+            percent = ([100 * score for score in task["scores"][name]] for task in tasks.values())
+            cells = zip((markdown.spread(scores, ".1f") for scores in percent), tasks.values(), strict=True)
             rows.append([name, *(f"**{cell}**" if name in t["best"] else cell for cell, t in cells)])
         told = ["-" if t["differ"] is None else f"{100 * t['differ']:.1f}" for t in tasks.values()]
         rows.append(["differ by more than noise if by", *told])
         rows.append(["p of no difference", *(f"{t['p']:.4f}" for t in tasks.values())])
-        text += "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+        text += f"\n{markdown.table([f'{kind} sizes', *tasks], rows, '---:')}\n"
     return text
 
 

@@ -73,7 +73,7 @@ def test_the_table_holds_means_and_standard_deviations(script):
     }
     assert script.table(rows).splitlines() == [
         "| loss | seeds | kl | modes |",
-        "|---|---|---|---|",
+        "| --- | --- | --- | --- |",
         "| ns | 2 | 2 ± 1.4 | 999.5 ± 0.71 |",
         "| ours | 1 | 0.5 | 7 |",
     ]
