@@ -215,7 +215,12 @@ def check(config: Pretrain) -> None:
         raise ValueError("model.num_channels is data.channels, and model.rope_parameters are rope: set those")
 
 
-def main(config: Pretrain) -> None:
+def identify(config: Pretrain) -> str:
+    """All that a run depends on, as YAML."""
+    return dump(replace(config, out="", profile=0, trackers="", restart=False))
+
+
+def main(config: Pretrain, training: type[Training] = Training) -> None:
     """Train, resume or print, as the configuration says.
 
     Raises:
@@ -235,9 +240,8 @@ def main(config: Pretrain) -> None:
     accelerator = Accelerator(kwargs_handlers=[unused], log_with=trackers, project_dir=out)
     if config.batch < (turns := accelerator.num_processes * config.accumulate):
         raise ValueError(f"batch {config.batch} has no document for some of {turns} turns of processes")
-    training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
-    identity = dump(replace(config, out="", profile=0, trackers="", restart=False))
-    carry_out(training, config, out, identity, config.profile)
+    begun = training(config, accelerator)  # what cannot be used is refused before the folder is touched
+    carry_out(begun, config, out, identify(config), config.profile)
 
 
 if __name__ == "__main__":
