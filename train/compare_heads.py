@@ -169,8 +169,10 @@ def configure(config: CompareHeads, head: str, seed: int) -> Pretrain:
         merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(own), config.heads[head]))
     except OmegaConfBaseException as error:
         raise ValueError(f"heads.{head}: {str(error).splitlines()[0]}") from None
-    check_run(cast(Pretrain, merged))
-    return cast(Pretrain, merged)
+    chosen = cast(Pretrain, merged)
+    check_run(chosen)
+    HEADS[chosen.head]
+    return chosen
 
 
 def take(config: Pretrain, passes: Sequence[int], questions: Questions, samples: dict[str, Tensor]) -> Any:
