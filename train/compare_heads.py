@@ -28,6 +28,7 @@ from pretrain import main as train
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import CaptionedImages, load_images, seeded
 from rope_mm.exam import Exam, train_judge
@@ -40,6 +41,7 @@ from rope_mm.run.config import dump, run
 from rope_mm.run.quality import REAL, TOOK, Runs, draw_figure, write_table
 from rope_mm.run.sheet import save_sheet
 
+FREE = "out", "restart", "dry_run", "trackers", "profile"  # on which no result depends
 PART = 250  # pictures that are drawn together
 SHOWN = 2  # of each class on the sheet
 
@@ -219,14 +221,16 @@ def main(config: CompareHeads) -> None:
         return
     if config.threads:
         torch.set_num_threads(config.threads)
+    disable_progress_bar()
     plan = list(product(range(config.seed, config.seed + config.seeds), config.heads))
     each = [(head, configure(config, head, seed)) for seed, head in plan]
     questions, out, runs = prepare(config), Path(config.out), cast(Runs, {})
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
     real, samples = questions.exam.mark(questions.real), {REAL: questions.real[questions.shown]}
     for head, own in (bar := tqdm(each, desc="heads")):
         bar.set_postfix_str(own.out)
         runs.setdefault(head, []).append(take(own, config.passes, questions, samples))
-        report = {"settings": asdict(config), "real": real, "heads": runs}
+        report = {"settings": settings, "real": real, "heads": runs}
         write_text(out / "heads.json", json.dumps(report, indent=1))
         write_text(out / "table.md", write_table(real, runs))
         draw_figure(out / "heads.png", real, runs)

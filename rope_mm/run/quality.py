@@ -38,7 +38,7 @@ def write_mark(name: str, values: Sequence[float]) -> str:
 
 
 def draw_figure(path: Path, real: Mapping[str, float], runs: Runs) -> None:
-    """Passes against marks: a line for the mean of each head's seeds, a marker for each of them.
+    """Passes against marks: a line for the mean of each head's seeds, a small marker for each of them.
 
     Raises:
         ValueError: no matplotlib.
@@ -53,11 +53,10 @@ def draw_figure(path: Path, real: Mapping[str, float], runs: Runs) -> None:
     for mark, panel in axes.items():
         for number, (head, seeds) in enumerate(runs.items()):
             counts = list(map(int, seeds[0]["marks"]))
-            seen = [[run["marks"][str(count)][mark] for count in counts] for run in seeds]
-            panel.plot(
-                counts, [mean(values) for values in zip(*seen, strict=True)], f"C{number}-", label=head
-            )
-            panel.plot(counts, list(zip(*seen, strict=True)), f"C{number}{MARKERS[number % len(MARKERS)]}")
+            seen = [[run["marks"][str(count)][mark] for run in seeds] for count in counts]
+            look = f"C{number}{MARKERS[number % len(MARKERS)]}"
+            panel.plot(counts, list(map(mean, seen)), f"{look}-", fillstyle="none", label=head)
+            panel.plot(counts, seen, look, fillstyle="none", markersize=3)
         panel.axhline(real[mark], color="grey", linestyle="--", label=REAL)
         panel.set(title=mark, xlabel="passes of the model for a picture", xscale="log")
         panel.set_xticks(ticks, map(str, ticks))
