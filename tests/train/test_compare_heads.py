@@ -162,18 +162,12 @@ def test_a_dry_run_prints_a_configuration_that_is_read_back(script, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def blanks(tmp_path):
-    """Paths of pictures of one grey that look to the configurations like what they name."""
-    labels, faces = numpy.arange(40) % 10, numpy.array(["family: man, woman, girl", "grinning face"] * 20)
-    numpy.savez(tmp_path / "mnist.npz", image=numpy.full((40, 28, 28), 99, "uint8"), label=labels)
-    numpy.savez(tmp_path / "emoji.npz", image=numpy.full((40, 32, 32, 3), 99, "uint8"), caption=faces)
-    return {"digits": "digits"} | {name: str(tmp_path / f"{name}.npz") for name in ("mnist", "emoji")}
-
-
 @pytest.mark.parametrize("name", ["digits", "mnist"])
-def test_published_heads_train_with_equally_many_operations(script, blanks, name):
-    flags = ["--config", str(CONFIGS / f"{name}.yaml"), "--data.paths", f"[{blanks[name]}]"]
+def test_published_heads_train_with_equally_many_operations(script, tmp_path, name):
+    blank = {"image": numpy.full((40, 28, 28), 99, "uint8"), "label": numpy.arange(40) % 10}
+    numpy.savez(tmp_path / "mnist.npz", **blank)  # numbers of operations are those of any pictures
+    path = {"digits": "digits", "mnist": tmp_path / "mnist.npz"}[name]
+    flags = ["--config", str(CONFIGS / f"{name}.yaml"), "--data.paths", f"[{path}]"]
     config, counted, estimated = load(script.CompareHeads, flags), {}, {}
     for head in config.heads:
         training = script.Counted(script.configure(config, head, 0), Accelerator())
@@ -189,9 +183,12 @@ def test_published_heads_train_with_equally_many_operations(script, blanks, name
 @pytest.mark.skipif(SHARED is None, reason="wants ../shared/data/{mnist63k,noto32}.npz, which is not here")
 @pytest.mark.parametrize(("name", "file"), [("mnist", "mnist63k.npz"), ("emoji", "noto32.npz")])
 def test_configurations_of_real_pictures_run(script, tmp_path, name, file):
-    config = read(script, tmp_path, name, **{"data.paths": f"[{SHARED}/{file}]"})
+    with numpy.load(SHARED / file) as arrays:
+        few = {column: arrays[column][:600] for column in arrays}
+    numpy.savez(tmp_path / file, **few)
+    config = read(script, tmp_path, name, **{"data.paths": f"[{tmp_path / file}]"})
     script.main(config)
-    assert tuple(report(config)["heads"]) == HEADS
+    assert tuple(sorted(report(config)["heads"])) == tuple(sorted(HEADS))
 
 
 def test_a_table_holds_means_and_spreads_over_seeds():
