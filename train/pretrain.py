@@ -210,7 +210,7 @@ def check(config: Pretrain) -> None:
         raise ValueError("data.join must be at least 1, and data.paths and data.templates name something")
 
 
-def main(config: Pretrain) -> None:
+def main(config: Pretrain, training: type[Training] = Training) -> None:
     """Train, resume or print, as the configuration says.
 
     Raises:
@@ -220,7 +220,7 @@ def main(config: Pretrain) -> None:
     disable_progress_bar()
     # a process whose documents have no picture leaves weights without a gradient
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    carry_out(Training, config, kwargs_handlers=[unused])
+    carry_out(training, config, kwargs_handlers=[unused])
 
 
 if __name__ == "__main__":

@@ -65,19 +65,29 @@ def png(pixels: Any) -> bytes:
 
 
 def read_npz(path: str) -> DatasetDict:
-    """Arrays `image` (n, y, x) of uint8 and `label` (n,) as splits; every tenth row is held out.
+    """Arrays of a file as splits, of which every tenth row is the held-out one.
+
+    `image` (n, y, x) or (n, y, x, ch) is uint8; with it come `caption` (n,), or `label` (n,) from 0 to 9, or
+    both. Without captions a label's is the name of its digit.
 
     Raises:
-        ValueError: a file that cannot be read, or without the two arrays.
+        ValueError: a file that cannot be read, or without these arrays.
     """
     try:
         with numpy.load(path, allow_pickle=False) as arrays:
-            image, label = arrays["image"], arrays["label"]
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: no arrays image and label can be read ({error})") from error
-    features = Features(image=Image(), label=ClassLabel(names=list(DIGIT_NAMES)))
-    columns = {"image": [Picture.fromarray(pixels) for pixels in image], "label": label.tolist()}
-    rows = Dataset.from_dict(columns, features=features)
+            columns = {name: arrays[name] for name in ("image", "caption", "label") if name in arrays}
+        columns.setdefault("caption", numpy.asarray(DIGIT_NAMES)[columns.get("label", ())])
+        image, caption = columns.pop("image"), columns.pop("caption")
+        if len(image) != len(caption):
+            raise ValueError(f"{len(image)} images with {len(caption)} captions")
+    except (OSError, KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{path}: no arrays image and label, or caption, can be read ({error})") from error
+    features = Features(image=Image(), caption=Value("string"))
+    if "label" in columns:
+        features["label"] = ClassLabel(names=list(DIGIT_NAMES))
+    named = {name: column.tolist() for name, column in columns.items()}
+    named |= {"image": [Picture.fromarray(pixels) for pixels in image], "caption": caption.tolist()}
+    rows = Dataset.from_dict(named, features=features)
     held = numpy.arange(len(rows)) % 10 == 9
     splits = {"train": ~held, "test": held}
     return DatasetDict({name: rows.select(numpy.flatnonzero(part)) for name, part in splits.items()})

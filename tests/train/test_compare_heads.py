@@ -1,0 +1,219 @@
+"""Heads compared for equal training, on models of toy size."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image as Picture
+
+from rope_mm.data import load_splits
+from rope_mm.run.config import load
+from rope_mm.run.quality import REAL, write_table
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "heads"
+SHARED = next((p / "shared" / "data" for p in ROOT.parents if (p / "shared" / "data").is_dir()), None)
+HEADS = "mse", "flow", "rpgan+r1+r2", "gan-qp"
+TOY = """
+batch: 4
+judged: 12
+epochs: 1
+examples: 60
+passes: [1, 2]
+checkpoint_every: 1
+model:
+  {hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1, num_key_value_heads: 1}
+heads: {mse: {steps: 2}, flow: {steps: 2}, rpgan+r1+r2: {steps: 2}, gan-qp: {steps: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def script():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "train"))
+        spec = importlib.util.spec_from_file_location("compare_heads", ROOT / "train" / "compare_heads.py")
+        module = sys.modules["compare_heads"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def read(script, folder, name="digits", **changes):
+    """The configuration of that name with few steps of a small model."""
+    (folder / "toy.yaml").write_text(TOY)
+    flags = {"out": folder / "out", **changes}.items()
+    words = [word for key, value in flags for word in (f"--{key}", str(value))]
+    files = ["--config", str(CONFIGS / f"{name}.yaml"), "--config", str(folder / "toy.yaml")]
+    return load(script.CompareHeads, [*files, *words])
+
+
+@pytest.fixture(scope="module")
+def done(script, tmp_path_factory):
+    """A comparison on the embedded digits; its configuration."""
+    config = read(script, tmp_path_factory.mktemp("heads"))
+    script.main(config)
+    return config
+
+
+def report(config):
+    return json.loads((Path(config.out) / "heads.json").read_text())
+
+
+def test_every_head_is_marked_beside_real_pictures_by_its_passes(done):
+    out, told = Path(done.out), report(done)
+    assert tuple(told["heads"]) == HEADS
+    passes = {head: list(run["marks"]) for head, (run,) in told["heads"].items()}
+    assert passes == {"mse": ["1"], "flow": ["1", "2"], "rpgan+r1+r2": ["1"], "gan-qp": ["1"]}
+    for (run,) in told["heads"].values():
+        assert all(set(marks) == set(told["real"]) for marks in run["marks"].values())
+        assert run["steps"] == 2 and run["CPU minutes"] > 0
+    lines = [line.split(" | ")[:2] for line in (out / "table.md").read_text().splitlines()]
+    begun = [[f"| {REAL}", ""], *([f"| {head}", count] for head in HEADS for count in passes[head])]
+    assert lines[2:8] == begun
+    with Picture.open(out / "heads.png") as figure, Picture.open(out / "drawn.png") as sheet:
+        assert figure.width > 900 and sheet.height == 6 * 52  # a row for reals, and each line of the table
+
+
+def test_a_critic_counts_among_the_weights_and_costs_operations(done):
+    took = {head: run for head, (run,) in report(done)["heads"].items()}
+    assert took["mse"]["TFLOP"] == took["flow"]["TFLOP"]
+    assert took["mse"]["weights"] == took["flow"]["weights"] < took["gan-qp"]["weights"]
+    assert 2 * took["flow"]["TFLOP"] < took["gan-qp"]["TFLOP"] < took["rpgan+r1+r2"]["TFLOP"]
+
+
+def test_one_pass_of_a_flow_is_not_several(done):
+    (flow,) = report(done)["heads"]["flow"]
+    assert flow["marks"]["1"]["frechet"] != flow["marks"]["2"]["frechet"]
+
+
+def test_what_is_done_is_not_trained_again_and_what_was_cut_off_goes_on(script, done, tmp_path, monkeypatch):
+    out, before, trained, real = tmp_path / "out", report(done), [], script.train
+    shutil.copytree(done.out, out)
+    monkeypatch.setattr(script, "train", lambda config, how: (trained.append(config.out), real(config, how)))
+    config = read(script, tmp_path)
+    script.main(config)
+    assert not trained and report(config)["heads"] == before["heads"]
+    run = out / "rpgan+r1+r2-0"
+    shutil.rmtree(run / "checkpoints" / "step-000002")
+    (run / "result.json").unlink()
+    script.main(config)
+    assert trained == [str(run)]
+    (was,), (now,) = before["heads"]["rpgan+r1+r2"], report(config)["heads"]["rpgan+r1+r2"]
+    assert now["marks"] == was["marks"]
+    assert now["TFLOP"] == was["TFLOP"]  # of step 0, which the checkpoint of step 1 remembers
+
+
+def test_a_folder_of_other_runs_is_refused(script, done, tmp_path):
+    shutil.copytree(done.out, tmp_path / "out")
+    with pytest.raises(ValueError, match="another configuration"):
+        script.main(read(script, tmp_path, batch=8))
+
+
+def test_real_pictures_are_compared_with_others_and_drawn_again_by_their_captions(script, tmp_path):
+    config = read(script, tmp_path, judged=1000)
+    questions, test = script.prepare(config), load_splits("digits")["test"]
+    assert len(questions.exam.rows) == len(questions.exam.real) == 180 == len(test) / 2
+    assert not set(questions.exam.rows) & set(range(180, 360))
+    assert questions.captions == [test[row]["caption"] for row in questions.exam.rows]
+    assert questions.exam.labels.tolist() == [test[row]["label"] for row in questions.exam.rows]
+    assert questions.exam.labels[questions.shown].tolist() == [i // 2 for i in range(20)]
+
+
+def test_a_caption_asks_for_the_first_class_that_is_a_word_of_it(script):
+    captions = ["a Cat face", "catfish", "family: man, man", "the man", "face with hat"]
+    pictures = SimpleNamespace(captions=captions)
+    rows, labels = script.find_classes(pictures, ["man", "face", "cat", "family"], 4)
+    assert rows == [0, 2, 3, 4]
+    assert labels.tolist() == [2, 3, 0, 1]
+    assert script.find_classes(pictures, ["man"], 1)[0] == [2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"classes": "[]"}, "heads and classes"),
+        ({"classes": "[eleven]"}, "0 pictures would be judged"),
+        ({"judged": 5}, "5 pictures would be judged"),
+        ({"data.paths": "[digits, sprites]"}, "one source"),
+        ({"passes": "[0]"}, "passes must be"),
+        ({"passes": "[]"}, "passes must be"),
+        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"heads.mse.step": 3}, r"heads\.mse: .*step"),
+        ({"heads.mse.steps": 0}, "steps must be at least 1"),
+        ({"heads.mse.head": "msr"}, "did you mean 'mse'"),
+    ],
+)
+def test_what_makes_no_comparison_is_refused_in_a_sentence(script, tmp_path, changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        script.main(read(script, tmp_path, **changes))
+    assert not (tmp_path / "out" / "heads.json").exists()
+
+
+def test_a_dry_run_prints_a_configuration_that_is_read_back(script, tmp_path, capsys):
+    script.main(read(script, tmp_path, dry_run="true"))
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert load(script.CompareHeads, ["--config", str(tmp_path / "printed.yaml")]) == read(script, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist"])
+def test_published_heads_train_with_equally_many_operations(script, tmp_path, name):
+    blank = {"image": numpy.full((40, 28, 28), 99, "uint8"), "label": numpy.arange(40) % 10}
+    numpy.savez(tmp_path / "mnist.npz", **blank)  # numbers of operations are those of any pictures
+    path = {"digits": "digits", "mnist": tmp_path / "mnist.npz"}[name]
+    flags = ["--config", str(CONFIGS / f"{name}.yaml"), "--data.paths", f"[{path}]"]
+    config, counted, estimated = load(script.CompareHeads, flags), {}, {}
+    for head in config.heads:
+        training = script.Counted(script.configure(config, head, 0), Accelerator())
+        training.begin(0)
+        training.step(0)
+        counted[head] = training.remarks()["TFLOP"]
+        estimated[head] = training.flops * training.config.steps / 1e12
+    assert max(counted.values()) < 1.02 * min(counted.values())
+    # 6 for each weight and token, without padding; with a critic only its model's share is estimated
+    assert counted["mse"] == pytest.approx(estimated["mse"], rel=0.12)
+
+
+@pytest.mark.skipif(SHARED is None, reason="wants ../shared/data/{mnist63k,noto32}.npz, which is not here")
+@pytest.mark.parametrize(("name", "file"), [("mnist", "mnist63k.npz"), ("emoji", "noto32.npz")])
+def test_configurations_of_real_pictures_run(script, tmp_path, name, file):
+    with numpy.load(SHARED / file) as arrays:
+        few = {column: arrays[column][:600] for column in arrays}
+    numpy.savez(tmp_path / file, **few)
+    config = read(script, tmp_path, name, **{"data.paths": f"[{tmp_path / file}]"})
+    script.main(config)
+    assert tuple(sorted(report(config)["heads"])) == tuple(sorted(HEADS))
+
+
+def test_a_table_holds_means_and_spreads_over_seeds():
+    took = {"steps": 5, "TFLOP": 1.0, "CPU minutes": 2.0, "weights": 7}
+    runs = [took | {"marks": {"4": {"recognised": share, "frechet": 1.5}}} for share in (0.5, 0.7)]
+    assert write_table({"recognised": 1.0, "frechet": 0.25}, {"flow": runs}).splitlines() == [
+        "| head | passes | recognised, % | frechet |",
+        "| --- | ---: | ---: | ---: |",
+        f"| {REAL} |  | 100.0 | 0.25 |",
+        "| flow | 4 | 60.0 ± 14.1 | 1.50 ± 0.00 |",
+        "",
+        "| training | steps | TFLOP | CPU minutes | weights |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| flow | 5 ± 0 | 1.00 ± 0.00 | 2.0 ± 0.0 | 7 ± 0 |",
+    ]
+
+
+def test_pictures_in_colours_come_with_the_captions_of_their_file(tmp_path):
+    image = torch.randint(256, (20, 4, 4, 3)).byte().numpy()
+    numpy.savez(tmp_path / "a.npz", image=image, caption=numpy.array([f"picture {i}" for i in range(20)]))
+    test = load_splits(str(tmp_path / "a.npz"))["test"]
+    assert test["caption"][:] == ["picture 9", "picture 19"]
+    assert numpy.asarray(test[1]["image"]).tolist() == image[19].tolist()
+    numpy.savez(tmp_path / "a.npz", image=image[:10], label=numpy.arange(10))
+    assert load_splits(str(tmp_path / "a.npz"))["test"][0]["caption"] == "nine"
+    numpy.savez(tmp_path / "a.npz", image=image, label=numpy.arange(10))
+    with pytest.raises(ValueError, match="20 images with 10 captions"):
+        load_splits(str(tmp_path / "a.npz"))
