@@ -18,9 +18,10 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data import Documents, load_splits, seeded
+from rope_mm.data import Documents, load_splits, seeded, select_rows
 from rope_mm.models import (
     IMAGE_TOKEN,
     RopeMMForConditionalGeneration,
@@ -35,11 +36,17 @@ from rope_mm.models.packing import Packer, moved
 from rope_mm.models.picture_heads import HEADS
 from rope_mm.models.sprite_exam import EXAMS
 from rope_mm.models.telling import Form, Teller, show
+from rope_mm.models.vocabulary import check_words
 from rope_mm.run.config import dump, run
 from rope_mm.run.ema import Count, Ema
 from rope_mm.run.loop import carry_out
 from rope_mm.run.speed import Cost
+from rope_mm.run.start import check_start, load_start
 from rope_mm.run.trackers import read_trackers
+
+# what weights and optimisers depend on: a run that starts from another one's keeps it
+KEPT = ["tokenizer", "data.channels", "rope", "model", "head"]
+KEPT += ["optim.betas", "optim.critic_betas", "optim.weight_decay"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,7 @@ class Data:
     templates: list[str] = field(
         default_factory=lambda: ["{caption}{image:draw}", "{image} what is it? {caption}"]
     )
+    where: dict[str, list[Any]] = field(default_factory=dict)  # column -> its values in the rows to take
     size: int = 8
     channels: int = 1
     join: int = 1  # rows in a document
@@ -61,12 +69,13 @@ class Pretrain:
     """Pretrain on documents of words and pictures; the same command again resumes, --restart begins anew."""
 
     out: str = "runs/pretrain"
+    start: str = ""  # the out of another run, done: its words, weights, average, critic and optimisers
     seed: int = 0
     steps: int = 2_000
     batch: int = 64  # documents a step, of all processes together
     accumulate: int = 1  # parts of them that a process reads one after another
     length: int = 256  # tokens, drafts included, that documents are packed to
-    tokenizer: str = "bytes"  # or words, those of the data; a folder or a hub name
+    tokenizer: str = "bytes"  # or words, of rows that data.where leaves out, too; a folder or a hub name
     data: Data = field(default_factory=Data)
     rope: dict[str, Any] = field(default_factory=lambda: {"scheme": "rope-tv-causal"})
     model: dict[str, Any] = field(default_factory=dict)  # fields of RopeMMConfig
@@ -95,10 +104,12 @@ class Training:
         self.config, self.accelerator, self.head = config, accelerator, HEADS[config.head]
         splits = [load_splits(path) for path in config.data.paths]
         chosen = asdict(config.data)
-        del chosen["paths"], chosen["strict"]
+        del chosen["paths"], chosen["strict"], chosen["where"]
+        told = Documents([split["train"] for split in splits], **chosen).texts()
+        splits = [select_rows(split, config.data.where) for split in splits]
         documents = Documents([split["train"] for split in splits], **chosen)
         self.held_out = Documents([split["test"] for split in splits], **chosen)
-        tokenizer = load_tokenizer(config.tokenizer, documents.texts())
+        tokenizer = take_words(config, documents) if config.start else load_tokenizer(config.tokenizer, told)
         torch.manual_seed(config.seed)
         settings = read_config(
             **{"num_channels": config.data.channels, **config.model},
@@ -120,6 +131,9 @@ class Training:
         self.tokens, self.flops, self.cost = 0, 0.0, Cost.of(self.average.model)
         form = Form.of(self.held_out, config.data.templates, self.head.steps)
         self.teller = Teller(self.average.model, self.processor, form)
+        if config.start:
+            load_start(Path(config.start), accelerator)
+            self.left_out.count = 0
 
     def begin(self, step: int) -> None:
         """Make ready to go on from a step."""
@@ -197,6 +211,18 @@ class Training:
         return {"left_out": self.left_out.count} if self.left_out.count else {}
 
 
+def take_words(config: Pretrain, documents: Documents) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run to start from.
+
+    Raises:
+        ValueError: one that does not fit, documents with words that it lacks.
+    """
+    check_start(start := Path(config.start), dump(config), KEPT)
+    tokenizer = load_tokenizer(str(start / "model"))
+    check_words(tokenizer, documents.texts())
+    return tokenizer
+
+
 def check(config: Pretrain) -> None:
     """Refuse numbers that make no run.
 
@@ -213,6 +239,11 @@ def check(config: Pretrain) -> None:
         raise ValueError("data.join must be at least 1, and data.paths and data.templates name something")
     if "num_channels" in config.model or "rope_parameters" in config.model:
         raise ValueError("model.num_channels is data.channels, and model.rope_parameters are rope: set those")
+
+
+def identify(config: Pretrain) -> str:
+    """All that a run depends on."""
+    return dump(replace(config, out="", profile=0, trackers="", restart=False))
 
 
 def main(config: Pretrain) -> None:
@@ -236,8 +267,7 @@ def main(config: Pretrain) -> None:
     if config.batch < (turns := accelerator.num_processes * config.accumulate):
         raise ValueError(f"batch {config.batch} has no document for some of {turns} turns of processes")
     training = Training(config, accelerator)  # what cannot be used is refused before the folder is touched
-    identity = dump(replace(config, out="", profile=0, trackers="", restart=False))
-    carry_out(training, config, out, identity, config.profile)
+    carry_out(training, config, out, identify(config), config.profile)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Anything that `datasets` loads -> captioned images as tensors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image as Picture
 from PIL import ImageOps
 from torch import Tensor
@@ -183,6 +184,33 @@ def load_splits(path: str) -> DatasetDict:
         if name in loaded and loaded[name] is not train:
             return DatasetDict({"train": train, "test": loaded[name]})
     return train.train_test_split(test_size=0.2, seed=0)
+
+
+def select_rows(splits: DatasetDict, where: Mapping[str, Sequence[Any]]) -> DatasetDict:
+    """The rows of each split that hold one of the values named, column by column; labels by name or number.
+
+        select_rows(load_splits("sprites"), {"shape": ["circle", "ring"], "row": [0]})
+
+    Raises:
+        ValueError: a column or a label that the data lacks, values that leave a split without rows.
+    """
+    for column, values in where.items():
+        found = {name: rows.select(find_rows(rows, column, values)) for name, rows in splits.items()}
+        if empty := [name for name, rows in found.items() if not len(rows)]:
+            raise ValueError(f"no row of {empty[0]} holds one of {list(values)} in column {column!r}")
+        splits = DatasetDict(found)
+    return splits
+
+
+def find_rows(rows: Dataset, column: str, values: Sequence[Any]) -> list[int]:
+    """Numbers of the rows that hold one of the values in a column."""
+    check_rows(rows, next(iter(MODES)), column)
+    label = rows.features[column]
+    names = label.names if isinstance(label, ClassLabel) else []
+    if unknown := [value for value in values if names and isinstance(value, str) and value not in names]:
+        raise ValueError(f"column {column!r} has no {unknown[0]!r}; it has {', '.join(names)}")
+    wanted = [names.index(value) if value in names else value for value in values]
+    return [row for row, stored in enumerate(rows.select_columns([column])[column]) if stored in wanted]
 
 
 def load_images(

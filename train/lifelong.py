@@ -1,0 +1,231 @@
+"""Words beside an adversarial head, and a model that goes on with other pictures: what is lost, what is kept.
+
+    python train/lifelong.py --config configs/pretrain/lifelong.yaml
+
+Four runs of `train/pretrain.py` for each seed, in OUT/<name>-<seed>: "words" and "pictures" read the same
+documents, rows of data.where, and the first learns no pictures; "new" and "mixed" begin where "pictures"
+ended, with rows of `new` alone and with those of both. The same command again goes on. OUT/table.md,
+OUT/lifelong.json and OUT/lifelong.png tell how words are predicted, and what is drawn and captioned right.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, cast
+
+import pretrain
+import torch
+from datasets import Dataset
+from pretrain import Pretrain, identify
+from torch import Tensor
+from tqdm import tqdm
+
+from rope_mm.data import FACTORS, Documents, captioned_sprites, judge_sprites, read_caption, seeded
+from rope_mm.data.images import fit_picture, select_rows
+from rope_mm.models.feed import Feed
+from rope_mm.models.packing import Packer
+from rope_mm.models.picture_heads import HEADS
+from rope_mm.models.telling import Teller
+from rope_mm.run import checkpoint
+from rope_mm.run.config import run
+from rope_mm.run.sheet import save_sheet
+
+PHASES = {
+    "pictures": "phase one: old sprites",
+    "new": "then new ones alone",
+    "mixed": "then new and old ones",
+}
+Where = Mapping[str, Sequence[Any]]
+Marks = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lifelong(Pretrain):
+    """Words with and without pictures, then other pictures; all else is as in `train/pretrain.py`."""
+
+    out: str = "runs/lifelong"
+    seeds: int = 3
+    new: dict[str, list[Any]] = field(default_factory=dict)  # rows of phase two, as data.where of phase one
+    more: int = 500  # steps of phase two
+    draws: int = 4  # pictures of each combination
+    fresh: int = 2048  # rows that no run has read, to predict the words of; some are captioned
+    captions: int = 128  # of old pictures, and of new ones
+
+
+def both(old: Where, new: Where) -> dict[str, list[Any]]:
+    """Rows of either, where they differ in one column."""
+    return {name: list(dict.fromkeys([*old[name], *new[name]])) for name in old if name in new}
+
+
+def runs(config: Lifelong) -> dict[str, list[Pretrain]]:
+    """The runs of every name, seed by seed.
+
+    Raises:
+        ValueError: data of no use here.
+    """
+    if config.seeds < 1 or not config.new or config.data.paths != ["sprites"]:
+        raise ValueError("give 1 seed or more, data.paths [sprites], and in new the rows of phase two")
+    common = Pretrain(**{f.name: getattr(config, f.name) for f in fields(Pretrain)})
+    later = {"new": config.new, "mixed": both(config.data.where, config.new)}
+    found: dict[str, list[Pretrain]] = {name: [] for name in ("words", *PHASES)}
+    for seed in range(config.seed, config.seed + config.seeds):
+        one = replace(common, seed=seed, out=f"{config.out}/pictures-{seed}")
+        found["words"].append(replace(one, out=f"{config.out}/words-{seed}", head="mse", picture_weight=0.0))
+        found["pictures"].append(one)
+        for name, where in later.items():
+            own = {"out": f"{config.out}/{name}-{seed}", "start": one.out, "steps": config.more}
+            found[name].append(replace(one, **own, data=replace(config.data, where=where)))
+    return found
+
+
+def trained(config: Pretrain) -> Teller:
+    """The model of a run, trained as far as it is not yet."""
+    out = Path(config.out)
+    done, made = out / "result.json", out / "run.yaml"
+    if config.restart or not done.exists() or made.read_text(encoding="utf-8") != identify(config):
+        pretrain.main(config)
+    return Teller.load(out / "model")
+
+
+class Exam:
+    """What is asked of a model of old and of new sprites."""
+
+    def __init__(self, config: Lifelong):
+        self.config = config
+        wheres = {"old": config.data.where, "new": config.new}
+        splits = captioned_sprites(config.fresh, seed=config.seed + config.seeds)
+        self.fresh = {name: select_rows(splits, where)["train"] for name, where in wheres.items()}
+
+    @torch.no_grad()
+    def predict(self, teller: Teller) -> float:
+        """The loss of the words of fresh old documents, each told once."""
+        config, rows = self.config, self.fresh["old"]
+        told = Documents([rows], config.data.templates, config.data.size, config.data.channels)
+        feed = Feed(told, Packer(teller.processor, config.length, HEADS["mse"].times), 0, config.batch)
+        packs = [feed[turn].pack for turn in range(-(-len(rows) // config.batch))]
+        lost = [float(teller.model(**p.inputs(), labels=p.labels).loss) * p.words for p in packs]
+        return sum(lost) / sum(pack.words for pack in packs)
+
+    def draw(self, teller: Teller, name: str) -> tuple[list[str], Tensor, Tensor]:
+        """A caption of each combination, its factors (n, f), and pictures of it (n, draws, ch, y, x)."""
+        rows = self.fresh[name]
+        factors = torch.tensor([list(rows[factor]) for factor in FACTORS]).T
+        combinations, which = factors.unique(dim=0, return_inverse=True)
+        first = [which.tolist().index(number) for number in range(len(combinations))]
+        said = [cast(str, rows[row]["caption"]) for row in first]
+        prompts = [teller.prompt("draw", words) for words in said for _ in range(self.config.draws)]
+        drawn = teller.draw(prompts, seeded("lifelong")).cpu().unflatten(0, (len(said), -1))
+        return said, combinations, drawn
+
+    def mark(self, teller: Teller, name: str) -> Marks:
+        """Shares of old or new sprites: drawn right, drawn right at least once, told right of a picture.
+
+        `spread` is the standard deviation of a pixel among drawings of one caption.
+        """
+        _, asked, drawn = self.draw(teller, name)
+        seen = judge_sprites(drawn.flatten(0, 1))
+        found = torch.stack([seen[factor] for factor in FACTORS], 1).unflatten(0, drawn.shape[:2])
+        right = (found == asked[:, None]).all(2)
+        rows = self.fresh[name].select(range(min(self.config.captions, len(self.fresh[name]))))
+        told = teller.write([teller.prompt("caption", shown=picture) for picture in self.pictures(rows)])
+        agrees = [
+            all(read_caption(words)[factor] == row[factor] for factor in FACTORS)
+            for words, row in zip(told, cast(Any, rows), strict=True)
+        ]
+        return {
+            f"{name} drawn right": right.float().mean().item(),
+            f"{name} covered": right.any(1).float().mean().item(),
+            f"{name} spread": drawn.var(1).mean().sqrt().item(),
+            f"{name} captioned right": mean(map(float, agrees)),
+        }
+
+    def pictures(self, rows: Dataset) -> list[Tensor]:
+        """The pictures (ch, y, x) of rows, in [-1, 1]."""
+        size, channels = self.config.data.size, self.config.data.channels
+        return [fit_picture(picture, size, channels) / 127.5 - 1 for picture in rows["image"]]
+
+    def sheet(self, path: Path, tellers: Sequence[Teller], rows: int = 5, columns: int = 3) -> None:
+        """Old captions, then new ones; from left to right what each model draws, with gaps between."""
+        lines, pictures = [], []
+        for name in self.fresh:
+            drawn = [self.draw(teller, name) for teller in tellers]
+            said = drawn[0][0]
+            for row in range(0, len(said), -(-len(said) // rows)):
+                lines.append(said[row])
+                parts = [
+                    part
+                    for _, _, made in drawn
+                    for part in (made[row, :columns], torch.ones_like(made[row, :1]))
+                ]
+                pictures.append(torch.cat(parts[:-1]))
+        save_sheet(path, torch.cat(pictures), lines)
+
+
+def cell(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
+    """Mean ± standard deviation over seeds; of one value, the value."""
+    spread = f" ± {scale * stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{scale * mean(values):.{digits}f}{spread}"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a table, the first one its head."""
+    lines = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def compare(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """The mean difference of numbers by seed, and its standard error; 0 for one seed."""
+    lost = [a - b for a, b in zip(one, other, strict=True)]
+    return {"difference": mean(lost), "error": stdev(lost) / len(lost) ** 0.5 if len(lost) > 1 else 0.0}
+
+
+def report(marks: Mapping[str, Sequence[Marks]]) -> tuple[str, dict[str, float]]:
+    """The tables of all runs, and how far the losses of words lie apart."""
+    loss = {name: [mark["words"] for mark in marks[name]] for name in ("words", "pictures")}
+    apart = compare(loss["pictures"], loss["words"])
+    text = markdown(
+        [
+            ["learned", "loss of words"],
+            ["words alone", cell(loss["words"], digits=4)],
+            ["words, and pictures by a critic", cell(loss["pictures"], digits=4)],
+            ["difference ± standard error", f"{apart['difference']:+.4f} ± {apart['error']:.4f}"],
+        ]
+    )
+    names = [name for name in marks["pictures"][0] if name != "words"]
+    rows = [["sprites, in %", *PHASES.values()]]
+    for name in names:
+        scale, digits = (1, 3) if name.endswith("spread") else (100, 1)
+        rows.append([name, *(cell([mark[name] for mark in marks[phase]], scale, digits) for phase in PHASES)])
+    return f"{text}\n{markdown(rows)}", apart
+
+
+def main(config: Lifelong) -> None:
+    """Run what is not yet done, then tell what all runs say.
+
+    Raises:
+        ValueError: as `train/pretrain.py`; data of no use here.
+    """
+    plan, out, exam = runs(config), Path(config.out), Exam(config)
+    marks: dict[str, list[Marks]] = {name: [] for name in plan}
+    firsts = {}
+    turns = [(name, each) for name, seeds in plan.items() for each in seeds]
+    for name, each in (bar := tqdm(turns, desc="runs")):
+        bar.set_postfix_str(each.out)
+        teller = trained(each)
+        firsts.setdefault(name, teller)
+        asked = exam.fresh if name in PHASES else {}
+        marks[name].append(
+            {"words": exam.predict(teller)} | {k: v for s in asked for k, v in exam.mark(teller, s).items()}
+        )
+    text, apart = report(marks)
+    found = {"settings": asdict(config), "difference of words": apart, "marks": marks}
+    checkpoint.write_text(out / "lifelong.json", json.dumps(found, indent=1))
+    checkpoint.write_text(out / "table.md", text)
+    exam.sheet(out / "lifelong.png", [firsts[name] for name in PHASES])
+    print(f"{text}\n{out}/table.md, lifelong.json, lifelong.png")
+
+
+if __name__ == "__main__":
+    run(main, Lifelong)
