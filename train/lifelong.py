@@ -49,6 +49,7 @@ class Lifelong(Pretrain):
     seeds: int = 3
     new: dict[str, list[Any]] = field(default_factory=dict)  # rows of phase two, as data.where of phase one
     more: int = 500  # steps of phase two
+    later: int = 3  # seeds that go on to it
     draws: int = 4  # pictures of each combination
     fresh: int = 2048  # rows that no run has read, to predict the words of; some are captioned
     captions: int = 128  # of old pictures, and of new ones
@@ -65,16 +66,16 @@ def runs(config: Lifelong) -> dict[str, list[Pretrain]]:
     Raises:
         ValueError: data of no use here.
     """
-    if config.seeds < 1 or not config.new or config.data.paths != ["sprites"]:
+    if min(config.seeds, config.later) < 1 or not config.new or config.data.paths != ["sprites"]:
         raise ValueError("give 1 seed or more, data.paths [sprites], and in new the rows of phase two")
     common = Pretrain(**{f.name: getattr(config, f.name) for f in fields(Pretrain)})
     later = {"new": config.new, "mixed": both(config.data.where, config.new)}
-    found: dict[str, list[Pretrain]] = {name: [] for name in ("words", *PHASES)}
+    found: dict[str, list[Pretrain]] = {"pictures": [], "words": [], **{name: [] for name in later}}
     for seed in range(config.seed, config.seed + config.seeds):
         one = replace(common, seed=seed, out=f"{config.out}/pictures-{seed}")
         found["words"].append(replace(one, out=f"{config.out}/words-{seed}", head="mse", picture_weight=0.0))
         found["pictures"].append(one)
-        for name, where in later.items():
+        for name, where in later.items() if seed < config.seed + config.later else ():
             own = {"out": f"{config.out}/{name}-{seed}", "start": one.out, "steps": config.more}
             found[name].append(replace(one, **own, data=replace(config.data, where=where)))
     return found
@@ -107,6 +108,13 @@ class Exam:
         packs = [feed[turn].pack for turn in range(-(-len(rows) // config.batch))]
         lost = [float(teller.model(**p.inputs(), labels=p.labels).loss) * p.words for p in packs]
         return sum(lost) / sum(pack.words for pack in packs)
+
+    def examine(self, teller: Teller, drawing: bool) -> Marks:
+        """The loss of words and, of a model that draws, the marks of old and of new sprites."""
+        marks = {"words": self.predict(teller)}
+        for name in self.fresh if drawing else ():
+            marks |= self.mark(teller, name)
+        return marks
 
     def draw(self, teller: Teller, name: str) -> tuple[list[str], Tensor, Tensor]:
         """A caption of each combination, its factors (n, f), and pictures of it (n, draws, ch, y, x)."""
@@ -202,28 +210,25 @@ def report(marks: Mapping[str, Sequence[Marks]]) -> tuple[str, dict[str, float]]
 
 
 def main(config: Lifelong) -> None:
-    """Run what is not yet done, then tell what all runs say.
+    """Run what is not yet done, seed by seed, then tell what all runs say.
 
     Raises:
         ValueError: as `train/pretrain.py`; data of no use here.
     """
     plan, out, exam = runs(config), Path(config.out), Exam(config)
+    turns = [(name, seed) for seed in range(config.seeds) for name in plan if seed < len(plan[name])]
     marks: dict[str, list[Marks]] = {name: [] for name in plan}
-    firsts = {}
-    turns = [(name, each) for name, seeds in plan.items() for each in seeds]
-    for name, each in (bar := tqdm(turns, desc="runs")):
-        bar.set_postfix_str(each.out)
-        teller = trained(each)
-        firsts.setdefault(name, teller)
-        asked = exam.fresh if name in PHASES else {}
-        marks[name].append(
-            {"words": exam.predict(teller)} | {k: v for s in asked for k, v in exam.mark(teller, s).items()}
-        )
+    first: dict[str, Teller] = {}
+    for name, seed in (bar := tqdm(turns, desc="runs")):
+        bar.set_postfix_str(plan[name][seed].out)
+        teller = trained(plan[name][seed])
+        first.setdefault(name, teller)
+        marks[name].append(exam.examine(teller, drawing=name in PHASES))
     text, apart = report(marks)
     found = {"settings": asdict(config), "difference of words": apart, "marks": marks}
     checkpoint.write_text(out / "lifelong.json", json.dumps(found, indent=1))
     checkpoint.write_text(out / "table.md", text)
-    exam.sheet(out / "lifelong.png", [firsts[name] for name in PHASES])
+    exam.sheet(out / "lifelong.png", [first[name] for name in PHASES])
     print(f"{text}\n{out}/table.md, lifelong.json, lifelong.png")
 
 
