@@ -50,8 +50,8 @@ class Lifelong(Pretrain):
     new: dict[str, list[Any]] = field(default_factory=dict)  # rows of phase two, as data.where of phase one
     more: int = 500  # steps of phase two
     later: int = 3  # seeds that go on to it
-    draws: int = 4  # pictures of each combination
-    fresh: int = 2048  # rows that no run has read, to predict the words of; some are captioned
+    draws: int = 8  # pictures of each combination
+    fresh: int = 4096  # sprites dealt anew, of which the exams are; those of data.where tell of words
     captions: int = 128  # of old pictures, and of new ones
 
 
@@ -116,21 +116,31 @@ class Exam:
             marks |= self.mark(teller, name)
         return marks
 
+    def combinations(self, name: str) -> tuple[Tensor, Tensor]:
+        """The factors (n, f) of every combination among the rows, and which each row (r,) shows."""
+        factors = torch.tensor([list(self.fresh[name][factor]) for factor in FACTORS]).T
+        return factors.unique(dim=0, return_inverse=True)
+
     def draw(self, teller: Teller, name: str) -> tuple[list[str], Tensor, Tensor]:
         """A caption of each combination, its factors (n, f), and pictures of it (n, draws, ch, y, x)."""
-        rows = self.fresh[name]
-        factors = torch.tensor([list(rows[factor]) for factor in FACTORS]).T
-        combinations, which = factors.unique(dim=0, return_inverse=True)
+        combinations, which = self.combinations(name)
         first = [which.tolist().index(number) for number in range(len(combinations))]
-        said = [cast(str, rows[row]["caption"]) for row in first]
+        said = [cast(str, self.fresh[name][row]["caption"]) for row in first]
         prompts = [teller.prompt("draw", words) for words in said for _ in range(self.config.draws)]
         drawn = teller.draw(prompts, seeded("lifelong")).cpu().unflatten(0, (len(said), -1))
         return said, combinations, drawn
 
+    def spread(self, name: str) -> float:
+        """The standard deviation of a pixel among true pictures of one combination."""
+        combinations, which = self.combinations(name)
+        true = torch.stack(self.pictures(self.fresh[name]))
+        alike = [true[which == number] for number in range(len(combinations))]
+        return torch.stack([each.var(0) for each in alike if len(each) > 1]).mean().sqrt().item()
+
     def mark(self, teller: Teller, name: str) -> Marks:
         """Shares of old or new sprites: drawn right, drawn right at least once, told right of a picture.
 
-        `spread` is the standard deviation of a pixel among drawings of one caption.
+        `spread` is the standard deviation of a pixel among drawings of one caption; of true pictures it is 1.
         """
         _, asked, drawn = self.draw(teller, name)
         seen = judge_sprites(drawn.flatten(0, 1))
@@ -145,7 +155,7 @@ class Exam:
         return {
             f"{name} drawn right": right.float().mean().item(),
             f"{name} covered": right.any(1).float().mean().item(),
-            f"{name} spread": drawn.var(1).mean().sqrt().item(),
+            f"{name} spread": drawn.var(1).mean().sqrt().item() / self.spread(name),
             f"{name} captioned right": mean(map(float, agrees)),
         }
 
@@ -204,8 +214,7 @@ def report(marks: Mapping[str, Sequence[Marks]]) -> tuple[str, dict[str, float]]
     names = [name for name in marks["pictures"][0] if name != "words"]
     rows = [["sprites, in %", *PHASES.values()]]
     for name in names:
-        scale, digits = (1, 3) if name.endswith("spread") else (100, 1)
-        rows.append([name, *(cell([mark[name] for mark in marks[phase]], scale, digits) for phase in PHASES)])
+        rows.append([name, *(cell([mark[name] for mark in marks[phase]], 100) for phase in PHASES)])
     return f"{text}\n{markdown(rows)}", apart
 
 
@@ -225,7 +234,7 @@ def main(config: Lifelong) -> None:
         first.setdefault(name, teller)
         marks[name].append(exam.examine(teller, drawing=name in PHASES))
     text, apart = report(marks)
-    found = {"settings": asdict(config), "difference of words": apart, "marks": marks}
+    found = {"settings": asdict(replace(config, out="")), "difference of words": apart, "marks": marks}
     checkpoint.write_text(out / "lifelong.json", json.dumps(found, indent=1))
     checkpoint.write_text(out / "table.md", text)
     exam.sheet(out / "lifelong.png", [first[name] for name in PHASES])

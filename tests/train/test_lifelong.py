@@ -42,7 +42,7 @@ def flags(out, **changes):
 
 
 def lifelong(script, out, **changes):
-    own = {"seeds": 2, "data.where": OLD, "new": NEW, "more": 1, "draws": 2, "fresh": 256, "captions": 4}
+    own = {"seeds": 2, "data.where": OLD, "new": NEW, "more": 1, "draws": 2, "fresh": 1024, "captions": 4}
     return load(script.Lifelong, flags(out, **own | changes))
 
 
@@ -192,8 +192,8 @@ def test_the_same_command_again_trains_nothing_and_says_the_same(script, tmp_pat
 class Sure:
     """Draws for every caption what `see` makes of its factors, and captions every picture alike."""
 
-    def __init__(self, see, said=""):
-        self.see, self.said = see, said
+    def __init__(self, see, said="", nudged=False):
+        self.see, self.said, self.nudged = see, said, nudged
 
     def prompt(self, name, words="", shown=None):
         return words
@@ -201,17 +201,21 @@ class Sure:
     def draw(self, prompts, generator):
         read = [read_caption(words) for words in prompts]
         factors = {name: torch.tensor([caption[name] for caption in read]) for name in FACTORS}
-        return draw_sprites(self.see(factors), 16).float() / 127.5 - 1
+        steps = torch.randint(-self.nudged, 1 + self.nudged, (len(prompts), 2), generator=generator)
+        return draw_sprites(self.see(factors), 16, steps).float() / 127.5 - 1
 
     def write(self, prompts):
         return [self.said] * len(prompts)
 
 
 def test_who_draws_what_is_asked_covers_all_and_who_draws_one_sprite_covers_one(script, tmp_path):
-    exam = script.Exam(lifelong(script, tmp_path))
+    exam = script.Exam(lifelong(script, tmp_path, draws=8, fresh=4096, **{"data.size": 16}))
     count = len({tuple(row) for row in zip(*(exam.fresh["old"][name] for name in FACTORS), strict=True)})
     right = exam.mark(Sure(lambda factors: factors), "old")
     assert (right["old drawn right"], right["old covered"], right["old spread"]) == (1, 1, 0)
+    various = exam.mark(Sure(lambda factors: factors, nudged=True), "old")
+    assert various["old covered"] == 1
+    assert various["old spread"] == pytest.approx(1, abs=0.1)
     only = {name: exam.fresh["old"][0][name] for name in FACTORS}
     alike = Sure(lambda factors: {name: torch.full_like(factors[name], only[name]) for name in FACTORS})
     assert exam.mark(alike, "old")["old covered"] == pytest.approx(1 / count)
