@@ -51,7 +51,7 @@ class Lifelong(Pretrain):
     more: int = 500  # steps of phase two
     later: int = 3  # seeds that go on to it
     draws: int = 8  # pictures of each combination
-    fresh: int = 4096  # sprites dealt anew, of which the exams are; those of data.where tell of words
+    fresh: int = 4096  # sprites dealt anew, for the exams; words are predicted of those of data.where
     captions: int = 128  # of old pictures, and of new ones
 
 
@@ -96,7 +96,7 @@ class Exam:
     def __init__(self, config: Lifelong):
         self.config = config
         wheres = {"old": config.data.where, "new": config.new}
-        splits = captioned_sprites(config.fresh, seed=config.seed + config.seeds)
+        splits = captioned_sprites(config.fresh, seed=-1)
         self.fresh = {name: select_rows(splits, where)["train"] for name, where in wheres.items()}
 
     @torch.no_grad()
@@ -145,10 +145,11 @@ class Exam:
         _, asked, drawn = self.draw(teller, name)
         seen = judge_sprites(drawn.flatten(0, 1))
         found = torch.stack([seen[factor] for factor in FACTORS], 1).unflatten(0, drawn.shape[:2])
-        right = (found == asked[:, None]).all(2)
+        agrees = found == asked[:, None]
+        right = agrees.all(2)
         rows = self.fresh[name].select(range(min(self.config.captions, len(self.fresh[name]))))
         told = teller.write([teller.prompt("caption", shown=picture) for picture in self.pictures(rows)])
-        agrees = [
+        said = [
             all(read_caption(words)[factor] == row[factor] for factor in FACTORS)
             for words, row in zip(told, cast(Any, rows), strict=True)
         ]
@@ -156,7 +157,11 @@ class Exam:
             f"{name} drawn right": right.float().mean().item(),
             f"{name} covered": right.any(1).float().mean().item(),
             f"{name} spread": drawn.var(1).mean().sqrt().item() / self.spread(name),
-            f"{name} captioned right": mean(map(float, agrees)),
+            f"{name} captioned right": mean(map(float, said)),
+            **{
+                f"{name} {factor} drawn right": agrees[..., i].float().mean().item()
+                for i, factor in enumerate(FACTORS)
+            },
         }
 
     def pictures(self, rows: Dataset) -> list[Tensor]:
@@ -193,52 +198,51 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def compare(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """The mean difference of numbers by seed, and its standard error; 0 for one seed."""
-    lost = [a - b for a, b in zip(one, other, strict=True)]
-    return {"difference": mean(lost), "error": stdev(lost) / len(lost) ** 0.5 if len(lost) > 1 else 0.0}
-
-
 def report(marks: Mapping[str, Sequence[Marks]]) -> tuple[str, dict[str, float]]:
-    """The tables of all runs, and how far the losses of words lie apart."""
+    """The tables of all runs, and the mean difference of the losses of words, with its standard error."""
     loss = {name: [mark["words"] for mark in marks[name]] for name in ("words", "pictures")}
-    apart = compare(loss["pictures"], loss["words"])
-    text = markdown(
-        [
-            ["learned", "loss of words"],
-            ["words alone", cell(loss["words"], digits=4)],
-            ["words, and pictures by a critic", cell(loss["pictures"], digits=4)],
-            ["difference ± standard error", f"{apart['difference']:+.4f} ± {apart['error']:.4f}"],
-        ]
-    )
-    names = [name for name in marks["pictures"][0] if name != "words"]
-    rows = [["sprites, in %", *PHASES.values()]]
-    for name in names:
-        rows.append([name, *(cell([mark[name] for mark in marks[phase]], 100) for phase in PHASES)])
-    return f"{text}\n{markdown(rows)}", apart
+    lost = [
+        with_pictures - alone for with_pictures, alone in zip(loss["pictures"], loss["words"], strict=True)
+    ]
+    apart = {"difference": mean(lost), "error": stdev(lost) / len(lost) ** 0.5 if len(lost) > 1 else 0.0}
+    rows = [["learned", "loss of words"], ["words alone", cell(loss["words"], digits=4)]]
+    rows += [["words, and pictures by a critic", cell(loss["pictures"], digits=4)]]
+    rows += [["difference ± standard error", f"{apart['difference']:+.4f} ± {apart['error']:.4f}"]]
+    drawn = [["sprites, in %", *PHASES.values()]]
+    for name in filter("words".__ne__, marks["pictures"][0]):
+        drawn.append([name, *(cell([mark[name] for mark in marks[phase]], 100) for phase in PHASES)])
+    return f"{markdown(rows)}\n{markdown(drawn)}", apart
+
+
+def write(config: Lifelong, marks: Mapping[str, Sequence[Marks]]) -> str:
+    """The tables, which are written with all marks."""
+    out, (text, apart) = Path(config.out), report(marks)
+    found = {"settings": asdict(replace(config, out="")), "difference of words": apart, "marks": marks}
+    checkpoint.write_text(out / "lifelong.json", json.dumps(found, indent=1))
+    checkpoint.write_text(out / "table.md", text)
+    return f"{text}\n{out}/table.md, lifelong.json, lifelong.png"
 
 
 def main(config: Lifelong) -> None:
-    """Run what is not yet done, seed by seed, then tell what all runs say.
+    """Run what is not yet done, and tell after each seed what the runs so far say.
 
     Raises:
         ValueError: as `train/pretrain.py`; data of no use here.
     """
-    plan, out, exam = runs(config), Path(config.out), Exam(config)
-    turns = [(name, seed) for seed in range(config.seeds) for name in plan if seed < len(plan[name])]
+    plan, exam, told = runs(config), Exam(config), ""
     marks: dict[str, list[Marks]] = {name: [] for name in plan}
-    first: dict[str, Teller] = {}
-    for name, seed in (bar := tqdm(turns, desc="runs")):
-        bar.set_postfix_str(plan[name][seed].out)
-        teller = trained(plan[name][seed])
-        first.setdefault(name, teller)
-        marks[name].append(exam.examine(teller, drawing=name in PHASES))
-    text, apart = report(marks)
-    found = {"settings": asdict(replace(config, out="")), "difference of words": apart, "marks": marks}
-    checkpoint.write_text(out / "lifelong.json", json.dumps(found, indent=1))
-    checkpoint.write_text(out / "table.md", text)
-    exam.sheet(out / "lifelong.png", [first[name] for name in PHASES])
-    print(f"{text}\n{out}/table.md, lifelong.json, lifelong.png")
+    with tqdm(total=sum(map(len, plan.values())), desc="runs") as bar:
+        for seed in range(config.seeds):
+            tellers = {}
+            for name in (name for name, found in plan.items() if seed < len(found)):
+                bar.set_postfix_str(plan[name][seed].out)
+                tellers[name] = trained(plan[name][seed])
+                marks[name].append(exam.examine(tellers[name], drawing=name in PHASES))
+                bar.update()
+            told = write(config, marks)
+            if not seed:
+                exam.sheet(Path(config.out) / "lifelong.png", [tellers[name] for name in PHASES])
+    print(told)
 
 
 if __name__ == "__main__":
