@@ -10,6 +10,7 @@ is that of all processes together, so that a run may go on with another number o
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,9 +18,11 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import load_documents, seeded
+from rope_mm.data.documents import Told
 from rope_mm.losses import GAN_LOSSES
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer
 from rope_mm.models.configuration_rope_mm import config_for
@@ -30,10 +33,16 @@ from rope_mm.models.packing import Packer, moved
 from rope_mm.models.picture_heads import HEADS
 from rope_mm.models.sprite_exam import SPRITE_EXAMS
 from rope_mm.models.telling import Form, Teller, show
+from rope_mm.models.vocabulary import check_words
 from rope_mm.run.config import at_least, run
 from rope_mm.run.ema import Count, Ema
 from rope_mm.run.loop import Run, carry_out, identify
 from rope_mm.run.speed import Cost
+from rope_mm.run.start import check_start, load_start
+
+# what weights and optimisers depend on: a run that starts from another one's keeps it
+KEPT = ["tokenizer", "data.channels", "data.streaming", "rope", "model", "head"]
+KEPT += ["optim.betas", "optim.critic_betas", "optim.weight_decay"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +53,7 @@ class Data:
     templates: list[str] = field(
         default_factory=lambda: ["{caption}{image:draw}", "{image} what is it? {caption}"]
     )
+    where: dict[str, list[Any]] = field(default_factory=dict)  # column -> its values in the rows to take
     size: int = 8
     channels: int = 1
     join: int = 1  # rows in a document
@@ -58,11 +68,12 @@ class Pretrain(Run):
     """Pretrain on documents of words and pictures; the same command again resumes, --restart begins anew."""
 
     out: str = "runs/pretrain"
+    start: str = ""  # the out of another run, done: its words, weights, average, critic and optimisers
     steps: int = 2_000
     batch: int = 64  # documents a step, of all processes together
     accumulate: int = 1  # parts of them that a process reads one after another
     length: int = 256  # tokens, drafts included, that documents are packed to
-    tokenizer: str = "bytes"  # or words, those of the data; a folder or a hub name
+    tokenizer: str = "bytes"  # or words, of rows that data.where leaves out, too; a folder or a hub name
     data: Data = field(default_factory=Data)
     rope: dict[str, Any] = field(default_factory=lambda: {"scheme": "rope-tv-causal"})
     model: dict[str, Any] = field(default_factory=dict)  # fields of RopeMMConfig
@@ -92,7 +103,7 @@ class Training:
         chosen = asdict(config.data)
         del chosen["strict"]
         documents, self.held_out = load_documents(**chosen)
-        tokenizer = load_tokenizer(config.tokenizer, documents.texts())
+        tokenizer = take_words(config, documents) if config.start else find_words(config)
         torch.manual_seed(config.seed)
         settings = config_for(tokenizer, config.data.channels, config.rope, config.model)
         self.processor = RopeMMProcessor.from_config(settings, tokenizer)
@@ -116,6 +127,9 @@ class Training:
 
     def begin(self, step: int) -> None:
         """Make ready to go on from a step."""
+        if self.config.start and not step:
+            load_start(Path(self.config.start), self.accelerator)
+            self.left_out.count, self.feed.documents.mark = 0, None
         self.readings = self.feed.readings(step, self.config.steps, self.config.workers)
 
     def step(self, step: int) -> dict[str, Tensor]:
@@ -194,6 +208,30 @@ class Training:
     def remarks(self) -> dict[str, float]:
         """How many documents could not be read, where some could not."""
         return {"left_out": self.left_out.count} if self.left_out.count else {}
+
+
+def find_words(config: Pretrain) -> PreTrainedTokenizerBase:
+    """The tokenizer named; one of the data's words knows those of all rows, also of rows to come."""
+
+    def texts() -> Iterator[str]:
+        chosen = asdict(config.data) | {"where": {}}
+        del chosen["strict"]
+        yield from load_documents(**chosen)[0].texts()
+
+    return load_tokenizer(config.tokenizer, texts())
+
+
+def take_words(config: Pretrain, documents: Told) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run to start from.
+
+    Raises:
+        ValueError: one that does not fit, documents with words that it lacks.
+    """
+    check_start(start := Path(config.start), identify(config), KEPT)
+    tokenizer = load_tokenizer(str(start / "model"))
+    if config.tokenizer == "words":
+        check_words(tokenizer, documents.texts())
+    return tokenizer
 
 
 def check(config: Pretrain) -> None:

@@ -18,6 +18,7 @@ from rope_mm.data.images import EMBEDDED as EMBEDDED
 from rope_mm.data.images import CaptionedImages as CaptionedImages
 from rope_mm.data.images import load_images as load_images
 from rope_mm.data.images import load_splits as load_splits
+from rope_mm.data.images import select_rows as select_rows
 from rope_mm.data.order import batch_indices as batch_indices
 from rope_mm.data.order import seeded as seeded
 from rope_mm.data.places import Quiz as Quiz

@@ -9,7 +9,7 @@ from typing import Any, cast
 import datasets
 import fsspec
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image as Picture
 from PIL import ImageOps
 from torch import Tensor
@@ -204,6 +204,33 @@ def choose_splits(loaded: Mapping[str, Any]) -> tuple[Any, Any]:
     train = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     others = (loaded[name] for name in ("test", "validation") if name in loaded)
     return train, next((rows for rows in others if rows is not train), None)
+
+
+def select_rows(splits: DatasetDict, where: Mapping[str, Sequence[Any]]) -> DatasetDict:
+    """The rows of each split that hold one of the values named, column by column; labels by name or number.
+
+        select_rows(load_splits("sprites"), {"shape": ["circle", "ring"], "row": [0]})
+
+    Raises:
+        ValueError: a column or a label that the data lacks, values that leave a split without rows.
+    """
+    for column, values in where.items():
+        found = {name: rows.select(find_rows(rows, column, values)) for name, rows in splits.items()}
+        if empty := [name for name, rows in found.items() if not len(rows)]:
+            raise ValueError(f"no row of {empty[0]} holds one of {list(values)} in column {column!r}")
+        splits = DatasetDict(found)
+    return splits
+
+
+def find_rows(rows: Dataset, column: str, values: Sequence[Any]) -> list[int]:
+    """Numbers of the rows that hold one of the values in a column."""
+    check_rows(rows, next(iter(MODES)), column)
+    label = rows.features[column]
+    names = label.names if isinstance(label, ClassLabel) else []
+    if unknown := [value for value in values if names and isinstance(value, str) and value not in names]:
+        raise ValueError(f"column {column!r} has no {unknown[0]!r}; it has {', '.join(names)}")
+    wanted = [names.index(value) if value in names else value for value in values]
+    return [row for row, stored in enumerate(rows.select_columns([column])[column]) if stored in wanted]
 
 
 def load_images(

@@ -1,7 +1,7 @@
 """Documents of rows that are read one after another, shuffled in blocks, and resumed where they were."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 
 from rope_mm.data.blocks import Blocks, Mark, Place, Reached, read_rows
 from rope_mm.data.documents import Documents, Row, Told
-from rope_mm.data.images import EMBEDDED, choose_splits, load, load_splits
+from rope_mm.data.images import EMBEDDED, choose_splits, load, load_splits, select_rows
 
 
 class Stream(Told):
@@ -126,23 +126,33 @@ def load_stream(path: str, held_out: int) -> Source:
 
 
 def load_documents(
-    paths: Sequence[str], streaming: bool = False, shuffle: int = 0, held_out: int = 256, **how: Any
+    paths: Sequence[str],
+    where: Mapping[str, Sequence[Any]] | None = None,
+    streaming: bool = False,
+    shuffle: int = 0,
+    held_out: int = 256,
+    **how: Any,
 ) -> tuple[Told, Documents]:
     """Documents to train on, and held-out ones, of sources that are loaded whole or streamed.
 
     Args:
         paths: sources, see `load_splits`.
+        where: which of their rows, see `select_rows`; not of streams.
         streaming: whether they are a `Stream`, of which only some rows are held at a time.
         shuffle: how many of its rows are shuffled together.
         held_out: how many rows of each stream are for the held-out ones.
         how: templates, size, channels and join of both, see `Told`.
 
     Raises:
-        ValueError: as from `load_splits`, `Told` and `Stream`.
+        ValueError: as from `load_splits`, `select_rows`, `Told` and `Stream`; a choice of rows of a stream.
     """
     if not streaming:
-        splits = [load_splits(path) for path in paths]
+        splits = [select_rows(load_splits(path), where or {}) for path in paths]
         return Documents([s["train"] for s in splits], **how), Documents([s["test"] for s in splits], **how)
+    if where:
+        raise ValueError(
+            f"rows of a stream are not chosen by where, here {dict(where)}; give it no other rows"
+        )
     sources = [load_stream(path, held_out) for path in paths]
     apart = [source.apart for source in sources]
     documents = Stream([source.train for source in sources], shuffle=shuffle, apart=apart, **how)

@@ -14,6 +14,7 @@ from rope_mm.data.order import seeded
 from rope_mm.data.templates import Field, Task, find_tasks, read_template
 from rope_mm.models.modeling_rope_mm import RopeMMForConditionalGeneration
 from rope_mm.models.processing_rope_mm import Part, RopeMMProcessor
+from rope_mm.models.vocabulary import check_words
 from rope_mm.run.checkpoint import write_text
 from rope_mm.run.sheet import save_sheet
 from rope_mm.segments import Image, Video
@@ -99,9 +100,7 @@ class Teller:
         Raises:
             ValueError: a task that needs a picture before it where none came, words without a token.
         """
-        tokenizer = self.processor.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
-        if tokenizer.unk_token_id in tokenizer(words, add_special_tokens=False)["input_ids"]:
-            raise ValueError(f"{words!r} has words that the model was not taught; give some of its data's")
+        check_words(self.processor.tokenizer, [words])  # pyright: ignore[reportAttributeAccessIssue]
         parts: list[Part] = []
         for part in self.form.task(name).before:
             value = (

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 PIECE = Regex(r" ?\w+| ?[^\w\s]|\s")  # a word or a mark, with the space before it
@@ -29,3 +29,14 @@ def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = joined  # pyright: ignore[reportAttributeAccessIssue]
     special = {"pad_token": PAD, "eos_token": END, "unk_token": UNKNOWN}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def check_words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:
+    """Refuse texts with a word that has no token.
+
+    Raises:
+        ValueError: with the first such text.
+    """
+    for text in dict.fromkeys(texts):
+        if tokenizer.unk_token_id in tokenizer(text, add_special_tokens=False)["input_ids"]:
+            raise ValueError(f"{text!r} has words that the model was not taught; use those of its data")

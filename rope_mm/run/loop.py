@@ -129,6 +129,7 @@ def train(training: Training, config: Run, out: Path) -> dict[str, float]:
     guard = Guard(accelerator, config.on_nan)
     step, marks = resume(out, accelerator), None
     training.begin(step)
+    guard.steps = guard.steps if step else 0  # not those of a run that this one starts from
     take = profiled(training.step, config.profile, print) if config.profile else training.step
     peak = peak_flops(accelerator.device)
     speed = Speed(peak and peak * accelerator.num_processes)
@@ -136,8 +137,7 @@ def train(training: Training, config: Run, out: Path) -> dict[str, float]:
     told = {"main": accelerator.is_main_process, "also": accelerator.log}
     with Stop() as stop, Log(out, config.steps, step, desc=str(out), **told) as log:
         while step < config.steps:
-            terms = take(step)
-            step += 1
+            terms, step = take(step), step + 1
             if guard.tripped and guard.row < MOST:
                 terms = guard.excuse(step, terms)
             elif agree(accelerator, guard.tripped or not finite(terms)):

@@ -1,0 +1,246 @@
+"""Runs that begin where others ended, and what a model keeps of the pictures it learned first."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from rope_mm.data import FACTORS, draw_sprites, load_splits, read_caption, select_rows
+from rope_mm.run.alarm import Guard
+from rope_mm.run.config import load
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "pretrain" / "lifelong.yaml"
+OLD, NEW = "{shape: [ring, square]}", "{shape: [cross, moon]}"
+SMALL = {
+    "batch": 4, "length": 64, "log_every": 1, "sample_every": 100, "checkpoint_every": 1, "threads": 1,
+    "model.hidden_size": 16, "model.intermediate_size": 16, "model.num_hidden_layers": 1, "steps": 2,
+    "model.num_attention_heads": 2, "model.num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def script():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "train"))
+        spec = importlib.util.spec_from_file_location("lifelong", ROOT / "train" / "lifelong.py")
+        module = sys.modules["lifelong"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def flags(out, **changes):
+    settings = {"out": out, **SMALL, **changes}
+    return ["--config", str(CONFIG), *(word for k, v in settings.items() for word in (f"--{k}", str(v)))]
+
+
+def lifelong(script, out, **changes):
+    own = {"seeds": 2, "data.where": OLD, "new": NEW, "more": 1, "draws": 2, "fresh": 1024, "captions": 4}
+    return load(script.Lifelong, flags(out, **own | changes))
+
+
+def run_of(script, out, **changes):
+    """A run of the pretraining script alone, with the same settings."""
+    (one, *_) = script.runs(lifelong(script, out, **changes))["pictures"]
+    return script.replace(one, out=str(out), start=changes.get("start", ""))
+
+
+@pytest.fixture(scope="module")
+def first(script, tmp_path_factory):
+    """A run that is done."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    script.pretrain.main(run_of(script, out))
+    return out
+
+
+def newest(out):
+    return max((out / "checkpoints").iterdir())
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours)
+
+
+def test_a_run_that_starts_from_another_has_exactly_its_weights_averages_and_moments(script, first, tmp_path):
+    changes = {"start": first, "seed": 7, "data.where": NEW}
+    training = script.pretrain.Training(run_of(script, tmp_path / "next", **changes), Accelerator(cpu=True))
+    Guard(training.accelerator, "stop")  # what the loop registers
+    training.begin(0)
+    learner, kept = training.learner, newest(first)
+    untied = {k: v for k, v in learner.model.state_dict().items() if k != "lm_head.weight"}
+    assert same(untied, load_file(kept / "model.safetensors"))
+    assert same(learner.rival.critic.state_dict(), load_file(kept / "model_1.safetensors"))
+    assert same(training.average.model.state_dict(), load_states(kept, "updates")["model"])
+    assert training.average.updates == 2
+    for optimizer, name in (
+        (learner.optimizer, "optimizer.bin"),
+        (learner.rival.optimizer, "optimizer_1.bin"),
+    ):
+        ours, theirs = optimizer.state_dict()["state"], torch.load(kept / name)["state"]
+        assert ours.keys() == theirs.keys()
+        assert all(same(ours[key], theirs[key]) for key in ours)
+
+
+def load_states(folder, key):
+    states = [torch.load(path, weights_only=False) for path in folder.glob("custom_checkpoint_*.pkl")]
+    return next(state for state in states if key in state)
+
+
+def test_such_a_run_reads_its_own_rows_from_its_first_step_on_and_is_resumed_as_any(
+    script, first, tmp_path, monkeypatch
+):
+    changes = {"start": first, "steps": 2, "data.where": NEW}
+    script.pretrain.main(run_of(script, tmp_path / "whole", **changes))
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["step"] == 1
+    step = script.pretrain.Training.step
+
+    def interrupted(self, number):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.pretrain.Training, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            script.pretrain.main(run_of(script, tmp_path / "parts", **changes))
+    script.pretrain.main(run_of(script, tmp_path / "parts", **changes))
+    whole, parts = (load_file(newest(tmp_path / name) / "model.safetensors") for name in ("whole", "parts"))
+    assert same(parts, whole)
+    assert not same(parts, load_file(newest(first) / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.hidden_size": 32}, r"another model .*'hidden_size': 16.*'hidden_size': 32.*must be kept"),
+        ({"head": "flow"}, "another head .adversarial there, flow here"),
+        ({"tokenizer": "bytes"}, "another tokenizer .words there, bytes here"),
+        ({"data.templates": "['draw {caption}{image:draw}']"}, "'draw ' has words that the model was not"),
+        ({"data.where": "{shape: [blob]}"}, "column 'shape' has no 'blob'; it has circle"),
+        ({"data.where": "{form: [ring]}"}, "no column 'form'; it has image, caption"),
+        ({"data.where": "{shape: []}"}, "no row of train holds one of .. in column 'shape'"),
+    ],
+)
+def test_what_does_not_fit_the_start_is_refused_and_the_folder_left(
+    script, first, tmp_path, changes, message
+):
+    with pytest.raises(ValueError, match=message):
+        script.pretrain.main(run_of(script, tmp_path / "next", start=first, **changes))
+    assert not (tmp_path / "next").exists()
+
+
+def test_a_start_that_is_not_done_is_refused(script, first, tmp_path):
+    cut = shutil.copytree(first, tmp_path / "cut")
+    (cut / "result.json").unlink()
+    for start in (cut, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="holds no run that is done; give the --out of one"):
+            script.pretrain.main(run_of(script, tmp_path / "next", start=start))
+
+
+def test_rows_are_taken_by_the_names_or_the_numbers_of_their_labels():
+    splits = load_splits("sprites")
+    named = select_rows(splits, {"shape": ["ring", "moon"], "colour": ["red"]})
+    numbered = select_rows(splits, {"shape": [5, 6], "colour": [0]})
+    for split in ("train", "test"):
+        rows = [
+            shape in (5, 6) and colour == 0
+            for shape, colour in zip(splits[split]["shape"], splits[split]["colour"], strict=True)
+        ]
+        assert len(named[split]) == sum(rows) > 0
+        assert named[split]["caption"] == numbered[split]["caption"]
+        assert all("red" in words for words in named[split]["caption"])
+    assert len(select_rows(splits, {})["train"]) == len(splits["train"])
+
+
+def test_both_runs_of_a_seed_read_the_same_words_in_the_same_order(script, tmp_path):
+    plan = script.runs(lifelong(script, tmp_path, steps=3))
+    words, pictures = (
+        script.pretrain.Training(plan[name][1], Accelerator(cpu=True)) for name in ("words", "pictures")
+    )
+    assert [run.picture_weight for run in plan["words"]] == [0.0, 0.0]
+    for turn in range(3):
+        ours, theirs = words.feed[turn].pack, pictures.feed[turn].pack
+        for name in ("input_ids", "labels", "position_ids", "document"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    begun = words.learner.model.state_dict(), pictures.learner.model.state_dict()
+    assert same(*begun)
+
+
+def test_the_same_command_again_trains_nothing_and_says_the_same(script, tmp_path, capsys, monkeypatch):
+    config = lifelong(script, tmp_path / "all", seeds=1)
+    script.main(config)
+    table = (tmp_path / "all" / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    found = json.loads((tmp_path / "all" / "lifelong.json").read_text())
+    assert {name: len(marks) for name, marks in found["marks"].items()} == dict.fromkeys(
+        ("words", "pictures", "new", "mixed"), 1
+    )
+    assert (tmp_path / "all" / "lifelong.png").stat().st_size > 2000
+    mixed = (tmp_path / "all" / "mixed-0" / "run.yaml").read_text()
+    assert all(f"- {shape}" in mixed for shape in ("ring", "square", "cross", "moon"))
+    assert "pictures-0" in mixed
+    monkeypatch.setattr(script.pretrain, "main", None)
+    script.main(config)
+    assert (tmp_path / "all" / "table.md").read_text() == table
+
+
+class Sure:
+    """Draws for every caption what `see` makes of its factors, and captions every picture alike."""
+
+    def __init__(self, see, said="", nudged=False):
+        self.see, self.said, self.nudged = see, said, nudged
+
+    def prompt(self, name, words="", shown=None):
+        return words
+
+    def draw(self, prompts, generator):
+        read = [read_caption(words) for words in prompts]
+        factors = {name: torch.tensor([caption[name] for caption in read]) for name in FACTORS}
+        steps = torch.randint(-self.nudged, 1 + self.nudged, (len(prompts), 2), generator=generator)
+        return draw_sprites(self.see(factors), 16, steps).float() / 127.5 - 1
+
+    def write(self, prompts):
+        return [self.said] * len(prompts)
+
+
+def test_who_draws_what_is_asked_covers_all_and_who_draws_one_sprite_covers_one(script, tmp_path):
+    exam = script.Exam(lifelong(script, tmp_path, draws=8, fresh=4096, **{"data.size": 16}))
+    count = len({tuple(row) for row in zip(*(exam.fresh["old"][name] for name in FACTORS), strict=True)})
+    right = exam.mark(Sure(lambda factors: factors), "old")
+    assert (right["old drawn right"], right["old covered"], right["old spread"]) == (1, 1, 0)
+    various = exam.mark(Sure(lambda factors: factors, nudged=True), "old")
+    assert various["old covered"] == 1
+    assert various["old spread"] == pytest.approx(1, abs=0.1)
+    only = {name: exam.fresh["old"][0][name] for name in FACTORS}
+    alike = Sure(lambda factors: {name: torch.full_like(factors[name], only[name]) for name in FACTORS})
+    assert exam.mark(alike, "old")["old covered"] == pytest.approx(1 / count)
+    caption = exam.fresh["old"][0]["caption"]
+    told = [tuple(row[name] for name in FACTORS) for row in exam.fresh["old"].select(range(4))]
+    share = exam.mark(Sure(lambda factors: factors, caption), "old")["old captioned right"]
+    assert share == told.count(tuple(only.values())) / 4
+
+
+def test_the_table_tells_means_spreads_and_the_difference_of_the_words(script):
+    marks = {name: [{"words": 2.0}, {"words": 2.0}] for name in ("words", "pictures", "new", "mixed")}
+    marks["pictures"] = [{"words": 2.1, "old covered": 0.5}, {"words": 2.3, "old covered": 1.0}]
+    for name in ("new", "mixed"):
+        marks[name] = [{"words": 3.0, "old covered": 0.25}] * 2
+    text, apart = script.report(marks)
+    assert apart == {"difference": pytest.approx(0.2), "error": pytest.approx(0.1)}
+    assert "| difference ± standard error | +0.2000 ± 0.1000 |" in text
+    assert "| old covered | 75.0 ± 35.4 | 25.0 ± 0.0 | 25.0 ± 0.0 |" in text
+
+
+@pytest.mark.parametrize("changes", [{"seeds": 0}, {"data.paths": "[digits]"}, {}])
+def test_what_makes_no_comparison_is_refused(script, tmp_path, changes):
+    config = lifelong(script, tmp_path, **changes)
+    with pytest.raises(ValueError, match=r"give 1 seed or more, data\.paths \[sprites\], and in new"):
+        script.runs(config if changes else script.replace(config, new={}))
