@@ -214,7 +214,7 @@ def find_words(config: Pretrain) -> PreTrainedTokenizerBase:
     """The tokenizer named; one of the data's words knows those of all rows, also of rows to come."""
 
     def texts() -> Iterator[str]:
-        chosen = asdict(config.data) | {"where": {}}
+        chosen: dict[str, Any] = asdict(config.data) | {"where": {}}
         del chosen["strict"]
         yield from load_documents(**chosen)[0].texts()
 
