@@ -7,7 +7,7 @@ from typing import Any
 
 from rope_mm import markdown
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def parts(name: str) -> tuple[str, str, str]:
