@@ -1,6 +1,6 @@
 """Words beside an adversarial head, and a model that goes on with other pictures: what is lost, what is kept.
 
-    python train/lifelong.py --config configs/pretrain/lifelong.yaml
+    python train/lifelong.py --config configs/lifelong/sprites.yaml
 
 Four runs of `train/pretrain.py` for each seed, in OUT/<name>-<seed>: "words" and "pictures" read the same
 documents, rows of data.where, and the first learns no pictures; "new" and "mixed" begin where "pictures"

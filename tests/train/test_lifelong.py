@@ -18,7 +18,7 @@ from rope_mm.run.alarm import Guard
 from rope_mm.run.config import load
 
 ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "configs" / "pretrain" / "lifelong.yaml"
+CONFIG = ROOT / "configs" / "lifelong" / "sprites.yaml"
 OLD, NEW = "{shape: [ring, square]}", "{shape: [cross, moon]}"
 SMALL = {
     "batch": 4, "length": 64, "log_every": 1, "sample_every": 100, "checkpoint_every": 1, "threads": 1,

@@ -246,7 +246,7 @@ def test_what_a_model_was_not_taught_is_refused(data, tmp_path):
     ("changes", "message"),
     [
         ({"head": "floww"}, "head 'floww' is unknown; did you mean 'flow'"),
-        ({"length": 5}, "does not fit a row of 5; raise the length"),
+        ({"length": 3}, "does not fit a row of 3; raise the length"),
         ({"batch": 0}, "batch must be at least 1, not 0"),
         ({"workers": -1}, "workers must be at least 0, not -1"),
         ({"data.templates": "['{title}']"}, "template '{title}' fits no source"),
