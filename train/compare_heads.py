@@ -38,6 +38,7 @@ from rope_mm.models.picture_heads import HEADS
 from rope_mm.models.telling import Teller
 from rope_mm.run.checkpoint import write_text
 from rope_mm.run.config import at_least, dump, run
+from rope_mm.run.folder import is_done
 from rope_mm.run.loop import identify
 from rope_mm.run.quality import REAL, TOOK, Runs, draw_figure, write_table
 from rope_mm.run.sheet import save_sheet
@@ -181,15 +182,14 @@ def configure(config: CompareHeads, head: str, seed: int) -> Pretrain:
 def take(config: Pretrain, passes: Sequence[int], questions: Questions, samples: dict[str, Tensor]) -> Any:
     """Marks of a run by passes, trained as far as it is not yet; pictures for the sheet go to `samples`."""
     out = Path(config.out)
-    done, made = out / "result.json", out / "run.yaml"
-    if config.restart or not done.exists() or made.read_text() != identify(config):
+    if config.restart or not is_done(out, identify(config)):
         train(config, Counted)
     teller, marks = Teller.load(out / "model"), {}
     for count in passes if HEADS[config.head].steps > 1 else [1]:
         drawn = questions.draw(teller, count)
         samples[f"{out.name}, {count}"] = drawn[questions.shown]
         marks[str(count)] = questions.exam.mark(drawn)
-    result = json.loads(done.read_text())
+    result = json.loads((out / "result.json").read_text())
     return {name: result[name] for name in TOOK} | {"marks": marks}
 
 

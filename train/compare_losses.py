@@ -21,6 +21,8 @@ from rope_mm import markdown
 from rope_mm.models.objective import Objective
 from rope_mm.run import checkpoint
 from rope_mm.run.config import run
+from rope_mm.run.figure import new_figure, save_figure
+from rope_mm.run.folder import is_done
 from rope_mm.run.log import read_metrics
 from rope_mm.run.loop import identify
 
@@ -72,13 +74,11 @@ def runs(config: CompareLosses) -> list[tuple[str, Adversarial]]:
 def result(config: Adversarial) -> dict[str, float]:
     """The marks of a run, trained as far as it is not yet; none of a dry run."""
     out = Path(config.out)
-    done, made = out / "result.json", out / "run.yaml"
-    whole = done.exists() and made.exists() and made.read_text().endswith("\n" + identify(config))
-    if config.restart or not whole:
+    if config.restart or not is_done(out, identify(config)):
         train(config)
     if config.dry_run:
         return {}
-    return json.loads(done.read_text())
+    return json.loads((out / "result.json").read_text())
 
 
 def table(rows: Runs) -> str:
@@ -98,11 +98,7 @@ def draw(path: Path, curves: dict[str, list[list[dict]]], mark: str) -> None:
     Raises:
         ValueError: no matplotlib, no such mark.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("the picture wants matplotlib: pip install rope-mm[plots]") from None
-    figure = Figure((7, 5), layout="constrained")
+    figure = new_figure(7, 5)
     axes = figure.subplots()
     for number, (loss, seeds) in enumerate(curves.items()):
         for seed, metrics in enumerate(seeds):
@@ -113,7 +109,7 @@ def draw(path: Path, curves: dict[str, list[list[dict]]], mark: str) -> None:
             axes.plot(*zip(*seen, strict=True), f"C{number}.-", linewidth=0.8, label=label)
     axes.set(xlabel="step", ylabel=mark, yscale="log")
     axes.legend()
-    checkpoint.write_file(path, lambda part: figure.savefig(part, format="png", dpi=120))
+    save_figure(path, figure, dpi=120)
 
 
 def main(config: CompareLosses) -> None:

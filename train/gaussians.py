@@ -30,6 +30,7 @@ from rope_mm.metrics import gaussian_modes
 from rope_mm.run import checkpoint
 from rope_mm.run.config import run
 from rope_mm.run.ema import Ema
+from rope_mm.run.figure import new_figure, save_figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,11 +224,9 @@ def table(numbers: dict[str, dict[str, Any]]) -> str:
 
 def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
     """Samples of every row's first seed, beside true ones."""
-    from matplotlib.figure import Figure
-
     columns = min(5, len(results))
     rows = -(-len(results) // columns)
-    figure = Figure((2.2 * columns, 2.4 * rows), layout="constrained")
+    figure = new_figure(2.2 * columns, 2.4 * rows)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels:
         axes.set_axis_off()
@@ -235,7 +234,7 @@ def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
         axes.plot(*result["samples"][0, :2500].T, ",", color="k", alpha=0.6)
         axes.set(title=name, xlim=(-5, 5), ylim=(-5, 5), aspect="equal")
         axes.title.set_fontsize("small")
-    checkpoint.write_file(path, lambda part: figure.savefig(part, format="png", dpi=80))
+    save_figure(path, figure, dpi=80)
 
 
 def truth(settings: Settings, seeds: Sequence[int]) -> dict[str, Any]:
@@ -254,10 +253,7 @@ def main(config: Gaussians) -> None:
         raise ValueError("there is nothing to train: take --config configs/adversarial/gaussians.yaml")
     for row in config.rows.values():
         Game(row, config.settings, config.seeds).step(0.0)  # refuses what cannot be trained before any is
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ValueError("the picture wants matplotlib: pip install rope-mm[plots]") from None
+    new_figure(1, 1)  # what it lacks is said before anything is trained
     out, results = Path(config.out), {"true samples": truth(config.settings, config.seeds)}
     for name in (bar := tqdm(config.rows, desc="gaussians")):
         bar.set_postfix_str(name)

@@ -31,6 +31,7 @@ from rope_mm.models.picture_heads import HEADS
 from rope_mm.models.telling import Teller
 from rope_mm.run import checkpoint
 from rope_mm.run.config import run
+from rope_mm.run.folder import is_done
 from rope_mm.run.loop import identify
 from rope_mm.run.sheet import save_sheet
 
@@ -86,8 +87,7 @@ def runs(config: Lifelong) -> dict[str, list[Pretrain]]:
 def trained(config: Pretrain) -> Teller:
     """The model of a run, trained as far as it is not yet."""
     out = Path(config.out)
-    done, made = out / "result.json", out / "run.yaml"
-    if config.restart or not done.exists() or made.read_text(encoding="utf-8") != identify(config):
+    if config.restart or not is_done(out, identify(config)):
         pretrain.main(config)
     return Teller.load(out / "model")
 

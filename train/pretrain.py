@@ -10,7 +10,6 @@ is that of all processes together, so that a run may go on with another number o
 """
 
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -103,7 +102,7 @@ class Training:
         chosen = asdict(config.data)
         del chosen["strict"]
         documents, self.held_out = load_documents(**chosen)
-        tokenizer = take_words(config, documents) if config.start else find_words(config)
+        tokenizer = take_words(config, documents) if config.start else find_words(config, documents)
         torch.manual_seed(config.seed)
         settings = config_for(tokenizer, config.data.channels, config.rope, config.model)
         self.processor = RopeMMProcessor.from_config(settings, tokenizer)
@@ -210,15 +209,13 @@ class Training:
         return {"left_out": self.left_out.count} if self.left_out.count else {}
 
 
-def find_words(config: Pretrain) -> PreTrainedTokenizerBase:
-    """The tokenizer named; one of the data's words knows those of all rows, also of rows to come."""
-
-    def texts() -> Iterator[str]:
-        chosen: dict[str, Any] = asdict(config.data) | {"where": {}}
-        del chosen["strict"]
-        yield from load_documents(**chosen)[0].texts()
-
-    return load_tokenizer(config.tokenizer, texts())
+def find_words(config: Pretrain, documents: Told) -> PreTrainedTokenizerBase:
+    """The tokenizer named; one of the data's words knows those of all rows, also of those left for later."""
+    if config.data.where:
+        whole: dict[str, Any] = asdict(config.data) | {"where": {}}
+        del whole["strict"]
+        documents, _ = load_documents(**whole)
+    return load_tokenizer(config.tokenizer, documents.texts())
 
 
 def take_words(config: Pretrain, documents: Told) -> PreTrainedTokenizerBase:

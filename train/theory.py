@@ -22,6 +22,7 @@ from tqdm import tqdm
 from rope_mm.losses import F_DIVERGENCES, METHODS, MONOTONE
 from rope_mm.run import checkpoint
 from rope_mm.run.config import run
+from rope_mm.run.figure import new_figure, save_figure
 from rope_mm.theory.dynamics import Descent, Dirac, average, eigenvalues, flow, growth, walk, wedge
 from rope_mm.theory.flow import (
     follow,
@@ -276,21 +277,14 @@ def main(config: Theory) -> None:
     Raises:
         ValueError: no matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("the figures want matplotlib: pip install rope-mm[plots]") from None
     out, numbers = Path(config.out), {}
-    out.mkdir(parents=True, exist_ok=True)
     for name in (bar := tqdm(CHAPTERS, desc="theory")):
         bar.set_postfix_str(name)
         chapter, size = CHAPTERS[name]
-        figure, began = Figure(size, layout="constrained"), time.perf_counter()
+        figure, began = new_figure(*size), time.perf_counter()
         numbers[name] = chapter(figure, config.seed)
         numbers[name]["seconds"] = round(time.perf_counter() - began, 1)
-        checkpoint.write_file(
-            out / f"{name}.png", lambda part, f=figure: f.savefig(part, format="png", dpi=120)
-        )
+        save_figure(out / f"{name}.png", figure, dpi=120)
     checkpoint.write_text(out / "theory.json", json.dumps(numbers, indent=1, ensure_ascii=False))
     print(f"{len(numbers)} figures and their numbers: {out}/theory.json")
 

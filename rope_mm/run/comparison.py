@@ -9,7 +9,7 @@ from scipy.stats import studentized_range
 from torch import Tensor
 
 from rope_mm import markdown
-from rope_mm.run.checkpoint import write_file
+from rope_mm.run.figure import new_figure, save_figure
 
 SHUFFLES = 10_000
 Summary = dict[str, dict[str, dict[str, Any]]]  # kind -> task -> what is told of it
@@ -91,12 +91,8 @@ def draw_figure(path: Path, summary: Summary) -> None:
     Raises:
         ValueError: no matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("the figure wants matplotlib: pip install rope-mm[plots]") from None
     columns = max(map(len, summary.values()))
-    figure = Figure((2.2 * columns, 2.8 * len(summary)), layout="constrained")
+    figure = new_figure(2.2 * columns, 2.8 * len(summary))
     grid = figure.subplots(len(summary), columns, sharey=True, squeeze=False)
     for row, (kind, tasks) in zip(grid, summary.items(), strict=True):
         for axes in row[len(tasks) :]:
@@ -111,4 +107,4 @@ def draw_figure(path: Path, summary: Summary) -> None:
             axes.set(title=f"{task}, {kind}", xlim=(0, 100))
             axes.tick_params(labelsize=7)
     grid[0, 0].invert_yaxis()
-    write_file(path, lambda part: figure.savefig(part, format="png", dpi=100))
+    save_figure(path, figure)

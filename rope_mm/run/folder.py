@@ -42,6 +42,14 @@ def open_folder(out: Path, identity: str, accelerator: Accelerator, restart: boo
     accelerator.wait_for_everyone()
 
 
+def is_done(out: Path, identity: str) -> bool:
+    """Whether a folder holds a run that has its result; its identity may say more before these lines."""
+    made = out / "run.yaml"
+    if not made.exists() or not (out / "result.json").exists():
+        return False
+    return f"\n{made.read_text(encoding='utf-8')}".endswith(f"\n{identity}")
+
+
 def zip_lines(old: str, new: str) -> list[tuple[str, str]]:
     """Lines of two texts side by side, the shorter one filled up."""
     a, b = old.splitlines(), new.splitlines()

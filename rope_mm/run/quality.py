@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Any
 
 from rope_mm import markdown
-from rope_mm.run.checkpoint import write_file
+from rope_mm.run.figure import new_figure, save_figure
 
 REAL = "real test images"
 TOOK = {"steps": ".0f", "TFLOP": ".2f", "CPU minutes": ".1f", "weights": ".0f"}  # how each is written
@@ -43,11 +43,7 @@ def draw_figure(path: Path, real: Mapping[str, float], runs: Runs) -> None:
     Raises:
         ValueError: no matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("the figure wants matplotlib: pip install rope-mm[plots]") from None
-    figure = Figure((10, 4), layout="constrained")
+    figure = new_figure(10, 4)
     axes = dict(zip(("frechet", "recognised", "coverage"), figure.subplots(1, 3), strict=True))
     ticks = sorted({int(count) for seeds in runs.values() for count in seeds[0]["marks"]})
     for mark, panel in axes.items():
@@ -63,4 +59,4 @@ def draw_figure(path: Path, real: Mapping[str, float], runs: Runs) -> None:
         panel.minorticks_off()
     axes["frechet"].set_yscale("log")
     axes["recognised"].legend()
-    write_file(path, lambda part: figure.savefig(part, format="png", dpi=100))
+    save_figure(path, figure)

@@ -1,28 +1,16 @@
 """train/theory.py as its user runs it, on the shortest of its chapters."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
+import theory
 
 from rope_mm.run.config import run
 
-SCRIPT = Path(__file__).parents[2] / "train" / "theory.py"
 
-
-@pytest.fixture
-def theory():
-    spec = importlib.util.spec_from_file_location("theory", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["theory"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_chapter_becomes_a_figure_and_numbers(theory, tmp_path, monkeypatch):
-    monkeypatch.setattr(theory, "CHAPTERS", {"damping": theory.CHAPTERS["damping"]})
+def test_a_chapter_becomes_a_figure_and_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr("CHAPTERS", {"damping": theory.CHAPTERS["damping"]})
     run(theory.main, theory.Theory, ["--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "damping.png").read_bytes().startswith(b"\x89PNG")
     numbers = json.loads((tmp_path / "out" / "theory.json").read_text())
@@ -31,7 +19,7 @@ def test_a_chapter_becomes_a_figure_and_numbers(theory, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_alternating_thresholds_and_averages_are_as_published(theory):
+def test_alternating_thresholds_and_averages_are_as_published():
     from matplotlib.figure import Figure
 
     for row in theory.steps(Figure(), 0).values():
@@ -39,13 +27,13 @@ def test_alternating_thresholds_and_averages_are_as_published(theory):
     assert theory.averages(Figure(), 0)["closer"] > 10
 
 
-def test_help_says_what_is_written(theory, capsys):
+def test_help_says_what_is_written(capsys):
     with pytest.raises(SystemExit):
         run(theory.main, theory.Theory, ["--help"])
     assert "theory.json" in capsys.readouterr().out
 
 
-def test_without_matplotlib_the_cure_is_named(theory, tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_the_cure_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit):
         run(theory.main, theory.Theory, ["--out", str(tmp_path)])

@@ -1,6 +1,5 @@
 """The training script on a model of toy size: it learns nothing here, but everything else must work."""
 
-import importlib.util
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import adversarial
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,15 +24,6 @@ SCRIPT = ROOT / "train" / "adversarial.py"
 CONFIG = ROOT / "configs" / "adversarial" / "digits.yaml"
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("adversarial", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["adversarial"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-adversarial = script()
 JUDGED = {"data.label": "label"}
 
 

@@ -1,12 +1,11 @@
 """Heads compared for equal training, on models of toy size."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import compare_heads
 import numpy
 import pytest
 import torch
@@ -34,30 +33,20 @@ heads: {mse: {steps: 2}, flow: {steps: 2}, rpgan+r1+r2: {steps: 2}, gan-qp: {ste
 """
 
 
-@pytest.fixture(scope="module")
-def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "train"))
-        spec = importlib.util.spec_from_file_location("compare_heads", ROOT / "train" / "compare_heads.py")
-        module = sys.modules["compare_heads"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-
-
-def read(script, folder, name="digits", **changes):
+def read(folder, name="digits", **changes):
     """The configuration of that name with few steps of a small model."""
     (folder / "toy.yaml").write_text(TOY)
     flags = {"out": folder / "out", **changes}.items()
     words = [word for key, value in flags for word in (f"--{key}", str(value))]
     files = ["--config", str(CONFIGS / f"{name}.yaml"), "--config", str(folder / "toy.yaml")]
-    return load(script.CompareHeads, [*files, *words])
+    return load(compare_heads.CompareHeads, [*files, *words])
 
 
 @pytest.fixture(scope="module")
-def done(script, tmp_path_factory):
+def done(tmp_path_factory):
     """A comparison on the embedded digits; its configuration."""
-    config = read(script, tmp_path_factory.mktemp("heads"))
-    script.main(config)
+    config = read(tmp_path_factory.mktemp("heads"))
+    compare_heads.main(config)
     return config
 
 
@@ -92,32 +81,34 @@ def test_one_pass_of_a_flow_is_not_several(done):
     assert flow["marks"]["1"]["frechet"] != flow["marks"]["2"]["frechet"]
 
 
-def test_what_is_done_is_not_trained_again_and_what_was_cut_off_goes_on(script, done, tmp_path, monkeypatch):
-    out, before, trained, real = tmp_path / "out", report(done), [], script.train
+def test_what_is_done_is_not_trained_again_and_what_was_cut_off_goes_on(done, tmp_path, monkeypatch):
+    out, before, trained, real = tmp_path / "out", report(done), [], compare_heads.train
     shutil.copytree(done.out, out)
-    monkeypatch.setattr(script, "train", lambda config, how: (trained.append(config.out), real(config, how)))
-    config = read(script, tmp_path)
-    script.main(config)
+    monkeypatch.setattr(
+        compare_heads, "train", lambda config, how: (trained.append(config.out), real(config, how))
+    )
+    config = read(tmp_path)
+    compare_heads.main(config)
     assert not trained and report(config)["heads"] == before["heads"]
     run = out / "rpgan+r1+r2-0"
     shutil.rmtree(run / "checkpoints" / "step-000002")
     (run / "result.json").unlink()
-    script.main(config)
+    compare_heads.main(config)
     assert trained == [str(run)]
     (was,), (now,) = before["heads"]["rpgan+r1+r2"], report(config)["heads"]["rpgan+r1+r2"]
     assert now["marks"] == was["marks"]
     assert now["TFLOP"] == was["TFLOP"]  # of step 0, which the checkpoint of step 1 remembers
 
 
-def test_a_folder_of_other_runs_is_refused(script, done, tmp_path):
+def test_a_folder_of_other_runs_is_refused(done, tmp_path):
     shutil.copytree(done.out, tmp_path / "out")
     with pytest.raises(ValueError, match="another configuration"):
-        script.main(read(script, tmp_path, batch=8))
+        compare_heads.main(read(tmp_path, batch=8))
 
 
-def test_real_pictures_are_compared_with_others_and_drawn_again_by_their_captions(script, tmp_path):
-    config = read(script, tmp_path, judged=1000)
-    questions, test = script.prepare(config), load_splits("digits")["test"]
+def test_real_pictures_are_compared_with_others_and_drawn_again_by_their_captions(tmp_path):
+    config = read(tmp_path, judged=1000)
+    questions, test = compare_heads.prepare(config), load_splits("digits")["test"]
     assert len(questions.exam.rows) == len(questions.exam.real) == 180 == len(test) / 2
     assert not set(questions.exam.rows) & set(range(180, 360))
     assert questions.captions == [test[row]["caption"] for row in questions.exam.rows]
@@ -125,13 +116,13 @@ def test_real_pictures_are_compared_with_others_and_drawn_again_by_their_caption
     assert questions.exam.labels[questions.shown].tolist() == [i // 2 for i in range(20)]
 
 
-def test_a_caption_asks_for_the_first_class_that_is_a_word_of_it(script):
+def test_a_caption_asks_for_the_first_class_that_is_a_word_of_it():
     captions = ["a Cat face", "catfish", "family: man, man", "the man", "face with hat"]
     pictures = SimpleNamespace(captions=captions)
-    rows, labels = script.find_classes(pictures, ["man", "face", "cat", "family"], 4)
+    rows, labels = compare_heads.find_classes(pictures, ["man", "face", "cat", "family"], 4)
     assert rows == [0, 2, 3, 4]
     assert labels.tolist() == [2, 3, 0, 1]
-    assert script.find_classes(pictures, ["man"], 1)[0] == [2]
+    assert compare_heads.find_classes(pictures, ["man"], 1)[0] == [2]
 
 
 @pytest.mark.parametrize(
@@ -149,28 +140,28 @@ def test_a_caption_asks_for_the_first_class_that_is_a_word_of_it(script):
         ({"heads.mse.head": "msr"}, "did you mean 'mse'"),
     ],
 )
-def test_what_makes_no_comparison_is_refused_in_a_sentence(script, tmp_path, changes, reason):
+def test_what_makes_no_comparison_is_refused_in_a_sentence(tmp_path, changes, reason):
     with pytest.raises(ValueError, match=reason):
-        script.main(read(script, tmp_path, **changes))
+        compare_heads.main(read(tmp_path, **changes))
     assert not (tmp_path / "out" / "heads.json").exists()
 
 
-def test_a_dry_run_prints_a_configuration_that_is_read_back(script, tmp_path, capsys):
-    script.main(read(script, tmp_path, dry_run="true"))
+def test_a_dry_run_prints_a_configuration_that_is_read_back(tmp_path, capsys):
+    compare_heads.main(read(tmp_path, dry_run="true"))
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
-    assert load(script.CompareHeads, ["--config", str(tmp_path / "printed.yaml")]) == read(script, tmp_path)
+    assert load(compare_heads.CompareHeads, ["--config", str(tmp_path / "printed.yaml")]) == read(tmp_path)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist"])
-def test_published_heads_train_with_equally_many_operations(script, tmp_path, name):
+def test_published_heads_train_with_equally_many_operations(tmp_path, name):
     blank = {"image": numpy.full((40, 28, 28), 99, "uint8"), "label": numpy.arange(40) % 10}
     numpy.savez(tmp_path / "mnist.npz", **blank)  # numbers of operations are those of any pictures
     path = {"digits": "digits", "mnist": tmp_path / "mnist.npz"}[name]
     flags = ["--config", str(CONFIGS / f"{name}.yaml"), "--data.paths", f"[{path}]"]
-    config, counted, estimated = load(script.CompareHeads, flags), {}, {}
+    config, counted, estimated = load(compare_heads.CompareHeads, flags), {}, {}
     for head in config.heads:
-        training = script.Counted(script.configure(config, head, 0), Accelerator())
+        training = compare_heads.Counted(compare_heads.configure(config, head, 0), Accelerator())
         training.begin(0)
         training.step(0)
         counted[head] = training.remarks()["TFLOP"]
@@ -182,12 +173,12 @@ def test_published_heads_train_with_equally_many_operations(script, tmp_path, na
 
 @pytest.mark.skipif(SHARED is None, reason="wants ../shared/data/{mnist63k,noto32}.npz, which is not here")
 @pytest.mark.parametrize(("name", "file"), [("mnist", "mnist63k.npz"), ("emoji", "noto32.npz")])
-def test_configurations_of_real_pictures_run(script, tmp_path, name, file):
+def test_configurations_of_real_pictures_run(tmp_path, name, file):
     with numpy.load(SHARED / file) as arrays:
         few = {column: arrays[column][:600] for column in arrays}
     numpy.savez(tmp_path / file, **few)
-    config = read(script, tmp_path, name, **{"data.paths": f"[{tmp_path / file}]"})
-    script.main(config)
+    config = read(tmp_path, name, **{"data.paths": f"[{tmp_path / file}]"})
+    compare_heads.main(config)
     assert tuple(sorted(report(config)["heads"])) == tuple(sorted(HEADS))
 
 

@@ -1,26 +1,15 @@
 """Several losses and seeds by one command, on a model of toy size."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
+import compare_losses
 import pytest
 
 from rope_mm.run.config import load
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "adversarial" / "digits.yaml"
-
-
-@pytest.fixture(scope="module")
-def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "train"))
-        spec = importlib.util.spec_from_file_location("compare_losses", ROOT / "train" / "compare_losses.py")
-        module = sys.modules["compare_losses"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
 
 
 def flags(out, **changes):
@@ -32,13 +21,13 @@ def flags(out, **changes):
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
-def compare(script, out, **changes):
-    script.main(load(script.CompareLosses, flags(out, **changes)))
+def compare(out, **changes):
+    compare_losses.main(load(compare_losses.CompareLosses, flags(out, **changes)))
 
 
-def test_losses_are_compared_over_seeds_and_nothing_is_done_twice(script, tmp_path, capsys, monkeypatch):
+def test_losses_are_compared_over_seeds_and_nothing_is_done_twice(tmp_path, capsys, monkeypatch):
     out = tmp_path / "losses"
-    compare(script, out)
+    compare(out)
     printed = capsys.readouterr().out
     rows = json.loads((out / "losses.json").read_text())
     assert {name: len(marks) for name, marks in rows.items()} == {"ns": 2, "rpgan+r1": 2}
@@ -50,36 +39,36 @@ def test_losses_are_compared_over_seeds_and_nothing_is_done_twice(script, tmp_pa
         assert ("name: ns" in run) == name.startswith("ns")
         assert ("r1: 2.0" in run) == name.startswith("rpgan")
         assert "r2" not in run  # which the config has, but no row
-    monkeypatch.setattr(script, "train", None)
-    compare(script, out)
+    monkeypatch.setattr(compare_losses, "train", None)
+    compare(out)
     assert json.loads((out / "losses.json").read_text()) == rows
 
 
-def test_a_run_that_was_cut_off_is_trained_to_its_end(script, tmp_path, monkeypatch):
-    out, trained, real = tmp_path / "losses", [], script.train
-    compare(script, out, seeds=1, losses="[ns]")
+def test_a_run_that_was_cut_off_is_trained_to_its_end(tmp_path, monkeypatch):
+    out, trained, real = tmp_path / "losses", [], compare_losses.train
+    compare(out, seeds=1, losses="[ns]")
     before = (out / "losses.json").read_text()
     (out / "ns-0" / "result.json").unlink()
-    monkeypatch.setattr(script, "train", lambda config: (trained.append(config.out), real(config)))
-    compare(script, out, seeds=1, losses="[ns]")
+    monkeypatch.setattr(compare_losses, "train", lambda config: (trained.append(config.out), real(config)))
+    compare(out, seeds=1, losses="[ns]")
     assert trained == [str(out / "ns-0")]
     assert (out / "losses.json").read_text() == before
 
 
-def test_a_dry_run_prints_every_configuration_and_touches_nothing(script, tmp_path, capsys):
-    compare(script, tmp_path / "losses", dry_run="true")
+def test_a_dry_run_prints_every_configuration_and_touches_nothing(tmp_path, capsys):
+    compare(tmp_path / "losses", dry_run="true")
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("out: ")]
     runs = ("ns-0", "rpgan+r1-0", "ns-1", "rpgan+r1-1")
     assert printed == [f"out: {tmp_path}/losses/{name}" for name in runs]
     assert not (tmp_path / "losses").exists()
 
 
-def test_the_table_holds_means_and_standard_deviations(script):
+def test_the_table_holds_means_and_standard_deviations():
     rows = {
         "ns": [{"kl": 1.0, "modes": 999.0}, {"kl": 3.0, "modes": 1000.0}],
         "ours": [{"kl": 0.5, "modes": 7.0}],
     }
-    assert script.table(rows).splitlines() == [
+    assert compare_losses.table(rows).splitlines() == [
         "| loss | seeds | kl | modes |",
         "| --- | --- | --- | --- |",
         "| ns | 2 | 2 ± 1.4 | 999.5 ± 0.71 |",
@@ -97,6 +86,6 @@ def test_the_table_holds_means_and_standard_deviations(script):
         ({"losses": "[ns]", "mark": "fid"}, "no mark 'fid'"),
     ],
 )
-def test_bad_input_is_refused(script, changes, message, tmp_path):
+def test_bad_input_is_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        compare(script, tmp_path / "losses", **changes)
+        compare(tmp_path / "losses", **changes)

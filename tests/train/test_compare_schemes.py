@@ -1,10 +1,9 @@
 """The comparison of schemes on models of toy size: nothing is learned here, but everything else must work."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
+import compare_schemes as compare
 import pytest
 import torch
 from scipy.stats import tukey_hsd
@@ -16,20 +15,10 @@ from rope_mm.run.comparison import judge_noise
 from rope_mm.run.config import load, run
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "train" / "compare_schemes.py"
 CONFIGS = sorted((ROOT / "configs" / "compare").glob("*.yaml"))
 SMALL = ROOT / "configs" / "compare" / "small.yaml"
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("compare_schemes", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compare_schemes"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-compare = script()
 TOY = """
 steps: 3
 batch: 8

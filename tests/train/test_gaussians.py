@@ -1,10 +1,10 @@
 """train/gaussians.py as its user runs it, on small players and few steps."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import gaussians
 import pytest
 import torch
 
@@ -14,15 +14,6 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "adversarial" / "gaussians.yaml"
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("gaussians", ROOT / "train" / "gaussians.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gaussians"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-gaussians = script()
 SMALL = {"width": 32, "batch": 64, "samples": 500, "steps": 4}
 FREE, HELD = "{loss: ns}", "{penalties: {r1: 0.1, r2: 0.1}, method: fd}"
 

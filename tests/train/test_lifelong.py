@@ -1,13 +1,12 @@
 """Runs that begin where others ended, and what a model keeps of the pictures it learned first."""
 
-import importlib.util
 import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
+import lifelong
 import pytest
 import torch
 from accelerate import Accelerator
@@ -27,37 +26,27 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "train"))
-        spec = importlib.util.spec_from_file_location("lifelong", ROOT / "train" / "lifelong.py")
-        module = sys.modules["lifelong"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-
-
 def flags(out, **changes):
     settings = {"out": out, **SMALL, **changes}
     return ["--config", str(CONFIG), *(word for k, v in settings.items() for word in (f"--{k}", str(v)))]
 
 
-def lifelong(script, out, **changes):
+def read(out, **changes):
     own = {"seeds": 2, "data.where": OLD, "new": NEW, "more": 1, "draws": 2, "fresh": 1024, "captions": 4}
-    return load(script.Lifelong, flags(out, **own | changes))
+    return load(lifelong.Lifelong, flags(out, **own | changes))
 
 
-def run_of(script, out, **changes):
+def run_of(out, **changes):
     """A run of the pretraining script alone, with the same settings."""
-    (one, *_) = script.runs(lifelong(script, out, **changes))["pictures"]
-    return script.replace(one, out=str(out), start=changes.get("start", ""))
+    (one, *_) = lifelong.runs(read(out, **changes))["pictures"]
+    return lifelong.replace(one, out=str(out), start=changes.get("start", ""))
 
 
 @pytest.fixture(scope="module")
-def first(script, tmp_path_factory):
+def first(tmp_path_factory):
     """A run that is done."""
     out = tmp_path_factory.mktemp("runs") / "first"
-    script.pretrain.main(run_of(script, out))
+    lifelong.pretrain.main(run_of(out))
     return out
 
 
@@ -69,9 +58,9 @@ def same(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours)
 
 
-def test_a_run_that_starts_from_another_has_exactly_its_weights_averages_and_moments(script, first, tmp_path):
+def test_a_run_that_starts_from_another_has_exactly_its_weights_averages_and_moments(first, tmp_path):
     changes = {"start": first, "seed": 7, "data.where": NEW}
-    training = script.pretrain.Training(run_of(script, tmp_path / "next", **changes), Accelerator(cpu=True))
+    training = lifelong.pretrain.Training(run_of(tmp_path / "next", **changes), Accelerator(cpu=True))
     Guard(training.accelerator, "stop")  # what the loop registers
     training.begin(0)
     learner, kept = training.learner, newest(first)
@@ -95,23 +84,23 @@ def load_states(folder, key):
 
 
 def test_such_a_run_reads_its_own_rows_from_its_first_step_on_and_is_resumed_as_any(
-    script, first, tmp_path, monkeypatch
+    first, tmp_path, monkeypatch
 ):
     changes = {"start": first, "steps": 2, "data.where": NEW}
-    script.pretrain.main(run_of(script, tmp_path / "whole", **changes))
+    lifelong.pretrain.main(run_of(tmp_path / "whole", **changes))
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["step"] == 1
-    step = script.pretrain.Training.step
+    step = lifelong.pretrain.Training.step
 
     def interrupted(self, number):
         os.kill(os.getpid(), signal.SIGINT)
         return step(self, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(script.pretrain.Training, "step", interrupted)
+        patch.setattr(lifelong.pretrain.Training, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            script.pretrain.main(run_of(script, tmp_path / "parts", **changes))
-    script.pretrain.main(run_of(script, tmp_path / "parts", **changes))
+            lifelong.pretrain.main(run_of(tmp_path / "parts", **changes))
+    lifelong.pretrain.main(run_of(tmp_path / "parts", **changes))
     whole, parts = (load_file(newest(tmp_path / name) / "model.safetensors") for name in ("whole", "parts"))
     assert same(parts, whole)
     assert not same(parts, load_file(newest(first) / "model.safetensors"))
@@ -129,20 +118,18 @@ def test_such_a_run_reads_its_own_rows_from_its_first_step_on_and_is_resumed_as_
         ({"data.where": "{shape: []}"}, "no row of train holds one of .. in column 'shape'"),
     ],
 )
-def test_what_does_not_fit_the_start_is_refused_and_the_folder_left(
-    script, first, tmp_path, changes, message
-):
+def test_what_does_not_fit_the_start_is_refused_and_the_folder_left(first, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        script.pretrain.main(run_of(script, tmp_path / "next", start=first, **changes))
+        lifelong.pretrain.main(run_of(tmp_path / "next", start=first, **changes))
     assert not (tmp_path / "next").exists()
 
 
-def test_a_start_that_is_not_done_is_refused(script, first, tmp_path):
+def test_a_start_that_is_not_done_is_refused(first, tmp_path):
     cut = shutil.copytree(first, tmp_path / "cut")
     (cut / "result.json").unlink()
     for start in (cut, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="holds no run that is done; give the --out of one"):
-            script.pretrain.main(run_of(script, tmp_path / "next", start=start))
+            lifelong.pretrain.main(run_of(tmp_path / "next", start=start))
 
 
 def test_rows_are_taken_by_the_names_or_the_numbers_of_their_labels():
@@ -160,10 +147,10 @@ def test_rows_are_taken_by_the_names_or_the_numbers_of_their_labels():
     assert len(select_rows(splits, {})["train"]) == len(splits["train"])
 
 
-def test_both_runs_of_a_seed_read_the_same_words_in_the_same_order(script, tmp_path):
-    plan = script.runs(lifelong(script, tmp_path, steps=3))
+def test_both_runs_of_a_seed_read_the_same_words_in_the_same_order(tmp_path):
+    plan = lifelong.runs(read(tmp_path, steps=3))
     words, pictures = (
-        script.pretrain.Training(plan[name][1], Accelerator(cpu=True)) for name in ("words", "pictures")
+        lifelong.pretrain.Training(plan[name][1], Accelerator(cpu=True)) for name in ("words", "pictures")
     )
     assert [run.picture_weight for run in plan["words"]] == [0.0, 0.0]
     for turn in range(3):
@@ -174,9 +161,9 @@ def test_both_runs_of_a_seed_read_the_same_words_in_the_same_order(script, tmp_p
     assert same(*begun)
 
 
-def test_the_same_command_again_trains_nothing_and_says_the_same(script, tmp_path, capsys, monkeypatch):
-    config = lifelong(script, tmp_path / "all", seeds=1)
-    script.main(config)
+def test_the_same_command_again_trains_nothing_and_says_the_same(tmp_path, capsys, monkeypatch):
+    config = read(tmp_path / "all", seeds=1)
+    lifelong.main(config)
     table = (tmp_path / "all" / "table.md").read_text()
     assert table in capsys.readouterr().out
     found = json.loads((tmp_path / "all" / "lifelong.json").read_text())
@@ -187,8 +174,8 @@ def test_the_same_command_again_trains_nothing_and_says_the_same(script, tmp_pat
     mixed = (tmp_path / "all" / "mixed-0" / "run.yaml").read_text()
     assert all(f"- {shape}" in mixed for shape in ("ring", "square", "cross", "moon"))
     assert "pictures-0" in mixed
-    monkeypatch.setattr(script.pretrain, "main", None)
-    script.main(config)
+    monkeypatch.setattr(lifelong.pretrain, "main", None)
+    lifelong.main(config)
     assert (tmp_path / "all" / "table.md").read_text() == table
 
 
@@ -211,8 +198,8 @@ class Sure:
         return [self.said] * len(prompts)
 
 
-def test_who_draws_what_is_asked_covers_all_and_who_draws_one_sprite_covers_one(script, tmp_path):
-    exam = script.Exam(lifelong(script, tmp_path, draws=8, fresh=4096, **{"data.size": 16}))
+def test_who_draws_what_is_asked_covers_all_and_who_draws_one_sprite_covers_one(tmp_path):
+    exam = lifelong.Exam(read(tmp_path, draws=8, fresh=4096, **{"data.size": 16}))
     count = len({tuple(row) for row in zip(*(exam.fresh["old"][name] for name in FACTORS), strict=True)})
     right = exam.mark(Sure(lambda factors: factors), "old")
     assert (right["old drawn right"], right["old covered"], right["old spread"]) == (1, 1, 0)
@@ -228,19 +215,19 @@ def test_who_draws_what_is_asked_covers_all_and_who_draws_one_sprite_covers_one(
     assert share == told.count(tuple(only.values())) / 4
 
 
-def test_the_table_tells_means_spreads_and_the_difference_of_the_words(script):
+def test_the_table_tells_means_spreads_and_the_difference_of_the_words():
     marks = {name: [{"words": 2.0}, {"words": 2.0}] for name in ("words", "pictures", "new", "mixed")}
     marks["pictures"] = [{"words": 2.1, "old covered": 0.5}, {"words": 2.3, "old covered": 1.0}]
     for name in ("new", "mixed"):
         marks[name] = [{"words": 3.0, "old covered": 0.25}] * 2
-    text, apart = script.report(marks)
+    text, apart = lifelong.report(marks)
     assert apart == {"difference": pytest.approx(0.2), "error": pytest.approx(0.1)}
     assert "| difference ± standard error | +0.2000 ± 0.1000 |" in text
     assert "| old covered | 75.0 ± 35.4 | 25.0 ± 0.0 | 25.0 ± 0.0 |" in text
 
 
 @pytest.mark.parametrize("changes", [{"seeds": 0}, {"data.paths": "[digits]"}, {}])
-def test_what_makes_no_comparison_is_refused(script, tmp_path, changes):
-    config = lifelong(script, tmp_path, **changes)
+def test_what_makes_no_comparison_is_refused(tmp_path, changes):
+    config = read(tmp_path, **changes)
     with pytest.raises(ValueError, match=r"give 1 seed or more, data\.paths \[sprites\], and in new"):
-        script.runs(config if changes else script.replace(config, new={}))
+        lifelong.runs(config if changes else lifelong.replace(config, new={}))

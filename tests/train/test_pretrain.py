@@ -1,6 +1,5 @@
 """The pretraining script on a model of toy size, and what its model does when asked."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -9,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import evaluate
+import pretrain
 import pytest
 import torch
 from PIL import Image as Picture
@@ -25,15 +26,6 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "pretrain" / "tiny.yaml"
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "train" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-pretrain, evaluate = script("pretrain"), script("evaluate")
 TEMPLATES = "['{caption}{image:draw}', '{image}?{caption}', '{frames:draw}{caption}', '{image}{frames:draw}']"
 
 

@@ -1,10 +1,9 @@
 """Two steps of every configuration of stacked digits, as it is but for the size of batch and data."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
+import adversarial
 import numpy
 import pytest
 
@@ -12,22 +11,11 @@ from rope_mm.data import stack_digits
 from rope_mm.run.config import load
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "train" / "adversarial.py"
 CONFIGS = ROOT / "configs" / "adversarial"
 
 
-@pytest.fixture(scope="module")
-def adversarial():
-    spec = importlib.util.spec_from_file_location("adversarial", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "adversarial", module)  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        yield module
-
-
 @pytest.fixture
-def two_steps(adversarial, tmp_path, monkeypatch):
+def two_steps(tmp_path, monkeypatch):
     """The marks of two small steps of a configuration."""
     monkeypatch.setattr(stack_digits, "__defaults__", (400, 60))
 
