@@ -8,34 +8,24 @@ The figure wants matplotlib: pip install rope-mm[plots].
 """
 
 import json
-import re
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from rope_mm.data import CLIP_FACTORS, Quiz, batch_indices, seeded
-from rope_mm.data.places import QUIZZES, WORDS
-from rope_mm.embed import to_patches
+from rope_mm.data import batch_indices
+from rope_mm.data.places import write_quizzes
 from rope_mm.models import IMAGE_TOKEN, RopeMMForConditionalGeneration, read_config
-from rope_mm.models.stories import Row, lay_out, side_by_side
+from rope_mm.models.quizzes import Told, Words, answer, judge, place, tell
 from rope_mm.run import checkpoint
 from rope_mm.run.comparison import draw_figure, summarise, write_table
 from rope_mm.run.config import at_least, run
-from rope_mm.scheme import Scheme
-from rope_mm.segments import Image, Segment, Video
 
-START, END, PAD, NONE = "look", "<end>", "<pad>", -100
 FREE = "out", "schemes", "seeds", "threads", "device"  # may change from one start to the next
-WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +40,7 @@ class Compare:
     batch: int = 64
     documents: int = 16384  # to train on, in equal parts of the trained forms
     questions: int = 200  # of every form, to judge by
+    picture_weight: float = 10.0  # of squared errors of what is drawn, beside the loss of words
     lr: float = 3e-3
     warm_up: int = 50
     model: dict[str, Any] = field(default_factory=dict)  # fields of RopeMMConfig
@@ -57,70 +48,6 @@ class Compare:
     untrained: dict[str, dict[str, Any]] = field(default_factory=dict)
     threads: int = 0  # of torch on the CPU; 0 leaves them to torch
     device: str = "cpu"
-
-
-class Words:
-    """A tokenizer of the words that quizzes have, one token each, in the part of it that `lay_out` asks."""
-
-    eos_token_id = 1
-
-    def __init__(self, quizzes: Sequence[Quiz]):
-        texts = [part for q in quizzes for part in (*q.document, q.question, q.answer)]
-        texts += [START, *WORDS, *chain(*CLIP_FACTORS.values()), *map(str, range(1, 65))]
-        words = {word for text in texts if isinstance(text, str) for word in WORD.findall(text)}
-        self.number = {word: i for i, word in enumerate((PAD, END, IMAGE_TOKEN, *sorted(words)))}
-        self.spelt: dict[str, list[int]] = {}
-
-    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
-        """Numbers of the words; a word never seen is a KeyError."""
-        if text not in self.spelt:
-            self.spelt[text] = [self.number[word] for word in WORD.findall(text)]
-        return {"input_ids": self.spelt[text]}
-
-    def convert_tokens_to_ids(self, token: str) -> int:
-        """The number of one token."""
-        return self.number[token]
-
-
-class Told(NamedTuple):
-    """A quiz as strings and segments, its patches (n, p) in 0 to 255, and how many tokens the answer has."""
-
-    story: list[str | Segment]
-    patches: Tensor
-    answer: int
-
-
-Placed = tuple[Row, Told]  # a quiz and its tokens where a scheme places them
-
-
-def tell(quiz: Quiz, size: int) -> Told:
-    """A quiz told to a model with patches of so many pixels."""
-    story: list[str | Segment] = [START]
-    patches = []
-    for part in quiz.document:
-        if isinstance(part, str):
-            story.append(part)
-            continue
-        frames = part.view(-1, *part.shape[-3:])
-        patches.append(to_patches(frames, size).flatten(0, 1))
-        y, x = (side // size for side in part.shape[-2:])
-        story.append(Image(y, x) if part.dim() == 3 else Video(len(frames), y, x))
-    return Told([*story, quiz.question, quiz.answer], torch.cat(patches), len(WORD.findall(quiz.answer)) + 1)
-
-
-def write_quizzes(task: str, form: Mapping[str, Any], count: int, *key: int | str) -> list[Quiz]:
-    """So many quizzes of a form, which depend on the key alone; `ask` in it names the quiz, else the task.
-
-    Raises:
-        ValueError: an unknown quiz, sizes it does not take.
-    """
-    sizes = dict(form)
-    name = sizes.pop("ask", task)
-    generator, ask = seeded(name, json.dumps(sizes, sort_keys=True), *key), QUIZZES[name]
-    try:
-        return [ask(generator, **sizes) for _ in range(count)]
-    except TypeError as error:
-        raise ValueError(f"task {task!r} with sizes {sizes}: {error}") from None
 
 
 class School:
@@ -146,37 +73,14 @@ class School:
         told = [quiz for form in self.trained for quiz in write_quizzes(*form, each, "lesson", seed)]
         return [tell(quiz, self.size) for quiz in told]
 
-    def lay_out(self, told: Sequence[Told], scheme: Scheme) -> list[Placed]:
-        """Quizzes with their tokens where a scheme places them."""
-        tokenizer = cast(PreTrainedTokenizerBase, self.words)
-        rows = lay_out([quiz.story for quiz in told], tokenizer, scheme, ended=True)
-        return list(zip(rows, told, strict=True))
-
-    @torch.no_grad()
     def judge(self, model: RopeMMForConditionalGeneration) -> dict[str, dict[str, dict[str, float]]]:
         """The share of right answers: trained or untrained -> task -> form."""
         marks: dict[str, dict[str, dict[str, float]]] = {}
         for (kind, task, form), told in self.exams.items():
-            asked = self.lay_out(told, model.config.scheme)
-            right = [answer(model, asked[i : i + 100])[1] for i in range(0, len(asked), 100)]
+            asked = place(told, self.words, model.config.scheme)
+            right = [judge(model, asked[i : i + 100]) for i in range(0, len(asked), 100)]
             marks.setdefault(kind, {}).setdefault(task, {})[form] = torch.cat(right).float().mean().item()
         return marks
-
-
-def answer(model: RopeMMForConditionalGeneration, asked: Sequence[Placed]) -> tuple[Tensor, Tensor]:
-    """The loss of the answers, and which (b,) are right throughout, each word given those before it.
-
-    An answer is right throughout if and only if greedy decoding writes it.
-    """
-    sequences = side_by_side([row for row, _ in asked])
-    labels = sequences.input_ids.masked_fill(~sequences.mask, NONE)
-    for label, (row, quiz) in zip(labels, asked, strict=True):
-        label[: len(row.ids) - quiz.answer] = NONE
-    labels = labels.to(model.device)
-    patches = torch.cat([quiz.patches for _, quiz in asked]).to(model.device).float() / 127.5 - 1
-    out = model(**sequences.to(model.device).inputs(), patches=patches, labels=labels)
-    said = out.logits[:, :-1].argmax(-1)
-    return out.loss, ((said == labels[:, 1:]) | (labels[:, 1:] == NONE)).all(1)
 
 
 def make_model(config: Compare, words: Words, scheme: str, seed: int) -> RopeMMForConditionalGeneration:
@@ -198,7 +102,7 @@ def train(config: Compare, school: School, scheme: str, seed: int, bar: tqdm) ->
     lessons = school.lessons(seed)
     taught = time.process_time()
     model = make_model(config, school.words, scheme, seed)
-    asked = school.lay_out(lessons, model.config.scheme)
+    asked = place(lessons, school.words, model.config.scheme)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.99), weight_decay=0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / config.warm_up, 1.25 * (1 - step / config.steps))
@@ -206,14 +110,15 @@ def train(config: Compare, school: School, scheme: str, seed: int, bar: tqdm) ->
     loss = torch.zeros(())
     for step in range(config.steps):
         chosen = batch_indices(len(asked), config.batch, seed, step).tolist()
-        loss, right = answer(model, [asked[i] for i in chosen])
+        found = answer(model, [asked[i] for i in chosen])
+        loss = found.words + config.picture_weight * found.pictures
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 20 == 19:
-            bar.set_postfix(step=step + 1, loss=loss.item(), right=right.float().mean().item())
+            bar.set_postfix(step=step + 1, words=found.words.item(), pictures=found.pictures.item())
     if not loss.isfinite():
         raise ValueError(f"the loss of {scheme}, seed {seed}, is not finite; give a lower --lr")
     marks = school.judge(model.eval())

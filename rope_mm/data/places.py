@@ -4,14 +4,17 @@ Each function draws from a generator and takes every size as an argument, so tha
 asked: finer grids, other aspect ratios, longer documents and clips. Rows, columns and frames count from 1.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from rope_mm.choice import Choice
 from rope_mm.data.captioned_sprites import write_captions
+from rope_mm.data.order import seeded
+from rope_mm.data.sprite_judge import judge_sprites
 from rope_mm.data.sprites import (
     BACKGROUND,
     CLIP_FACTORS,
@@ -41,11 +44,14 @@ WORDS += ("lemon", "mirror", "needle", "ocean", "pencil", "river", "stone", "tab
 
 
 class Quiz(NamedTuple):
-    """A document of strings, pictures (3, y, x) and clips (t, 3, y, x), uint8; a question; its answer."""
+    """A document of strings, pictures (3, y, x) and clips (t, 3, y, x), uint8; a question; its answer.
+
+    The answer is told in words, or is a picture.
+    """
 
     document: list[str | Tensor]
     question: str
-    answer: str
+    answer: str | Tensor
 
 
 def ask_cell(generator: Generator, rows: int = 4, columns: int = 4, cell: int = 4) -> Quiz:
@@ -90,6 +96,24 @@ def ask_neighbour(
     return Quiz(document, question, answer)
 
 
+def ask_order(
+    generator: Generator, pictures: int = 3, words: int = 1, size: int | tuple[int, int] = 16
+) -> Quiz:
+    """Which colour the picture of a number has, of several with `words` words in each gap.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+    check_sizes(pictures=pictures, words=words)
+    factors = {key: torch.randint(len(of), (pictures,), generator=generator) for key, of in FACTORS.items()}
+    gaps = torch.randint(len(WORDS), (pictures, words), generator=generator).tolist()
+    asked, document = draw(generator, pictures), list[str | Tensor]()
+    for picture, gap in zip(draw_sprites(factors, size), gaps, strict=True):
+        document += [picture, " ".join(WORDS[i] for i in gap)]
+    colour = FACTORS["colour"][factors["colour"][asked]]
+    return Quiz(document, f"which colour has picture {asked + 1}?", colour)
+
+
 def ask_frame(
     generator: Generator, frames: int = 8, period: int = 2, size: int | tuple[int, int] = 16
 ) -> Quiz:
@@ -123,6 +147,19 @@ def ask_sprite(generator: Generator, size: int | tuple[int, int] = 16) -> Quiz:
     return Quiz([draw_sprites(factors, size)[0]], "what is it?", caption)
 
 
+def ask_drawing(generator: Generator, size: int | tuple[int, int] = 16) -> Quiz:
+    """A picture of a square of a colour at a place."""
+    factors = anything(generator) | {"shape": torch.tensor([list(SHAPES).index("square")])}
+    (caption,) = write_captions(factors, ("{colour} at the {row} {column}",), [0])
+    return Quiz([], f"draw {caption}", draw_sprites(factors, size)[0])
+
+
+def same_place(pictures: Tensor, asked: Tensor) -> Tensor:
+    """Which pictures (n, 3, y, x) show the colour and place of those asked for, by `judge_sprites`."""
+    seen, wanted = judge_sprites(pictures), judge_sprites(asked)
+    return torch.stack([seen[name] == wanted[name] for name in ("colour", *PLACES)]).all(0)
+
+
 def ask_motion(generator: Generator, frames: int = 4, size: int | tuple[int, int] = 16) -> Quiz:
     """The colour of a sprite, its first place and how it moves."""
     factors = anything(generator)
@@ -136,11 +173,28 @@ QUIZZES: Choice[Callable[..., Quiz]] = Choice(
     {
         "cell": ask_cell,
         "neighbour": ask_neighbour,
+        "order": ask_order,
         "frame": ask_frame,
         "sprite": ask_sprite,
+        "drawing": ask_drawing,
         "motion": ask_motion,
     },
 )
+
+
+def write_quizzes(task: str, form: Mapping[str, Any], count: int, *key: int | str) -> list[Quiz]:
+    """So many quizzes of a form, which depend on the key alone; `ask` in it names the quiz, else the task.
+
+    Raises:
+        ValueError: an unknown quiz, sizes it does not take.
+    """
+    sizes = dict(form)
+    name = sizes.pop("ask", task)
+    generator, ask = seeded(name, json.dumps(sizes, sort_keys=True), *key), QUIZZES[name]
+    try:
+        return [ask(generator, **sizes) for _ in range(count)]
+    except TypeError as error:
+        raise ValueError(f"task {task!r} with sizes {sizes}: {error}") from None
 
 
 def anything(generator: Generator) -> dict[str, Tensor]:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from scipy.stats import tukey_hsd
 
-from rope_mm.data.places import ask_motion, ask_sprite
+from rope_mm.data.places import ask_drawing, ask_motion, ask_order, ask_sprite
 from rope_mm.data.sprite_judge import judge_clips, judge_sprites
 from rope_mm.data.sprites import COLOURS, COLUMNS, MOTIONS, ROWS
+from rope_mm.models.quizzes import answer, judge, place
 from rope_mm.run.comparison import judge_noise
 from rope_mm.run.config import load, run
 
@@ -33,6 +34,8 @@ trained:
   needle: {3 of 1x1: {ask: frame, frames: 3, size: 8}}
   sprite: {1x1: {size: 8}}
   motion: {2 of 1x1: {frames: 2, size: 8}}
+  order: {2 of 1x1: {pictures: 2, size: 8}}
+  drawing: {1x2: {size: [8, 16]}}
 untrained: {cell: {3x2: {rows: 3, columns: 2, cell: 8}}, frame: {2 of 1x2: {frames: 2, size: [8, 16]}}}
 """
 
@@ -55,12 +58,13 @@ def test_a_comparison_leaves_a_table_a_figure_and_all_numbers(toy):
     report = json.loads((out / "compare.json").read_text())
     assert set(report["runs"]) == {"flat", "tv"}
     (run,) = report["runs"]["flat"]
-    assert set(run["marks"]["trained"]) == {"cell", "neighbour", "needle", "sprite", "motion"}
+    tasks = {"cell", "neighbour", "needle", "sprite", "motion", "order", "drawing"}
+    assert set(run["marks"]["trained"]) == tasks
     assert set(run["marks"]["untrained"]) == {"cell", "frame"}
     assert run["parameters"] == report["runs"]["tv"][0]["parameters"]
     summary = report["summary"]["trained"]["all"]
-    tasks = [sum(forms.values()) / len(forms) for forms in run["marks"]["trained"].values()]
-    assert summary["mean"]["flat"] == pytest.approx(sum(tasks) / 5)
+    marks = [sum(forms.values()) / len(forms) for forms in run["marks"]["trained"].values()]
+    assert summary["mean"]["flat"] == pytest.approx(sum(marks) / len(tasks))
     table = (out / "table.md").read_text()
     assert table.count("| flat |") == table.count("| tv |") == 2
     assert (out / "compare.png").stat().st_size < 200_000
@@ -140,26 +144,70 @@ def test_the_schemes_of_a_configuration_differ_in_nothing_but_the_scheme(path):
     assert {"m-rope-spatial-reset", "videorope", "mixed"} < models.keys()
 
 
-def test_an_answer_is_right_if_and_only_if_greedy_decoding_writes_it(toy):
+@pytest.fixture
+def asked(toy):
+    """A model and, of each task, quizzes at their places."""
     config = load(compare.Compare, toy)
     school = compare.School(config)
     model = compare.make_model(config, school.words, "tv", 0).eval()
-    ((row, quiz),) = asked = school.lay_out(school.exams["trained", "sprite", "1x1"][:1], model.config.scheme)
-    loss, right = compare.answer(model, asked)
-    assert not right and loss > 0
-    ids, forward = row.ids, type(model).forward
-    assert ids[-1] == school.words.eos_token_id
-    wanted = torch.nn.functional.one_hot(ids[1:], len(school.words.number)).float()
+    told = {task: told for (kind, task, _), told in school.exams.items() if kind == "trained"}
+    return model, {task: place(quizzes, school.words, model.config.scheme) for task, quizzes in told.items()}
 
-    def clairvoyant(**inputs):
+
+def clairvoyant(model, asked):
+    """A model that knows what comes next, and what is to be drawn."""
+    forward = type(model).forward
+    ids = [row.ids.clone() for row, _ in asked]
+    patches = torch.cat([quiz.patches for _, quiz in asked]).float() / 127.5 - 1
+
+    @torch.no_grad()
+    def answer(**inputs):
         out = forward(model, **inputs)
-        out.logits[0, -quiz.answer - 1 : -1] = wanted[-quiz.answer :]
+        for row, words in zip(out.logits, ids, strict=True):
+            row[: len(words) - 1] = torch.nn.functional.one_hot(words[1:], row.shape[-1]).float()
+        out.patches = patches
         return out
 
-    model.forward = clairvoyant
-    assert compare.answer(model, asked)[1].all()
-    wanted[-1] = 0  # no end: greedy decoding would go on
-    assert not compare.answer(model, asked)[1].any()
+    model.forward = answer
+
+
+def test_an_answer_is_right_if_and_only_if_greedy_decoding_writes_it(asked):
+    model, tasks = asked
+    one = tasks["sprite"][:1]
+    found = answer(model, one)
+    assert not found.right and found.words > 0 and found.pictures == 0
+    clairvoyant(model, one)
+    assert judge(model, one).all()
+    assert one[0].row.ids[-1] == 1
+    one[0].row.ids[-1] = 5  # it goes on where the end was
+    clairvoyant(model, one)
+    one[0].row.ids[-1] = 1
+    assert not judge(model, one).any()
+
+
+@torch.no_grad()
+def test_a_drawing_is_right_if_it_shows_what_was_asked_whatever_else_is_asked_beside_it(asked):
+    model, tasks = asked
+    drawings, mixed = tasks["drawing"], [*tasks["drawing"], *tasks["cell"]]
+    found = answer(model, mixed)
+    assert found.pictures > 0 and len(found.drawn) == sum(quiz.drawn for _, quiz in drawings) == 8
+    assert answer(model, drawings).words == 0
+    torch.testing.assert_close(answer(model, drawings).pictures, found.pictures)
+    assert not judge(model, drawings).all()
+    clairvoyant(model, drawings)
+    assert judge(model, drawings).all() and answer(model, drawings).pictures == 0
+    clairvoyant(model, drawings[1:] + drawings[:1])  # the right pictures, each for another one
+    shown = [quiz.patches for _, quiz in drawings]
+    same = [torch.equal(one, other) for one, other in zip(shown, shown[1:] + shown[:1], strict=True)]
+    assert judge(model, drawings).tolist() == same and not all(same)
+
+
+def test_what_is_to_be_drawn_is_never_shown(asked):
+    model, tasks = asked
+    one = tasks["drawing"][:1]
+    before = answer(model, one).drawn
+    one[0].told.patches.zero_()
+    assert torch.equal(answer(model, one).drawn, before)
 
 
 def test_captions_say_what_the_judge_of_sprites_sees():
@@ -170,8 +218,22 @@ def test_captions_say_what_the_judge_of_sprites_sees():
             quiz.answer
             == f"{list(COLOURS)[seen['colour']]} at the {ROWS[seen['row']]} {COLUMNS[seen['column']]}"
         )
+        for size in (16, (8, 16), (8, 48), (32, 32)):
+            quiz = ask_drawing(torch.Generator().manual_seed(number), size)
+            seen = {name: int(index) for name, index in judge_sprites(quiz.answer[None]).items()}
+            told = f"{list(COLOURS)[seen['colour']]} at the {ROWS[seen['row']]} {COLUMNS[seen['column']]}"
+            assert quiz.question == f"draw {told}"
         quiz = ask_motion(torch.Generator().manual_seed(number), 4, 16)
         assert list(MOTIONS)[judge_clips(quiz.document[0][None])["motion"]] in quiz.answer
+
+
+def test_the_picture_of_a_number_has_the_colour_that_is_the_answer():
+    for number in range(20):
+        quiz = ask_order(torch.Generator().manual_seed(number), pictures=4, words=2)
+        pictures = torch.stack([part for part in quiz.document if not isinstance(part, str)])
+        colours = [list(COLOURS)[index] for index in judge_sprites(pictures)["colour"]]
+        assert colours[int(quiz.question.split()[-1][:-1]) - 1] == quiz.answer
+        assert all(len(part.split()) == 2 for part in quiz.document if isinstance(part, str))
 
 
 def test_noise_is_tukeys_where_seeds_have_no_effect_and_p_counts_what_shuffling_reaches():
