@@ -142,9 +142,10 @@ def probe(owner: Any) -> Tensor:
     noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(weight)
     training, _ = owner.training, owner.eval()
     try:
-        return owner(pixel_values=noise)[0] if seen else owner(inputs_embeds=noise, use_cache=False)[0]
+        stream = owner(pixel_values=noise)[0] if seen else owner(inputs_embeds=noise, use_cache=False)[0]
     finally:
         owner.train(training)
+    return stream if isinstance(stream, Tensor) else stream[-1]  # a backbone gives maps, the last one last
 
 
 def check_same(before: list[Tensor], after: list[Tensor]) -> None:

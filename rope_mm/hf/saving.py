@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_mm.scheme import Scheme
 
-NAME = "rope_mm"
+NAME, TOLD = "rope_mm", "_attn_implementation_internal"
 WAITS = (
     "this model was saved with a scheme; call rope_mm.hf.set_rope(model) first, of a part of a model with "
     "that part"
@@ -40,19 +40,26 @@ def wait(*_: Any, **__: Any) -> None:
     raise ValueError(WAITS)
 
 
-def choose_attention(config: Any, name: Any) -> None:
-    """When a caller or a config around it tells a config its attention: one that waits goes on waiting."""
-    rope = vars(config).get("rope_parameters") or {}
-    waits = NAME in rope and rope.get("rope_type") != NAME and "attn_implementation" not in vars(config)
-    if waits and name not in (None, NAME):
-        config.asked_attention = name
-    ATTENTION.fset(config, NAME if waits else name)
+def waits(config: Any) -> bool:
+    """Whether a config was saved with a scheme that `rope_type` does not name, and is not told it yet."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return NAME in rope and rope.get("rope_type") != NAME and "attn_implementation" not in vars(config)
+
+
+def attention_of(config: Any) -> Any:
+    """The attention of a config; while it waits, the one that refuses, whatever it was told."""
+    return NAME if waits(config) else vars(config).get(TOLD)
+
+
+def keep_attention(config: Any, name: Any) -> None:
+    """Tell a config its attention; one that waits keeps what somebody asked for."""
+    if name != NAME or not waits(config):
+        vars(config)[TOLD] = name
 
 
 ROPE_INIT_FUNCTIONS[NAME] = not_yet  # pyright: ignore[reportArgumentType]
 ALL_ATTENTION_FUNCTIONS.register(NAME, wait)
-ATTENTION: Any = PreTrainedConfig._attn_implementation
-PreTrainedConfig._attn_implementation = ATTENTION.setter(choose_attention)
+setattr(PreTrainedConfig, TOLD, property(attention_of, keep_attention))
 
 
 def entries(config: Any, schemes: dict[str | None, Scheme], by_rope: bool) -> dict[str, Any]:
@@ -71,10 +78,9 @@ def entries(config: Any, schemes: dict[str | None, Scheme], by_rope: bool) -> di
 
 
 def wake(model: Any) -> None:
-    """Give a model that was loaded and waits the attention that it would have."""
-    if getattr(model.config, "_attn_implementation", None) == NAME:
-        asked = vars(model.config).pop("asked_attention", None)
-        model.set_attn_implementation(model._check_and_adjust_attn_implementation(asked))
+    """Give a model that waited the attention that it was told, or else would have."""
+    told = vars(model.config).get(TOLD)
+    model.set_attn_implementation(model._check_and_adjust_attn_implementation(told if told != NAME else None))
 
 
 def read(config: Any, layer: str | None) -> Scheme:

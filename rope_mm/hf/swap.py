@@ -10,7 +10,7 @@ from rope_mm.hf.attentions import ATTEND, bare_site, check_same, exchange, probe
 from rope_mm.hf.fitting import make_stand_in, refuse
 from rope_mm.hf.placing import METHODS, methods_of
 from rope_mm.hf.reading import APPLY, OF_WORDS, callers, read_module
-from rope_mm.hf.saving import entries, fill_learned, wake
+from rope_mm.hf.saving import entries, fill_learned, waits, wake
 from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, Site, describe, sites
 
 
@@ -92,11 +92,13 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
 def enter(site: Site, rotary: RopeMMRotaryEmbedding) -> None:
     """Put our module in its place, its scheme in the config, and hooks around the owner's forward."""
     owner, config = site.owner, rotary.config
+    waited = waits(getattr(owner, "config", None))
     rotary.put(owner, site.leaf, rotary)
     if config and len(rotary.learned) == len(rotary.runs):
         schemes: Any = {layer: rope.scheme for layer, rope in rotary.runs.items()}
         for name, value in entries(config, schemes, by_rope=rotary.call in OF_WORDS).items():
             rotary.put(config, name, value)
+    if waited:
         wake(owner)
     if not site.module:
         return tell_attention(owner, rotary)

@@ -18,6 +18,7 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTBackbone,
     DINOv3ViTConfig,
     DINOv3ViTModel,
     ElectraConfig,
@@ -406,6 +407,15 @@ def test_our_op_rotates_the_patches_of_dinov3_and_leaves_its_class_token(dinov3,
         assert mine.grad is others.grad or torch.allclose(mine.grad, others.grad, rtol=1e-3, atol=1e-6)
     handle.undo()
     assert all(torch.equal(seen_by(dinov3, size), x) for size, x in zip(SIZES, own, strict=True))
+
+
+def test_our_op_serves_the_backbone_of_dinov3_as_well(dinov3):
+    backbone, pixels = DINOv3ViTBackbone(dinov3.config).eval(), torch.linspace(-1, 1, 3 * 24 * 16)
+    (before,) = backbone(pixels.view(1, 3, 24, 16)).feature_maps
+    use_kernels(backbone)
+    assert isinstance(backbone.rope_embeddings(torch.zeros(1, 3, 8, 8))[0], Turn)
+    (after,) = backbone(pixels.view(1, 3, 24, 16)).feature_maps
+    assert 0 < (after - before).abs().max() < 1e-5
 
 
 def test_our_op_follows_the_patches_that_training_moves(dinov3):

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rope_mm import SCHEMES
-from rope_mm.hf import rope_of, set_rope
+from rope_mm.hf import rope_of, set_rope, unset_rope
 
 IDS = torch.arange(3, 15)[None]
 
@@ -209,15 +209,22 @@ def test_the_learned_omega_of_a_tower_is_read_from_the_folder_that_it_names(tmp_
     assert torch.equal(seen(loaded), seen(model))
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
 @pytest.mark.parametrize("attention", [None, "eager", "sdpa"])
-def test_who_asks_for_an_attention_gets_it_once_the_scheme_is_set(tmp_path, attention):
+def test_who_asks_for_an_attention_gets_it_once_the_scheme_is_set(tmp_path, attention, later):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model, pixels = ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4)), torch.randn(1, 3, 16, 16)
     set_rope(model, "rope-vit-axial")
     model.save_pretrained(tmp_path)
-    loaded = ViTModel.from_pretrained(tmp_path, **({"attn_implementation": attention} if attention else {}))
+    asked = {"attn_implementation": attention} if attention and not later else {}
+    loaded = ViTModel.from_pretrained(tmp_path, **asked)
+    if attention and later:
+        loaded.set_attn_implementation(attention)
     with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
         loaded(pixels)
     set_rope(loaded)
     assert loaded.config._attn_implementation == (attention or "sdpa")
     assert torch.allclose(loaded.eval()(pixels)[0], model.eval()(pixels)[0], atol=1e-5)
+    unset_rope(loaded)
+    with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
+        loaded(pixels)
