@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_pretrain import ROOT, environment, flags, lines, same, train, weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+MADE = (Path(sys.prefix) / "installed").exists()  # the environment is that of `make`
 SLOWLY = {"optim.lr": 1e-3, "optim.critic_lr": 1e-3}
 
 
@@ -156,3 +158,18 @@ def test_every_accelerate_config_begins_with_its_command_and_loads(path):
     assert isinstance(config, ClusterConfig)
     assert re.search("bf16", path.name) is None or config.mixed_precision == "bf16"
     assert config.use_cpu == (path.name == "cpu.yaml")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("timm") is not None and not MADE and find_spec("torchvision") is None,
+    reason="the accelerate command imports timm, which wants torchvision: pip uninstall timm",
+)
+def test_the_accelerate_command_starts_in_the_environment_that_make_makes():
+    command, *words = (ROOT / "configs" / "accelerate" / "cpu.yaml").read_text().splitlines()[0][2:].split()
+    script = shutil.which(command, path=Path(sys.executable).parent)
+    done = subprocess.run(
+        [script, *words, "--dry-run"], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("out: runs/tiny")
