@@ -12,6 +12,7 @@ import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.state import AcceleratorState
 
+from rope_mm.models import modeling_rope_mm
 from rope_mm.models.picture_heads import HEADS
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -122,6 +123,21 @@ def test_what_a_compiled_critic_cannot_do_is_said_before_the_folder_is_touched(d
     with pytest.raises(ValueError, match=r"compiled or sharded .* take fd"):
         train(data, tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("head", ["flow", "adversarial"])
+def test_eager_attention_trains_as_sdpa_does(head, data, tmp_path, monkeypatch):
+    eager, calls = modeling_rope_mm.eager_attention, []
+    monkeypatch.setattr(
+        modeling_rope_mm, "eager_attention", lambda *args, **how: calls.append(1) or eager(*args, **how)
+    )
+    sdpa, its = tmp_path / "sdpa", tmp_path / "eager"
+    train(data, sdpa, head=head, steps=3)
+    assert not calls
+    train(data, its, head=head, steps=3, attention="eager")
+    assert calls
+    for mine, other in zip(lines(its), lines(sdpa), strict=True):
+        assert mine == pytest.approx(other, abs=1e-4, rel=1e-4)
 
 
 @pytest.fixture
