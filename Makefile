@@ -9,10 +9,13 @@ export OMP_NUM_THREADS ?= 2
 
 venv: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
+# timm asks for torchvision, which its rotary does not; it lies where only tests/conformance looks, as the
+# `accelerate` command imports any timm that it finds
+.venv/installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv .venv
 	$(py) -m pip install --quiet -c constraints.txt -e ".[test,triton,conformance]"
-	$(py) -m pip install --quiet -c constraints.txt --no-deps timm  # it asks for torchvision, its rotary does not
+	$(py) -m pip uninstall --quiet --quiet --yes timm  # of an environment that was made before
+	$(py) -m pip install --quiet -c constraints.txt --no-deps --upgrade --target .venv/peers timm
 	touch $@
 
 train: .venv/installed

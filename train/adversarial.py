@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from rope_mm.data import batch_indices, draw_augmentation, load_images, seeded
 from rope_mm.image_exams import IMAGE_EXAMS
 from rope_mm.models import Canvas, load_tokenizer
+from rope_mm.models.backends import attending
 from rope_mm.models.configuration_rope_mm import config_for
 from rope_mm.models.duel import Batch, Duel, Optim
 from rope_mm.models.objective import Objective
@@ -59,6 +60,7 @@ class Adversarial(Run):
     loss: Objective = field(default_factory=Objective)
     optim: Optim = field(default_factory=Optim)
     augment: dict[str, float] = field(default_factory=dict)  # strengths of AUGMENTATIONS, for real and drawn
+    attention: str = "sdpa"  # or eager, or on GPUs flex_attention
     compile: str = ""  # a backend of torch.compile, such as inductor; "" compiles nothing
     checkpointing: bool = False  # blocks computed anew in the backward, to save memory
     ema: float = 0.995
@@ -77,6 +79,7 @@ class Training:
         tokenizer = load_tokenizer(config.tokenizer)
         torch.manual_seed(config.seed)
         model = config_for(tokenizer, config.data.channels, config.rope, config.model)
+        model = attending(model, config.attention, accelerator.device)
         self.canvas = Canvas(model, tokenizer, config.data.size)
         self.images, self.held_out = load_images(**asdict(config.data))
         self.duel = Duel(model, config.loss, config.optim, accelerator, config.compile, config.checkpointing)

@@ -2,6 +2,7 @@
 
     PYTHONPATH=kernels/bench python train/bench.py            all tables
     PYTHONPATH=kernels/bench python train/bench.py --quick    small sizes and few rounds
+    PYTHONPATH=kernels/bench python train/bench.py --out F    writes the tables to F as well
 
 A step is forward, backward and AdamW, in one thread. Contenders take turns in one process, and a time is the
 thread's own. A ratio is the median over the rounds of (median of one's turn) / (median of the other's); the
@@ -12,8 +13,10 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import cpu
@@ -60,7 +63,7 @@ class Size(NamedTuple):
         }
 
 
-SMALL = Size(64, 128, 2, 2, 2, 16, 256)  # that of configs/pretrain/tiny.yaml
+SMALL = Size(128, 256, 3, 4, 4, 32, 128)  # model, batch and length of configs/pretrain/tiny.yaml
 LARGE = Size(256, 768, 4, 8, 4, 4, 512)
 
 
@@ -223,28 +226,44 @@ def share_lines(sizes: list[Size]) -> str:
     return "\n\n".join(lines)
 
 
-def main() -> None:
-    """Read the flags, measure, print the tables."""
-    text = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(**text)
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
-    parser.add_argument("--rounds", type=int, default=6)
-    flags = parser.parse_args()
-    torch.set_num_threads(1)
-    rounds = 4 if flags.quick else flags.rounds
-    sizes = [SMALL] if flags.quick else [SMALL, LARGE]
-    lengths = [256, 512, 1024] if flags.quick else [512, 1024, 2048, 4096]
-    print(
-        *(f"{key}: {value}" for key, value in report.provenance(("torch", "transformers")).items()), sep="\n"
-    )
-    tables = {
+def make_tables(sizes: list[Size], rounds: int, lengths: list[int]) -> dict[str, Callable[[], str]]:
+    """Titles, and what measures and writes the table below each."""
+    return {
         "A step on words": partial(steps_table, sizes, rounds),
         "Packed and padded": partial(packing_table, sizes[-1], rounds),
         "Length, memory and time": partial(lengths_table, sizes[-1], lengths),
         "Rotary's share": partial(share_lines, sizes),
     }
-    for title, make in tables.items():
-        print(f"\n## {title}\n\n{make()}", flush=True)
+
+
+def publish(parts: Iterable[str], out: Path | None) -> None:
+    """Print each part when it is made, and write all so far to a file, if one is given."""
+    said: list[str] = []
+    for part in parts:
+        print(part, flush=True)
+        said.append(part + "\n")
+        if out:
+            report.write_whole(out, partial(Path.write_text, data="".join(said), encoding="utf-8"))
+
+
+def main() -> None:
+    """Read the flags, measure, publish the tables."""
+    text = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(**text)
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--out", type=Path, help="a file for the tables")
+    flags = parser.parse_args()
+    if flags.rounds < 2:
+        parser.error(f"--rounds must be at least 2, which have quartiles, not {flags.rounds}")
+    torch.set_num_threads(1)
+    rounds = 4 if flags.quick else flags.rounds
+    sizes = [SMALL] if flags.quick else [SMALL, LARGE]
+    lengths = [256, 512, 1024] if flags.quick else [512, 1024, 2048, 4096]
+    found = report.provenance(("torch", "transformers"))
+    where = "\n".join(f"- {key}: {value}" for key, value in found.items())
+    tables = make_tables(sizes, rounds, lengths).items()
+    publish(chain([where], (f"\n## {title}\n\n{make()}" for title, make in tables)), flags.out)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from rope_mm.data import load_documents, seeded
 from rope_mm.data.documents import Told
 from rope_mm.losses import GAN_LOSSES
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer
+from rope_mm.models.backends import attending
 from rope_mm.models.configuration_rope_mm import config_for
 from rope_mm.models.feed import Feed
 from rope_mm.models.learner import Learner, Optim, Totals
@@ -81,6 +82,7 @@ class Pretrain(Run):
     guidance: float = 1.0  # by words in drawing; above 1 some documents must draw without words
     loss: Objective = field(default_factory=Objective)  # of the adversarial head
     optim: Optim = field(default_factory=Optim)
+    attention: str = "sdpa"  # or eager, or on GPUs flex_attention
     compile: str = ""  # a backend of torch.compile, such as inductor; "" compiles nothing
     checkpointing: bool = False  # blocks computed anew in the backward, to save memory
     ema: float = 0.995
@@ -105,6 +107,7 @@ class Training:
         tokenizer = take_words(config, documents) if config.start else find_words(config, documents)
         torch.manual_seed(config.seed)
         settings = config_for(tokenizer, config.data.channels, config.rope, config.model)
+        settings = attending(settings, config.attention, accelerator.device)
         self.processor = RopeMMProcessor.from_config(settings, tokenizer)
         packer = Packer(self.processor, config.length, self.head.times, self.head.critical)
         every = accelerator.num_processes, accelerator.process_index, config.accumulate

@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +15,9 @@ from rotary_embedding_torch import RotaryEmbedding
 from rope_mm import Image, Rotary
 from rope_mm.positions import augment
 
+PEERS = (
+    Path(sys.prefix) / "peers"
+)  # where `make` puts timm: beside the environment's packages, not among them
 SIZES = st.integers(1, 6)
 few = settings(max_examples=10, deadline=None)
 # timm makes angles of up to 40 radians in float32, and of up to 352 for pixels, where neighbours are 3e-5
@@ -24,8 +27,8 @@ SINGLE, PIXELS = 1e-5, 2e-4
 
 def load_timm():
     """timm.layers.pos_embed_sincos alone, below bare packages: `import timm` itself wants torchvision."""
-    spec = find_spec("timm")
-    assert spec and spec.submodule_search_locations, "run pip install --no-deps timm"
+    spec = PathFinder.find_spec("timm", [str(PEERS), *sys.path])
+    assert spec and spec.submodule_search_locations, f"pip install --no-deps --target {PEERS} timm"
     root = Path(spec.submodule_search_locations[0])
     package, layers = ModuleType("timm"), ModuleType("timm.layers")
     package.__path__, layers.__path__ = [str(root)], [str(root / "layers")]

@@ -223,6 +223,10 @@ def test_captioned_images_of_a_folder_are_drawn_without_labels(tmp_path):
         ({"model.patch_size": 0}, "patch_size must be at least 1, not 0"),
         ({"data.image": "label"}, "column 'label' holds ClassLabel"),
         ({"data.label": "caption"}, "a label is a whole number from 0, not 'a handwritten"),
+        (
+            {"attention": "flex_attention"},
+            "attention flex_attention has no backward on cpu; take sdpa or eager",
+        ),
         ({"loss.penalties": "{r3: 1.0}"}, "penalty 'r3' is unknown"),
     ],
 )

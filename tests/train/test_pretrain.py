@@ -246,6 +246,15 @@ def test_what_a_model_was_not_taught_is_refused(data, tmp_path):
         ({"data.join": 0}, "data.join must be at least 1"),
         ({"model.num_channels": 3}, "model.num_channels is data.channels"),
         ({"guidance": 2.0, "data.templates": "['{caption}{image:draw}']"}, "guidance 2.0 needs a template"),
+        ({"attention": "spda"}, "attention 'spda' is unknown; did you mean 'sdpa'"),
+        (
+            {"attention": "flex_attention"},
+            "attention flex_attention has no backward on cpu; take sdpa or eager",
+        ),
+        (
+            {"attention": "flash_attention_2"},
+            "flash_attention_2 takes no mask, by which patches see each other",
+        ),
         ({"data.size": 5}, "5 x 5 pixels do not divide into patches of 2 x 2"),
     ],
 )

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.state import AcceleratorState
 
+from rope_mm.models import modeling_rope_mm
 from rope_mm.models.picture_heads import HEADS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_pretrain import ROOT, environment, flags, lines, same, train, weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+MADE = (Path(sys.prefix) / "installed").exists()  # the environment is that of `make`
 SLOWLY = {"optim.lr": 1e-3, "optim.critic_lr": 1e-3}
 
 
@@ -122,6 +125,21 @@ def test_what_a_compiled_critic_cannot_do_is_said_before_the_folder_is_touched(d
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("head", ["flow", "adversarial"])
+def test_eager_attention_trains_as_sdpa_does(head, data, tmp_path, monkeypatch):
+    eager, calls = modeling_rope_mm.eager_attention, []
+    monkeypatch.setattr(
+        modeling_rope_mm, "eager_attention", lambda *args, **how: calls.append(1) or eager(*args, **how)
+    )
+    sdpa, its = tmp_path / "sdpa", tmp_path / "eager"
+    train(data, sdpa, head=head, steps=3)
+    assert not calls
+    train(data, its, head=head, steps=3, attention="eager")
+    assert calls
+    for mine, other in zip(lines(its), lines(sdpa), strict=True):
+        assert mine == pytest.approx(other, abs=1e-4, rel=1e-4)
+
+
 @pytest.fixture
 def bf16(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
@@ -156,3 +174,18 @@ def test_every_accelerate_config_begins_with_its_command_and_loads(path):
     assert isinstance(config, ClusterConfig)
     assert re.search("bf16", path.name) is None or config.mixed_precision == "bf16"
     assert config.use_cpu == (path.name == "cpu.yaml")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("timm") is not None and not MADE and find_spec("torchvision") is None,
+    reason="the accelerate command imports timm, which wants torchvision: pip uninstall timm",
+)
+def test_the_accelerate_command_starts_in_the_environment_that_make_makes():
+    command, *words = (ROOT / "configs" / "accelerate" / "cpu.yaml").read_text().splitlines()[0][2:].split()
+    script = shutil.which(command, path=Path(sys.executable).parent)
+    done = subprocess.run(
+        [script, *words, "--dry-run"], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("out: runs/tiny")

@@ -1,0 +1,138 @@
+"""The bench of training at toy sizes, and its arithmetic with times that were not measured."""
+
+import re
+import sys
+from pathlib import Path
+
+import pretrain
+import pytest
+import torch
+
+from rope_mm.run.config import load
+
+sys.path.append(str(Path(__file__).parents[2] / "kernels" / "bench"))
+import bench
+import cpu
+
+ROOT = Path(__file__).parents[2]
+TOY = bench.Size(16, 16, 1, 2, 1, 2, 128)
+TABLES = bench.make_tables([TOY], 2, [64, 128])
+
+
+def cells(text):
+    """The rows of a Markdown table, without its titles."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [line.strip("| ").split(" | ") for line in lines[2:]]
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """Contenders are called once, and take these seconds in the rounds."""
+    found = {}
+
+    def play(calls, rounds, clock):
+        for call in calls.values():
+            call()
+        return {name: found[name] for name in calls}
+
+    monkeypatch.setattr(cpu, "play", play)
+    return found
+
+
+def test_the_small_size_is_that_of_the_tiny_configuration():
+    tiny = load(pretrain.Pretrain, ["--config", str(ROOT / "configs" / "pretrain" / "tiny.yaml")])
+    sizes = bench.SMALL.settings()
+    assert {name: sizes[name] for name in sizes if name in tiny.model} == {
+        name: size for name, size in tiny.model.items() if name in sizes
+    }
+    assert sizes["num_attention_heads"] * sizes["head_dim"] == tiny.model["hidden_size"]
+    assert (bench.SMALL.rows, bench.SMALL.words) == (tiny.batch, tiny.length)
+
+
+@pytest.mark.parametrize("title", TABLES)
+def test_every_table_is_measured_at_toy_sizes(title):
+    text = TABLES[title]()
+    assert "nan" not in text and "inf" not in text
+    rows = {
+        "A step on words": 2,
+        "Packed and padded": 2,
+        "Length, memory and time": 6,  # of each way on a CPU two, and one line of those that it has not
+        "Rotary's share": 0,
+    }
+    if not torch.cuda.is_available():
+        assert len(cells(text)) == rows[title]
+        assert text.count("not measured") == 2 * (title == "Length, memory and time")
+
+
+def test_a_step_s_ratio_is_of_times_of_one_round_and_a_missed_goal_is_said(times):
+    times.update({"RopeMM": [2.0, 6.0, 4.0], "Llama": [1.0, 2.0, 2.0], "Qwen3": [2.0, 6.0, 4.0]})
+    llama, qwen = cells(bench.steps_table([TOY], 3))
+    assert llama == [
+        "16 x 1",
+        "2 x 128",
+        "4000.0",
+        "2000.0",
+        "Llama",
+        "2.00 (2.00 to 3.00)",
+        "<= 1.1, missed",
+    ]
+    assert qwen[4:6] == ["Qwen3", "1.00 (1.00 to 1.00)"]
+    times["Llama"] = [2.0, 6.0, 4.0]
+    assert "missed" not in bench.steps_table([TOY], 3)
+
+
+def test_packing_counts_tokens_and_not_what_fills_the_rows(times):
+    times.update({"packed": [1.0, 2.0, 3.0], "padded": [2.0, 4.0, 6.0]})
+    text = bench.packing_table(TOY, 3)
+    packed, padded = cells(text)
+    ratio = 2 * int(packed[2]) / int(padded[2])
+    assert f"packed over padded: {ratio:.2f} ({ratio:.2f} to {ratio:.2f})" in text
+    for (_, shape, tokens, speed), seconds in ((packed, 2), (padded, 4)):
+        rows, width = map(int, shape.split(" x "))
+        assert int(tokens) <= rows * width
+        assert int(speed) == pytest.approx(int(tokens) / seconds, abs=1)
+    assert int(packed[2]) / int(padded[2]) == pytest.approx(1, abs=0.05)
+
+
+def test_the_most_memory_is_what_is_held_at_once():
+    kept = []
+
+    def step():
+        for _ in range(4):
+            torch.empty(1 << 20)  # freed before the next one
+        kept.extend(torch.empty(1 << 20) for _ in range(2))
+
+    assert bench.peak_memory(step, "cpu") == 2 * 4 << 20
+
+
+def test_a_mask_takes_memory_that_grows_with_the_square_of_the_length():
+    most = {
+        pictures: [float(row[3]) for row in bench.length_rows(way, TOY, [256, 1024], "cpu")]
+        for way, (_, pictures, where) in bench.WAYS.items()
+        if "cpu" in where
+    }
+    short, long = most[False]
+    assert long == pytest.approx(short, rel=0.1)
+    short, long = most[True]
+    assert long > 1.5 * short
+
+
+def test_what_is_printed_is_in_the_file_as_well(monkeypatch, capsys, tmp_path):
+    def half():
+        assert "made up" in out.read_text()  # what was measured before is there already
+        return "no more"
+
+    out = tmp_path / "speed.md"
+    monkeypatch.setattr(bench, "make_tables", lambda *_: {"First": lambda: "| made up |", "Last": half})
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--quick", "--out", str(out)])
+    bench.main()
+    assert out.read_text() == capsys.readouterr().out
+    assert re.search(r"- torch: \S+\n", out.read_text())
+    assert out.read_text().endswith("\n## First\n\n| made up |\n\n## Last\n\nno more\n")
+
+
+def test_too_few_rounds_for_quartiles_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--rounds", "1"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "--rounds must be at least 2, which have quartiles, not 1" in capsys.readouterr().err
