@@ -1,3 +1,4 @@
+import pickle
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image as Picture
 
 from rope_mm.data import Documents, load_splits, seeded
 from rope_mm.data.documents import Shown, first_fit
+from rope_mm.data.stream import Stream
 from rope_mm.data.templates import Field, find_tasks, read_template
 
 TEMPLATES = ["{caption}: {image:draw}", "{image} what is it? {caption}", "{frames:draw}{caption}"]
@@ -146,6 +148,19 @@ def test_what_cannot_be_read_is_named_by_its_row(tmp_path):
         Documents([rows], ["{image}"], 4, 1).tell([0], seeded(0))
     with pytest.raises(ValueError, match="row 0, column 'caption' cannot be read: words are text, not None"):
         Documents([rows], ["{caption}"], 4, 1).tell([0], seeded(0))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_documents_are_the_same_in_a_process_that_is_spawned(streamed, sources):
+    if streamed:
+        documents = Stream([rows.to_iterable_dataset() for rows in sources], TEMPLATES, 4, 1)
+    else:
+        documents = Documents(sources, TEMPLATES, 4, 1)
+    sent = pickle.loads(pickle.dumps(documents))
+    for rows in documents.batch(0, 0, 10):
+        assert rows in sent.batch(0, 0, 10)
+        for ours, theirs in zip(sent.tell(rows, seeded(0)), documents.tell(rows, seeded(0)), strict=True):
+            assert ours == theirs if isinstance(ours, str) else torch.equal(ours.pixels, theirs.pixels)
 
 
 def test_digits_are_documents_as_well():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -109,6 +110,18 @@ def test_samples_that_fail_cost_no_step_and_are_made_when_it_is_resumed(data, tm
     assert {path.name for path in (parts / "samples").iterdir()} == {
         path.name for path in (whole / "samples").iterdir()
     }
+
+
+def test_what_prepares_batches_can_be_sent_to_workers_that_are_spawned(whole, data, tmp_path, monkeypatch):
+    readings = pretrain.Feed.readings
+
+    def sent(self, *range):
+        return readings(pickle.loads(pickle.dumps(self)), *range)
+
+    monkeypatch.setattr(pretrain.Feed, "readings", sent)
+    train(data, tmp_path / "run")
+    assert same(tmp_path / "run", whole)
+    assert all(pickle.loads(pickle.dumps(head.times)) is head.times for head in HEADS.values())
 
 
 @pytest.mark.parametrize("lengths", [(1, 2, 3), (1,)])
