@@ -45,7 +45,7 @@ Read = Callable[[Any], Any]  # which workers that are spawned must be able to pi
 
 def misfit(length: int, room: int) -> str:
     """What is said of a document that is longer than a row."""
-    return f"a document of {length} tokens does not fit a row of {room}; raise the length"
+    return f"a document of {length} tokens does not fit a row of {room}; raise the length and begin anew"
 
 
 def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:

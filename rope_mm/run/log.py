@@ -107,9 +107,7 @@ def read_metric(name: str, value: Any, step: int) -> float | str:
     if isinstance(value, str):
         return value
     if not math.isfinite(number := float(value)):
-        raise ValueError(
-            f"{name} is {number} at step {step}; resume from an earlier checkpoint with a lower rate"
-        )
+        raise ValueError(f"{name} is {number} at step {step}; begin anew with lower rates")
     return number
 
 

@@ -5,11 +5,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from rope_mm.run.alarm import MOST, Guard, finite, keep_batch, warning
@@ -41,13 +44,23 @@ class Run:
     restart: bool = False
     dry_run: bool = False
 
+    # keys that no result depends on: a run goes on with whatever they say
+    free: ClassVar[tuple[str, ...]] = (
+        *("out", "log_every", "sample_every", "checkpoint_every", "on_nan", "threads", "profile"),
+        *("trackers", "restart", "dry_run"),
+    )
+
 
 Config = TypeVar("Config", bound=Run)
 
 
 def identify(config: Run) -> str:
-    """All that a run depends on, as YAML."""
-    return dump(replace(config, out="", on_nan="stop", profile=0, trackers="", restart=False))
+    """All that a run's result depends on, as YAML."""
+    keys: Any = OmegaConf.create(dump(config))
+    for key in config.free:
+        *groups, name = key.split(".")
+        reduce(getitem, groups, keys).pop(name)
+    return OmegaConf.to_yaml(keys)
 
 
 class Training(Protocol):

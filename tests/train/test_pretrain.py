@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import evaluate
 import pretrain
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Picture
 from safetensors.torch import load_file
 
@@ -23,7 +21,6 @@ from rope_mm.models.picture_heads import HEADS
 from rope_mm.models.rival import Rival
 from rope_mm.models.telling import Teller
 from rope_mm.run.config import load, run
-from rope_mm.run.sheet import GAP, TILE
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "pretrain" / "tiny.yaml"
@@ -91,55 +88,6 @@ def test_a_run_leaves_metrics_samples_and_a_model_that_loads(whole):
     assert names == {f"step-000004{end}" for end in (".png", "-clips.png", "-caption.txt", "-narrate.txt")}
     assert {path.name for path in (whole / "checkpoints").iterdir()} == {"step-000002", "step-000004"}
     RopeMMForConditionalGeneration.from_pretrained(whole / "model")
-
-
-def test_samples_that_fail_cost_no_step_and_are_made_when_it_is_resumed(data, tmp_path, monkeypatch):
-    def full(teller, held_out, path):
-        raise OSError("no space left")
-
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(data, whole, sample_every=2)
-    for _ in range(2):
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
-            patch.setattr(pretrain, "show", full)
-            train(data, parts, sample_every=2)
-        assert [path.name for path in sorted((parts / "checkpoints").iterdir())] == ["step-000002"]
-    train(data, parts, sample_every=2)
-    for name in ("metrics.jsonl", "result.json"):
-        assert (parts / name).read_text() == (whole / name).read_text()
-    assert {path.name for path in (parts / "samples").iterdir()} == {
-        path.name for path in (whole / "samples").iterdir()
-    }
-
-
-def test_what_prepares_batches_can_be_sent_to_workers_that_are_spawned(whole, data, tmp_path, monkeypatch):
-    readings = pretrain.Feed.readings
-
-    def sent(self, *range):
-        return readings(pickle.loads(pickle.dumps(self)), *range)
-
-    monkeypatch.setattr(pretrain.Feed, "readings", sent)
-    train(data, tmp_path / "run")
-    assert same(tmp_path / "run", whole)
-    assert all(pickle.loads(pickle.dumps(head.times)) is head.times for head in HEADS.values())
-
-
-@pytest.mark.parametrize("lengths", [(1, 2, 3), (1,)])
-def test_clips_of_any_lengths_are_learned_and_shown(lengths, tmp_path):
-    rows = [
-        {"frames": [Picture.new("L", (4, 4), 9 * i)] * lengths[i % len(lengths)], "caption": "abcd"[i % 4]}
-        for i in range(40)
-    ]
-    features = Features(frames=List(Image()), caption=Value("string"))
-    Dataset.from_list(rows, features=features).to_parquet(path := tmp_path / "clips.parquet")
-    templates = "['{frames}{caption}{frames:draw}', '{frames:draw}{caption}']"
-    train(path, out := tmp_path / "run", steps=1, **{"data.templates": templates})
-    shown = out / "samples" / "step-000001-clips.png"
-    assert shown.exists() == (max(lengths) > 1)
-    if shown.exists():
-        with Picture.open(shown) as sheet:
-            wide, high = sheet.size
-        assert wide > 2 * max(lengths) * TILE and high < 8 * (TILE + GAP)  # those of one frame are left out
 
 
 @pytest.mark.parametrize("head", HEADS)
