@@ -1,5 +1,6 @@
 import pickle
 from collections import Counter
+from io import BytesIO
 
 import pytest
 import torch
@@ -19,6 +20,12 @@ CAPTION, IMAGE, DRAWN = Field("caption"), Field("image"), Field("image", True)
 
 def grey(value):
     return Picture.new("L", (4, 4), value)
+
+
+def png(value):
+    file = BytesIO()
+    grey(value).save(file, format="PNG")
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -138,13 +145,21 @@ def test_a_column_of_numbers_is_no_part_of_a_document():
         Documents([rows], ["{size}"], 4, 1)
 
 
-def test_what_cannot_be_read_is_named_by_its_row(tmp_path):
-    (tmp_path / "torn.png").write_bytes(b"no picture")
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"no picture", "cannot identify image file"), (png(4)[:50], "image file is truncated")],
+)
+def test_what_cannot_be_read_is_named_by_its_row_and_file(content, reason, tmp_path):
+    (tmp_path / "torn.png").write_bytes(content)
     rows = Dataset.from_dict(
         {"image": [str(tmp_path / "torn.png")], "caption": [None]},
         features=Features(image=Image(), caption=Value("string")),
     )
-    with pytest.raises(ValueError, match=r"row 0, column 'image' cannot be read: cannot identify image file"):
+    with pytest.raises(ValueError) as error:
+        Documents([rows], ["{image}"], 4, 1).tell([0], seeded(0))
+    assert str(error.value) == f"row 0, column 'image' cannot be read: {reason}: {tmp_path / 'torn.png'}"
+    rows = Dataset.from_list([{"image": {"bytes": content, "path": None}, "caption": None}], rows.features)
+    with pytest.raises(ValueError, match=f"row 0, column 'image' cannot be read: {reason}$"):
         Documents([rows], ["{image}"], 4, 1).tell([0], seeded(0))
     with pytest.raises(ValueError, match="row 0, column 'caption' cannot be read: words are text, not None"):
         Documents([rows], ["{caption}"], 4, 1).tell([0], seeded(0))
