@@ -4,13 +4,13 @@ from io import BytesIO
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Picture
 
 from rope_mm.data import Documents, load_splits, seeded
-from rope_mm.data.documents import Shown, first_fit
+from rope_mm.data.documents import Shown, Unreadable, first_fit
 from rope_mm.data.stream import Stream
 from rope_mm.data.templates import Field, find_tasks, read_template
 
@@ -132,6 +132,23 @@ def test_what_is_asked_of_a_model_is_spread_over_the_source(sources):
 def test_templates_and_sources_fit_together(sources, templates, message):
     with pytest.raises(ValueError, match=message):
         Documents(sources, templates, 4, 1)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_label_is_read_as_its_name(streamed):
+    features = Features(image=Image(), label=ClassLabel(names=["cat", "dog"]))
+    rows = Dataset.from_dict({"image": [grey(0)] * 4, "label": [1, 0, None, -1]}, features)
+    documents = Documents([rows], ["{label}{image:draw}"], 4, 1)
+    assert documents.kinds["label"] == "words" and list(documents.texts()) == ["dog", "cat"]
+    told = Stream([rows.to_iterable_dataset()], ["{label}{image:draw}"], 4, 1) if streamed else documents
+    order = [row for (row,) in told.batch(0, 0, 4)]
+    for row in order:
+        number = row[-1] if streamed else row
+        if number < 2:
+            assert told.tell([row], seeded(0))[0] == ("dog", "cat")[number]
+        else:
+            with pytest.raises(Unreadable, match=f"row {number}, column 'label' cannot be read"):
+                told.tell([row], seeded(0))
 
 
 def test_words_are_not_drawn(sources):

@@ -186,7 +186,9 @@ class Documents(Told):
         for rows in self.sources:
             for name in rows.column_names:
                 if self.kinds[name] == "words":
-                    yield from filter(None, rows[name].to_pylist())
+                    for stored in rows[name].to_pylist():
+                        with suppress(*UNREADABLE):
+                            yield self.readers[name](stored)
 
     def batch(self, seed: int, step: int, batch: int) -> list[list[int]]:
         """Numbers of the rows in each document of a step's batch, each row once in an epoch."""
@@ -227,11 +229,15 @@ class Documents(Told):
 def choose_kind(feature: object, column: str) -> tuple[str, Read]:
     """What a column holds, words, a picture or a clip, and how these words or frames are read.
 
+    A label is read as its name.
+
     Raises:
         ValueError: a column of anything else.
     """
     if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
         return "words", read_words
+    if isinstance(feature, datasets.ClassLabel):
+        return "words", feature.int2str
     if isinstance(feature, datasets.Image):
         return "picture", read_picture
     read, _ = choose_reader(feature, column)

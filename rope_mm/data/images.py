@@ -166,13 +166,13 @@ EMBEDDED: dict[str, Callable[[], DatasetDict]] = {
 }
 
 
-BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # of files, by how their names end
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json"}  # of files, by how their names end
 
 
 def load_splits(path: str) -> DatasetDict:
-    """Splits train and test of an embedded source, a folder, a hub name, parquet, webdataset or npz files.
+    """Splits train and test of an embedded source, a folder, a hub name, or parquet, tar, jsonl or npz files.
 
-    Several parquet or webdataset files are named by a pattern such as "shards/*.tar".
+    Several files of one kind, but npz, are named by a pattern such as "shards/*.tar".
 
     Where there is no test or validation split, a fifth of the rows is held out. "stacked:PATH" stacks the
     digits of any of them, as `stack_digits` does.

@@ -107,7 +107,19 @@ def webdataset(path):
     return path / "shard-000.tar", "['{txt}{png:draw}']"
 
 
-@pytest.mark.parametrize("source", [folder, parquet, webdataset])
+def classes(path):
+    for i in range(10):
+        (path / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        (path / "train" / "ab"[i % 2] / f"{i}.png").write_bytes(png(20 * i))
+    return path, "['{label}{image:draw}', '{image}{label}']"
+
+
+def jsonl(path):
+    (path / "rows.jsonl").write_text("".join(json.dumps({"text": "abcd"[i % 4]}) + "\n" for i in range(10)))
+    return path / "rows.jsonl", "['so {text}']"
+
+
+@pytest.mark.parametrize("source", [folder, parquet, webdataset, classes, jsonl])
 def test_what_datasets_loads_is_trained_on_its_columns_named_by_templates(source, tmp_path):
     (tmp_path / "source").mkdir()
     path, templates = source(tmp_path / "source")
