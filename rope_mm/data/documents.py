@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image as Picture
 from torch import Tensor
 
-from rope_mm.data.clips import choose_reader, take_all
+from rope_mm.data.clips import Reader, choose_reader, take_all
 from rope_mm.data.images import MODES, UNREADABLE, fit_picture, open_picture
 from rope_mm.data.order import batch_indices
 from rope_mm.data.templates import Field, Task, Template, read_template
@@ -241,7 +241,7 @@ def choose_kind(feature: object, column: str) -> tuple[str, Read]:
     if isinstance(feature, datasets.Image):
         return "picture", read_picture
     read, _ = choose_reader(feature, column)
-    return "clip", partial(read, pick=take_all)
+    return "clip", partial(read_clip, read)
 
 
 def read_words(stored: Any) -> str:
@@ -258,3 +258,8 @@ def read_words(stored: Any) -> str:
 def read_picture(stored: dict) -> list[Picture.Image]:
     """The one frame of a picture."""
     return [open_picture(stored)]
+
+
+def read_clip(read: Reader, stored: Any) -> list[Picture.Image]:
+    """All frames of a clip."""
+    return read(stored, take_all)

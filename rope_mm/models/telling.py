@@ -152,7 +152,7 @@ class Teller:
         return self.processor.draw(self.model, prompts, grid, generator, steps, begun, window, guidance)
 
     def complete(
-        self, prompts: Sequence[Sequence[Part]], true: Sequence[Tensor], generator: torch.Generator
+        self, prompts: Sequence[Sequence[Part]], true: Tensor | Sequence[Tensor], generator: torch.Generator
     ) -> list[Tensor]:
         """Clips that go on from the first half of true ones (t, ch, y, x), t >= 2; see `draw`."""
         made: dict[int, Tensor] = {}
