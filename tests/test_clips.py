@@ -1,3 +1,4 @@
+import pickle
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -8,6 +9,7 @@ from datasets import Array4D, Dataset, Features, Image, List, Value, Video
 from PIL import Image as Picture
 
 from rope_mm.data import CLIP_FACTORS, CaptionedClips, captioned_clips, judge_clips, load_clips
+from rope_mm.data.clips import choose_reader
 
 FRAMES = torch.arange(2 * 5 * 3 * 8 * 8).remainder(251).to(torch.uint8).view(2, 5, 3, 8, 8)
 CAPTIONS = ["one", "two"]
@@ -74,6 +76,14 @@ def test_a_clip_has_the_same_pixels_from_every_kind_of_column(make, torchcodec):
     assert (len(clips), clips.captions, clips.labels) == (2, CAPTIONS, None)
     thinned = CaptionedClips(make(), 8, 3, frames=3).clips([1])
     torch.testing.assert_close(thinned, FRAMES[1:, [0, 2, 4]] / 127.5 - 1, atol=0, rtol=0)
+
+
+def test_a_reader_of_videos_goes_to_a_process_that_is_spawned(torchcodec):
+    read, _ = choose_reader(as_videos().features["frames"], "frames")
+    first, _ = pickle.loads(pickle.dumps(read))(
+        {"bytes": b"\x01", "path": None}, lambda total: [0, total - 1]
+    )
+    assert (numpy.asarray(first) == FRAMES[1, 0].permute(1, 2, 0).numpy()).all()
 
 
 def test_frames_are_cropped_resized_and_made_grey():

@@ -1,14 +1,17 @@
+import pickle
 from collections import Counter
+from io import BytesIO
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Picture
 
 from rope_mm.data import Documents, load_splits, seeded
-from rope_mm.data.documents import Shown, first_fit
+from rope_mm.data.documents import Shown, Unreadable, first_fit
+from rope_mm.data.stream import Stream
 from rope_mm.data.templates import Field, find_tasks, read_template
 
 TEMPLATES = ["{caption}: {image:draw}", "{image} what is it? {caption}", "{frames:draw}{caption}"]
@@ -17,6 +20,12 @@ CAPTION, IMAGE, DRAWN = Field("caption"), Field("image"), Field("image", True)
 
 def grey(value):
     return Picture.new("L", (4, 4), value)
+
+
+def png(value):
+    file = BytesIO()
+    grey(value).save(file, format="PNG")
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +134,23 @@ def test_templates_and_sources_fit_together(sources, templates, message):
         Documents(sources, templates, 4, 1)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_label_is_read_as_its_name(streamed):
+    features = Features(image=Image(), label=ClassLabel(names=["cat", "dog"]))
+    rows = Dataset.from_dict({"image": [grey(0)] * 4, "label": [1, 0, None, -1]}, features)
+    documents = Documents([rows], ["{label}{image:draw}"], 4, 1)
+    assert documents.kinds["label"] == "words" and list(documents.texts()) == ["dog", "cat"]
+    told = Stream([rows.to_iterable_dataset()], ["{label}{image:draw}"], 4, 1) if streamed else documents
+    order = [row for (row,) in told.batch(0, 0, 4)]
+    for row in order:
+        number = row[-1] if streamed else row
+        if number < 2:
+            assert told.tell([row], seeded(0))[0] == ("dog", "cat")[number]
+        else:
+            with pytest.raises(Unreadable, match=f"row {number}, column 'label' cannot be read"):
+                told.tell([row], seeded(0))
+
+
 def test_words_are_not_drawn(sources):
     with pytest.raises(ValueError, match="column 'caption' holds words, which are written"):
         Documents(sources, ["{caption:draw}{image}", "{frames}"], 4, 1)
@@ -136,16 +162,37 @@ def test_a_column_of_numbers_is_no_part_of_a_document():
         Documents([rows], ["{size}"], 4, 1)
 
 
-def test_what_cannot_be_read_is_named_by_its_row(tmp_path):
-    (tmp_path / "torn.png").write_bytes(b"no picture")
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"no picture", "cannot identify image file"), (png(4)[:50], "image file is truncated")],
+)
+def test_what_cannot_be_read_is_named_by_its_row_and_file(content, reason, tmp_path):
+    (tmp_path / "torn.png").write_bytes(content)
     rows = Dataset.from_dict(
         {"image": [str(tmp_path / "torn.png")], "caption": [None]},
         features=Features(image=Image(), caption=Value("string")),
     )
-    with pytest.raises(ValueError, match=r"row 0, column 'image' cannot be read: cannot identify image file"):
+    with pytest.raises(ValueError) as error:
+        Documents([rows], ["{image}"], 4, 1).tell([0], seeded(0))
+    assert str(error.value) == f"row 0, column 'image' cannot be read: {reason}: {tmp_path / 'torn.png'}"
+    rows = Dataset.from_list([{"image": {"bytes": content, "path": None}, "caption": None}], rows.features)
+    with pytest.raises(ValueError, match=f"row 0, column 'image' cannot be read: {reason}$"):
         Documents([rows], ["{image}"], 4, 1).tell([0], seeded(0))
     with pytest.raises(ValueError, match="row 0, column 'caption' cannot be read: words are text, not None"):
         Documents([rows], ["{caption}"], 4, 1).tell([0], seeded(0))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_documents_are_the_same_in_a_process_that_is_spawned(streamed, sources):
+    if streamed:
+        documents = Stream([rows.to_iterable_dataset() for rows in sources], TEMPLATES, 4, 1)
+    else:
+        documents = Documents(sources, TEMPLATES, 4, 1)
+    sent = pickle.loads(pickle.dumps(documents))
+    for rows in documents.batch(0, 0, 10):
+        assert rows in sent.batch(0, 0, 10)
+        for ours, theirs in zip(sent.tell(rows, seeded(0)), documents.tell(rows, seeded(0)), strict=True):
+            assert ours == theirs if isinstance(ours, str) else torch.equal(ours.pixels, theirs.pixels)
 
 
 def test_digits_are_documents_as_well():

@@ -12,7 +12,7 @@ is that of all processes together, so that a run may go on with another number o
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -87,6 +87,8 @@ class Pretrain(Run):
     checkpointing: bool = False  # blocks computed anew in the backward, to save memory
     ema: float = 0.995
     workers: int = 0  # processes that prepare batches ahead
+
+    free: ClassVar[tuple[str, ...]] = (*Run.free, "workers", "data.strict")
 
 
 class Training:

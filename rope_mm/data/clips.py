@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import datasets
@@ -147,12 +148,18 @@ def video_reader(column: str) -> Reader:
     except (ImportError, RuntimeError, OSError) as error:
         reason = f"column {column!r} holds videos, which torchcodec reads: pip install rope-mm[video]"
         raise ValueError(f"{reason} ({error})".splitlines()[0]) from error
+    return partial(read_video, VideoDecoder)
 
-    def read_video(stored: dict, pick: Pick) -> list[Picture.Image]:
-        video = VideoDecoder(stored["bytes"] or stored["path"])
-        return read_array(video.get_frames_at(pick(len(video))).data, lambda total: list(range(total)))
 
-    return read_video
+def read_video(decoder: Callable[[Any], Any], stored: dict, pick: Pick) -> list[Picture.Image]:
+    """Frames of a video file."""
+    video = decoder(stored["bytes"] or stored["path"])
+    return read_array(video.get_frames_at(pick(len(video))).data, take_all)
+
+
+def take_all(total: int) -> list[int]:
+    """All of a clip's frames."""
+    return list(range(total))
 
 
 def load_clips(

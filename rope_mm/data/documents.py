@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, cast
 
 import datasets
@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image as Picture
 from torch import Tensor
 
-from rope_mm.data.clips import choose_reader
+from rope_mm.data.clips import Reader, choose_reader, take_all
 from rope_mm.data.images import MODES, UNREADABLE, fit_picture, open_picture
 from rope_mm.data.order import batch_indices
 from rope_mm.data.templates import Field, Task, Template, read_template
@@ -40,12 +40,12 @@ class Unreadable(ValueError):
 
 
 Document = list[str | Shown]
-Read = Callable[[Any], list[Picture.Image]]
+Read = Callable[[Any], Any]  # which workers that are spawned must be able to pickle
 
 
 def misfit(length: int, room: int) -> str:
     """What is said of a document that is longer than a row."""
-    return f"a document of {length} tokens does not fit a row of {room}; raise the length"
+    return f"a document of {length} tokens does not fit a row of {room}; raise the length and begin anew"
 
 
 def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
@@ -159,11 +159,10 @@ class Told(ABC):
 
     def read(self, part: Field, stored: Any) -> str | Shown:
         """What a row has in a column."""
+        held = self.readers[part.column](stored)
         if self.kinds[part.column] == "words":
-            if not isinstance(stored, str):
-                raise ValueError(f"words are text, not {stored!r}")
-            return stored
-        frames = [fit_picture(f, self.size, self.channels) for f in self.readers[part.column](stored)]
+            return held
+        frames = [fit_picture(frame, self.size, self.channels) for frame in held]
         pixels = torch.stack(frames) / 127.5 - 1
         return Shown(pixels[0] if self.kinds[part.column] == "picture" else pixels, part.drawn)
 
@@ -187,7 +186,9 @@ class Documents(Told):
         for rows in self.sources:
             for name in rows.column_names:
                 if self.kinds[name] == "words":
-                    yield from filter(None, rows[name].to_pylist())
+                    for stored in rows[name].to_pylist():
+                        with suppress(*UNREADABLE):
+                            yield self.readers[name](stored)
 
     def batch(self, seed: int, step: int, batch: int) -> list[list[int]]:
         """Numbers of the rows in each document of a step's batch, each row once in an epoch."""
@@ -226,14 +227,39 @@ class Documents(Told):
 
 
 def choose_kind(feature: object, column: str) -> tuple[str, Read]:
-    """What a column holds, words, a picture or a clip, and how the frames of the latter are read.
+    """What a column holds, words, a picture or a clip, and how these words or frames are read.
+
+    A label is read as its name.
 
     Raises:
         ValueError: a column of anything else.
     """
     if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
-        return "words", lambda stored: []
+        return "words", read_words
+    if isinstance(feature, datasets.ClassLabel):
+        return "words", feature.int2str
     if isinstance(feature, datasets.Image):
-        return "picture", lambda stored: [open_picture(stored)]
+        return "picture", read_picture
     read, _ = choose_reader(feature, column)
-    return "clip", lambda stored: read(stored, lambda total: list(range(total)))
+    return "clip", partial(read_clip, read)
+
+
+def read_words(stored: Any) -> str:
+    """Words as stored.
+
+    Raises:
+        ValueError: no text.
+    """
+    if not isinstance(stored, str):
+        raise ValueError(f"words are text, not {stored!r}")
+    return stored
+
+
+def read_picture(stored: dict) -> list[Picture.Image]:
+    """The one frame of a picture."""
+    return [open_picture(stored)]
+
+
+def read_clip(read: Reader, stored: Any) -> list[Picture.Image]:
+    """All frames of a clip."""
+    return read(stored, take_all)

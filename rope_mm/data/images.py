@@ -83,8 +83,7 @@ class CaptionedImages:
         try:
             return fit_picture(open_picture(stored), self.size, self.channels)
         except UNREADABLE as error:
-            name = (stored or {}).get("path") or "the image"
-            message = f"row {row}, column {self.image!r}: {name} does not decode ({error})"
+            message = f"row {row}, column {self.image!r}: the image does not decode ({error})"
             raise ValueError(message) from error
 
 
@@ -108,12 +107,22 @@ UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, Picture.Decompression
 
 
 def open_picture(stored: dict) -> Picture.Image:
-    """A picture from what `datasets` stores: bytes or a path, in a stream perhaps to a file elsewhere."""
+    """A picture from what `datasets` stores: bytes or a path, in a stream perhaps to a file elsewhere.
+
+    Raises:
+        ValueError: what does not decode, with its path where there is one.
+    """
     content, path = stored["bytes"], stored["path"]
     if not content:
         with cast(Any, fsspec.open(os.fspath(path))) as file:
             content = file.read()
-    return Picture.open(BytesIO(content))
+    try:
+        picture = Picture.open(BytesIO(content))
+        picture.load()  # here, where its path is known
+    except UNREADABLE as error:
+        reason = str(error).partition(" <_io.BytesIO")[0]
+        raise ValueError(f"{reason}: {path}" if path else reason) from error
+    return picture
 
 
 def fit_picture(picture: Picture.Image, size: int, channels: int) -> Tensor:
@@ -157,13 +166,13 @@ EMBEDDED: dict[str, Callable[[], DatasetDict]] = {
 }
 
 
-BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # of files, by how their names end
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json"}  # of files, by how their names end
 
 
 def load_splits(path: str) -> DatasetDict:
-    """Splits train and test of an embedded source, a folder, a hub name, parquet, webdataset or npz files.
+    """Splits train and test of an embedded source, a folder, a hub name, or parquet, tar, jsonl or npz files.
 
-    Several parquet or webdataset files are named by a pattern such as "shards/*.tar".
+    Several files of one kind, but npz, are named by a pattern such as "shards/*.tar".
 
     Where there is no test or validation split, a fifth of the rows is held out. "stacked:PATH" stacks the
     digits of any of them, as `stack_digits` does.

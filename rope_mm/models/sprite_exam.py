@@ -35,7 +35,7 @@ class SpriteExam:
             make = (
                 teller.complete if true.dim() == 5 else lambda prompts, _, noise: teller.draw(prompts, noise)
             )
-            made = make([plain(before) for before, _ in asked], true, seeded("exam"))
+            made = torch.stack([*make([plain(before) for before, _ in asked], true, seeded("exam"))])
             marks[f"{self.making}_right"] = self.agreement(true, self.judge(made))
         if self.telling in tasks:
             asked = held_out.ask(tasks[self.telling], ASKED)

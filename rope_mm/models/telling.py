@@ -4,9 +4,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from rope_mm.data.documents import Document, Documents, Shown
@@ -36,7 +39,7 @@ class Form:
 
     @classmethod
     def of(cls, documents: Documents, templates: Sequence[str], steps: int, guidance: float = 1.0) -> "Form":
-        """The form of documents; a clip is as long as their first one.
+        """The form of documents; a clip is as long as the longest of some of theirs.
 
         Raises:
             ValueError: guidance, where all templates have words before what is drawn.
@@ -51,8 +54,7 @@ class Form:
         tasks = find_tasks(documents.templates, documents.kinds)
         frames = 1
         if "film" in tasks:
-            ((_, clip),) = documents.ask(tasks["film"], 1)
-            frames = len(pixels_of(clip))
+            frames = max(len(pixels_of(clip)) for _, clip in documents.ask(tasks["film"], ROWS))
         return cls(list(templates), documents.kinds, documents.size, frames, steps, guidance)
 
     def task(self, name: str) -> Task:
@@ -116,9 +118,13 @@ class Teller:
         return self.processor.write(self.model, prompts)
 
     def draw(self, prompts: Sequence[Sequence[Part]], generator: torch.Generator) -> Tensor:
-        """Pictures (b, ch, y, x) after prompts."""
+        """Pictures (b, ch, y, x) after prompts, those of one form together."""
         side = self.form.size // self.processor.patch_size
-        return self.make(prompts, Image(side, side), generator)
+        made: dict[int, Tensor] = {}
+        for group in alike(prompts):
+            asked = [prompts[number] for number in group]
+            made.update(zip(group, self.make(asked, Image(side, side), generator), strict=True))
+        return torch.stack([made[number] for number in range(len(prompts))])
 
     def film(
         self,
@@ -145,10 +151,26 @@ class Teller:
         steps, guidance = self.form.steps, self.form.guidance
         return self.processor.draw(self.model, prompts, grid, generator, steps, begun, window, guidance)
 
-    def complete(self, prompts: Sequence[Sequence[Part]], true: Tensor, generator: torch.Generator) -> Tensor:
-        """Clips that go on from the first half of true ones (b, t, ch, y, x), after prompts."""
-        given = true.shape[1] // 2
-        return self.film(prompts, list(true[:, :given]), true.shape[1] - given, generator).cpu()
+    def complete(
+        self, prompts: Sequence[Sequence[Part]], true: Tensor | Sequence[Tensor], generator: torch.Generator
+    ) -> list[Tensor]:
+        """Clips that go on from the first half of true ones (t, ch, y, x), t >= 2; see `draw`."""
+        made: dict[int, Tensor] = {}
+        for group in alike([[*prompt, clip] for prompt, clip in zip(prompts, true, strict=True)]):
+            given, rest = (length := len(true[group[0]])) // 2, -(-length // 2)
+            begun = [true[number][:given] for number in group]
+            clips = self.film([prompts[number] for number in group], begun, rest, generator).cpu()
+            made.update(zip(group, clips, strict=True))
+        return [made[number] for number in range(len(prompts))]
+
+
+def alike(prompts: Sequence[Sequence[Part]]) -> list[list[int]]:
+    """Numbers of the prompts whose pictures and clips are of equal sizes, which a model takes together."""
+    groups: dict[Any, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        sizes = tuple(numpy.shape(part) for part in prompt if not isinstance(part, str))  # pyright: ignore
+        groups.setdefault(sizes, []).append(number)
+    return list(groups.values())
 
 
 def draws_untold(template: Sequence[str | Field], kinds: Mapping[str, str]) -> bool:
@@ -181,7 +203,8 @@ def spell(document: Document) -> str:
 def show(teller: Teller, held_out: Documents, path: Path) -> dict[str, float]:
     """Samples of every task the model was taught, in files that begin with this path; how much is right.
 
-    Rows of a sheet begin with the true picture or clip; a clip's first half is given.
+    Rows of a sheet begin with the true picture or clip; a clip's first half is given, and one of a single
+    frame is left out.
     """
     tasks = find_tasks(held_out.templates, held_out.kinds)
     marks: dict[str, float] = {}
@@ -193,12 +216,7 @@ def show(teller: Teller, held_out: Documents, path: Path) -> dict[str, float]:
         rows = torch.cat([true, drawn], 1).flatten(0, 1)
         save_sheet(path.with_name(f"{path.name}.png"), rows, [spell(before) for before, _ in asked])
     if "film" in tasks:
-        asked = held_out.ask(tasks["film"], ROWS)
-        true = torch.stack([pixels_of(value) for _, value in asked])
-        clips = teller.complete([plain(before) for before, _ in asked], true, seeded("sheet"))
-        rows = torch.stack([true, clips], 1).flatten(0, 2)
-        names = [spell(before) for before, _ in asked]
-        save_sheet(path.with_name(f"{path.name}-clips.png"), rows, names)
+        show_clips(teller, held_out.ask(tasks["film"], ROWS), path.with_name(f"{path.name}-clips.png"))
     for name in ("caption", "narrate"):
         if name in tasks:
             asked = held_out.ask(tasks[name], WRITTEN)
@@ -210,3 +228,14 @@ def show(teller: Teller, held_out: Documents, path: Path) -> dict[str, float]:
             write_text(path.with_name(f"{path.name}-{name}.txt"), lines)
             marks[f"{name}_exact"] = sum(true == said for true, said in pairs) / len(pairs)
     return marks
+
+
+def show_clips(teller: Teller, asked: Sequence[tuple[Document, str | Shown]], path: Path) -> None:
+    """A sheet of true clips, and beside each how the model goes on from its first half."""
+    asked = [(before, clip) for before, clip in asked if len(pixels_of(clip)) > 1]
+    if not asked:
+        return
+    true = [pixels_of(clip) for _, clip in asked]
+    made = teller.complete([plain(before) for before, _ in asked], true, seeded("sheet"))
+    rows = pad_sequence([clip for pair in zip(true, made, strict=True) for clip in pair], True, 1.0)
+    save_sheet(path, rows.flatten(0, 1), [spell(before) for before, _ in asked])

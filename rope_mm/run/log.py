@@ -21,8 +21,8 @@ class Log:
         with Log(folder, total=1000, step=start, desc="gan") as log:
             log(step, critic=0.69, generator=0.70)          # first log, then save the step's checkpoint
 
-    Resumed at a step, it forgets what was logged after it; step 0 begins the file anew. So an interrupted and
-    resumed run leaves the same file as an uninterrupted one.
+    Resumed at a step, it forgets what was logged after it, and writes no line of that step again; step 0
+    begins the file anew. So an interrupted and resumed run leaves the same file as an uninterrupted one.
 
     Args:
         folder: where metrics.jsonl lies.
@@ -54,10 +54,12 @@ class Log:
         self.file: TextIO | None = None
         self.bar: tqdm | None = None
         self.printed = -math.inf
+        self.start, self.written = step, set()  # names of what the step resumed at has said
         if not main:
             return
         path = Path(folder) / FILE
-        write_text(path, "".join(kept_lines(path, step)))
+        write_text(path, "".join(kept := kept_lines(path, step)))
+        self.written = {tuple(line) for line in map(json.loads, kept) if line["step"] == step}
         self.file = path.open("a", encoding="utf-8")
         if sys.stderr.isatty() if bar is None else bar:
             self.bar = tqdm(total=total, initial=step, desc=desc or None, dynamic_ncols=True)
@@ -69,7 +71,7 @@ class Log:
             ValueError: a number that is not finite.
         """
         line = {"step": step} | {name: read_metric(name, value, step) for name, value in metrics.items()}
-        if self.file is None:
+        if self.file is None or (step == self.start and tuple(line) in self.written):
             return
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
@@ -105,9 +107,7 @@ def read_metric(name: str, value: Any, step: int) -> float | str:
     if isinstance(value, str):
         return value
     if not math.isfinite(number := float(value)):
-        raise ValueError(
-            f"{name} is {number} at step {step}; resume from an earlier checkpoint with a lower rate"
-        )
+        raise ValueError(f"{name} is {number} at step {step}; begin anew with lower rates")
     return number
 
 

@@ -5,11 +5,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from rope_mm.run.alarm import MOST, Guard, finite, keep_batch, warning
@@ -41,13 +44,23 @@ class Run:
     restart: bool = False
     dry_run: bool = False
 
+    # keys that no result depends on: a run goes on with whatever they say
+    free: ClassVar[tuple[str, ...]] = (
+        *("out", "log_every", "sample_every", "checkpoint_every", "on_nan", "threads", "profile"),
+        *("trackers", "restart", "dry_run"),
+    )
+
 
 Config = TypeVar("Config", bound=Run)
 
 
 def identify(config: Run) -> str:
-    """All that a run depends on, as YAML."""
-    return dump(replace(config, out="", on_nan="stop", profile=0, trackers="", restart=False))
+    """All that a run's result depends on, as YAML."""
+    keys: Any = OmegaConf.create(dump(config))
+    for key in config.free:
+        *groups, name = key.split(".")
+        reduce(getitem, groups, keys).pop(name)
+    return OmegaConf.to_yaml(keys)
 
 
 class Training(Protocol):
@@ -119,6 +132,7 @@ def carry_out(make: Callable[[Config, Accelerator], Training], config: Config, *
 def train(training: Training, config: Run, out: Path) -> dict[str, float]:
     """Train from the last checkpoint on, or from the start; the marks at the end.
 
+    A step is saved before its samples are drawn; those that an end left undone are drawn when it is resumed.
     After the first steps so many are profiled, and rotary's share of their time is printed.
 
     Raises:
@@ -127,15 +141,16 @@ def train(training: Training, config: Run, out: Path) -> dict[str, float]:
     """
     accelerator = training.accelerator
     guard = Guard(accelerator, config.on_nan)
-    step, marks = resume(out, accelerator), None
+    step = resume(out, accelerator)
     training.begin(step)
     guard.steps = guard.steps if step else 0  # not those of a run that this one starts from
     take = profiled(training.step, config.profile, print) if config.profile else training.step
     peak = peak_flops(accelerator.device)
     speed = Speed(peak and peak * accelerator.num_processes)
-    then, read, done = time.perf_counter(), training.tokens, training.flops
     told = {"main": accelerator.is_main_process, "also": accelerator.log}
     with Stop() as stop, Log(out, config.steps, step, desc=str(out), **told) as log:
+        marks = look(training, out, step, log) if step and due(config, step, config.sample_every) else {}
+        then, read, done = time.perf_counter(), training.tokens, training.flops
         while step < config.steps:
             terms, step = take(step), step + 1
             if guard.tripped and guard.row < MOST:
@@ -144,35 +159,31 @@ def train(training: Training, config: Run, out: Path) -> dict[str, float]:
                 refuse(training, out, step, terms, guard.row)
             else:
                 guard.row = 0
-            last = step == config.steps
-            due = last or step % config.log_every == 0
-            if due:
+            if logged := due(config, step, config.log_every):
                 passed = time.perf_counter() - then
                 pace = speed(training.tokens - read, training.flops - done, passed)
                 log(step, pace, **terms, **guard.counted())
-            if last or step % config.sample_every == 0:
-                marks = look(training, out, step, log)
             stopping = agree(accelerator, stop.asked)
-            if last or stopping or step % config.checkpoint_every == 0:
+            if stopping or due(config, step, config.checkpoint_every):
                 save(out, step, accelerator)
-            if stopping and not last:
+            if stopping and step < config.steps:
                 raise KeyboardInterrupt(exit_code(stopping))
-            if due:
+            if due(config, step, config.sample_every):
+                marks = look(training, out, step, log)
+            if logged:
                 then, read, done = time.perf_counter(), training.tokens, training.flops
-    if marks is None:  # the run was whole already
-        marks = training.look(samples(out, step))
     training.save_model(out / "model")
     return marks | guard.counted()
 
 
-def samples(out: Path, step: int) -> Path:
-    """What the files of a step's samples begin with."""
-    return out / "samples" / f"step-{step:06d}"
+def due(config: Run, step: int, every: int) -> bool:
+    """Whether a step is the last one, or one of those that something is done after."""
+    return step == config.steps or step % every == 0
 
 
 def look(training: Training, out: Path, step: int, log: Log) -> dict[str, float]:
     """Samples and marks of a step; the marks are logged, and what they and the losses so far warn of."""
-    marks = training.look(samples(out, step))
+    marks = training.look(out / "samples" / f"step-{step:06d}")
     if marks:
         log(step, **marks)
     if training.accelerator.is_main_process and (alarm := warning(read_metrics(out))):

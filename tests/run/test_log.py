@@ -33,6 +33,15 @@ def test_an_interrupted_and_resumed_run_leaves_the_file_of_an_uninterrupted_one(
     assert (tmp_path / "resumed" / FILE).read_bytes() == (tmp_path / "whole" / FILE).read_bytes()
 
 
+def test_what_the_step_resumed_at_has_said_is_not_said_again(tmp_path):
+    for start, names in ((1, ["critic"]), (1, ["critic", "coverage"]), (2, ["critic", "critic"])):
+        with Log(tmp_path, total=2, step=start) as log:
+            for name in names:
+                log(start, **{name: 0.5})
+    lines = [(line["step"], *list(line)[1:]) for line in read_metrics(tmp_path)]
+    assert lines == [(1, "critic"), (1, "coverage"), (2, "critic"), (2, "critic")]
+
+
 def test_a_last_line_that_only_lacks_its_end_is_kept(tmp_path):
     (tmp_path / FILE).write_text('{"step": 1, "critic": 2.0}\n{"step": 2, "critic": 1.0}')
     losses(tmp_path, [3], start=2)

@@ -117,13 +117,18 @@ def test_a_document_longer_than_a_row_is_named_left_out_and_counted(texts, tmp_p
     result = test_pretrain.train(path, tmp_path / "run", **TEXTS)
     named = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
     assert long and result["left_out"] == len(named) == 2 * len(long)
-    why = "a document of 41 tokens does not fit a row of 16; raise the length"
+    why = "a document of 41 tokens does not fit a row of 16; raise the length and begin anew"
     assert set(named) == {f"left out: row {row}: {why}" for row in long}
 
 
-def test_strict_stops_at_such_a_document(texts, tmp_path):
+def test_strict_stops_at_such_a_document_and_the_run_goes_on_without_it_as_advised(texts, tmp_path):
+    changes = {**TEXTS, "batch": 1, "steps": 16, "checkpoint_every": 1}  # an epoch
     with pytest.raises(ValueError, match=r"row \d+: a document of 41 tokens .* --data.strict false"):
-        test_pretrain.train(texts[0], tmp_path / "run", **TEXTS, **{"data.strict": "true"})
+        test_pretrain.train(texts[0], tmp_path / "run", **changes, **{"data.strict": "true"})
+    begun = lines(tmp_path / "run")
+    result = test_pretrain.train(texts[0], tmp_path / "run", **changes, **{"data.strict": "false"})
+    assert lines(tmp_path / "run")[: len(begun)] == begun != []
+    assert result["left_out"] == len(texts[1])
 
 
 def test_a_length_that_no_document_fits_is_said_at_once(texts, tmp_path):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Picture
 
 from rope_mm.data import load_splits
 from rope_mm.run.config import run
+from rope_mm.run.sheet import GAP, TILE
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_pretrain import flags, lines, pretrain, same, train
@@ -106,7 +107,19 @@ def webdataset(path):
     return path / "shard-000.tar", "['{txt}{png:draw}']"
 
 
-@pytest.mark.parametrize("source", [folder, parquet, webdataset])
+def classes(path):
+    for i in range(10):
+        (path / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        (path / "train" / "ab"[i % 2] / f"{i}.png").write_bytes(png(20 * i))
+    return path, "['{label}{image:draw}', '{image}{label}']"
+
+
+def jsonl(path):
+    (path / "rows.jsonl").write_text("".join(json.dumps({"text": "abcd"[i % 4]}) + "\n" for i in range(10)))
+    return path / "rows.jsonl", "['so {text}']"
+
+
+@pytest.mark.parametrize("source", [folder, parquet, webdataset, classes, jsonl])
 def test_what_datasets_loads_is_trained_on_its_columns_named_by_templates(source, tmp_path):
     (tmp_path / "source").mkdir()
     path, templates = source(tmp_path / "source")
@@ -119,6 +132,24 @@ def test_several_tars_are_one_source(tmp_path):
     shard.with_name("shard-001.tar").write_bytes(shard.read_bytes())
     splits = load_splits(str(tmp_path / "shard-*.tar"))
     assert len(splits["train"]) + len(splits["test"]) == 20
+
+
+@pytest.mark.parametrize("lengths", [(1, 2, 3), (1,)])
+def test_clips_of_any_lengths_are_learned_and_shown(lengths, tmp_path):
+    rows = [
+        {"frames": [Picture.new("L", (4, 4), 9 * i)] * lengths[i % len(lengths)], "caption": "abcd"[i % 4]}
+        for i in range(40)
+    ]
+    features = Features(frames=List(Image()), caption=Value("string"))
+    Dataset.from_list(rows, features=features).to_parquet(path := tmp_path / "clips.parquet")
+    templates = "['{frames}{caption}{frames:draw}', '{frames:draw}{caption}']"
+    train(path, out := tmp_path / "run", steps=1, **{"data.templates": templates})
+    shown = out / "samples" / "step-000001-clips.png"
+    assert shown.exists() == (max(lengths) > 1)
+    if shown.exists():
+        with Picture.open(shown) as sheet:
+            wide, high = sheet.size
+        assert wide > 2 * max(lengths) * TILE and high < 8 * (TILE + GAP)  # those of one frame are left out
 
 
 STREAM = {"data.streaming": "true", "data.held_out": 4, "data.shuffle": 5}
@@ -150,9 +181,6 @@ def test_a_stream_resumes_to_the_bit_and_says_what_it_leaves_out(workers, shards
     shutil.copytree(streamed, parts)
     shutil.rmtree(parts / "checkpoints" / "step-000008")
     shutil.rmtree(parts / "model")
-    (parts / "run.yaml").write_text(
-        (parts / "run.yaml").read_text().replace("workers: 0", f"workers: {workers}")
-    )
     result = train(shards, parts, **TEMPLATES, **STREAM, steps=8, workers=workers)
     assert same(parts, streamed)
     assert lines(parts) == lines(streamed)
