@@ -3,6 +3,7 @@
 import json
 import platform
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -96,3 +97,9 @@ def save(out: Path, step: int, accelerator: Accelerator) -> None:
         main=accelerator.is_main_process,
         wait=accelerator.wait_for_everyone,
     )
+
+
+def write_model(out: Path, write: Callable[[Path], object], accelerator: Accelerator) -> None:
+    """Write the model of a run to OUT/model: all of it, or where that fails, nothing."""
+    main, wait = accelerator.is_main_process, accelerator.wait_for_everyone
+    checkpoint.write_folder(out / "model", write, main=main, wait=wait)
