@@ -73,8 +73,12 @@ def aside(partial: Path, name: str, remedy: str) -> Iterator[None]:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise OSError(f"{name} could not be written ({reason}); {remedy}") from error
+        raise OSError(f"{name} could not be written ({reason(error)}); {remedy}") from error
+
+
+def reason(error: Exception) -> str:
+    """What an error says first."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def latest(folder: Path) -> Path | None:
