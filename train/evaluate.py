@@ -9,19 +9,21 @@ A clip is an animated picture, such as GIF, WebP or PNG. sprites:3 and clips:3 a
 """
 
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Literal
 
 import torch
 from PIL import Image as Picture
 from PIL import ImageSequence, UnidentifiedImageError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data.images import EMBEDDED, MODES, fit_picture, load_splits
 from rope_mm.models.telling import Teller
-from rope_mm.run.checkpoint import write_file
-from rope_mm.run.config import run
+from rope_mm.run.checkpoint import reason, write_file
+from rope_mm.run.config import at_least, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,10 @@ def read_frames(path: str, size: int, channels: int) -> Tensor:
 
 def find_row(source: str, row: int) -> list[Picture.Image]:
     """The frames of a held-out row of embedded data, its caption printed."""
-    found = load_splits(source)["test"][row]
+    rows = load_splits(source)["test"]
+    if not 0 <= row < len(rows):
+        raise IndexError(f"its rows are 0 to {len(rows) - 1}")
+    found = rows[row]
     print(f"{source}:{row} {found['caption']}")
     return found.get("frames") or [found["image"]]
 
@@ -79,16 +84,47 @@ def write_frames(path: Path, frames: Tensor, zoom: int = 8) -> None:
     write_file(path, lambda part: first.save(part, **moving))
 
 
+def load_teller(path: Path) -> Teller:
+    """The model of a folder.
+
+    Raises:
+        ValueError: a folder that holds none, or files cut short.
+    """
+    try:
+        return Teller.load(path)
+    except (SafetensorError, JSONDecodeError, RuntimeError, OSError) as error:
+        remedy = "the command that trained it writes it again"
+        raise ValueError(f"{path} holds no whole model ({reason(error)}); {remedy}") from error
+
+
+def check(config: Evaluate) -> None:
+    """Refuse numbers and files that fit no question.
+
+    Raises:
+        ValueError: nothing asked, or with the key and its value.
+    """
+    if not (config.caption or config.draw or config.extend):
+        raise ValueError("ask something: --caption FILE, --draw WORDS or --extend CLIP")
+    if config.draw and config.extend:
+        raise ValueError("--draw and --extend would both write --to; ask one after the other")
+    at_least(1, config, "frames")
+    at_least(0, config, "given")
+    Picture.init()  # knows all formats
+    formats, example = (Picture.SAVE_ALL, "longer.gif") if config.extend else (Picture.SAVE, "drawn.png")
+    if Picture.registered_extensions().get(Path(config.to).suffix.lower()) not in formats:
+        made = "clip" if config.extend else "picture"
+        raise ValueError(f"--to {config.to} names no format of a {made}; give a name such as {example}")
+
+
 def main(config: Evaluate) -> None:
     """Do what is asked.
 
     Raises:
-        ValueError: nothing asked, or what the model was not taught.
+        ValueError: see `check`; a model cut short, or what it was not taught.
     """
-    if not (config.caption or config.draw or config.extend):
-        raise ValueError("ask something: --caption FILE, --draw WORDS or --extend CLIP")
+    check(config)
     disable_progress_bar()
-    teller, generator = Teller.load(Path(config.model)), torch.Generator().manual_seed(config.seed)
+    teller, generator = load_teller(Path(config.model)), torch.Generator().manual_seed(config.seed)
     size, channels = teller.form.size, teller.processor.num_channels
     if config.caption:
         frames = read_frames(config.caption, size, channels)
@@ -99,6 +135,8 @@ def main(config: Evaluate) -> None:
         print(config.to)
     if config.extend:
         frames = read_frames(config.extend, size, channels)
+        if config.given > len(frames):
+            raise ValueError(f"given {config.given} is more than the {len(frames)} frames of {config.extend}")
         frames = frames[: config.given or None]
         prompt = teller.prompt("film", config.words, frames[0])
         window = teller.form.frames if config.cache == "rolling" else None

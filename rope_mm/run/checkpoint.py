@@ -5,7 +5,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -43,18 +44,12 @@ def save(
         clear_partial(folder)
         partial.mkdir(parents=True)
     wait()
-    try:
+    remedy = "the earlier ones are whole: free space, and the same command goes on from the newest"
+    with aside(partial, f"checkpoint {final}", remedy):
         write(partial)
         wait()
         if main:
             write_manifest(partial)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own for a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(
-            f"checkpoint {final} could not be written ({reason}); the earlier ones are whole: free space, "
-            "and the same command goes on from the newest"
-        ) from error
     if main:
         partial.rename(final)
         flush(final.parent)
@@ -62,6 +57,28 @@ def save(
             remove(path)
     wait()
     return final
+
+
+@contextmanager
+def aside(partial: Path, name: str, remedy: str) -> Iterator[None]:
+    """Whatever is raised where a file or folder cannot be written, as one sentence; its part is removed.
+
+    Raises:
+        OSError: in place of those of torch and safetensors, too.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+        raise OSError(f"{name} could not be written ({reason(error)}); {remedy}") from error
+
+
+def reason(error: Exception) -> str:
+    """What an error says first."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def latest(folder: Path) -> Path | None:
@@ -126,7 +143,7 @@ def hidden(path: Path) -> Path:
 
 def write_manifest(folder: Path) -> None:
     """Flush every file of a folder to the disk and list it: name -> [bytes, sha256]."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = list_files(folder)
     manifest = {path.relative_to(folder).as_posix(): [path.stat().st_size, sha256(path)] for path in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in [*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
@@ -134,11 +151,52 @@ def write_manifest(folder: Path) -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """A file made by `write(path)`, such as a picture's `save`: the old one or the new one, never a part."""
+    """A file made by `write(path)`, such as a picture's `save`: the old one or the new one, never a part.
+
+    Raises:
+        OSError: what could not be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(hidden(path))
-    flush(hidden(path))
+    with aside(hidden(path), str(path), "what was there is as it was"):
+        write(hidden(path))
+        flush(hidden(path))
     hidden(path).replace(path)
+
+
+def write_folder(
+    folder: Path,
+    write: Callable[[Path], object],
+    *,
+    main: bool = True,
+    wait: Callable[[], object] = lambda: None,
+) -> None:
+    """Replace or add the files of a folder that `write(path)` makes: none unless all; other files stay.
+
+    Processes share the work as in `save`.
+
+    Raises:
+        OSError: what could not be written.
+    """
+    partial = hidden(folder)
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    wait()
+    with aside(partial, str(folder), "what was there is as it was: free space, and give the same command"):
+        write(partial)
+        wait()
+    if main:
+        for file in list_files(partial):
+            flush(file)
+            (final := folder / file.relative_to(partial)).parent.mkdir(parents=True, exist_ok=True)
+            file.replace(final)
+        shutil.rmtree(partial)
+    wait()
+
+
+def list_files(folder: Path) -> list[Path]:
+    """All files below a folder."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def write_text(path: Path, text: str) -> None:

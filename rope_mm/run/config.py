@@ -3,14 +3,14 @@
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
 from functools import reduce
 from inspect import cleandoc
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin
+from typing import Any, TypeVar, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rope_mm.run.comments import annotate, describe, read_comments
 from rope_mm.run.sources import known_keys, read_file, read_flags
 from rope_mm.run.stop import KILLED
 
@@ -36,7 +36,7 @@ def run(main: Callable[[Schema], Any], schema: type[Schema], argv: Sequence[str]
 
 
 def load(schema: type[Schema], argv: Sequence[str] | None = None) -> Schema:
-    """The schema filled from files, then flags; `--help` prints its docstring and defaults, and exits.
+    """The schema filled from files, then flags; `--help` prints what it says of itself, and exits.
 
     Raises:
         ValueError: an unknown key, a value of the wrong type, a file that cannot be read.
@@ -76,21 +76,14 @@ def at_least(least: int, config: Any, *names: str) -> None:
 
 
 def usage(schema: type) -> str:
-    """The help of a script: a YAML file of the defaults, under comments that say how to change them."""
+    """The help of a script: a YAML file of the defaults, with comments that say what they are."""
     flags = [
         "--config FILE    read such a file; of several, the later ones win",
         "--key.path 1     set one key, whatever the files say; a switch needs no value",
     ]
     about = [*cleandoc(schema.__doc__ or "").splitlines(), "", *flags, "", "The defaults:"]
-    return "\n".join(f"# {line}".rstrip() for line in about) + "\n" + dump(schema)
-
-
-def describe(hint: Any) -> str:
-    """A declared type, in words."""
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    if is_dataclass(hint):
-        return f"a group of keys ({', '.join(field.name for field in fields(hint))})"
     return (
-        hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+        "\n".join(f"# {line}".rstrip() for line in about)
+        + "\n"
+        + annotate(dump(schema), read_comments(schema))
     )

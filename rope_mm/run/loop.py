@@ -18,7 +18,7 @@ from torch import Tensor
 from rope_mm.run.alarm import MOST, Guard, finite, keep_batch, warning
 from rope_mm.run.checkpoint import write_text
 from rope_mm.run.config import at_least, dump
-from rope_mm.run.folder import open_folder, resume, save
+from rope_mm.run.folder import open_folder, resume, save, write_model
 from rope_mm.run.gathering import agree
 from rope_mm.run.log import Log, read_metrics
 from rope_mm.run.profile import profiled
@@ -172,7 +172,7 @@ def train(training: Training, config: Run, out: Path) -> dict[str, float]:
                 marks = look(training, out, step, log)
             if logged:
                 then, read, done = time.perf_counter(), training.tokens, training.flops
-    training.save_model(out / "model")
+    write_model(out, training.save_model, accelerator)
     return marks | guard.counted()
 
 

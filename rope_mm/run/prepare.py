@@ -7,6 +7,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from rope_mm.choice import Choice
+
 
 def prepare(
     model: nn.Module,
@@ -22,8 +24,10 @@ def prepare(
     are computed anew in the backward instead of kept.
 
     Raises:
-        ValueError: mixed precision fp16.
+        ValueError: mixed precision fp16, a backend that torch does not know.
     """
+    if compile:
+        Choice("backend of torch.compile", dict.fromkeys(torch.compiler.list_backends(())))[compile]
     if accelerator.mixed_precision == "fp16":
         raise ValueError("fp16 overflows in a gradient penalty; take mixed precision bf16, or no")
     if checkpointing:

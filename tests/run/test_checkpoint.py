@@ -4,15 +4,18 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from rope_mm.run.checkpoint import (
     MANIFEST,
     clear,
     latest,
+    list_files,
     save,
     step_of,
     verify,
     write_file,
+    write_folder,
     write_text,
 )
 from rope_mm.run.ema import Ema
@@ -228,8 +231,33 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
 
     def fail(path):
         path.write_text("ne")
-        raise RuntimeError("interrupted")
+        raise RuntimeError("no space\n at inline_container.cc")  # as torch.save has it
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(
+        OSError, match=r"run.yaml could not be written \(no space\); what was there is as it was"
+    ):
         write_file(tmp_path / "run.yaml", fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
     assert (tmp_path / "run.yaml").read_text() == "old"
+
+
+def test_a_folder_takes_all_files_or_none_and_keeps_the_others(tmp_path):
+    folder = tmp_path / "model"
+
+    def content():
+        return {path.relative_to(tmp_path).as_posix(): path.read_text() for path in list_files(tmp_path)}
+
+    write_text(folder / "notes.txt", "mine")
+    write_folder(folder, lambda path: [write_text(path / name, "old") for name in ("a", "b/c")])
+    before = content()
+    assert before == {"model/notes.txt": "mine", "model/a": "old", "model/b/c": "old"}
+
+    def fail(path):
+        write_text(path / "a", "new")
+        raise SafetensorError("I/O error: No space left on device")
+
+    with pytest.raises(OSError, match=r"model could not be written \(I/O error: No space left on device\)"):
+        write_folder(folder, fail)
+    assert content() == before
+    write_folder(folder, lambda path: write_text(path / "a", "new"))
+    assert content() == before | {"model/a": "new"}

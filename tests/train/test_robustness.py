@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from rope_mm.run import checkpoint
 from rope_mm.run.config import load, run
@@ -205,6 +207,25 @@ def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(script, tmp_path, m
     assert checkpoint.latest(out / "checkpoints").name == "step-000004"
 
 
+def test_a_full_disk_costs_no_earlier_model(script, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    script.run(out, **SHORT)
+    before = {path: path.read_bytes() for path in (out / "model").iterdir()}
+
+    def full(path, *_, **__):
+        Path(path, "config.json").write_text("half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda self, path: full(path))
+    with pytest.raises(SystemExit) as stopped:
+        run(script.main, script.schema, script.flags(out, **SHORT))
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"error: {out}/model could not be written (Error while serializing")
+    assert {path: path.read_bytes() for path in (out / "model").iterdir()} == before
+    assert not [path for path in out.iterdir() if "partial" in path.name]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -213,6 +234,7 @@ def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(script, tmp_path, m
         ({"accumulate": 0}, "accumulate must be at least 1, not 0"),
         ({"optim.until": 0.0}, "optim.until must be in (0, 1], not 0.0"),
         ({"loss.penalties": "{consistency: 1.0}"}, "consistency compares"),
+        ({"compile": "inductr"}, "backend of torch.compile 'inductr' is unknown; did you mean 'inductor'?"),
     ],
 )
 def test_a_mistake_is_found_before_the_folder_is_touched(changes, message, tmp_path, capsys):
