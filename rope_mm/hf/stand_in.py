@@ -39,7 +39,7 @@ class RopeMMRotaryEmbedding(nn.Module):
         super().__init__()
         self.runs, self.asked, self.original = runs, asked, original
         self.learned = nn.ModuleList(rope for rope in runs.values() if isinstance(rope, Rotary))
-        self.config, self.rope_type, self.turns = config, "default", not asked
+        self.config, self.turns = config, not asked
         self.undo: list[Callable[[], Any]] = []
         self.coords: Tensor | None = None
         self.call = next((rope.call for rope in asked.values()), "")
