@@ -32,6 +32,11 @@ def positions_for(
         ValueError: a model without a scheme of ours, or tokens that do not match their grids.
     """
     scheme = scheme_of(model)
+    if "input_ids" not in what if isinstance(what, Mapping) else any(isinstance(x, Segment) for x in what):
+        raise ValueError(
+            f"{what!r} is neither a list of stories, one a row, as [[Text(3), Image(2, 2)]], nor what a "
+            "processor makes, which has input_ids"
+        )
     if isinstance(what, Mapping):
         positions, mask, ahead = place_inputs(model.config, scheme, **what)
         after = ahead.to(positions) + mask.sum(-1, keepdim=True)
