@@ -175,10 +175,11 @@ def refuse_leak(owner: Any, tokens: Tensor, kwargs: dict[str, Any]) -> None:
     mask: Any = kwargs.get("attention_mask")
     use_cache = kwargs.get("use_cache")
     cached = owner.config.use_cache if use_cache is None else use_cache
-    padded = isinstance(mask, Tensor) and mask.dim() == 2  # one of more axes says itself what sees what
+    padded = getattr(mask, "ndim", 0) == 2  # one of more axes says itself what sees what
+    leaks = cached if mask is None else padded or kwargs.get("past_key_values") is not None
     there = mask[:, -tokens.shape[-1] :].bool() if padded else torch.ones_like(tokens, dtype=torch.bool)
     count = tokens.where(there, -1)
-    if (cached or padded) and (there & (count < count.cummax(-1).values)).any():
+    if leaks and (there & (count < count.cummax(-1).values)).any():
         raise ValueError(
             "token positions start again within a row, and with a cache or a mask (b, s) transformers "
             "lets the documents see one another; pass use_cache=False and no mask"

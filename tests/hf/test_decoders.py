@@ -493,7 +493,10 @@ def test_packed_documents_counted_in_two_dimensions_are_apart_or_refused_and_pad
     for more in ({}, {"attention_mask": mask, "use_cache": False}):
         with pytest.raises(ValueError, match="lets the documents see one another"):
             logits(model, position_ids=p, **more)
+    first = torch.arange(12) < 7
+    sees = torch.ones(12, 12).tril().bool() & (first[:, None] == first)
     packed = logits(model, position_ids=p, use_cache=False)
+    assert torch.equal(logits(model, position_ids=p, attention_mask=sees.expand(2, 1, 12, 12)), packed)
     assert (packed[:, 7:] - logits(model, IDS[:, 7:])).abs().max() < WITHIN
     mask[:, :2] = mask[:, 9:] = 0
     p = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
