@@ -174,10 +174,10 @@ def refuse_leak(owner: Any, tokens: Tensor, kwargs: dict[str, Any]) -> None:
         return
     mask: Any = kwargs.get("attention_mask")
     use_cache = kwargs.get("use_cache")
-    cached = owner.config.use_cache if use_cache is None else use_cache
+    cached = getattr(owner.config, "use_cache", False) if use_cache is None else use_cache
     padded = getattr(mask, "ndim", 0) == 2  # one of more axes says itself what sees what
-    leaks = cached if mask is None else padded or kwargs.get("past_key_values") is not None
     there = mask[:, -tokens.shape[-1] :].bool() if padded else torch.ones_like(tokens, dtype=torch.bool)
+    leaks = cached if mask is None else padded or kwargs.get("past_key_values") is not None
     count = tokens.where(there, -1)
     if leaks and (there & (count < count.cummax(-1).values)).any():
         raise ValueError(

@@ -5,7 +5,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, StaticCache, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    ModernBertConfig,
+    ModernBertModel,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+)
 
 from rope_mm import SCHEMES, Image, Rotary, Scheme, Text, rotation
 from rope_mm.extension import YaRN
@@ -528,3 +535,13 @@ def test_angles_that_depend_on_the_longest_position_are_refused(tiny):
     rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     with pytest.raises(ValueError, match="rope_type 'longrope', whose angles depend on the longest position"):
         rope_of(tiny("phi3", rope_parameters=rope))
+
+
+def test_an_encoder_that_knows_no_cache_takes_positions_that_start_again():
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = ModernBertModel(ModernBertConfig(**sizes, vocab_size=97, pad_token_id=0)).eval()
+    set_rope(model, "flat")
+    p = torch.tensor([[*range(7), *range(5)]])
+    assert model(IDS, position_ids=p)[0].isfinite().all()
+    with pytest.raises(ValueError, match="lets the documents see one another"):
+        model(IDS, position_ids=p, attention_mask=torch.ones(2, 12).long())
