@@ -12,7 +12,7 @@ from rope_mm.rotation import widest
 from rope_mm.scheme import Scheme
 from rope_mm.segments import Image, Segment, Video, story_of
 
-WORDS, IMAGES, VIDEOS = range(3)  # kinds of tokens, as processors number them
+IMAGES, VIDEOS = 1, 2  # kinds of tokens, as processors number them
 
 
 def positions_for(
@@ -32,6 +32,11 @@ def positions_for(
         ValueError: a model without a scheme of ours, or tokens that do not match their grids.
     """
     scheme = scheme_of(model)
+    if "input_ids" not in what if isinstance(what, Mapping) else any(isinstance(x, Segment) for x in what):
+        raise ValueError(
+            f"{what!r} is neither a list of stories, one a row, as [[Text(3), Image(2, 2)]], nor what a "
+            "processor makes, which has input_ids"
+        )
     if isinstance(what, Mapping):
         positions, mask, ahead = place_inputs(model.config, scheme, **what)
         after = ahead.to(positions) + mask.sum(-1, keepdim=True)
@@ -102,10 +107,8 @@ def place_inputs(
 def read_grids(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[Segment]]:
     """Images and videos in their order, in merged patches."""
     side = getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1)
-    merge, told = (
-        torch.tensor((1, side, side)),
-        [inputs.get(f"{kind}_grid_thw") for kind in ("image", "video")],
-    )
+    merge = torch.tensor((1, side, side))
+    told = [inputs.get(f"{kind}_grid_thw") for kind in ("image", "video")]
     images, videos = ([] if x is None else (torch.as_tensor(x).cpu() // merge).tolist() for x in told)
     paces = inputs.get("second_per_grid_ts")
     paces = [1.0] * len(videos) if paces is None else map(float, paces)

@@ -22,9 +22,8 @@ from rope_mm.tables import fill_tables, find_pairing, read_tables, split_tables
 # the axes that a module is told, and the shape in which positions (s, a) are handed to it
 CALLS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "rows": ("tyx", lambda p: p.T[:, None]),  # M-RoPE: (3, b, s)
-    "grid": ("yx", lambda p: p),  # towers: (s, 2), rows and columns
-    "film": ("tyx", lambda p: p),  # towers of videos
-    "grids": ("yx", lambda p: p[None]),
+    "film": ("tyx", lambda p: p),  # towers that say `include_temporal`
+    "grid": ("yx", lambda p: p),  # other towers: (s, 2), rows and columns
     "words": ("t", lambda p: p.T),
 }
 OF_WORDS = "rows", "words"  # positions of decoders, which walk on with every word
@@ -91,7 +90,7 @@ def read_module(module: nn.Module, owner: nn.Module) -> dict[str | None, ModelRo
     kinds, config = getattr(module, "rope_type", None), getattr(module, "config", None)
     layers = kinds if isinstance(kinds, dict) else {None: kinds}
     return {
-        layer: named(read_layer(module, layer, str(kind)), owner, config, layer)
+        layer: named(read_layer(module, owner, layer, str(kind)), owner, config, layer)
         for layer, kind in layers.items()
     }
 
@@ -106,10 +105,13 @@ def spare(module: nn.Module) -> nn.Module:
     return made.eval()
 
 
-def questions(module: nn.Module, layer: str | None) -> Iterator[tuple[str, str, Tensor, tuple[Any, ...]]]:
+def questions(
+    module: nn.Module, owner: nn.Module, layer: str | None
+) -> Iterator[tuple[str, str, Tensor, Any]]:
     """Ways to call a module: name, axes, positions (s, a), the origin and steps among them, and arguments."""
     device, draw = next(module.buffers()).device, torch.Generator().manual_seed(0)
-    for call, (axes, shape) in CALLS.items():
+    other = "grid" if getattr(owner, "include_temporal", False) else "film"
+    for call, (axes, shape) in (item for item in CALLS.items() if item[0] != other):
         a = len(axes)
         far = torch.randint(0, 4096, (8, a), generator=draw)
         p = torch.cat((torch.zeros(1, a, dtype=torch.long), torch.eye(a, dtype=torch.long), far)).to(device)
@@ -120,9 +122,9 @@ def questions(module: nn.Module, layer: str | None) -> Iterator[tuple[str, str, 
         yield PIXELS, "yx", centres_in_radians(config, image, training=False), (image,)
 
 
-def answers(module: nn.Module, layer: str | None) -> tuple[str, str, Tensor, Any, Any]:
+def answers(module: nn.Module, owner: nn.Module, layer: str | None) -> tuple[str, str, Tensor, Any, Any]:
     """How a module is told positions, their axes, some (s, a), and its tables in float32 and bfloat16."""
-    for call, axes, p, (x, *more) in questions(module, layer):
+    for call, axes, p, (x, *more) in questions(module, owner, layer):
         with suppress(*NO_ANSWER):
             exact, low = (module(x.to(dtype), *more) for dtype in (torch.float32, torch.bfloat16))
             if all(x.shape[:-1].numel() == len(p) for x in split_tables(exact)):
@@ -133,10 +135,10 @@ def answers(module: nn.Module, layer: str | None) -> tuple[str, str, Tensor, Any
     )
 
 
-def read_layer(module: nn.Module, layer: str | None, kind: str) -> ModelRope:
+def read_layer(module: nn.Module, owner: nn.Module, layer: str | None, kind: str) -> ModelRope:
     """What a rotary module does at every position, from what it does a step from the origin."""
     module = spare(module)
-    call, axes, p, exact, low = answers(module, layer)
+    call, axes, p, exact, low = answers(module, owner, layer)
     spread, omega, factor = read_tables(exact, p, torch.cat([x.flatten() for x in frequencies(module)]))
     wide = split_tables(low)[0].dtype == torch.float32
     rope = ModelRope(tuple(map(tuple, omega.tolist())), factor, call, spread, wide, axes=tuple(axes))

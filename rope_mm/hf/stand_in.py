@@ -1,5 +1,6 @@
 """The module that stands where a model's rotary module stood, and what goes on around its owner's forward."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from rope_mm import rotation
 from rope_mm.hf.patches import centres_in_radians, place_patches
 from rope_mm.hf.reading import OF_WORDS, ModelRope, frequencies
-from rope_mm.kernels import make_turn
+from rope_mm.kernels import check_positions, make_turn
 from rope_mm.rotary import Rotary
 from rope_mm.scheme import Scheme
 
@@ -33,15 +34,17 @@ class RopeMMRotaryEmbedding(nn.Module):
         turns: whether attention rotates by our op, and is told a turn for its tables.
         undo: calls that, the last one first, make the model what it was; a copy of the model copies them.
         coords: positions (b, s, a) of the forward that is under way, where the model was given them.
+        alone: whether its model is told positions by another, which places tokens without our layout.
     """
 
     def __init__(self, runs: dict[Any, Runs], asked: dict[Any, ModelRope], original: Any, config: Any):
         super().__init__()
         self.runs, self.asked, self.original = runs, asked, original
         self.learned = nn.ModuleList(rope for rope in runs.values() if isinstance(rope, Rotary))
-        self.config, self.rope_type, self.turns = config, "default", not asked
+        self.config, self.turns = config, not asked
         self.undo: list[Callable[[], Any]] = []
         self.coords: Tensor | None = None
+        self.alone = False
         self.call = next((rope.call for rope in asked.values()), "")
         self.axes = len(self.first.omega)
 
@@ -75,6 +78,7 @@ class RopeMMRotaryEmbedding(nn.Module):
         if self.turns:
             turn = make_turn(positions, omega, rope.form, x.dtype)
             return turn, turn
+        check_positions(positions, omega)
         own = isinstance(rope, ModelRope)
         angle = rope.angles(positions) if own else rotation.angles(positions, omega)[..., 0, :]
         return asked.tables(angle, rope.form.factor, x.dtype)
@@ -100,13 +104,17 @@ class RopeMMRotaryEmbedding(nn.Module):
     def split_positions(self, owner: nn.Module, args: tuple, kwargs: dict[str, Any]):
         """Before the owner's forward: (1 + a, b, s) position_ids become token positions and coordinates."""
         self.coords, a = None, self.axes
+        kwargs = by_name(owner, args) | kwargs
         ids, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
+        refuse_misfit(ids, kwargs)
         if ids is None or ids.dim() != 3:
             if hasattr(cache, "rope_mm_ended"):
                 raise ValueError(
                     "this cache was filled at given positions, so what follows needs its own: position_ids "
                     f"(1 + {a}, b, s), as `positions_for` makes them for the whole story"
                 )
+            if ids is not None and self.learned:
+                refuse_leak(owner, ids, kwargs)
             return None
         rows, native = len(ids), self.call == "rows"
         if rows != 1 + a and not (native and rows in (1, 3, 4, a)):
@@ -114,15 +122,21 @@ class RopeMMRotaryEmbedding(nn.Module):
                 f"position_ids {tuple(ids.shape)} have {rows} rows, but {a} axes need (1 + {a}, b, s), the "
                 "token positions first; `positions_for` makes them"
             )
+        if self.alone and native and rows > 1 and not ids.is_floating_point():
+            raise ValueError(
+                "these position_ids are whole numbers, as the M-RoPE around a text, not as our layout gives; "
+                "give set_rope the whole model, or this part what `positions_for` makes"
+            )
         if rows in (a, 1 + a):
             self.coords = ids[-a:].movedim(0, -1)
-        kept = ids[0].long()
-        if rows == 1 + a:
+        kept, counted = ids[0].long(), rows == 1 + a or rows == 4 != a
+        if counted:
             refuse_leak(owner, kept, kwargs)
+        if rows == 1 + a:
             refuse_step(ids[0], cache)
         if native:  # such models split four rows themselves, and three have no token positions
-            kept = kept.expand(4 if rows == 1 + a or rows == 4 != a else 3, -1, -1)
-        return args, {**kwargs, "position_ids": kept}
+            kept = kept.expand(4 if counted else 3, -1, -1)
+        return (), {**kwargs, "position_ids": kept}
 
     def mark_cache(self, _owner: nn.Module, _args: tuple, _kwargs: dict[str, Any], out: Any) -> None:
         """After the owner's forward: its cache knows that positions were given."""
@@ -135,15 +149,39 @@ class RopeMMRotaryEmbedding(nn.Module):
         return ", ".join(f"{layer or 'all layers'}: {describe(rope)}" for layer, rope in self.runs.items())
 
 
+def by_name(owner: nn.Module, args: tuple) -> dict[str, Any]:
+    """Arguments that came by their place in a forward, with their names."""
+    names = list(inspect.signature(type(owner).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False))
+
+
+def refuse_misfit(ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Refuse position_ids that do not tell each token one place."""
+    words = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    if ids is None or words is None:
+        return
+    b, s = words.shape[:2]
+    if tuple(ids.shape[-2:]) not in ((1, s), (b, s)):
+        raise ValueError(
+            f"position_ids {tuple(ids.shape)} do not fit {b} rows of {s} tokens; give (b, s), or "
+            "(1 + axes, b, s) as `positions_for` makes them"
+        )
+
+
 def refuse_leak(owner: Any, tokens: Tensor, kwargs: dict[str, Any]) -> None:
     """Refuse packed rows where transformers would let documents see one another."""
-    if tokens.shape[-1] == 1 or torch.compiler.is_compiling() or not (tokens.diff() < 0).any():
+    if tokens.shape[-1] == 1 or torch.compiler.is_compiling():
         return
+    mask: Any = kwargs.get("attention_mask")
     use_cache = kwargs.get("use_cache")
-    cached = owner.config.use_cache if use_cache is None else use_cache
-    if cached or kwargs.get("attention_mask") is not None:
+    cached = getattr(owner.config, "use_cache", False) if use_cache is None else use_cache
+    padded = getattr(mask, "ndim", 0) == 2  # one of more axes says itself what sees what
+    there = mask[:, -tokens.shape[-1] :].bool() if padded else torch.ones_like(tokens, dtype=torch.bool)
+    leaks = cached if mask is None else padded or kwargs.get("past_key_values") is not None
+    count = tokens.where(there, -1)
+    if leaks and (there & (count < count.cummax(-1).values)).any():
         raise ValueError(
-            "token positions start again within a row, and with a cache or an attention_mask transformers "
+            "token positions start again within a row, and with a cache or a mask (b, s) transformers "
             "lets the documents see one another; pass use_cache=False and no mask"
         )
 

@@ -84,6 +84,7 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
             fill_learned(learned, getattr(model, "name_or_path", ""), name)
     for site, rotary in swaps:
         enter(site, rotary)
+        rotary.alone = bool(rotary.learned) and not methods_of(model)
         for part, name in methods_of(model) if rotary.learned else ():
             rotary.put(part, name, MethodType(METHODS[name], part))
     return Handle(model)

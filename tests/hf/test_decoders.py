@@ -248,6 +248,13 @@ def test_what_does_not_fit_is_refused_and_the_model_left_alone(tiny, said, schem
     assert dict(model.named_modules()) == modules and torch.equal(logits(model), before)
 
 
+def test_angles_that_depend_on_the_longest_position_are_refused(tiny):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    with pytest.raises(ValueError, match="rope_type 'longrope', whose angles depend on the longest position"):
+        rope_of(tiny("phi3", rope_parameters=rope))
+
+
 def test_a_model_of_dynamic_angles_can_be_given_a_scheme(tiny):
     model = tiny("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     before = logits(model)

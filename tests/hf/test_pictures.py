@@ -25,6 +25,8 @@ from transformers import (
     ElectraModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MiniMaxM3VLVisionConfig,
+    MiniMaxM3VLVisionModel,
     PixtralVisionConfig,
     PixtralVisionModel,
     Qwen2_5_VLConfig,
@@ -211,6 +213,50 @@ def generate_and_compare(model, inputs):
     assert (logits(model, **whole, position_ids=given) - full).abs().max() < 3e-5
 
 
+@pytest.mark.parametrize("make", [qwen2_vl, qwen3_vl])
+def test_rows_padded_on_the_left_decode_as_each_alone(make):
+    model, rows = make(), [seen((1, 4, 8)), seen((1, 6, 4), (1, 4, 4))]
+    set_rope(model, "rope-tv")
+    n = max(row["input_ids"].shape[1] for row in rows)
+    both = {
+        name: torch.cat([torch.nn.functional.pad(row[name], (n - row[name].shape[1], 0)) for row in rows])
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids")
+    }
+    both |= {name: torch.cat([row[name] for row in rows]) for name in ("image_grid_thw", "pixel_values")}
+    drawn = torch.stack(model.generate(**both, **GREEDY).logits, 1)
+    for row, ours in zip(rows, drawn, strict=True):
+        alone = torch.stack(model.generate(**row, **GREEDY).logits, 1)[0]
+        assert (ours - alone).abs().max() < 3e-5
+
+
+def test_a_scheme_of_a_text_alone_refuses_the_positions_of_the_model_around_it():
+    model, inputs, text = qwen2_vl(), seen(*GRIDS), {"input_ids": torch.arange(3, 16)[None]}
+    before = logits(model, **inputs)
+    handle = set_rope(model.model.language_model, "rope-tv")
+    for run in (model, lambda **inputs: model.generate(**inputs, **GREEDY)):
+        with pytest.raises(ValueError, match="give set_rope the whole model"):
+            run(**inputs)
+    p, reader = positions_for(model, ["text:4 image:2x3 text:3"]), model.model.language_model
+    told = reader(**text, position_ids=p)[0]
+    handle.undo()
+    set_rope(model, "rope-tv")
+    assert torch.equal(reader(**text, position_ids=p)[0], told)
+    unset_rope(model)
+    set_rope(reader, rope_of(reader))
+    assert torch.equal(logits(model, **inputs), before)
+
+
+def test_packed_rows_with_a_cache_are_refused_in_the_four_rows_of_m_rope_too():
+    model, ids = qwen2_vl(), torch.arange(3, 15)[None]
+    set_rope(model, "flat")
+    p = torch.tensor([[*range(7), *range(5)]]).expand(4, -1, -1)
+    with pytest.raises(ValueError, match="lets the documents see one another"):
+        model(input_ids=ids, position_ids=p)
+    packed = logits(model, input_ids=ids, position_ids=p, use_cache=False)
+    alone = logits(model, input_ids=ids[:, 7:], position_ids=p[..., 7:])
+    assert (packed[:, 7:] - alone).abs().max() < 3e-5
+
+
 def test_pictures_may_follow_one_another_without_a_word_between():
     model, inputs = qwen2_vl(), seen(*GRIDS, between=0)
     set_rope(model, "rope-tv")
@@ -266,6 +312,19 @@ def test_pixtral_is_unchanged_by_its_own_rope_and_takes_another():
     with pytest.raises(ValueError, match="told rows and columns alone"):
         set_rope(model, "eva-02", pairing="half")
     assert torch.equal(run(), before)
+
+
+@torch.no_grad()
+def test_a_tower_of_three_axes_is_unchanged_by_its_own_rope_and_by_the_scheme_of_its_name():
+    config = MiniMaxM3VLVisionConfig(**SMALL, image_size=16, patch_size=4, initializer_range=0.2)
+    model, grid = MiniMaxM3VLVisionModel(config).eval(), torch.tensor([[2, 4, 4]])
+    pixels = torch.randn(32, 3 * config.temporal_patch_size * 16)
+    before = model(pixels, grid).last_hidden_state
+    handle = set_rope(model, rope_of(model))
+    assert torch.equal(model(pixels, grid).last_hidden_state, before)
+    handle.undo()
+    set_rope(model, "minimax-m3-vision", fraction=1.0)
+    assert (model(pixels, grid).last_hidden_state - before).abs().max() < 1e-5
 
 
 @pytest.fixture

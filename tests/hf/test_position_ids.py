@@ -1,0 +1,83 @@
+"""position_ids that a forward is told: by their place or name, packed, padded, and those that do not fit."""
+
+import pytest
+import torch
+from transformers import ModernBertConfig, ModernBertModel
+
+from rope_mm import Image, Text
+from rope_mm.hf import positions_for, rope_of, set_rope, unset_rope
+
+IDS = torch.arange(3, 27).view(2, 12)
+WITHIN = 3e-5
+
+
+def logits(model, ids=IDS, **inputs):
+    with torch.no_grad():
+        return model(ids, **inputs).logits
+
+
+def test_positions_in_small_numbers_are_refused_by_tables_too(tiny):
+    model = tiny("llama")
+    set_rope(model, "rope-tv")
+    p = positions_for(model, ["text:12"] * 2)
+    with pytest.raises(ValueError, match="cannot count past 256"):
+        logits(model, position_ids=p.bfloat16())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_position_ids_may_come_by_their_place(tiny, compiled):
+    torch._dynamo.reset()
+    model = tiny("llama", initializer_range=0.2).model
+    set_rope(model, "rope-tv")
+    p = positions_for(model, ["text:2 image:2x3 text:4"] * 2)
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    with torch.no_grad():
+        named = model(IDS, position_ids=p, use_cache=False)[0]
+        assert (run(IDS, None, p, use_cache=False)[0] - named).abs().max() < WITHIN
+
+
+def test_packed_documents_counted_in_two_dimensions_are_apart_or_refused_and_pads_are_none(tiny):
+    model = tiny("llama", initializer_range=0.2)
+    set_rope(model, "flat")
+    p, mask = torch.tensor([[*range(7), *range(5)]] * 2), torch.ones(2, 12).long()
+    for more in ({}, {"attention_mask": mask, "use_cache": False}):
+        with pytest.raises(ValueError, match="lets the documents see one another"):
+            logits(model, position_ids=p, **more)
+    first = torch.arange(12) < 7
+    sees = torch.ones(12, 12).tril().bool() & (first[:, None] == first)
+    packed = logits(model, position_ids=p, use_cache=False)
+    assert torch.equal(logits(model, position_ids=p, attention_mask=sees.expand(2, 1, 12, 12)), packed)
+    assert (packed[:, 7:] - logits(model, IDS[:, 7:])).abs().max() < WITHIN
+    mask[:, :2] = mask[:, 9:] = 0
+    p = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    padded = logits(model, position_ids=p, attention_mask=mask)
+    assert (padded[:, 2:9] - logits(model, IDS[:, 2:9])).abs().max() < WITHIN
+    unset_rope(model)
+    set_rope(model, rope_of(model))
+    logits(model, position_ids=torch.tensor([[*range(7), *range(5)]]))
+
+
+@pytest.mark.parametrize("shape", [(4, 12), (12,), (4, 3, 12), (4, 2, 11)])
+def test_positions_of_another_batch_or_length_are_refused(tiny, shape):
+    model = tiny("llama")
+    set_rope(model, "rope-tv")
+    with pytest.raises(ValueError, match="do not fit 2 rows of 12 tokens"):
+        logits(model, position_ids=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("what", [[Text(3), Image(2, 2)], {"attention_mask": torch.ones(1, 3)}])
+def test_what_is_neither_stories_nor_inputs_has_no_positions(tiny, what):
+    model = tiny("llama")
+    set_rope(model, "rope-tv")
+    with pytest.raises(ValueError, match="is neither a list of stories"):
+        positions_for(model, what)
+
+
+def test_an_encoder_that_knows_no_cache_takes_positions_that_start_again():
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = ModernBertModel(ModernBertConfig(**sizes, vocab_size=97, pad_token_id=0)).eval()
+    set_rope(model, "flat")
+    p = torch.tensor([[*range(7), *range(5)]])
+    assert model(IDS, position_ids=p)[0].isfinite().all()
+    with pytest.raises(ValueError, match="lets the documents see one another"):
+        model(IDS, position_ids=p, attention_mask=torch.ones(2, 12).long())
