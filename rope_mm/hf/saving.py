@@ -46,6 +46,11 @@ def waits(config: Any) -> bool:
     return NAME in rope and rope.get("rope_type") != NAME and "attn_implementation" not in vars(config)
 
 
+def pending(module: Any, config: Any) -> bool:
+    """Whether a rotary module, or a model of this config, still waits for the scheme it was saved with."""
+    return waits(config) or NotSetYet in map(type, vars(module).values())
+
+
 def attention_of(config: Any) -> Any:
     """The attention of a config; while it waits, the one that refuses, whatever it was told."""
     return NAME if waits(config) else vars(config).get(TOLD)

@@ -10,7 +10,7 @@ from rope_mm.hf.attentions import ATTEND, bare_site, check_same, exchange, probe
 from rope_mm.hf.fitting import make_stand_in, refuse
 from rope_mm.hf.placing import METHODS, methods_of
 from rope_mm.hf.reading import APPLY, OF_WORDS, callers, read_module
-from rope_mm.hf.saving import entries, fill_learned, waits, wake
+from rope_mm.hf.saving import WAITS, entries, fill_learned, pending, waits, wake
 from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, Site, describe, sites
 
 
@@ -33,6 +33,7 @@ def ropes_of(site: Site) -> dict[str | None, Any]:
     """What a site runs, for each type of layer; angles that are not linear in position are refused."""
     if site.ours:
         return dict(site.module.runs)
+    refuse({WAITS: pending(site.module, getattr(site.owner, "config", None))})
     ropes = read_module(site.module, site.owner)
     for bent in filter(None, (rope.bent for rope in ropes.values())):
         raise ValueError(

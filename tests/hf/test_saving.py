@@ -17,7 +17,7 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rope_mm import SCHEMES
-from rope_mm.hf import rope_of, set_rope, unset_rope
+from rope_mm.hf import explain, rope_of, set_rope, unset_rope, use_kernels
 
 IDS = torch.arange(3, 15)[None]
 
@@ -39,6 +39,19 @@ def test_a_scheme_is_saved_and_one_line_brings_it_back(tiny, tmp_path, model_typ
         logits(loaded)
     set_rope(loaded)
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_a_model_that_waits_has_no_rope_yet(tiny, tmp_path, capsys, model_type):
+    model = tiny(model_type)
+    set_rope(model, "rope-tv")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for ask in (rope_of, use_kernels):
+        with pytest.raises(ValueError, match="saved with a scheme; call"):
+            ask(loaded)
+    explain(loaded)
+    assert "saved with a scheme; call" in capsys.readouterr().out
 
 
 def test_undone_the_config_is_what_it_was(tiny):
@@ -188,6 +201,8 @@ def test_a_composite_of_which_the_tower_alone_has_a_scheme_waits_for_it(tmp_path
     with pytest.raises(ValueError, match=r"set_rope\(model\) first, of a part of a model with that part"):
         seen(loaded)
     part = getattr(loaded.model, tower)
+    with pytest.raises(ValueError, match="saved with a scheme|no module with inv_freq"):
+        rope_of(part)
     set_rope(part)
     assert part.config._attn_implementation == (attention or "sdpa")
     assert torch.allclose(seen(loaded), seen(model), rtol=1e-4, atol=1e-5)
