@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_mm.hf.patches import grid_of, image_of, place_tokens
-from rope_mm.hf.reading import called, callers
+from rope_mm.hf.reading import APPLY, called, callers
 from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, Site
 from rope_mm.kernels import Turn
 
@@ -134,23 +134,27 @@ def turn_both(q: Tensor, k: Tensor, turn: Turn, _same: Turn | None = None, unsqu
 
 
 @torch.no_grad()
-def probe(owner: Any) -> Tensor:
-    """The stream that a model makes of fixed noise: of 8 words, or of an image of 2 x 3 patches."""
+def probe(owner: Any) -> list[Tensor]:
+    """What its first attention and a model make of fixed noise: of 8 words, or of an image of 2 x 3 patches."""
     config, weight = owner.config, owner.get_input_embeddings().weight
     seen = owner.main_input_name == "pixel_values"
     size = (config.num_channels, *image_of(config, 2, 3)) if seen else (8, weight.shape[-1])
     noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(weight)
-    training, _ = owner.training, owner.eval()
+    modes, heard = [(module, module.training) for module in owner.modules()], []
+    hook = callers(owner, APPLY)[0].register_forward_hook(lambda *call: heard.append(call[-1][0]))
     try:
+        owner.eval()
         stream = owner(pixel_values=noise)[0] if seen else owner(inputs_embeds=noise, use_cache=False)[0]
     finally:
-        owner.train(training)
-    return stream if isinstance(stream, Tensor) else stream[-1]  # a backbone gives maps, the last one last
+        hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    return [*heard, stream if isinstance(stream, Tensor) else stream[-1]]  # of a backbone's maps the last
 
 
 def check_same(before: list[Tensor], after: list[Tensor]) -> None:
-    """Refuse streams that differ by more than the rounding of the model's numbers."""
-    for one, other in zip(before, after, strict=True):
-        error, eps = (one - other).abs().max().item(), torch.finfo(one.dtype).eps
-        if not error <= 256 * eps * one.abs().max().item():
-            raise ValueError(f"the streams of the probe differ by {error:.1e}")
+    """Refuse answers of a first attention, or of a model, that differ by more than rounding makes there."""
+    for times, one, other in zip((8, 256), before, after, strict=True):
+        error, eps = ((one - other).norm() / one.norm()).item(), torch.finfo(one.dtype).eps
+        if not error <= times * eps:
+            raise ValueError(f"the answers to the probe differ by {error:.1e} of their norm")

@@ -148,7 +148,8 @@ def use_kernels(model: nn.Module) -> Handle:
         for owner, rotary, _ in places:
             rotary.put(rotary, "turns", True)
             exchange(rotary, owner, APPLY, turn_both)
-        check_same(before, [probe(owner) for owner, *_ in places])
+        for one, (owner, *_) in zip(before, places, strict=True):
+            check_same(one, probe(owner))
     except Exception as error:
         for _, rotary, left in places:
             rotary.take_back(left)
