@@ -81,8 +81,9 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
         raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
     swaps = [(site, make_stand_in(site, scheme, changes)) for site in places]
     for site, rotary in swaps if scheme is None else ():
-        for name, learned in rotary.learned.named_parameters(f"{site.leaf}.learned"):
-            fill_learned(learned, getattr(model, "name_or_path", ""), name)
+        for key, learned in rotary.learned.named_parameters("learned"):
+            folder = getattr(model, "name_or_path", "")
+            fill_learned(learned, folder, f"{site.name}.{key}", f"{site.leaf}.{key}")
     for site, rotary in swaps:
         enter(site, rotary)
         for part, name in methods_of(model) if rotary.learned else ():

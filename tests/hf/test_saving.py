@@ -3,10 +3,14 @@ import torch
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MoonshineConfig,
+    MoonshineModel,
     PixtralVisionConfig,
     PixtralVisionModel,
     Qwen2VLConfig,
@@ -222,6 +226,40 @@ def test_the_learned_omega_of_a_tower_is_read_from_the_folder_that_it_names(tmp_
     tower.name_or_path = tmp_path
     set_rope(tower)
     assert torch.equal(seen(loaded), seen(model))
+
+
+def test_of_several_learned_omegas_each_comes_back_to_its_own_place(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 20}
+    sizes |= {f"{part}_num_hidden_layers": 1 for part in ("encoder", "decoder")}
+    sizes |= {f"{part}_num_attention_heads": 2 for part in ("encoder", "decoder")}
+    model = MoonshineModel(MoonshineConfig(**sizes))
+    set_rope(model, "flat", learnable=True, pairing="interleaved")
+    parts = [model.encoder.rotary_emb, model.decoder.rotary_emb]
+    with torch.no_grad():
+        for by, part in enumerate(parts):
+            part.runs[None].learned.mul_(1.5 + by)
+    model.save_pretrained(tmp_path)
+    loaded = MoonshineModel.from_pretrained(tmp_path)
+    set_rope(loaded)
+    for mine, part in zip((loaded.encoder.rotary_emb, loaded.decoder.rotary_emb), parts, strict=True):
+        assert torch.equal(mine.runs[None].learned, part.runs[None].learned)
+
+
+def test_a_learned_omega_of_several_that_may_be_meant_is_refused(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2}
+    eyes = {**sizes, "image_size": 16, "patch_size": 4}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=eyes))
+    for part in (model.text_model, model.vision_model):
+        set_rope(part, "rope-tv", learnable=True)
+    model.save_pretrained(tmp_path)
+    eye = CLIPModel.from_pretrained(tmp_path).vision_model
+    eye.name_or_path = tmp_path
+    with pytest.raises(ValueError, match="text_model.rope_mm.learned.*vision_model.rope_mm.learned"):
+        set_rope(eye)
+    model.vision_model.save_pretrained(tmp_path / "eye")
+    eye.name_or_path = tmp_path / "eye"
+    set_rope(eye)
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
