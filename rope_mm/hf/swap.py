@@ -19,14 +19,18 @@ class Handle:
     """What `set_rope` or `use_kernels` did to a model; `undo` takes it back.
 
     Raises:
-        ValueError: from `undo`, a model that has its own rotary modules already.
+        ValueError: from `undo`, a model of which nothing of it is left.
     """
 
     model: nn.Module
+    places: list[tuple[RopeMMRotaryEmbedding, int]]  # and how many of its changes are older
 
     def undo(self) -> None:
-        """Restore the model's own rotary modules."""
-        unset_rope(self.model)
+        """Restore what was there before, and with it what came later."""
+        nothing = f"{type(self.model).__name__} has no rope of ours to take back"
+        refuse({nothing: all(len(rotary.undo) <= left for rotary, left in self.places)})
+        for rotary, left in self.places:
+            rotary.take_back(left)
 
 
 def ropes_of(site: Site) -> dict[str | None, Any]:
@@ -88,7 +92,7 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
         enter(site, rotary)
         for part, name in methods_of(model) if rotary.learned else ():
             rotary.put(part, name, MethodType(METHODS[name], part))
-    return Handle(model)
+    return Handle(model, [(rotary, 0) for _, rotary in swaps])
 
 
 def enter(site: Site, rotary: RopeMMRotaryEmbedding) -> None:
@@ -109,16 +113,12 @@ def enter(site: Site, rotary: RopeMMRotaryEmbedding) -> None:
 
 
 def unset_rope(model: nn.Module) -> None:
-    """Give a model its own rotary modules back.
+    """Give a model, with all of its parts, its own rotary modules back.
 
     Raises:
         ValueError: a model that has them already.
     """
-    ours = [site.module for site in sites(model) if site.ours]
-    if not ours:
-        raise ValueError(f"{type(model).__name__} has no rope of ours to take back")
-    for rotary in ours:
-        rotary.take_back()
+    Handle(model, [(site.module, 0) for site in sites(model, every=True) if site.ours]).undo()
 
 
 def use_kernels(model: nn.Module) -> Handle:
@@ -143,26 +143,27 @@ def use_kernels(model: nn.Module) -> Handle:
     )
     if fresh := not any(site.ours for site in sites(model)):
         set_rope(model, rope_of(model))
-    places = [(site.owner, site.module, 0 if fresh else len(site.module.undo)) for site in sites(model)]
+    places = sites(model)
+    handle = Handle(model, [(site.module, 0 if fresh else len(site.module.undo)) for site in places])
     try:
-        before = [probe(owner) for owner, *_ in places]
-        for owner, rotary, _ in places:
-            rotary.put(rotary, "turns", True)
-            exchange(rotary, owner, APPLY, turn_both)
-        for one, (owner, *_) in zip(before, places, strict=True):
-            check_same(one, probe(owner))
+        before = [probe(site.owner) for site in places]
+        for site in places:
+            site.module.put(site.module, "turns", True)
+            exchange(site.module, site.owner, APPLY, turn_both)
+        for site, answers in zip(places, before, strict=True):
+            check_same(answers, probe(site.owner))
     except Exception as error:
-        for _, rotary, left in places:
+        for rotary, left in handle.places:
             rotary.take_back(left)
         raise ValueError(
             f"{name} cannot rotate by our op ({type(error).__name__}: {error}); the model is as it was"
         ) from error
-    return Handle(model)
+    return handle
 
 
 def explain(model: nn.Module) -> None:
     """Print what each rotary place of a model runs."""
-    for site in sites(model):
+    for site in sites(model, every=True):
         bare = site.ours and not site.module.asked
         name = f"{len(callers(site.owner, ATTEND))} attention modules" if bare else site.name
         how = "our op" if site.ours and site.module.turns else "the model's own function"

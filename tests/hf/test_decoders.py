@@ -276,6 +276,18 @@ def test_twice_in_or_out_is_refused(tiny):
         handle.undo()
 
 
+def test_each_handle_takes_back_what_it_did(tiny):
+    model = strong(tiny)
+    before, scheme = logits(model), set_rope(model, "rope-tv")
+    ours, op = logits(model), use_kernels(model)
+    op.undo()
+    assert torch.equal(logits(model), ours)
+    with pytest.raises(ValueError, match="no rope of ours"):
+        op.undo()
+    scheme.undo()
+    assert torch.equal(logits(model), before)
+
+
 def test_positions_of_another_rank_are_refused(tiny):
     model = tiny("llama")
     set_rope(model, "rope-tv")

@@ -213,6 +213,22 @@ def test_a_composite_of_which_the_tower_alone_has_a_scheme_waits_for_it(tmp_path
     assert attention or torch.equal(seen(loaded), seen(model))
 
 
+@pytest.mark.parametrize(("make", "tower"), [(llava, "vision_tower"), (qwen, "visual")])
+def test_of_a_composite_every_part_is_explained_and_undone(capsys, make, tower):
+    model = make()
+    before = seen(model)
+    set_rope(model, "rope-tv")
+    set_rope(getattr(model.model, tower), "rope-vit-axial", pairing="half", layout="grid")
+    explain(model)
+    said = capsys.readouterr().out
+    assert "layout='rope-tv'" in said and "layout='grid'" in said
+    unset_rope(model)
+    assert torch.equal(seen(model), before)
+    set_rope(getattr(model.model, tower), "rope-vit-axial", pairing="half", layout="grid")
+    unset_rope(model)
+    assert torch.equal(seen(model), before)
+
+
 def test_the_learned_omega_of_a_tower_is_read_from_the_folder_that_it_names(tmp_path):
     model = qwen()
     set_rope(model.model.visual, "rope-vit-axial", pairing="half", layout="grid", learnable=True)
