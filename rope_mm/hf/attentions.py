@@ -106,6 +106,11 @@ def bare_site(model: Any) -> Site:
             f"{type(model).__name__} has neither a rotary module nor one stack of attention to rotate"
             + (f"; give one of its parts: {parts}" if parts else "")
         )
+    if base.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(base).__name__} is of an encoder-decoder, whose attention to the other sequence would be "
+            "rotated as well; it is not served"
+        )
     return Site("rope_mm", base, "rope_mm", None)
 
 

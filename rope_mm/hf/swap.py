@@ -84,6 +84,7 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
     if any(site.ours for site in places):
         raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
     swaps = [(site, make_stand_in(site, scheme, changes)) for site in places]
+    refuse_learned(model, swaps)
     for site, rotary in swaps if scheme is None else ():
         for key, learned in rotary.learned.named_parameters("learned"):
             folder = getattr(model, "name_or_path", "")
@@ -93,6 +94,18 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
         for part, name in methods_of(model) if rotary.learned else ():
             rotary.put(part, name, MethodType(METHODS[name], part))
     return Handle(model, [(rotary, 0) for _, rotary in swaps])
+
+
+def refuse_learned(model: nn.Module, swaps: list[tuple[Site, RopeMMRotaryEmbedding]]) -> None:
+    """Refuse learned Omegas that would not be saved."""
+    learned = [rope for _, rotary in swaps for rope in rotary.learned if any(True for _ in rope.parameters())]
+    adapted = any(type(part).__module__.startswith("peft.") for part in model.modules())
+    late = (
+        "adapters that are there already would not save a learned Omega; set_rope first, and then tell peft "
+        f"modules_to_save=[{swaps[0][0].leaf!r}]"
+    )
+    shared = "one learned Omega cannot be saved for several types of layers; give one Rotary for each of them"
+    refuse({late: learned and adapted, shared: len(set(learned)) < len(learned)})
 
 
 def enter(site: Site, rotary: RopeMMRotaryEmbedding) -> None:

@@ -3,6 +3,8 @@ import copy
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartModel,
     BertConfig,
     BertForMaskedLM,
     BertModel,
@@ -566,6 +568,13 @@ def test_what_has_no_attention_that_can_be_served_is_refused(tiny):
     for model in (tiny("gpt_neo"), torch.nn.Linear(2, 2)):
         with pytest.raises(ValueError, match="neither a rotary module nor one stack of attention"):
             set_rope(model, Scheme(layout="flat"))
+
+
+def test_an_encoder_decoder_without_rotary_is_refused():
+    sizes = {"vocab_size": 99, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+    model = BartModel(BartConfig(**sizes, encoder_attention_heads=2, decoder_attention_heads=2))
+    with pytest.raises(ValueError, match="is of an encoder-decoder"):
+        set_rope(model, "flat")
 
 
 def test_what_had_no_rotary_has_no_cache_with_it(tiny):

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from rope_mm import SCHEMES
+from rope_mm import SCHEMES, Rotary
 from rope_mm.hf import explain, rope_of, set_rope, unset_rope, use_kernels
 
 IDS = torch.arange(3, 15)[None]
@@ -83,6 +83,13 @@ def test_a_learned_omega_is_saved_and_loaded_with_the_model(tiny, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     set_rope(loaded)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_one_learned_omega_for_several_types_of_layers_is_refused(tiny):
+    model = tiny("gemma3_text", layer_types=["sliding_attention", "full_attention"])
+    with pytest.raises(ValueError, match="give one Rotary for each"):
+        set_rope(model, Rotary(16, "rope-tv", learnable=True))
+    set_rope(model, Rotary(16, "rope-tv"))
 
 
 def test_a_learned_omega_that_was_lost_is_refused(tiny, tmp_path):
