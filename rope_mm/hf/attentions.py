@@ -6,7 +6,7 @@ So models without rotary come to have one, and so our op takes the place of a mo
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -121,6 +121,8 @@ def tell_attention(base: nn.Module, rotary: RopeMMRotaryEmbedding) -> None:
     for module in callers(base, ATTEND):
         rotary.put(module, "rope_mm_told", None)
         rotary.undo.append(module.register_forward_pre_hook(listen, with_kwargs=True).remove)
+    if base.main_input_name in ("pixel_values", "input_ids") and base.device.type != "meta":
+        probe(base)
 
 
 def turn_both(q: Tensor, k: Tensor, turn: Turn, _same: Turn | None = None, unsqueeze_dim: int = 1, **_: Any):
@@ -138,20 +140,33 @@ def turn_both(q: Tensor, k: Tensor, turn: Turn, _same: Turn | None = None, unsqu
     return q, k
 
 
+def noise_for(owner: Any) -> dict[str, Any]:
+    """What a model is probed with: noise for 8 words, or 8 words, or an image of 2 x 3 patches or its size."""
+    config, draw = owner.config, torch.Generator().manual_seed(0)
+    if owner.main_input_name == "pixel_values":
+        free = callers(owner, APPLY)  # from tables of positions, which fit one size
+        image = image_of(config, 2, 3) if free else getattr(config, "image_size", image_of(config, 2, 3))
+        y, x = image if isinstance(image, Iterable) else (image, image)
+        name, size = "pixel_values", (getattr(config, "num_channels", 3), y, x)
+    elif "inputs_embeds" in inspect.signature(type(owner).forward).parameters:
+        name, size = "inputs_embeds", (8, owner.get_input_embeddings().weight.shape[-1])
+    else:
+        return {"input_ids": torch.arange(8, device=owner.device)[None]}
+    noise = torch.randn(1, *size, generator=draw).to(owner.device, owner.dtype)
+    return {name: noise} if name == "pixel_values" else {name: noise, "use_cache": False}
+
+
 @torch.no_grad()
 def probe(owner: Any) -> list[Tensor]:
-    """What its first attention and a model make of fixed noise: of 8 words, or of an image of 2 x 3 patches."""
-    config, weight = owner.config, owner.get_input_embeddings().weight
-    seen = owner.main_input_name == "pixel_values"
-    size = (config.num_channels, *image_of(config, 2, 3)) if seen else (8, weight.shape[-1])
-    noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(weight)
+    """What its first attention that calls a rotary function, and a model, make of a small forward."""
     modes, heard = [(module, module.training) for module in owner.modules()], []
-    hook = callers(owner, APPLY)[0].register_forward_hook(lambda *call: heard.append(call[-1][0]))
+    first = callers(owner, APPLY)[:1]
+    hooks = [module.register_forward_hook(lambda *call: heard.append(call[-1][0])) for module in first]
     try:
-        owner.eval()
-        stream = owner(pixel_values=noise)[0] if seen else owner(inputs_embeds=noise, use_cache=False)[0]
+        stream = owner.eval()(**noise_for(owner))[0]
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         for module, mode in modes:
             module.training = mode
     return [*heard, stream if isinstance(stream, Tensor) else stream[-1]]  # of a backbone's maps the last

@@ -101,17 +101,18 @@ def read(config: Any, layer: str | None) -> Scheme:
 
 
 def fill_learned(learned: Tensor, folder: str, name: str, end: str) -> None:
-    """Read a learned Omega from the weights beside a config: that of this name, else the one of this end."""
+    """Read a learned Omega from the weights beside a config: that of this name, or else of this end."""
     found: dict[str, Tensor] = {}
     for path in Path(folder).glob("*.safetensors") if folder else ():
         with safe_open(path, "pt") as weights:
-            found |= {key: weights.get_tensor(key) for key in weights.keys() if f".{key}".endswith(f".{end}")}
+            keys = [key for key in weights.keys() if f".{key}".endswith(f".{end}")]  # noqa: SIM118
+            found |= {key: weights.get_tensor(key) for key in keys}
     found = {name: found[name]} if name in found else found
     if [omega.shape for omega in found.values()] != [learned.shape]:
         held = {key: tuple(omega.shape) for key, omega in found.items()} or "none"
         raise ValueError(
-            f"the saved Omega was learned, but no *.safetensors in {folder!r} hold one {tuple(learned.shape)} "
-            f"for {name!r}: {held}; set name_or_path of the model, or of the part that set_rope is given, to "
+            f"the saved Omega was learned, but no *.safetensors in {folder!r} hold one "
+            f"{tuple(learned.shape)} for {name!r}: {held}; set name_or_path of the model, or of the part that set_rope is given, to "
             "the folder where it, and no other part, was saved"
         )
     learned.data.copy_(next(iter(found.values())))

@@ -181,7 +181,7 @@ class Site(NamedTuple):
 
 
 def sites(model: Any, every: bool = False) -> list[Site]:
-    """Where a model keeps its rotary modules; those of words alone where there are any, unless it is every."""
+    """Where a model keeps its rotary modules; those of words alone where there are any, or every one."""
     found = [
         Site(f"{name}.{leaf}".strip("."), owner, leaf, module)
         for name, owner in model.named_modules()

@@ -1,5 +1,7 @@
 """A model's rotary module changed for one that runs a scheme, and changed back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -31,6 +33,17 @@ class Handle:
         refuse({nothing: all(len(rotary.undo) <= left for rotary, left in self.places)})
         for rotary, left in self.places:
             rotary.take_back(left)
+
+
+@contextmanager
+def all_or_nothing(handle: Handle, what: str) -> Iterator[None]:
+    """Take changes back where one of them fails, and say why."""
+    try:
+        yield
+    except Exception as error:
+        for rotary, left in handle.places:
+            rotary.take_back(left)
+        raise ValueError(f"{what} ({type(error).__name__}: {error}); the model is as it was") from error
 
 
 def ropes_of(site: Site) -> dict[str | None, Any]:
@@ -89,11 +102,13 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
         for key, learned in rotary.learned.named_parameters("learned"):
             folder = getattr(model, "name_or_path", "")
             fill_learned(learned, folder, f"{site.name}.{key}", f"{site.leaf}.{key}")
-    for site, rotary in swaps:
-        enter(site, rotary)
-        for part, name in methods_of(model) if rotary.learned else ():
-            rotary.put(part, name, MethodType(METHODS[name], part))
-    return Handle(model, [(rotary, 0) for _, rotary in swaps])
+    handle = Handle(model, [(rotary, 0) for _, rotary in swaps])
+    with all_or_nothing(handle, f"{type(model).__name__} cannot run what set_rope gave it"):
+        for site, rotary in swaps:
+            enter(site, rotary)
+            for part, name in methods_of(model) if rotary.learned else ():
+                rotary.put(part, name, MethodType(METHODS[name], part))
+    return handle
 
 
 def refuse_learned(model: nn.Module, swaps: list[tuple[Site, RopeMMRotaryEmbedding]]) -> None:
@@ -158,19 +173,13 @@ def use_kernels(model: nn.Module) -> Handle:
         set_rope(model, rope_of(model))
     places = sites(model)
     handle = Handle(model, [(site.module, 0 if fresh else len(site.module.undo)) for site in places])
-    try:
+    with all_or_nothing(handle, f"{name} cannot rotate by our op"):
         before = [probe(site.owner) for site in places]
         for site in places:
             site.module.put(site.module, "turns", True)
             exchange(site.module, site.owner, APPLY, turn_both)
         for site, answers in zip(places, before, strict=True):
             check_same(answers, probe(site.owner))
-    except Exception as error:
-        for rotary, left in handle.places:
-            rotary.take_back(left)
-        raise ValueError(
-            f"{name} cannot rotate by our op ({type(error).__name__}: {error}); the model is as it was"
-        ) from error
     return handle
 
 

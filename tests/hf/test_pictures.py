@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from transformers import (
     BartConfig,
     BartModel,
@@ -397,7 +398,7 @@ def test_our_op_rotates_the_patches_of_dinov3_and_leaves_its_class_token(dinov3,
     own = [seen_by(dinov3, size) for size in SIZES]
     if scheme:
         set_rope(dinov3, scheme, pairing="half")
-    other, handle = copy.deepcopy(dinov3), use_kernels(dinov3)
+    other, _ = copy.deepcopy(dinov3), use_kernels(dinov3)
     turn, _ = dinov3.rope_embeddings(torch.zeros(1, 3, 16, 24))
     assert isinstance(turn, Turn) and len(turn.positions) == 24
     for size in SIZES:
@@ -407,7 +408,7 @@ def test_our_op_rotates_the_patches_of_dinov3_and_leaves_its_class_token(dinov3,
             out.square().mean().backward()
     for mine, others in zip(dinov3.parameters(), other.parameters(), strict=True):
         assert mine.grad is others.grad or torch.allclose(mine.grad, others.grad, rtol=1e-3, atol=1e-6)
-    handle.undo()
+    unset_rope(dinov3)
     assert all(torch.equal(seen_by(dinov3, size), x) for size, x in zip(SIZES, own, strict=True))
 
 
@@ -522,8 +523,9 @@ def test_queries_and_keys_are_turned_as_the_definition_says(cls, config, story):
     model = bare(cls, config)
     model.config._attn_implementation = "watch"
     run(model)
-    plain, _ = heads[0], heads.clear()
+    plain = heads[0]
     set_rope(model, "rope-vit-axial")
+    heads.clear()  # of its probe
     run(model)
     p, _ = SCHEMES["rope-vit-axial"].place(story)
     omega = SCHEMES["rope-vit-axial"].omega(16)
@@ -575,6 +577,16 @@ def test_an_encoder_decoder_without_rotary_is_refused():
     model = BartModel(BartConfig(**sizes, encoder_attention_heads=2, decoder_attention_heads=2))
     with pytest.raises(ValueError, match="is of an encoder-decoder"):
         set_rope(model, "flat")
+
+
+@pytest.mark.parametrize("name", ["Yolos", "DPT", "ViTMAE", "Siglip2Vision", "Vivit", "VideoMAE"])
+def test_a_family_that_is_not_served_is_refused_at_once(name):
+    config = getattr(transformers, f"{name}Config")(**SMALL)
+    model = getattr(transformers, f"{name}Model")(config)
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=f"{name}Model cannot run what set_rope gave it .*as it was"):
+        set_rope(model, "rope-vit-axial")
+    assert dict(model.named_modules()) == before and model.training
 
 
 def test_what_had_no_rotary_has_no_cache_with_it(tiny):

@@ -212,7 +212,7 @@ def test_a_composite_of_which_the_tower_alone_has_a_scheme_waits_for_it(tmp_path
     with pytest.raises(ValueError, match=r"set_rope\(model\) first, of a part of a model with that part"):
         seen(loaded)
     part = getattr(loaded.model, tower)
-    with pytest.raises(ValueError, match="saved with a scheme|no module with inv_freq"):
+    with pytest.raises(ValueError, match=r"saved with a scheme|no module with inv_freq"):
         rope_of(part)
     set_rope(part)
     assert part.config._attn_implementation == (attention or "sdpa")
@@ -278,11 +278,24 @@ def test_a_learned_omega_of_several_that_may_be_meant_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     eye = CLIPModel.from_pretrained(tmp_path).vision_model
     eye.name_or_path = tmp_path
-    with pytest.raises(ValueError, match="text_model.rope_mm.learned.*vision_model.rope_mm.learned"):
+    with pytest.raises(ValueError, match=r"text_model.rope_mm.learned.*vision_model.rope_mm.learned"):
         set_rope(eye)
     model.vision_model.save_pretrained(tmp_path / "eye")
     eye.name_or_path = tmp_path / "eye"
     set_rope(eye)
+
+
+def test_an_attention_that_is_not_there_is_refused_and_the_model_waits_on(tmp_path):
+    model = ViTModel(ViTConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1))
+    set_rope(model, "rope-vit-axial")
+    model.save_pretrained(tmp_path)
+    loaded = ViTModel.from_pretrained(tmp_path)
+    loaded.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"ImportError.*; the model is as it was"):
+        set_rope(loaded)
+    assert not hasattr(loaded, "rope_mm")
+    loaded.config._attn_implementation = "eager"
+    set_rope(loaded)
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
