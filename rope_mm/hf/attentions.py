@@ -141,7 +141,7 @@ def turn_both(q: Tensor, k: Tensor, turn: Turn, _same: Turn | None = None, unsqu
 
 
 def noise_for(owner: Any) -> dict[str, Any]:
-    """What a model is probed with: noise for 8 words, or 8 words, or an image of 2 x 3 patches or its size."""
+    """What a model is probed with: noise for 8 words, 8 words, an image of 2 x 3 patches or of its size."""
     config, draw = owner.config, torch.Generator().manual_seed(0)
     if owner.main_input_name == "pixel_values":
         free = callers(owner, APPLY)  # from tables of positions, which fit one size

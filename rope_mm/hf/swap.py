@@ -10,6 +10,7 @@ from torch import nn
 
 from rope_mm.hf.attentions import ATTEND, bare_site, check_same, exchange, probe, tell_attention, turn_both
 from rope_mm.hf.fitting import make_stand_in, refuse
+from rope_mm.hf.patches import PIXELS
 from rope_mm.hf.placing import METHODS, methods_of
 from rope_mm.hf.reading import APPLY, OF_WORDS, callers, read_module
 from rope_mm.hf.saving import WAITS, entries, fill_learned, pending, waits, wake
@@ -158,7 +159,8 @@ def use_kernels(model: nn.Module) -> Handle:
         ValueError: a family whose attention calls no function that can be replaced, or answers that differ;
             the model is as it was.
     """
-    found = [module for site in sites(model) for module in callers(site.owner, APPLY)]
+    places = sites(model)
+    found = [module for site in places for module in callers(site.owner, APPLY)]
     kinds = {type(module).__name__ for module in found}
     name, own = ", ".join(sorted(kinds)) or type(model).__name__, [vars(module) for module in found]
     replaced = any("forward" in names and "_old_forward" not in names for names in own)
@@ -166,14 +168,19 @@ def use_kernels(model: nn.Module) -> Handle:
         {
             f"{name} rotate in their own ways, and our op has one for all": len(kinds) > 1,
             f"{name} has no attention with a rotary function of its own to replace": not found,
+            f"{name} rotates by our op already; undo that first": any(
+                site.ours and site.module.turns for site in places
+            ),
             f"{name} has had its forward replaced; call use_kernels before that": replaced,
         }
     )
-    if fresh := not any(site.ours for site in sites(model)):
+    if fresh := not any(site.ours for site in places):
         set_rope(model, rope_of(model))
     places = sites(model)
     handle = Handle(model, [(site.module, 0 if fresh else len(site.module.undo)) for site in places])
     with all_or_nothing(handle, f"{name} cannot rotate by our op"):
+        towers = [site.name for site in places if site.module.call not in (*OF_WORDS, PIXELS)]
+        refuse({f"{', '.join(towers)} is told rows and columns, not words or an image": towers})
         before = [probe(site.owner) for site in places]
         for site in places:
             site.module.put(site.module, "turns", True)

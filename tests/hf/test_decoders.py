@@ -280,6 +280,8 @@ def test_each_handle_takes_back_what_it_did(tiny):
     model = strong(tiny)
     before, scheme = logits(model), set_rope(model, "rope-tv")
     ours, op = logits(model), use_kernels(model)
+    with pytest.raises(ValueError, match="rotates by our op already; undo that first"):
+        use_kernels(model)
     op.undo()
     assert torch.equal(logits(model), ours)
     with pytest.raises(ValueError, match="no rope of ours"):

@@ -244,6 +244,11 @@ def test_our_op_rotates_the_text_of_a_vision_language_model():
     assert torch.equal(logits(model, **inputs), before)
 
 
+def test_our_op_is_refused_in_one_sentence_in_towers_told_rows_and_columns():
+    with pytest.raises(ValueError, match="rotary_pos_emb is told rows and columns, not words or an image"):
+        use_kernels(qwen2_vl().model.visual)
+
+
 def test_pixtral_is_unchanged_by_its_own_rope_and_takes_another():
     config = PixtralVisionConfig(
         hidden_size=64,

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -127,10 +129,33 @@ def test_the_scheme_and_omega_of_a_model_that_had_none_are_saved_and_brought_bac
     with torch.no_grad():
         assert torch.equal(loaded(pixels)[0], model(pixels)[0])
     loaded.config._name_or_path = ""
-    other = ViTModel(loaded.config)
+    other = ViTModel(copy.deepcopy(loaded.config))
     with pytest.raises(ValueError, match="was learned, but no"):
         set_rope(other)
     assert not hasattr(other, "rope_mm")
+
+
+def test_a_config_of_a_running_model_is_shared_by_no_other(tiny):
+    model = tiny("llama")
+    other = type(model)(model.config)
+    set_rope(model, "rope-tv")
+    with pytest.raises(ValueError, match="its config holds the scheme of another model"):
+        set_rope(other, "flat")
+    unset_rope(model)
+    set_rope(other, "flat")
+
+
+def test_a_model_made_of_a_copy_of_the_config_of_one_that_runs_waits_for_its_scheme():
+    model = ViTModel(ViTConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1)).eval()
+    pixels = torch.randn(1, 3, 224, 224)
+    set_rope(model, "rope-vit-axial")
+    other = ViTModel(copy.deepcopy(model.config)).eval()
+    with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
+        other(pixels)
+    set_rope(other)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(pixels)[0], model(pixels)[0])
+    assert torch.equal(copy.deepcopy(model)(pixels)[0], model(pixels)[0])
 
 
 def test_a_tower_waits_for_its_scheme_and_undone_it_does_not(tmp_path):
