@@ -6,7 +6,7 @@ So models without rotary come to have one, and so our op takes the place of a mo
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_mm.hf.patches import grid_of, image_of, place_tokens
-from rope_mm.hf.reading import called, callers
+from rope_mm.hf.reading import APPLY, called, callers
 from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, Site
 from rope_mm.kernels import Turn
 
@@ -106,6 +106,11 @@ def bare_site(model: Any) -> Site:
             f"{type(model).__name__} has neither a rotary module nor one stack of attention to rotate"
             + (f"; give one of its parts: {parts}" if parts else "")
         )
+    if base.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(base).__name__} is of an encoder-decoder, whose attention to the other sequence would be "
+            "rotated as well; it is not served"
+        )
     return Site("rope_mm", base, "rope_mm", None)
 
 
@@ -116,6 +121,8 @@ def tell_attention(base: nn.Module, rotary: RopeMMRotaryEmbedding) -> None:
     for module in callers(base, ATTEND):
         rotary.put(module, "rope_mm_told", None)
         rotary.undo.append(module.register_forward_pre_hook(listen, with_kwargs=True).remove)
+    if base.main_input_name in ("pixel_values", "input_ids") and base.device.type != "meta":
+        probe(base)
 
 
 def turn_both(q: Tensor, k: Tensor, turn: Turn, _same: Turn | None = None, unsqueeze_dim: int = 1, **_: Any):
@@ -133,24 +140,41 @@ def turn_both(q: Tensor, k: Tensor, turn: Turn, _same: Turn | None = None, unsqu
     return q, k
 
 
+def noise_for(owner: Any) -> dict[str, Any]:
+    """What a model is probed with: noise for 8 words, 8 words, an image of 2 x 3 patches or of its size."""
+    config, draw = owner.config, torch.Generator().manual_seed(0)
+    if owner.main_input_name == "pixel_values":
+        free = callers(owner, APPLY)  # from tables of positions, which fit one size
+        image = image_of(config, 2, 3) if free else getattr(config, "image_size", image_of(config, 2, 3))
+        y, x = image if isinstance(image, Iterable) else (image, image)
+        name, size = "pixel_values", (getattr(config, "num_channels", 3), y, x)
+    elif "inputs_embeds" in inspect.signature(type(owner).forward).parameters:
+        name, size = "inputs_embeds", (8, owner.get_input_embeddings().weight.shape[-1])
+    else:
+        return {"input_ids": torch.arange(8, device=owner.device)[None]}
+    noise = torch.randn(1, *size, generator=draw).to(owner.device, owner.dtype)
+    return {name: noise} if name == "pixel_values" else {name: noise, "use_cache": False}
+
+
 @torch.no_grad()
-def probe(owner: Any) -> Tensor:
-    """The stream that a model makes of fixed noise: of 8 words, or of an image of 2 x 3 patches."""
-    config, weight = owner.config, owner.get_input_embeddings().weight
-    seen = owner.main_input_name == "pixel_values"
-    size = (config.num_channels, *image_of(config, 2, 3)) if seen else (8, weight.shape[-1])
-    noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(weight)
-    training, _ = owner.training, owner.eval()
+def probe(owner: Any) -> list[Tensor]:
+    """What its first attention that calls a rotary function, and a model, make of a small forward."""
+    modes, heard = [(module, module.training) for module in owner.modules()], []
+    first = callers(owner, APPLY)[:1]
+    hooks = [module.register_forward_hook(lambda *call: heard.append(call[-1][0])) for module in first]
     try:
-        stream = owner(pixel_values=noise)[0] if seen else owner(inputs_embeds=noise, use_cache=False)[0]
+        stream = owner.eval()(**noise_for(owner))[0]
     finally:
-        owner.train(training)
-    return stream if isinstance(stream, Tensor) else stream[-1]  # a backbone gives maps, the last one last
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    return [*heard, stream if isinstance(stream, Tensor) else stream[-1]]  # of a backbone's maps the last
 
 
 def check_same(before: list[Tensor], after: list[Tensor]) -> None:
-    """Refuse streams that differ by more than the rounding of the model's numbers."""
-    for one, other in zip(before, after, strict=True):
-        error, eps = (one - other).abs().max().item(), torch.finfo(one.dtype).eps
-        if not error <= 256 * eps * one.abs().max().item():
-            raise ValueError(f"the streams of the probe differ by {error:.1e}")
+    """Refuse answers of a first attention, or of a model, that differ by more than rounding makes there."""
+    for times, one, other in zip((8, 256), before, after, strict=True):
+        error, eps = ((one - other).norm() / one.norm()).item(), torch.finfo(one.dtype).eps
+        if not error <= times * eps:
+            raise ValueError(f"the answers to the probe differ by {error:.1e} of their norm")

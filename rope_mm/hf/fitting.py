@@ -5,7 +5,7 @@ from typing import Any
 
 from rope_mm.hf.patches import PIXELS
 from rope_mm.hf.reading import OF_WORDS, ModelRope, read_module
-from rope_mm.hf.saving import read
+from rope_mm.hf.saving import holds_scheme, pending, read
 from rope_mm.hf.stand_in import RopeMMRotaryEmbedding, Runs, Site
 from rope_mm.rope_parameters import read_head_dim
 from rope_mm.rotary import Rotary
@@ -24,6 +24,9 @@ def make_stand_in(site: Site, scheme: Any, changes: dict[str, Any]) -> RopeMMRot
     original, config = site.module, getattr(site.module or site.owner, "config", None)
     asked = read_module(original, site.owner) if original else {}
     layers = list(asked) or [None]
+    shared = "its config holds the scheme of another model; give each model copy.deepcopy(config)"
+    waiting = pending(original or site.owner, getattr(site.owner, "config", None))
+    refuse({shared: holds_scheme(config) and not waiting})
     if scheme is None:
         scheme = {layer: read(config, layer) for layer in layers}
     given = scheme if isinstance(scheme, Mapping) else dict.fromkeys(layers, scheme)

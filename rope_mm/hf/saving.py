@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -40,10 +40,29 @@ def wait(*_: Any, **__: Any) -> None:
     raise ValueError(WAITS)
 
 
+class Running(str):
+    """The attention of a config whose model runs its scheme; a copy of the config alone waits again."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> str:
+        return self if any(isinstance(copied, nn.Module) for copied in memo.values()) else str(self)
+
+
+def holds_scheme(config: Any) -> bool:
+    """Whether a config holds a scheme, for all layers or by their types."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return any(NAME in told for told in (rope, *rope.values()) if isinstance(told, dict))
+
+
 def waits(config: Any) -> bool:
     """Whether a config was saved with a scheme that `rope_type` does not name, and is not told it yet."""
     rope = getattr(config, "rope_parameters", None) or {}
-    return NAME in rope and rope.get("rope_type") != NAME and "attn_implementation" not in vars(config)
+    silent = NAME in rope and rope.get("rope_type") != NAME
+    return silent and not isinstance(vars(config).get("attn_implementation"), Running)
+
+
+def pending(module: Any, config: Any) -> bool:
+    """Whether a rotary module, or a model of this config, still waits for the scheme it was saved with."""
+    return waits(config) or NotSetYet in map(type, vars(module).values())
 
 
 def attention_of(config: Any) -> Any:
@@ -74,7 +93,7 @@ def entries(config: Any, schemes: dict[str | None, Scheme], by_rope: bool) -> di
         for layer, scheme in schemes.items()
     }
     rope = {"rope_parameters": new.get(None) or {**old, **new}}
-    return rope if by_rope else {**rope, "attn_implementation": NAME}
+    return rope if by_rope else {**rope, "attn_implementation": Running(NAME)}
 
 
 def wake(model: Any) -> None:
@@ -95,14 +114,19 @@ def read(config: Any, layer: str | None) -> Scheme:
     return Scheme.from_dict(told[NAME])
 
 
-def fill_learned(learned: Tensor, folder: str, key: str) -> None:
-    """Read a learned Omega from the weights beside a config."""
-    for path in sorted(Path(folder).glob("*.safetensors")) if folder else ():
+def fill_learned(learned: Tensor, folder: str, name: str, end: str) -> None:
+    """Read a learned Omega from the weights beside a config: that of this name, or else of this end."""
+    found: dict[str, Tensor] = {}
+    for path in Path(folder).glob("*.safetensors") if folder else ():
         with safe_open(path, "pt") as weights:
-            for name in filter(lambda name: name.endswith(key), weights.keys()):
-                learned.data.copy_(weights.get_tensor(name))
-                return
-    raise ValueError(
-        f"the saved Omega was learned, but no *.safetensors in {folder!r} holds {key!r}; set name_or_path of "
-        "the model, or of the part that set_rope is given, to the folder where it was saved"
-    )
+            keys = [key for key in weights.keys() if f".{key}".endswith(f".{end}")]  # noqa: SIM118
+            found |= {key: weights.get_tensor(key) for key in keys}
+    found = {name: found[name]} if name in found else found
+    if [omega.shape for omega in found.values()] != [learned.shape]:
+        held = {key: tuple(omega.shape) for key, omega in found.items()} or "none"
+        raise ValueError(
+            f"the saved Omega was learned, but no *.safetensors in {folder!r} hold one of the shape "
+            f"{tuple(learned.shape)} for {name!r}: {held}; set name_or_path of the model, or of the part "
+            "that set_rope is given, to the folder where it, and no other part, was saved"
+        )
+    learned.data.copy_(next(iter(found.values())))

@@ -218,8 +218,8 @@ class Site(NamedTuple):
         return isinstance(self.module, RopeMMRotaryEmbedding)
 
 
-def sites(model: Any) -> list[Site]:
-    """Where a model keeps its rotary modules; those of words where there are any."""
+def sites(model: Any, every: bool = False) -> list[Site]:
+    """Where a model keeps its rotary modules; those of words alone where there are any, or every one."""
     found = [
         Site(f"{name}.{leaf}".strip("."), owner, leaf, module)
         for name, owner in model.named_modules()
@@ -233,7 +233,8 @@ def sites(model: Any) -> list[Site]:
             "forward knows which layer calls which; it is not served"
         )
     text = getattr(model, "config", None) and model.config.get_text_config()
-    return [site for site in found if getattr(site.module, "config", None) is text] or found
+    texts = [site for site in found if getattr(site.module, "config", None) is text]
+    return found if every else texts or found
 
 
 def scheme_of(model: nn.Module) -> Scheme:

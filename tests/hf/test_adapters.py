@@ -72,11 +72,30 @@ def test_adapters_learn_and_come_back_from_where_they_were_saved(llama, tmp_path
     assert torch.equal(logits(loaded, **inputs), logits(model, **inputs))
 
 
-def test_a_learned_omega_learns_beside_the_adapters_where_it_is_given_after_them(llama):
+def test_a_learned_omega_that_adapters_would_not_save_is_refused(llama):
     model = adapted(llama())
-    set_rope(model, "rope-tv", learnable=True)
+    before = logits(model)
+    with pytest.raises(
+        ValueError, match=r"set_rope first, and then tell peft modules_to_save=\['rotary_emb'\]"
+    ):
+        set_rope(model, "rope-tv", learnable=True)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_learned_omega_learns_beside_adapters_and_is_saved_with_them(llama, tmp_path):
+    model, base = llama(), llama()
+    for one in (model, base):
+        set_rope(one, "rope-tv", learnable=True)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["rotary_emb"]))
     model(IDS, labels=IDS).loss.backward()
-    assert rope_of(model).learned.grad.abs().sum() > 0
+    omegas = [p for name, p in model.named_parameters() if "learned" in name and p.requires_grad]
+    assert len(omegas) == 1 and omegas[0].grad.abs().sum() > 0
+    with torch.no_grad():
+        omegas[0].mul_(1.5)
+    model.eval().save_pretrained(tmp_path)
+    before = logits(base)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits(loaded), logits(model)) and not torch.equal(logits(loaded), before)
 
 
 def test_merged_adapters_leave_the_scheme_and_unmerged_ones_the_model(llama):
@@ -109,10 +128,10 @@ def test_a_model_without_rotary_has_both(first, capsys):
     if first == "adapters":
         with torch.no_grad():
             plain = peft(pixels).logits
-        set_rope(peft, "rope-vit-mixed")
+        set_rope(peft, "rope-vit-axial")
         assert not torch.equal(peft(pixels).logits, plain)
     peft(pixels).logits.square().sum().backward()
-    assert (rope_of(peft).learned.grad is None) == (first == "scheme")  # peft freezes what is there
+    assert first == "adapters" or rope_of(peft).learned.grad is None  # peft freezes what is there
     explain(peft)
     assert "2 attention modules: " in capsys.readouterr().out
     unset_rope(peft)

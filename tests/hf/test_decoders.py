@@ -199,14 +199,23 @@ def test_our_op_runs_and_a_second_model_does_not_see_it(tiny, monkeypatch):
     assert len(calls) == 2
 
 
-def test_what_our_op_cannot_do_is_refused_and_the_model_left_alone(tiny):
-    model = tiny("nanochat")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_our_op_cannot_do_is_refused_and_the_model_left_alone(tiny, dtype):
+    model = strong(tiny, "nanochat").to(dtype)
     before = logits(model)
     with pytest.raises(ValueError, match="NanoChatAttention cannot rotate by our op"):
         use_kernels(model)
     assert torch.equal(logits(model), before)
     with pytest.raises(ValueError, match="no rope of ours"):
         unset_rope(model)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "gemma2", "cohere"])
+def test_our_op_is_proved_in_small_numbers_and_leaves_each_module_its_mode(tiny, model_type):
+    model = strong(tiny, model_type, num_hidden_layers=8).to(torch.bfloat16).train()
+    model.model.layers[0].eval()
+    use_kernels(model)
+    assert model.training and [layer.mlp.training for layer in model.model.layers] == [False] + [True] * 7
 
 
 def test_explain_says_what_runs_where(tiny, capsys):
@@ -272,6 +281,20 @@ def test_twice_in_or_out_is_refused(tiny):
     handle.undo()
     with pytest.raises(ValueError, match="no rope of ours"):
         handle.undo()
+
+
+def test_each_handle_takes_back_what_it_did(tiny):
+    model = strong(tiny)
+    before, scheme = logits(model), set_rope(model, "rope-tv")
+    ours, op = logits(model), use_kernels(model)
+    with pytest.raises(ValueError, match="rotates by our op already; undo that first"):
+        use_kernels(model)
+    op.undo()
+    assert torch.equal(logits(model), ours)
+    with pytest.raises(ValueError, match="no rope of ours"):
+        op.undo()
+    scheme.undo()
+    assert torch.equal(logits(model), before)
 
 
 def test_positions_of_another_rank_are_refused(tiny):

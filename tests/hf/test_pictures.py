@@ -2,7 +2,10 @@ import copy
 
 import pytest
 import torch
+import transformers
 from transformers import (
+    BartConfig,
+    BartModel,
     BertConfig,
     BertForMaskedLM,
     BertModel,
@@ -287,6 +290,11 @@ def test_our_op_rotates_the_text_of_a_vision_language_model():
     assert torch.equal(logits(model, **inputs), before)
 
 
+def test_our_op_is_refused_in_one_sentence_in_towers_told_rows_and_columns():
+    with pytest.raises(ValueError, match="rotary_pos_emb is told rows and columns, not words or an image"):
+        use_kernels(qwen2_vl().model.visual)
+
+
 def test_pixtral_is_unchanged_by_its_own_rope_and_takes_another():
     config = PixtralVisionConfig(
         hidden_size=64,
@@ -454,7 +462,7 @@ def test_our_op_rotates_the_patches_of_dinov3_and_leaves_its_class_token(dinov3,
     own = [seen_by(dinov3, size) for size in SIZES]
     if scheme:
         set_rope(dinov3, scheme, pairing="half")
-    other, handle = copy.deepcopy(dinov3), use_kernels(dinov3)
+    other, _ = copy.deepcopy(dinov3), use_kernels(dinov3)
     turn, _ = dinov3.rope_embeddings(torch.zeros(1, 3, 16, 24))
     assert isinstance(turn, Turn) and len(turn.positions) == 24
     for size in SIZES:
@@ -464,7 +472,7 @@ def test_our_op_rotates_the_patches_of_dinov3_and_leaves_its_class_token(dinov3,
             out.square().mean().backward()
     for mine, others in zip(dinov3.parameters(), other.parameters(), strict=True):
         assert mine.grad is others.grad or torch.allclose(mine.grad, others.grad, rtol=1e-3, atol=1e-6)
-    handle.undo()
+    unset_rope(dinov3)
     assert all(torch.equal(seen_by(dinov3, size), x) for size, x in zip(SIZES, own, strict=True))
 
 
@@ -579,8 +587,9 @@ def test_queries_and_keys_are_turned_as_the_definition_says(cls, config, story):
     model = bare(cls, config)
     model.config._attn_implementation = "watch"
     run(model)
-    plain, _ = heads[0], heads.clear()
+    plain = heads[0]
     set_rope(model, "rope-vit-axial")
+    heads.clear()  # of its probe
     run(model)
     p, _ = SCHEMES["rope-vit-axial"].place(story)
     omega = SCHEMES["rope-vit-axial"].omega(16)
@@ -625,6 +634,23 @@ def test_what_has_no_attention_that_can_be_served_is_refused(tiny):
     for model in (tiny("gpt_neo"), torch.nn.Linear(2, 2)):
         with pytest.raises(ValueError, match="neither a rotary module nor one stack of attention"):
             set_rope(model, Scheme(layout="flat"))
+
+
+def test_an_encoder_decoder_without_rotary_is_refused():
+    sizes = {"vocab_size": 99, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+    model = BartModel(BartConfig(**sizes, encoder_attention_heads=2, decoder_attention_heads=2))
+    with pytest.raises(ValueError, match="is of an encoder-decoder"):
+        set_rope(model, "flat")
+
+
+@pytest.mark.parametrize("name", ["Yolos", "DPT", "ViTMAE", "Siglip2Vision", "Vivit", "VideoMAE"])
+def test_a_family_that_is_not_served_is_refused_at_once(name):
+    config = getattr(transformers, f"{name}Config")(**SMALL)
+    model = getattr(transformers, f"{name}Model")(config)
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=f"{name}Model cannot run what set_rope gave it .*as it was"):
+        set_rope(model, "rope-vit-axial")
+    assert dict(model.named_modules()) == before and model.training
 
 
 def test_what_had_no_rotary_has_no_cache_with_it(tiny):

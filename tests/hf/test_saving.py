@@ -1,12 +1,18 @@
+import copy
+
 import pytest
 import torch
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MoonshineConfig,
+    MoonshineModel,
     PixtralVisionConfig,
     PixtralVisionModel,
     Qwen2VLConfig,
@@ -16,8 +22,8 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from rope_mm import SCHEMES
-from rope_mm.hf import rope_of, set_rope, unset_rope
+from rope_mm import SCHEMES, Rotary
+from rope_mm.hf import explain, rope_of, set_rope, unset_rope, use_kernels
 
 IDS = torch.arange(3, 15)[None]
 
@@ -39,6 +45,19 @@ def test_a_scheme_is_saved_and_one_line_brings_it_back(tiny, tmp_path, model_typ
         logits(loaded)
     set_rope(loaded)
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_a_model_that_waits_has_no_rope_yet(tiny, tmp_path, capsys, model_type):
+    model = tiny(model_type)
+    set_rope(model, "rope-tv")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for ask in (rope_of, use_kernels):
+        with pytest.raises(ValueError, match="saved with a scheme; call"):
+            ask(loaded)
+    explain(loaded)
+    assert "saved with a scheme; call" in capsys.readouterr().out
 
 
 def test_undone_the_config_is_what_it_was(tiny):
@@ -66,6 +85,13 @@ def test_a_learned_omega_is_saved_and_loaded_with_the_model(tiny, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     set_rope(loaded)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_one_learned_omega_for_several_types_of_layers_is_refused(tiny):
+    model = tiny("gemma3_text", layer_types=["sliding_attention", "full_attention"])
+    with pytest.raises(ValueError, match="give one Rotary for each"):
+        set_rope(model, Rotary(16, "rope-tv", learnable=True))
+    set_rope(model, Rotary(16, "rope-tv"))
 
 
 def test_a_learned_omega_that_was_lost_is_refused(tiny, tmp_path):
@@ -103,10 +129,33 @@ def test_the_scheme_and_omega_of_a_model_that_had_none_are_saved_and_brought_bac
     with torch.no_grad():
         assert torch.equal(loaded(pixels)[0], model(pixels)[0])
     loaded.config._name_or_path = ""
-    other = ViTModel(loaded.config)
+    other = ViTModel(copy.deepcopy(loaded.config))
     with pytest.raises(ValueError, match="was learned, but no"):
         set_rope(other)
     assert not hasattr(other, "rope_mm")
+
+
+def test_a_config_of_a_running_model_is_shared_by_no_other(tiny):
+    model = tiny("llama")
+    other = type(model)(model.config)
+    set_rope(model, "rope-tv")
+    with pytest.raises(ValueError, match="its config holds the scheme of another model"):
+        set_rope(other, "flat")
+    unset_rope(model)
+    set_rope(other, "flat")
+
+
+def test_a_model_made_of_a_copy_of_the_config_of_one_that_runs_waits_for_its_scheme():
+    model = ViTModel(ViTConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1)).eval()
+    pixels = torch.randn(1, 3, 224, 224)
+    set_rope(model, "rope-vit-axial")
+    other = ViTModel(copy.deepcopy(model.config)).eval()
+    with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
+        other(pixels)
+    set_rope(other)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(pixels)[0], model(pixels)[0])
+    assert torch.equal(copy.deepcopy(model)(pixels)[0], model(pixels)[0])
 
 
 def test_a_tower_waits_for_its_scheme_and_undone_it_does_not(tmp_path):
@@ -188,10 +237,28 @@ def test_a_composite_of_which_the_tower_alone_has_a_scheme_waits_for_it(tmp_path
     with pytest.raises(ValueError, match=r"set_rope\(model\) first, of a part of a model with that part"):
         seen(loaded)
     part = getattr(loaded.model, tower)
+    with pytest.raises(ValueError, match=r"saved with a scheme|no module with inv_freq"):
+        rope_of(part)
     set_rope(part)
     assert part.config._attn_implementation == (attention or "sdpa")
     assert torch.allclose(seen(loaded), seen(model), rtol=1e-4, atol=1e-5)
     assert attention or torch.equal(seen(loaded), seen(model))
+
+
+@pytest.mark.parametrize(("make", "tower"), [(llava, "vision_tower"), (qwen, "visual")])
+def test_of_a_composite_every_part_is_explained_and_undone(capsys, make, tower):
+    model = make()
+    before = seen(model)
+    set_rope(model, "rope-tv")
+    set_rope(getattr(model.model, tower), "rope-vit-axial", pairing="half", layout="grid")
+    explain(model)
+    said = capsys.readouterr().out
+    assert "layout='rope-tv'" in said and "layout='grid'" in said
+    unset_rope(model)
+    assert torch.equal(seen(model), before)
+    set_rope(getattr(model.model, tower), "rope-vit-axial", pairing="half", layout="grid")
+    unset_rope(model)
+    assert torch.equal(seen(model), before)
 
 
 def test_the_learned_omega_of_a_tower_is_read_from_the_folder_that_it_names(tmp_path):
@@ -207,6 +274,53 @@ def test_the_learned_omega_of_a_tower_is_read_from_the_folder_that_it_names(tmp_
     tower.name_or_path = tmp_path
     set_rope(tower)
     assert torch.equal(seen(loaded), seen(model))
+
+
+def test_of_several_learned_omegas_each_comes_back_to_its_own_place(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 20}
+    sizes |= {f"{part}_num_hidden_layers": 1 for part in ("encoder", "decoder")}
+    sizes |= {f"{part}_num_attention_heads": 2 for part in ("encoder", "decoder")}
+    model = MoonshineModel(MoonshineConfig(**sizes))
+    set_rope(model, "flat", learnable=True, pairing="interleaved")
+    parts = [model.encoder.rotary_emb, model.decoder.rotary_emb]
+    with torch.no_grad():
+        for by, part in enumerate(parts):
+            part.runs[None].learned.mul_(1.5 + by)
+    model.save_pretrained(tmp_path)
+    loaded = MoonshineModel.from_pretrained(tmp_path)
+    set_rope(loaded)
+    for mine, part in zip((loaded.encoder.rotary_emb, loaded.decoder.rotary_emb), parts, strict=True):
+        assert torch.equal(mine.runs[None].learned, part.runs[None].learned)
+
+
+def test_a_learned_omega_of_several_that_may_be_meant_is_refused(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2}
+    eyes = {**sizes, "image_size": 16, "patch_size": 4}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=eyes))
+    for part in (model.text_model, model.vision_model):
+        set_rope(part, "rope-tv", learnable=True)
+    model.save_pretrained(tmp_path)
+    eye = CLIPModel.from_pretrained(tmp_path).vision_model
+    eye.name_or_path = tmp_path
+    with pytest.raises(ValueError, match=r"text_model.rope_mm.learned.*vision_model.rope_mm.learned"):
+        set_rope(eye)
+    model.vision_model.save_pretrained(tmp_path / "eye")
+    eye.name_or_path = tmp_path / "eye"
+    set_rope(eye)
+
+
+def test_an_attention_that_is_not_there_is_refused_and_the_model_waits_on(tmp_path):
+    model = ViTModel(ViTConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1))
+    set_rope(model, "rope-vit-axial")
+    model.save_pretrained(tmp_path)
+    loaded = ViTModel.from_pretrained(tmp_path)
+    loaded.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"ImportError.*; the model is as it was"):
+        set_rope(loaded)
+    assert not hasattr(loaded, "rope_mm")
+    loaded.config._attn_implementation = "eager"
+    set_rope(loaded)
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
