@@ -12,12 +12,16 @@ from rope_mm.segments import Segment, Text
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def ranks(segments: Sequence[Segment]) -> Tensor:
-    """Rank (s,) of each token: a word has its own, an image or a frame shares one; lower ranks are seen."""
+def ranks(segments: Sequence[Segment], full: bool = False) -> Tensor:
+    """Rank (s,) of each token: a word has its own, an image or a frame shares one; lower ranks are seen.
+
+    Where `full`, all frames of a video share one.
+    """
     blocks = [torch.zeros(0, dtype=torch.long)]
     for segment in segments:
         t, y, x = segment.grid
-        ranked, size = (x, 1) if isinstance(segment, Text) else (t, y * x)
+        shared = (1, t * y * x) if full else (t, y * x)
+        ranked, size = (x, 1) if isinstance(segment, Text) else shared
         start = blocks[-1][-1:].sum() + 1  # one past the last rank; 1 where nothing came before
         blocks.append((start + torch.arange(ranked)).repeat_interleave(size))
     return torch.cat(blocks)

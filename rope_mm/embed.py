@@ -22,6 +22,20 @@ def to_images(patches: Tensor, y: int, x: int, size: int) -> Tensor:
     return rearrange(patches, "b (y x) (ch p q) -> b ch (y p) (x q)", y=y, x=x, p=size, q=size)
 
 
+def to_tubes(frames: Tensor, depth: int) -> Tensor:
+    """Frames (t, ch, y, x) -> `depth` of them as channels of one, (t/depth, depth*ch, y, x).
+
+    The last frame is repeated where they do not divide, so that a picture is repeated depth times.
+    """
+    last = frames[-1:].expand(-len(frames) % depth, -1, -1, -1)
+    return rearrange(torch.cat([frames, last]), "(t u) ch y x -> t (u ch) y x", u=depth)
+
+
+def from_tubes(tubes: Tensor, depth: int) -> Tensor:
+    """Tubes (b, t, depth*ch, y, x) -> frames (b, t*depth, ch, y, x): the inverse of `to_tubes`."""
+    return rearrange(tubes, "b t (u ch) y x -> b (t u) ch y x", u=depth)
+
+
 class PatchMap(nn.Linear):
     """Patches (n, p) -> (n, c), whose weights may begin at a scale of their own.
 

@@ -27,8 +27,12 @@ class Canvas:
         """The picture as a segment.
 
         Raises:
-            ValueError: a size that whole patches do not tile.
+            ValueError: a size that whole patches do not tile, patches of several frames.
         """
+        if self.config.temporal_patch_size > 1:
+            raise ValueError(
+                f"temporal_patch_size {self.config.temporal_patch_size} is for clips; images alone take 1"
+            )
         side, rest = divmod(self.size, self.config.patch_size)
         if rest:
             raise ValueError(

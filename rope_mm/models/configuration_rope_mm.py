@@ -12,6 +12,7 @@ from rope_mm.models.stories import IMAGE_TOKEN
 from rope_mm.scheme import Scheme
 from rope_mm.schemes import read_scheme
 
+VIDEO_ATTENTIONS = "causal", "full"
 HF_ONLY = ("rope_type",)  # transformers writes it into every rope_parameters
 
 
@@ -24,7 +25,9 @@ class RopeMMConfig(PreTrainedConfig):
     Scheme, whose fields are then written out. `theta` is kept under transformers' name, rope_theta.
     `head_dim` is hidden_size / num_attention_heads where it is 0. `bounded_patches` end in tanh, for pixels
     in (-1, 1). `patch_initializer_range` is `initializer_range` where it is 0; at 0.2 / sqrt(p) patches of p
-    numbers are as loud as those of 2 x 2.
+    numbers are as loud as those of 2 x 2. A patch is of `temporal_patch_size` frames, the last or only one
+    repeated where they do not divide. By `video_attention` "causal" a frame sees those before it, and clips
+    are drawn frame after frame; by "full" all frames see each other, and clips are drawn at once.
     """
 
     model_type = "rope_mm"
@@ -38,6 +41,8 @@ class RopeMMConfig(PreTrainedConfig):
     num_key_value_heads: int = 2
     head_dim: int = 0
     patch_size: int = 2
+    temporal_patch_size: int = 1
+    video_attention: str = "causal"
     num_channels: int = 1
     bounded_patches: bool = False
     rms_norm_eps: float = 1e-6
@@ -64,13 +69,17 @@ class RopeMMConfig(PreTrainedConfig):
             ValueError: with the two numbers.
         """
         sizes = "vocab_size hidden_size intermediate_size num_hidden_layers patch_size num_channels head_dim"
-        for name in sizes.split():
+        for name in (*sizes.split(), "temporal_patch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
+            )
+        if self.video_attention not in VIDEO_ATTENTIONS:
+            raise ValueError(
+                f"video_attention must be one of {', '.join(VIDEO_ATTENTIONS)}, not {self.video_attention!r}"
             )
         self.scheme.omega(self.head_dim)
 
@@ -82,7 +91,7 @@ class RopeMMConfig(PreTrainedConfig):
     @property
     def patch_width(self) -> int:
         """Numbers in one patch."""
-        return self.num_channels * self.patch_size**2
+        return self.temporal_patch_size * self.num_channels * self.patch_size**2
 
 
 def write_rope(rope_parameters: dict[str, Any] | Scheme) -> dict[str, Any]:

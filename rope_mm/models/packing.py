@@ -212,8 +212,8 @@ class Packer:
         """Every document with its drafts, not yet packed."""
         seen = [self.processor.see([p if isinstance(p, str) else p.pixels for p in d]) for d in documents]
         stories = [story for story, _ in seen]
-        rows = lay_out(stories, self.processor.tokenizer, self.processor.scheme, ended=True)
-        none = torch.zeros(0, width := self.processor.num_channels * self.processor.patch_size**2)
+        rows = lay_out(stories, self.processor.tokenizer, self.processor.scheme, True, self.processor.full)
+        none = torch.zeros(0, width := self.processor.patch_width)
         drafted = []
         for row, document, (_, shown), generator in zip(rows, documents, seen, generators, strict=True):
             patches = torch.cat([none, *shown])

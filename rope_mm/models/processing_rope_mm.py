@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 
-from rope_mm.embed import to_images, to_patches
+from rope_mm.embed import from_tubes, to_images, to_patches, to_tubes
 from rope_mm.models.drawing import draw_frames
 from rope_mm.models.stories import IMAGE_TOKEN, arrange, token_order
 from rope_mm.scheme import Scheme
@@ -62,10 +62,13 @@ class RopeMMProcessor(ProcessorMixin):
         num_channels: int = 1,
         rope_parameters: dict[str, Any] | Scheme | None = None,
         chat_template: str | None = None,
+        temporal_patch_size: int = 1,
+        video_attention: str = "causal",
     ):
         if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
             raise ValueError(f"the tokenizer has no {IMAGE_TOKEN}; take load_tokenizer, which adds it")
         self.patch_size, self.num_channels = patch_size, num_channels
+        self.temporal_patch_size, self.video_attention = temporal_patch_size, video_attention
         self.rope_parameters = write_rope(rope_parameters or {})
         self.scheme = read_rope(self.rope_parameters)
         self.image_token, self.video_token = IMAGE_TOKEN, VIDEO_TOKEN
@@ -79,13 +82,25 @@ class RopeMMProcessor(ProcessorMixin):
         Raises:
             ValueError: a tokenizer whose image token is not the model's.
         """
-        processor = cls(tokenizer, config.patch_size, config.num_channels, config.rope_parameters)
+        sizes = config.patch_size, config.num_channels, config.rope_parameters
+        clips = {name: getattr(config, name) for name in ("temporal_patch_size", "video_attention")}
+        processor = cls(tokenizer, *sizes, **clips)
         if processor.image_token_id != config.image_token_id:
             raise ValueError(
                 f"{IMAGE_TOKEN} is {processor.image_token_id} to the tokenizer but image_token_id is "
                 f"{config.image_token_id} in the config; give the config the tokenizer's"
             )
         return processor
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers in one patch."""
+        return self.temporal_patch_size * self.num_channels * self.patch_size**2
+
+    @property
+    def full(self) -> bool:
+        """Whether the frames of a clip see each other."""
+        return self.video_attention == "full"
 
     @property
     def model_input_names(self) -> list[str]:
@@ -136,7 +151,7 @@ class RopeMMProcessor(ProcessorMixin):
             story, shown = self.see(document, seconds or 1.0)
             stories.append(story)
             patches += shown
-        sequences = arrange(stories, self.tokenizer, self.scheme, chosen["padding_side"])
+        sequences = arrange(stories, self.tokenizer, self.scheme, chosen["padding_side"], self.full)
         data = sequences.inputs() | ({"patches": torch.cat(patches)} if patches else {})
         if return_labels:
             words = sequences.mask & (sequences.input_ids != self.image_token_id)
@@ -154,9 +169,10 @@ class RopeMMProcessor(ProcessorMixin):
         pixels = to_pixels(part, self.num_channels)
         if pixels.shape[-3] != self.num_channels:
             raise ValueError(f"{tuple(pixels.shape)} are not (..., {self.num_channels}, y, x) pixels")
-        patches = to_patches(pixels.view(-1, *pixels.shape[-3:]), self.patch_size)
+        depth = self.temporal_patch_size
+        patches = to_patches(to_tubes(pixels.view(-1, *pixels.shape[-3:]), depth), self.patch_size)
         y, x = (side // self.patch_size for side in pixels.shape[-2:])
-        segment = Image(y, x) if pixels.dim() == 3 else Video(len(pixels), y, x, seconds)
+        segment = Image(y, x) if pixels.dim() == 3 else Video(len(patches), y, x, seconds * depth)
         return segment, patches.flatten(0, 1)[token_order(segment, self.scheme)]
 
     def draw(
@@ -176,33 +192,51 @@ class RopeMMProcessor(ProcessorMixin):
         the pictures of all documents are equal in size. With a `window` a frame sees of its clip so many
         frames at most, itself among them; they stand as in a clip of that length, however long this one is.
         A `guidance` above 1 enlarges what the words change in a drawing, at twice the cost, see `guide`; the
-        model must have been taught to draw without words, too.
+        model must have been taught to draw without words, too. Clips whose frames see each other are drawn at
+        once.
+
+        Raises:
+            ValueError: such a clip begun or with a window; one begun with part of a patch of several frames.
         """
-        (t, y, x), width = grid.grid, self.num_channels * self.patch_size**2
-        none = torch.zeros(0, width)
+        (frames, y, x), depth = grid.grid, self.temporal_patch_size
+        none, t = torch.zeros(0, self.patch_width), -(-frames // depth)
+        window = None if window is None or window >= frames else window // depth
+        self.check_begun(begun or [], window)
         clips = [self.read(clip, 1.0)[1] for clip in begun] if begun else [none] * len(prompts)
-        window = None if window is None or window >= t else window
-        held = grid if window is None else replace(grid, t=window)
+        told = replace(grid, t=t, seconds=grid.seconds * depth) if isinstance(grid, Video) else grid
+        held = told if window is None else replace(told, t=window)
         last = len(clips[0]) if window is None else min(len(clips[0]), (window - 1) * y * x)
         stories, shown = [], []
         for prompt, clip in zip(prompts, clips, strict=True):
             story, seen = self.see([prompt] if isinstance(prompt, str) else prompt)
             stories.append([*story, held])
             shown.append(torch.cat([none, *seen, clip[len(clip) - last :]]))
-        noise = torch.randn(len(stories), t - len(clips[0]) // (y * x), y * x, width, generator=generator)
+        shape = t - len(clips[0]) // (y * x), y * x, self.patch_width
+        noise = torch.randn(len(stories), *shape, generator=generator)
+        noise = noise.flatten(1, 2)[:, None] if self.full else noise
         if not any(isinstance(part, str) for story in stories for part in story):
             guidance = 1.0  # there are no words to leave out
         if guidance != 1:
             stories += [[part for part in story if not isinstance(part, str)] for story in stories]
             shown, noise = shown * 2, noise.repeat(2, 1, 1, 1)
         before, noise = (part.to(model.device, model.dtype) for part in (torch.stack(shown), noise))
-        sequences = arrange(stories, self.tokenizer, self.scheme, "left").to(model.device)
+        sequences = arrange(stories, self.tokenizer, self.scheme, "left", self.full).to(model.device)
         drawn = draw_frames(model, sequences, noise, steps, before, window, guidance)[: len(clips)]
-        first = torch.stack(clips).to(drawn).unflatten(1, (-1, y * x))
-        patches = torch.cat([first, drawn], 1).flatten(0, 1)
+        patches = torch.cat([torch.stack(clips).to(drawn), drawn.flatten(1, 2)], 1).view(-1, *shape[1:])
         raster = patches[:, token_order(Image(y, x), self.scheme).argsort()]
-        pixels = to_images(raster, y, x, self.patch_size).unflatten(0, (-1, t))
-        return pixels if isinstance(grid, Video) else pixels[:, 0]
+        pixels = from_tubes(to_images(raster, y, x, self.patch_size).unflatten(0, (-1, t)), depth)
+        return pixels[:, :frames] if isinstance(grid, Video) else pixels.mean(1)
+
+    def check_begun(self, begun: Sequence[Part], window: int | None) -> None:
+        """Refuse clips that cannot be gone on with."""
+        if self.full and (begun or window):
+            raise ValueError(
+                "frames see each other here, so clips are drawn at once and whole; to go on with one, or in "
+                "a window, train with video_attention causal"
+            )
+        lengths = {len(to_pixels(clip, self.num_channels)) for clip in begun}
+        if odd := [length for length in lengths if length % (depth := self.temporal_patch_size)]:
+            raise ValueError(f"a clip of {odd[0]} frames ends within a patch of {depth}; give whole ones")
 
     def write(
         self, model: PreTrainedModel, documents: Sequence[Sequence[Part]], words: int = 64

@@ -100,11 +100,12 @@ def lay_out(
     tokenizer: PreTrainedTokenizerBase,
     scheme: Scheme,
     ended: bool = False,
+    full: bool = False,
 ) -> list[Row]:
     """Rows of stories such as ["a handwritten seven", Image(4, 4)].
 
     Strings become words; an Image or Video becomes that many image tokens, for patches given beside it.
-    Where `ended`, a story that ends in words has the tokenizer's end after them.
+    Where `ended`, a story that ends in words has the tokenizer's end after them; `full`, see `ranks`.
     """
     image, last = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.eos_token_id
     words = {part for story in stories for part in story if isinstance(part, str)}
@@ -122,7 +123,7 @@ def lay_out(
         )
         if shape not in placed:
             positions, cursor = scheme.place(shape)
-            placed[shape] = positions, ranks(shape), cursor.next - cursor.tokens
+            placed[shape] = positions, ranks(shape, full), cursor.next - cursor.tokens
         rows.append(Row(torch.tensor([i for part in ids for i in part]), *placed[shape]))
     return rows
 
@@ -132,9 +133,10 @@ def arrange(
     tokenizer: PreTrainedTokenizerBase,
     scheme: Scheme,
     padding_side: str = "right",
+    full: bool = False,
 ) -> Sequences:
     """A batch of stories, padded to the longest; see `lay_out`. `generate` wants the padding on the left."""
-    return side_by_side(lay_out(stories, tokenizer, scheme), padding_side)
+    return side_by_side(lay_out(stories, tokenizer, scheme, full=full), padding_side)
 
 
 def side_by_side(rows: Sequence[Row], padding_side: str = "right") -> Sequences:

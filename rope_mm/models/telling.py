@@ -154,12 +154,18 @@ class Teller:
     def complete(
         self, prompts: Sequence[Sequence[Part]], true: Tensor | Sequence[Tensor], generator: torch.Generator
     ) -> list[Tensor]:
-        """Clips that go on from the first half of true ones (t, ch, y, x), t >= 2; see `draw`."""
+        """Clips that go on from the first half of true ones (t, ch, y, x), t >= 2; see `draw`.
+
+        The half is rounded down to whole patches; where frames see each other nothing is given.
+        """
         made: dict[int, Tensor] = {}
+        depth = self.processor.temporal_patch_size
         for group in alike([[*prompt, clip] for prompt, clip in zip(prompts, true, strict=True)]):
-            given, rest = (length := len(true[group[0]])) // 2, -(-length // 2)
-            begun = [true[number][:given] for number in group]
-            clips = self.film([prompts[number] for number in group], begun, rest, generator).cpu()
+            length = len(true[group[0]])
+            given = 0 if self.processor.full else length // 2 // depth * depth
+            begun = [true[number][:given] for number in group] if given else []
+            asked = [prompts[number] for number in group]
+            clips = self.film(asked, begun, length - given, generator).cpu()
             made.update(zip(group, clips, strict=True))
         return [made[number] for number in range(len(prompts))]
 

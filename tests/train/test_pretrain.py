@@ -111,6 +111,18 @@ def test_a_run_stopped_and_resumed_ends_as_one_that_was_not(head, data, tmp_path
     assert lines(parts) == lines(whole)
 
 
+@pytest.mark.parametrize("changes", [{"temporal_patch_size": 2}, {"video_attention": "full"}], ids=str)
+def test_clips_in_patches_of_two_frames_and_frames_that_see_each_other_are_trained(data, tmp_path, changes):
+    settings = {f"model.{name}": value for name, value in changes.items()}
+    train(data, tmp_path, steps=12, head="flow", **settings)
+    pictures = [line["flow"] for line in lines(tmp_path) if "flow" in line]
+    assert pictures[-1] < pictures[0]
+    teller = Teller.load(tmp_path / "model")
+    (clip,) = teller.complete([["a"]], [torch.zeros(4, 1, 4, 4)], torch.Generator())
+    assert clip.shape == (4, 1, 4, 4) and clip.isfinite().all()
+    assert not clip[:2].any() if "temporal_patch_size" in changes else clip[:2].all()
+
+
 def test_ctrl_c_with_workers_saves_and_workers_change_nothing(whole, data, tmp_path):
     out = tmp_path / "run"
     words = [sys.executable, str(ROOT / "train" / "pretrain.py"), *flags(data, out, workers=1)]

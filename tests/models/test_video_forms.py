@@ -1,0 +1,115 @@
+"""Patches of several frames, and clips whose frames see each other."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rope_mm import Image, Text, Video
+from rope_mm.attention import ranks
+from rope_mm.embed import from_tubes, to_tubes
+from rope_mm.models import (
+    Canvas,
+    RopeMMForConditionalGeneration,
+    RopeMMProcessor,
+    load_tokenizer,
+    read_config,
+)
+
+CLIP = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def make(**settings):
+    torch.manual_seed(0)
+    config = read_config(hidden_size=32, intermediate_size=48, **settings)
+    processor = RopeMMProcessor.from_config(config, load_tokenizer())
+    return processor, RopeMMForConditionalGeneration(config).eval()
+
+
+def seed(number=0):
+    return torch.Generator().manual_seed(number)
+
+
+@given(frames=st.integers(1, 7), depth=st.integers(1, 4))
+def test_tubes_hold_every_frame_in_order_and_then_the_last_one_again(frames, depth):
+    clip = torch.rand(frames, 2, 3, 5)
+    tubes = to_tubes(clip, depth)
+    assert tubes.shape == (-(-frames // depth), depth * 2, 3, 5)
+    back = from_tubes(tubes[None], depth)[0]
+    assert torch.equal(back[:frames], clip)
+    assert all(torch.equal(frame, clip[-1]) for frame in back[frames:])
+
+
+def test_a_patch_of_two_frames_is_a_token_for_twice_the_time():
+    processor, model = make(temporal_patch_size=2)
+    story, (shown,) = processor.see(["a", CLIP], seconds=0.5)
+    assert story[1] == Video(2, 2, 2, 1.0) and shown.shape == (8, 8)
+    first = torch.cat([CLIP[frame, :, :2, :2].flatten() for frame in (0, 1)])
+    assert torch.equal(shown[0], first)
+    picture, (patches,) = processor.see([CLIP[0]])
+    assert picture == [Image(2, 2)] and torch.equal(patches[:, :4], patches[:, 4:])
+    inputs = processor(documents=[["a", CLIP, CLIP[0]]])
+    assert model(**inputs).patches.shape == (12, 8)
+
+
+def test_clips_of_any_length_and_pictures_are_drawn_in_patches_of_two_frames():
+    processor, model = make(temporal_patch_size=2)
+    clips = processor.draw(model, ["a", "bc"], Video(5, 2, 2), seed())
+    assert clips.shape == (2, 5, 1, 4, 4)
+    whole = processor.draw(model, ["a", "bc"], Video(6, 2, 2), seed())
+    torch.testing.assert_close(whole[:, :4], clips[:, :4], rtol=1e-4, atol=1e-5)
+    assert processor.draw(model, ["a"], Image(2, 2), seed()).shape == (1, 1, 4, 4)
+    on = processor.draw(model, ["a"], Video(6, 2, 2), seed(), begun=[CLIP])
+    assert on.shape == (1, 6, 1, 4, 4) and torch.equal(on[0, :4], CLIP)
+    with pytest.raises(ValueError, match="a clip of 3 frames ends within a patch of 2"):
+        processor.draw(model, ["a"], Video(6, 2, 2), begun=[CLIP[:3]])
+
+
+def test_frames_see_later_ones_if_and_only_if_attention_is_full():
+    changed = CLIP.clone()
+    changed[-1] += 1
+    for attention, seen in (("causal", False), ("full", True)):
+        processor, model = make(video_attention=attention)
+        outs = [
+            model(**processor(documents=[["ab", clip, "c"]])).last_hidden_state for clip in (CLIP, changed)
+        ]
+        words, first, last = (outs[0] != outs[1])[0].any(-1).split([2, 12, 5])
+        assert not words.any() and first.any() == seen and last.all()
+
+
+def test_ranks_of_a_full_clip_are_those_of_one_picture():
+    story = [Text(2), Video(3, 1, 2), Text(1), Image(1, 2)]
+    assert ranks(story, full=True).tolist() == [1, 2, 3, 3, 3, 3, 3, 3, 4, 5, 5]
+    assert ranks(story).tolist() == [1, 2, 3, 3, 4, 4, 5, 5, 6, 7, 7]
+
+
+def test_a_full_clip_is_drawn_in_one_pass_and_neither_gone_on_with_nor_in_a_window():
+    processor, model = make(video_attention="full")
+    clips = processor.draw(model, ["a"], Video(3, 2, 2), seed())
+    inputs = processor(documents=[["a", torch.zeros(3, 1, 4, 4)]])
+    noise = torch.randn(1, 3, 4, 4, generator=seed()).view(12, 4)
+    drawn = model(**inputs | {"patches": noise}).patches
+    assert torch.allclose(processor.read(clips[0], 1.0)[1], drawn, atol=1e-5)
+    for how in ({"begun": [CLIP]}, {"window": 2}):
+        with pytest.raises(ValueError, match="frames see each other here, so clips are drawn at once"):
+            processor.draw(model, ["a"], Video(6, 2, 2), seed(), **how)
+
+
+def test_both_are_saved_with_model_and_processor(tmp_path):
+    processor, model = make(temporal_patch_size=2, video_attention="full")
+    processor.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    loaded = RopeMMProcessor.from_pretrained(tmp_path)
+    assert (loaded.temporal_patch_size, loaded.video_attention) == (2, "full")
+    assert (
+        RopeMMForConditionalGeneration.from_pretrained(tmp_path).config.patch_width == loaded.patch_width == 8
+    )
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="video_attention must be one of causal, full, not 'both'"):
+        read_config(video_attention="both")
+    with pytest.raises(ValueError, match="temporal_patch_size must be at least 1, not 0"):
+        read_config(temporal_patch_size=0)
+    with pytest.raises(ValueError, match="temporal_patch_size 2 is for clips; images alone take 1"):
+        _ = Canvas(read_config(temporal_patch_size=2), load_tokenizer(), 8).grid
