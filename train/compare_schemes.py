@@ -29,8 +29,8 @@ FREE = "out", "schemes", "seeds", "threads", "device"  # may change from one sta
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare:
-    """Compare schemes on questions of place; the same command again goes on, runs that are done stay."""
+class CompareSchemes:
+    """CompareSchemes schemes on questions of place; the same command again goes on, runs that are done stay."""
 
     out: str = "runs/compare"
     schemes: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> fields of rope_parameters
@@ -53,7 +53,7 @@ class Compare:
 class School:
     """Documents to train on and questions to judge by; the same for every scheme, the questions for all."""
 
-    def __init__(self, config: Compare):
+    def __init__(self, config: CompareSchemes):
         self.config, self.size = config, config.model.get("patch_size", 2)
         self.trained = [(task, sizes) for task, forms in config.trained.items() for sizes in forms.values()]
         exams = {
@@ -83,7 +83,9 @@ class School:
         return marks
 
 
-def make_model(config: Compare, words: Words, scheme: str, seed: int) -> RopeMMForConditionalGeneration:
+def make_model(
+    config: CompareSchemes, words: Words, scheme: str, seed: int
+) -> RopeMMForConditionalGeneration:
     """The model of a scheme; what is random depends on the seed alone."""
     torch.manual_seed(seed)
     settings = read_config(
@@ -96,7 +98,7 @@ def make_model(config: Compare, words: Words, scheme: str, seed: int) -> RopeMMF
     return RopeMMForConditionalGeneration(settings).to(config.device)  # pyright: ignore[reportArgumentType]
 
 
-def train(config: Compare, school: School, scheme: str, seed: int, bar: tqdm) -> dict[str, Any]:
+def train(config: CompareSchemes, school: School, scheme: str, seed: int, bar: tqdm) -> dict[str, Any]:
     """One run: the marks of a scheme's model, its parameters, what it took."""
     began = time.process_time()
     lessons = school.lessons(seed)
@@ -126,7 +128,7 @@ def train(config: Compare, school: School, scheme: str, seed: int, bar: tqdm) ->
     return {"marks": marks, "parameters": model.num_parameters(), "loss": loss.item(), **cost}
 
 
-def check(config: Compare) -> None:
+def check(config: CompareSchemes) -> None:
     """Refuse what makes no comparison.
 
     Raises:
@@ -160,7 +162,7 @@ def read_run(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     return done
 
 
-def main(config: Compare) -> None:
+def main(config: CompareSchemes) -> None:
     """Run what is not done yet, then tell what all runs say.
 
     Raises:
@@ -193,4 +195,4 @@ def main(config: Compare) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Compare)
+    run(main, CompareSchemes)

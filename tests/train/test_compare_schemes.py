@@ -48,7 +48,7 @@ def toy(tmp_path):
 
 
 def start(flags):
-    config = load(compare.Compare, flags)
+    config = load(compare.CompareSchemes, flags)
     compare.main(config)
     return Path(config.out)
 
@@ -109,7 +109,7 @@ def test_a_mistake_is_answered_in_one_line(flags, reason, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(
             compare.main,
-            compare.Compare,
+            compare.CompareSchemes,
             [*flags, "--out", str(tmp_path), "--documents", "8", "--questions", "1"],
         )
     assert stopped.value.code == 2
@@ -119,7 +119,7 @@ def test_a_mistake_is_answered_in_one_line(flags, reason, tmp_path, capsys):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_schemes_of_a_configuration_differ_in_nothing_but_the_scheme(path):
     config = load(
-        compare.Compare,
+        compare.CompareSchemes,
         [
             "--config",
             str(SMALL),
@@ -147,7 +147,7 @@ def test_the_schemes_of_a_configuration_differ_in_nothing_but_the_scheme(path):
 @pytest.fixture
 def asked(toy):
     """A model and, of each task, quizzes at their places."""
-    config = load(compare.Compare, toy)
+    config = load(compare.CompareSchemes, toy)
     school = compare.School(config)
     model = compare.make_model(config, school.words, "tv", 0).eval()
     told = {task: told for (kind, task, _), told in school.exams.items() if kind == "trained"}
