@@ -30,7 +30,7 @@ FREE = "out", "schemes", "seeds", "threads", "device"  # may change from one sta
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSchemes:
-    """CompareSchemes schemes on questions of place; the same command again goes on, runs that are done stay."""
+    """Compare schemes on questions of place; the same command again goes on, runs that are done stay."""
 
     out: str = "runs/compare"
     schemes: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> fields of rope_parameters
