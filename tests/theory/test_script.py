@@ -10,7 +10,7 @@ from rope_mm.run.config import run
 
 
 def test_a_chapter_becomes_a_figure_and_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr("CHAPTERS", {"damping": theory.CHAPTERS["damping"]})
+    monkeypatch.setattr(theory, "CHAPTERS", {"damping": theory.CHAPTERS["damping"]})
     run(theory.main, theory.Theory, ["--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "damping.png").read_bytes().startswith(b"\x89PNG")
     numbers = json.loads((tmp_path / "out" / "theory.json").read_text())
