@@ -16,7 +16,7 @@ SCRIPTS = {
     "pretrain": "Pretrain",
     "compare_heads": "CompareHeads",
     "compare_losses": "CompareLosses",
-    "compare_schemes": "Compare",
+    "compare_schemes": "CompareSchemes",
     "lifelong": "Lifelong",
     "evaluate": "Evaluate",
 }
