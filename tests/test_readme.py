@@ -1,9 +1,8 @@
 """The README's Python runs as it stands, in order, and its commands are ones that the scripts know."""
 
-import importlib.util
 import re
 import shlex
-import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -53,10 +52,7 @@ def test_every_file_that_is_linked_exists():
 
 def schema(path):
     """The configuration class of a script in train/, named after it: compare_losses.py, CompareLosses."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return getattr(module, path.stem.title().replace("_", ""))
+    return getattr(import_module(path.stem), path.stem.title().replace("_", ""))
 
 
 def test_every_command_is_one_that_the_project_knows():

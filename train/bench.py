@@ -32,6 +32,7 @@ from rope_mm.data.documents import Document, Shown
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer, read_config
 from rope_mm.models.packing import Packer
 from rope_mm.models.picture_heads import from_noise
+from rope_mm.run.checkpoint import write_text
 from rope_mm.run.profile import measure_share
 
 GOAL = 1.1  # of a step over Llama's
@@ -48,6 +49,11 @@ class Size(NamedTuple):
     kv_heads: int
     rows: int
     words: int
+
+    @property
+    def model(self) -> str:
+        """Its width and layers, as tables tell them."""
+        return f"{self.width} x {self.layers}"
 
     def settings(self) -> dict[str, Any]:
         """As transformers' configs name them."""
@@ -113,7 +119,7 @@ def steps_table(sizes: list[Size], rounds: int) -> str:
             low, ratio, high = spread(times, "RopeMM", other)
             ms = (f"{1e3 * statistics.median(times[name]):.1f}" for name in ("RopeMM", other))
             goal = f"<= {GOAL}" + ", missed" * (ratio > GOAL) if other == "Llama" else ""
-            shape = f"{size.width} x {size.layers}", f"{size.rows} x {size.words}"
+            shape = size.model, f"{size.rows} x {size.words}"
             rows.append((*shape, *ms, other, f"{ratio:.2f} ({low:.2f} to {high:.2f})", goal))
     return markdown.table(
         ("width x layers", "words", "ms", "ms of", "the other", "ratio (quartiles)", "goal"), rows
@@ -146,7 +152,8 @@ def packing_table(size: Size, rounds: int) -> str:
         rows.append((name, " x ".join(map(str, inputs["input_ids"].shape)), tokens[name], f"{speed:.0f}"))
     low, ratio, high = (x * tokens["packed"] / tokens["padded"] for x in spread(times, "padded", "packed"))
     said = f"packed over padded: {ratio:.2f} ({low:.2f} to {high:.2f}) times the tokens a second"
-    return markdown.table(("way", "rows", "tokens", "tokens/s"), rows) + f"\n\n{said}"
+    table = markdown.table(("way", "rows", "tokens", "tokens/s"), rows)
+    return f"width x layers: {size.model}\n\n{table}\n\n{said}"
 
 
 def peak_memory(step: Callable[[], None], device: str) -> int:
@@ -210,7 +217,8 @@ def lengths_table(size: Size, lengths: list[int]) -> str:
     """Length of a row against memory and time of its step."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = [row for way in WAYS for row in length_rows(way, size, lengths, device)]
-    return markdown.table(("attention", "tokens", "MiB at most", "KiB a token", "ms"), rows)
+    table = markdown.table(("attention", "tokens", "MiB at most", "KiB a token", "ms"), rows)
+    return f"width x layers: {size.model}\n\n{table}"
 
 
 def share_lines(sizes: list[Size]) -> str:
@@ -220,9 +228,7 @@ def share_lines(sizes: list[Size]) -> str:
         ids = torch.randint(VOCAB - 2, (size.rows, size.words), generator=seeded("bench"))
         step = trainer(ours(size), {"input_ids": ids, "labels": ids})
         step()
-        lines.append(
-            f"{size.width} x {size.layers}, {size.rows} x {size.words} words: {measure_share(step, 3)}"
-        )
+        lines.append(f"{size.model}, {size.rows} x {size.words} words: {measure_share(step, 3)}")
     return "\n\n".join(lines)
 
 
@@ -243,7 +249,7 @@ def publish(parts: Iterable[str], out: Path | None) -> None:
         print(part, flush=True)
         said.append(part + "\n")
         if out:
-            report.write_whole(out, partial(Path.write_text, data="".join(said), encoding="utf-8"))
+            write_text(out, "".join(said))
 
 
 def main() -> None:

@@ -104,7 +104,7 @@ class RopeMMRotaryEmbedding(nn.Module):
     def split_positions(self, owner: nn.Module, args: tuple, kwargs: dict[str, Any]):
         """Before the owner's forward: (1 + a, b, s) position_ids become token positions and coordinates."""
         self.coords, a = None, self.axes
-        kwargs = by_name(owner, args) | kwargs
+        kwargs = by_name(owner, args) | kwargs if args else kwargs
         ids, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
         refuse_misfit(ids, kwargs)
         if ids is None or ids.dim() != 3:

@@ -75,9 +75,9 @@ def tell(quiz: Quiz, size: int) -> Told:
         patches.append(to_patches(frames, size).flatten(0, 1))
         y, x = (side // size for side in part.shape[-2:])
         story.append(Image(y, x) if part.dim() == 3 else Video(len(frames), y, x))
-    said = isinstance(quiz.answer, str)
-    words = len(WORD.findall(quiz.answer)) + 1 if isinstance(quiz.answer, str) else 0
-    return Told(story, torch.cat(patches), words, 0 if said else len(patches[-1]))
+    if isinstance(quiz.answer, str):
+        return Told(story, torch.cat(patches), len(WORD.findall(quiz.answer)) + 1, 0)
+    return Told(story, torch.cat(patches), 0, len(patches[-1]))
 
 
 def place(told: Sequence[Told], words: Words, scheme: Scheme) -> list[Placed]:
@@ -88,7 +88,7 @@ def place(told: Sequence[Told], words: Words, scheme: Scheme) -> list[Placed]:
 
 
 class Answers(NamedTuple):
-    """The loss of words, that of pictures (both 0 where there are none), and which (b,) words are right."""
+    """The losses of words and of pictures (0 where there are none), which (b,) words are right, patches."""
 
     words: Tensor
     pictures: Tensor
@@ -106,7 +106,7 @@ def answer(model: RopeMMForConditionalGeneration, asked: Sequence[Placed]) -> An
     labels = sequences.input_ids.masked_fill(~sequences.mask, NONE)
     for label, (row, quiz) in zip(labels, asked, strict=True):
         label[: len(row.ids) - quiz.answer] = NONE
-    labels = labels.masked_fill(labels == model.config.image_token_id, NONE).to(model.device)
+    labels = labels.to(model.device)
     patches = torch.cat([quiz.patches for _, quiz in asked]).to(model.device).float() / 127.5 - 1
     draft = torch.cat([torch.arange(-len(quiz.patches), 0) >= -quiz.drawn for _, quiz in asked])
     draft = draft.to(model.device)

@@ -44,7 +44,7 @@ class Run:
     restart: bool = False
     dry_run: bool = False
 
-    # keys that no result depends on: a run goes on with whatever they say
+    # keys that no result depends on, or by rounding alone: a run goes on with whatever they say
     free: ClassVar[tuple[str, ...]] = (
         *("out", "log_every", "sample_every", "checkpoint_every", "on_nan", "threads", "profile"),
         *("trackers", "restart", "dry_run"),

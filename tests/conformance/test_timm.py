@@ -15,9 +15,8 @@ from rotary_embedding_torch import RotaryEmbedding
 from rope_mm import Image, Rotary
 from rope_mm.positions import augment
 
-PEERS = (
-    Path(sys.prefix) / "peers"
-)  # where `make` puts timm: beside the environment's packages, not among them
+# where `make` puts timm: beside the environment's packages, not among them
+PEERS = Path(sys.prefix) / "peers"
 SIZES = st.integers(1, 6)
 few = settings(max_examples=10, deadline=None)
 # timm makes angles of up to 40 radians in float32, and of up to 352 for pixels, where neighbours are 3e-5

@@ -1,4 +1,3 @@
-import sys
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -11,15 +10,7 @@ from rope_mm.run.comments import comments_of, read_comments
 from rope_mm.run.config import load, usage
 
 TRAIN = Path(__file__).parents[2] / "train"
-SCRIPTS = {
-    "adversarial": "Adversarial",
-    "pretrain": "Pretrain",
-    "compare_heads": "CompareHeads",
-    "compare_losses": "CompareLosses",
-    "compare_schemes": "CompareSchemes",
-    "lifelong": "Lifelong",
-    "evaluate": "Evaluate",
-}
+SCRIPTS = sorted(path.stem for path in TRAIN.glob("*.py") if path.stem != "bench")
 COLOURS = Choice("colour", {"red": 1, "blue": 2})
 
 
@@ -76,8 +67,7 @@ def test_help_says_of_each_key_what_the_source_says():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_help_of_a_script_is_a_file_of_its_defaults(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(TRAIN), *sys.path])
-    schema = getattr(import_module(script), SCRIPTS[script])
+def test_the_help_of_a_script_is_a_file_of_its_defaults(script, tmp_path):
+    schema = getattr(import_module(script), script.title().replace("_", ""))
     (tmp_path / "help.yaml").write_text(usage(schema), encoding="utf-8")
     assert load(schema, ["--config", str(tmp_path / "help.yaml")]) == schema()
