@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rope_mm import Rotary, Scheme, check_rotary, place
 from rope_mm.hf import positions_for, set_rope
-from rope_mm.lattice import Cursor, lattice
-from rope_mm.layouts import LAYOUTS, Layout
+from rope_mm.positions.grids import Cursor, lattice
+from rope_mm.positions.layouts import LAYOUTS, Layout
 from rope_mm.segments import Segment
 
 SIZES: dict[str, Any] = {

@@ -11,11 +11,11 @@ import math
 import sys
 from collections.abc import Sequence
 
-from rope_mm.check import check_rotary
-from rope_mm.frequencies import ownership_map
-from rope_mm.properties import FORMATS, HEAD_DIM, promise_table
-from rope_mm.rotary import Rotary
-from rope_mm.schemes import SCHEMES
+from rope_mm.analysis.check import check_rotary
+from rope_mm.analysis.properties import FORMATS, HEAD_DIM, promise_table
+from rope_mm.rotary.module import Rotary
+from rope_mm.schemes.frequencies import ownership_map
+from rope_mm.schemes.zoo import SCHEMES
 from rope_mm.segments import parse_segments
 
 

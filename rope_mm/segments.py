@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from itertools import groupby, pairwise
 from math import ceil
 
-from rope_mm.choice import Choice
+from rope_mm.registry import Choice
 
 
 @dataclass(frozen=True)

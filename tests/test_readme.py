@@ -9,7 +9,7 @@ import pytest
 
 from rope_mm import SCHEMES, promise_table
 from rope_mm.losses import GAN_LOSSES, PENALTIES
-from rope_mm.run.config import load
+from rope_mm.training.config import load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

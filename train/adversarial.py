@@ -20,16 +20,16 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import batch_indices, draw_augmentation, load_images, seeded
-from rope_mm.image_exams import IMAGE_EXAMS
+from rope_mm.evaluation.image_grid import save_sheet
+from rope_mm.evaluation.images import IMAGE_EXAMS
 from rope_mm.models import Canvas, load_tokenizer
 from rope_mm.models.backends import attending
 from rope_mm.models.configuration_rope_mm import config_for
-from rope_mm.models.duel import Batch, Duel, Optim
-from rope_mm.models.objective import Objective
-from rope_mm.run.config import at_least, run
-from rope_mm.run.ema import Ema
-from rope_mm.run.loop import Run, carry_out, identify
-from rope_mm.run.sheet import save_sheet
+from rope_mm.training.adversarial import Batch, Duel, Optim
+from rope_mm.training.config import at_least, run
+from rope_mm.training.ema import Ema
+from rope_mm.training.gan import Objective
+from rope_mm.training.loop import Run, carry_out, identify
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from rope_mm import markdown
+from rope_mm.analysis import markdown
 from rope_mm.data import seeded
 from rope_mm.data.documents import Document, Shown
+from rope_mm.files import write_text
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer, read_config
-from rope_mm.models.packing import Packer
-from rope_mm.models.picture_heads import from_noise
-from rope_mm.run.checkpoint import write_text
-from rope_mm.run.profile import measure_share
+from rope_mm.training.image_heads import from_noise
+from rope_mm.training.packing import Packer
+from rope_mm.training.profile import measure_share
 
 GOAL = 1.1  # of a step over Llama's
 VOCAB = len(load_tokenizer())

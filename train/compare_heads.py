@@ -31,17 +31,17 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import CaptionedImages, load_images, seeded
-from rope_mm.image_exams import CaptionExam, train_judge
+from rope_mm.evaluation.image_grid import save_sheet
+from rope_mm.evaluation.images import CaptionExam, train_judge
+from rope_mm.evaluation.metrics import NEIGHBOURS
+from rope_mm.evaluation.quality import REAL, TOOK, Runs, draw_figure, write_table
+from rope_mm.files import write_text
 from rope_mm.losses import twice_differentiable
-from rope_mm.metrics import NEIGHBOURS
-from rope_mm.models.picture_heads import HEADS
-from rope_mm.models.telling import Teller
-from rope_mm.run.checkpoint import write_text
-from rope_mm.run.config import at_least, dump, run
-from rope_mm.run.folder import is_done
-from rope_mm.run.loop import identify
-from rope_mm.run.quality import REAL, TOOK, Runs, draw_figure, write_table
-from rope_mm.run.sheet import save_sheet
+from rope_mm.models.pipeline import Teller
+from rope_mm.training.config import at_least, dump, run
+from rope_mm.training.image_heads import HEADS
+from rope_mm.training.loop import identify
+from rope_mm.training.run_dir import is_done
 
 FREE = "out", "restart", "dry_run", "on_nan", "trackers", "profile"  # on which no result depends
 PART = 250  # pictures that are drawn together

@@ -17,14 +17,14 @@ from adversarial import Adversarial
 from adversarial import main as train
 from tqdm import tqdm
 
-from rope_mm import markdown
-from rope_mm.models.objective import Objective
-from rope_mm.run import checkpoint
-from rope_mm.run.config import run
-from rope_mm.run.figure import new_figure, save_figure
-from rope_mm.run.folder import is_done
-from rope_mm.run.log import read_metrics
-from rope_mm.run.loop import identify
+from rope_mm.analysis import markdown
+from rope_mm.evaluation.figures import new_figure, save_figure
+from rope_mm.files import write_text
+from rope_mm.training.config import run
+from rope_mm.training.gan import Objective
+from rope_mm.training.log import read_metrics
+from rope_mm.training.loop import identify
+from rope_mm.training.run_dir import is_done
 
 Runs = dict[str, list[dict[str, float]]]
 
@@ -126,8 +126,8 @@ def main(config: CompareLosses) -> None:
             continue
         rows.setdefault(name, []).append(marks)
         curves.setdefault(name, []).append(read_metrics(Path(each.out)))
-        checkpoint.write_text(out / "losses.json", json.dumps(rows, indent=1))
-        checkpoint.write_text(out / "table.md", table(rows))
+        write_text(out / "losses.json", json.dumps(rows, indent=1))
+        write_text(out / "table.md", table(rows))
         draw(out / "losses.png", curves, config.mark)
     if rows:
         print(f"\n{table(rows)}\n{out}/table.md   {out}/losses.png")

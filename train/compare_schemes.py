@@ -18,12 +18,12 @@ import torch
 from tqdm import tqdm
 
 from rope_mm.data import batch_indices
-from rope_mm.data.places import write_quizzes
+from rope_mm.data.synthetic.qa_tasks import write_quizzes
+from rope_mm.evaluation.comparison import draw_figure, summarise, write_table
+from rope_mm.evaluation.qa import Told, Words, answer, judge, place, tell
+from rope_mm.files import write_text
 from rope_mm.models import IMAGE_TOKEN, RopeMMForConditionalGeneration, read_config
-from rope_mm.models.quizzes import Told, Words, answer, judge, place, tell
-from rope_mm.run import checkpoint
-from rope_mm.run.comparison import draw_figure, summarise, write_table
-from rope_mm.run.config import at_least, run
+from rope_mm.training.config import at_least, run
 
 FREE = "out", "schemes", "seeds", "threads", "device"  # may change from one start to the next
 
@@ -183,13 +183,13 @@ def main(config: CompareSchemes) -> None:
             done = read_run(path, settings)
             if done is None:
                 done = {"settings": settings, **train(config, school, scheme, seed, bar)}
-                checkpoint.write_text(path, json.dumps(done, indent=1))
+                write_text(path, json.dumps(done, indent=1))
             runs[scheme].append({name: value for name, value in done.items() if name != "settings"})
     summary = summarise(runs)
     table = write_table(summary)
     report = {"settings": {**whole, "schemes": config.schemes}, "summary": summary, "runs": runs}
-    checkpoint.write_text(out / "compare.json", json.dumps(report, indent=1))
-    checkpoint.write_text(out / "table.md", table)
+    write_text(out / "compare.json", json.dumps(report, indent=1))
+    write_text(out / "table.md", table)
     draw_figure(out / "compare.png", summary)
     print(f"{table}\n{out}/table.md, compare.json, compare.png")
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data.images import EMBEDDED, MODES, fit_picture, load_splits
-from rope_mm.models.telling import Teller
-from rope_mm.run.checkpoint import reason, write_file
-from rope_mm.run.config import at_least, run
+from rope_mm.files import reason, write_file
+from rope_mm.models.pipeline import Teller
+from rope_mm.training.config import at_least, run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, relu
 from tqdm import tqdm, trange
 
-from rope_mm import markdown
+from rope_mm.analysis import markdown
 from rope_mm.data import seeded
+from rope_mm.evaluation.figures import new_figure, save_figure
+from rope_mm.evaluation.metrics import gaussian_modes
+from rope_mm.files import write_file, write_text
 from rope_mm.losses import DISTANCES, GAN_LOSSES, PENALTIES
 from rope_mm.losses.divergences import Curve
 from rope_mm.losses.penalties import GradientPenalty
-from rope_mm.metrics import gaussian_modes
-from rope_mm.run import checkpoint
-from rope_mm.run.config import run
-from rope_mm.run.ema import Ema
-from rope_mm.run.figure import new_figure, save_figure
+from rope_mm.training.config import run
+from rope_mm.training.ema import Ema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,13 +262,13 @@ def main(config: Gaussians) -> None:
         result = finished(out / f"{name}.pt", identity)
         if result is None:
             result = {"of": identity} | play(row, config.settings, config.seeds)
-            checkpoint.write_file(out / f"{name}.pt", lambda part, r=result: torch.save(r, part))
+            write_file(out / f"{name}.pt", lambda part, r=result: torch.save(r, part))
         results[name] = result
     numbers = {
         name: marks(result["samples"]) | {key: result[key] for key in ("seconds", "cpu_seconds")}
         for name, result in results.items()
     }
-    checkpoint.write_text(out / "gaussians.json", json.dumps(numbers, indent=1))
+    write_text(out / "gaussians.json", json.dumps(numbers, indent=1))
     draw(out / "gaussians.png", results)
     print(table(numbers))
     print(f"numbers of every seed: {out}/gaussians.json   samples: {out}/gaussians.png")

@@ -22,18 +22,19 @@ from pretrain import Pretrain
 from torch import Tensor
 from tqdm import tqdm
 
-from rope_mm import markdown
-from rope_mm.data import FACTORS, Documents, captioned_sprites, judge_sprites, read_caption, seeded
+from rope_mm.analysis import markdown
+from rope_mm.data import FACTORS, Documents, captioned_sprites, read_caption, seeded
 from rope_mm.data.images import fit_picture, select_rows
-from rope_mm.models.feed import Feed
-from rope_mm.models.packing import Packer
-from rope_mm.models.picture_heads import HEADS
-from rope_mm.models.telling import Teller
-from rope_mm.run import checkpoint
-from rope_mm.run.config import run
-from rope_mm.run.folder import is_done
-from rope_mm.run.loop import identify
-from rope_mm.run.sheet import save_sheet
+from rope_mm.evaluation.image_grid import save_sheet
+from rope_mm.evaluation.sprites import judge_sprites
+from rope_mm.files import write_text
+from rope_mm.models.pipeline import Teller
+from rope_mm.training.config import run
+from rope_mm.training.dataset import Feed
+from rope_mm.training.image_heads import HEADS
+from rope_mm.training.loop import identify
+from rope_mm.training.packing import Packer
+from rope_mm.training.run_dir import is_done
 
 PHASES = {
     "pictures": "phase one: old sprites",
@@ -210,8 +211,8 @@ def write(config: Lifelong, marks: Mapping[str, Sequence[Marks]]) -> str:
     """The tables, which are written with all marks."""
     out, (text, apart) = Path(config.out), report(marks)
     found = {"settings": asdict(replace(config, out="")), "difference of words": apart, "marks": marks}
-    checkpoint.write_text(out / "lifelong.json", json.dumps(found, indent=1))
-    checkpoint.write_text(out / "table.md", text)
+    write_text(out / "lifelong.json", json.dumps(found, indent=1))
+    write_text(out / "table.md", text)
     return f"{text}\n{out}/table.md, lifelong.json, lifelong.png"
 
 

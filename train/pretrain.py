@@ -22,23 +22,24 @@ from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import load_documents, seeded
 from rope_mm.data.documents import Told
+from rope_mm.evaluation.samples import show
+from rope_mm.evaluation.sprite_exam import SPRITE_EXAMS
 from rope_mm.losses import GAN_LOSSES
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer
 from rope_mm.models.backends import attending
 from rope_mm.models.configuration_rope_mm import config_for
-from rope_mm.models.feed import Feed
-from rope_mm.models.learner import Learner, Optim, Totals
-from rope_mm.models.objective import Objective
-from rope_mm.models.packing import Packer, moved
-from rope_mm.models.picture_heads import HEADS
-from rope_mm.models.sprite_exam import SPRITE_EXAMS
-from rope_mm.models.telling import Form, Teller, show
-from rope_mm.models.vocabulary import check_words
-from rope_mm.run.config import at_least, run
-from rope_mm.run.ema import Count, Ema
-from rope_mm.run.loop import Run, carry_out, identify
-from rope_mm.run.speed import Cost
-from rope_mm.run.start import check_start, load_start
+from rope_mm.models.pipeline import Form, Teller
+from rope_mm.models.tokenizers import check_words
+from rope_mm.training.config import at_least, run
+from rope_mm.training.dataset import Feed
+from rope_mm.training.ema import Count, Ema
+from rope_mm.training.gan import Objective
+from rope_mm.training.image_heads import HEADS
+from rope_mm.training.loop import Run, carry_out, identify
+from rope_mm.training.packing import Packer, moved
+from rope_mm.training.pretrain import Learner, Optim, Totals
+from rope_mm.training.throughput import Cost
+from rope_mm.training.warm_start import check_start, load_start
 
 # what weights and optimisers depend on: a run that starts from another one's keeps it
 KEPT = ["tokenizer", "data.channels", "data.streaming", "rope", "model", "head"]

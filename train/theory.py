@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from tqdm import tqdm
 
+from rope_mm.evaluation.figures import new_figure, save_figure
+from rope_mm.files import write_text
 from rope_mm.losses import F_DIVERGENCES, METHODS, MONOTONE
-from rope_mm.run import checkpoint
-from rope_mm.run.config import run
-from rope_mm.run.figure import new_figure, save_figure
 from rope_mm.theory.dynamics import Descent, Dirac, average, eigenvalues, flow, growth, walk, wedge
 from rope_mm.theory.flow import (
     follow,
@@ -34,6 +33,7 @@ from rope_mm.theory.flow import (
     raw,
     transport,
 )
+from rope_mm.training.config import run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +285,7 @@ def main(config: Theory) -> None:
         numbers[name] = chapter(figure, config.seed)
         numbers[name]["seconds"] = round(time.perf_counter() - began, 1)
         save_figure(out / f"{name}.png", figure, dpi=120)
-    checkpoint.write_text(out / "theory.json", json.dumps(numbers, indent=1, ensure_ascii=False))
+    write_text(out / "theory.json", json.dumps(numbers, indent=1, ensure_ascii=False))
     print(f"{len(numbers)} figures and their numbers: {out}/theory.json")
 
 

@@ -22,8 +22,8 @@ import report
 import torch
 from torch import Tensor
 
-from rope_mm import markdown
-from rope_mm.kernels import make_turn
+from rope_mm.analysis import markdown
+from rope_mm.rotary.dispatch import make_turn
 
 TURN = 4  # counted calls of one turn
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

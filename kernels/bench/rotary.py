@@ -28,7 +28,7 @@ from cases import DECODE, DECODES, LAYOUTS, PASSES, SHAPES, Shape, expected, flo
 from contenders import CONTENDERS, OURS
 from torch import Tensor
 
-from rope_mm import markdown
+from rope_mm.analysis import markdown
 
 NO_GPU = (
     "There is no GPU here, so nothing is timed; run this where torch.cuda is available, "

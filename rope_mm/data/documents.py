@@ -13,10 +13,10 @@ from datasets import Dataset, IterableDataset
 from PIL import Image as Picture
 from torch import Tensor
 
-from rope_mm.data.clips import Reader, choose_reader, take_all
 from rope_mm.data.images import MODES, UNREADABLE, fit_picture, open_picture
-from rope_mm.data.order import batch_indices
+from rope_mm.data.seeding import batch_indices
 from rope_mm.data.templates import Field, Task, Template, read_template
+from rope_mm.data.videos import Reader, choose_reader, take_all
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from PIL import Image as Picture
 from PIL import ImageOps
 from torch import Tensor
 
-from rope_mm.data.captioned_sprites import captioned_clips, captioned_sprites
-from rope_mm.data.digits import captioned_digits
-from rope_mm.data.stacked import read_npz, stack_digits, stacked_digits
+from rope_mm.data.synthetic.captioned_sprites import captioned_clips, captioned_sprites
+from rope_mm.data.synthetic.digits import captioned_digits
+from rope_mm.data.synthetic.stacked import read_npz, stack_digits, stacked_digits
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 

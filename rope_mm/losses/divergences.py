@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
-from rope_mm.choice import Choice
+from rope_mm.registry import Choice
 
 Curve = Callable[[Tensor], Tensor]
 

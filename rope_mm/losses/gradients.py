@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rope_mm.choice import Choice
+from rope_mm.registry import Choice
 
 Critic = Callable[..., Tensor]
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rope_mm.choice import Choice
 from rope_mm.losses.divergences import Curve
 from rope_mm.losses.gradients import METHODS, Critic, squares
+from rope_mm.registry import Choice
 
 POINTS = {
     "real": lambda real, fake, mix: real,

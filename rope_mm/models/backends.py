@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from rope_mm.choice import Choice
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
+from rope_mm.registry import Choice
 
 
 class Backend(NamedTuple):

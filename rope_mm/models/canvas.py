@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rope_mm.embed import to_images, to_patches
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
-from rope_mm.models.drawing import draw_frames
-from rope_mm.models.stories import Sequences, arrange, token_order
+from rope_mm.models.sampling import draw_frames
+from rope_mm.models.sequences import Sequences, arrange, token_order
+from rope_mm.nn.patches import to_images, to_patches
 from rope_mm.segments import Image
 
 

@@ -8,9 +8,9 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from rope_mm.models.stories import IMAGE_TOKEN
-from rope_mm.scheme import Scheme
-from rope_mm.schemes import read_scheme
+from rope_mm.models.sequences import IMAGE_TOKEN
+from rope_mm.schemes.scheme import Scheme
+from rope_mm.schemes.zoo import read_scheme
 
 VIDEO_ATTENTIONS = "causal", "full"
 HF_ONLY = ("rope_type",)  # transformers writes it into every rope_parameters

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from rope_mm.models.border import from_border
+from rope_mm.models.position_ids import from_border
 
 
 class PictureGeneration(PreTrainedModel, GenerationMixin):

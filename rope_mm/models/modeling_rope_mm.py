@@ -16,15 +16,15 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from rope_mm.attention import Attention
-from rope_mm.blocks import Block
-from rope_mm.embed import Embed, PatchMap
-from rope_mm.heads import PatchHead, ScoreHead
-from rope_mm.models.border import count_tokens, documents, from_border, make_mask
-from rope_mm.models.eager import eager_attention
 from rope_mm.models.generation import PictureGeneration
+from rope_mm.models.position_ids import count_tokens, documents, from_border, make_mask
 from rope_mm.models.rolling import QueryTurn, RollingCache
-from rope_mm.rotary import Rotary
+from rope_mm.nn.attention import Attention
+from rope_mm.nn.blocks import Block
+from rope_mm.nn.eager import eager_attention
+from rope_mm.nn.heads import PatchHead, ScoreHead
+from rope_mm.nn.patches import Embed, PatchMap
+from rope_mm.rotary.module import Rotary
 
 from .configuration_rope_mm import RopeMMConfig  # beside this file also where a saved model brings its code
 
@@ -77,7 +77,7 @@ class RopeMMPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = False  # a forward compiles whole (tests/test_compile.py); `generate` is untried
+    _can_compile_fullgraph = False  # a forward compiles whole; `generate` is untried
     supports_gradient_checkpointing = True
     _can_record_outputs = {"hidden_states": RopeMMBlock, "attentions": RopeMMAttention}
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 
-from rope_mm.embed import from_tubes, to_images, to_patches, to_tubes
-from rope_mm.models.drawing import draw_frames
-from rope_mm.models.stories import IMAGE_TOKEN, arrange, token_order
-from rope_mm.scheme import Scheme
+from rope_mm.models.sampling import draw_frames
+from rope_mm.models.sequences import IMAGE_TOKEN, arrange, token_order
+from rope_mm.nn.patches import from_tubes, to_images, to_patches, to_tubes
+from rope_mm.schemes.scheme import Scheme
 from rope_mm.segments import Image, Segment, Video
 
 from .configuration_rope_mm import RopeMMConfig, read_rope, write_rope  # beside a saved model, too

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from rope_mm.kernels import Turn
-from rope_mm.rotary import Rotary
+from rope_mm.rotary.dispatch import Turn
+from rope_mm.rotary.module import Rotary
 
 
 class QueryTurn(Turn):

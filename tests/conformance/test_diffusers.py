@@ -29,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rope_mm import Image, Rotary, Text, Video
-from rope_mm.rotation import cos_sin
+from rope_mm.rotary.definition import cos_sin
 
 HEADS = 2
 SIZES = st.integers(1, 6)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rope_mm import Image, Rotary, place
-from rope_mm.frequencies import ownership_map
+from rope_mm.schemes.frequencies import ownership_map
 
 STORY = "text:2 video:4x2x3 text:2 image:3x2 text:1"
 # the last word, the video's first patch, the ends of its first row, its second row, its second frame, its

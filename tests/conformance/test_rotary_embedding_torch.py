@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 
 from rope_mm import Image, Rotary, Text
-from rope_mm.extension import NTK, Linear
+from rope_mm.schemes.extensions import NTK, Linear
 
 SIZES, FACTORS = st.integers(1, 6), st.floats(1, 8)
 few = settings(max_examples=10, deadline=None)

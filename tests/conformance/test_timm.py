@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rotary_embedding_torch import RotaryEmbedding
 
 from rope_mm import Image, Rotary
-from rope_mm.positions import augment
+from rope_mm.positions.place import augment
 
 # where `make` puts timm: beside the environment's packages, not among them
 PEERS = Path(sys.prefix) / "peers"

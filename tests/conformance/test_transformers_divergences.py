@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2RopeAttention
 
 from rope_mm import Rotary
-from rope_mm.extension import NTK, DynamicNTK, YaRN
+from rope_mm.schemes.extensions import NTK, DynamicNTK, YaRN
 
 
 def stretch(matrix: Tensor) -> float:

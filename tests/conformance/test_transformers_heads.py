@@ -16,8 +16,8 @@ from transformers.models.gptj.modeling_gptj import GPTJAttention
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from rope_mm import SCHEMES, Rotary
-from rope_mm.frequencies import apportion
-from rope_mm.rotation import join_interleaved
+from rope_mm.rotary.definition import join_interleaved
+from rope_mm.schemes.frequencies import apportion
 from rope_mm.segments import Image, Still, Text, Video
 
 few = settings(max_examples=8, deadline=None)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rope_mm.positions import place, place_rows
+from rope_mm.positions.place import place, place_rows
 from rope_mm.segments import Audio, Frames, Image, Segment, Sound, Text, Video, film
 
 few = settings(max_examples=15, deadline=None)

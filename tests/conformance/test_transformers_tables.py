@@ -11,7 +11,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rope_mm import Rotary
-from rope_mm.extension import DynamicNTK, Extension, Linear, Llama3, LongRoPE, YaRN
+from rope_mm.schemes.extensions import DynamicNTK, Extension, Linear, Llama3, LongRoPE, YaRN
 
 few = settings(max_examples=15, deadline=None)
 head_dims = st.integers(2, 32).map(lambda pairs: 2 * pairs)

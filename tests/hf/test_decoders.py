@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, StaticCache, Trainer, TrainingArguments
 
-from rope_mm import SCHEMES, Rotary, Scheme, rotation
-from rope_mm.extension import YaRN
+from rope_mm import SCHEMES, Rotary, Scheme
 from rope_mm.hf import Handle, ModelRope, explain, positions_for, rope_of, set_rope, unset_rope, use_kernels
-from rope_mm.schemes import MULTIMODAL, TEXT
+from rope_mm.rotary import definition as rotation
+from rope_mm.schemes.extensions import YaRN
+from rope_mm.schemes.zoo import MULTIMODAL, TEXT
 
 IDS = torch.arange(3, 27).view(2, 12)
 # decoding in float32 with these weights and logits near 5; measured 1.3e-5 over all schemes

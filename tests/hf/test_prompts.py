@@ -8,7 +8,7 @@ from transformers import StaticCache
 
 from rope_mm import SCHEMES
 from rope_mm.hf import positions_for, set_rope
-from rope_mm.schemes import MULTIMODAL
+from rope_mm.schemes.zoo import MULTIMODAL
 
 STORY = "text:3 image:2x3 text:4"
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}

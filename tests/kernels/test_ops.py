@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from truth import Case, agree, cotangents, results
 
 import rope_mm
-import rope_mm.kernels
+import rope_mm.rotary.dispatch
 
 CASES = {
     "halves": Case(),
@@ -201,7 +201,7 @@ def test_launches_are_recorded_in_a_cuda_graph_there_and_back() -> None:
 def test_the_door_of_the_library_opens_to_the_op_in_a_graph(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rope_mm.kernels, "obstacle", lambda device, dtype: "")
+    monkeypatch.setattr(rope_mm.rotary.dispatch, "obstacle", lambda device, dtype: "")
     rope = rope_mm.Rotary(16, learnable=True).to(device)
     q, k, positions, _ = (x.detach() for x in Case().make(device))
     exported = torch.export.export(rope, (q, k, positions))
@@ -211,4 +211,4 @@ def test_the_door_of_the_library_opens_to_the_op_in_a_graph(
         assert all(
             torch.equal(x, y) for x, y in zip(turned(q, k, positions), rope(q, k, positions), strict=True)
         )
-    assert rope_mm.kernels.explain(q, k, positions, rope.omega).startswith("Triton's kernel: ")
+    assert rope_mm.rotary.dispatch.explain(q, k, positions, rope.omega).startswith("Triton's kernel: ")

@@ -12,8 +12,8 @@ from rope_mm_kernels import rotate, rotate_
 from torch import Tensor
 from truth import Case, Inputs, agree, channel_pairs, cotangents, eager, penalty, results, truth, wider
 
-import rope_mm.kernels
-from rope_mm import rotation
+import rope_mm.rotary.dispatch
+from rope_mm.rotary import definition as rotation
 
 BOTH = ("half", "interleaved")
 CASES = {
@@ -318,9 +318,9 @@ def test_the_door_of_the_library_opens_to_the_kernel(
     tables = rotation.cos_sin(positions, omega)
     defined = tuple(rotation.turn_heads(x, *tables, pairing) for x in (q, k))
     agree(defined, truth(*wider(inputs), pairing=pairing))
-    monkeypatch.setattr(rope_mm.kernels, "served", lambda device, dtype: True)
-    turn = rope_mm.kernels.make_turn(positions, omega, pairing)
-    for opened in (rope_mm.kernels.rotate(q, k, positions, omega, pairing), turn(q, k)):
+    monkeypatch.setattr(rope_mm.rotary.dispatch, "served", lambda device, dtype: True)
+    turn = rope_mm.rotary.dispatch.make_turn(positions, omega, pairing)
+    for opened in (rope_mm.rotary.dispatch.rotate(q, k, positions, omega, pairing), turn(q, k)):
         for x, y in zip(opened, rotate(q, k, positions, omega, pairing), strict=True):
             assert torch.equal(x, y)
             assert x.grad_fn.name() == "RotateBackward"

@@ -5,7 +5,6 @@ import torch
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from rope_mm import SCHEMES, Image, Text, Video
-from rope_mm.attention import Attention, ranks, sees
 from rope_mm.models import (
     RopeMMForConditionalGeneration,
     RopeMMProcessor,
@@ -13,8 +12,9 @@ from rope_mm.models import (
     load_tokenizer,
     read_config,
 )
-from rope_mm.models.border import documents, from_border, to_border
-from rope_mm.positions import pack
+from rope_mm.models.position_ids import documents, from_border, to_border
+from rope_mm.nn.attention import Attention, ranks, sees
+from rope_mm.positions.place import pack
 
 STORY = ["see ", Image(2, 3), " and ", Video(2, 2, 2), "."]
 ANEW = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"  # before 5.23

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from rope_mm import SCHEMES, Image
-from rope_mm.extension import EXTENSIONS, YaRN
 from rope_mm.models import (
     RopeMMConfig,
     RopeMMForConditionalGeneration,
@@ -13,6 +12,7 @@ from rope_mm.models import (
     load_tokenizer,
     read_config,
 )
+from rope_mm.schemes.extensions import EXTENSIONS, YaRN
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original": 64.0}
 NUMBERS = {"factor": 2.0, "original": 16.0, "short": (1.0,) * 4, "long": (2.0,) * 4}

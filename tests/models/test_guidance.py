@@ -8,8 +8,8 @@ import torch
 from rope_mm import Image, Video
 from rope_mm.data.documents import read_template
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer, read_config
-from rope_mm.models.drawing import guide
-from rope_mm.models.telling import FILE, Form, Teller, draws_untold
+from rope_mm.models.pipeline import FILE, Form, Teller, draws_untold
+from rope_mm.models.sampling import guide
 
 GRID = Image(2, 2)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

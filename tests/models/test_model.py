@@ -7,7 +7,6 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from rope_mm import SCHEMES, Image, Text, Video, place
-from rope_mm.attention import ranks, sees
 from rope_mm.losses import PENALTIES, input_gradients, twice_differentiable
 from rope_mm.models import (
     IMAGE_TOKEN,
@@ -21,6 +20,7 @@ from rope_mm.models import (
     load_tokenizer,
     read_config,
 )
+from rope_mm.nn.attention import ranks, sees
 
 STORY = ["see ", Image(2, 3), " and ", Video(2, 2, 2), "."]
 EVEN = ["see ", Image(2, 4), " and ", Video(2, 2, 2), "."]  # what blocks of 2 x 2 patches tile, too

@@ -11,7 +11,6 @@ from PIL import Image as Pil
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, ByT5Tokenizer
 
 from rope_mm import SCHEMES, Frames, Image, Text, Video
-from rope_mm.embed import to_patches
 from rope_mm.models import (
     Canvas,
     RopeMMConfig,
@@ -22,7 +21,8 @@ from rope_mm.models import (
     load_tokenizer,
     read_config,
 )
-from rope_mm.models.drawing import draw_frames
+from rope_mm.models.sampling import draw_frames
+from rope_mm.nn.patches import to_patches
 
 ROOT = Path(__file__).parents[2]
 PICTURE, CLIP = torch.rand(1, 4, 6) * 2 - 1, torch.rand(3, 1, 2, 4) * 2 - 1

@@ -11,8 +11,8 @@ from rope_mm.models import (
     load_tokenizer,
     read_config,
 )
-from rope_mm.models.drawing import draw_frames
 from rope_mm.models.rolling import RollingCache
+from rope_mm.models.sampling import draw_frames
 
 GRID = 2, 2  # patches of a frame
 

@@ -6,8 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rope_mm import Image, Text, Video
-from rope_mm.attention import ranks
-from rope_mm.embed import from_tubes, to_tubes
 from rope_mm.models import (
     Canvas,
     RopeMMForConditionalGeneration,
@@ -15,6 +13,8 @@ from rope_mm.models import (
     load_tokenizer,
     read_config,
 )
+from rope_mm.nn.attention import ranks
+from rope_mm.nn.patches import from_tubes, to_tubes
 
 CLIP = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rope_mm import markdown
+from rope_mm.analysis import markdown
 
 README = Path(__file__).parents[2] / "README.md"
 

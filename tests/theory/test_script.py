@@ -6,7 +6,7 @@ import sys
 import pytest
 import theory
 
-from rope_mm.run.config import run
+from rope_mm.training.config import run
 
 
 def test_a_chapter_becomes_a_figure_and_numbers(tmp_path, monkeypatch):

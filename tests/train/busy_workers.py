@@ -12,8 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "train"))
 import pretrain
 
-from rope_mm.models.feed import Feed
-from rope_mm.run.config import run
+from rope_mm.training.config import run
+from rope_mm.training.dataset import Feed
 
 
 def asked():

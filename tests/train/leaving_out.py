@@ -44,7 +44,7 @@ PATCHES = {"poisoned": ("batch", poisoned), "idle": ("step", idle)}
 if __name__ == "__main__":
     import adversarial
 
-    from rope_mm.run.config import run
+    from rope_mm.training.config import run
 
     name, patch = PATCHES[sys.argv[1]]
     setattr(adversarial.Training, name, patch(getattr(adversarial.Training, name), int(sys.argv[2])))

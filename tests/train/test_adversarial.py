@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from rope_mm.losses import GAN_LOSSES
 from rope_mm.models import RopeMMForConditionalGeneration
-from rope_mm.run.config import load, run
-from rope_mm.schemes import read_scheme
+from rope_mm.schemes.zoo import read_scheme
+from rope_mm.training.config import load, run
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "train" / "adversarial.py"

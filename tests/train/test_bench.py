@@ -8,7 +8,7 @@ import pretrain
 import pytest
 import torch
 
-from rope_mm.run.config import load
+from rope_mm.training.config import load
 
 sys.path.append(str(Path(__file__).parents[2] / "kernels" / "bench"))
 import bench

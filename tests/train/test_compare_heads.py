@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from PIL import Image as Picture
 
 from rope_mm.data import load_splits
-from rope_mm.run.config import load
-from rope_mm.run.quality import REAL, write_table
+from rope_mm.evaluation.quality import REAL, write_table
+from rope_mm.training.config import load
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "heads"

@@ -6,7 +6,7 @@ from pathlib import Path
 import compare_losses
 import pytest
 
-from rope_mm.run.config import load
+from rope_mm.training.config import load
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "adversarial" / "digits.yaml"

@@ -8,12 +8,12 @@ import pytest
 import torch
 from scipy.stats import tukey_hsd
 
-from rope_mm.data.places import ask_drawing, ask_motion, ask_order, ask_sprite
-from rope_mm.data.sprite_judge import judge_clips, judge_sprites
-from rope_mm.data.sprites import COLOURS, COLUMNS, MOTIONS, ROWS
-from rope_mm.models.quizzes import answer, judge, place
-from rope_mm.run.comparison import judge_noise
-from rope_mm.run.config import load, run
+from rope_mm.data.synthetic.qa_tasks import ask_drawing, ask_motion, ask_order, ask_sprite
+from rope_mm.data.synthetic.sprites import COLOURS, COLUMNS, MOTIONS, ROWS
+from rope_mm.evaluation.comparison import judge_noise
+from rope_mm.evaluation.qa import answer, judge, place
+from rope_mm.evaluation.sprites import judge_clips, judge_sprites
+from rope_mm.training.config import load, run
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs" / "compare").glob("*.yaml"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image as Picture
 
-from rope_mm.run.config import run
+from rope_mm.training.config import run
 
 sys.path.insert(0, str(Path(__file__).parent))
 import evaluate

@@ -8,7 +8,7 @@ import gaussians
 import pytest
 import torch
 
-from rope_mm.run.config import load, run
+from rope_mm.training.config import load, run
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "adversarial" / "gaussians.yaml"

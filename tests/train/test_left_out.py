@@ -12,7 +12,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from rope_mm.data import load_splits
-from rope_mm.run.config import load, run
+from rope_mm.training.config import load, run
 
 sys.path.insert(0, str(Path(__file__).parent))
 import test_pretrain

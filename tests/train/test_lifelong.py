@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from rope_mm.data import FACTORS, draw_sprites, load_splits, read_caption, select_rows
-from rope_mm.run.alarm import Guard
-from rope_mm.run.config import load
+from rope_mm.training.config import load
+from rope_mm.training.monitor import Guard
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "lifelong" / "sprites.yaml"

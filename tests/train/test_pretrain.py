@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from rope_mm.data import captioned_clips
 from rope_mm.models import RopeMMForConditionalGeneration
-from rope_mm.models.picture_heads import HEADS
-from rope_mm.models.rival import Rival
-from rope_mm.models.telling import Teller
-from rope_mm.run.config import load, run
+from rope_mm.models.pipeline import Teller
+from rope_mm.training.config import load, run
+from rope_mm.training.image_heads import HEADS
+from rope_mm.training.rival import Rival
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "pretrain" / "tiny.yaml"

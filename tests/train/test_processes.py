@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.state import AcceleratorState
 
 from rope_mm.models import modeling_rope_mm
-from rope_mm.models.picture_heads import HEADS
+from rope_mm.training.image_heads import HEADS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_pretrain import ROOT, environment, flags, lines, same, train, weights

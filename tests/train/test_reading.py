@@ -13,8 +13,8 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Picture
 
 from rope_mm.data import load_splits
-from rope_mm.run.config import run
-from rope_mm.run.sheet import GAP, TILE
+from rope_mm.evaluation.image_grid import GAP, TILE
+from rope_mm.training.config import run
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_pretrain import flags, lines, pretrain, same, train

@@ -8,7 +8,7 @@ from pathlib import Path
 import pretrain
 import pytest
 
-from rope_mm.models.picture_heads import HEADS
+from rope_mm.training.image_heads import HEADS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_pretrain import same, train

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from rope_mm.run import checkpoint
-from rope_mm.run.config import load, run
+from rope_mm.training import checkpoint
+from rope_mm.training.config import load, run
 
 sys.path.insert(0, str(Path(__file__).parent))
 import test_pretrain

@@ -8,7 +8,7 @@ import numpy
 import pytest
 
 from rope_mm.data import stack_digits
-from rope_mm.run.config import load
+from rope_mm.training.config import load
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "adversarial"

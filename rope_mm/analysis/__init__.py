@@ -1,0 +1,1 @@
+"""What a scheme promises, measured."""

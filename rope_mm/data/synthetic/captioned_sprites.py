@@ -1,0 +1,166 @@
+"""Sprites and clips of them with captions: drawn, not downloaded, and the same for the same seed.
+
+A picture shows one of 576 combinations of shape, colour and place. Held out are those where shape + colour +
+place is a multiple of 9: one place for each shape and colour; every value and every pair is in training.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from torch import Tensor
+
+from rope_mm.data.seeding import batch_indices, seeded
+from rope_mm.data.synthetic.sprites import (
+    CLIP_FACTORS,
+    COLUMNS,
+    FACTORS,
+    ROWS,
+    Factors,
+    draw_clips,
+    draw_sprites,
+    travel,
+)
+
+SPRITE_PHRASES = (
+    "a {colour} {shape} at the {row} {column}",
+    "{row} {column}: a {colour} {shape}",
+    "the {shape} at the {row} {column} is {colour}",
+    "in the {row} row, {column} column, a {colour} {shape}",
+)
+CLIP_PHRASES = (
+    "a {colour} {shape} {motion}, first at the {row} {column}",
+    "{row} {column} at first: a {colour} {shape}, {motion}",
+    "the {shape} first at the {row} {column} is {colour} and {motion}",
+    "{motion}, a {colour} {shape}, in the {row} row and {column} column at first",
+)
+
+
+def captioned_sprites(
+    count: int = 8192,
+    held_out: int = 512,
+    size: int | tuple[int, int] = 16,
+    seed: int = 0,
+    phrases: Sequence[str] = SPRITE_PHRASES,
+) -> DatasetDict:
+    """Splits train and test with columns image, caption, shape, colour, row and column.
+
+    Combinations come in shuffled rounds, each as often as any other; test has none of train.
+
+    Args:
+        count: pictures to train on; 512 show every combination that is not held out.
+        held_out: pictures of the other 64.
+        size: of a canvas, y and x in pixels; a sprite grows with it.
+        seed: of their order, their place to a pixel, and their phrasing.
+        phrases: to choose captions from.
+    """
+
+    def draw(factors: Factors, nudge: Tensor) -> list[dict]:
+        return encode_pictures(draw_sprites(factors, size, nudge))
+
+    combinations = all_combinations(FACTORS)
+    columns = Features(image=Image())
+    counts = {"train": count, "test": held_out}
+    return deal(combinations, is_held_out(combinations), counts, seed, phrases, draw, columns)
+
+
+def captioned_clips(
+    count: int = 2048,
+    held_out: int = 512,
+    frames: int = 4,
+    size: int | tuple[int, int] = 16,
+    seed: int = 0,
+    phrases: Sequence[str] = CLIP_PHRASES,
+) -> DatasetDict:
+    """Splits train and test with columns frames, caption, shape, colour, row, column and motion.
+
+    Row and column are those of the first frame. Held out is a clip whose way crosses a held-out place, even
+    if it ends before: no frame of train shows a held-out combination. See `captioned_sprites`.
+    """
+
+    def draw(factors: Factors, nudge: Tensor) -> list[list[dict]]:
+        clips = draw_clips(factors, frames, size, nudge)
+        pictures = encode_pictures(clips.flatten(0, 1))
+        return [pictures[first : first + frames] for first in range(0, len(pictures), frames)]
+
+    combinations = all_combinations(CLIP_FACTORS)
+    way = travel(combinations, max(len(ROWS), len(COLUMNS)))
+    apart = is_held_out({**way, "shape": combinations["shape"][:, None]}).any(1)
+    columns = Features(frames=List(Image()))
+    counts = {"train": count, "test": held_out}
+    return deal(combinations, apart, counts, seed, phrases, draw, columns)
+
+
+def all_combinations(names: Mapping[str, Sequence]) -> dict[str, Tensor]:
+    """Every combination of factors, (n,) each."""
+    columns = torch.cartesian_prod(*(torch.arange(len(words)) for words in names.values())).unbind(1)
+    return dict(zip(names, columns, strict=True))
+
+
+def is_held_out(factors: Factors) -> Tensor:
+    """Whether a combination of shape, colour and place is in no training picture."""
+    place = factors["row"] * len(COLUMNS) + factors["column"]
+    return (factors["shape"] + factors["colour"] + place) % (len(ROWS) * len(COLUMNS)) == 0
+
+
+def deal(
+    combinations: Factors,
+    apart: Tensor,
+    counts: Mapping[str, int],
+    seed: int,
+    phrases: Sequence[str],
+    draw: Callable[[Factors, Tensor], list],
+    pictures: Features,
+) -> DatasetDict:
+    """Splits of captioned drawings; test from the combinations set apart, train from the others.
+
+    Raises:
+        ValueError: a split without rows, or no phrases.
+    """
+    if min(counts.values()) < 1 or not phrases:
+        raise ValueError(f"there must be a phrase and a row a split; there are {len(phrases)} and {counts}")
+    splits = {}
+    for split, rows in (("train", (~apart).nonzero()[:, 0]), ("test", apart.nonzero()[:, 0])):
+        count = counts[split]
+        chosen = rows[batch_indices(len(rows), count, seed, 0)]
+        factors = {name: factor[chosen] for name, factor in combinations.items()}
+        nudge = torch.randint(-1, 2, (count, 2), generator=seeded(seed, "nudge", split))
+        said = torch.randint(len(phrases), (count,), generator=seeded(seed, "phrase", split))
+        columns = {
+            next(iter(pictures)): draw(factors, nudge),
+            "caption": write_captions(factors, phrases, said.tolist()),
+            **{name: factor.tolist() for name, factor in factors.items()},
+        }
+        labels = {name: ClassLabel(names=list(CLIP_FACTORS[name])) for name in factors}
+        features = Features(**pictures, caption=Value("string"), **labels)
+        splits[split] = Dataset.from_dict(columns, features=features)
+    return DatasetDict(splits)
+
+
+def encode_pictures(pictures: Tensor) -> list[dict]:
+    """Pictures (n, 3, y, x), uint8, as `datasets` stores them: in Netpbm, pixels after a header."""
+    header = f"P6 {pictures.shape[3]} {pictures.shape[2]} 255\n".encode()
+    pixels = pictures.permute(0, 2, 3, 1).contiguous().numpy()
+    return [{"bytes": header + picture.tobytes(), "path": None} for picture in pixels]
+
+
+def write_captions(factors: Factors, phrases: Sequence[str], said: Sequence[int]) -> list[str]:
+    """What the factors (n,) say, each in the phrase of its index."""
+    words = [[CLIP_FACTORS[name][i] for i in factor.tolist()] for name, factor in factors.items()]
+    return [
+        phrases[index].format(**dict(zip(factors, row, strict=True)))
+        for index, row in zip(said, zip(*words, strict=True), strict=True)
+    ]
+
+
+def read_caption(caption: str) -> dict[str, int]:
+    """The factors that a caption names in any phrasing; -1 for one named not at all or in two ways."""
+    named = {}
+    for factor in reversed(CLIP_FACTORS):  # the motion first: "moving left" says nothing of the column
+        words = CLIP_FACTORS[factor]
+        pattern = rf"\b({'|'.join(words)})\b"
+        found = set(re.findall(pattern, caption))
+        caption = re.sub(pattern, " ", caption)
+        named[factor] = words.index(found.pop()) if len(found) == 1 else -1
+    return {factor: named[factor] for factor in CLIP_FACTORS}

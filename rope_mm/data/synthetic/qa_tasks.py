@@ -1,0 +1,216 @@
+"""Documents with a question whose answer is a place: in a picture, between pictures, or in time.
+
+Each function draws from a generator and takes every size as an argument, so that sizes never trained can be
+asked: finer grids, other aspect ratios, longer documents and clips. Rows, columns and frames count from 1.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from rope_mm.data.seeding import seeded
+from rope_mm.data.synthetic.captioned_sprites import write_captions
+from rope_mm.data.synthetic.sprites import (
+    BACKGROUND,
+    CLIP_FACTORS,
+    COLOURS,
+    FACTORS,
+    PLACES,
+    ROWS,
+    SHAPES,
+    draw_clips,
+    draw_sprites,
+)
+from rope_mm.registry import Choice
+
+WORDS = (
+    "apple",
+    "bread",
+    "cloud",
+    "drum",
+    "eagle",
+    "forest",
+    "garden",
+    "hammer",
+    "island",
+    "jacket",
+    "kettle",
+)
+WORDS += ("lemon", "mirror", "needle", "ocean", "pencil", "river", "stone", "table", "window")
+
+
+class Quiz(NamedTuple):
+    """A document of strings, pictures (3, y, x) and clips (t, 3, y, x), uint8; a question; its answer.
+
+    The answer is told in words, or is a picture.
+    """
+
+    document: list[str | Tensor]
+    question: str
+    answer: str | Tensor
+
+
+def ask_cell(generator: Generator, rows: int = 4, columns: int = 4, cell: int = 4) -> Quiz:
+    """Where in a grid of rows x columns cells, each `cell` pixels a side, the coloured one is.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    check_sizes(rows=rows, columns=columns, cell=cell)
+    row, column, colour = (draw(generator, n) for n in (rows, columns, len(COLOURS)))
+    grid = torch.tensor(BACKGROUND).expand(rows, columns, 3).clone()
+    grid[(torch.arange(rows)[:, None] + torch.arange(columns)) % 2 == 1] += 14  # a chessboard, to count by
+    grid[row, column] = torch.tensor(list(COLOURS.values())[colour])
+    picture = grid.permute(2, 0, 1).repeat_interleave(cell, 1).repeat_interleave(cell, 2).to(torch.uint8)
+    question = f"which cell is {list(COLOURS)[colour]}?"
+    return Quiz([picture], question, f"row {row + 1} column {column + 1}")
+
+
+def ask_neighbour(
+    generator: Generator, pictures: int = 2, words: int = 2, size: int | tuple[int, int] = 16
+) -> Quiz:
+    """Which word stands right before or after one of several pictures, with `words` words in each gap.
+
+    Raises:
+        ValueError: a count below 1, or more pictures than differ in shape and colour.
+    """
+    check_sizes(pictures=pictures, words=words)
+    if pictures > len(SHAPES) * len(COLOURS):
+        raise ValueError(f"there are {len(SHAPES) * len(COLOURS)} different sprites, not {pictures}")
+    sprites = torch.randperm(len(SHAPES) * len(COLOURS), generator=generator)[:pictures]
+    place = torch.randint(len(ROWS), (2, pictures), generator=generator)
+    factors = {"shape": sprites // len(COLOURS), "colour": sprites % len(COLOURS)}
+    drawn = draw_sprites({**factors, **dict(zip(PLACES, place, strict=True))}, size)
+    said = torch.randint(len(WORDS), (pictures + 1, words), generator=generator).tolist()
+    gaps = [[WORDS[i] for i in gap] for gap in said]
+    asked, after = draw(generator, pictures), draw(generator, 2)
+    answer = gaps[asked + 1][0] if after else gaps[asked][-1]
+    document: list[str | Tensor] = [" ".join(gaps[0])]
+    for picture, gap in zip(drawn, gaps[1:], strict=True):
+        document += [picture, " ".join(gap)]
+    question = f"which word stands right {('before', 'after')[after]} the {name(factors, asked)}?"
+    return Quiz(document, question, answer)
+
+
+def ask_order(
+    generator: Generator, pictures: int = 3, words: int = 1, size: int | tuple[int, int] = 16
+) -> Quiz:
+    """Which colour the picture of a number has, of several with `words` words in each gap.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+    check_sizes(pictures=pictures, words=words)
+    factors = {key: torch.randint(len(of), (pictures,), generator=generator) for key, of in FACTORS.items()}
+    gaps = torch.randint(len(WORDS), (pictures, words), generator=generator).tolist()
+    asked, document = draw(generator, pictures), list[str | Tensor]()
+    for picture, gap in zip(draw_sprites(factors, size), gaps, strict=True):
+        document += [picture, " ".join(WORDS[i] for i in gap)]
+    colour = FACTORS["colour"][factors["colour"][asked]]
+    return Quiz(document, f"which colour has picture {asked + 1}?", colour)
+
+
+def ask_frame(
+    generator: Generator, frames: int = 8, period: int = 2, size: int | tuple[int, int] = 16
+) -> Quiz:
+    """In which frame of a clip a sprite is, among look-alikes before and after it at every period-th frame.
+
+    The look-alikes have its place and shape but another colour; all other frames are empty. A rotation of
+    that period turns them all alike (a needle among periodic distractors, arXiv 2502.05173).
+
+    Raises:
+        ValueError: less than two frames, or a period below 1.
+    """
+    check_sizes(period=period, frames=frames)
+    if frames < 2:
+        raise ValueError(f"a clip of {frames} frame has no second one to choose; give it 2 or more")
+    shape, colour, row, column = (draw(generator, len(FACTORS[factor])) for factor in FACTORS)
+    other = (colour + 1 + draw(generator, len(COLOURS) - 1)) % len(COLOURS)
+    needle = draw(generator, frames)
+    time = torch.arange(frames)
+    shapes = torch.where((time - needle) % period == 0, shape, -1)
+    colours = torch.where(time == needle, colour, other)
+    places = {"row": torch.full_like(time, row), "column": torch.full_like(time, column)}
+    clip = draw_sprites({"shape": shapes, "colour": colours, **places}, size)
+    sought = name({"shape": torch.tensor([shape]), "colour": torch.tensor([colour])}, 0)
+    return Quiz([clip], f"which frame shows the {sought}?", f"frame {needle + 1}")
+
+
+def ask_sprite(generator: Generator, size: int | tuple[int, int] = 16) -> Quiz:
+    """The colour and the place of a sprite."""
+    factors = anything(generator)
+    (caption,) = write_captions(factors, ("{colour} at the {row} {column}",), [0])
+    return Quiz([draw_sprites(factors, size)[0]], "what is it?", caption)
+
+
+def ask_drawing(generator: Generator, size: int | tuple[int, int] = 16) -> Quiz:
+    """A picture of a square of a colour at a place."""
+    factors = anything(generator) | {"shape": torch.tensor([list(SHAPES).index("square")])}
+    (caption,) = write_captions(factors, ("{colour} at the {row} {column}",), [0])
+    return Quiz([], f"draw {caption}", draw_sprites(factors, size)[0])
+
+
+def ask_motion(generator: Generator, frames: int = 4, size: int | tuple[int, int] = 16) -> Quiz:
+    """The colour of a sprite, its first place and how it moves."""
+    factors = anything(generator)
+    (caption,) = write_captions(factors, ("{colour}, first at the {row} {column}, {motion}",), [0])
+    clip = draw_clips(factors, frames, size)[0]
+    return Quiz([clip], "what happens?", caption)
+
+
+QUIZZES: Choice[Callable[..., Quiz]] = Choice(
+    "quiz",
+    {
+        "cell": ask_cell,
+        "neighbour": ask_neighbour,
+        "order": ask_order,
+        "frame": ask_frame,
+        "sprite": ask_sprite,
+        "drawing": ask_drawing,
+        "motion": ask_motion,
+    },
+)
+
+
+def write_quizzes(task: str, form: Mapping[str, Any], count: int, *key: int | str) -> list[Quiz]:
+    """So many quizzes of a form, which depend on the key alone; `ask` in it names the quiz, else the task.
+
+    Raises:
+        ValueError: an unknown quiz, sizes it does not take.
+    """
+    sizes = dict(form)
+    name = sizes.pop("ask", task)
+    generator, ask = seeded(name, json.dumps(sizes, sort_keys=True), *key), QUIZZES[name]
+    try:
+        return [ask(generator, **sizes) for _ in range(count)]
+    except TypeError as error:
+        raise ValueError(f"task {task!r} with sizes {sizes}: {error}") from None
+
+
+def anything(generator: Generator) -> dict[str, Tensor]:
+    """The factors of one clip, (1,) each."""
+    return {factor: torch.tensor([draw(generator, len(words))]) for factor, words in CLIP_FACTORS.items()}
+
+
+def name(factors: dict[str, Tensor], index: int) -> str:
+    """What one sprite is called: "red circle"."""
+    return " ".join(FACTORS[factor][factors[factor][index]] for factor in ("colour", "shape"))
+
+
+def draw(generator: Generator, below: int) -> int:
+    """A whole number from 0 to below - 1."""
+    return int(torch.randint(below, (), generator=generator))
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuse sizes of nothing.
+
+    Raises:
+        ValueError: with the name and the size.
+    """
+    for what, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{what} must be 1 or more, not {size}")

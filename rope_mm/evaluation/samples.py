@@ -1,0 +1,57 @@
+"""Samples of every task that a pretrained model was taught, written to files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from rope_mm.data.documents import Document, Documents, Shown
+from rope_mm.data.seeding import seeded
+from rope_mm.data.templates import find_tasks
+from rope_mm.evaluation.image_grid import save_sheet
+from rope_mm.files import write_text
+from rope_mm.models.pipeline import Teller, pixels_of, plain, spell
+
+ROWS, COLUMNS, WRITTEN = 8, 8, 64  # of a sheet, and how many held-out documents are written
+
+
+def show(teller: Teller, held_out: Documents, path: Path) -> dict[str, float]:
+    """Samples of every task the model was taught, in files that begin with this path; how much is right.
+
+    Rows of a sheet begin with the true picture or clip; a clip's first half is given, and one of a single
+    frame is left out.
+    """
+    tasks = find_tasks(held_out.templates, held_out.kinds)
+    marks: dict[str, float] = {}
+    if "draw" in tasks:
+        asked = held_out.ask(tasks["draw"], ROWS)
+        prompts = [plain(before) for before, _ in asked for _ in range(COLUMNS - 1)]
+        drawn = teller.draw(prompts, seeded("sheet")).cpu().unflatten(0, (len(asked), -1))
+        true = torch.stack([pixels_of(value) for _, value in asked])[:, None]
+        rows = torch.cat([true, drawn], 1).flatten(0, 1)
+        save_sheet(path.with_name(f"{path.name}.png"), rows, [spell(before) for before, _ in asked])
+    if "film" in tasks:
+        show_clips(teller, held_out.ask(tasks["film"], ROWS), path.with_name(f"{path.name}-clips.png"))
+    for name in ("caption", "narrate"):
+        if name in tasks:
+            asked = held_out.ask(tasks[name], WRITTEN)
+            written = teller.write([plain(before) for before, _ in asked])
+            pairs = [
+                (str(true).strip(), said.strip()) for (_, true), said in zip(asked, written, strict=True)
+            ]
+            lines = "".join(f"{true} | {said}\n" for true, said in pairs)
+            write_text(path.with_name(f"{path.name}-{name}.txt"), lines)
+            marks[f"{name}_exact"] = sum(true == said for true, said in pairs) / len(pairs)
+    return marks
+
+
+def show_clips(teller: Teller, asked: Sequence[tuple[Document, str | Shown]], path: Path) -> None:
+    """A sheet of true clips, and beside each how the model goes on from its first half."""
+    asked = [(before, clip) for before, clip in asked if len(pixels_of(clip)) > 1]
+    if not asked:
+        return
+    true = [pixels_of(clip) for _, clip in asked]
+    made = teller.complete([plain(before) for before, _ in asked], true, seeded("sheet"))
+    rows = pad_sequence([clip for pair in zip(true, made, strict=True) for clip in pair], True, 1.0)
+    save_sheet(path, rows.flatten(0, 1), [spell(before) for before, _ in asked])

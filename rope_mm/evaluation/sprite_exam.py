@@ -1,0 +1,59 @@
+"""What the model makes of held-out sprites and clips, judged by what they show."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rope_mm.data.documents import Documents
+from rope_mm.data.seeding import seeded
+from rope_mm.data.synthetic.captioned_sprites import read_caption
+from rope_mm.data.synthetic.sprites import CLIP_FACTORS, FACTORS
+from rope_mm.data.templates import find_tasks
+from rope_mm.evaluation.sprites import judge_clips, judge_sprites
+from rope_mm.models.pipeline import Teller, pixels_of, plain
+
+ASKED = 128  # held-out pictures or clips, of 512
+
+
+@dataclass(frozen=True)
+class SpriteExam:
+    """Tasks of making and of telling, who judges what was made, and by which factors it is right."""
+
+    making: str
+    telling: str
+    judge: Callable[[Tensor], dict[str, Tensor]]
+    factors: tuple[str, ...]
+
+    def mark(self, teller: Teller, held_out: Documents) -> dict[str, float]:
+        """Shares of what was made and told with every factor of the true picture, for the tasks taught."""
+        tasks, marks = find_tasks(held_out.templates, held_out.kinds), {}
+        if self.making in tasks:
+            asked = held_out.ask(tasks[self.making], ASKED)
+            true = torch.stack([pixels_of(value) for _, value in asked])
+            make = (
+                teller.complete if true.dim() == 5 else lambda prompts, _, noise: teller.draw(prompts, noise)
+            )
+            made = torch.stack([*make([plain(before) for before, _ in asked], true, seeded("exam"))])
+            marks[f"{self.making}_right"] = self.agreement(true, self.judge(made))
+        if self.telling in tasks:
+            asked = held_out.ask(tasks[self.telling], ASKED)
+            shown = [[part for part in before if not isinstance(part, str)] for before, _ in asked]
+            true = torch.stack([parts[-1].pixels for parts in shown])
+            read = [read_caption(words) for words in teller.write([plain(before) for before, _ in asked])]
+            said = {name: torch.tensor([caption[name] for caption in read]) for name in self.factors}
+            marks[f"{self.telling}_right"] = self.agreement(true, said)
+        return marks
+
+    def agreement(self, true: Tensor, found: dict[str, Tensor]) -> float:
+        """The share of pictures or clips of which every factor was found."""
+        seen = self.judge(true)
+        right = torch.stack([seen[name] == found[name] for name in self.factors]).all(0)
+        return float(right.float().mean())
+
+
+SPRITE_EXAMS = {
+    "sprites": SpriteExam("draw", "caption", judge_sprites, tuple(FACTORS)),
+    "clips": SpriteExam("film", "narrate", judge_clips, tuple(CLIP_FACTORS)),
+}

@@ -1,0 +1,132 @@
+"""A scheme in `config.rope_parameters`, so that it is saved with the model, and read again."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rope_mm.schemes.scheme import Scheme
+
+NAME, TOLD = "rope_mm", "_attn_implementation_internal"
+WAITS = (
+    "this model was saved with a scheme; call rope_mm.hf.set_rope(model) first, of a part of a model with "
+    "that part"
+)
+
+
+class NotSetYet:
+    """Stands for the factor of cosine and sine until `set_rope(model)`; no tensor can be multiplied by it."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any):
+        raise ValueError(WAITS)
+
+
+def not_yet(config: Any, *_: Any, layer_type: str | None = None, **__: Any) -> tuple[Tensor, NotSetYet]:
+    """What transformers is told of a saved scheme: so many frequencies, and a factor that refuses."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters.get(layer_type, config.rope_parameters)
+    pairs = int(width * (rope.get("partial_rotary_factor") or 1.0)) // 2
+    return torch.linspace(1, 0.1, pairs), NotSetYet()
+
+
+def wait(*_: Any, **__: Any) -> None:
+    """The attention of a model that waits for its scheme."""
+    raise ValueError(WAITS)
+
+
+class Running(str):
+    """The attention of a config whose model runs its scheme; a copy of the config alone waits again."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> str:
+        return self if any(isinstance(copied, nn.Module) for copied in memo.values()) else str(self)
+
+
+def holds_scheme(config: Any) -> bool:
+    """Whether a config holds a scheme, for all layers or by their types."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return any(NAME in told for told in (rope, *rope.values()) if isinstance(told, dict))
+
+
+def waits(config: Any) -> bool:
+    """Whether a config was saved with a scheme that `rope_type` does not name, and is not told it yet."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    silent = NAME in rope and rope.get("rope_type") != NAME
+    return silent and not isinstance(vars(config).get("attn_implementation"), Running)
+
+
+def pending(module: Any, config: Any) -> bool:
+    """Whether a rotary module, or a model of this config, still waits for the scheme it was saved with."""
+    return waits(config) or NotSetYet in map(type, vars(module).values())
+
+
+def attention_of(config: Any) -> Any:
+    """The attention of a config; while it waits, the one that refuses, whatever it was told."""
+    return NAME if waits(config) else vars(config).get(TOLD)
+
+
+def keep_attention(config: Any, name: Any) -> None:
+    """Tell a config its attention; one that waits keeps what somebody asked for."""
+    if name != NAME or not waits(config):
+        vars(config)[TOLD] = name
+
+
+ROPE_INIT_FUNCTIONS[NAME] = not_yet  # pyright: ignore[reportArgumentType]
+ALL_ATTENTION_FUNCTIONS.register(NAME, wait)
+setattr(PreTrainedConfig, TOLD, property(attention_of, keep_attention))
+
+
+def entries(config: Any, schemes: dict[str | None, Scheme], by_rope: bool) -> dict[str, Any]:
+    """What a config that holds schemes, one for each type of layer, says; models loaded wait for `set_rope`.
+
+    Where `rope_type` cannot make them wait, for towers know one and others none, their attention does.
+    """
+    old: Any = getattr(config, "rope_parameters", None) or {}
+    kind = {"rope_type": NAME} if by_rope else {}
+    new = {
+        layer: {**(old.get(layer) if layer else old), **kind, NAME: scheme.to_dict()}
+        for layer, scheme in schemes.items()
+    }
+    rope = {"rope_parameters": new.get(None) or {**old, **new}}
+    return rope if by_rope else {**rope, "attn_implementation": Running(NAME)}
+
+
+def wake(model: Any) -> None:
+    """Give a model that waited the attention that it was told, or else would have."""
+    told = vars(model.config).get(TOLD)
+    model.set_attn_implementation(model._check_and_adjust_attn_implementation(told if told != NAME else None))
+
+
+def read(config: Any, layer: str | None) -> Scheme:
+    """The scheme that a config was given for layers of this type."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    told = (rope.get(layer) or {}) if layer else rope
+    if NAME not in told:
+        raise ValueError(
+            f"{type(config).__name__} holds no scheme of ours; give set_rope one, or load a model that was "
+            "saved after set_rope"
+        )
+    return Scheme.from_dict(told[NAME])
+
+
+def fill_learned(learned: Tensor, folder: str, name: str, end: str) -> None:
+    """Read a learned Omega from the weights beside a config: that of this name, or else of this end."""
+    found: dict[str, Tensor] = {}
+    for path in Path(folder).glob("*.safetensors") if folder else ():
+        with safe_open(path, "pt") as weights:
+            keys = [key for key in weights.keys() if f".{key}".endswith(f".{end}")]  # noqa: SIM118
+            found |= {key: weights.get_tensor(key) for key in keys}
+    found = {name: found[name]} if name in found else found
+    if [omega.shape for omega in found.values()] != [learned.shape]:
+        held = {key: tuple(omega.shape) for key, omega in found.items()} or "none"
+        raise ValueError(
+            f"the saved Omega was learned, but no *.safetensors in {folder!r} hold one of the shape "
+            f"{tuple(learned.shape)} for {name!r}: {held}; set name_or_path of the model, or of the part "
+            "that set_rope is given, to the folder where it, and no other part, was saved"
+        )
+    learned.data.copy_(next(iter(found.values())))

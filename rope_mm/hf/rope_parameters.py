@@ -1,0 +1,279 @@
+"""Schemes out of the configs of transformers, and back into their `rope_parameters`.
+
+A config says numbers: theta, the part that is rotated, an extension, sections. Which channels pair, which
+axis owns which and where tokens stand it leaves to its `model_type`, and FAMILIES says that. transformers is
+not imported: whatever has the attributes will do.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from rope_mm.registry import Choice
+from rope_mm.schemes.extensions import EXTENSIONS, Extension, Linear
+from rope_mm.schemes.frequencies import apportion
+from rope_mm.schemes.scheme import Scheme, read_extension
+from rope_mm.schemes.zoo import SCHEMES
+
+HALF, INTERLEAVED = SCHEMES["flat"], SCHEMES["flat"].change(pairing="interleaved")
+QWEN2_VL = SCHEMES["m-rope-qwen2-vl"].change(shares=(16, 24, 24))
+QWEN2_5_VL = SCHEMES["m-rope-qwen2.5-vl"].change(shares=(16, 24, 24), options=(("rate", 2.0),))
+QWEN3_VL = SCHEMES["m-rope-qwen3-vl"].change(shares=(24, 20, 20))
+GLM4V = SCHEMES["m-rope-glm-4.1v"].change(shares=(8, 12, 12), fraction=1.0)
+TOWER = SCHEMES["qwen2-vl-vision"]
+
+BASES = {
+    "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next gemma gemma2 gemma3_text gemma3n_text "
+    "gemma4_text phi phi3 gpt_neox stablelm persimmon nemotron falcon starcoder2 granite smollm3 olmo "
+    "olmo2 olmo3 olmoe exaone4 glm4_moe gpt_oss": HALF,
+    "gptj glm glm4 cohere cohere2 ernie4_5 llama4_text": INTERLEAVED,
+    "deepseek_v2 deepseek_v3": SCHEMES["deepseek-mla"],
+    "qwen2_vl_text": QWEN2_VL,
+    "qwen2_5_vl_text": QWEN2_5_VL,
+    "qwen2_5_omni_text": SCHEMES["tm-rope"].change(shares=(16, 24, 24)),
+    "qwen3_vl_text qwen3_vl_moe_text": QWEN3_VL,
+    "qwen3_5_text qwen3_5_moe_text": SCHEMES["m-rope-qwen3.5"],
+    "glm4v_text": GLM4V,
+    "ernie4_5_vl_moe_text": SCHEMES["m-rope-ernie-4.5-vl"].change(shares=(20, 22, 22)),
+    "qwen2_vl_vision qwen2_5_vl_vision qwen2_5_omni_vision_encoder qwen3_vl_vision qwen3_vl_moe_vision "
+    "qwen3_5_vision qwen3_5_moe_vision glm4v_vision ernie4_5_vl_moe_vision": TOWER,
+    "pixtral": SCHEMES["pixtral"],
+    "dinov3_vit": SCHEMES["dinov3"],
+    "llama4_vision_model": SCHEMES["llama4-vision"],
+    "gemma4_vision": SCHEMES["gemma4-vision"],
+    "kimi_k25_vision": SCHEMES["kimi-vision"],
+    "sam3_vit_model": SCHEMES["sam2"],  # its layers without windows multiply positions by window / grid
+}
+FAMILIES: Choice[Scheme] = Choice(
+    "model_type", {model_type: base for names, base in BASES.items() for model_type in names.split()}
+)
+
+ALIASES = {"su": "longrope", "mrope": "default", "axial": "default"}
+HF_NAMES = {  # our fields in transformers' words
+    "original": "original_max_position_embeddings",
+    "short": "short_factor",
+    "long": "long_factor",
+}
+# the axis of each number of `mrope_section`; t, y, x where nothing is said
+SECTIONS = {"yx-then-t": (1, 2, 0)}
+
+
+def of_text(config: Any) -> Any:
+    """The config of the text of a composite one; any other as it is."""
+    for part in ("thinker_config", "text_config"):
+        if (inner := getattr(config, part, None)) is not None:
+            return of_text(inner)
+    return config
+
+
+def read_head_dim(config: Any, layer_type: str | None = None) -> int:
+    """Channels of a head, those that are not rotated included; of a composite config, its text's.
+
+    Raises:
+        ValueError: a config that tells neither head_dim nor sizes to divide.
+    """
+    config = of_layers(of_text(config), layer_type)
+    if rope := getattr(config, "qk_rope_head_dim", None):  # head_dim is the rotated part alone there
+        return rope + config.qk_nope_head_dim
+    width = getattr(config, "embed_dim", None) or getattr(config, "hidden_size", None)
+    heads = getattr(config, "num_attention_heads", None)
+    head_dim = getattr(config, "head_dim", None) or (width // heads if width and heads else 0)
+    if not head_dim:
+        raise ValueError(f"{type(config).__name__} has no head_dim, nor hidden_size and num_attention_heads")
+    return head_dim
+
+
+def of_layers(config: Any, layer_type: str | None) -> Any:
+    """The config that layers of one type see, where they differ in more than their rotation (Gemma 4)."""
+    if getattr(config, "is_heterogeneous", False) and layer_type:
+        return config.per_layer_config[layer_type]
+    return config
+
+
+def read_rope(config: Any, layer_type: str | None) -> dict[str, Any]:
+    """The one dict of `rope_parameters` that layers of this type follow.
+
+    Raises:
+        ValueError: one for each layer type and none of them, or an unknown one, asked for.
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = list(getattr(config, "layer_types", None) or ())
+    nested = [key for key, value in rope.items() if isinstance(value, Mapping) or key in kinds]
+    known = nested or sorted(set(kinds))
+    if nested and layer_type is None:
+        raise ValueError(f"layers are rotated in different ways; give layer_type, one of {', '.join(known)}")
+    if layer_type is not None and layer_type not in known:
+        raise ValueError(f"layer_type {layer_type!r} is unknown; there are: {', '.join(known) or 'none'}")
+    chosen = rope[layer_type] if nested else rope
+    if chosen is None:
+        raise ValueError(f"layers of type {layer_type!r} are not rotated")
+    return {key: value for key, value in chosen.items() if value is not None}
+
+
+def from_hf_config(config: Any, layer_type: str | None = None) -> Scheme:
+    """The rotary scheme of a model of transformers, read from its config; of a composite one, its text's.
+
+    Layers without any rotation (SmolLM3, Llama 4) are the model's matter: the scheme is that of the others.
+
+    Args:
+        config: has a `model_type` in FAMILIES, or a `text_config` that has; a tower's is its
+            `vision_config`.
+        layer_type: which layers, where they differ: "full_attention" or "sliding_attention".
+
+    Raises:
+        ValueError: an unknown model_type, rope_type or layer_type; numbers missing; sections that do not make
+            up the head.
+    """
+    rate = getattr(getattr(config, "vision_config", None), "tokens_per_second", None)
+    config = of_text(config)
+    base, rope = FAMILIES[config.model_type], read_rope(config, layer_type)
+    config, head_dim = of_layers(config, layer_type), read_head_dim(config, layer_type)
+    theta = next(filter(None, (rope.get("rope_theta"), getattr(config, "rope_theta", None), base.theta)))
+    changes = {"theta": float(theta), **read_parts(config, rope, head_dim), **read_own(config, base, rate)}
+    scheme = base.change(**changes, extensions=read_rope_type(config, rope))
+    return scheme.change(shares=read_sections(rope, scheme, head_dim))
+
+
+def read_parts(config: Any, rope: dict[str, Any], head_dim: int) -> dict[str, float]:
+    """`fraction`, and `still` where rope_type is "proportional".
+
+    Raises:
+        ValueError: an odd number of rotated channels.
+    """
+    part = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    if rope.get("rope_type") == "proportional":
+        return {"fraction": 1.0, "still": 1 - part}
+    told = getattr(config, "qk_rope_head_dim", None) or getattr(config, "rotary_dim", None)
+    rotated = told or int(head_dim * part)
+    if rotated % 2 or not rotated:
+        raise ValueError(f"{rotated} of {head_dim} channels are rotated, which makes no whole pairs")
+    return {"fraction": rotated / head_dim}
+
+
+def read_own(config: Any, base: Scheme, rate: float | None) -> dict[str, Any]:
+    """What single families say elsewhere: patches merged by a tower, frames' pace, DeepSeek's pairing."""
+    options = {"merge": getattr(config, "spatial_merge_size", None), "rate": rate}
+    told = tuple((name, options[name] or number) for name, number in base.options if name in options)
+    half = getattr(config, "rope_interleave", True) is False
+    return {"options": told or base.options, "pairing": "half" if half else base.pairing}
+
+
+def read_rope_type(config: Any, rope: dict[str, Any]) -> list[Extension]:
+    """The extension that `rope_type` names, with its numbers; none for "default".
+
+    Raises:
+        ValueError: an unknown rope_type, or a number that it needs and nobody tells.
+    """
+    name = str(rope.get("rope_type") or rope.get("type") or "default")
+    name = ALIASES.get(name, name)
+    if name == "proportional":
+        return [Linear(factor=rope["factor"])] if rope.get("factor", 1.0) != 1 else []
+    if name == "default":
+        return []
+    longest = getattr(config, "max_position_embeddings", None)
+    original = getattr(config, "original_max_position_embeddings", None) or rope.get(HF_NAMES["original"])
+    told = {**rope, HF_NAMES["original"]: longest if name == "dynamic" else original or longest}
+    if longest and original:
+        told.setdefault("factor", longest / original)
+    numbers = {f.name: told.get(HF_NAMES.get(f.name, f.name)) for f in fields(EXTENSIONS[name])}
+    given = {field: number for field, number in numbers.items() if number is not None}
+    return [read_extension({"rope_type": name, **given})]
+
+
+def read_sections(rope: dict[str, Any], scheme: Scheme, head_dim: int) -> tuple[float, ...] | None:
+    """Pairs of each axis in the order of the axes, from `mrope_section` or as the family has them.
+
+    Raises:
+        ValueError: sections that do not sum to the pairs, or of an ownership that is not the family's.
+    """
+    if scheme.shares is None:
+        return None
+    section, pairs = rope.get("mrope_section"), scheme.pairs(head_dim)
+    order = SECTIONS.get(scheme.ownership, (0, 1, 2))
+    shares = tuple(section[order.index(axis)] for axis in range(3)) if section else scheme.shares
+    if sum(shares) != pairs:
+        raise ValueError(
+            f"mrope_section {list(section or shares)} must sum to the {pairs} rotated pairs of a head"
+        )
+    strided = rope.get("mrope_interleaved")
+    if strided is not None and strided != (scheme.ownership == "stride3"):
+        raise ValueError(f"mrope_interleaved is {strided}, but models of this type own {scheme.ownership!r}")
+    return shares
+
+
+def to_rope_parameters(scheme: Scheme, head_dim: int | None = None) -> dict[str, Any]:
+    """The `rope_parameters` with which a model of transformers of the right family rotates by this scheme.
+
+    Pairing, ownership and layout are the family's; `original` of DynamicNTK is its max_position_embeddings.
+
+    Args:
+        scheme: the scheme.
+        head_dim: channels of a head, needed where axes share the pairs: `mrope_section` counts them.
+
+    Raises:
+        ValueError: a field that no family has and rope_parameters cannot say, or head_dim missing.
+    """
+    refuse_unsaid(scheme)
+    rope = {"rope_type": "axial" if scheme.ladder != "shared" else "default", "rope_theta": scheme.theta}
+    rope |= write_extension(scheme)
+    if scheme.still:
+        rope |= {"rope_type": "proportional", "partial_rotary_factor": not_below(1 - scheme.still)}
+    elif scheme.fraction != 1 and scheme.slot != "tail":  # DeepSeek's is qk_rope_head_dim
+        rope["partial_rotary_factor"] = not_below(scheme.fraction)
+    if scheme.shares is not None:
+        if head_dim is None:
+            raise ValueError("mrope_section counts the pairs of each axis; give head_dim")
+        counts = apportion(scheme.pairs(head_dim), scheme.shares)
+        rope["mrope_section"] = [counts[axis] for axis in SECTIONS.get(scheme.ownership, (0, 1, 2))]
+    if scheme.ownership == "stride3":
+        rope["mrope_interleaved"] = True
+    return rope
+
+
+def not_below(part: float) -> float:
+    """The part with nine digits, rounded up: transformers cuts part * head_dim to a whole number."""
+    return math.ceil(part * 1e9 - 1e-3) / 1e9
+
+
+def write_extension(scheme: Scheme) -> dict[str, Any]:
+    """rope_type and its numbers, nothing without an extension.
+
+    Raises:
+        ValueError: extensions that no rope_type is.
+    """
+    if not scheme.extensions:
+        return {}
+    (extension, *more), names = scheme.extensions, {kind: name for name, kind in EXTENSIONS.items()}
+    name = names[type(extension)]
+    if more or extension.axes or name in ("ntk", "riflex") or (scheme.still and name != "linear"):
+        raise ValueError(
+            f"rope_parameters cannot say extensions={scheme.extensions} with still={scheme.still}"
+        )
+    numbers = {HF_NAMES.get(field, field): value for field, value in asdict(extension).items()}
+    own = ("axes", HF_NAMES["original"]) if name == "dynamic" else ("axes",)
+    lists = {key: list(x) if isinstance(x, tuple) else x for key, x in numbers.items() if key not in own}
+    return {"rope_type": name, **{key: x for key, x in lists.items() if x is not None}}
+
+
+def refuse_unsaid(scheme: Scheme) -> None:
+    """Refuse what neither rope_parameters nor any family says.
+
+    Raises:
+        ValueError: with the fields that differ from the nearest family.
+    """
+
+    def other_fields(base: Scheme) -> list[str]:
+        ours, theirs = unsaid(scheme), unsaid(base)
+        return [f.name for f in fields(Scheme) if getattr(ours, f.name) != getattr(theirs, f.name)]
+
+    if differing := min(map(other_fields, FAMILIES.values()), key=len):
+        told = ", ".join(f"{name}={getattr(scheme, name)!r}" for name in differing)
+        raise ValueError(f"rope_parameters cannot say {told}, and no model of transformers has it by itself")
+
+
+def unsaid(scheme: Scheme) -> Scheme:
+    """The scheme without what a config says."""
+    options = tuple(option for option in scheme.options if option[0] not in ("merge", "rate"))
+    shares = scheme.shares and (1,) * len(scheme.axes)
+    return scheme.change(theta=1.0, fraction=1.0, still=0.0, extensions=(), options=options, shares=shares)

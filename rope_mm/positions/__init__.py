@@ -1,0 +1,1 @@
+"""From segments to positions: where each token stands."""

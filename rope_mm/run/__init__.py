@@ -1,1 +1,0 @@
-"""What every training script needs and no model does: configuration, checkpoints, a weight average, a log."""

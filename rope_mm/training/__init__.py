@@ -1,0 +1,1 @@
+"""Training: losses and steps, data order, checkpoints, configuration, logs."""

@@ -1,0 +1,21 @@
+"""How a number goes from its start to its end in the course of a run."""
+
+import math
+from collections.abc import Callable
+
+from rope_mm.registry import Choice
+
+Schedule = Callable[[float, float, float], float]
+
+
+def linear(start: float, end: float, progress: float) -> float:
+    """Straight from start to end, progress from 0 to 1."""
+    return start - (start - end) * progress
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """From start to end along half a cosine, flat at both (R3GAN, `cosine_decay_with_warmup`)."""
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+SCHEDULES = Choice("schedule", {"linear": linear, "cosine": cosine})

@@ -1,0 +1,42 @@
+"""Where metrics go besides the run's folder: tensorboard, wandb and trackio, by accelerate."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+
+from rope_mm.registry import Choice
+from rope_mm.training.cli_args import flatten, known_keys
+
+TRACKERS = Choice("tracker", {name: name for name in ("tensorboard", "wandb", "trackio")})  # -> its package
+
+
+def read_trackers(names: str) -> list[Any] | None:
+    """The trackers of "tensorboard,wandb", as an Accelerator's `log_with`; None of "".
+
+    Raises:
+        ValueError: an unknown one, or one whose package is missing.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if (package := TRACKERS[name]) not in map(str, get_available_trackers()):
+            raise ValueError(f"tracker {name!r} needs a package: pip install {package}, or leave it out")
+    return wanted or None
+
+
+@contextmanager
+def tracking(accelerator: Accelerator, out: Path, config: Any) -> Iterator[None]:
+    """While entered, the accelerator's trackers, if it has any, follow the run of this folder's name."""
+    if accelerator.log_with:
+        entries = flatten(asdict(config), known_keys(type(config)), "")
+        plain = {k: v if isinstance(v, int | float | str) else str(v) for _, k, v in entries}
+        accelerator.init_trackers(out.name, plain)
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()

@@ -1,0 +1,389 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rope_mm import (
+    LAYOUTS,
+    SCHEMES,
+    Image,
+    Promises,
+    Rotary,
+    RotaryReport,
+    Scheme,
+    Text,
+    Video,
+    check_rotary,
+    promise_table,
+    promises,
+    rotate,
+)
+from rope_mm.analysis import properties as measure
+from rope_mm.positions.grids import lattice
+from rope_mm.positions.layouts import TYX, Layout
+from rope_mm.rotary.definition import PAIRINGS
+from rope_mm.schemes.extensions import YaRN
+
+OMEGA = 100.0 ** -(torch.arange(8, dtype=torch.float64) / 8)
+
+
+def on(cos, sin, pairing="half"):
+    """Heads x (b, s, h, d) times cos plus their quarter turn times sin, both (s, d), as models write it."""
+    split, join = PAIRINGS[pairing]
+
+    def one(x):
+        first, second = split(x)
+        return x * cos[:, None] + join(-second, first) * sin[:, None]
+
+    return lambda q, k: (one(q), one(k))
+
+
+def plain(q, k, p):
+    angle = p @ OMEGA[None]
+    twice = torch.cat((angle, angle), -1)
+    return on(twice.cos(), twice.sin())(q, k)
+
+
+def v_jepa2(q, k, p):
+    """Angles repeated as half-split pairs want them, channels turned as neighbours."""
+    angle = p @ OMEGA[None]
+    twice = torch.cat((angle, angle), -1)
+    return on(twice.cos(), twice.sin(), "interleaved")(q, k)
+
+
+def hunyuan_vl(q, k, p):
+    """The d doubled angles of each axis, cut by twice its section: a pair's members get different axes."""
+    angle = torch.cat((p[..., None] * OMEGA,) * 2, -1)  # (s, a, d)
+    mixed = torch.cat([part[:, axis] for axis, part in enumerate(angle.split(4, dim=-1))], -1)
+    return on(mixed.cos(), mixed.sin())(q, k)
+
+
+def squared(q, k, p):
+    return plain(q, k, p**2)
+
+
+def product_of_axes(q, k, p):
+    return plain(q, k, p.prod(-1, keepdim=True))
+
+
+def check(rope, axes=1, **options):
+    return check_rotary(rope, head_dim=16, axes=axes, **options)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("heads", [None, 4])
+def test_every_scheme_is_rotary(scheme, heads):
+    rope = Rotary(64, scheme, heads=heads)
+    report = check_rotary(rope)
+    assert report.ok, report
+    assert max(report.rotation, report.alike, report.origin) < 1e-14
+    assert report.scale == 1
+    # LTX turns by 15708 radians a step: an angle is rounded in proportion to its size
+    angle = 2 * 64 * rope.omega.detach().abs().sum(-2).max().item()
+    assert report.relative < 2 * torch.finfo(torch.float64).eps * (1 + angle)
+
+
+def test_what_models_write_is_rotary():
+    assert check(plain, heads=3).ok
+
+
+@pytest.mark.parametrize(("wrong", "axes"), [(v_jepa2, 1), (hunyuan_vl, 4)])
+def test_an_encoding_that_changes_lengths_is_caught(wrong, axes):
+    report = check(wrong, axes)
+    assert not report.ok
+    assert report.rotation > 0.1
+    assert report.origin == 0
+    p = torch.tensor([report.token], dtype=torch.float64)
+    q = torch.eye(16, dtype=torch.float64)[:, None, None]
+    turned, _ = wrong(q, q, p)
+    gram = turned[:, 0, 0] @ turned[:, 0, 0].T
+    assert (gram - report.scale**2 * torch.eye(16)).abs().max() > 0.1, "the token named is one that fails"
+    assert f"NO  a rotation, times {report.scale:.6g}" in str(report)
+    assert f"worst at {report.token}" in str(report)
+
+
+@pytest.mark.parametrize(("wrong", "axes"), [(squared, 1), (product_of_axes, 2)])
+def test_a_rotation_that_sees_absolute_positions_is_caught_with_its_pair(wrong, axes):
+    report = check(wrong, axes)
+    assert not report.ok
+    assert report.rotation < 1e-14
+    assert report.relative > 0.1
+    assert str(report).splitlines()[1] == (
+        f"NO  relative: error {report.relative:.1e}, worst between {report.pair[0]} and {report.pair[1]}"
+    )
+
+    def scores(start):
+        """q at the start against k as far from it as the pair is apart."""
+        here, there = torch.tensor(report.pair, dtype=torch.float64)
+        q = torch.randn(1, 2, 1, 16, dtype=torch.float64).expand(1, 2, 1, 16)
+        turned_q, turned_k = wrong(q, q, torch.stack((start, start + there - here)))
+        return turned_q[0, 0, 0] @ turned_k[0, 1, 0]
+
+    torch.manual_seed(1)
+    moved = scores(torch.tensor(report.pair[0], dtype=torch.float64))
+    torch.manual_seed(1)
+    assert abs(moved - scores(torch.zeros(axes, dtype=torch.float64))) > 1e-3
+
+
+def test_queries_treated_otherwise_than_keys_are_caught():
+    def one_sided(q, k, p):
+        return plain(q, k, p)[0], k
+
+    report = check(one_sided)
+    assert report.rotation < 1e-14
+    assert not report.ok
+    assert report.alike > 1
+
+
+def test_queries_that_grow_as_keys_shrink_are_relative_but_no_rotation():
+    def xpos(q, k, p):
+        q, k = plain(q, k, p)
+        growth = (p / 512).exp()[..., None]
+        return q * growth, k / growth
+
+    report = check(xpos)
+    assert report.relative < 1e-13
+    assert report.rotation > 0.1
+    assert report.alike > 0.1
+
+
+def test_a_token_at_the_origin_that_turns_is_caught():
+    report = check(lambda q, k, p: plain(q, k, p + 1))
+    assert max(report.rotation, report.relative, report.alike) < 1e-13
+    assert not report.ok
+    assert report.origin == pytest.approx(2 * math.sin(0.5) * math.cos(0.5))
+    assert str(report).splitlines()[3].startswith("NO  origin left alone: error 8.4e-01")
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_an_attention_factor_is_a_scale_and_no_error(fraction):
+    yarn = YaRN(factor=8.0, original=64)
+    report = check_rotary(Rotary(32, "rope-tv", fraction=fraction, extensions=(yarn,)))
+    assert report.ok
+    assert report.scale == pytest.approx(0.1 * math.log(8) + 1)
+
+
+def test_a_learned_encoding_stays_rotary_as_it_learns():
+    rope = Rotary(16, "rope-vit-mixed", heads=2)
+    with torch.no_grad():
+        rope.learned.normal_()
+    assert check_rotary(rope).ok
+
+
+def test_functions_in_float32_are_checked_with_their_own_tolerance():
+    def single(q, k, p):
+        return rotate(q, k, p, OMEGA[None])
+
+    report = check(single, dtype=torch.float32, tolerance=1e-5)
+    assert report.ok
+    assert report.relative > 1e-9
+    assert not replace(report, tolerance=1e-9).ok
+
+
+def test_nan_is_no_rotation():
+    report = check(lambda q, k, p: (q * math.nan, k))
+    assert isinstance(report, RotaryReport)
+    assert not report.ok
+    assert str(report).startswith("NO  a rotation")
+
+
+def test_a_callable_must_say_its_sizes_and_keep_its_shape():
+    with pytest.raises(ValueError, match="give head_dim= and axes="):
+        check_rotary(plain, head_dim=16)
+    with pytest.raises(ValueError, match="must keep their shape"):
+        check(lambda q, k, p: (q[..., :4], k))
+
+
+@pytest.fixture(scope="module")
+def table():
+    return {scheme: promises(scheme) for scheme in SCHEMES}
+
+
+def test_the_table_has_a_line_for_every_scheme_in_every_format():
+    few = {name: SCHEMES[name] for name in ("rope-tv", "grid")}
+    rows = json.loads(promise_table(few, "json"))
+    assert [row["scheme"] for row in rows] == list(few)
+    assert rows[0]["rate"] == 1
+    assert rows[1]["density"] is None
+    head, rule, *lines = promise_table(few, "markdown").splitlines()
+    assert {line.count("|") for line in (head, rule, *lines)} == {len(measure.COLUMNS) + 2}
+    assert [line.split("|")[1] for line in lines] == [" `rope-tv` ", " `grid` "]
+    assert promise_table(["rope-tv"]).splitlines()[1].split() == [
+        "rope-tv", "yes", "yes", "yes", "yes", "no", "yes", "0", "1", "128.5,", "128.5", "no", "yes",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="did you mean 'markdown'"):
+        promise_table(few, "markdwn")
+
+
+def test_every_scheme_keeps_to_the_definition(table):
+    for name, row in table.items():
+        assert isinstance(row, Promises)
+        assert (row.scheme, row.rotary) == (name, True)
+        assert row.equivalent == (row.rate == 1)
+        assert row.central <= row.symmetric, "central symmetry is the stronger"
+
+
+def which(table, promise):
+    return {name for name, row in table.items() if getattr(row, promise)}
+
+
+PRINCIPLES = ("compatible", "equivalent", "symmetric", "causal")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kept"),
+    [
+        ("flat", {"compatible", "equivalent", "symmetric", "causal"}),
+        ("rope-tv", {"compatible", "equivalent", "symmetric"}),
+        ("rope-tv-causal", {"compatible", "equivalent", "symmetric", "causal"}),
+        ("rope-tv-2d", {"compatible", "equivalent", "symmetric", "causal"}),
+        ("rope-tie", {"compatible", "symmetric", "causal"}),
+        ("rope-tie-fractional", {"compatible", "equivalent", "symmetric", "causal"}),
+        ("hunyuan-image", {"compatible", "equivalent", "causal"}),
+        ("mixed", {"equivalent", "symmetric"}),
+        ("m-rope", {"compatible", "causal"}),
+        ("m-rope-qwen2.5-vl", {"compatible", "causal"}),
+        ("vrope", {"compatible", "symmetric", "causal"}),
+        ("videorope", {"compatible", "causal"}),
+        ("hope", {"causal"}),
+        ("shared-id", {"compatible", "symmetric", "causal"}),
+        ("v2pe", {"compatible"}),
+        ("mh-rope", {"compatible", "causal"}),
+        ("flux", {"causal"}),
+        ("pixtral", {"causal"}),
+    ],
+)
+def test_the_principles_are_kept_by_those_that_are_known_to(table, scheme, kept):
+    assert {promise for promise in PRINCIPLES if getattr(table[scheme], promise)} == kept
+
+
+def test_hunyuan_image_is_symmetric_but_for_odd_by_even_pictures(table):
+    assert not table["hunyuan-image"].symmetric
+    assert table["hunyuan-image"].integral
+    assert not table["rope-tv-2d"].integral
+    for y, x in ((3, 4), (4, 5)):
+        assert not measure.symmetric(measure.look(SCHEMES["hunyuan-image"], Image(y, x), 4)).all()
+    for y, x in ((3, 5), (2, 4), (4, 4)):
+        assert measure.symmetric(measure.look(SCHEMES["hunyuan-image"], Image(y, x), 4)).all()
+
+
+def test_videorope_is_symmetric_in_time_alone(table):
+    assert table["videorope"].symmetric_on == ("t",)
+    assert table["m-rope"].symmetric_on == ()
+    assert table["rope-tv"].symmetric_on == TYX
+
+
+def test_words_after_a_long_video_stand_inside_it_in_transformers(table):
+    released, ported = table["m-rope"], promises(Scheme(layout="m-rope-hf"))
+    assert released.between
+    assert not ported.between
+    sight = measure.look(Scheme(layout="m-rope-hf"), Video(12, 2, 4), 1)
+    assert (sight.patches[:, 0] >= sight.after[0]).sum() == 8 * 8, (
+        "8 of its 12 frames are not before the word"
+    )
+    for frames, inside in ((4, False), (5, True)):
+        sight = measure.look(Scheme(layout="m-rope-hf"), Video(frames, 2, 4), 1)
+        assert measure.between(sight) is not inside, "the fifth frame stands where the word does in time"
+
+
+def test_pictures_in_a_shared_place_collide(table):
+    assert table["shared-id"].collisions == 4 * 6 + 12 * 2 * 4
+    assert table["rope-tv"].collisions == table["m-rope"].collisions == 0
+    # words are not rotated, nor is the first patch of the first picture; the video is the second, at t = 1
+    assert (table["flux"].collisions, table["flux"].words_on_patches) == (21, 20)
+    # without time, a patch one frame later is where its lower right neighbour was
+    assert table["hope"].collisions > table["videorope"].collisions == 0
+
+
+def test_density_and_distance_of_a_square_picture(table):
+    assert table["rope-tv"].density == table["flat"].density == 1
+    assert table["m-rope"].density == 256 / 16
+    assert table["rope-tie"].density == 256 / 288
+    assert table["shared-id"].density == table["videorope"].density == 256
+    assert table["pixtral"].density is None
+    assert table["rope-tv"].distances == (128.5, 128.5)
+    assert table["m-rope"].distances == (6, 11)
+    assert table["m-rope-i"].distances is None, "rows and columns start at 0 wherever the words are"
+
+
+def test_what_a_patch_counts_is_named_where_it_is_constant(table):
+    half = Scheme(layout="rope-tv-causal", options=(("rate", 0.5),))
+    assert promises(half).rate == 0.5
+    assert promises(half).scheme == "rope-tv-causal(rate=0.5)"
+    assert table["m-rope"].rate is None
+    assert table["grid"].rate == 0
+    assert table["flux"].rate is None, "words do not walk there"
+
+
+def test_compatibility_is_lost_with_the_ladder_of_words():
+    assert measure.compatible(SCHEMES["rope-tv"].change(theta=1e6))
+    assert measure.compatible(SCHEMES["rope-tv"].change(extensions=(YaRN(factor=4.0, original=64),)))
+    assert measure.compatible(SCHEMES["m-rope"].change(still=0.5))
+    assert not measure.compatible(SCHEMES["rope-tv"].change(ladder="own"))
+    assert not measure.compatible(SCHEMES["rope-tv"].change(scale=(1.0, 1.0, 0.5)))
+    along_rows = YaRN(factor=4.0, original=64, axes=("y",))
+    assert not measure.compatible(SCHEMES["rope-tv"].change(extensions=(along_rows,)))
+
+
+SIZES = st.integers(1, 5)
+
+
+def principles(scheme, y, x, frames=(1, 2, 3, 5)):
+    """Which of the four principles hold for videos of this size, of these numbers of frames."""
+    sights = [measure.look(scheme, Video(t, y, x), words) for t in frames for words in (1, 4)]
+    return {
+        "compatible": measure.compatible(scheme),
+        "equivalent": measure.rate(sights) == 1,
+        "symmetric": all(bool(measure.symmetric(sight).all()) for sight in sights),
+        "causal": measure.causal(scheme, y, x),
+    }
+
+
+@given(y=SIZES, x=SIZES)
+def test_a_drift_of_the_frames_own_room_keeps_all_four_principles(y, x):
+    options = (("rate", 1.0), ("drift", float(y * x)))
+    assert all(principles(Scheme(layout="rope-tv-causal", options=options), y, x).values())
+
+
+@given(y=SIZES, x=SIZES, rate=st.sampled_from([0.5, 1.0, 2.0]), drift=st.integers(0, 60).map(lambda n: n / 2))
+def test_within_the_family_of_rate_and_drift_no_other_keeps_all_four(y, x, rate, drift):
+    scheme = Scheme(layout="rope-tv-causal", options=(("rate", rate), ("drift", drift)))
+    kept = principles(scheme, y, x)
+    assert kept["compatible"]
+    assert kept["symmetric"]
+    assert kept["causal"]
+    assert kept["equivalent"] == (rate == 1 and drift == y * x)
+
+
+def drifting(at, seen, drift=(0.0, 0.0, 0.0)):
+    """Frames of a unit grid, any drift on each axis, and the one start that is symmetric and equivalent."""
+    t, y, x = seen.grid
+    ends = [(n - 1) + d * (t - 1) for n, d in zip((1, y, x), drift, strict=True)]
+    origin = [at.next + (seen.tokens - 1 - end) / 2 for end in ends]
+    return lattice(seen.grid, origin, (drift, (0, 1, 0), (0, 0, 1))), at.next + seen.tokens
+
+
+@given(data=st.data(), y=SIZES, x=SIZES)
+def test_symmetry_equivalence_and_unknown_length_leave_no_other_drift_on_any_axis(data, y, x):
+    # x_a(1) - L = (y x t + 1 - (n_a - 1) - drift_a (t - 1)) / 2 must not know t
+    room = float(y * x)
+    near = st.one_of(st.just(room), st.sampled_from([0.0, 1.0, room / 2, room + 1, 2 * room]))
+    drift = data.draw(st.tuples(near, near, near))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LAYOUTS, "drifting", Layout(TYX, drifting, "this test"))
+        kept = principles(Scheme(layout="drifting", options=(("drift", drift),)), y, x)
+    assert kept["compatible"]
+    assert kept["equivalent"]
+    assert kept["symmetric"]
+    assert kept["causal"] == (drift == (room,) * 3)
+
+
+def test_words_of_a_story_need_not_surround_the_picture():
+    scheme = SCHEMES["rope-tv"]
+    assert measure.collisions(scheme, "image:2x2 image:2x2") == (0, 0)
+    assert measure.collisions(SCHEMES["grid"], "image:2x2 image:2x2") == (8, 0)
+    assert measure.stand(scheme, [Text(1)]).shape == (1, 3)

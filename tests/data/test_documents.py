@@ -1,0 +1,204 @@
+import pickle
+from collections import Counter
+from io import BytesIO
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image as Picture
+
+from rope_mm.data import Documents, load_splits, seeded
+from rope_mm.data.documents import Shown, Unreadable, first_fit
+from rope_mm.data.streaming import Stream
+from rope_mm.data.templates import Field, find_tasks, read_template
+
+TEMPLATES = ["{caption}: {image:draw}", "{image} what is it? {caption}", "{frames:draw}{caption}"]
+CAPTION, IMAGE, DRAWN = Field("caption"), Field("image"), Field("image", True)
+
+
+def grey(value):
+    return Picture.new("L", (4, 4), value)
+
+
+def png(value):
+    file = BytesIO()
+    grey(value).save(file, format="PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def sources():
+    pictures = Dataset.from_dict(
+        {"image": [grey(10 * i) for i in range(6)], "caption": [f"grey {i}" for i in range(6)]},
+        features=Features(image=Image(), caption=Value("string")),
+    )
+    clips = Dataset.from_dict(
+        {"frames": [[grey(i), grey(255)] for i in range(4)], "caption": [f"clip {i}" for i in range(4)]},
+        features=Features(frames=List(Image()), caption=Value("string")),
+    )
+    return [pictures, clips]
+
+
+def test_a_template_is_words_and_columns_in_braces():
+    assert read_template("{caption}: {image:draw}") == (CAPTION, ": ", DRAWN)
+    assert read_template("see {{it}}") == ("see {", "it}")
+    for wrong in ("{caption", "{}", "{image:paint}", "{image!r}"):
+        with pytest.raises(ValueError, match="template '"):
+            read_template(wrong)
+
+
+@given(st.lists(st.integers(1, 20), max_size=40), st.integers(20, 50))
+def test_first_fit_packs_each_document_once_where_there_is_room_first(lengths, room):
+    rows = first_fit(lengths, room)
+    assert sorted(number for row in rows for number in row) == list(range(len(lengths)))
+    used = [0] * len(rows)
+    place = {number: row for row, numbers in enumerate(rows) for number in numbers}
+    for number, length in enumerate(lengths):
+        assert all(used[row] + length > room for row in range(place[number]))
+        used[place[number]] += length
+    assert all(total <= room for total in used)
+    assert rows == [sorted(row) for row in rows]
+
+
+def test_a_row_longer_than_the_room_is_refused():
+    with pytest.raises(ValueError, match="a document of 9 tokens does not fit a row of 8"):
+        first_fit([3, 9], 8)
+
+
+def test_rows_are_told_by_the_templates_whose_columns_they_have(sources):
+    documents = Documents(sources, TEMPLATES, 4, 1)
+    assert len(documents) == 10
+    assert documents.kinds == {"caption": "words", "image": "picture", "frames": "clip"}
+    told = [documents.tell([2], seeded(i)) for i in range(20)]
+    forms = Counter(tuple(type(part).__name__ for part in document) for document in told)
+    assert set(forms) == {("str", "str", "Shown"), ("Shown", "str", "str")}
+    drawn = next(document for document in told if isinstance(document[0], str))
+    assert drawn[:2] == ["grey 2", ": "]
+    assert drawn[2].drawn
+    assert not next(document for document in told if isinstance(document[0], Shown))[0].drawn
+    assert torch.equal(drawn[2].pixels, torch.full((1, 4, 4), 20 / 127.5 - 1))
+    frames, caption = documents.tell([7], seeded(0))
+    assert caption == "clip 1"
+    assert frames.pixels.shape == (2, 1, 4, 4)
+    assert frames.pixels[:, 0, 0, 0].tolist() == [pytest.approx(1 / 127.5 - 1), 1.0]
+
+
+def test_joined_rows_make_one_document(sources):
+    documents = Documents(sources, TEMPLATES, 4, 1, join=2)
+    (rows, *_) = documents.batch(0, 0, 5)
+    assert len(rows) == 2
+    one, two = (documents.tell([row], seeded("a")) for row in rows)
+    both = documents.tell(rows, seeded("a"))
+    assert len(both) == len(one) + len(two)
+
+
+def test_a_batch_is_a_function_of_seed_and_step_and_an_epoch_has_every_row_once(sources):
+    documents = Documents(sources, TEMPLATES, 4, 1)
+    epoch = [row for step in range(5) for (row,) in documents.batch(3, step, 2)]
+    assert sorted(epoch) == list(range(10))
+    assert documents.batch(3, 4, 2) == documents.batch(3, 4, 2)
+    assert documents.batch(3, 5, 10) != documents.batch(4, 5, 10)
+
+
+def test_tasks_are_read_off_the_templates():
+    kinds = {"caption": "words", "image": "picture", "frames": "clip"}
+    tasks = find_tasks([read_template(template) for template in TEMPLATES], kinds)
+    assert set(tasks) == {"draw", "caption", "film", "narrate"}
+    assert tasks["draw"].before == (CAPTION, ": ")
+    assert tasks["caption"].before == (IMAGE, " what is it? ")
+    assert (tasks["film"].before, tasks["film"].column) == ((), "frames")
+    assert tasks["narrate"].before == (Field("frames", True),)
+
+
+def test_what_is_asked_of_a_model_is_spread_over_the_source(sources):
+    documents = Documents(sources, TEMPLATES, 4, 1)
+    tasks = find_tasks(documents.templates, documents.kinds)
+    asked = documents.ask(tasks["caption"], 3)
+    assert [answer for _, answer in asked] == ["grey 0", "grey 2", "grey 4"]
+    assert [before[1] for before, _ in asked] == [" what is it? "] * 3
+    assert len(documents.ask(tasks["film"], 9)) == 4
+
+
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        (["{title}"], "fits no source; their columns are"),
+        (["{caption}", "{caption} {image} {frames}"], "fits no source"),
+        (["{image}"], "no template fits columns"),
+    ],
+)
+def test_templates_and_sources_fit_together(sources, templates, message):
+    with pytest.raises(ValueError, match=message):
+        Documents(sources, templates, 4, 1)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_label_is_read_as_its_name(streamed):
+    features = Features(image=Image(), label=ClassLabel(names=["cat", "dog"]))
+    rows = Dataset.from_dict({"image": [grey(0)] * 4, "label": [1, 0, None, -1]}, features)
+    documents = Documents([rows], ["{label}{image:draw}"], 4, 1)
+    assert documents.kinds["label"] == "words" and list(documents.texts()) == ["dog", "cat"]
+    told = Stream([rows.to_iterable_dataset()], ["{label}{image:draw}"], 4, 1) if streamed else documents
+    order = [row for (row,) in told.batch(0, 0, 4)]
+    for row in order:
+        number = row[-1] if streamed else row
+        if number < 2:
+            assert told.tell([row], seeded(0))[0] == ("dog", "cat")[number]
+        else:
+            with pytest.raises(Unreadable, match=f"row {number}, column 'label' cannot be read"):
+                told.tell([row], seeded(0))
+
+
+def test_words_are_not_drawn(sources):
+    with pytest.raises(ValueError, match="column 'caption' holds words, which are written"):
+        Documents(sources, ["{caption:draw}{image}", "{frames}"], 4, 1)
+
+
+def test_a_column_of_numbers_is_no_part_of_a_document():
+    rows = Dataset.from_dict({"size": [1, 2]})
+    with pytest.raises(ValueError, match=r"column 'size' holds .*, not lists of images"):
+        Documents([rows], ["{size}"], 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"no picture", "cannot identify image file"), (png(4)[:50], "image file is truncated")],
+)
+def test_what_cannot_be_read_is_named_by_its_row_and_file(content, reason, tmp_path):
+    (tmp_path / "torn.png").write_bytes(content)
+    rows = Dataset.from_dict(
+        {"image": [str(tmp_path / "torn.png")], "caption": [None]},
+        features=Features(image=Image(), caption=Value("string")),
+    )
+    with pytest.raises(ValueError) as error:
+        Documents([rows], ["{image}"], 4, 1).tell([0], seeded(0))
+    assert str(error.value) == f"row 0, column 'image' cannot be read: {reason}: {tmp_path / 'torn.png'}"
+    rows = Dataset.from_list([{"image": {"bytes": content, "path": None}, "caption": None}], rows.features)
+    with pytest.raises(ValueError, match=f"row 0, column 'image' cannot be read: {reason}$"):
+        Documents([rows], ["{image}"], 4, 1).tell([0], seeded(0))
+    with pytest.raises(ValueError, match="row 0, column 'caption' cannot be read: words are text, not None"):
+        Documents([rows], ["{caption}"], 4, 1).tell([0], seeded(0))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_documents_are_the_same_in_a_process_that_is_spawned(streamed, sources):
+    if streamed:
+        documents = Stream([rows.to_iterable_dataset() for rows in sources], TEMPLATES, 4, 1)
+    else:
+        documents = Documents(sources, TEMPLATES, 4, 1)
+    sent = pickle.loads(pickle.dumps(documents))
+    for rows in documents.batch(0, 0, 10):
+        assert rows in sent.batch(0, 0, 10)
+        for ours, theirs in zip(sent.tell(rows, seeded(0)), documents.tell(rows, seeded(0)), strict=True):
+            assert ours == theirs if isinstance(ours, str) else torch.equal(ours.pixels, theirs.pixels)
+
+
+def test_digits_are_documents_as_well():
+    splits = load_splits("digits")
+    assert isinstance(splits, DatasetDict)
+    documents = Documents([splits["train"]], ["{caption}{image:draw}"], 8, 1)
+    caption, shown = documents.tell([0], seeded(0))
+    assert caption == splits["train"][0]["caption"]
+    assert shown.pixels.shape == (1, 8, 8)

@@ -1,0 +1,160 @@
+import pickle
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy
+import pytest
+import torch
+from datasets import Array4D, Dataset, Features, Image, List, Value, Video
+from PIL import Image as Picture
+
+from rope_mm.data import CLIP_FACTORS, CaptionedClips, captioned_clips, load_clips
+from rope_mm.data.videos import choose_reader
+from rope_mm.evaluation.sprites import judge_clips
+
+FRAMES = torch.arange(2 * 5 * 3 * 8 * 8).remainder(251).to(torch.uint8).view(2, 5, 3, 8, 8)
+CAPTIONS = ["one", "two"]
+
+
+def pictures(clip):
+    return [Picture.fromarray(frame.permute(1, 2, 0).numpy()) for frame in clip]
+
+
+def as_images():
+    features = Features(frames=List(Image()), caption=Value("string"))
+    return Dataset.from_dict({"frames": [pictures(clip) for clip in FRAMES], "caption": CAPTIONS}, features)
+
+
+def as_array(kind=None):
+    columns = {"frames": FRAMES.tolist(), "caption": CAPTIONS}
+    return Dataset.from_dict(columns, kind and Features(frames=kind, caption=Value("string")))
+
+
+def as_videos():
+    columns = {"frames": [{"bytes": bytes([i]), "path": None} for i in range(2)], "caption": CAPTIONS}
+    return Dataset.from_dict(
+        columns, Features(frames=Video(decode=False), caption=Value("string"))
+    ).cast_column("frames", Video())
+
+
+class Decoder:
+    """What torchcodec's decoder does, for files that name a clip of FRAMES."""
+
+    def __init__(self, source):
+        if source == b"\x01cut":
+            raise RuntimeError("no stream\nin this file")
+        self.clip = FRAMES[source[0]]
+
+    def __len__(self):
+        return len(self.clip)
+
+    def get_frames_at(self, indices):
+        return SimpleNamespace(data=self.clip[indices])
+
+
+@pytest.fixture
+def torchcodec(monkeypatch):
+    package, decoders = ModuleType("torchcodec"), ModuleType("torchcodec.decoders")
+    decoders.VideoDecoder = Decoder
+    monkeypatch.setitem(sys.modules, "torchcodec", package)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        as_images,
+        as_array,
+        lambda: as_array(Array4D((5, 3, 8, 8), "uint8")),
+        lambda: as_array(Array4D((None, 3, 8, 8), "uint8")),
+        as_videos,
+    ],
+    ids=["images", "lists", "array", "any length", "videos"],
+)
+def test_a_clip_has_the_same_pixels_from_every_kind_of_column(make, torchcodec):
+    clips = CaptionedClips(make(), 8, 3, frames=0)
+    torch.testing.assert_close(clips.clips(), FRAMES / 127.5 - 1, atol=0, rtol=0)
+    assert (len(clips), clips.captions, clips.labels) == (2, CAPTIONS, None)
+    thinned = CaptionedClips(make(), 8, 3, frames=3).clips([1])
+    torch.testing.assert_close(thinned, FRAMES[1:, [0, 2, 4]] / 127.5 - 1, atol=0, rtol=0)
+
+
+def test_a_reader_of_videos_goes_to_a_process_that_is_spawned(torchcodec):
+    read, _ = choose_reader(as_videos().features["frames"], "frames")
+    first, _ = pickle.loads(pickle.dumps(read))(
+        {"bytes": b"\x01", "path": None}, lambda total: [0, total - 1]
+    )
+    assert (numpy.asarray(first) == FRAMES[1, 0].permute(1, 2, 0).numpy()).all()
+
+
+def test_frames_are_cropped_resized_and_made_grey():
+    clips = CaptionedClips(as_images(), 4, 1, frames=2).clips()
+    assert clips.shape == (2, 2, 1, 4, 4)
+
+
+def test_drawn_clips_are_loaded_with_what_they_show():
+    train, test = load_clips(label="motion")
+    assert (len(train), len(test)) == (2048, 512)
+    rows = captioned_clips()["test"]
+    verdict = judge_clips(test.clips(range(100)))
+    for name in CLIP_FACTORS:
+        assert verdict[name].tolist() == rows[name][:100]
+    assert test.labels.tolist() == rows["motion"]
+
+
+def test_videos_without_torchcodec_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(ValueError, match=r"'frames' holds videos, .* pip install rope-mm\[video\]") as error:
+        CaptionedClips(as_videos(), 8, 3)
+    assert "\n" not in str(error.value)
+
+
+def test_a_video_that_does_not_decode_is_named_by_its_row(torchcodec):
+    rows = Dataset.from_dict(
+        {
+            "frames": [{"bytes": b"\x01", "path": None}, {"bytes": b"\x01cut", "path": None}],
+            "caption": CAPTIONS,
+        },
+        Features(frames=Video(decode=False), caption=Value("string")),
+    )
+    with pytest.raises(ValueError, match="row 1, column 'frames': the clip does not decode") as error:
+        CaptionedClips(rows.cast_column("frames", Video()), 8, 3).clips()
+    assert "\n" not in str(error.value)
+
+
+def rows_of(frames):
+    return Dataset.from_dict({"frames": [frames], "caption": ["one"]})
+
+
+@pytest.mark.parametrize(
+    "frames, words",
+    [
+        (FRAMES[0, :2].tolist(), "row 0, column 'frames': .*it has 2 frames, not the 4 to take"),
+        (FRAMES[0, :, :2].tolist(), r"1, 3, 4 channels: \(5, 2, 8, 8\)"),
+        ((FRAMES[0].long() + 100).tolist(), "whole numbers in 0 to 255"),
+        ((FRAMES[0] / 255).tolist(), "whole numbers in 0 to 255"),
+    ],
+    ids=["short", "channels", "range", "fractions"],
+)
+def test_an_array_that_is_no_clip_is_named_by_its_row(frames, words):
+    with pytest.raises(ValueError, match=words):
+        CaptionedClips(rows_of(frames), 8, 3).clips()
+
+
+def test_columns_without_clips_and_numbers_of_no_frames_are_refused():
+    with pytest.raises(ValueError, match=r"column 'frames' holds .*, not lists of images"):
+        CaptionedClips(rows_of(1), 8, 3)
+    with pytest.raises(ValueError, match=r"column 'frames' holds .*, not lists of images"):
+        CaptionedClips(rows_of(numpy.zeros((3, 8, 8), int).tolist()), 8, 3)
+    with pytest.raises(ValueError, match="no column 'clip'; it has frames, caption"):
+        CaptionedClips(rows_of(1), 8, 3, clip="clip")
+    with pytest.raises(ValueError, match=r"frames must be 0 \(all\) or more, not -1"):
+        CaptionedClips(as_images(), 8, 3, frames=-1)
+
+
+def test_clips_of_different_lengths_make_no_batch():
+    columns = {"frames": [FRAMES[0].tolist(), FRAMES[1, :3].tolist()], "caption": CAPTIONS}
+    clips = CaptionedClips(Dataset.from_dict(columns), 8, 3, frames=0)
+    assert clips.clips([1]).shape[1] == 3
+    with pytest.raises(ValueError, match="these clips have 3 to 5 frames"):
+        clips.clips()

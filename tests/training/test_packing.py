@@ -1,0 +1,233 @@
+"""Packed documents and the drafts beside their pictures: what they see, and that they are what one draws."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rope_mm import SCHEMES, Image, Text, Video
+from rope_mm.data.documents import Shown
+from rope_mm.models import (
+    RopeMMForConditionalGeneration,
+    RopeMMProcessor,
+    arrange,
+    load_tokenizer,
+    read_config,
+)
+from rope_mm.models.sampling import draw_frames
+from rope_mm.nn.attention import ranks, sees
+from rope_mm.training.image_heads import HEADS
+from rope_mm.training.packing import Packer
+
+TOKENIZER = load_tokenizer()
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def make(scheme="rope-tv", **settings):
+    torch.manual_seed(0)
+    rope = {"scheme": scheme}
+    config = read_config(hidden_size=32, intermediate_size=48, rope_parameters=rope, **settings)
+    return RopeMMForConditionalGeneration(config).eval()
+
+
+def seeds(count):
+    return [torch.Generator().manual_seed(i) for i in range(count)]
+
+
+def packer(model, length=200, head="mse", whole=False):
+    processor = RopeMMProcessor.from_config(model.config, TOKENIZER)
+    return Packer(processor, length, HEADS[head].times, whole)
+
+
+def pixels(*shape, seed=5):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def picture(drawn=False, seed=5, y=4, x=8):
+    return Shown(pixels(1, y, x, seed=seed), drawn)
+
+
+def clip(frames=3, drawn=False, seed=6):
+    return Shown(pixels(frames, 1, 4, 4, seed=seed), drawn)
+
+
+def test_a_draft_sees_what_its_picture_sees_and_itself_and_nobody_sees_it():
+    rank = ranks([Text(1), Video(2, 1, 2), Text(1)])
+    rank, token = torch.cat([rank, -rank[1:5]])[None], torch.arange(10)
+    seen = sees(rank)(torch.tensor(0), torch.tensor(0), token[:, None], token)
+    assert seen.int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 0, 0, 0, 0, 0, 1, 1, 0, 0],
+        [1, 0, 0, 0, 0, 0, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0, 1, 1],
+        [1, 1, 1, 0, 0, 0, 0, 0, 1, 1],
+    ]
+
+
+def double(pack):
+    """The inputs of a pack in float64."""
+    return {name: x.double() if x.is_floating_point() else x for name, x in pack.inputs().items()}
+
+
+def filmed(model, pack, steps=1):
+    """The clip of `SEEN`, drawn frame after frame from the noise of its drafts."""
+    sequences = arrange([["see ", Image(2, 4), " go ", Video(3, 2, 2)]], TOKENIZER, model.config.scheme)
+    noise, shown = pack.noise.view(1, 3, 4, -1).double(), pack.patches[None, :8].double()
+    return draw_frames(model, sequences, noise, steps, shown).flatten(0, 2)
+
+
+SEEN = ["see ", picture(), " go ", clip(3, drawn=True), " and on"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_drafts_of_a_clip_are_its_frames_drawn_one_after_another(scheme):
+    model = make(scheme).double()
+    pack = packer(model)([SEEN], seeds(1))
+    with torch.no_grad():
+        drawn = filmed(model, pack)
+        pack.patches[8:20] = drawn  # what comes after a frame sees it as it was drawn
+        drafts = model(**double(pack)).patches[pack.draft]
+    torch.testing.assert_close(drafts, drawn, atol=1e-6, rtol=1e-5)
+    assert (drafts[:4] - drafts[4:8]).abs().max() > 1e-3
+
+
+def test_steps_of_a_flow_are_drafts_that_have_come_so_far():
+    model = make().double()
+    pack = packer(model, head="flow")([SEEN], seeds(1))
+    with torch.no_grad():
+        drawn = filmed(model, pack, steps=4)
+        patches, here = pack.patches.double(), pack.noise.double()
+        patches[8:20] = drawn
+        for step in range(4):
+            now = replace(pack, patches=patches, noise=here, time=torch.zeros(12, 1, dtype=torch.double))
+            here = here + (model(**double(now)).patches[pack.draft] - here) / (4 - step)
+    torch.testing.assert_close(here, drawn, atol=1e-6, rtol=1e-5)
+
+
+def test_a_draft_begins_between_noise_and_its_patch_and_a_frame_has_one_time():
+    pack = packer(make(), head="flow")([SEEN], seeds(1))
+    begun = pack.inputs()["patches"]
+    torch.testing.assert_close(begun[20:], (1 - pack.time) * pack.noise + pack.time * pack.patches[8:20])
+    assert torch.equal(begun[:20], pack.patches[:20])
+    times = pack.time.view(3, 4)
+    assert torch.equal(times, times[:, :1].expand(3, 4))
+    assert len(times.unique()) == 3
+
+
+def test_words_are_as_if_there_were_no_drafts():
+    model = make()
+    with torch.no_grad():
+        pack = packer(model)([SEEN], seeds(1))
+        plain = packer(model)(
+            [[part if isinstance(part, str) else Shown(part.pixels) for part in SEEN]], seeds(1)
+        )
+        size = plain.input_ids.shape[1]
+        assert pack.input_ids.shape[1] == size + 12
+        one, two = (model(**p.inputs()).logits[:, :size] for p in (pack, plain))
+    torch.testing.assert_close(one, two, **CLOSE)
+    assert pack.labels[0, -12:].eq(-100).all()
+
+
+def test_the_words_to_predict_are_all_but_the_first_and_the_end_is_one():
+    model = make()
+    documents = [["ab", picture(), "c"], [picture(), "d"], ["e"], ["f", picture()]]
+    pack = packer(model)(documents, seeds(4))
+    b, c, d, e = TOKENIZER("bcde", add_special_tokens=False).input_ids
+    wanted = pack.labels[pack.labels != -100].tolist()
+    assert wanted == [b, c, 1, d, 1, 1]
+    assert pack.words == 6
+    assert e not in wanted
+    assert pack.tokens == 3 + 8 + 1 + 8 + 2 + 2 + 9
+
+
+DOCUMENTS = [["one ", picture(True), "a"], [picture(seed=8), "two", clip(2, True)], ["three"], [clip(2), "b"]]
+
+
+@pytest.mark.parametrize("neighbour", [0, 1, 2, 3])
+def test_a_neighbour_changes_nothing_not_even_a_bit(neighbour):
+    """Logits, drawn patches and gradients of all other documents, whatever one of them holds."""
+    model = make()
+    pack = packer(model)(DOCUMENTS, seeds(4))
+    assert pack.input_ids.shape[0] == 1
+
+    def outcome(changed):
+        model.zero_grad()
+        mine = pack.document == neighbour
+        ids = torch.where(
+            mine & (pack.input_ids != 259) & changed, pack.input_ids.bitwise_xor(1), pack.input_ids
+        )
+        inputs = pack.inputs() | {"input_ids": ids}
+        places = mine[pack.input_ids == 259]
+        inputs["patches"] = inputs["patches"] + 3.0 * (places & changed)[:, None]
+        inputs["patches"].requires_grad_()
+        out = model(**inputs)
+        # a loss of the other documents alone, so that gradients are theirs
+        (out.logits[~mine].square().sum() + out.patches[~places].square().sum()).backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        reached = inputs["patches"].grad
+        assert not reached[places].any()
+        return out.logits[~mine], out.patches[~places], reached[~places], gradients, out.logits[mine]
+
+    *before, mine = outcome(torch.tensor(False))
+    *after, its = outcome(torch.tensor(True))
+    assert all(torch.equal(a, b) for a, b in zip(before[:3], after[:3], strict=True))
+    assert not torch.equal(mine, its)
+    names = [name for name, _ in model.named_parameters()]
+    for name, a, b in zip(names, before[3], after[3], strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("backend", ["eager", "flex_attention"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_packed_drafts_are_the_same_on_every_backend_and_alone(backend, uncompiled):
+    model = make()
+    pack = packer(model)(DOCUMENTS, seeds(4))
+    with torch.no_grad():
+        plain = model(**pack.inputs())
+        alone = [packer(model)([d], [s]) for d, s in zip(DOCUMENTS, seeds(4), strict=True)]
+        outs = [model(**p.inputs()) for p in alone]
+        model.set_attn_implementation(backend)
+        other = model(**pack.inputs())
+    torch.testing.assert_close(other.logits, plain.logits, **CLOSE)
+    torch.testing.assert_close(other.patches, plain.patches, **CLOSE)
+    torch.testing.assert_close(torch.cat([out.logits for out in outs], 1), plain.logits, **CLOSE)
+    torch.testing.assert_close(
+        torch.cat([o.patches for o in outs if o.patches is not None]), plain.patches, **CLOSE
+    )
+
+
+def test_what_a_critic_reads_are_the_documents_with_drafts_and_their_patches():
+    model = make()
+    pack = packer(model, whole=True)(DOCUMENTS, seeds(4))
+    whole = pack.whole
+    assert whole.sequences.input_ids.shape[0] == 2  # the others draw nothing
+    assert torch.equal(whole.patches[whole.drawn], pack.target)
+    alone = arrange([["one ", Image(2, 4), "a"]], TOKENIZER, model.config.scheme).input_ids
+    assert torch.equal(whole.sequences.input_ids[0, : alone.shape[1]], alone[0])
+    assert whole.there.sum(1).tolist() == [8, 16]
+    assert whole.drawn.sum(1).tolist() == [8, 8]
+
+
+def test_a_document_that_no_row_can_hold_is_refused():
+    with pytest.raises(
+        ValueError, match="a document of 13 tokens does not fit a row of 12; raise the length"
+    ):
+        packer(make(), length=12)([["four!", picture(True)]], seeds(1))
+
+
+def test_what_is_drawn_last_is_not_read_and_all_else_is_as_if_it_were():
+    model = make()
+    ended = [["see ", picture(seed=8), " go ", clip(3, True)], [picture(True)], ["a", picture(True), "b"]]
+    pack = packer(model)(ended, seeds(3))
+    read = packer(model)([[*document, "x"] for document in ended], seeds(3))
+    assert pack.tokens == (4 + 8 + 4 + 2 * 4 + 3 * 4) + 8 + (1 + 8 + 1 + 1 + 8)
+    assert read.tokens == pack.tokens + 4 + 8 + 2 * 2 + 1  # a frame, a picture, "x" and twice an end
+    assert torch.equal(read.target, pack.target)
+    with torch.no_grad():
+        with_it, without = (model(**p.inputs()).patches[p.draft] for p in (read, pack))
+    torch.testing.assert_close(without, with_it, **CLOSE)

@@ -1,0 +1,40 @@
+import os
+import signal
+from dataclasses import dataclass
+
+import pytest
+
+from rope_mm.training.config import run
+from rope_mm.training.signals import Stop, exit_code
+
+SIGNALS = signal.SIGINT, signal.SIGTERM
+
+
+@dataclass(frozen=True)
+class Empty:
+    """Nothing to set."""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_first_signal_is_a_wish_and_a_second_stops_at_once(number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt) as stopped, Stop() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.asked == number
+        os.kill(os.getpid(), number)
+    assert stopped.value.args == (128 + number,)
+    assert signal.getsignal(number) == before
+
+
+def test_a_run_that_saved_ends_well_after_sigterm_and_as_interrupted_after_ctrl_c():
+    assert [exit_code(number) for number in SIGNALS] == [130, 0]
+
+
+@pytest.mark.parametrize(("raised", "code"), [((), 130), ((0,), 0), ((143,), 143)])
+def test_an_interruption_ends_a_script_with_its_code(raised, code):
+    def main(config):
+        raise KeyboardInterrupt(*raised)
+
+    with pytest.raises(SystemExit) as stopped:
+        run(main, Empty, [])
+    assert stopped.value.code == code
