@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rope_mm import Rotary, Scheme, check_rotary, place
 from rope_mm.hf import positions_for, set_rope
-from rope_mm.positions.grids import Cursor, lattice
+from rope_mm.positions.grids import Cursor, grid_positions
 from rope_mm.positions.layouts import LAYOUTS, Layout
 from rope_mm.segments import Segment
 
@@ -29,7 +29,7 @@ def page(at: Cursor, seen: Segment) -> tuple[torch.Tensor, float]:
     """Positions (t*y*x, 2) of a picture that starts at the next row, and where the next word stands."""
     t, y, x = seen.grid
     rows_and_columns = ((y, 0), (1, 0), (0, 1))  # what a step of t, of y and of x adds
-    return lattice((t, y, x), (at.next, at.next), rows_and_columns), at.next + max(t * y, x)
+    return grid_positions((t, y, x), (at.next, at.next), rows_and_columns), at.next + max(t * y, x)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from rope_mm.analysis.check import check_rotary
-from rope_mm.analysis.properties import FORMATS, HEAD_DIM, promise_table
+from rope_mm.analysis.properties import FORMATS, HEAD_DIM, properties_table
 from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.frequencies import ownership_map
 from rope_mm.schemes.zoo import SCHEMES
@@ -21,7 +21,7 @@ from rope_mm.segments import parse_segments
 
 def print_schemes(args: argparse.Namespace) -> int:
     """The table of promises."""
-    print(promise_table(args.names or SCHEMES, args.format))
+    print(properties_table(args.names or SCHEMES, args.format))
     return 0
 
 

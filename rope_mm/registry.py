@@ -6,7 +6,7 @@ from typing import TypeVar
 Entry = TypeVar("Entry")
 
 
-class Choice(dict[str, Entry]):
+class Registry(dict[str, Entry]):
     """A dict whose missing key raises a ValueError that names the nearest key and all the others."""
 
     def __init__(self, what: str, entries: dict[str, Entry]):

@@ -6,7 +6,12 @@ from dataclasses import dataclass, fields
 from itertools import groupby, pairwise
 from math import ceil
 
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
+
+
+def type_name(kind: type) -> str:
+    """A segment type in the text form of segments: MoreFrames is more_frames."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Segment:
         return t * y * x
 
     def __str__(self) -> str:
-        name, sizes = type(self).__name__.lower(), "x".join(map(str, self.sizes))
+        name, sizes = type_name(type(self)), "x".join(map(str, self.sizes))
         pace = getattr(self, "seconds", 1.0)
         return f"{name}:{sizes}" + (f"@{pace}" if pace != 1.0 else "")
 
@@ -77,7 +82,7 @@ class Video(Segment):
 
 
 @dataclass(frozen=True)
-class Frames(Video):
+class MoreFrames(Video):
     """t more frames of the video that came just before: what one longer video would have held."""
 
 
@@ -89,47 +94,48 @@ class Audio(Segment):
 
 
 @dataclass(frozen=True)
-class Sound(Audio):
+class VideoAudio(Audio):
     """Tokens of sound that goes with the video just before, from where its earlier sound stopped."""
 
 
 @dataclass(frozen=True)
-class Still(Segment):
+class Unrotated(Segment):
     """Tokens that are not rotated and not counted, such as class and register tokens."""
 
     length: int
 
 
-KINDS = Choice(
-    "segment", {kind.__name__.lower(): kind for kind in (Text, Image, Video, Frames, Audio, Sound, Still)}
+SEGMENT_TYPES = Registry(
+    "segment",
+    {type_name(kind): kind for kind in (Text, Image, Video, MoreFrames, Audio, VideoAudio, Unrotated)},
 )
 
 
-def stamped(video: Video, words: int) -> list[Segment]:
+def timestamped_frames(video: Video, words: int) -> list[Segment]:
     """A video as pictures, each after the words of its timestamp (Qwen3-VL, GLM-4.1V)."""
     return [Text(words), Image(video.y, video.x)] * video.t
 
 
-def due(second: float, pace: float) -> int:
+def count_before(second: float, pace: float) -> int:
     """How many of what comes every `pace` seconds have begun before this second, whatever rounding adds."""
     return ceil(second / pace - 1e-9)
 
 
-def film(video: Video, sound: int, chunk: float = 2.0) -> list[Segment]:
+def interleave_audio(video: Video, sound: int, chunk: float = 2.0) -> list[Segment]:
     """A video and its sound tokens in chunks of seconds, in each the frames first (Qwen2.5-Omni)."""
     length = max(video.t * video.seconds, sound * 0.04)
     cuts = [number * chunk for number in range(ceil(length / chunk) + 1)]
     story: list[Segment] = []
     for start, end in pairwise(cuts):
-        frames = range(video.t)[due(start, video.seconds) : due(end, video.seconds)]
-        tokens = range(sound)[due(start, 0.04) : due(end, 0.04)]
-        kind = Frames if start else Video
+        frames = range(video.t)[count_before(start, video.seconds) : count_before(end, video.seconds)]
+        tokens = range(sound)[count_before(start, 0.04) : count_before(end, 0.04)]
+        kind = MoreFrames if start else Video
         story += [kind(len(frames), video.y, video.x, video.seconds)] if frames else []
-        story += [Sound(len(tokens))] if tokens else []
+        story += [VideoAudio(len(tokens))] if tokens else []
     return story
 
 
-def story_of(kinds: Sequence[int], seen: dict[int, list[Segment]]) -> list[Segment]:
+def segments_from_token_types(kinds: Sequence[int], seen: dict[int, list[Segment]]) -> list[Segment]:
     """The story of tokens of these kinds: words where 0, elsewhere what was `seen` of the kind, in turn.
 
     Pictures are taken out of their lists. A video's frames may have words between them.
@@ -165,10 +171,10 @@ def parse_segments(story: str) -> list[Segment]:
     """
     segments = []
     for word in story.split():
-        match = re.fullmatch(r"([a-z]+):(\d+(?:x\d+)*)(?:@([\d.e+-]+))?", word)
+        match = re.fullmatch(r"([a-z_]+):(\d+(?:x\d+)*)(?:@([\d.e+-]+))?", word)
         if not match:
             raise ValueError(f"{word!r} is not a segment; write text:N, image:YxX or video:TxYxX[@SECONDS]")
-        kind, sizes = KINDS[match[1]], match[2].split("x")
+        kind, sizes = SEGMENT_TYPES[match[1]], match[2].split("x")
         if len(sizes) != len(kind.names()):
             wanted = " x ".join(kind.names())
             raise ValueError(f"{word!r} has {len(sizes)} sizes, but {match[1]} takes {wanted}")

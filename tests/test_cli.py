@@ -3,12 +3,12 @@ from dataclasses import replace
 
 import pytest
 
-from rope_mm import Rotary, check_rotary, cli, promise_table
+from rope_mm import Rotary, check_rotary, cli, properties_table
 
 
 def test_schemes_prints_the_table_of_those_named(capsys):
     assert cli.main(["schemes", "--format", "markdown", "rope-tv", "m-rope"]) == 0
-    assert capsys.readouterr().out == promise_table(["rope-tv", "m-rope"], "markdown") + "\n"
+    assert capsys.readouterr().out == properties_table(["rope-tv", "m-rope"], "markdown") + "\n"
 
 
 def test_schemes_prints_all_without_a_name(capsys, monkeypatch):

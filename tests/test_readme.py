@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rope_mm import SCHEMES, promise_table
+from rope_mm import SCHEMES, properties_table
 from rope_mm.losses import GAN_LOSSES, PENALTIES
 from rope_mm.training.config import load
 
@@ -41,7 +41,7 @@ def test_every_scheme_and_loss_is_in_a_table(name):
 
 
 def test_the_promises_are_those_that_are_measured():
-    for row in promise_table(SCHEMES, "markdown").splitlines()[2:]:
+    for row in properties_table(SCHEMES, "markdown").splitlines()[2:]:
         assert row in README, row
 
 

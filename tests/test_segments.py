@@ -2,15 +2,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rope_mm import Audio, Frames, Image, Segment, Sound, Still, Text, Video, film, parse_segments, stamped
-from rope_mm.segments import read_segments, story_of
+from rope_mm import (
+    Audio,
+    Image,
+    MoreFrames,
+    Segment,
+    Text,
+    Unrotated,
+    Video,
+    VideoAudio,
+    interleave_audio,
+    parse_segments,
+    timestamped_frames,
+)
+from rope_mm.segments import read_segments, segments_from_token_types
 
 SIZES = st.integers(1, 6)
 PACES = st.sampled_from([1.0, 0.5, 0.04, 2.5])
 SEGMENTS = st.one_of(
-    *(st.builds(kind, SIZES) for kind in (Text, Audio, Sound, Still)),
+    *(st.builds(kind, SIZES) for kind in (Text, Audio, VideoAudio, Unrotated)),
     st.builds(Image, SIZES, SIZES),
-    *(st.builds(kind, SIZES, SIZES, SIZES, PACES) for kind in (Video, Frames)),
+    *(st.builds(kind, SIZES, SIZES, SIZES, PACES) for kind in (Video, MoreFrames)),
 )
 
 
@@ -50,23 +62,25 @@ def test_a_segment_takes_whole_sizes_only(size):
 
 @given(t=st.integers(1, 9), sound=st.integers(1, 200), seconds=PACES)
 def test_a_film_holds_every_frame_and_every_sound_token_in_chunks_of_two_seconds(t, sound, seconds):
-    story = film(Video(t, 2, 3, seconds), sound)
+    story = interleave_audio(Video(t, 2, 3, seconds), sound)
     frames = [segment.t for segment in story if isinstance(segment, Video)]
-    tokens = [segment.length for segment in story if isinstance(segment, Sound)]
+    tokens = [segment.length for segment in story if isinstance(segment, VideoAudio)]
     assert (sum(frames), sum(tokens)) == (t, sound)
-    assert isinstance(story[0], Video) and not isinstance(story[0], Frames)
+    assert isinstance(story[0], Video) and not isinstance(story[0], MoreFrames)
     assert all(count == 50 for count in tokens[:-1])
     assert all((count - 1) * seconds < 2 for count in frames)
 
 
 def test_a_film_cuts_at_whole_seconds_at_every_frame_rate():
     for fps in range(1, 121):
-        chunks = film(Video(6 * fps, 1, 1, 1 / fps), 1)
+        chunks = interleave_audio(Video(6 * fps, 1, 1, 1 / fps), 1)
         assert [segment.t for segment in chunks if isinstance(segment, Video)] == [2 * fps] * 3
 
 
 def test_a_stamped_video_is_its_pictures_each_after_its_words():
-    assert " ".join(map(str, stamped(Video(2, 3, 4), words=5))) == "text:5 image:3x4 text:5 image:3x4"
+    assert (
+        " ".join(map(str, timestamped_frames(Video(2, 3, 4), words=5))) == "text:5 image:3x4 text:5 image:3x4"
+    )
 
 
 def test_a_story_holds_segments_only():
@@ -77,7 +91,7 @@ def test_a_story_holds_segments_only():
 def test_a_story_is_read_from_the_kinds_of_its_tokens():
     seen = {1: [Image(2, 2), Image(1, 3)], 2: [Video(2, 1, 2), Video(2, 2, 1, 0.5)]}
     kinds = [0, 0, *[1] * 7, 0, *[2] * 4, 0, 2, 2, 0, 2, 2]
-    assert story_of(kinds, seen) == [
+    assert segments_from_token_types(kinds, seen) == [
         *(Text(2), Image(2, 2), Image(1, 3), Text(1), Video(2, 1, 2), Text(1)),
         *(Image(2, 1), Text(1), Video(1, 2, 1, 0.5)),  # the last video was told frame by frame
     ]
@@ -87,4 +101,4 @@ def test_a_story_is_read_from_the_kinds_of_its_tokens():
 @pytest.mark.parametrize(("run", "said"), [(3, "image:2x2 needs 4"), (5, "no grid is left")])
 def test_tokens_that_pictures_do_not_fill_are_refused(run, said):
     with pytest.raises(ValueError, match=said):
-        story_of([0] + [1] * run, {1: [Image(2, 2)]})
+        segments_from_token_types([0] + [1] * run, {1: [Image(2, 2)]})

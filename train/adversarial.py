@@ -19,17 +19,17 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data import batch_indices, draw_augmentation, load_images, seeded
+from rope_mm.data import batch_indices, draw_augmentation, load_images, make_generator
 from rope_mm.evaluation.image_grid import save_sheet
-from rope_mm.evaluation.images import IMAGE_EXAMS
-from rope_mm.models import Canvas, load_tokenizer
-from rope_mm.models.backends import attending
+from rope_mm.evaluation.images import IMAGE_EVALUATORS
+from rope_mm.models import ImageBatcher, load_tokenizer
+from rope_mm.models.backends import with_attention
 from rope_mm.models.configuration_rope_mm import config_for
-from rope_mm.training.adversarial import Batch, Duel, Optim
+from rope_mm.training.adversarial import AdversarialBatch, AdversarialOptim, AdversarialTrainer
 from rope_mm.training.config import at_least, run
 from rope_mm.training.ema import Ema
-from rope_mm.training.gan import Objective
-from rope_mm.training.loop import Run, carry_out, identify
+from rope_mm.training.gan import GANConfig
+from rope_mm.training.loop import Run, fingerprint, launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,8 @@ class Adversarial(Run):
     data: Data = field(default_factory=Data)
     rope: dict[str, Any] = field(default_factory=lambda: {"scheme": "rope-tv"})
     model: dict[str, Any] = field(default_factory=dict)  # fields of RopeMMConfig, for both players
-    loss: Objective = field(default_factory=Objective)
-    optim: Optim = field(default_factory=Optim)
+    loss: GANConfig = field(default_factory=GANConfig)
+    optim: AdversarialOptim = field(default_factory=AdversarialOptim)
     augment: dict[str, float] = field(default_factory=dict)  # strengths of AUGMENTATIONS, for real and drawn
     attention: str = "sdpa"  # or eager, or on GPUs flex_attention
     compile: str = ""  # a backend of torch.compile, such as inductor; "" compiles nothing
@@ -79,10 +79,12 @@ class Training:
         tokenizer = load_tokenizer(config.tokenizer)
         torch.manual_seed(config.seed)
         model = config_for(tokenizer, config.data.channels, config.rope, config.model)
-        model = attending(model, config.attention, accelerator.device)
-        self.canvas = Canvas(model, tokenizer, config.data.size)
+        model = with_attention(model, config.attention, accelerator.device)
+        self.canvas = ImageBatcher(model, tokenizer, config.data.size)
         self.images, self.held_out = load_images(**asdict(config.data))
-        self.duel = Duel(model, config.loss, config.optim, accelerator, config.compile, config.checkpointing)
+        self.duel = AdversarialTrainer(
+            model, config.loss, config.optim, accelerator, config.compile, config.checkpointing
+        )
         self.average = Ema(self.duel.unwrapped_generator, config.ema)
         accelerator.register_for_checkpointing(self.average)
         self.exam, self.tokens, self.flops = None, 0, 0.0
@@ -92,23 +94,25 @@ class Training:
             known, unknown = range(min(len(labels), most)), range(min(len(asked), EXAMPLES))
             train = self.images.images(known), labels[: len(known)]
             test = self.held_out.images(unknown), asked[: len(unknown)]
-            self.exam = IMAGE_EXAMS[config.exam](train, test, config.judged, config.seed)
+            self.exam = IMAGE_EVALUATORS[config.exam](train, test, config.judged, config.seed)
 
-    def batch(self, turn: int) -> Batch:
+    def batch(self, turn: int) -> AdversarialBatch:
         """This process's share of the turn-th batch; its random numbers come from (seed, turn, process)."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         size, seed, device = self.config.batch, self.config.seed, self.accelerator.device
         rows = batch_indices(len(self.images), size * world, seed, turn)[rank::world]
         sequences = self.canvas.sequences([self.images.captions[row] for row in rows])
-        noise = self.canvas.noise(seeded(seed, "noise", turn, rank), size)
+        noise = self.canvas.noise(make_generator(seed, "noise", turn, rank), size)
         real = self.canvas.patches(self.images.images(rows))
-        probes = seeded(seed, "probes", turn, rank, device=device)
-        return Batch(sequences.to(device), real.to(device), noise.to(device), self.augmentation(turn), probes)
+        probes = make_generator(seed, "probes", turn, rank, device=device)
+        return AdversarialBatch(
+            sequences.to(device), real.to(device), noise.to(device), self.augmentation(turn), probes
+        )
 
     def augmentation(self, turn: int) -> Callable[[Tensor], Tensor]:
         """How patches of the turn-th batch are changed before the critic sees them."""
         config, process = self.config, self.accelerator
-        draws = seeded(config.seed, "augment", turn, process.process_index)
+        draws = make_generator(config.seed, "augment", turn, process.process_index)
         change = draw_augmentation(config.augment, config.batch, draws, process.device)
         if not config.augment:
             return change
@@ -116,12 +120,12 @@ class Training:
 
     def identity(self) -> str:
         """All that the run depends on; a batch is of a process, so that their number, too."""
-        return f"# processes: {self.accelerator.num_processes}\n{identify(self.config)}"
+        return f"# processes: {self.accelerator.num_processes}\n{fingerprint(self.config)}"
 
     def begin(self, step: int) -> None:
         """Nothing: what a step reads is made when it begins."""
 
-    def rounds(self, step: int) -> list[list[Batch]]:
+    def rounds(self, step: int) -> list[list[AdversarialBatch]]:
         """The batches of a step: `accumulate` for each of `critic_steps` updates."""
         parts, turns = self.config.accumulate, self.config.critic_steps
         return [
@@ -151,12 +155,14 @@ class Training:
         rows = self.held_out.examples(10)
         captions = [caption for caption in rows for _ in range(10)]
         save_sheet(
-            path.with_suffix(".png"), self.canvas.draw(self.average.model, captions, seeded("sheet")), rows
+            path.with_suffix(".png"),
+            self.canvas.draw(self.average.model, captions, make_generator("sheet")),
+            rows,
         )
         if self.exam is None:
             return {}
         asked = [self.held_out.captions[row] for row in self.exam.rows]
-        return self.exam.mark(self.canvas.draw(self.average.model, asked, seeded("exam")))
+        return self.exam.mark(self.canvas.draw(self.average.model, asked, make_generator("exam")))
 
     def save_model(self, path: Path) -> None:
         """Write the averaged generator and its tokenizer, as `from_pretrained` reads them."""
@@ -194,7 +200,7 @@ def main(config: Adversarial) -> None:
     """
     check(config)
     disable_progress_bar()
-    carry_out(Training, config, gradient_accumulation_steps=config.accumulate)
+    launch(Training, config, gradient_accumulation_steps=config.accumulate)
 
 
 if __name__ == "__main__":

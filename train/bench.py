@@ -27,8 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from rope_mm.analysis import markdown
-from rope_mm.data import seeded
-from rope_mm.data.documents import Document, Shown
+from rope_mm.data import make_generator
+from rope_mm.data.documents import Document, Visual
 from rope_mm.files import write_text
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer, read_config
 from rope_mm.training.image_heads import from_noise
@@ -110,7 +110,7 @@ def steps_table(sizes: list[Size], rounds: int) -> str:
     """RopeMM's step over those of transformers' models, on words alone."""
     rows = []
     for size in sizes:
-        ids = torch.randint(VOCAB - 2, (size.rows, size.words), generator=seeded("bench"))
+        ids = torch.randint(VOCAB - 2, (size.rows, size.words), generator=make_generator("bench"))
         inputs = {"input_ids": ids, "labels": ids}
         times = cpu.play(
             {name: trainer(make(size), inputs) for name, make in MODELS.items()}, rounds, time.thread_time
@@ -130,7 +130,7 @@ def uneven(count: int, longest: int) -> list[Document]:
     """Documents of words about a picture, up to so many bytes, short ones more often than long ones."""
     draw, pixels = random.Random(0), torch.zeros(1, 8, 8)
     sizes = [round(longest ** draw.random()) for _ in range(count)]
-    return [["a" * size, Shown(pixels), "b" * (1 + size // 2)] for size in sizes]
+    return [["a" * size, Visual(pixels), "b" * (1 + size // 2)] for size in sizes]
 
 
 def packing_table(size: Size, rounds: int) -> str:
@@ -138,7 +138,7 @@ def packing_table(size: Size, rounds: int) -> str:
     model = ours(size)
     processor = RopeMMProcessor(load_tokenizer())
     documents = uneven(24, size.words // 2)
-    pack = Packer(processor, size.words, from_noise)(documents, [seeded("bench")] * len(documents))
+    pack = Packer(processor, size.words, from_noise)(documents, [make_generator("bench")] * len(documents))
     read = [[part if isinstance(part, str) else part.pixels for part in d] for d in documents]
     padded = dict(processor(documents=read, return_labels=True, padding_side="right"))
     ways = {"packed": pack.inputs() | {"labels": pack.labels}, "padded": padded}
@@ -202,7 +202,7 @@ def length_rows(way: str, size: Size, lengths: list[int], device: str) -> list[t
     model, rows = ours(size).to(device), []
     cast(PreTrainedModel, model).set_attn_implementation(backend)
     for length in lengths:
-        ids = torch.randint(VOCAB - 2, (1, length), generator=seeded("bench")).to(device)
+        ids = torch.randint(VOCAB - 2, (1, length), generator=make_generator("bench")).to(device)
         rank: Tensor = torch.arange(length, device=device)[None] // 16
         step = trainer(model, {"input_ids": ids, "labels": ids} | ({"rank": rank} if pictures else {}))
         step()  # makes the optimiser's state
@@ -225,7 +225,7 @@ def share_lines(sizes: list[Size]) -> str:
     """Rotary's share of a step on words, by size."""
     lines = []
     for size in sizes:
-        ids = torch.randint(VOCAB - 2, (size.rows, size.words), generator=seeded("bench"))
+        ids = torch.randint(VOCAB - 2, (size.rows, size.words), generator=make_generator("bench"))
         step = trainer(ours(size), {"input_ids": ids, "labels": ids})
         step()
         lines.append(f"{size.model}, {size.rows} x {size.words} words: {measure_share(step, 3)}")

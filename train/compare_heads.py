@@ -30,17 +30,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data import CaptionedImages, load_images, seeded
+from rope_mm.data import CaptionedImages, load_images, make_generator
 from rope_mm.evaluation.image_grid import save_sheet
-from rope_mm.evaluation.images import CaptionExam, train_judge
+from rope_mm.evaluation.images import CaptionEvaluator, train_classifier
 from rope_mm.evaluation.metrics import NEIGHBOURS
 from rope_mm.evaluation.quality import REAL, TOOK, Runs, draw_figure, write_table
 from rope_mm.files import write_text
 from rope_mm.losses import twice_differentiable
-from rope_mm.models.pipeline import Teller
+from rope_mm.models.pipeline import GenerationPipeline
 from rope_mm.training.config import at_least, dump, run
-from rope_mm.training.image_heads import HEADS
-from rope_mm.training.loop import identify
+from rope_mm.training.image_heads import IMAGE_HEADS
+from rope_mm.training.loop import fingerprint
 from rope_mm.training.run_dir import is_done
 
 FREE = "out", "restart", "dry_run", "on_nan", "trackers", "profile"  # on which no result depends
@@ -67,7 +67,7 @@ class CompareHeads(Pretrain):
     epochs: int = 20  # of the judge
 
 
-class Spent:
+class CostMeter:
     """What training took, over all its interruptions: FLOPs of the first step, CPU seconds of all."""
 
     def __init__(self):
@@ -82,12 +82,12 @@ class Spent:
         vars(self).update(state)
 
 
-class Counted(Training):
+class MeteredTraining(Training):
     """A training that counts what it takes, making ready the batches included in the time."""
 
     def __init__(self, config: Pretrain, accelerator: Accelerator):
         super().__init__(config, accelerator)
-        self.spent = Spent()
+        self.spent = CostMeter()
         accelerator.register_for_checkpointing(self.spent)
 
     def step(self, step: int) -> dict[str, Tensor]:
@@ -114,17 +114,17 @@ class Counted(Training):
 
 
 @dataclass(frozen=True)
-class Questions:
+class EvalSet:
     """Captions to draw, their real pictures (n, ch, y, x), columns of the sheet, and who judges."""
 
-    exam: CaptionExam
+    exam: CaptionEvaluator
     captions: list[str]
     real: Tensor
     shown: list[int]
 
-    def draw(self, teller: Teller, passes: int) -> Tensor:
+    def draw(self, teller: GenerationPipeline, passes: int) -> Tensor:
         """A picture for every caption, in so many passes; the same noise for every head."""
-        teller, noise = replace(teller, form=replace(teller.form, steps=passes)), seeded("heads")
+        teller, noise = replace(teller, form=replace(teller.form, steps=passes)), make_generator("heads")
         prompts = [teller.prompt("draw", caption) for caption in self.captions]
         parts = [prompts[start : start + PART] for start in range(0, len(prompts), PART)]
         return torch.cat([teller.draw(part, noise).cpu() for part in parts])
@@ -138,7 +138,7 @@ def find_classes(pictures: CaptionedImages, classes: Sequence[str], most: int) -
     return rows, torch.tensor([number[found[row][0].lower()] for row in rows], dtype=torch.long)
 
 
-def prepare(config: CompareHeads) -> Questions:
+def prepare(config: CompareHeads) -> EvalSet:
     """The questions, and a judge who has seen none of the pictures that they are compared with.
 
     Raises:
@@ -153,12 +153,12 @@ def prepare(config: CompareHeads) -> Questions:
             f"{judged} pictures would be judged, after {len(rows)} that teach the judge, where more than "
             f"{NEIGHBOURS} have neighbours; give judged, and classes that stand in captions"
         )
-    judge = train_judge(known.images(rows), labels, config.seed, config.epochs)
+    judge = train_classifier(known.images(rows), labels, config.seed, config.epochs)
     real, asked = held_out.images(unseen), asked[:judged]
     with torch.no_grad():
-        exam = CaptionExam(judge, judge.features(real[judged:]), unseen[:judged], asked, {})
+        exam = CaptionEvaluator(judge, judge.features(real[judged:]), unseen[:judged], asked, {})
     shown = [int(i) for label in asked.unique() for i in (asked == label).nonzero()[:SHOWN, 0]]
-    return Questions(exam, [held_out.captions[row] for row in exam.rows], real[:judged], shown)
+    return EvalSet(exam, [held_out.captions[row] for row in exam.rows], real[:judged], shown)
 
 
 def configure(config: CompareHeads, head: str, seed: int) -> Pretrain:
@@ -175,17 +175,17 @@ def configure(config: CompareHeads, head: str, seed: int) -> Pretrain:
         raise ValueError(f"heads.{head}: {str(error).splitlines()[0]}") from None
     chosen = cast(Pretrain, merged)
     check_run(chosen)
-    HEADS[chosen.head]
+    IMAGE_HEADS[chosen.head]
     return chosen
 
 
-def take(config: Pretrain, passes: Sequence[int], questions: Questions, samples: dict[str, Tensor]) -> Any:
+def take(config: Pretrain, passes: Sequence[int], questions: EvalSet, samples: dict[str, Tensor]) -> Any:
     """Marks of a run by passes, trained as far as it is not yet; pictures for the sheet go to `samples`."""
     out = Path(config.out)
-    if config.restart or not is_done(out, identify(config)):
-        train(config, Counted)
-    teller, marks = Teller.load(out / "model"), {}
-    for count in passes if HEADS[config.head].steps > 1 else [1]:
+    if config.restart or not is_done(out, fingerprint(config)):
+        train(config, MeteredTraining)
+    teller, marks = GenerationPipeline.load(out / "model"), {}
+    for count in passes if IMAGE_HEADS[config.head].steps > 1 else [1]:
         drawn = questions.draw(teller, count)
         samples[f"{out.name}, {count}"] = drawn[questions.shown]
         marks[str(count)] = questions.exam.mark(drawn)

@@ -21,9 +21,9 @@ from rope_mm.analysis import markdown
 from rope_mm.evaluation.figures import new_figure, save_figure
 from rope_mm.files import write_text
 from rope_mm.training.config import run
-from rope_mm.training.gan import Objective
+from rope_mm.training.gan import GANConfig
 from rope_mm.training.log import read_metrics
-from rope_mm.training.loop import identify
+from rope_mm.training.loop import fingerprint
 from rope_mm.training.run_dir import is_done
 
 Runs = dict[str, list[dict[str, float]]]
@@ -43,7 +43,7 @@ class CompareLosses(Adversarial):
     mark: str = "kl"  # what the picture shows over the steps
 
 
-def objective(row: str, loss: Objective) -> Objective:
+def objective(row: str, loss: GANConfig) -> GANConfig:
     """The loss of a row such as "rpgan+r1+r2".
 
     Raises:
@@ -74,7 +74,7 @@ def runs(config: CompareLosses) -> list[tuple[str, Adversarial]]:
 def result(config: Adversarial) -> dict[str, float]:
     """The marks of a run, trained as far as it is not yet; none of a dry run."""
     out = Path(config.out)
-    if config.restart or not is_done(out, identify(config)):
+    if config.restart or not is_done(out, fingerprint(config)):
         train(config)
     if config.dry_run:
         return {}

@@ -18,9 +18,16 @@ import torch
 from tqdm import tqdm
 
 from rope_mm.data import batch_indices
-from rope_mm.data.synthetic.qa_tasks import write_quizzes
+from rope_mm.data.synthetic.qa_tasks import make_qa_samples
 from rope_mm.evaluation.comparison import draw_figure, summarise, write_table
-from rope_mm.evaluation.qa import Told, Words, answer, judge, place, tell
+from rope_mm.evaluation.qa import (
+    EncodedQA,
+    WordTokenizer,
+    encode_qa,
+    generate_answers,
+    place_qa,
+    score_answers,
+)
 from rope_mm.files import write_text
 from rope_mm.models import IMAGE_TOKEN, RopeMMForConditionalGeneration, read_config
 from rope_mm.training.config import at_least, run
@@ -50,41 +57,43 @@ class CompareSchemes:
     device: str = "cpu"
 
 
-class School:
+class Benchmark:
     """Documents to train on and questions to judge by; the same for every scheme, the questions for all."""
 
     def __init__(self, config: CompareSchemes):
         self.config, self.size = config, config.model.get("patch_size", 2)
         self.trained = [(task, sizes) for task, forms in config.trained.items() for sizes in forms.values()]
         exams = {
-            (kind, task, form): write_quizzes(task, sizes, config.questions, "exam")
+            (kind, task, form): make_qa_samples(task, sizes, config.questions, "exam")
             for kind, tasks in (("trained", config.trained), ("untrained", config.untrained))
             for task, forms in tasks.items()
             for form, sizes in forms.items()
         }
-        self.exams = {form: [tell(quiz, self.size) for quiz in quizzes] for form, quizzes in exams.items()}
-        sample = [quiz for form in self.trained for quiz in write_quizzes(*form, 16, "words")]
-        self.words = Words([*sample, *(quiz for quizzes in exams.values() for quiz in quizzes)])
+        self.exams = {
+            form: [encode_qa(quiz, self.size) for quiz in quizzes] for form, quizzes in exams.items()
+        }
+        sample = [quiz for form in self.trained for quiz in make_qa_samples(*form, 16, "words")]
+        self.words = WordTokenizer([*sample, *(quiz for quizzes in exams.values() for quiz in quizzes)])
         self.lessons = lru_cache(maxsize=1)(self.write_lessons)
 
-    def write_lessons(self, seed: int) -> list[Told]:
+    def write_lessons(self, seed: int) -> list[EncodedQA]:
         """The documents of a seed."""
         each = -(-self.config.documents // len(self.trained))
-        told = [quiz for form in self.trained for quiz in write_quizzes(*form, each, "lesson", seed)]
-        return [tell(quiz, self.size) for quiz in told]
+        told = [quiz for form in self.trained for quiz in make_qa_samples(*form, each, "lesson", seed)]
+        return [encode_qa(quiz, self.size) for quiz in told]
 
     def judge(self, model: RopeMMForConditionalGeneration) -> dict[str, dict[str, dict[str, float]]]:
         """The share of right answers: trained or untrained -> task -> form."""
         marks: dict[str, dict[str, dict[str, float]]] = {}
         for (kind, task, form), told in self.exams.items():
-            asked = place(told, self.words, model.config.scheme)
-            right = [judge(model, asked[i : i + 100]) for i in range(0, len(asked), 100)]
+            asked = place_qa(told, self.words, model.config.scheme)
+            right = [score_answers(model, asked[i : i + 100]) for i in range(0, len(asked), 100)]
             marks.setdefault(kind, {}).setdefault(task, {})[form] = torch.cat(right).float().mean().item()
         return marks
 
 
 def make_model(
-    config: CompareSchemes, words: Words, scheme: str, seed: int
+    config: CompareSchemes, words: WordTokenizer, scheme: str, seed: int
 ) -> RopeMMForConditionalGeneration:
     """The model of a scheme; what is random depends on the seed alone."""
     torch.manual_seed(seed)
@@ -98,13 +107,13 @@ def make_model(
     return RopeMMForConditionalGeneration(settings).to(config.device)  # pyright: ignore[reportArgumentType]
 
 
-def train(config: CompareSchemes, school: School, scheme: str, seed: int, bar: tqdm) -> dict[str, Any]:
+def train(config: CompareSchemes, school: Benchmark, scheme: str, seed: int, bar: tqdm) -> dict[str, Any]:
     """One run: the marks of a scheme's model, its parameters, what it took."""
     began = time.process_time()
     lessons = school.lessons(seed)
     taught = time.process_time()
     model = make_model(config, school.words, scheme, seed)
-    asked = place(lessons, school.words, model.config.scheme)
+    asked = place_qa(lessons, school.words, model.config.scheme)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.99), weight_decay=0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / config.warm_up, 1.25 * (1 - step / config.steps))
@@ -112,7 +121,7 @@ def train(config: CompareSchemes, school: School, scheme: str, seed: int, bar: t
     loss = torch.zeros(())
     for step in range(config.steps):
         chosen = batch_indices(len(asked), config.batch, seed, step).tolist()
-        found = answer(model, [asked[i] for i in chosen])
+        found = generate_answers(model, [asked[i] for i in chosen])
         loss = found.words + config.picture_weight * found.pictures
         optimizer.zero_grad()
         loss.backward()
@@ -171,7 +180,7 @@ def main(config: CompareSchemes) -> None:
     check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    out, school = Path(config.out), School(config)
+    out, school = Path(config.out), Benchmark(config)
     whole = {name: value for name, value in asdict(config).items() if name not in FREE}
     plan = [(seed, scheme) for seed in range(config.seeds) for scheme in config.schemes]
     runs: dict[str, list[dict[str, Any]]] = {scheme: [] for scheme in config.schemes}

@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data.images import EMBEDDED, MODES, fit_picture, load_splits
+from rope_mm.data.images import EMBEDDED, MODES, load_splits, resize_center_crop
 from rope_mm.files import reason, write_file
-from rope_mm.models.pipeline import Teller
+from rope_mm.models.pipeline import GenerationPipeline
 from rope_mm.training.config import at_least, run
 
 
@@ -57,7 +57,7 @@ def read_frames(path: str, size: int, channels: int) -> Tensor:
                 shown = [frame.copy() for frame in ImageSequence.Iterator(picture)]
     except (OSError, UnidentifiedImageError, ValueError, IndexError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from None
-    return torch.stack([fit_picture(frame, size, channels) for frame in shown]) / 127.5 - 1
+    return torch.stack([resize_center_crop(frame, size, channels) for frame in shown]) / 127.5 - 1
 
 
 def find_row(source: str, row: int) -> list[Picture.Image]:
@@ -84,14 +84,14 @@ def write_frames(path: Path, frames: Tensor, zoom: int = 8) -> None:
     write_file(path, lambda part: first.save(part, **moving))
 
 
-def load_teller(path: Path) -> Teller:
+def load_teller(path: Path) -> GenerationPipeline:
     """The model of a folder.
 
     Raises:
         ValueError: a folder that holds none, or files cut short.
     """
     try:
-        return Teller.load(path)
+        return GenerationPipeline.load(path)
     except (SafetensorError, JSONDecodeError, RuntimeError, OSError) as error:
         remedy = "the command that trained it writes it again"
         raise ValueError(f"{path} holds no whole model ({reason(error)}); {remedy}") from error

@@ -22,7 +22,7 @@ from torch.nn.functional import leaky_relu, relu
 from tqdm import tqdm, trange
 
 from rope_mm.analysis import markdown
-from rope_mm.data import seeded
+from rope_mm.data import make_generator
 from rope_mm.evaluation.figures import new_figure, save_figure
 from rope_mm.evaluation.metrics import gaussian_modes
 from rope_mm.files import write_file, write_text
@@ -104,7 +104,7 @@ class Perceptrons(nn.Module):
         return torch.baddbmm(last[0][seeds], x, last[1][seeds])
 
 
-class Game:
+class GanExperiment:
     """Both players of a row on several seeds at once: nothing of one seed reaches another.
 
     Raises:
@@ -115,7 +115,7 @@ class Game:
         if row.critic_steps < 1:
             raise ValueError(f"critic_steps must be at least 1, not {row.critic_steps}")
         self.row, self.settings = row, settings
-        self.random, hidden = [seeded(seed, "gaussians") for seed in seeds], [settings.width] * 3
+        self.random, hidden = [make_generator(seed, "gaussians") for seed in seeds], [settings.width] * 3
         self.generator = Perceptrons([settings.noise, *hidden, 2], relu, self.random)
         self.critic = Perceptrons([2, *hidden, 1], lambda x: leaky_relu(x, 0.2), self.random)
         self.average = Ema(self.generator, settings.ema)
@@ -182,7 +182,7 @@ class Game:
 def play(row: Row, settings: Settings, seeds: Sequence[int]) -> dict[str, Any]:
     """Train a row; the samples (s, n, 2) of its seeds and the time that they took together."""
     began, worked = time.perf_counter(), time.process_time()
-    game = Game(row, settings, seeds)
+    game = GanExperiment(row, settings, seeds)
     for step in trange(settings.steps, leave=False):
         game.step(step / settings.steps)
     return {
@@ -239,7 +239,7 @@ def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
 
 def truth(settings: Settings, seeds: Sequence[int]) -> dict[str, Any]:
     """The row of true samples, which no generator should beat."""
-    samples = [true_samples(settings.samples, seeded(seed, "truth")) for seed in seeds]
+    samples = [true_samples(settings.samples, make_generator(seed, "truth")) for seed in seeds]
     return {"samples": torch.stack(samples), "seconds": 0.0, "cpu_seconds": 0.0}
 
 
@@ -252,7 +252,9 @@ def main(config: Gaussians) -> None:
     if not config.rows or not config.seeds:
         raise ValueError("there is nothing to train: take --config configs/adversarial/gaussians.yaml")
     for row in config.rows.values():
-        Game(row, config.settings, config.seeds).step(0.0)  # refuses what cannot be trained before any is
+        GanExperiment(row, config.settings, config.seeds).step(
+            0.0
+        )  # refuses what cannot be trained before any is
     new_figure(1, 1)  # what it lacks is said before anything is trained
     out, results = Path(config.out), {"true samples": truth(config.settings, config.seeds)}
     for name in (bar := tqdm(config.rows, desc="gaussians")):

@@ -23,16 +23,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rope_mm.analysis import markdown
-from rope_mm.data import FACTORS, Documents, captioned_sprites, read_caption, seeded
-from rope_mm.data.images import fit_picture, select_rows
+from rope_mm.data import FACTORS, MapDocuments, captioned_sprites, make_generator, read_caption
+from rope_mm.data.images import resize_center_crop, select_rows
 from rope_mm.evaluation.image_grid import save_sheet
-from rope_mm.evaluation.sprites import judge_sprites
+from rope_mm.evaluation.sprites import classify_sprites
 from rope_mm.files import write_text
-from rope_mm.models.pipeline import Teller
+from rope_mm.models.pipeline import GenerationPipeline
 from rope_mm.training.config import run
-from rope_mm.training.dataset import Feed
-from rope_mm.training.image_heads import HEADS
-from rope_mm.training.loop import identify
+from rope_mm.training.dataset import PackedDocumentDataset
+from rope_mm.training.image_heads import IMAGE_HEADS
+from rope_mm.training.loop import fingerprint
 from rope_mm.training.packing import Packer
 from rope_mm.training.run_dir import is_done
 
@@ -85,15 +85,15 @@ def runs(config: Lifelong) -> dict[str, list[Pretrain]]:
     return found
 
 
-def trained(config: Pretrain) -> Teller:
+def trained(config: Pretrain) -> GenerationPipeline:
     """The model of a run, trained as far as it is not yet."""
     out = Path(config.out)
-    if config.restart or not is_done(out, identify(config)):
+    if config.restart or not is_done(out, fingerprint(config)):
         pretrain.main(config)
-    return Teller.load(out / "model")
+    return GenerationPipeline.load(out / "model")
 
 
-class Exam:
+class LifelongEvaluator:
     """What is asked of a model of old and of new sprites."""
 
     def __init__(self, config: Lifelong):
@@ -103,16 +103,18 @@ class Exam:
         self.fresh = {name: select_rows(splits, where)["train"] for name, where in wheres.items()}
 
     @torch.no_grad()
-    def predict(self, teller: Teller) -> float:
+    def predict(self, teller: GenerationPipeline) -> float:
         """The loss of the words of fresh old documents, each told once."""
         config, rows = self.config, self.fresh["old"]
-        told = Documents([rows], config.data.templates, config.data.size, config.data.channels)
-        feed = Feed(told, Packer(teller.processor, config.length, HEADS["mse"].times), 0, config.batch)
+        told = MapDocuments([rows], config.data.templates, config.data.size, config.data.channels)
+        feed = PackedDocumentDataset(
+            told, Packer(teller.processor, config.length, IMAGE_HEADS["mse"].times), 0, config.batch
+        )
         packs = [feed[turn].pack for turn in range(-(-len(rows) // config.batch))]
         lost = [float(teller.model(**p.inputs(), labels=p.labels).loss) * p.words for p in packs]
         return sum(lost) / sum(pack.words for pack in packs)
 
-    def examine(self, teller: Teller, drawing: bool) -> Marks:
+    def examine(self, teller: GenerationPipeline, drawing: bool) -> Marks:
         """The loss of words and, of a model that draws, the marks of old and of new sprites."""
         marks = {"words": self.predict(teller)}
         for name in self.fresh if drawing else ():
@@ -124,13 +126,13 @@ class Exam:
         factors = torch.tensor([list(self.fresh[name][factor]) for factor in FACTORS]).T
         return factors.unique(dim=0, return_inverse=True)
 
-    def draw(self, teller: Teller, name: str) -> tuple[list[str], Tensor, Tensor]:
+    def draw(self, teller: GenerationPipeline, name: str) -> tuple[list[str], Tensor, Tensor]:
         """A caption of each combination, its factors (n, f), and pictures of it (n, draws, ch, y, x)."""
         combinations, which = self.combinations(name)
         first = [which.tolist().index(number) for number in range(len(combinations))]
         said = [cast(str, self.fresh[name][row]["caption"]) for row in first]
         prompts = [teller.prompt("draw", words) for words in said for _ in range(self.config.draws)]
-        drawn = teller.draw(prompts, seeded("lifelong")).cpu().unflatten(0, (len(said), -1))
+        drawn = teller.draw(prompts, make_generator("lifelong")).cpu().unflatten(0, (len(said), -1))
         return said, combinations, drawn
 
     def spread(self, name: str) -> float:
@@ -140,13 +142,13 @@ class Exam:
         alike = [true[which == number] for number in range(len(combinations))]
         return torch.stack([each.var(0) for each in alike if len(each) > 1]).mean().sqrt().item()
 
-    def mark(self, teller: Teller, name: str) -> Marks:
+    def mark(self, teller: GenerationPipeline, name: str) -> Marks:
         """Shares of old or new sprites: drawn right, drawn right at least once, told right of a picture.
 
         `spread` is the standard deviation of a pixel among drawings of one caption; of true pictures it is 1.
         """
         _, asked, drawn = self.draw(teller, name)
-        seen = judge_sprites(drawn.flatten(0, 1))
+        seen = classify_sprites(drawn.flatten(0, 1))
         found = torch.stack([seen[factor] for factor in FACTORS], 1).unflatten(0, drawn.shape[:2])
         agrees = found == asked[:, None]
         right = agrees.all(2)
@@ -170,9 +172,11 @@ class Exam:
     def pictures(self, rows: Dataset) -> list[Tensor]:
         """The pictures (ch, y, x) of rows, in [-1, 1]."""
         size, channels = self.config.data.size, self.config.data.channels
-        return [fit_picture(picture, size, channels) / 127.5 - 1 for picture in rows["image"]]
+        return [resize_center_crop(picture, size, channels) / 127.5 - 1 for picture in rows["image"]]
 
-    def sheet(self, path: Path, tellers: Sequence[Teller], rows: int = 5, columns: int = 3) -> None:
+    def sheet(
+        self, path: Path, tellers: Sequence[GenerationPipeline], rows: int = 5, columns: int = 3
+    ) -> None:
         """Old captions, then new ones; from left to right what each model draws, with gaps between."""
         lines, pictures = [], []
         for name in self.fresh:
@@ -222,7 +226,7 @@ def main(config: Lifelong) -> None:
     Raises:
         ValueError: as `train/pretrain.py`; data of no use here.
     """
-    plan, exam, told = runs(config), Exam(config), ""
+    plan, exam, told = runs(config), LifelongEvaluator(config), ""
     marks: dict[str, list[Marks]] = {name: [] for name in plan}
     with tqdm(total=sum(map(len, plan.values())), desc="runs") as bar:
         for seed in range(config.seeds):

@@ -20,25 +20,25 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data import load_documents, seeded
-from rope_mm.data.documents import Told
-from rope_mm.evaluation.samples import show
-from rope_mm.evaluation.sprite_exam import SPRITE_EXAMS
+from rope_mm.data import load_documents, make_generator
+from rope_mm.data.documents import DocumentDataset
+from rope_mm.evaluation.samples import write_samples
+from rope_mm.evaluation.sprite_exam import SPRITE_EVALUATORS
 from rope_mm.losses import GAN_LOSSES
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer
-from rope_mm.models.backends import attending
+from rope_mm.models.backends import with_attention
 from rope_mm.models.configuration_rope_mm import config_for
-from rope_mm.models.pipeline import Form, Teller
+from rope_mm.models.pipeline import GenerationPipeline, GenerationSpec
 from rope_mm.models.tokenizers import check_words
 from rope_mm.training.config import at_least, run
-from rope_mm.training.dataset import Feed
+from rope_mm.training.dataset import PackedDocumentDataset
 from rope_mm.training.ema import Count, Ema
-from rope_mm.training.gan import Objective
-from rope_mm.training.image_heads import HEADS
-from rope_mm.training.loop import Run, carry_out, identify
-from rope_mm.training.packing import Packer, moved
-from rope_mm.training.pretrain import Learner, Optim, Totals
-from rope_mm.training.throughput import Cost
+from rope_mm.training.gan import GANConfig
+from rope_mm.training.image_heads import IMAGE_HEADS
+from rope_mm.training.loop import Run, fingerprint, launch
+from rope_mm.training.packing import Packer, to_device
+from rope_mm.training.pretrain import BatchTotals, PretrainOptim, PretrainTrainer
+from rope_mm.training.throughput import FlopCounter
 from rope_mm.training.warm_start import check_start, load_start
 
 # what weights and optimisers depend on: a run that starts from another one's keeps it
@@ -81,8 +81,8 @@ class Pretrain(Run):
     head: str = "flow"  # mse, flow or adversarial
     picture_weight: float = 1.0  # of the loss of pictures, that of words being 1
     guidance: float = 1.0  # by words in drawing; above 1 some documents must draw without words
-    loss: Objective = field(default_factory=Objective)  # of the adversarial head
-    optim: Optim = field(default_factory=Optim)
+    loss: GANConfig = field(default_factory=GANConfig)  # of the adversarial head
+    optim: PretrainOptim = field(default_factory=PretrainOptim)
     attention: str = "sdpa"  # or eager, or on GPUs flex_attention
     compile: str = ""  # a backend of torch.compile, such as inductor; "" compiles nothing
     checkpointing: bool = False  # blocks computed anew in the backward, to save memory
@@ -98,37 +98,39 @@ class Training:
     def __init__(self, config: Pretrain, accelerator: Accelerator):
         if config.batch < (turns := accelerator.num_processes * config.accumulate):
             raise ValueError(f"batch {config.batch} has no document for some of {turns} turns of processes")
-        if turns > 1 and HEADS[config.head].critical and GAN_LOSSES[config.loss.name].of_means:
+        if turns > 1 and IMAGE_HEADS[config.head].critical and GAN_LOSSES[config.loss.name].of_means:
             raise ValueError(
                 f"loss.name {config.loss.name} compares scores with means over the batch, of which each of "
                 f"{turns} turns of processes reads a part; take one process and accumulate 1, or rpgan"
             )
-        self.config, self.accelerator, self.head = config, accelerator, HEADS[config.head]
+        self.config, self.accelerator, self.head = config, accelerator, IMAGE_HEADS[config.head]
         chosen = asdict(config.data)
         del chosen["strict"]
         documents, self.held_out = load_documents(**chosen)
         tokenizer = take_words(config, documents) if config.start else find_words(config, documents)
         torch.manual_seed(config.seed)
         settings = config_for(tokenizer, config.data.channels, config.rope, config.model)
-        settings = attending(settings, config.attention, accelerator.device)
+        settings = with_attention(settings, config.attention, accelerator.device)
         self.processor = RopeMMProcessor.from_config(settings, tokenizer)
         packer = Packer(self.processor, config.length, self.head.times, self.head.critical)
         every = accelerator.num_processes, accelerator.process_index, config.accumulate
-        self.feed = Feed(documents, packer, config.seed, config.batch, *every)
-        self.exam = Feed(self.held_out, replace(packer, whole=False), config.seed, config.batch)
+        self.feed = PackedDocumentDataset(documents, packer, config.seed, config.batch, *every)
+        self.exam = PackedDocumentDataset(
+            self.held_out, replace(packer, whole=False), config.seed, config.batch
+        )
         model = RopeMMForConditionalGeneration(settings)
         self.average, self.left_out = Ema(model, config.ema), Count()
         how = accelerator, config.picture_weight, config.compile, config.checkpointing
-        self.learner = Learner(model, config.head, config.optim, config.loss, *how)
+        self.learner = PretrainTrainer(model, config.head, config.optim, config.loss, *how)
         stream = [documents] if config.data.streaming else []
         accelerator.register_for_checkpointing(self.average, self.left_out, *stream)
-        self.tokens, self.flops, self.cost = 0, 0.0, Cost.of(self.average.model)
-        form = Form.of(self.held_out, config.data.templates, self.head.steps, config.guidance)
-        self.teller = Teller(self.average.model, self.processor, form)
+        self.tokens, self.flops, self.cost = 0, 0.0, FlopCounter.of(self.average.model)
+        form = GenerationSpec.of(self.held_out, config.data.templates, self.head.steps, config.guidance)
+        self.teller = GenerationPipeline(self.average.model, self.processor, form)
 
     def identity(self) -> str:
         """All that the run depends on; a batch is of all processes, however many they are."""
-        return identify(self.config)
+        return fingerprint(self.config)
 
     def begin(self, step: int) -> None:
         """Make ready to go on from a step."""
@@ -144,7 +146,7 @@ class Training:
         self.feed.documents.mark = readings[-1].mark  # which a worker made
         left_out = [reason for reading in readings for reason in reading.left_out]
         missing = self.name(left_out)
-        packs = [moved(reading.pack, self.accelerator.device) for reading in readings]
+        packs = [to_device(reading.pack, self.accelerator.device) for reading in readings]
         counts = torch.tensor([(*pack.counts, 0) for pack in packs], dtype=torch.float64).sum(0)
         counts[-1] = missing
         tokens, pairs, *totals, missing = self.total(counts).tolist()
@@ -156,8 +158,10 @@ class Training:
         self.flops += self.cost.flops(tokens, pairs)  # of the model; a critic's are its rival's
         self.left_out.count += int(missing)
         process = self.accelerator
-        probes = seeded(self.config.seed, "probes", step, process.process_index, device=process.device)
-        terms = self.learner.learn(packs, Totals(*totals), probes)
+        probes = make_generator(
+            self.config.seed, "probes", step, process.process_index, device=process.device
+        )
+        terms = self.learner.learn(packs, BatchTotals(*totals), probes)
         self.average.update(self.learner.model)
         losses = self.total(torch.stack([term.float() for term in terms.values()]))
         lost = dict(zip(terms, losses, strict=True))
@@ -195,15 +199,15 @@ class Training:
         """Samples and marks of the averaged model on held-out documents."""
         if not self.accelerator.is_main_process:
             return {}
-        pack = moved(self.exam[0].pack, self.accelerator.device)
+        pack = to_device(self.exam[0].pack, self.accelerator.device)
         out = self.average.model(**pack.inputs(), labels=pack.labels)
         marks = {"held_out_words": float(out.loss)} if pack.words else {}
         if self.learner.rival is None and len(pack.noise):
             lost = self.head.loss(out.patches[pack.draft], pack.target) / len(pack.noise)
             marks[f"held_out_{self.config.head}"] = float(lost)
-        for source in filter(SPRITE_EXAMS.__contains__, self.config.data.paths):
-            marks |= SPRITE_EXAMS[source].mark(self.teller, self.held_out)
-        return marks | show(self.teller, self.held_out, path)
+        for source in filter(SPRITE_EVALUATORS.__contains__, self.config.data.paths):
+            marks |= SPRITE_EVALUATORS[source].mark(self.teller, self.held_out)
+        return marks | write_samples(self.teller, self.held_out, path)
 
     def save_model(self, path: Path) -> None:
         """Write the averaged model, its processor and what it was taught, for `evaluate.py`."""
@@ -215,7 +219,7 @@ class Training:
         return {"left_out": self.left_out.count} if self.left_out.count else {}
 
 
-def find_words(config: Pretrain, documents: Told) -> PreTrainedTokenizerBase:
+def find_words(config: Pretrain, documents: DocumentDataset) -> PreTrainedTokenizerBase:
     """The tokenizer named; one of the data's words knows those of all rows, also of those left for later."""
     if config.data.where:
         whole: dict[str, Any] = asdict(config.data) | {"where": {}}
@@ -224,13 +228,13 @@ def find_words(config: Pretrain, documents: Told) -> PreTrainedTokenizerBase:
     return load_tokenizer(config.tokenizer, documents.texts())
 
 
-def take_words(config: Pretrain, documents: Told) -> PreTrainedTokenizerBase:
+def take_words(config: Pretrain, documents: DocumentDataset) -> PreTrainedTokenizerBase:
     """The tokenizer of the run to start from.
 
     Raises:
         ValueError: one that does not fit, documents with words that it lacks.
     """
-    check_start(start := Path(config.start), identify(config), KEPT)
+    check_start(start := Path(config.start), fingerprint(config), KEPT)
     tokenizer = load_tokenizer(str(start / "model"))
     if config.tokenizer == "words":
         check_words(tokenizer, documents.texts())
@@ -261,7 +265,7 @@ def main(config: Pretrain, training: type[Training] = Training) -> None:
     disable_progress_bar()
     # a process whose documents have no picture leaves weights without a gradient
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    carry_out(training, config, kwargs_handlers=[unused])
+    launch(training, config, kwargs_handlers=[unused])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rope_mm.analysis import markdown
-from rope_mm.rotary.dispatch import make_turn
+from rope_mm.rotary.dispatch import make_angles
 
 TURN = 4  # counted calls of one turn
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,7 +56,7 @@ def contenders(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[Tensor, T
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     positions, omega = torch.arange(tokens)[:, None], 1e4 ** -torch.linspace(0, 1, 65)[None, :-1]
-    turn = make_turn(positions, omega, dtype=dtype)
+    turn = make_angles(positions, omega, dtype=dtype)
     assert turn.cos is not None and turn.sin is not None
     cos, sin = (torch.cat((x, x), -1).squeeze(-2)[None].to(dtype) for x in (turn.cos, turn.sin))
 

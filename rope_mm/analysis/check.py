@@ -76,7 +76,7 @@ def rotation_error(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return factor, (matrix.mT @ matrix - factor.square().diag()).abs().amax((1, 2, 3))
 
 
-def walks(axes: int, reach: int) -> Tensor:
+def probe_positions(axes: int, reach: int) -> Tensor:
     """Positions (8, axes + 2, axes): eight places, the first 0, and from each single steps and a far one."""
     draw = torch.Generator().manual_seed(0)
     starts, far = (torch.randint(1, reach + 1, (n, axes), generator=draw).double() for n in (8, 1))
@@ -112,7 +112,7 @@ def check_rotary(
         head_dim, axes, heads = rope.head_dim, len(rope.scheme.axes), rope.heads or heads
     if head_dim is None or axes is None:
         raise ValueError("a callable does not say its sizes: give head_dim= and axes=")
-    p = walks(axes, reach)
+    p = probe_positions(axes, reach)
     q, k = matrices(rope, p.flatten(0, 1), head_dim, heads, dtype)
     (factor, rotation), (_, of_keys) = rotation_error(q), rotation_error(k)
     rotation = torch.maximum(rotation, of_keys)

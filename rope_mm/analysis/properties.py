@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rope_mm.analysis.check import check_rotary
 from rope_mm.analysis.markdown import table
-from rope_mm.positions.place import spell
-from rope_mm.registry import Choice
+from rope_mm.positions.place import layout_id
+from rope_mm.registry import Registry
 from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.scheme import Scheme
 from rope_mm.schemes.zoo import SCHEMES, read_scheme
@@ -33,12 +33,12 @@ def turned(scheme: Scheme) -> Tensor:
     return scheme.omega(HEAD_DIM, HEADS).abs().amax((0, 2)) > 0
 
 
-def stand(scheme: Scheme, story: str | list[Segment]) -> Tensor:
+def turned_positions(scheme: Scheme, story: str | list[Segment]) -> Tensor:
     """Positions (s, a) on the axes that are turned."""
     return scheme.place(story)[0][:, turned(scheme)]
 
 
-class Sight(NamedTuple):
+class Neighborhood(NamedTuple):
     """Positions of a picture's patches (n, a), of the words L before and K after it, a word's step (a,)."""
 
     before: Tensor
@@ -47,10 +47,10 @@ class Sight(NamedTuple):
     step: Tensor
 
 
-def look(scheme: Scheme, picture: Segment, words: int) -> Sight:
+def look(scheme: Scheme, picture: Segment, words: int) -> Neighborhood:
     """A picture among words, of which so many are before it."""
-    p = stand(scheme, [Text(words), picture, Text(2)])
-    return Sight(p[words - 1], p[words:-2], p[-2], p[-1] - p[-2])
+    p = turned_positions(scheme, [Text(words), picture, Text(2)])
+    return Neighborhood(p[words - 1], p[words:-2], p[-2], p[-1] - p[-2])
 
 
 def same(x: Tensor, y: Tensor) -> bool:
@@ -73,40 +73,40 @@ def compatible(scheme: Scheme) -> bool:
     return same(angles, expected)
 
 
-def room(sight: Sight) -> float | None:
+def room(sight: Neighborhood) -> float | None:
     """Positions that a picture takes on the words' walk: K - L - 1; None where words do not walk."""
     pace = sight.step @ sight.step
     return ((sight.after - sight.before) @ sight.step / pace - 1).item() if pace else None
 
 
-def rate(sights: Iterable[Sight]) -> float | None:
+def rate(sights: Iterable[Neighborhood]) -> float | None:
     """Words that a patch counts, (K - L - 1) / n, if that is the same in all pictures."""
     taken = {(room(sight), len(sight.patches)) for sight in sights}
     rates = {None if words is None else round(words / patches, 9) for words, patches in taken}
     return rates.pop() if len(rates) == 1 else None
 
 
-def symmetric(sight: Sight) -> Tensor:
+def symmetric(sight: Neighborhood) -> Tensor:
     """Axes (a,) on which the gap before is the gap after: p_1 - L = K - p_n."""
     return (sight.patches[0] + sight.patches[-1] - sight.before - sight.after).abs() < 1e-9
 
 
-def central(sight: Sight) -> bool:
+def central(sight: Neighborhood) -> bool:
     """Whether every patch has a mirror image: p_k + p_(n + 1 - k) = L + K."""
     return same(sight.patches + sight.patches.flip(0), sight.before + sight.after)
 
 
 def causal(scheme: Scheme, y: int, x: int, frames: int = 6) -> bool:
     """Whether a longer video begins as the shorter one: p_k of t frames = p_k of more."""
-    whole = stand(scheme, [Text(2), Video(frames, y, x)])
-    shorter = (stand(scheme, [Text(2), Video(t, y, x)]) for t in range(1, frames))
+    whole = turned_positions(scheme, [Text(2), Video(frames, y, x)])
+    shorter = (turned_positions(scheme, [Text(2), Video(t, y, x)]) for t in range(1, frames))
     return all(same(part, whole[: len(part)]) for part in shorter)
 
 
 def collisions(scheme: Scheme, story: str = STORY) -> tuple[int, int]:
     """Tokens of a story that share their position with another, and words that stand on a patch."""
     word = torch.cat([torch.full((s.tokens,), isinstance(s, Text)) for s in read_segments(story)])
-    rounded = stand(scheme, story).round(decimals=9) + 0.0  # no -0
+    rounded = turned_positions(scheme, story).round(decimals=9) + 0.0  # no -0
     _, place, count = rounded.unique(dim=0, return_inverse=True, return_counts=True)
     return int((count[place] > 1).sum()), int(torch.isin(place[word], place[~word]).sum())
 
@@ -123,18 +123,18 @@ def distances(scheme: Scheme, picture: Segment) -> tuple[float, float] | None:
     return (near, far) if same(torch.tensor((near, far)), torch.tensor(other)) else None
 
 
-def between(sight: Sight) -> bool:
+def inside_text(sight: Neighborhood) -> bool:
     """Whether the picture lies among its words on every axis: L < p < K."""
     return bool(((sight.before < sight.patches) & (sight.patches < sight.after)).all())
 
 
-def integral(sight: Sight) -> bool:
+def integral(sight: Neighborhood) -> bool:
     """Whether all coordinates are whole numbers."""
     return not (torch.cat((sight.patches, sight.after[None])) % 1).any()
 
 
 @dataclass(frozen=True)
-class Promises:
+class LayoutProperties:
     """What a scheme keeps of RoPE-TV's three principles (kexue.fm 10352) and more, on the axes that it turns.
 
     Pictures are PICTURES, each among words. Schemes for pictures alone place each from the same origin, so
@@ -184,7 +184,7 @@ def takes(scheme: Scheme, picture: Segment) -> bool:
         return False
 
 
-def promises(scheme: str | Scheme) -> Promises:
+def measure_properties(scheme: str | Scheme) -> LayoutProperties:
     """What a scheme promises, measured.
 
     Raises:
@@ -198,8 +198,8 @@ def promises(scheme: str | Scheme) -> Promises:
     square, words_per_patch = look(chosen, SQUARE, words=8), rate(sights)
     taken, (shared, on_patches) = room(square), collisions(chosen)
     report = check_rotary(Rotary(HEAD_DIM, chosen, heads=HEADS))
-    return Promises(
-        scheme=scheme if isinstance(scheme, str) else spell(chosen.layout, dict(chosen.options)),
+    return LayoutProperties(
+        scheme=scheme if isinstance(scheme, str) else layout_id(chosen.layout, dict(chosen.options)),
         compatible=compatible(chosen),
         equivalent=words_per_patch == 1,
         rate=words_per_patch,
@@ -207,7 +207,7 @@ def promises(scheme: str | Scheme) -> Promises:
         symmetric_on=tuple(axis for axis, holds in zip(axes, everywhere, strict=True) if holds),
         central=all(map(central, sights)),
         causal=all(causal(chosen, y, x) for y, x in SIDES if takes(chosen, Image(y, x))),
-        between=all(map(between, sights)),
+        between=all(map(inside_text, sights)),
         collisions=shared,
         words_on_patches=on_patches,
         density=SQUARE.tokens / taken if taken else None,
@@ -229,7 +229,7 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-COLUMNS: dict[str, Callable[[Promises], str]] = {
+COLUMNS: dict[str, Callable[[LayoutProperties], str]] = {
     "compatible": lambda p: answer(p.compatible),
     "equivalent": lambda p: answer(p.equivalent, "" if p.rate is None else number(p.rate)),
     "symmetric": lambda p: answer(p.symmetric, " ".join(p.symmetric_on)),
@@ -244,13 +244,13 @@ COLUMNS: dict[str, Callable[[Promises], str]] = {
 }
 
 
-def markdown(rows: list[Promises]) -> str:
+def markdown(rows: list[LayoutProperties]) -> str:
     """A table whose first cells are names in code."""
     lines = [[f"`{row.scheme}`", *(cell(row) for cell in COLUMNS.values())] for row in rows]
     return table(["scheme", *COLUMNS], lines)
 
 
-def text(rows: list[Promises]) -> str:
+def text(rows: list[LayoutProperties]) -> str:
     """Columns side by side."""
     lines = [["scheme", *COLUMNS], *([row.scheme, *(cell(row) for cell in COLUMNS.values())] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -258,21 +258,21 @@ def text(rows: list[Promises]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
-def to_json(rows: list[Promises]) -> str:
+def to_json(rows: list[LayoutProperties]) -> str:
     """A list of objects, every field and digit."""
     return json.dumps([asdict(row) for row in rows], indent=2)
 
 
-FORMATS: Choice[Callable[[list[Promises]], str]] = Choice(
+FORMATS: Registry[Callable[[list[LayoutProperties]], str]] = Registry(
     "format", {"text": text, "markdown": markdown, "json": to_json}
 )
 
 
-def promise_table(schemes: Iterable[str | Scheme] = SCHEMES, format: str = "text") -> str:
+def properties_table(schemes: Iterable[str | Scheme] = SCHEMES, format: str = "text") -> str:
     """A line for each scheme of what it promises, as "text", "markdown" or "json".
 
     Raises:
         ValueError: an unknown name or format.
     """
     write = FORMATS[format]
-    return write([promises(scheme) for scheme in schemes])
+    return write([measure_properties(scheme) for scheme in schemes])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
 
 
 def brightness(pictures: Tensor, u: Tensor, strength: float) -> Tensor:
@@ -54,7 +54,7 @@ def cutout(pictures: Tensor, u: Tensor, strength: float) -> Tensor:
     return torch.where(hole[:, None], 0.0, pictures)
 
 
-AUGMENTATIONS = Choice(
+AUGMENTATIONS = Registry(
     "augmentation",
     {
         "brightness": brightness,

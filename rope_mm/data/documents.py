@@ -13,21 +13,21 @@ from datasets import Dataset, IterableDataset
 from PIL import Image as Picture
 from torch import Tensor
 
-from rope_mm.data.images import MODES, UNREADABLE, fit_picture, open_picture
+from rope_mm.data.images import MODES, UNREADABLE, open_image, resize_center_crop
 from rope_mm.data.seeding import batch_indices
-from rope_mm.data.templates import Field, Task, Template, read_template
+from rope_mm.data.templates import Column, Task, Template, read_template
 from rope_mm.data.videos import Reader, choose_reader, take_all
 
 
 @dataclass(frozen=True)
-class Shown:
+class Visual:
     """A picture (ch, y, x) or clip (t, ch, y, x) in [-1, 1], which the model reads and may have to draw."""
 
     pixels: Tensor
     drawn: bool = False
 
 
-class Row(NamedTuple):
+class Record(NamedTuple):
     """A row as stored: the source that it is of, what it is called, and what its columns hold."""
 
     source: int
@@ -39,11 +39,11 @@ class Unreadable(ValueError):
     """A row that cannot be read: its number, its column and why."""
 
 
-Document = list[str | Shown]
+Document = list[str | Visual]
 Read = Callable[[Any], Any]  # which workers that are spawned must be able to pickle
 
 
-def misfit(length: int, room: int) -> str:
+def too_long_message(length: int, room: int) -> str:
     """What is said of a document that is longer than a row."""
     return f"a document of {length} tokens does not fit a row of {room}; raise the length and begin anew"
 
@@ -58,7 +58,7 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     left: list[int] = []
     for number, length in enumerate(lengths):
         if length > room:
-            raise ValueError(misfit(length, room))
+            raise ValueError(too_long_message(length, room))
         row = next((row for row, free in enumerate(left) if free >= length), len(rows))
         if row == len(rows):
             rows.append([])
@@ -68,7 +68,7 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return rows
 
 
-class Told(ABC):
+class DocumentDataset(ABC):
     """Rows of sources as documents, wherever the rows are.
 
     A row is told by one of the templates whose columns it has, chosen at random; `join` rows make a document.
@@ -92,7 +92,7 @@ class Told(ABC):
             raise ValueError(f"images have {', '.join(map(str, MODES))} channels, not {channels}")
         self.size, self.channels, self.join = size, channels, join
         self.templates = told = [read_template(template) for template in templates]
-        columns = [{part.column for part in template if isinstance(part, Field)} for template in told]
+        columns = [{part.column for part in template if isinstance(part, Column)} for template in told]
         here = [set(rows.column_names or ()) for rows in sources]
         pairs = list(zip(told, columns, strict=True))
         self.fits = [[template for template, wanted in pairs if wanted <= names] for names in here]
@@ -108,7 +108,7 @@ class Told(ABC):
         self.kinds = {name: kind for name, (kind, _) in kinds.items()}
         self.readers = {name: read for name, (_, read) in kinds.items()}
         drawn = {
-            part.column for template in told for part in template if isinstance(part, Field) and part.drawn
+            part.column for template in told for part in template if isinstance(part, Column) and part.drawn
         }
         if words := [name for name in sorted(drawn) if self.kinds[name] == "words"]:
             raise ValueError(f"column {words[0]!r} holds words, which are written; only pictures are drawn")
@@ -123,7 +123,7 @@ class Told(ABC):
         """The rows of each document of a step's batch."""
 
     @abstractmethod
-    def find(self, row: Any) -> Row:
+    def find(self, row: Any) -> Record:
         """A row of the last batch asked for."""
 
     def texts(self) -> Iterator[str]:
@@ -143,7 +143,7 @@ class Told(ABC):
             document += self.fill(fitting[int(torch.randint(len(fitting), (), generator=generator))], row)
         return document
 
-    def fill(self, template: Template, row: Row) -> Document:
+    def fill(self, template: Template, row: Record) -> Document:
         """A template with what a row holds."""
         parts: Document = []
         for part in template:
@@ -157,17 +157,17 @@ class Told(ABC):
                 raise Unreadable(f"{row.name}, column {part.column!r} cannot be read: {reason}") from error
         return parts
 
-    def read(self, part: Field, stored: Any) -> str | Shown:
+    def read(self, part: Column, stored: Any) -> str | Visual:
         """What a row has in a column."""
         held = self.readers[part.column](stored)
         if self.kinds[part.column] == "words":
             return held
-        frames = [fit_picture(frame, self.size, self.channels) for frame in held]
+        frames = [resize_center_crop(frame, self.size, self.channels) for frame in held]
         pixels = torch.stack(frames) / 127.5 - 1
-        return Shown(pixels[0] if self.kinds[part.column] == "picture" else pixels, part.drawn)
+        return Visual(pixels[0] if self.kinds[part.column] == "picture" else pixels, part.drawn)
 
 
-class Documents(Told):
+class MapDocuments(DocumentDataset):
     """Rows of sources at hand, one after another, as documents; a row is known by its number."""
 
     sources: list[Any]
@@ -194,18 +194,18 @@ class Documents(Told):
         """Numbers of the rows in each document of a step's batch, each row once in an epoch."""
         return batch_indices(len(self), batch * self.join, seed, step).view(batch, self.join).tolist()
 
-    def find(self, row: int) -> Row:
+    def find(self, row: int) -> Record:
         """The row of a number."""
         source = next(place for place, end in enumerate(self.ends) if row < end)
         return self.at(source, row - self.ends[source] + len(self.sources[source]))
 
-    def at(self, source: int, row: int) -> Row:
+    def at(self, source: int, row: int) -> Record:
         """A row of a source."""
         (values,) = self.sources[source][row].to_pylist()
         name = f"row {row} of source {source}" if len(self.sources) > 1 else f"row {row}"
-        return Row(source, name, values)
+        return Record(source, name, values)
 
-    def ask(self, task: Task, count: int) -> list[tuple[Document, str | Shown]]:
+    def ask(self, task: Task, count: int) -> list[tuple[Document, str | Visual]]:
         """What is before a task and what fulfils it, at rows spread over the first source that fits.
 
         Rows that cannot be read are passed over.
@@ -213,14 +213,14 @@ class Documents(Told):
         Raises:
             ValueError: rows of which none can be read.
         """
-        wanted = {part.column for part in task.before if isinstance(part, Field)} | {task.column}
+        wanted = {part.column for part in task.before if isinstance(part, Column)} | {task.column}
         source = next(place for place, rows in enumerate(self.sources) if wanted <= set(rows.column_names))
         size = len(self.sources[source])
         rows = [i * size // min(count, size) for i in range(min(count, size))]
         told = []
         for row in rows:
             with suppress(Unreadable):
-                told.append(self.fill((*task.before, Field(task.column)), self.at(source, row)))
+                told.append(self.fill((*task.before, Column(task.column)), self.at(source, row)))
         if not told:
             raise ValueError(f"none of {len(rows)} rows with column {task.column!r} can be read")
         return [(document[:-1], document[-1]) for document in told]
@@ -239,9 +239,9 @@ def choose_kind(feature: object, column: str) -> tuple[str, Read]:
     if isinstance(feature, datasets.ClassLabel):
         return "words", feature.int2str
     if isinstance(feature, datasets.Image):
-        return "picture", read_picture
+        return "picture", read_image
     read, _ = choose_reader(feature, column)
-    return "clip", partial(read_clip, read)
+    return "clip", partial(read_video, read)
 
 
 def read_words(stored: Any) -> str:
@@ -255,11 +255,11 @@ def read_words(stored: Any) -> str:
     return stored
 
 
-def read_picture(stored: dict) -> list[Picture.Image]:
+def read_image(stored: dict) -> list[Picture.Image]:
     """The one frame of a picture."""
-    return [open_picture(stored)]
+    return [open_image(stored)]
 
 
-def read_clip(read: Reader, stored: Any) -> list[Picture.Image]:
+def read_video(read: Reader, stored: Any) -> list[Picture.Image]:
     """All frames of a clip."""
     return read(stored, take_all)

@@ -14,7 +14,7 @@ from PIL import Image as Picture
 from PIL import ImageOps
 from torch import Tensor
 
-from rope_mm.data.synthetic.captioned_sprites import captioned_clips, captioned_sprites
+from rope_mm.data.synthetic.captioned_sprites import captioned_sprites, captioned_videos
 from rope_mm.data.synthetic.digits import captioned_digits
 from rope_mm.data.synthetic.stacked import read_npz, stack_digits, stacked_digits
 
@@ -81,7 +81,7 @@ class CaptionedImages:
     def decode_one(self, row: int, stored: dict) -> Tensor:
         """Pixels (ch, size, size) from what `datasets` stores: bytes or a path."""
         try:
-            return fit_picture(open_picture(stored), self.size, self.channels)
+            return resize_center_crop(open_image(stored), self.size, self.channels)
         except UNREADABLE as error:
             message = f"row {row}, column {self.image!r}: the image does not decode ({error})"
             raise ValueError(message) from error
@@ -106,7 +106,7 @@ def check_rows(rows: Dataset, channels: int, *columns: str) -> None:
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, Picture.DecompressionBombError)
 
 
-def open_picture(stored: dict) -> Picture.Image:
+def open_image(stored: dict) -> Picture.Image:
     """A picture from what `datasets` stores: bytes or a path, in a stream perhaps to a file elsewhere.
 
     Raises:
@@ -125,7 +125,7 @@ def open_picture(stored: dict) -> Picture.Image:
     return picture
 
 
-def fit_picture(picture: Picture.Image, size: int, channels: int) -> Tensor:
+def resize_center_crop(picture: Picture.Image, size: int, channels: int) -> Tensor:
     """Pixels (ch, size, size), uint8, of a picture cropped to a centred square and resized."""
     fitted = ImageOps.fit(picture.convert(MODES[channels]), (size, size), Picture.Resampling.BOX)
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
@@ -161,7 +161,7 @@ def read_labels(column: Sequence, name: str) -> Tensor:
 EMBEDDED: dict[str, Callable[[], DatasetDict]] = {
     "digits": captioned_digits,
     "sprites": captioned_sprites,
-    "clips": captioned_clips,
+    "clips": captioned_videos,
     "stacked-digits": stacked_digits,
 }
 

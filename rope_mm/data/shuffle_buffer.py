@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from datasets import IterableDataset
 
-from rope_mm.data.seeding import seeded
+from rope_mm.data.seeding import make_generator
 
-Place = tuple[int, int, int]  # where a row is stored: a source, a shard (file) of it, a row of that
+RowId = tuple[int, int, int]  # where a row is stored: a source, a shard (file) of it, a row of that
 
 
-class Reached(NamedTuple):
+class ShardOffset(NamedTuple):
     """How far a source is read in an epoch: rows in all, shards done, and rows of the next one."""
 
     rows: int = 0
@@ -21,18 +21,18 @@ class Reached(NamedTuple):
     row: int = 0
 
 
-class Mark(NamedTuple):
+class StreamState(NamedTuple):
     """Where a block begins: how many rows were before it, and of its epoch how much of each source."""
 
     seed: int
     rows: int = 0
     epoch: int = 0
     block: int = 0
-    reached: Sequence[Reached] = ()
+    reached: Sequence[ShardOffset] = ()
 
 
 @dataclass(frozen=True)
-class Blocks:
+class ShuffleBuffer:
     """Rows of sources, epoch after epoch, each row once in each.
 
     The sources take turns until each is read, shard after shard in an order drawn anew. Blocks of `shuffle`
@@ -44,17 +44,17 @@ class Blocks:
     shuffle: int
     apart: Sequence[int]
 
-    def rows(self, mark: Mark) -> Iterator[tuple[Mark, Place, Any]]:
+    def rows(self, mark: StreamState) -> Iterator[tuple[StreamState, RowId, Any]]:
         """Every row from a mark on, without end: the mark of its block, its place, what it holds.
 
         Raises:
             ValueError: sources without rows, or that cannot be read.
         """
         while True:
-            reached = list(mark.reached) or [Reached()] * len(self.sources)
+            reached = list(mark.reached) or [ShardOffset()] * len(self.sources)
             rows = self.epoch(mark.seed, mark.epoch, reached)
             while True:
-                generator = seeded(mark.seed, "block", mark.epoch, mark.block)
+                generator = make_generator(mark.seed, "block", mark.epoch, mark.block)
                 size = self.shuffle
                 if not mark.block:  # else rows would have the same neighbours in every epoch
                     size = int(torch.randint(1, size + 1, (), generator=generator))
@@ -62,18 +62,20 @@ class Blocks:
                     break
                 for number in torch.randperm(len(block), generator=generator).tolist():
                     yield mark, *block[number]
-                mark = Mark(mark.seed, mark.rows + len(block), mark.epoch, mark.block + 1, tuple(reached))
+                mark = StreamState(
+                    mark.seed, mark.rows + len(block), mark.epoch, mark.block + 1, tuple(reached)
+                )
             if not mark.block:
                 raise ValueError("the streams have no rows to train on")
-            mark = Mark(mark.seed, mark.rows, mark.epoch + 1)
+            mark = StreamState(mark.seed, mark.rows, mark.epoch + 1)
 
-    def epoch(self, seed: int, epoch: int, reached: list[Reached]) -> Iterator[tuple[Place, Any]]:
+    def epoch(self, seed: int, epoch: int, reached: list[ShardOffset]) -> Iterator[tuple[RowId, Any]]:
         """The rest of an epoch's rows; `reached` is kept up with them."""
         left = {}
         for source, rows in enumerate(self.sources):
             order = torch.arange(rows.num_shards)
             if self.shuffle > 1:
-                order = torch.randperm(len(order), generator=seeded(seed, "shards", epoch, source))
+                order = torch.randperm(len(order), generator=make_generator(seed, "shards", epoch, source))
             left[source] = self.source(source, order.tolist(), reached[source])
         while left:
             source = min(left, key=lambda source: reached[source].rows)
@@ -84,8 +86,8 @@ class Blocks:
             yield place, table
 
     def source(
-        self, source: int, order: Sequence[int], begun: Reached
-    ) -> Iterator[tuple[Reached, Place, Any]]:
+        self, source: int, order: Sequence[int], begun: ShardOffset
+    ) -> Iterator[tuple[ShardOffset, RowId, Any]]:
         """The rest of a source, shard by shard, and how far it is read after each row.
 
         Raises:
@@ -97,7 +99,7 @@ class Blocks:
             name = self.name(source, shard)
             for row, table in read_rows(rows.shard(rows.num_shards, shard), name, first):
                 total += 1
-                yield Reached(total, number, row + 1), (source, shard, row), table
+                yield ShardOffset(total, number, row + 1), (source, shard, row), table
             first = 0
 
     def name(self, source: int, shard: int) -> str:

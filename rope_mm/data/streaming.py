@@ -9,22 +9,22 @@ from typing import Any, NamedTuple, cast
 import datasets
 from datasets import Dataset, IterableDataset
 
-from rope_mm.data.documents import Documents, Row, Told
+from rope_mm.data.documents import DocumentDataset, MapDocuments, Record
 from rope_mm.data.images import EMBEDDED, choose_splits, load, load_splits, select_rows
-from rope_mm.data.shuffle_buffer import Blocks, Mark, Place, Reached, read_rows
+from rope_mm.data.shuffle_buffer import RowId, ShardOffset, ShuffleBuffer, StreamState, read_rows
 
 
-class Stream(Told):
+class StreamingDocuments(DocumentDataset):
     """Rows of streams as documents; a row is known by its source, its shard there and its row in that.
 
-    Which rows a step has is a function of (seed, step), by the order of `Blocks`; to know them all rows
-    before are read, from `mark` on. Every process and worker reads all rows, and decodes its own.
+    Which rows a step has is a function of (seed, step), by the order of `ShuffleBuffer`; to know them, all
+    rows before are read, from `mark` on. Every process and worker reads all rows, and decodes its own.
 
     Raises:
-        ValueError: as from `Told`; later, as from `Blocks.rows`.
+        ValueError: as from `DocumentDataset`; later, as from `Blocks.rows`.
     """
 
-    mark: Mark | None = None
+    mark: StreamState | None = None
 
     def __init__(
         self,
@@ -37,13 +37,13 @@ class Stream(Told):
         apart: Sequence[int] = (),
     ):
         super().__init__(sources, templates, size, channels, join)
-        self.blocks = Blocks(cast(Any, self.sources), max(shuffle, 1), apart or [0] * len(sources))
-        self.reader: Iterator[tuple[Mark, Place, Any]] = iter(())
+        self.blocks = ShuffleBuffer(cast(Any, self.sources), max(shuffle, 1), apart or [0] * len(sources))
+        self.reader: Iterator[tuple[StreamState, RowId, Any]] = iter(())
         self.owner: tuple[int, int] | None = None
         self.asked: tuple[int, int, int] | None = None
         self.position = -1
-        self.places: list[Place] = []
-        self.held: dict[Place, Any] = {}
+        self.places: list[RowId] = []
+        self.held: dict[RowId, Any] = {}
 
     def texts(self) -> Iterator[str]:
         """The words of the templates only.
@@ -54,24 +54,24 @@ class Stream(Told):
         yield from super().texts()
         raise ValueError("the words of a stream are not known before it is read; name another tokenizer")
 
-    def batch(self, seed: int, step: int, batch: int) -> list[list[Place]]:
+    def batch(self, seed: int, step: int, batch: int) -> list[list[RowId]]:
         """Places of the rows in each document of a step's batch, each row once in an epoch."""
         if self.asked != (seed, step, batch):
             self.hold(seed, step * batch * self.join, batch * self.join)
             self.asked = seed, step, batch
         return [self.places[first : first + self.join] for first in range(0, len(self.places), self.join)]
 
-    def find(self, row: Place) -> Row:
+    def find(self, row: RowId) -> Record:
         """A row of the last batch asked for."""
         source, shard, number = row
         (values,) = self.held[row].to_pylist()
-        return Row(source, f"row {number}{self.blocks.name(source, shard)}", values)
+        return Record(source, f"row {number}{self.blocks.name(source, shard)}", values)
 
     def hold(self, seed: int, first: int, count: int) -> None:
         """Read on to a row, counted over epochs, and keep so many; from the mark or anew if it is past."""
         mark = self.mark
         if not mark or mark.seed != seed or mark.rows > first:
-            mark = Mark(seed)
+            mark = StreamState(seed)
         # files that a process has opened are not for those forked from it
         if self.owner != (os.getpid(), seed) or not mark.rows <= self.position <= first:
             self.reader, self.position, self.owner = self.blocks.rows(mark), mark.rows, (os.getpid(), seed)
@@ -90,7 +90,7 @@ class Stream(Told):
         """Go on where `state_dict` was taken, on any number of processes."""
         if state["mark"]:
             seed, rows, epoch, block, reached = state["mark"]
-            self.mark = Mark(seed, rows, epoch, block, [Reached(*source) for source in reached])
+            self.mark = StreamState(seed, rows, epoch, block, [ShardOffset(*source) for source in reached])
 
 
 class Source(NamedTuple):
@@ -132,31 +132,34 @@ def load_documents(
     shuffle: int = 0,
     held_out: int = 256,
     **how: Any,
-) -> tuple[Told, Documents]:
+) -> tuple[DocumentDataset, MapDocuments]:
     """Documents to train on, and held-out ones, of sources that are loaded whole or streamed.
 
     Args:
         paths: sources, see `load_splits`.
         where: which of their rows, see `select_rows`; not of streams.
-        streaming: whether they are a `Stream`, of which only some rows are held at a time.
+        streaming: whether they are a `StreamingDocuments`, of which only some rows are held at a time.
         shuffle: how many of its rows are shuffled together.
         held_out: how many rows of each stream are for the held-out ones.
-        how: templates, size, channels and join of both, see `Told`.
+        how: templates, size, channels and join of both, see `DocumentDataset`.
 
     Raises:
-        ValueError: as from `load_splits`, `select_rows`, `Told` and `Stream`; a choice of rows of a stream.
+        ValueError: as from `load_splits`, `select_rows`, `DocumentDataset` and `StreamingDocuments`; a choice
+            of rows of a stream.
     """
     if not streaming:
         splits = [select_rows(load_splits(path), where or {}) for path in paths]
-        return Documents([s["train"] for s in splits], **how), Documents([s["test"] for s in splits], **how)
+        return MapDocuments([s["train"] for s in splits], **how), MapDocuments(
+            [s["test"] for s in splits], **how
+        )
     if where:
         raise ValueError(
             f"rows of a stream are not chosen by where, here {dict(where)}; give it no other rows"
         )
     sources = [load_stream(path, held_out) for path in paths]
     apart = [source.apart for source in sources]
-    documents = Stream([source.train for source in sources], shuffle=shuffle, apart=apart, **how)
-    return documents, Documents([source.test for source in sources], **how)
+    documents = StreamingDocuments([source.train for source in sources], shuffle=shuffle, apart=apart, **how)
+    return documents, MapDocuments([source.test for source in sources], **how)
 
 
 def with_features(rows: IterableDataset, path: str) -> IterableDataset:

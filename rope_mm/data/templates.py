@@ -6,14 +6,14 @@ from string import Formatter
 
 
 @dataclass(frozen=True)
-class Field:
+class Column:
     """A column of a row, in a template; `drawn` where its picture is to be drawn, not only read."""
 
     column: str
     drawn: bool = False
 
 
-Template = tuple[str | Field, ...]
+Template = tuple[str | Column, ...]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def read_template(text: str) -> Template:
     Raises:
         ValueError: braces that do not close, anything after a column's name but ":draw".
     """
-    parts: list[str | Field] = []
+    parts: list[str | Column] = []
     try:
         parsed = list(Formatter().parse(text))
     except ValueError as error:
@@ -41,7 +41,7 @@ def read_template(text: str) -> Template:
             continue
         if not column or conversion or told not in ("", "draw"):
             raise ValueError(f"template {text!r}: a column is {{name}}, or {{name:draw}} where it is drawn")
-        parts.append(Field(column, told == "draw"))
+        parts.append(Column(column, told == "draw"))
     return tuple(parts)
 
 

@@ -16,18 +16,18 @@ from rope_mm.data.images import (
     MODES,
     UNREADABLE,
     check_rows,
-    fit_picture,
     load_splits,
-    open_picture,
+    open_image,
     read_captions,
     read_labels,
+    resize_center_crop,
 )
 
 Pick = Callable[[int], list[int]]
 Reader = Callable[[Any, Pick], list[Picture.Image]]
 
 
-class CaptionedClips:
+class CaptionedVideos:
     """Rows of a split as clips in [-1, 1] (b, t, ch, size, size), captions, labels where there is a column.
 
     A column holds lists of images, arrays (t, ch, y, x) of 0 to 255, or video files, which torchcodec reads.
@@ -81,7 +81,9 @@ class CaptionedClips:
         """Pixels (t, ch, size, size) of one clip, uint8."""
         try:
             pictures = self.read(stored, self.pick)
-            return torch.stack([fit_picture(picture, self.size, self.channels) for picture in pictures])
+            return torch.stack(
+                [resize_center_crop(picture, self.size, self.channels) for picture in pictures]
+            )
         # torchcodec raises RuntimeError
         except (*UNREADABLE, RuntimeError) as error:
             message = f"row {row}, column {self.clip!r}: the clip does not decode ({error})"
@@ -104,7 +106,7 @@ def choose_reader(feature: Any, column: str) -> tuple[Reader, Any]:
         return video_reader(column), datasets.Video(decode=False)
     within = getattr(feature, "feature", None)
     if isinstance(within, datasets.Image):
-        return read_pictures, replace(feature, feature=datasets.Image(decode=False))
+        return read_images, replace(feature, feature=datasets.Image(decode=False))
     depth = 0
     while isinstance(within, datasets.List):
         within, depth = within.feature, depth + 1
@@ -115,9 +117,9 @@ def choose_reader(feature: Any, column: str) -> tuple[Reader, Any]:
     )
 
 
-def read_pictures(stored: list[dict], pick: Pick) -> list[Picture.Image]:
+def read_images(stored: list[dict], pick: Pick) -> list[Picture.Image]:
     """Frames of a list of images."""
-    return [open_picture(stored[frame]) for frame in pick(len(stored))]
+    return [open_image(stored[frame]) for frame in pick(len(stored))]
 
 
 def read_array(stored: Any, pick: Pick) -> list[Picture.Image]:
@@ -162,7 +164,7 @@ def take_all(total: int) -> list[int]:
     return list(range(total))
 
 
-def load_clips(
+def load_videos(
     path: str = "clips",
     size: int = 16,
     channels: int = 3,
@@ -170,10 +172,10 @@ def load_clips(
     clip: str = "frames",
     caption: str = "caption",
     label: str = "",
-) -> tuple[CaptionedClips, CaptionedClips]:
-    """Train and test clips of a source; see `load_splits` and `CaptionedClips`."""
+) -> tuple[CaptionedVideos, CaptionedVideos]:
+    """Train and test clips of a source; see `load_splits` and `CaptionedVideos`."""
     splits, columns = load_splits(path), (frames, clip, caption, label)
     return (
-        CaptionedClips(splits["train"], size, channels, *columns),
-        CaptionedClips(splits["test"], size, channels, *columns),
+        CaptionedVideos(splits["train"], size, channels, *columns),
+        CaptionedVideos(splits["test"], size, channels, *columns),
     )

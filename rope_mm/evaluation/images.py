@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from rope_mm.evaluation.metrics import NEIGHBOURS, frechet, mode_statistics, prdc, recognition
-from rope_mm.registry import Choice
+from rope_mm.evaluation.metrics import NEIGHBOURS, conditional_accuracy, frechet, mode_statistics, prdc
+from rope_mm.registry import Registry
 
 STACKS = 4_000  # whose digits teach the judge
 EPOCHS = 10
 
 
-class ImageExam(Protocol):
+class ImageEvaluator(Protocol):
     """An exam: which held-out captions to draw, marks of those pictures, and those of real ones."""
 
     @property
@@ -34,7 +34,7 @@ class ImageExam(Protocol):
         ...
 
 
-class Judge(nn.Module):
+class FeatureClassifier(nn.Module):
     """A small classifier of images; `features` (n, 64) are what its last layer reads."""
 
     def __init__(self, inputs: int, classes: int):
@@ -51,11 +51,13 @@ class Judge(nn.Module):
         return self.head(self.body(images))
 
 
-def train_judge(images: Tensor, labels: Tensor, seed: int, epochs: int = 60, batch: int = 64) -> Judge:
+def train_classifier(
+    images: Tensor, labels: Tensor, seed: int, epochs: int = 60, batch: int = 64
+) -> FeatureClassifier:
     """A judge trained on real images (n, ch, y, x) and labels (n,); the global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = Judge(images[0].numel(), int(labels.max()) + 1)
+        judge = FeatureClassifier(images[0].numel(), int(labels.max()) + 1)
         optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (-(-len(images) // batch)))
         for _ in range(epochs):
@@ -67,19 +69,19 @@ def train_judge(images: Tensor, labels: Tensor, seed: int, epochs: int = 60, bat
     return judge.eval()
 
 
-def closeness(real: Tensor, fake: Tensor) -> dict[str, float]:
+def distribution_metrics(real: Tensor, fake: Tensor) -> dict[str, float]:
     """Frechet distance, precision, recall, density and coverage of features (n, f) and (m, f)."""
     return {"frechet": frechet(fake, real)} | prdc(real, fake)
 
 
 @dataclass(frozen=True)
-class CaptionExam:
+class CaptionEvaluator:
     """What drawn pictures are judged by: a judge, features of held-out reals, which of them to draw again.
 
     `floor` is what real training images score in the same exam, and the judge's accuracy on held-out reals.
     """
 
-    judge: Judge
+    judge: FeatureClassifier
     real: Tensor
     rows: list[int]
     labels: Tensor
@@ -94,12 +96,12 @@ class CaptionExam:
         pictures = pictures.clamp(-1, 1)
         features = self.judge.features(pictures)
         found = self.judge.head(features).argmax(1)
-        return recognition(found, self.labels) | closeness(self.real, features)
+        return conditional_accuracy(found, self.labels) | distribution_metrics(self.real, features)
 
 
 def prepare_captions(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], pictures: int, seed: int
-) -> CaptionExam:
+) -> CaptionEvaluator:
     """An exam for that many pictures, from images and labels of real training and held-out data.
 
     Picture i is to show what held-out image rows[i] shows.
@@ -113,14 +115,14 @@ def prepare_captions(
             f"an exam needs more than {NEIGHBOURS} pictures and as many held-out images, "
             f"not {pictures} and {len(images)}"
         )
-    judge = train_judge(*train, seed)
+    judge = train_classifier(*train, seed)
     order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         real, other = judge.features(images), judge.features(train[0][order[:pictures]])
-        right = recognition(judge(images).argmax(1), labels)["recognised"]
-    floor = {"recognised": right} | closeness(real, other)
+        right = conditional_accuracy(judge(images).argmax(1), labels)["recognised"]
+    floor = {"recognised": right} | distribution_metrics(real, other)
     rows = torch.arange(pictures) % len(labels)
-    return CaptionExam(judge, real, rows.tolist(), labels[rows], floor)
+    return CaptionEvaluator(judge, real, rows.tolist(), labels[rows], floor)
 
 
 def digits_of(numbers: Tensor) -> Tensor:
@@ -128,28 +130,28 @@ def digits_of(numbers: Tensor) -> Tensor:
     return numbers[:, None] // torch.tensor([100, 10, 1]) % 10
 
 
-def law_of(numbers: Tensor) -> Tensor:
+def mode_probs(numbers: Tensor) -> Tensor:
     """Probabilities (1000,) of numbers whose digits are independent, each as frequent as among these (n,)."""
     hundreds, tens, ones = (digits.bincount(minlength=10).double() for digits in digits_of(numbers).T)
     law = hundreds[:, None, None] * tens[:, None] * ones
     return law.flatten() / law.sum()
 
 
-def mode_marks(numbers: Tensor, law: Tensor) -> dict[str, float]:
+def mode_metrics(numbers: Tensor, law: Tensor) -> dict[str, float]:
     """Of `mode_statistics` what is marked: modes hit, modes with a tenth of their share, KL to the law."""
     spread = mode_statistics(numbers, law)
     return {name: spread[name] for name in ("modes", "held", "kl")}
 
 
 @dataclass(frozen=True)
-class ModeExam:
+class ModeCoverageEvaluator:
     """Counts the modes of stacked digits: a judge of single digits reads each channel by itself.
 
     `floor` are the marks of as many real training stacks, if there are as many, and the share of held-out
     ones that the judge reads rightly. With labels (n,), pictures are also compared with what was asked.
     """
 
-    judge: Judge
+    judge: FeatureClassifier
     law: Tensor
     rows: list[int]
     labels: Tensor | None
@@ -158,15 +160,15 @@ class ModeExam:
     def mark(self, pictures: Tensor) -> dict[str, float]:
         """Modes and KL to the data's law, the KL less that of real stacks; the share that is as asked."""
         numbers = read_numbers(self.judge, pictures)
-        marks = mode_marks(numbers, self.law)
+        marks = mode_metrics(numbers, self.law)
         marks["kl_excess"] = marks["kl"] - self.floor["kl"]
         if self.labels is not None:
-            marks["recognised"] = recognition(numbers, self.labels)["recognised"]
+            marks["recognised"] = conditional_accuracy(numbers, self.labels)["recognised"]
         return marks
 
 
 @torch.no_grad()
-def read_numbers(judge: Judge, pictures: Tensor) -> Tensor:
+def read_numbers(judge: FeatureClassifier, pictures: Tensor) -> Tensor:
     """Numbers (n,) in pictures (n, 3, y, x): a judge of single digits reads hundreds, tens, ones in turn."""
     parts = (judge(part.clamp(-1, 1).flatten(0, 1)[:, None]).argmax(1) for part in pictures.split(1_000))
     return torch.cat([part.view(-1, 3) for part in parts]) @ torch.tensor([100, 10, 1])
@@ -178,7 +180,7 @@ def prepare_modes(
     pictures: int,
     seed: int,
     captioned: bool = False,
-) -> ModeExam:
+) -> ModeCoverageEvaluator:
     """An exam for that many pictures of stacked digits; `captioned`, every number is asked equally often.
 
     Raises:
@@ -192,17 +194,17 @@ def prepare_modes(
             f"with labels to {most}"
         )
     singles = images[:STACKS].flatten(0, 1)[:, None]
-    judge = train_judge(singles, digits_of(numbers[:STACKS]).flatten(), seed, EPOCHS)
-    law = law_of(numbers)
-    right = recognition(read_numbers(judge, unseen), held_out)["recognised"]
-    floor = mode_marks(read_numbers(judge, images[:pictures]), law) | {"recognised": right}
+    judge = train_classifier(singles, digits_of(numbers[:STACKS]).flatten(), seed, EPOCHS)
+    law = mode_probs(numbers)
+    right = conditional_accuracy(read_numbers(judge, unseen), held_out)["recognised"]
+    floor = mode_metrics(read_numbers(judge, images[:pictures]), law) | {"recognised": right}
     first = {number: row for row, number in reversed(list(enumerate(held_out.tolist())))}
     asked = [first[number] for number in sorted(first)]
     rows = [asked[i % len(asked)] for i in range(pictures)]
-    return ModeExam(judge, law, rows, held_out[rows] if captioned else None, floor)
+    return ModeCoverageEvaluator(judge, law, rows, held_out[rows] if captioned else None, floor)
 
 
-IMAGE_EXAMS = Choice[Callable[..., ImageExam]](
+IMAGE_EVALUATORS = Registry[Callable[..., ImageEvaluator]](
     "exam",
     {
         "caption": prepare_captions,

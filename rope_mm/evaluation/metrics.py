@@ -101,7 +101,7 @@ def prdc(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
     }
 
 
-HELD = 0.1  # of its weight is what a mode must have of the samples, to count as held
+COVERED_SHARE = 0.1  # of its weight is what a mode must have of the samples, to count as held
 
 
 def mode_statistics(labels: Tensor, weights: Tensor) -> dict[str, float]:
@@ -121,14 +121,14 @@ def mode_statistics(labels: Tensor, weights: Tensor) -> dict[str, float]:
     ratio = shares * weights.sum() / weights.double()
     return {
         "modes": int((shares > 0).sum()),
-        "held": int((ratio >= HELD).sum()),
+        "held": int((ratio >= COVERED_SHARE).sum()),
         "least": float(ratio.min()),
         "kl": float(torch.xlogy(shares, ratio).sum()),
         "kl_floor": (len(weights) - 1) / (2 * len(labels)),
     }
 
 
-SIGMAS = 3.0  # from the centre of its mode, a sample is of high quality (PacGAN, arXiv 1712.04086)
+QUALITY_SIGMAS = 3.0  # from the centre of its mode, a sample is of high quality (PacGAN, arXiv 1712.04086)
 
 
 def gaussian_modes(samples: Tensor, centres: Tensor, sigma: float) -> dict[str, float]:
@@ -140,24 +140,24 @@ def gaussian_modes(samples: Tensor, centres: Tensor, sigma: float) -> dict[str, 
     """
     samples, centres, f = samples.double(), centres.double(), samples.shape[1]
     distance, labels = torch.cdist(samples, centres).min(1)
-    near = distance <= SIGMAS * sigma
+    near = distance <= QUALITY_SIGMAS * sigma
     best, mode = samples[near], labels[near]
     counts = mode.bincount(minlength=len(centres)).double()
     ratio = counts * len(centres) / len(samples)
     means = torch.zeros_like(centres).index_add_(0, mode, best) / counts.clamp_min(1)[:, None]
     variance = (best - means[mode]).square().sum() / (f * (counts - 1).clamp_min(0).sum())
-    half, edge = torch.tensor(f / 2), torch.tensor(SIGMAS**2 / 2)
+    half, edge = torch.tensor(f / 2), torch.tensor(QUALITY_SIGMAS**2 / 2)
     truth = sigma**2 * torch.special.gammainc(half + 1, edge) / torch.special.gammainc(half, edge)
     return mode_statistics(labels, torch.ones(len(centres))) | {
         "modes": int((counts > 0).sum()),
-        "held": int((ratio >= HELD).sum()),
+        "held": int((ratio >= COVERED_SHARE).sum()),
         "least": float(ratio.min()),
         "quality": float(near.double().mean()),
         "spread": float((variance / truth).sqrt()),
     }
 
 
-def recognition(found: Tensor, asked: Tensor) -> dict[str, float]:
+def conditional_accuracy(found: Tensor, asked: Tensor) -> dict[str, float]:
     """Share of samples found to be what their captions asked for, in every attribute: labels (n,) or (n, a).
 
     `recognised` is that share of all samples, `worst` of the caption that fares worst.

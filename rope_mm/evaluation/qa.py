@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rope_mm.data.synthetic.qa_tasks import WORDS, Quiz
-from rope_mm.data.synthetic.sprites import CLIP_FACTORS, PLACES
-from rope_mm.evaluation.sprites import judge_sprites
+from rope_mm.data.synthetic.qa_tasks import WORDS, QASample
+from rope_mm.data.synthetic.sprites import PLACES, VIDEO_FACTORS
+from rope_mm.evaluation.sprites import classify_sprites
 from rope_mm.models.modeling_rope_mm import RopeMMForConditionalGeneration
-from rope_mm.models.sequences import IMAGE_TOKEN, Row, lay_out, side_by_side
+from rope_mm.models.sequences import IMAGE_TOKEN, EncodedSequence, collate, encode
 from rope_mm.nn.patches import to_images, to_patches
 from rope_mm.schemes.scheme import Scheme
 from rope_mm.segments import Image, Segment, Video
@@ -22,14 +22,14 @@ START, END, PAD, NONE = "look", "<end>", "<pad>", -100
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
-class Words:
-    """A tokenizer of the words that quizzes have, one token each, in the part of it that `lay_out` asks."""
+class WordTokenizer:
+    """A tokenizer of the words that quizzes have, one token each, in the part of it that `encode` asks."""
 
     eos_token_id = 1
 
-    def __init__(self, quizzes: Sequence[Quiz]):
+    def __init__(self, quizzes: Sequence[QASample]):
         texts = [part for q in quizzes for part in (*q.document, q.question, q.answer)]
-        texts += [START, *WORDS, *chain(*CLIP_FACTORS.values()), *map(str, range(1, 65))]
+        texts += [START, *WORDS, *chain(*VIDEO_FACTORS.values()), *map(str, range(1, 65))]
         words = {word for text in texts if isinstance(text, str) for word in WORD.findall(text)}
         self.number = {word: i for i, word in enumerate((PAD, END, IMAGE_TOKEN, *sorted(words)))}
         self.spelt: dict[str, list[int]] = {}
@@ -45,7 +45,7 @@ class Words:
         return self.number[token]
 
 
-class Told(NamedTuple):
+class EncodedQA(NamedTuple):
     """A quiz as strings and segments, and its patches (n, p) in 0 to 255.
 
     `answer` is how many of the last tokens are to say, `drawn` how many of the last patches are to draw.
@@ -57,14 +57,14 @@ class Told(NamedTuple):
     drawn: int
 
 
-class Placed(NamedTuple):
+class PlacedQA(NamedTuple):
     """A quiz and its tokens where a scheme places them."""
 
-    row: Row
-    told: Told
+    row: EncodedSequence
+    told: EncodedQA
 
 
-def tell(quiz: Quiz, size: int) -> Told:
+def encode_qa(quiz: QASample, size: int) -> EncodedQA:
     """A quiz told to a model with patches of so many pixels."""
     story: list[str | Segment] = [START]
     patches = []
@@ -77,15 +77,15 @@ def tell(quiz: Quiz, size: int) -> Told:
         y, x = (side // size for side in part.shape[-2:])
         story.append(Image(y, x) if part.dim() == 3 else Video(len(frames), y, x))
     if isinstance(quiz.answer, str):
-        return Told(story, torch.cat(patches), len(WORD.findall(quiz.answer)) + 1, 0)
-    return Told(story, torch.cat(patches), 0, len(patches[-1]))
+        return EncodedQA(story, torch.cat(patches), len(WORD.findall(quiz.answer)) + 1, 0)
+    return EncodedQA(story, torch.cat(patches), 0, len(patches[-1]))
 
 
-def place(told: Sequence[Told], words: Words, scheme: Scheme) -> list[Placed]:
+def place_qa(told: Sequence[EncodedQA], words: WordTokenizer, scheme: Scheme) -> list[PlacedQA]:
     """Quizzes with their tokens where a scheme places them."""
     tokenizer = cast(PreTrainedTokenizerBase, words)
-    rows = lay_out([quiz.story for quiz in told], tokenizer, scheme, ended=True)
-    return list(map(Placed, rows, told))
+    rows = encode([quiz.story for quiz in told], tokenizer, scheme, ended=True)
+    return list(map(PlacedQA, rows, told))
 
 
 class Answers(NamedTuple):
@@ -97,13 +97,13 @@ class Answers(NamedTuple):
     drawn: Tensor
 
 
-def answer(model: RopeMMForConditionalGeneration, asked: Sequence[Placed]) -> Answers:
+def generate_answers(model: RopeMMForConditionalGeneration, asked: Sequence[PlacedQA]) -> Answers:
     """What a model says, each word given those before it, and draws, in one pass from empty patches.
 
     Words are right throughout if and only if greedy decoding writes them. `drawn` (n, p) are the patches of
     all pictures in order, in -1 to 1.
     """
-    sequences = side_by_side([row for row, _ in asked])
+    sequences = collate([row for row, _ in asked])
     labels = sequences.input_ids.masked_fill(~sequences.mask, NONE)
     for label, (row, quiz) in zip(labels, asked, strict=True):
         label[: len(row.ids) - quiz.answer] = NONE
@@ -122,9 +122,9 @@ def answer(model: RopeMMForConditionalGeneration, asked: Sequence[Placed]) -> An
 
 
 @torch.no_grad()
-def judge(model: RopeMMForConditionalGeneration, asked: Sequence[Placed]) -> Tensor:
+def score_answers(model: RopeMMForConditionalGeneration, asked: Sequence[PlacedQA]) -> Tensor:
     """Which (b,) of some quizzes of one form are right; a picture is if it shows what the asked one does."""
-    found = answer(model, asked)
+    found = generate_answers(model, asked)
     told = asked[0].told
     if not told.drawn:
         return found.right
@@ -137,6 +137,6 @@ def judge(model: RopeMMForConditionalGeneration, asked: Sequence[Placed]) -> Ten
 
 
 def same_place(pictures: Tensor, asked: Tensor) -> Tensor:
-    """Which pictures (n, 3, y, x) show the colour and place of those asked for, by `judge_sprites`."""
-    seen, wanted = judge_sprites(pictures), judge_sprites(asked)
+    """Which pictures (n, 3, y, x) show the colour and place of those asked for, by `classify_sprites`."""
+    seen, wanted = classify_sprites(pictures), classify_sprites(asked)
     return torch.stack([seen[name] == wanted[name] for name in ("colour", *PLACES)]).all(0)

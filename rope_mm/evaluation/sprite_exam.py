@@ -6,19 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rope_mm.data.documents import Documents
-from rope_mm.data.seeding import seeded
+from rope_mm.data.documents import MapDocuments
+from rope_mm.data.seeding import make_generator
 from rope_mm.data.synthetic.captioned_sprites import read_caption
-from rope_mm.data.synthetic.sprites import CLIP_FACTORS, FACTORS
+from rope_mm.data.synthetic.sprites import FACTORS, VIDEO_FACTORS
 from rope_mm.data.templates import find_tasks
-from rope_mm.evaluation.sprites import judge_clips, judge_sprites
-from rope_mm.models.pipeline import Teller, pixels_of, plain
+from rope_mm.evaluation.sprites import classify_sprites, classify_videos
+from rope_mm.models.pipeline import GenerationPipeline, pixels_of, processor_parts
 
 ASKED = 128  # held-out pictures or clips, of 512
 
 
 @dataclass(frozen=True)
-class SpriteExam:
+class SpriteEvaluator:
     """Tasks of making and of telling, who judges what was made, and by which factors it is right."""
 
     making: str
@@ -26,7 +26,7 @@ class SpriteExam:
     judge: Callable[[Tensor], dict[str, Tensor]]
     factors: tuple[str, ...]
 
-    def mark(self, teller: Teller, held_out: Documents) -> dict[str, float]:
+    def mark(self, teller: GenerationPipeline, held_out: MapDocuments) -> dict[str, float]:
         """Shares of what was made and told with every factor of the true picture, for the tasks taught."""
         tasks, marks = find_tasks(held_out.templates, held_out.kinds), {}
         if self.making in tasks:
@@ -35,13 +35,18 @@ class SpriteExam:
             make = (
                 teller.complete if true.dim() == 5 else lambda prompts, _, noise: teller.draw(prompts, noise)
             )
-            made = torch.stack([*make([plain(before) for before, _ in asked], true, seeded("exam"))])
+            made = torch.stack(
+                [*make([processor_parts(before) for before, _ in asked], true, make_generator("exam"))]
+            )
             marks[f"{self.making}_right"] = self.agreement(true, self.judge(made))
         if self.telling in tasks:
             asked = held_out.ask(tasks[self.telling], ASKED)
             shown = [[part for part in before if not isinstance(part, str)] for before, _ in asked]
             true = torch.stack([parts[-1].pixels for parts in shown])
-            read = [read_caption(words) for words in teller.write([plain(before) for before, _ in asked])]
+            read = [
+                read_caption(words)
+                for words in teller.write([processor_parts(before) for before, _ in asked])
+            ]
             said = {name: torch.tensor([caption[name] for caption in read]) for name in self.factors}
             marks[f"{self.telling}_right"] = self.agreement(true, said)
         return marks
@@ -53,7 +58,7 @@ class SpriteExam:
         return float(right.float().mean())
 
 
-SPRITE_EXAMS = {
-    "sprites": SpriteExam("draw", "caption", judge_sprites, tuple(FACTORS)),
-    "clips": SpriteExam("film", "narrate", judge_clips, tuple(CLIP_FACTORS)),
+SPRITE_EVALUATORS = {
+    "sprites": SpriteEvaluator("draw", "caption", classify_sprites, tuple(FACTORS)),
+    "clips": SpriteEvaluator("film", "narrate", classify_videos, tuple(VIDEO_FACTORS)),
 }

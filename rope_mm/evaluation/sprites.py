@@ -7,19 +7,19 @@ from torch import Tensor
 
 from rope_mm.data.synthetic.captioned_sprites import all_combinations
 from rope_mm.data.synthetic.sprites import (
-    CLIP_FACTORS,
     FACTORS,
     MOTIONS,
     PLACES,
+    VIDEO_FACTORS,
     palette,
     sprite_masks,
-    travel,
+    trajectory,
 )
 
 CHUNK = 128  # pictures at once, each against some 5,000 drawings
 
 
-def judge_sprites(pictures: Tensor) -> dict[str, Tensor]:
+def classify_sprites(pictures: Tensor) -> dict[str, Tensor]:
     """The shape, colour, row and column (n,) of the most likely drawing, under white noise, of each picture.
 
     ‖picture - background - mask x (colour - background)‖² is least among all masks and colours. "distance"
@@ -64,8 +64,8 @@ def templates(y: int, x: int) -> tuple[dict[str, Tensor], Tensor]:
     return empty, torch.cat([masks, torch.zeros(1, y * x)])
 
 
-def judge_clips(clips: Tensor) -> dict[str, Tensor]:
-    """The factors (n,) of clips (n, t, 3, y, x), frame by frame; see `judge_sprites`.
+def classify_videos(clips: Tensor) -> dict[str, Tensor]:
+    """The factors (n,) of clips (n, t, 3, y, x), frame by frame; see `classify_sprites`.
 
     Shape and colour are those of all frames where there is a sprite, row and column those of the first, and
     the motion explains all places; each is -1 if there is no such. "distance" is the mean of the frames'.
@@ -77,13 +77,13 @@ def judge_clips(clips: Tensor) -> dict[str, Tensor]:
         raise ValueError(f"clips must be (n, t, 3, y, x) with 2 frames or more, not {tuple(clips.shape)}")
     frames = clips.shape[1]
     seen = {
-        name: part.unflatten(0, (-1, frames)) for name, part in judge_sprites(clips.flatten(0, 1)).items()
+        name: part.unflatten(0, (-1, frames)) for name, part in classify_sprites(clips.flatten(0, 1)).items()
     }
     verdict = {name: agreed(seen[name]) for name in ("shape", "colour")}
     verdict |= {name: seen[name][:, 0] for name in PLACES}
-    fits = torch.stack([explains(seen, motion) for motion in range(len(MOTIONS))], 1)
+    fits = torch.stack([motion_matches(seen, motion) for motion in range(len(MOTIONS))], 1)
     verdict["motion"] = torch.where(fits.any(1), fits.int().argmax(1), -1)
-    return {**{name: verdict[name] for name in CLIP_FACTORS}, "distance": seen["distance"].mean(1)}
+    return {**{name: verdict[name] for name in VIDEO_FACTORS}, "distance": seen["distance"].mean(1)}
 
 
 def agreed(seen: Tensor) -> Tensor:
@@ -92,10 +92,10 @@ def agreed(seen: Tensor) -> Tensor:
     return torch.where(((seen == most[:, None]) | (seen < 0)).all(1), most, -1)
 
 
-def explains(seen: dict[str, Tensor], motion: int) -> Tensor:
+def motion_matches(seen: dict[str, Tensor], motion: int) -> Tensor:
     """Whether a motion, from the first frame's place, leads through the places (n, t) of all frames."""
     first = {name: seen[name][:, 0] for name in PLACES}
     first |= {name: torch.zeros_like(first["row"]) for name in ("shape", "colour")}
-    way = travel({**first, "motion": torch.full_like(first["row"], motion)}, seen["row"].shape[1])
+    way = trajectory({**first, "motion": torch.full_like(first["row"], motion)}, seen["row"].shape[1])
     away = way["shape"] < 0
     return torch.stack([torch.where(away, -1, way[name]) == seen[name] for name in PLACES]).all(0).all(1)

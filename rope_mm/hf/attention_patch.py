@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rope_mm.hf.inspection import APPLY, called, callers
-from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding, Site
+from rope_mm.hf.inspection import APPLY, globals_used, modules_using
+from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding, RotarySlot
 from rope_mm.hf.vision_positions import grid_of, image_of, place_tokens
-from rope_mm.rotary.dispatch import Turn
+from rope_mm.rotary.dispatch import RotaryAngles
 
 ATTEND = re.compile("ALL_ATTENTION_FUNCTIONS$")
 
@@ -49,8 +49,8 @@ def put_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
 
 def exchange(rotary: RopeMMRotaryEmbedding, owner: nn.Module, pattern: re.Pattern[str], value: Any) -> None:
     """Let modules see `value` where their forward saw such globals, and note how to undo it."""
-    for module in callers(owner, pattern):
-        put_forward(module, clone(type(module).forward, tuple(called(module, pattern)), value))
+    for module in modules_using(owner, pattern):
+        put_forward(module, clone(type(module).forward, tuple(globals_used(module, pattern)), value))
         rotary.undo.append(partial(put_forward, module, None))
 
 
@@ -76,7 +76,7 @@ class Rotating:
         return rotated
 
 
-def tell(model: Any, args: tuple, kwargs: dict[str, Any]):
+def pass_positions(model: Any, args: tuple, kwargs: dict[str, Any]):
     """Before a model's forward: its rotary and the image's grid go along with the arguments."""
     grid, pixels = None, kwargs.get("pixel_values", args[0] if args else None)
     if model.main_input_name == "pixel_values" and pixels is not None:
@@ -84,7 +84,7 @@ def tell(model: Any, args: tuple, kwargs: dict[str, Any]):
     return args, {**kwargs, "rope_mm": (model.rope_mm.runs[None], grid)}
 
 
-def listen(attention: Any, args: tuple, kwargs: dict[str, Any]):
+def receive_positions(attention: Any, args: tuple, kwargs: dict[str, Any]):
     """Before an attention's forward: what its model told it, also when checkpointing calls it again."""
     if "rope_mm" not in kwargs:
         raise ValueError(
@@ -95,13 +95,13 @@ def listen(attention: Any, args: tuple, kwargs: dict[str, Any]):
     return args, {name: value for name, value in kwargs.items() if name != "rope_mm"}
 
 
-def bare_site(model: Any) -> Site:
+def bare_site(model: Any) -> RotarySlot:
     """Where a model without rotary has room for one, beside the layers of its one stack of attention."""
-    base, found = model, callers(model, ATTEND)
+    base, found = model, modules_using(model, ATTEND)
     while (inner := getattr(base, "base_model", base)) is not base:  # in its adapters, and in its head
         base = inner
     if not hasattr(base, "config") or len({id(getattr(module, "config", None)) for module in found}) != 1:
-        parts = ", ".join(name for name, part in model.named_children() if callers(part, ATTEND))
+        parts = ", ".join(name for name, part in model.named_children() if modules_using(part, ATTEND))
         raise ValueError(
             f"{type(model).__name__} has neither a rotary module nor one stack of attention to rotate"
             + (f"; give one of its parts: {parts}" if parts else "")
@@ -111,21 +111,28 @@ def bare_site(model: Any) -> Site:
             f"{type(base).__name__} is of an encoder-decoder, whose attention to the other sequence would be "
             "rotated as well; it is not served"
         )
-    return Site("rope_mm", base, "rope_mm", None)
+    return RotarySlot("rope_mm", base, "rope_mm", None)
 
 
 def tell_attention(base: nn.Module, rotary: RopeMMRotaryEmbedding) -> None:
     """Let a model's attention rotate by what stands beside its layers."""
-    rotary.undo.append(base.register_forward_pre_hook(tell, with_kwargs=True).remove)
+    rotary.undo.append(base.register_forward_pre_hook(pass_positions, with_kwargs=True).remove)
     exchange(rotary, base, ATTEND, Rotating)
-    for module in callers(base, ATTEND):
+    for module in modules_using(base, ATTEND):
         rotary.put(module, "rope_mm_told", None)
-        rotary.undo.append(module.register_forward_pre_hook(listen, with_kwargs=True).remove)
+        rotary.undo.append(module.register_forward_pre_hook(receive_positions, with_kwargs=True).remove)
     if base.main_input_name in ("pixel_values", "input_ids") and base.device.type != "meta":
         probe(base)
 
 
-def turn_both(q: Tensor, k: Tensor, turn: Turn, _same: Turn | None = None, unsqueeze_dim: int = 1, **_: Any):
+def rotate_both(
+    q: Tensor,
+    k: Tensor,
+    turn: RotaryAngles,
+    _same: RotaryAngles | None = None,
+    unsqueeze_dim: int = 1,
+    **_: Any,
+):
     """Stands where `apply_rotary_pos_emb` stood, for q and k (b, h, s, d), or (b, s, h, d) if it says so.
 
     Tokens in front of those that have a place, such as class tokens, are not rotated.
@@ -144,7 +151,7 @@ def noise_for(owner: Any) -> dict[str, Any]:
     """What a model is probed with: noise for 8 words, 8 words, an image of 2 x 3 patches or of its size."""
     config, draw = owner.config, torch.Generator().manual_seed(0)
     if owner.main_input_name == "pixel_values":
-        free = callers(owner, APPLY)  # from tables of positions, which fit one size
+        free = modules_using(owner, APPLY)  # from tables of positions, which fit one size
         image = image_of(config, 2, 3) if free else getattr(config, "image_size", image_of(config, 2, 3))
         y, x = image if isinstance(image, Iterable) else (image, image)
         name, size = "pixel_values", (getattr(config, "num_channels", 3), y, x)
@@ -160,7 +167,7 @@ def noise_for(owner: Any) -> dict[str, Any]:
 def probe(owner: Any) -> list[Tensor]:
     """What its first attention that calls a rotary function, and a model, make of a small forward."""
     modes, heard = [(module, module.training) for module in owner.modules()], []
-    first = callers(owner, APPLY)[:1]
+    first = modules_using(owner, APPLY)[:1]
     hooks = [module.register_forward_hook(lambda *call: heard.append(call[-1][0])) for module in first]
     try:
         stream = owner.eval()(**noise_for(owner))[0]

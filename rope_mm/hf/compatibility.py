@@ -6,7 +6,7 @@ from typing import Any
 from rope_mm.hf.config_io import holds_scheme, pending, read
 from rope_mm.hf.inspection import OF_WORDS, ModelRope, read_module
 from rope_mm.hf.rope_parameters import read_head_dim
-from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding, Runs, Site
+from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding, RotarySlot, Runs
 from rope_mm.hf.vision_positions import PIXELS
 from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.scheme import Scheme
@@ -19,7 +19,7 @@ def refuse(refusals: dict[str, Any]) -> None:
         raise ValueError(sentence)
 
 
-def make_stand_in(site: Site, scheme: Any, changes: dict[str, Any]) -> RopeMMRotaryEmbedding:
+def make_stand_in(site: RotarySlot, scheme: Any, changes: dict[str, Any]) -> RopeMMRotaryEmbedding:
     """The module that takes a site's place, checked; without a scheme, by the one in its config."""
     original, config = site.module, getattr(site.module or site.owner, "config", None)
     asked = read_module(original, site.owner) if original else {}

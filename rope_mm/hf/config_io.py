@@ -19,7 +19,7 @@ WAITS = (
 )
 
 
-class NotSetYet:
+class PendingScheme:
     """Stands for the factor of cosine and sine until `set_rope(model)`; no tensor can be multiplied by it."""
 
     @classmethod
@@ -27,15 +27,15 @@ class NotSetYet:
         raise ValueError(WAITS)
 
 
-def not_yet(config: Any, *_: Any, layer_type: str | None = None, **__: Any) -> tuple[Tensor, NotSetYet]:
+def not_yet(config: Any, *_: Any, layer_type: str | None = None, **__: Any) -> tuple[Tensor, PendingScheme]:
     """What transformers is told of a saved scheme: so many frequencies, and a factor that refuses."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters.get(layer_type, config.rope_parameters)
     pairs = int(width * (rope.get("partial_rotary_factor") or 1.0)) // 2
-    return torch.linspace(1, 0.1, pairs), NotSetYet()
+    return torch.linspace(1, 0.1, pairs), PendingScheme()
 
 
-def wait(*_: Any, **__: Any) -> None:
+def mark_pending(*_: Any, **__: Any) -> None:
     """The attention of a model that waits for its scheme."""
     raise ValueError(WAITS)
 
@@ -53,7 +53,7 @@ def holds_scheme(config: Any) -> bool:
     return any(NAME in told for told in (rope, *rope.values()) if isinstance(told, dict))
 
 
-def waits(config: Any) -> bool:
+def is_pending(config: Any) -> bool:
     """Whether a config was saved with a scheme that `rope_type` does not name, and is not told it yet."""
     rope = getattr(config, "rope_parameters", None) or {}
     silent = NAME in rope and rope.get("rope_type") != NAME
@@ -62,22 +62,22 @@ def waits(config: Any) -> bool:
 
 def pending(module: Any, config: Any) -> bool:
     """Whether a rotary module, or a model of this config, still waits for the scheme it was saved with."""
-    return waits(config) or NotSetYet in map(type, vars(module).values())
+    return is_pending(config) or PendingScheme in map(type, vars(module).values())
 
 
 def attention_of(config: Any) -> Any:
     """The attention of a config; while it waits, the one that refuses, whatever it was told."""
-    return NAME if waits(config) else vars(config).get(TOLD)
+    return NAME if is_pending(config) else vars(config).get(TOLD)
 
 
 def keep_attention(config: Any, name: Any) -> None:
     """Tell a config its attention; one that waits keeps what somebody asked for."""
-    if name != NAME or not waits(config):
+    if name != NAME or not is_pending(config):
         vars(config)[TOLD] = name
 
 
 ROPE_INIT_FUNCTIONS[NAME] = not_yet  # pyright: ignore[reportArgumentType]
-ALL_ATTENTION_FUNCTIONS.register(NAME, wait)
+ALL_ATTENTION_FUNCTIONS.register(NAME, mark_pending)
 setattr(PreTrainedConfig, TOLD, property(attention_of, keep_attention))
 
 
@@ -96,7 +96,7 @@ def entries(config: Any, schemes: dict[str | None, Scheme], by_rope: bool) -> di
     return rope if by_rope else {**rope, "attn_implementation": Running(NAME)}
 
 
-def wake(model: Any) -> None:
+def activate(model: Any) -> None:
     """Give a model that waited the attention that it was told, or else would have."""
     told = vars(model.config).get(TOLD)
     model.set_attn_implementation(model._check_and_adjust_attn_implementation(told if told != NAME else None))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rope_mm.registry import Choice
-from rope_mm.rotary.definition import PAIRINGS, turn_heads
+from rope_mm.registry import Registry
+from rope_mm.rotary.definition import PAIRINGS, apply_rotary
 from rope_mm.schemes.scheme import Scheme
 from rope_mm.schemes.zoo import SCHEMES, read_scheme
 
@@ -53,7 +53,7 @@ def grouped(blocks: int, kv: int) -> list[Place]:
     return [place for k in range(kv) for place in [*of_queries[k * each : (k + 1) * each], keys[k], None]]
 
 
-ORDERS: Choice[Callable[[int, int], list[Place]]] = Choice(
+FUSED_LAYOUTS: Registry[Callable[[int, int], list[Place]]] = Registry(
     "order of heads", {"alone": alone, "gated": gated, "stacked": stacked, "grouped": grouped}
 )
 
@@ -104,12 +104,12 @@ def convert_pairing(
             key = module.rpartition(".")[2]
             if key not in orders:
                 refuse_gates(name, state_dict)
-            order = ORDERS[orders.get(key, "alone")]
+            order = FUSED_LAYOUTS[orders.get(key, "alone")]
             rows = weight.flatten() if "norm" in which.group() else weight
-            converted[name] = reordered(name, rows, source, order, kv_heads).view(weight.shape)
+            converted[name] = permute_rows(name, rows, source, order, kv_heads).view(weight.shape)
             found = True
         else:
-            refuse_half_done(name, alike)
+            check_unhandled(name, alike)
     if not found:
         raise ValueError(
             f"no weight is named like {', '.join([*names, *orders])} (only={only!r}); give names="
@@ -131,7 +131,7 @@ def refuse_gates(name: str, state_dict: Mapping[str, Tensor]) -> None:
         )
 
 
-def refuse_half_done(name: str, alike: re.Pattern[str]) -> None:
+def check_unhandled(name: str, alike: re.Pattern[str]) -> None:
     """Refuse a weight that would have to follow but is not understood.
 
     Raises:
@@ -167,7 +167,7 @@ def pairs_of(scheme: Scheme, head_dim: int, heads: int | None) -> tuple[Tensor, 
     columns = (omega if heads else omega[None]).transpose(-1, -2)
     pairs = columns.shape[1]
     number = torch.arange(2.0, pairs + 2).view(1, 1, pairs)
-    turned = turn_heads(
+    turned = apply_rotary(
         torch.ones(1, 1, 1, head_dim), torch.zeros_like(number), number, scheme.pairing,
         scheme.blocks(head_dim), scheme.slot == "tail",
     ).flatten()  # fmt: skip
@@ -214,7 +214,7 @@ def reordering(source: Scheme, target: Scheme, head_dim: int, heads: int | None 
     return channels
 
 
-def reordered(
+def permute_rows(
     name: str,
     rows: Tensor,
     source: Tensor,

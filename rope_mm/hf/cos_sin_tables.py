@@ -9,8 +9,8 @@ from torch import Tensor
 from rope_mm.rotary.definition import PAIRINGS
 
 # how r angles fill a table: on both channels of their pairs, or each once
-SPREADS: dict[str, Callable[..., Tensor]] = {name: join for name, (_, join) in PAIRINGS.items()}
-SPREADS |= dict.fromkeys(("single", "complex"), lambda first, _second, _blocks: first)
+TABLE_FORMATS: dict[str, Callable[..., Tensor]] = {name: join for name, (_, join) in PAIRINGS.items()}
+TABLE_FORMATS |= dict.fromkeys(("single", "complex"), lambda first, _second, _blocks: first)
 
 
 def fill_tables(angle: Tensor, spread: str, factor: float = 1.0, axes: int = 1) -> Any:
@@ -18,7 +18,7 @@ def fill_tables(angle: Tensor, spread: str, factor: float = 1.0, axes: int = 1) 
     if spread == "complex":
         return (torch.polar(torch.ones_like(angle), angle) * factor).to(torch.complex64)
     once, blocks = (angle.cos() * factor, angle.sin() * factor), (angle.shape[-1] // axes,) * axes
-    return tuple(SPREADS[spread](x.float(), x.float(), blocks) for x in once)
+    return tuple(TABLE_FORMATS[spread](x.float(), x.float(), blocks) for x in once)
 
 
 def split_tables(tables: Any) -> tuple[Tensor, Tensor]:

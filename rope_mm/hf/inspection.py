@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rope_mm.hf.config_io import NotSetYet
+from rope_mm.hf.config_io import PendingScheme
 from rope_mm.hf.cos_sin_tables import fill_tables, find_pairing, read_tables, split_tables
 from rope_mm.hf.rope_parameters import from_hf_config, read_head_dim
 from rope_mm.hf.vision_positions import PIXELS, centres_in_radians, image_of
-from rope_mm.rotary.dispatch import Form
+from rope_mm.rotary.dispatch import RotarySpec
 from rope_mm.schemes.scheme import Scheme
 
 # the axes that a module is told, and the shape in which positions (s, a) are handed to it
@@ -69,9 +69,9 @@ class ModelRope:
         return angle
 
     @property
-    def form(self) -> Form:
+    def form(self) -> RotarySpec:
         """How angles turn channels."""
-        return Form(self.pairing, factor=self.factor)
+        return RotarySpec(self.pairing, factor=self.factor)
 
     def tables(self, angle: Tensor, factor: float, dtype: torch.dtype) -> Any:
         """Tables of angles (..., r) as the model expects them."""
@@ -90,22 +90,22 @@ def read_module(module: nn.Module, owner: nn.Module) -> dict[str | None, ModelRo
     kinds, config = getattr(module, "rope_type", None), getattr(module, "config", None)
     layers = kinds if isinstance(kinds, dict) else {None: kinds}
     return {
-        layer: named(read_layer(module, owner, layer, str(kind)), owner, config, layer)
+        layer: attach_scheme(read_layer(module, owner, layer, str(kind)), owner, config, layer)
         for layer, kind in layers.items()
     }
 
 
-def spare(module: nn.Module) -> nn.Module:
+def probe_copy(module: nn.Module) -> nn.Module:
     """A copy to ask, for some modules remember; on the meta device one newly made from the config."""
     config: Any = getattr(module, "config", None)
     with torch.device("cpu"):
         lost = any(buffer.is_meta for buffer in module.buffers())
         made = type(module)(config) if lost else copy.deepcopy(module, {id(config): config})
-    vars(made).update({name: 1.0 for name, value in vars(made).items() if isinstance(value, NotSetYet)})
+    vars(made).update({name: 1.0 for name, value in vars(made).items() if isinstance(value, PendingScheme)})
     return made.eval()
 
 
-def questions(
+def probe_calls(
     module: nn.Module, owner: nn.Module, layer: str | None
 ) -> Iterator[tuple[str, str, Tensor, Any]]:
     """Ways to call a module: name, axes, positions (s, a), the origin and steps among them, and arguments."""
@@ -122,9 +122,11 @@ def questions(
         yield PIXELS, "yx", centres_in_radians(config, image, training=False), (image,)
 
 
-def answers(module: nn.Module, owner: nn.Module, layer: str | None) -> tuple[str, str, Tensor, Any, Any]:
+def detect_interface(
+    module: nn.Module, owner: nn.Module, layer: str | None
+) -> tuple[str, str, Tensor, Any, Any]:
     """How a module is told positions, their axes, some (s, a), and its tables in float32 and bfloat16."""
-    for call, axes, p, (x, *more) in questions(module, owner, layer):
+    for call, axes, p, (x, *more) in probe_calls(module, owner, layer):
         with suppress(*NO_ANSWER):
             exact, low = (module(x.to(dtype), *more) for dtype in (torch.float32, torch.bfloat16))
             if all(x.shape[:-1].numel() == len(p) for x in split_tables(exact)):
@@ -137,8 +139,8 @@ def answers(module: nn.Module, owner: nn.Module, layer: str | None) -> tuple[str
 
 def read_layer(module: nn.Module, owner: nn.Module, layer: str | None, kind: str) -> ModelRope:
     """What a rotary module does at every position, from what it does a step from the origin."""
-    module = spare(module)
-    call, axes, p, exact, low = answers(module, owner, layer)
+    module = probe_copy(module)
+    call, axes, p, exact, low = detect_interface(module, owner, layer)
     spread, omega, factor = read_tables(exact, p, torch.cat([x.flatten() for x in frequencies(module)]))
     wide = split_tables(low)[0].dtype == torch.float32
     rope = ModelRope(tuple(map(tuple, omega.tolist())), factor, call, spread, wide, axes=tuple(axes))
@@ -151,26 +153,26 @@ def read_layer(module: nn.Module, owner: nn.Module, layer: str | None, kind: str
     return rope
 
 
-def called(module: nn.Module, pattern: re.Pattern[str]) -> list[str]:
+def globals_used(module: nn.Module, pattern: re.Pattern[str]) -> list[str]:
     """Names of such globals as a module's own forward looks up."""
     return list(filter(pattern.match, inspect.unwrap(type(module).forward).__code__.co_names))
 
 
-def callers(owner: nn.Module, pattern: re.Pattern[str]) -> list[nn.Module]:
+def modules_using(owner: nn.Module, pattern: re.Pattern[str]) -> list[nn.Module]:
     """Modules of an owner whose own forward looks such a global up, attention to other sequences left out."""
     mine = (module for module in owner.modules() if "cross" not in type(module).__name__.lower())
-    return [module for module in mine if called(module, pattern)]
+    return [module for module in mine if globals_used(module, pattern)]
 
 
-def paired(rope: ModelRope, owner: nn.Module) -> str:
+def detect_pairing(rope: ModelRope, owner: nn.Module) -> str:
     """The pairing of the function that an owner's attention calls; its tables' own without an answer."""
     told = {"single": "half", "complex": "interleaved"}.get(rope.spread, rope.spread)
-    found, r = callers(owner, APPLY), rope.pairs
+    found, r = modules_using(owner, APPLY), rope.pairs
     if not found or any(p.is_meta for p in owner.parameters()):
         return told
     # DeepSeek's attention names two functions, and its config says which of them it calls
     first = getattr(getattr(owner, "config", None), "rope_interleave", True)
-    name = called(found[0], APPLY)[0 if first else -1]
+    name = globals_used(found[0], APPLY)[0 if first else -1]
     turn, unit = inspect.unwrap(type(found[0]).forward).__globals__[name], torch.eye(2 * r)[None, None]
     angle = torch.linspace(0.5, 1, r).expand(1, 2 * r, r)
     try:
@@ -181,9 +183,9 @@ def paired(rope: ModelRope, owner: nn.Module) -> str:
         return told
 
 
-def named(rope: ModelRope, owner: nn.Module, config: Any, layer: str | None) -> ModelRope:
+def attach_scheme(rope: ModelRope, owner: nn.Module, config: Any, layer: str | None) -> ModelRope:
     """The rope with its pairing, and our scheme of the same Omega where its config tells one."""
-    rope = replace(rope, pairing=paired(rope, owner))
+    rope = replace(rope, pairing=detect_pairing(rope, owner))
     try:
         scheme = from_hf_config(config, layer)
         omega = scheme.omega(read_head_dim(config, layer)).float()

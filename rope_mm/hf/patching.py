@@ -14,14 +14,14 @@ from rope_mm.hf.attention_patch import (
     check_same,
     exchange,
     probe,
+    rotate_both,
     tell_attention,
-    turn_both,
 )
 from rope_mm.hf.compatibility import make_stand_in, refuse
-from rope_mm.hf.config_io import WAITS, entries, fill_learned, pending, waits, wake
-from rope_mm.hf.inspection import APPLY, OF_WORDS, callers, read_module
+from rope_mm.hf.config_io import WAITS, activate, entries, fill_learned, is_pending, pending
+from rope_mm.hf.inspection import APPLY, OF_WORDS, modules_using, read_module
 from rope_mm.hf.position_ids import METHODS, methods_of
-from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding, Site, describe, sites
+from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding, RotarySlot, describe, rotary_slots
 from rope_mm.hf.vision_positions import PIXELS
 
 
@@ -55,7 +55,7 @@ def all_or_nothing(handle: Handle, what: str) -> Iterator[None]:
         raise ValueError(f"{what} ({type(error).__name__}: {error}); the model is as it was") from error
 
 
-def ropes_of(site: Site) -> dict[str | None, Any]:
+def ropes_of(site: RotarySlot) -> dict[str | None, Any]:
     """What a site runs, for each type of layer; angles that are not linear in position are refused."""
     if site.ours:
         return dict(site.module.runs)
@@ -77,11 +77,11 @@ def rope_of(model: nn.Module) -> Any:
     Raises:
         ValueError: no rotary, angles that are not linear in position, or parts that differ.
     """
-    found = [ropes_of(site) for site in sites(model)]
+    found = [ropes_of(site) for site in rotary_slots(model)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no module with inv_freq, so no rotary that can be read")
     if any(other != found[0] for other in found):
-        names = ", ".join(site.name for site in sites(model))
+        names = ", ".join(site.name for site in rotary_slots(model))
         raise ValueError(
             f"{type(model).__name__} rotates in several ways, at {names}; give one of these parts"
         )
@@ -102,7 +102,7 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
         ValueError: what the model cannot run, with the reason; the model is as it was.
     """
     changes |= {"layout": layout} if layout else {}
-    places = sites(model) or [bare_site(model)]
+    places = rotary_slots(model) or [bare_site(model)]
     if any(site.ours for site in places):
         raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
     swaps = [(site, make_stand_in(site, scheme, changes)) for site in places]
@@ -114,14 +114,14 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
     handle = Handle(model, [(rotary, 0) for _, rotary in swaps])
     with all_or_nothing(handle, f"{type(model).__name__} cannot run what set_rope gave it"):
         for site, rotary in swaps:
-            enter(site, rotary)
+            install(site, rotary)
             rotary.alone = bool(rotary.learned) and not methods_of(model)
             for part, name in methods_of(model) if rotary.learned else ():
                 rotary.put(part, name, MethodType(METHODS[name], part))
     return handle
 
 
-def refuse_learned(model: nn.Module, swaps: list[tuple[Site, RopeMMRotaryEmbedding]]) -> None:
+def refuse_learned(model: nn.Module, swaps: list[tuple[RotarySlot, RopeMMRotaryEmbedding]]) -> None:
     """Refuse learned Omegas that would not be saved."""
     learned = [rope for _, rotary in swaps for rope in rotary.learned if any(True for _ in rope.parameters())]
     adapted = any(type(part).__module__.startswith("peft.") for part in model.modules())
@@ -133,17 +133,17 @@ def refuse_learned(model: nn.Module, swaps: list[tuple[Site, RopeMMRotaryEmbeddi
     refuse({late: learned and adapted, shared: len(set(learned)) < len(learned)})
 
 
-def enter(site: Site, rotary: RopeMMRotaryEmbedding) -> None:
+def install(site: RotarySlot, rotary: RopeMMRotaryEmbedding) -> None:
     """Put our module in its place, its scheme in the config, and hooks around the owner's forward."""
     owner, config = site.owner, rotary.config
-    waited = waits(getattr(owner, "config", None))
+    waited = is_pending(getattr(owner, "config", None))
     rotary.put(owner, site.leaf, rotary)
     if config and len(rotary.learned) == len(rotary.runs):
         schemes: Any = {layer: rope.scheme for layer, rope in rotary.runs.items()}
         for name, value in entries(config, schemes, by_rope=rotary.call in OF_WORDS).items():
             rotary.put(config, name, value)
     if waited:
-        wake(owner)
+        activate(owner)
     if not site.module:
         return tell_attention(owner, rotary)
     rotary.undo.append(owner.register_forward_pre_hook(rotary.split_positions, with_kwargs=True).remove)
@@ -156,7 +156,7 @@ def unset_rope(model: nn.Module) -> None:
     Raises:
         ValueError: a model that has them already.
     """
-    Handle(model, [(site.module, 0) for site in sites(model, every=True) if site.ours]).undo()
+    Handle(model, [(site.module, 0) for site in rotary_slots(model, every=True) if site.ours]).undo()
 
 
 def use_kernels(model: nn.Module) -> Handle:
@@ -168,8 +168,8 @@ def use_kernels(model: nn.Module) -> Handle:
         ValueError: a family whose attention calls no function that can be replaced, or answers that differ;
             the model is as it was.
     """
-    places = sites(model)
-    found = [module for site in places for module in callers(site.owner, APPLY)]
+    places = rotary_slots(model)
+    found = [module for site in places for module in modules_using(site.owner, APPLY)]
     kinds = {type(module).__name__ for module in found}
     name, own = ", ".join(sorted(kinds)) or type(model).__name__, [vars(module) for module in found]
     replaced = any("forward" in names and "_old_forward" not in names for names in own)
@@ -185,7 +185,7 @@ def use_kernels(model: nn.Module) -> Handle:
     )
     if fresh := not any(site.ours for site in places):
         set_rope(model, rope_of(model))
-    places = sites(model)
+    places = rotary_slots(model)
     handle = Handle(model, [(site.module, 0 if fresh else len(site.module.undo)) for site in places])
     with all_or_nothing(handle, f"{name} cannot rotate by our op"):
         towers = [site.name for site in places if site.module.call not in (*OF_WORDS, PIXELS)]
@@ -193,7 +193,7 @@ def use_kernels(model: nn.Module) -> Handle:
         before = [probe(site.owner) for site in places]
         for site in places:
             site.module.put(site.module, "turns", True)
-            exchange(site.module, site.owner, APPLY, turn_both)
+            exchange(site.module, site.owner, APPLY, rotate_both)
         for site, answers in zip(places, before, strict=True):
             check_same(answers, probe(site.owner))
     return handle
@@ -201,9 +201,9 @@ def use_kernels(model: nn.Module) -> Handle:
 
 def explain(model: nn.Module) -> None:
     """Print what each rotary place of a model runs."""
-    for site in sites(model, every=True):
+    for site in rotary_slots(model, every=True):
         bare = site.ours and not site.module.asked
-        name = f"{len(callers(site.owner, ATTEND))} attention modules" if bare else site.name
+        name = f"{len(modules_using(site.owner, ATTEND))} attention modules" if bare else site.name
         how = "our op" if site.ours and site.module.turns else "the model's own function"
         try:
             told = {layer: describe(rope) for layer, rope in ropes_of(site).items()}

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from rope_mm.hf.rotary_embedding import ENDS_IN_PICTURE, scheme_of
 from rope_mm.positions.place import place_rows
-from rope_mm.rotary.definition import widest
+from rope_mm.rotary.definition import widest_float
 from rope_mm.schemes.scheme import Scheme
-from rope_mm.segments import Image, Segment, Video, story_of
+from rope_mm.segments import Image, Segment, Video, segments_from_token_types
 
 IMAGES, VIDEOS = 1, 2  # kinds of tokens, as processors number them
 
@@ -96,12 +96,12 @@ def place_inputs(
     positions = torch.zeros(*input_ids.shape, len(scheme.axes), dtype=torch.float64)
     ahead = torch.zeros(len(input_ids), 1)
     for row, (kind, there) in enumerate(zip(kinds.cpu(), mask.cpu(), strict=True)):
-        placed, cursor = scheme.place(story_of(kind[there].tolist(), seen))
+        placed, cursor = scheme.place(segments_from_token_types(kind[there].tolist(), seen))
         positions[row, there], ahead[row] = placed, cursor.next - cursor.tokens
     if left := [str(picture) for pictures in seen.values() for picture in pictures]:
         came = ", ".join(left)
         raise ValueError(f"grids came for {came}, but there are no tokens left for them to stand on")
-    return positions.to(input_ids.device, widest(input_ids.device)), mask, ahead.to(input_ids.device)
+    return positions.to(input_ids.device, widest_float(input_ids.device)), mask, ahead.to(input_ids.device)
 
 
 def read_grids(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[Segment]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
 from rope_mm.schemes.extensions import EXTENSIONS, Extension, Linear
 from rope_mm.schemes.frequencies import apportion
 from rope_mm.schemes.scheme import Scheme, read_extension
@@ -45,7 +45,7 @@ BASES = {
     "kimi_k25_vision": SCHEMES["kimi-vision"],
     "sam3_vit_model": SCHEMES["sam2"],  # its layers without windows multiply positions by window / grid
 }
-FAMILIES: Choice[Scheme] = Choice(
+FAMILIES: Registry[Scheme] = Registry(
     "model_type", {model_type: base for names, base in BASES.items() for model_type in names.split()}
 )
 
@@ -59,11 +59,11 @@ HF_NAMES = {  # our fields in transformers' words
 SECTIONS = {"yx-then-t": (1, 2, 0)}
 
 
-def of_text(config: Any) -> Any:
+def text_config(config: Any) -> Any:
     """The config of the text of a composite one; any other as it is."""
     for part in ("thinker_config", "text_config"):
         if (inner := getattr(config, part, None)) is not None:
-            return of_text(inner)
+            return text_config(inner)
     return config
 
 
@@ -73,7 +73,7 @@ def read_head_dim(config: Any, layer_type: str | None = None) -> int:
     Raises:
         ValueError: a config that tells neither head_dim nor sizes to divide.
     """
-    config = of_layers(of_text(config), layer_type)
+    config = of_layers(text_config(config), layer_type)
     if rope := getattr(config, "qk_rope_head_dim", None):  # head_dim is the rotated part alone there
         return rope + config.qk_nope_head_dim
     width = getattr(config, "embed_dim", None) or getattr(config, "hidden_size", None)
@@ -126,11 +126,15 @@ def from_hf_config(config: Any, layer_type: str | None = None) -> Scheme:
             up the head.
     """
     rate = getattr(getattr(config, "vision_config", None), "tokens_per_second", None)
-    config = of_text(config)
+    config = text_config(config)
     base, rope = FAMILIES[config.model_type], read_rope(config, layer_type)
     config, head_dim = of_layers(config, layer_type), read_head_dim(config, layer_type)
     theta = next(filter(None, (rope.get("rope_theta"), getattr(config, "rope_theta", None), base.theta)))
-    changes = {"theta": float(theta), **read_parts(config, rope, head_dim), **read_own(config, base, rate)}
+    changes = {
+        "theta": float(theta),
+        **read_parts(config, rope, head_dim),
+        **family_fields(config, base, rate),
+    }
     scheme = base.change(**changes, extensions=read_rope_type(config, rope))
     return scheme.change(shares=read_sections(rope, scheme, head_dim))
 
@@ -151,7 +155,7 @@ def read_parts(config: Any, rope: dict[str, Any], head_dim: int) -> dict[str, fl
     return {"fraction": rotated / head_dim}
 
 
-def read_own(config: Any, base: Scheme, rate: float | None) -> dict[str, Any]:
+def family_fields(config: Any, base: Scheme, rate: float | None) -> dict[str, Any]:
     """What single families say elsewhere: patches merged by a tower, frames' pace, DeepSeek's pairing."""
     options = {"merge": getattr(config, "spatial_merge_size", None), "rate": rate}
     told = tuple((name, options[name] or number) for name, number in base.options if name in options)
@@ -214,7 +218,7 @@ def to_rope_parameters(scheme: Scheme, head_dim: int | None = None) -> dict[str,
     Raises:
         ValueError: a field that no family has and rope_parameters cannot say, or head_dim missing.
     """
-    refuse_unsaid(scheme)
+    check_expressible(scheme)
     rope = {"rope_type": "axial" if scheme.ladder != "shared" else "default", "rope_theta": scheme.theta}
     rope |= write_extension(scheme)
     if scheme.still:
@@ -256,7 +260,7 @@ def write_extension(scheme: Scheme) -> dict[str, Any]:
     return {"rope_type": name, **{key: x for key, x in lists.items() if x is not None}}
 
 
-def refuse_unsaid(scheme: Scheme) -> None:
+def check_expressible(scheme: Scheme) -> None:
     """Refuse what neither rope_parameters nor any family says.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rope_mm.hf.inspection import OF_WORDS, ModelRope, frequencies
 from rope_mm.hf.vision_positions import centres_in_radians, place_patches
 from rope_mm.rotary import definition as rotation
-from rope_mm.rotary.dispatch import check_positions, make_turn
+from rope_mm.rotary.dispatch import check_positions, make_angles
 from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.scheme import Scheme
 
@@ -76,7 +76,7 @@ class RopeMMRotaryEmbedding(nn.Module):
                 "module on a device, by a line of its own in device_map"
             )
         if self.turns:
-            turn = make_turn(positions, omega, rope.form, x.dtype)
+            turn = make_angles(positions, omega, rope.form, x.dtype)
             return turn, turn
         check_positions(positions, omega)
         own = isinstance(rope, ModelRope)
@@ -204,7 +204,7 @@ def describe(rope: Runs) -> str:
     return f"the model's own, bit for bit ({rope.scheme or 'a scheme of no known name'})"
 
 
-class Site(NamedTuple):
+class RotarySlot(NamedTuple):
     """Where a model keeps a rotary module, its own or ours; a model of plain attention has room for one."""
 
     name: str
@@ -218,10 +218,10 @@ class Site(NamedTuple):
         return isinstance(self.module, RopeMMRotaryEmbedding)
 
 
-def sites(model: Any, every: bool = False) -> list[Site]:
+def rotary_slots(model: Any, every: bool = False) -> list[RotarySlot]:
     """Where a model keeps its rotary modules; those of words alone where there are any, or every one."""
     found = [
-        Site(f"{name}.{leaf}".strip("."), owner, leaf, module)
+        RotarySlot(f"{name}.{leaf}".strip("."), owner, leaf, module)
         for name, owner in model.named_modules()
         if not isinstance(owner, RopeMMRotaryEmbedding)
         for leaf, module in owner.named_children()
@@ -239,7 +239,7 @@ def sites(model: Any, every: bool = False) -> list[Site]:
 
 def scheme_of(model: nn.Module) -> Scheme:
     """The scheme by which a model places what it reads."""
-    placing = [site.module for site in sites(model) if site.ours and site.module.asked]
+    placing = [site.module for site in rotary_slots(model) if site.ours and site.module.asked]
     scheme = placing[0].first.scheme if placing else None
     if scheme is None:
         raise ValueError(f"{type(model).__name__} runs no scheme of ours that places tokens; `set_rope` one")

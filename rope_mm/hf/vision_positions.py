@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 
-from rope_mm.rotary.definition import widest
+from rope_mm.rotary.definition import widest_float
 from rope_mm.schemes.scheme import Scheme
-from rope_mm.segments import Image, Still, Text
+from rope_mm.segments import Image, Text, Unrotated
 
 PIXELS = "pixels"  # the call of a module that is told the image
 
@@ -33,12 +33,12 @@ def numbers_of(scheme: Scheme, tokens: int, grid: tuple[int, int] | None) -> lis
     """Positions (s, a): of words, or of an image behind tokens that are not rotated."""
     still = tokens - grid[0] * grid[1] if grid else 0
     seen = Image(*grid) if grid else Text(tokens)
-    return scheme.place([Still(still), seen] if still else [seen])[0].tolist()
+    return scheme.place([Unrotated(still), seen] if still else [seen])[0].tolist()
 
 
 def place_tokens(scheme: Scheme, tokens: int, grid: tuple[int, int] | None, device: torch.device) -> Tensor:
     """`numbers_of` as a tensor of the widest floats that a device has."""
-    return torch.tensor(numbers_of(scheme, tokens, grid), dtype=widest(device), device=device)
+    return torch.tensor(numbers_of(scheme, tokens, grid), dtype=widest_float(device), device=device)
 
 
 def augmentations(config: Any) -> dict[str, float | None]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import relu, softplus
 
 from rope_mm.losses.divergences import F_DIVERGENCES, MONOTONE, Curve, FDivergence, Monotone
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ RSGAN = paired(logistic, f"{RA}; {RP}", "JS(P, swap)")
 LOGISTIC, LSGAN, HINGE = "arXiv 1406.2661, non-saturating", "arXiv 1611.04076", "arXiv 1705.02894"
 MEAN = "the relativistic average divergence of arXiv 1901.02474"
 
-GAN_LOSSES = Choice(
+GAN_LOSSES = Registry(
     "GAN loss",
     {
         "ns": separable(logistic, softplus, logistic, LOGISTIC, MONOTONE["ns"].divergence),
@@ -163,4 +163,4 @@ def l2(real: Tensor, fake: Tensor) -> Tensor:
     return torch.linalg.vector_norm((real - fake).flatten(1), dim=1) / (real[0].numel() ** 0.5)
 
 
-DISTANCES = Choice("distance", {"l1": l1, "l2": l2})
+DISTANCES = Registry("distance", {"l1": l1, "l2": l2})

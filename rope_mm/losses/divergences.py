@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
 
 Curve = Callable[[Tensor], Tensor]
 
@@ -26,7 +26,7 @@ class FDivergence:
     conjugate: Curve
 
 
-F_DIVERGENCES = Choice(
+F_DIVERGENCES = Registry(
     "f-divergence",
     {
         "kl": FDivergence(lambda u: torch.xlogy(u, u), lambda v: v, lambda v: (v - 1).exp()),
@@ -71,7 +71,7 @@ class Monotone:
         return self.h(score)
 
 
-MONOTONE = Choice(
+MONOTONE = Registry(
     "increasing h",
     {
         "logit": Monotone(lambda d: d, "KL(q‖p)"),

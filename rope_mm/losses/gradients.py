@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
 
 Critic = Callable[..., Tensor]
 
@@ -148,7 +148,7 @@ def by_what_works(critic: Critic, images: Tensor, sigma: float, generator: torch
     return of_scores(scores, leaf)
 
 
-METHODS = Choice(
+METHODS = Registry(
     "method",
     {"auto": by_what_works, "autograd": by_autograd, "fd": by_difference, "jvp": by_jvp, "head": by_head},
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rope_mm.losses.divergences import Curve
 from rope_mm.losses.gradients import METHODS, Critic, squares
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
 
 POINTS = {
     "real": lambda real, fake, mix: real,
@@ -121,7 +121,7 @@ def lecam(real: Tensor, fake: Tensor, real_anchor: Tensor | float, fake_anchor: 
     return ((real - fake_anchor).relu().square() + (real_anchor - fake).relu().square()).mean() / 2
 
 
-PENALTIES = Choice(
+PENALTIES = Registry(
     "penalty",
     {
         "r1": GradientPenalty("real", "Mescheder et al., arXiv 1801.04406, equation 9"),
@@ -138,7 +138,7 @@ PENALTIES = Choice(
 )
 
 # gamma of a weight w in other code; APT leaves the difference of step sigma undivided
-CONVENTIONS = Choice(
+CONVENTIONS = Registry(
     "convention",
     {
         "half": lambda w, sigma: w,  # (w / 2) ‖∇D‖²: R3GAN, StyleGAN2, StudioGAN, GAT, Self-Forcing

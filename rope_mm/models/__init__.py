@@ -8,7 +8,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from rope_mm.models.canvas import Canvas as Canvas
+from rope_mm.models.canvas import ImageBatcher as ImageBatcher
 from rope_mm.models.configuration_rope_mm import RopeMMConfig as RopeMMConfig
 from rope_mm.models.configuration_rope_mm import read_config as read_config
 from rope_mm.models.modeling_rope_mm import RopeMMCritic as RopeMMCritic
@@ -16,8 +16,8 @@ from rope_mm.models.modeling_rope_mm import RopeMMForConditionalGeneration as Ro
 from rope_mm.models.modeling_rope_mm import RopeMMModel as RopeMMModel
 from rope_mm.models.processing_rope_mm import RopeMMProcessor as RopeMMProcessor
 from rope_mm.models.sequences import IMAGE_TOKEN as IMAGE_TOKEN
-from rope_mm.models.sequences import Sequences as Sequences
-from rope_mm.models.sequences import arrange as arrange
+from rope_mm.models.sequences import SequenceBatch as SequenceBatch
+from rope_mm.models.sequences import build_batch as build_batch
 from rope_mm.models.sequences import load_tokenizer as load_tokenizer
 
 AutoConfig.register("rope_mm", RopeMMConfig)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
 
 
 class Backend(NamedTuple):
@@ -15,7 +15,7 @@ class Backend(NamedTuple):
     backwardless: tuple[str, ...] = ()
 
 
-ATTENTIONS = Choice(
+ATTENTIONS = Registry(
     "attention",
     {
         "sdpa": Backend(),
@@ -26,7 +26,7 @@ ATTENTIONS = Choice(
 )
 
 
-def attending(config: RopeMMConfig, attention: str, device: torch.device) -> RopeMMConfig:
+def with_attention(config: RopeMMConfig, attention: str, device: torch.device) -> RopeMMConfig:
     """The config, whose models are to train on a device with a backend of ATTENTIONS.
 
     Raises:

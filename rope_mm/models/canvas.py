@@ -8,14 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
-from rope_mm.models.sampling import draw_frames
-from rope_mm.models.sequences import Sequences, arrange, token_order
+from rope_mm.models.sampling import sample_frames
+from rope_mm.models.sequences import SequenceBatch, build_batch, token_order
 from rope_mm.nn.patches import to_images, to_patches
 from rope_mm.segments import Image
 
 
 @dataclass(frozen=True)
-class Canvas:
+class ImageBatcher:
     """Pictures of one size, and how captions and their patches become sequences."""
 
     config: RopeMMConfig
@@ -41,9 +41,9 @@ class Canvas:
             )
         return Image(side, side)
 
-    def sequences(self, captions: Sequence[str]) -> Sequences:
+    def sequences(self, captions: Sequence[str]) -> SequenceBatch:
         """What image head and critic read beside the patches: each caption, then the picture."""
-        return arrange([[caption, self.grid] for caption in captions], self.tokenizer, self.config.scheme)
+        return build_batch([[caption, self.grid] for caption in captions], self.tokenizer, self.config.scheme)
 
     def noise(self, generator: torch.Generator, pictures: int) -> Tensor:
         """Noise patches (b, n, p)."""
@@ -55,7 +55,7 @@ class Canvas:
         for start in range(0, len(captions), 250):
             part = captions[start : start + 250]
             noise = self.noise(generator, len(part)).to(model.device)
-            drawn = draw_frames(model, self.sequences(part).to(model.device), noise[:, None])
+            drawn = sample_frames(model, self.sequences(part).to(model.device), noise[:, None])
             pictures.append(self.picture(drawn[:, 0]).cpu())
         return torch.cat(pictures)
 

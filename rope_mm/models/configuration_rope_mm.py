@@ -13,7 +13,7 @@ from rope_mm.schemes.scheme import Scheme
 from rope_mm.schemes.zoo import read_scheme
 
 VIDEO_ATTENTIONS = "causal", "full"
-HF_ONLY = ("rope_type",)  # transformers writes it into every rope_parameters
+IGNORED_KEYS = ("rope_type",)  # transformers writes it into every rope_parameters
 
 
 @strict
@@ -121,7 +121,9 @@ def write_rope(rope_parameters: dict[str, Any] | Scheme) -> dict[str, Any]:
 def read_rope(rope_parameters: dict[str, Any]) -> Scheme:
     """The scheme that `rope_parameters` name or write out, with its fields changed as they say."""
     names = {"rope_theta": "theta"}
-    changes = {names.get(key, key): value for key, value in rope_parameters.items() if key not in HF_ONLY}
+    changes = {
+        names.get(key, key): value for key, value in rope_parameters.items() if key not in IGNORED_KEYS
+    }
     named = changes.pop("scheme", None)
     return read_scheme(named, **changes) if named else Scheme.from_dict(changes)
 

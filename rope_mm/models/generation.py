@@ -7,10 +7,10 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from rope_mm.models.position_ids import from_border
+from rope_mm.models.position_ids import unpack_position_ids
 
 
-class PictureGeneration(PreTrainedModel, GenerationMixin):
+class ImageGenerationMixin(PreTrainedModel, GenerationMixin):
     """Positions, ranks and patches of prompts with pictures, through every cache."""
 
     def prepare_inputs_for_generation(
@@ -44,7 +44,7 @@ class PictureGeneration(PreTrainedModel, GenerationMixin):
         if rank is not None and new > 1:
             past = inputs.get("past_key_values")
             start = 0 if past is None else int(past.get_seq_length())
-            inputs["rank"] = outrank(rank, start + new)[:, start:]
+            inputs["rank"] = extend_block_ids(rank, start + new)[:, start:]
         if patches is not None:
             inputs["patches"] = self.not_cached(patches, input_ids, input_ids.shape[1] - new)
         return inputs
@@ -52,7 +52,7 @@ class PictureGeneration(PreTrainedModel, GenerationMixin):
     def go_on(self, position_ids: Tensor, prompt: int, deltas: Tensor) -> Tensor:
         """Position ids (1 + a, b, s) whose columns after the prompt are those of words."""
         count = position_ids[0, :, prompt:]
-        _, words = from_border(count, self.config.scheme, deltas)
+        _, words = unpack_position_ids(count, self.config.scheme, deltas)
         after = torch.cat([count[None], words.movedim(-1, 0).to(position_ids)])
         return torch.cat([position_ids[..., :prompt], after], -1)
 
@@ -92,7 +92,7 @@ class PictureGeneration(PreTrainedModel, GenerationMixin):
         return create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kw)
 
 
-def outrank(rank: Tensor, length: int) -> Tensor:
+def extend_block_ids(rank: Tensor, length: int) -> Tensor:
     """Ranks (b, length) of a prompt (b, s) and the words after it, each above all before it."""
     more = torch.arange(1, max(length - rank.shape[1], 0) + 1, device=rank.device)
     return torch.cat([rank, rank.amax(1, keepdim=True) + more], 1)[:, :length]

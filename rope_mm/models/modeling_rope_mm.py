@@ -16,14 +16,14 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from rope_mm.models.generation import PictureGeneration
-from rope_mm.models.position_ids import count_tokens, documents, from_border, make_mask
-from rope_mm.models.rolling import QueryTurn, RollingCache
+from rope_mm.models.generation import ImageGenerationMixin
+from rope_mm.models.position_ids import count_tokens, document_ids, make_mask, unpack_position_ids
+from rope_mm.models.rolling import QueryAngles, UnrotatedKeyCache
 from rope_mm.nn.attention import Attention
 from rope_mm.nn.blocks import Block
 from rope_mm.nn.eager import eager_attention
 from rope_mm.nn.heads import PatchHead, ScoreHead
-from rope_mm.nn.patches import Embed, PatchMap
+from rope_mm.nn.patches import PatchEmbedding, TokenEmbedding
 from rope_mm.rotary.module import Rotary
 
 from .configuration_rope_mm import RopeMMConfig  # beside this file also where a saved model brings its code
@@ -90,7 +90,7 @@ class RopeMMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.Linear):
-            own = self.config.patch_initializer_range if isinstance(module, PatchMap) else 0.0
+            own = self.config.patch_initializer_range if isinstance(module, PatchEmbedding) else 0.0
             nn.init.normal_(module.weight, std=own or self.config.initializer_range)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -102,7 +102,7 @@ class RopeMMModel(RopeMMPreTrainedModel):
     def __init__(self, config: RopeMMConfig):
         super().__init__(config)
         width, eps = config.hidden_size, config.rms_norm_eps
-        self.embed = Embed(config.vocab_size, width, config.patch_width)
+        self.embed = TokenEmbedding(config.vocab_size, width, config.patch_width)
         heads = config.num_key_value_heads if config.scheme.per_head else None
         self.rotary = Rotary(config.head_dim, config.scheme, heads=heads)
         self.blocks = nn.ModuleList(
@@ -164,16 +164,16 @@ class RopeMMModel(RopeMMPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = count_tokens(x, attention_mask, past)
-        count, positions = from_border(position_ids, self.config.scheme, rope_deltas)
+        count, positions = unpack_position_ids(position_ids, self.config.scheme, rope_deltas)
         if document is None:
-            document = documents(count, attention_mask, kwargs.get("cu_seq_lens_q"))
+            document = document_ids(count, attention_mask, kwargs.get("cu_seq_lens_q"))
         if past_key_values is not None:
             self.check_cache(document)
         mask = make_mask(self.config, x, attention_mask, past_key_values, rank, document)
         with record_function("rotary angles"):  # by which name a profile finds it
             turn = self.rotary.turn(positions, x.dtype)  # once; every layer uses the same
-        if isinstance(past_key_values, RollingCache):
-            turn = QueryTurn(**vars(turn))
+        if isinstance(past_key_values, UnrotatedKeyCache):
+            turn = QueryAngles(**vars(turn))
         for block in self.blocks:
             x = block(x, turn, mask, past_key_values=past_key_values, position_ids=count, **kwargs)
         return BaseModelOutputWithPast(self.norm(x), past_key_values)
@@ -200,7 +200,7 @@ class RopeMMModel(RopeMMPreTrainedModel):
 
 
 class RopeMMForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethodOverride]
-    PictureGeneration, RopeMMPreTrainedModel, GenerationMixin
+    ImageGenerationMixin, RopeMMPreTrainedModel, GenerationMixin
 ):
     """Words and patches from the stream; noise in the place of patches comes out as an image, in one pass."""
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rope_mm.data.documents import Document, Documents, Shown
-from rope_mm.data.templates import Field, Task, find_tasks, read_template
+from rope_mm.data.documents import Document, MapDocuments, Visual
+from rope_mm.data.templates import Column, Task, find_tasks, read_template
 from rope_mm.files import write_text
 from rope_mm.models.modeling_rope_mm import RopeMMForConditionalGeneration
 from rope_mm.models.processing_rope_mm import Part, RopeMMProcessor
@@ -23,7 +23,7 @@ FILE = "documents.json"
 
 
 @dataclass(frozen=True)
-class Form:
+class GenerationSpec:
     """What a model was taught: templates, what their columns hold, sizes; steps and guidance of a drawing."""
 
     templates: list[str]
@@ -34,14 +34,16 @@ class Form:
     guidance: float = 1.0
 
     @classmethod
-    def of(cls, documents: Documents, templates: Sequence[str], steps: int, guidance: float = 1.0) -> "Form":
+    def of(
+        cls, documents: MapDocuments, templates: Sequence[str], steps: int, guidance: float = 1.0
+    ) -> "GenerationSpec":
         """The form of documents; a clip is as long as the longest of some of theirs.
 
         Raises:
             ValueError: guidance, where all templates have words before what is drawn.
         """
         if guidance != 1 and not any(
-            draws_untold(template, documents.kinds) for template in documents.templates
+            generates_unconditionally(template, documents.kinds) for template in documents.templates
         ):
             raise ValueError(
                 f"guidance {guidance} needs a template that draws with no words before, such as "
@@ -66,15 +68,15 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Teller:
+class GenerationPipeline:
     """A model, its processor and its form."""
 
     model: PreTrainedModel
     processor: RopeMMProcessor
-    form: Form
+    form: GenerationSpec
 
     @classmethod
-    def load(cls, path: Path) -> "Teller":
+    def load(cls, path: Path) -> "GenerationPipeline":
         """What `save` wrote.
 
         Raises:
@@ -84,7 +86,7 @@ class Teller:
             raise ValueError(f"{path} holds no {FILE}; give OUT/model of a run of train/pretrain.py")
         model = RopeMMForConditionalGeneration.from_pretrained(path).eval()
         processor = RopeMMProcessor.from_pretrained(path)
-        return cls(model, processor, Form(**json.loads((path / FILE).read_text())))
+        return cls(model, processor, GenerationSpec(**json.loads((path / FILE).read_text())))
 
     def save(self, path: Path) -> None:
         """Write model, processor and form to a folder."""
@@ -117,7 +119,7 @@ class Teller:
         """Pictures (b, ch, y, x) after prompts, those of one form together."""
         side = self.form.size // self.processor.patch_size
         made: dict[int, Tensor] = {}
-        for group in alike(prompts):
+        for group in group_by_size(prompts):
             asked = [prompts[number] for number in group]
             made.update(zip(group, self.make(asked, Image(side, side), generator), strict=True))
         return torch.stack([made[number] for number in range(len(prompts))])
@@ -156,7 +158,7 @@ class Teller:
         """
         made: dict[int, Tensor] = {}
         depth = self.processor.temporal_patch_size
-        for group in alike([[*prompt, clip] for prompt, clip in zip(prompts, true, strict=True)]):
+        for group in group_by_size([[*prompt, clip] for prompt, clip in zip(prompts, true, strict=True)]):
             length = len(true[group[0]])
             given = 0 if self.processor.full else length // 2 // depth * depth
             begun = [true[number][:given] for number in group] if given else []
@@ -166,7 +168,7 @@ class Teller:
         return [made[number] for number in range(len(prompts))]
 
 
-def alike(prompts: Sequence[Sequence[Part]]) -> list[list[int]]:
+def group_by_size(prompts: Sequence[Sequence[Part]]) -> list[list[int]]:
     """Numbers of the prompts whose pictures and clips are of equal sizes, which a model takes together."""
     groups: dict[Any, list[int]] = {}
     for number, prompt in enumerate(prompts):
@@ -175,7 +177,7 @@ def alike(prompts: Sequence[Sequence[Part]]) -> list[list[int]]:
     return list(groups.values())
 
 
-def draws_untold(template: Sequence[str | Field], kinds: Mapping[str, str]) -> bool:
+def generates_unconditionally(template: Sequence[str | Column], kinds: Mapping[str, str]) -> bool:
     """Whether a template has something to draw before its first words."""
     for part in template:
         if isinstance(part, str) or kinds[part.column] == "words":
@@ -185,18 +187,18 @@ def draws_untold(template: Sequence[str | Field], kinds: Mapping[str, str]) -> b
     return False
 
 
-def pixels_of(part: str | Shown) -> Tensor:
+def pixels_of(part: str | Visual) -> Tensor:
     """The pixels of what is shown."""
     if isinstance(part, str):
         raise ValueError(f"{part!r} is no picture")
     return part.pixels
 
 
-def plain(document: Document) -> list[Part]:
+def processor_parts(document: Document) -> list[Part]:
     """A document as a processor takes it."""
     return [part if isinstance(part, str) else part.pixels for part in document]
 
 
-def spell(document: Document) -> str:
+def document_text(document: Document) -> str:
     """A document's words."""
     return "".join(part for part in document if isinstance(part, str)).strip()

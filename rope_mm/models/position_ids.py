@@ -8,26 +8,26 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
-from rope_mm.nn.attention import sees
-from rope_mm.rotary.definition import widest
+from rope_mm.nn.attention import make_mask_fn
+from rope_mm.rotary.definition import widest_float
 from rope_mm.schemes.scheme import Scheme
 
 
-def to_border(positions: Tensor, mask: Tensor) -> Tensor:
+def pack_position_ids(positions: Tensor, mask: Tensor) -> Tensor:
     """Position ids (1 + a, b, s) of positions (b, s, a) and the mask (b, s) of tokens that are no padding."""
     first = mask.int().argmax(1, keepdim=True)
     count = torch.arange(mask.shape[1], device=mask.device) - first  # through padding too: no token restarts
     return torch.cat([count[None].to(positions), positions.movedim(-1, 0)])
 
 
-def walk(scheme: Scheme, count: Tensor) -> Tensor:
+def text_positions(scheme: Scheme, count: Tensor) -> Tensor:
     """Positions (b, s, a) of words that stand at these numbers (b, s) of their row."""
-    wide = widest(count.device)
+    wide = widest_float(count.device)
     origin, step = (torch.tensor(x, dtype=wide, device=count.device) for x in scheme.word_line)
     return origin + count[..., None].to(wide) * step
 
 
-def from_border(position_ids: Tensor, scheme: Scheme, deltas: Tensor | None) -> tuple[Tensor, Tensor]:
+def unpack_position_ids(position_ids: Tensor, scheme: Scheme, deltas: Tensor | None) -> tuple[Tensor, Tensor]:
     """Tokens' numbers (b, s) and positions (b, s, a) of position ids (1 + a, b, s), or (b, s) of words alone.
 
     `deltas` (b,) is by how much words stand beyond their tokens' number, after pictures.
@@ -37,7 +37,7 @@ def from_border(position_ids: Tensor, scheme: Scheme, deltas: Tensor | None) -> 
     """
     if position_ids.dim() == 2:
         ahead = 0 if deltas is None else deltas.view(-1, 1)
-        return position_ids.long(), walk(scheme, position_ids + ahead)
+        return position_ids.long(), text_positions(scheme, position_ids + ahead)
     if position_ids.dim() != 3 or len(position_ids) != 1 + len(scheme.axes):
         raise ValueError(
             f"position_ids {tuple(position_ids.shape)} must be (b, s) for words, or (1 + axes, b, s): a row "
@@ -53,7 +53,7 @@ def count_tokens(x: Tensor, mask: Tensor | None, past: int | Tensor) -> Tensor:
     return torch.arange(x.shape[1], device=x.device)[None] + past
 
 
-def documents(count: Tensor, mask: Tensor | None, ends: Tensor | None) -> Tensor | None:
+def document_ids(count: Tensor, mask: Tensor | None, ends: Tensor | None) -> Tensor | None:
     """Numbers (b, s) of packed documents, None where each row is one.
 
     `ends` are their lengths summed up, (n + 1,); without, a document begins where the count does not go on.
@@ -108,7 +108,7 @@ def make_mask(
         kv_length=size,
         q_offset=past,
         kv_offset=start,
-        mask_function=causal_mask_function if plain else sees(whole[0], *whole[1:], past=past),
+        mask_function=causal_mask_function if plain else make_mask_fn(whole[0], *whole[1:], past=past),
         attention_mask=None if mask is None else mask.to(x.device, torch.bool),
         allow_is_causal_skip=plain and not (getattr(cache, "is_compileable", False) and x.shape[1] == 1),
         dtype=x.dtype,

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 
-from rope_mm.models.sampling import draw_frames
-from rope_mm.models.sequences import IMAGE_TOKEN, arrange, token_order
-from rope_mm.nn.patches import from_tubes, to_images, to_patches, to_tubes
+from rope_mm.models.sampling import sample_frames
+from rope_mm.models.sequences import IMAGE_TOKEN, build_batch, token_order
+from rope_mm.nn.patches import from_tubelets, to_images, to_patches, to_tubelets
 from rope_mm.schemes.scheme import Scheme
 from rope_mm.segments import Image, Segment, Video
 
@@ -151,7 +151,7 @@ class RopeMMProcessor(ProcessorMixin):
             story, shown = self.see(document, seconds or 1.0)
             stories.append(story)
             patches += shown
-        sequences = arrange(stories, self.tokenizer, self.scheme, chosen["padding_side"], self.full)
+        sequences = build_batch(stories, self.tokenizer, self.scheme, chosen["padding_side"], self.full)
         data = sequences.inputs() | ({"patches": torch.cat(patches)} if patches else {})
         if return_labels:
             words = sequences.mask & (sequences.input_ids != self.image_token_id)
@@ -170,7 +170,7 @@ class RopeMMProcessor(ProcessorMixin):
         if pixels.shape[-3] != self.num_channels:
             raise ValueError(f"{tuple(pixels.shape)} are not (..., {self.num_channels}, y, x) pixels")
         depth = self.temporal_patch_size
-        patches = to_patches(to_tubes(pixels.view(-1, *pixels.shape[-3:]), depth), self.patch_size)
+        patches = to_patches(to_tubelets(pixels.view(-1, *pixels.shape[-3:]), depth), self.patch_size)
         y, x = (side // self.patch_size for side in pixels.shape[-2:])
         segment = Image(y, x) if pixels.dim() == 3 else Video(len(patches), y, x, seconds * depth)
         return segment, patches.flatten(0, 1)[token_order(segment, self.scheme)]
@@ -220,11 +220,11 @@ class RopeMMProcessor(ProcessorMixin):
             stories += [[part for part in story if not isinstance(part, str)] for story in stories]
             shown, noise = shown * 2, noise.repeat(2, 1, 1, 1)
         before, noise = (part.to(model.device, model.dtype) for part in (torch.stack(shown), noise))
-        sequences = arrange(stories, self.tokenizer, self.scheme, "left", self.full).to(model.device)
-        drawn = draw_frames(model, sequences, noise, steps, before, window, guidance)[: len(clips)]
+        sequences = build_batch(stories, self.tokenizer, self.scheme, "left", self.full).to(model.device)
+        drawn = sample_frames(model, sequences, noise, steps, before, window, guidance)[: len(clips)]
         patches = torch.cat([torch.stack(clips).to(drawn), drawn.flatten(1, 2)], 1).view(-1, *shape[1:])
         raster = patches[:, token_order(Image(y, x), self.scheme).argsort()]
-        pixels = from_tubes(to_images(raster, y, x, self.patch_size).unflatten(0, (-1, t)), depth)
+        pixels = from_tubelets(to_images(raster, y, x, self.patch_size).unflatten(0, (-1, t)), depth)
         return pixels[:, :frames] if isinstance(grid, Video) else pixels.mean(1)
 
     def check_begun(self, begun: Sequence[Part], window: int | None) -> None:

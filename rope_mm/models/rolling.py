@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from rope_mm.rotary.dispatch import Turn
+from rope_mm.rotary.dispatch import RotaryAngles
 from rope_mm.rotary.module import Rotary
 
 
-class QueryTurn(Turn):
+class QueryAngles(RotaryAngles):
     """A turn that leaves keys to the cache."""
 
     def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,7 +18,7 @@ class QueryTurn(Turn):
         return self.one(q), k
 
 
-class RollingCache(DynamicCache):
+class UnrotatedKeyCache(DynamicCache):
     """Keys and values of the tokens in a window; key i always stands at place i of `positions` (b, s, a).
 
     What is dropped makes those after it move up, and their distances stay those of the window. Until then
@@ -28,7 +28,7 @@ class RollingCache(DynamicCache):
     def __init__(self, rotary: Rotary, positions: Tensor):
         super().__init__()
         self.rotary, self.positions = rotary, positions
-        self.turn: tuple[int, Turn] | None = None
+        self.turn: tuple[int, RotaryAngles] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         """All keys, rotated to where they now stand, and all values (b, g, s, d)."""

@@ -5,14 +5,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from rope_mm.models.rolling import RollingCache
-from rope_mm.models.sequences import Sequences
+from rope_mm.models.rolling import UnrotatedKeyCache
+from rope_mm.models.sequences import SequenceBatch
 
 
 @torch.no_grad()
-def draw_frames(
+def sample_frames(
     model: PreTrainedModel,
-    sequences: Sequences,
+    sequences: SequenceBatch,
     noise: Tensor,
     steps: int = 1,
     shown: Tensor | None = None,
@@ -29,7 +29,8 @@ def draw_frames(
     With a window the sequences end in so many frames, shown ones included. Once they are full, the oldest is
     forgotten for every new one and the others move up, so that no distance is longer than in these sequences.
 
-    Where guidance is not 1, the second half of all rows is the first without its words; see `guide`.
+    Where guidance is not 1, the second half of all rows is the first without its words; see
+    `classifier_free_guidance`.
 
     Raises:
         ValueError: fewer than 1 step, a window of fewer than 2 frames.
@@ -44,12 +45,12 @@ def draw_frames(
     frames, start, before = [], 0, noise[:, :0, 0] if shown is None else shown
     room, oldest = t, length - (window or 0) * n
     if window is not None:
-        cache = RollingCache(model.model.rotary, sequences.positions)
+        cache = UnrotatedKeyCache(model.model.rotary, sequences.positions)
         places = int((sequences.input_ids[0] == model.config.image_token_id).sum())
         room = (places - before.shape[1]) // n
     for frame in range(t):
         end = length - max(0, room - 1 - frame) * n
-        if isinstance(cache, RollingCache) and frame >= room:
+        if isinstance(cache, UnrotatedKeyCache) and frame >= room:
             cache.drop(oldest, oldest + n)
             start -= n
         here = noise[:, frame]
@@ -58,7 +59,9 @@ def draw_frames(
             chunk["attention_mask"] = inputs["attention_mask"][:, :end]
             patches = torch.cat([before, here], 1)
             drawn = model(**chunk, patches=patches, past_key_values=cache, words=False).patches
-            here = here.lerp(guide(drawn.unflatten(0, (b, -1))[:, -n:], guidance), 1 / (steps - step))
+            here = here.lerp(
+                classifier_free_guidance(drawn.unflatten(0, (b, -1))[:, -n:], guidance), 1 / (steps - step)
+            )
             if cache is not None:
                 cache.crop(-n)
                 start, before = end - n, before[:, :0]
@@ -66,7 +69,7 @@ def draw_frames(
     return torch.stack(frames, 1)
 
 
-def guide(drawn: Tensor, guidance: float) -> Tensor:
+def classifier_free_guidance(drawn: Tensor, guidance: float) -> Tensor:
     """Patches (2b, n, p), with words c and without them u: both halves become u + guidance (c - u).
 
     Classifier-free guidance, arXiv 2207.12598. At 1 nothing is done, of however many rows.

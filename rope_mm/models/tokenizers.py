@@ -11,7 +11,7 @@ PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 PIECE = Regex(r" ?\w+| ?[^\w\s]|\s")  # a word or a mark, with the space before it
 
 
-def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def word_level_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A tokenizer whose tokens are the words of texts, each with the space before it, the first one, too.
 
     Raises:

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from rope_mm.rotary.dispatch import Turn
+from rope_mm.rotary.dispatch import RotaryAngles
 from rope_mm.segments import Segment, Text
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def ranks(segments: Sequence[Segment], full: bool = False) -> Tensor:
+def block_ids(segments: Sequence[Segment], full: bool = False) -> Tensor:
     """Rank (s,) of each token: a word has its own, an image or a frame shares one; lower ranks are seen.
 
     Where `full`, all frames of a video share one.
@@ -27,7 +27,7 @@ def ranks(segments: Sequence[Segment], full: bool = False) -> Tensor:
     return torch.cat(blocks)
 
 
-def sees(rank: Tensor, document: Tensor | None = None, past: int | Tensor = 0) -> Rule:
+def make_mask_fn(rank: Tensor, document: Tensor | None = None, past: int | Tensor = 0) -> Rule:
     """The rule (b, h, q, k) -> bool by which queries of row b see keys, both counted from the row's start.
 
     Args:
@@ -61,7 +61,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * head_dim, width, bias=False)
         self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps), nn.RMSNorm(head_dim, eps)
 
-    def forward(self, x: Tensor, turn: Turn, mask: Tensor | None, **context) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, turn: RotaryAngles, mask: Tensor | None, **context
+    ) -> tuple[Tensor, Tensor | None]:
         """The stream, and what `attend` tells of its weights; `context` is for `attend`."""
         q, k, v = (to(x).unflatten(-1, (-1, self.head_dim)) for to in (self.to_q, self.to_k, self.to_v))
         q, k = turn(self.norm_q(q), self.norm_k(k))  # (b, s, h, d), (b, s, g, d)

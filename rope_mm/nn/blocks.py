@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from rope_mm.nn.attention import Attention
-from rope_mm.rotary.dispatch import Turn
+from rope_mm.rotary.dispatch import RotaryAngles
 
 
 class GatedMLP(nn.Module):
@@ -29,6 +29,6 @@ class Block(nn.Module):
         self.attention = attention
         self.mlp = GatedMLP(width, inner)
 
-    def forward(self, x: Tensor, turn: Turn, mask: Tensor | None, **context) -> Tensor:
+    def forward(self, x: Tensor, turn: RotaryAngles, mask: Tensor | None, **context) -> Tensor:
         x = x + self.attention(self.norm_attention(x), turn, mask, **context)[0]
         return x + self.mlp(self.norm_mlp(x))

@@ -22,7 +22,7 @@ def to_images(patches: Tensor, y: int, x: int, size: int) -> Tensor:
     return rearrange(patches, "b (y x) (ch p q) -> b ch (y p) (x q)", y=y, x=x, p=size, q=size)
 
 
-def to_tubes(frames: Tensor, depth: int) -> Tensor:
+def to_tubelets(frames: Tensor, depth: int) -> Tensor:
     """Frames (t, ch, y, x) -> `depth` of them as channels of one, (t/depth, depth*ch, y, x).
 
     The last frame is repeated where they do not divide, so that a picture is repeated depth times.
@@ -31,12 +31,12 @@ def to_tubes(frames: Tensor, depth: int) -> Tensor:
     return rearrange(torch.cat([frames, last]), "(t u) ch y x -> t (u ch) y x", u=depth)
 
 
-def from_tubes(tubes: Tensor, depth: int) -> Tensor:
-    """Tubes (b, t, depth*ch, y, x) -> frames (b, t*depth, ch, y, x): the inverse of `to_tubes`."""
+def from_tubelets(tubes: Tensor, depth: int) -> Tensor:
+    """Tubes (b, t, depth*ch, y, x) -> frames (b, t*depth, ch, y, x): the inverse of `to_tubelets`."""
     return rearrange(tubes, "b t (u ch) y x -> b (t u) ch y x", u=depth)
 
 
-class PatchMap(nn.Linear):
+class PatchEmbedding(nn.Linear):
     """Patches (n, p) -> (n, c), whose weights may begin at a scale of their own.
 
     At the scale of other weights a patch of many numbers drowns the vector of the image word, by which
@@ -44,7 +44,7 @@ class PatchMap(nn.Linear):
     """
 
 
-class Embed(nn.Module):
+class TokenEmbedding(nn.Module):
     """A vector for every word, and a linear map for every patch, added to the vector of the image word.
 
     That vector is what all patches have in common: by it attention tells places before it reads contents.
@@ -53,7 +53,7 @@ class Embed(nn.Module):
     def __init__(self, vocab: int, width: int, patch_width: int):
         super().__init__()
         self.words = nn.Embedding(vocab, width)
-        self.patches = PatchMap(patch_width, width, bias=False)
+        self.patches = PatchEmbedding(patch_width, width, bias=False)
 
     def forward(self, x: Tensor, patches: Tensor | None, places: Tensor) -> Tensor:
         """Words x (b, s, c) with patches (b, n, p) or (n, p) added, in order, at places (b, s).

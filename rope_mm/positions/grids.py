@@ -30,13 +30,13 @@ class Cursor:
         object.__setattr__(self, "video", tuple(self.video))  # JSON has lists only
 
 
-def lattice(grid: Sequence[int], origin: Sequence[float], steps: Sequence[Sequence[float]]) -> Tensor:
+def grid_positions(grid: Sequence[int], origin: Sequence[float], steps: Sequence[Sequence[float]]) -> Tensor:
     """Positions (t*y*x, a) of a raster: origin + (t, y, x) @ steps, in raster order."""
     index = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid))
     return torch.tensor(origin, dtype=torch.float64) + index @ torch.tensor(steps, dtype=torch.float64)
 
 
-def in_blocks(positions: Tensor, seen: Segment, merge: int) -> Tensor:
+def merge_order(positions: Tensor, seen: Segment, merge: int) -> Tensor:
     """Raster rows (t*y*x, a) in the order of merge x merge blocks.
 
     Raises:
@@ -56,10 +56,10 @@ def centred(start: float, room: float, sizes: Sequence[int]) -> list[float]:
 
 def diagonal(at: Cursor, n: int, a: int) -> tuple[Tensor, float]:
     """Words walk along all axes at once."""
-    return lattice((n, 1, 1), (at.next,) * a, ((1,) * a,) * 3), at.next + n
+    return grid_positions((n, 1, 1), (at.next,) * a, ((1,) * a,) * 3), at.next + n
 
 
-def along(axis: int):
+def text_along_axis(axis: int):
     """Words walk along one axis and stay at the origin of the others."""
 
     def words(at: Cursor, n: int, a: int) -> tuple[Tensor, float]:
@@ -68,12 +68,12 @@ def along(axis: int):
     return words
 
 
-def unrotated(at: Cursor, n: int, a: int) -> tuple[Tensor, float]:
+def text_at_origin(at: Cursor, n: int, a: int) -> tuple[Tensor, float]:
     """Words stand at the origin: they are not rotated."""
     return torch.zeros(n, a, dtype=torch.float64), at.next
 
 
-def words_from_one(at: Cursor, n: int, a: int) -> tuple[Tensor, float]:
+def text_from_one(at: Cursor, n: int, a: int) -> tuple[Tensor, float]:
     """Words along t, the first at 1."""
-    positions, after = along(0)(at, n, a)
+    positions, after = text_along_axis(0)(at, n, a)
     return positions + torch.eye(a, dtype=torch.float64)[0], after

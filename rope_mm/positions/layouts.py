@@ -14,8 +14,17 @@ import torch
 from torch import Tensor
 
 from rope_mm.positions import vision_layouts as towers
-from rope_mm.positions.grids import UNIT, Cursor, along, centred, diagonal, lattice, unrotated, words_from_one
-from rope_mm.registry import Choice
+from rope_mm.positions.grids import (
+    UNIT,
+    Cursor,
+    centred,
+    diagonal,
+    grid_positions,
+    text_along_axis,
+    text_at_origin,
+    text_from_one,
+)
+from rope_mm.registry import Registry
 from rope_mm.segments import Segment
 
 TYX, YX = ("t", "y", "x"), ("y", "x")
@@ -43,18 +52,18 @@ def flat(at: Cursor, seen: Segment):
 def shared_id(at: Cursor, seen: Segment):
     """All patches of an image share one position, each frame has the next."""
     t, _, _ = seen.grid
-    return lattice(seen.grid, (at.next,), ((1,), (0,), (0,))), at.next + t
+    return grid_positions(seen.grid, (at.next,), ((1,), (0,), (0,))), at.next + t
 
 
 def v2pe(at: Cursor, seen: Segment, stride: float = 16.0):
     """A picture of any size takes `stride` positions, its patches even parts of it."""
     step, room = stride / seen.tokens, math.ceil(stride)
-    return lattice((seen.tokens, 1, 1), (at.next - 1 + step,), ((step,),) * 3), at.next + room
+    return grid_positions((seen.tokens, 1, 1), (at.next - 1 + step,), ((step,),) * 3), at.next + room
 
 
 def m_rope(at: Cursor, seen: Segment):
     """The picture hangs from the next word's place; words go on past its longest side, time included."""
-    return lattice(seen.grid, (at.next,) * 3, UNIT), at.next + max(seen.grid)
+    return grid_positions(seen.grid, (at.next,) * 3, UNIT), at.next + max(seen.grid)
 
 
 def m_rope_hf(at: Cursor, seen: Segment):
@@ -78,7 +87,7 @@ def tm_rope(at: Cursor, seen: Segment):
 def spatial_reset(at: Cursor, seen: Segment, step: float = 1.0):
     """Time goes on from the text, rows and columns start at 0."""
     t, y, x = seen.grid
-    positions = lattice(seen.grid, (at.next, 0, 0), ((step, 0, 0), *UNIT[1:]))
+    positions = grid_positions(seen.grid, (at.next, 0, 0), ((step, 0, 0), *UNIT[1:]))
     return positions, at.next + max(step * (t - 1) + 1, y, x)
 
 
@@ -86,7 +95,7 @@ def videorope(at: Cursor, seen: Segment, step: float = 2.0):
     """Frames `step` apart on the diagonal, each centred there but for rounding; words follow the last."""
     t, y, x = seen.grid
     origin = (at.next, at.next - (y - 1) // 2, at.next - (x - 1) // 2)
-    return lattice(seen.grid, origin, ((step,) * 3, *UNIT[1:])), at.next + step * (t - 1) + 1
+    return grid_positions(seen.grid, origin, ((step,) * 3, *UNIT[1:])), at.next + step * (t - 1) + 1
 
 
 def hope(at: Cursor, seen: Segment, step: float = 1.0):
@@ -99,7 +108,9 @@ def vrope(at: Cursor, seen: Segment):
     t, y, x = seen.grid
     room = y + x - 1
     origin = [at.next + shift for shift in (0, x - 1, y - 1, y + x - 2)]
-    return lattice(seen.grid, origin, ((room,) * 4, (1, 1, -1, -1), (1, -1, 1, -1))), at.next + t * room
+    return grid_positions(
+        seen.grid, origin, ((room,) * 4, (1, 1, -1, -1), (1, -1, 1, -1))
+    ), at.next + t * room
 
 
 def circle(at: Cursor, seen: Segment, radius: float = 10.0, alpha: float = 0.5):
@@ -108,7 +119,7 @@ def circle(at: Cursor, seen: Segment, radius: float = 10.0, alpha: float = 0.5):
     An angle is in `alpha` parts the patch's own around the middle, stretched to a full turn, else its number.
     """
     t, y, x = seen.grid
-    rows, columns = lattice((1, y, x), (0, (1 - y) / 2, (1 - x) / 2), UNIT)[:, 1:].unbind(-1)
+    rows, columns = grid_positions((1, y, x), (0, (1 - y) / 2, (1 - x) / 2), UNIT)[:, 1:].unbind(-1)
     own = torch.atan2(rows, columns)
     own = (own - own.min()) / (own.max() - own.min()).clamp(min=1e-12) * math.tau
     angle = alpha * own + (1 - alpha) * torch.arange(y * x) / (y * x) * math.tau
@@ -125,7 +136,7 @@ def rope_tie(at: Cursor, seen: Segment):
     t, y, x = seen.grid
     room = (x + 1) * (y + 1) - 1
     steps = ((room, room), (x + 1, 0), (0, y + 1))
-    return lattice(seen.grid, (at.next + x, at.next + y), steps), at.next + t * room
+    return grid_positions(seen.grid, (at.next + x, at.next + y), steps), at.next + t * room
 
 
 def rope_tie_fractional(at: Cursor, seen: Segment):
@@ -133,12 +144,12 @@ def rope_tie_fractional(at: Cursor, seen: Segment):
     t, y, x = seen.grid
     room, down, right = y * x, (y * x + 1) / (y + 1), (y * x + 1) / (x + 1)
     steps = ((room, room), (down, 0), (0, right))
-    return lattice(seen.grid, (at.next - 1 + down, at.next - 1 + right), steps), at.next + t * room
+    return grid_positions(seen.grid, (at.next - 1 + down, at.next - 1 + right), steps), at.next + t * room
 
 
 def rope_tv(at: Cursor, seen: Segment):
     """A unit grid in the middle of the room that its tokens would take as words."""
-    return lattice(seen.grid, centred(at.next, seen.tokens, seen.grid), UNIT), at.next + seen.tokens
+    return grid_positions(seen.grid, centred(at.next, seen.tokens, seen.grid), UNIT), at.next + seen.tokens
 
 
 def rope_tv_2d(at: Cursor, seen: Segment):
@@ -146,7 +157,7 @@ def rope_tv_2d(at: Cursor, seen: Segment):
     t, y, x = seen.grid
     room = y * x
     steps = ((room, room), (1, 0), (0, 1))
-    return lattice(seen.grid, centred(at.next, room, (y, x)), steps), at.next + t * room
+    return grid_positions(seen.grid, centred(at.next, room, (y, x)), steps), at.next + t * room
 
 
 def hunyuan_image(at: Cursor, seen: Segment):
@@ -165,20 +176,26 @@ def causal(at: Cursor, seen: Segment, rate: float = 1.0, drift: float | None = N
     room = rate * y * x
     drift = room if drift is None else drift
     steps = ((drift,) * 3, *UNIT[1:])
-    return lattice(seen.grid, centred(at.next, room, (1, y, x)), steps), at.next + room + drift * (t - 1)
+    return grid_positions(seen.grid, centred(at.next, room, (1, y, x)), steps), at.next + room + drift * (
+        t - 1
+    )
 
 
-LAYOUTS = Choice(
+LAYOUTS = Registry(
     "layout",
     {
         "flat": Layout(("t",), flat, "RoFormer, arXiv 2104.09864, over raster tokens: Emu3, Chameleon"),
         "shared-id": Layout(("t",), shared_id, "BAGEL, arXiv 2505.14683; Transfusion, arXiv 2408.11039"),
         "v2pe": Layout(("t",), v2pe, "V2PE, arXiv 2412.09616"),
         "grid": Layout(TYX, towers.grid, "axial rotary of vision towers, kexue.fm 8397"),
-        "stretched": Layout(TYX, towers.stretched, "EVA-02's and CogVideoX's fixed extents", words=unrotated),
-        "centres": Layout(TYX, towers.centres, "DINOv3, arXiv 2508.10104"),
-        "corners": Layout(TYX, towers.corners, "rotary-embedding-torch and timm, freqs_for='pixel'"),
-        "mochi": Layout(TYX, towers.mochi, "genmo mochi, joint_model/rope_mixed.py", words=unrotated),
+        "stretched": Layout(
+            TYX, towers.fixed_extent, "EVA-02's and CogVideoX's fixed extents", words=text_at_origin
+        ),
+        "centres": Layout(TYX, towers.normalized_centers, "DINOv3, arXiv 2508.10104"),
+        "corners": Layout(
+            TYX, towers.normalized_corners, "rotary-embedding-torch and timm, freqs_for='pixel'"
+        ),
+        "mochi": Layout(TYX, towers.mochi, "genmo mochi, joint_model/rope_mixed.py", words=text_at_origin),
         "ltx": Layout(TYX, towers.ltx, "LTX-Video, arXiv 2501.00103"),
         "m-rope": Layout(TYX, m_rope, "Qwen2-VL, arXiv 2409.12191, as released"),
         "m-rope-hf": Layout(TYX, m_rope_hf, "transformers 5, Qwen2VLModel.get_rope_index"),
@@ -196,12 +213,14 @@ LAYOUTS = Choice(
         "rope-tv-2d": Layout(YX, rope_tv_2d, "kexue.fm 10352"),
         "rope-tv-causal": Layout(TYX, causal, "kexue.fm 10352, made causal: see `causal`"),
         "hunyuan-image": Layout(YX, hunyuan_image, "HunyuanImage-3.0, build_2d_rope"),
-        "flux": Layout(TYX, towers.flux, "FLUX.1; HunyuanVideo, Wan and Cosmos in a row", words=unrotated),
+        "flux": Layout(
+            TYX, towers.flux, "FLUX.1; HunyuanVideo, Wan and Cosmos in a row", words=text_at_origin
+        ),
         "flux2": Layout(
-            (*TYX, "l"), towers.flux2, "FLUX.2, Flux2Pipeline._prepare_image_ids", words=along(3)
+            (*TYX, "l"), towers.flux2, "FLUX.2, Flux2Pipeline._prepare_image_ids", words=text_along_axis(3)
         ),
         "msrope": Layout(TYX, towers.msrope, "Qwen-Image, arXiv 2508.02324"),
-        "lumina": Layout(TYX, towers.lumina, "Lumina-Image 2.0, arXiv 2503.21758", words=along(0)),
-        "z-image": Layout(TYX, towers.z_image, "Z-Image, arXiv 2511.22699", words=words_from_one),
+        "lumina": Layout(TYX, towers.lumina, "Lumina-Image 2.0, arXiv 2503.21758", words=text_along_axis(0)),
+        "z-image": Layout(TYX, towers.z_image, "Z-Image, arXiv 2511.22699", words=text_from_one),
     },
 )

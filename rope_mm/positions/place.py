@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rope_mm.positions.grids import Cursor, diagonal
 from rope_mm.positions.layouts import LAYOUTS, Layout
-from rope_mm.segments import Audio, Frames, Segment, Sound, Still, Text, Video, read_segments
+from rope_mm.segments import Audio, MoreFrames, Segment, Text, Unrotated, Video, VideoAudio, read_segments
 
 
 def place(
@@ -35,7 +35,7 @@ def place(
             video, or more frames where the layout would have to move those already placed.
     """
     chosen = LAYOUTS[layout]
-    name = spell(layout, read_options(layout, options))
+    name = layout_id(layout, read_options(layout, options))
     cursor = cursor or Cursor()
     if cursor.layout not in ("", name):
         raise ValueError(f"this cursor stopped in layout {cursor.layout!r}, so it cannot go on in {name!r}")
@@ -52,22 +52,22 @@ def place_segment(
     """Positions of one segment, and the cursor after it."""
     a, video = len(layout.axes), ()
     match seen:
-        case Still():
+        case Unrotated():
             block, after, video = torch.zeros(seen.tokens, a, dtype=torch.float64), at.next, at.video
-        case Frames():
-            block, after, video = more_frames(seen, layout, at, options)
-        case Sound():
-            block, after, video = more_sound(seen, layout, at)
+        case MoreFrames():
+            block, after, video = continue_video(seen, layout, at, options)
+        case VideoAudio():
+            block, after, video = continue_audio(seen, layout, at)
         case Text() | Audio():
             block, after = layout.words(at, seen.tokens, a)
         case _:
             block, after = layout.picture(at, seen, **options)
             video = (at.next, *seen.grid, getattr(seen, "seconds", 1.0), 0)
-    pictures = at.pictures + (not isinstance(seen, Still | Text | Audio | Frames))
+    pictures = at.pictures + (not isinstance(seen, Unrotated | Text | Audio | MoreFrames))
     return block, Cursor(after, at.tokens + seen.tokens, pictures, at.layout, video)
 
 
-def more_frames(seen: Frames, layout: Layout, at: Cursor, options: dict[str, Any]):
+def continue_video(seen: MoreFrames, layout: Layout, at: Cursor, options: dict[str, Any]):
     """What a longer video would have had at its end, if it had the same at its beginning."""
     if not at.video or at.video[2:5] != (seen.y, seen.x, seen.seconds):
         raise ValueError(f"{seen} must come after a video of the same rows, columns and seconds")
@@ -84,7 +84,7 @@ def more_frames(seen: Frames, layout: Layout, at: Cursor, options: dict[str, Any
     return block[len(before) :], max(after, at.next), (start, t + seen.t, y, x, seconds, sound)
 
 
-def more_sound(seen: Sound, layout: Layout, at: Cursor):
+def continue_audio(seen: VideoAudio, layout: Layout, at: Cursor):
     """Tokens of 40 ms along the video's own clock, from where its sound stopped."""
     if not at.video:
         raise ValueError(f"{seen} must come after the video that it goes with; write audio for sound alone")
@@ -112,14 +112,14 @@ def read_options(layout: str, options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value != known[name]}
 
 
-def spell(layout: str, options: dict[str, Any]) -> str:
+def layout_id(layout: str, options: dict[str, Any]) -> str:
     """A layout and its options in one word, such as rope-tv-causal(rate=0.5)."""
     inner = ", ".join(f"{key}={value}" for key, value in sorted(options.items()))
     return f"{layout}({inner})" if inner else layout
 
 
 @dataclass(frozen=True)
-class Rows:
+class PlacedBatch:
     """Stories side by side: positions (b, s, a), which tokens are there (b, s), and a cursor for each row."""
 
     positions: Tensor
@@ -133,7 +133,7 @@ def place_rows(
     cursors: Sequence[Cursor] | None = None,
     padding_side: str = "right",
     **options: Any,
-) -> Rows:
+) -> PlacedBatch:
     """Positions of a batch of stories, each counted for itself and padded with zeros to the longest.
 
     Raises:
@@ -152,7 +152,7 @@ def place_rows(
     positions, mask = (
         pad_sequence(list(x), batch_first=True, padding_side=padding_side) for x in (rows, masks)
     )
-    return Rows(positions, mask, after)
+    return PlacedBatch(positions, mask, after)
 
 
 def pack(
@@ -163,7 +163,7 @@ def pack(
     return torch.cat(rows), torch.repeat_interleave(torch.tensor([len(row) for row in rows]))
 
 
-def augment(
+def augment_positions(
     positions: Tensor,
     shift: float = 0.0,
     jitter: float = 1.0,

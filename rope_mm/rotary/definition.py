@@ -9,17 +9,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
 
 
-def widest(device: torch.device | str) -> torch.dtype:
+def widest_float(device: torch.device | str) -> torch.dtype:
     """The widest floats that a device has: float64, on MPS float32."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def angles(positions: Tensor, omega: Tensor) -> Tensor:
     """Radians (..., s, n, r) from positions (..., s, a) and Omega (a, r), n = 1, or (n, a, r)."""
-    wide = widest(positions.device)
+    wide = widest_float(positions.device)
     omega = omega.reshape(-1, *omega.shape[-2:]).to(positions.device, wide)
     with torch.autocast(positions.device.type, enabled=False):
         return torch.einsum("...sa,nar->...snr", positions.to(wide), omega)
@@ -65,7 +65,7 @@ def join_block(first: Tensor, second: Tensor, blocks: Sequence[int] = ()) -> Ten
     return torch.cat([half for pair in parts for half in pair], dim=-1)
 
 
-PAIRINGS = Choice(
+PAIRINGS = Registry(
     "pairing",
     {
         "half": (split_half, join_half),
@@ -91,7 +91,7 @@ def check_fit(x: Tensor, cos: Tensor, pairing: str, blocks: Sequence[int]) -> No
         raise ValueError(f"blocks {tuple(blocks)} must sum to the {r} pairs of Omega")
 
 
-def turn_heads(
+def apply_rotary(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,

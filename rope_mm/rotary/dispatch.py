@@ -1,7 +1,7 @@
 """The one door to rotation: the Triton kernel where it runs, the definition elsewhere; same arguments.
 
-`explain` says which it is and why. Under torch.compile the graph holds the kernel's op or, on a CPU, the
-definition, of which the compiler makes one pass over memory.
+`explain_dispatch` says which it is and why. Under torch.compile the graph holds the kernel's op or, on a
+CPU, the definition, of which the compiler makes one pass over memory.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of the kernel
 
 
 @dataclass(frozen=True)
-class Form:
+class RotarySpec:
     """How angles meet channels: pairing, its blocks, whether the last channels are rotated, and a factor."""
 
     pairing: str = "half"
@@ -31,7 +31,7 @@ class Form:
         rotation.PAIRINGS[self.pairing]  # an unknown one is refused here, not at the first forward
 
 
-def obstacle(device: torch.device | str, dtype: torch.dtype) -> str:
+def unsupported_reason(device: torch.device | str, dtype: torch.dtype) -> str:
     """Why the Triton kernel does not rotate tensors of this device and dtype; empty where it does."""
     if torch.device(device).type != "cuda":
         return f"Triton's kernel runs on CUDA devices, not on {device}"
@@ -40,12 +40,12 @@ def obstacle(device: torch.device | str, dtype: torch.dtype) -> str:
     return "" if TRITON else "triton is not installed (pip install triton)"
 
 
-def served(device: torch.device | str, dtype: torch.dtype) -> bool:
+def kernel_supports(device: torch.device | str, dtype: torch.dtype) -> bool:
     """Whether the Triton kernel rotates tensors of this device and dtype."""
-    return not obstacle(device, dtype)
+    return not unsupported_reason(device, dtype)
 
 
-def explain(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor) -> str:
+def explain_dispatch(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor) -> str:
     """Which way `rotate` takes with these tensors, and why, in a line.
 
     Raises:
@@ -53,12 +53,12 @@ def explain(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor) -> str:
     """
     check(q, k, positions, omega)
     recorded = torch.compiler.is_compiling()
-    if not (why := obstacle(q.device, q.dtype)):
+    if not (why := unsupported_reason(q.device, q.dtype)):
         way = "Triton's kernel, as an op of the graph" if recorded else "Triton's kernel"
         why = f"q is {q.dtype} on {q.device}"
     elif recorded:
         way = "the definition, for the compiler to fuse"
-    elif in_parts(q):
+    elif uses_cpu_path(q):
         way = "the definition in parts that fit the CPU's cache (torch.compile makes one pass of it)"
     else:
         way = "the definition, a dozen passes over memory (torch.compile makes one of them)"
@@ -66,7 +66,7 @@ def explain(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor) -> str:
     return f"{way}: {why}" + (f"; copied to it at every call: {', '.join(copied)}" if copied else "")
 
 
-def in_parts(x: Tensor) -> bool:
+def uses_cpu_path(x: Tensor) -> bool:
     """Whether heads are turned part by part; a compiler fuses the definition, and would not see into that."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -116,14 +116,14 @@ def check_positions(positions: Tensor, omega: Tensor) -> None:
         raise ValueError("positions hold NaN or infinity; every token needs a finite place")
 
 
-def turn_heads(x: Tensor, cos: Tensor, sin: Tensor, form: Form) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, form: RotarySpec) -> Tensor:
     """Heads x (b, s, h, d) rotated by tables: on a CPU in place by parts, the definition elsewhere."""
-    turn = cpu.turn_heads if in_parts(x) else rotation.turn_heads
+    turn = cpu.apply_rotary if uses_cpu_path(x) else rotation.apply_rotary
     return turn(x, cos, sin, form.pairing, form.blocks, form.tail)
 
 
 @dataclass(frozen=True, eq=False)
-class Turn:
+class RotaryAngles:
     """The work of one forward, done once for every layer.
 
     That is cos and sin (..., s, n, r) where the definition runs; the kernel makes its angles itself.
@@ -131,7 +131,7 @@ class Turn:
 
     positions: Tensor
     omega: Tensor
-    form: Form
+    form: RotarySpec
     cos: Tensor | None
     sin: Tensor | None
 
@@ -151,30 +151,30 @@ class Turn:
             raise ValueError(
                 f"this turn was made for {self.cos.shape[-3]} tokens, but heads are {(*x.shape,)}"
             )
-        return turn_heads(x, self.cos, self.sin, self.form)
+        return apply_rotary(x, self.cos, self.sin, self.form)
 
     @property
-    def inverse(self) -> "Turn":
+    def inverse(self) -> "RotaryAngles":
         """The turn that takes this one back, its factor included."""
         form = replace(self.form, factor=1 / self.form.factor)
         back = None if self.cos is None else self.cos / self.form.factor**2
         sine = None if self.sin is None else -self.sin / self.form.factor**2
-        return Turn(self.positions, -self.omega, form, back, sine)
+        return RotaryAngles(self.positions, -self.omega, form, back, sine)
 
 
-def make_turn(
-    positions: Tensor, omega: Tensor, form: Form | str = "half", dtype: torch.dtype = torch.float32
-) -> Turn:
+def make_angles(
+    positions: Tensor, omega: Tensor, form: RotarySpec | str = "half", dtype: torch.dtype = torch.float32
+) -> RotaryAngles:
     """What rotating by positions @ Omega needs, on the device of the positions, for heads of this dtype."""
     check_positions(positions, omega)
-    form = Form(form) if isinstance(form, str) else form
-    if served(positions.device, dtype):
-        return Turn(positions, omega.to(positions.device), form, None, None)
+    form = RotarySpec(form) if isinstance(form, str) else form
+    if kernel_supports(positions.device, dtype):
+        return RotaryAngles(positions, omega.to(positions.device), form, None, None)
     cos, sin = rotation.cos_sin(positions, omega, torch.promote_types(dtype, torch.float32), form.factor)
     if torch.compiler.is_compiling():
         # what is stacked is stored; otherwise the compiler would make the same angles anew for every head
         cos, sin = torch.stack((cos, sin)).unbind()
-    return Turn(positions, omega, form, cos, sin)
+    return RotaryAngles(positions, omega, form, cos, sin)
 
 
 def rotate(
@@ -204,9 +204,9 @@ def rotate(
         ValueError: shapes that do not fit, positions that are not finite, an unknown pairing.
     """
     check(q, k, positions, omega)
-    form = Form(pairing, tuple(blocks), tail, factor)
-    if served(q.device, q.dtype):
+    form = RotarySpec(pairing, tuple(blocks), tail, factor)
+    if kernel_supports(q.device, q.dtype):
         from rope_mm_kernels.rotary import rotate as triton_rotate  # triton is optional
 
         return triton_rotate(q, k, positions, omega, **vars(form))
-    return make_turn(positions.to(q.device), omega, form, q.dtype)(q, k)
+    return make_angles(positions.to(q.device), omega, form, q.dtype)(q, k)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rope_mm.positions.grids import Cursor
 from rope_mm.rotary import definition as rotation
-from rope_mm.rotary.dispatch import Form, Turn, check, check_heads, check_positions, make_turn
+from rope_mm.rotary.dispatch import RotaryAngles, RotarySpec, check, check_heads, check_positions, make_angles
 from rope_mm.schemes.scheme import Scheme
 from rope_mm.schemes.zoo import read_scheme
 from rope_mm.segments import Segment
@@ -41,7 +41,7 @@ class Rotary(nn.Module):
         self.head_dim, self.heads = head_dim, heads
         self.scheme = read_scheme(scheme, **changes)
         scheme = self.scheme
-        self.form = Form(scheme.pairing, scheme.blocks(head_dim), scheme.slot == "tail", scheme.factor)
+        self.form = RotarySpec(scheme.pairing, scheme.blocks(head_dim), scheme.slot == "tail", scheme.factor)
         # no buffer: those are cast with a model, averaged over processes, and lost on the meta device
         self.fixed = scheme.omega(head_dim, heads)
         device = torch.get_default_device()  # the meta device, where a model is built without its weights
@@ -100,12 +100,12 @@ class Rotary(nn.Module):
         positions: Tensor,
         dtype: torch.dtype = torch.float32,
         length: float | Sequence[float] | None = None,
-    ) -> Turn:
+    ) -> RotaryAngles:
         """The work of one forward for positions (s, a) or (b, s, a), done once; every layer is given it.
 
         `length` is for schemes whose Omega depends on it, where these positions are not the whole sequence.
         """
-        return make_turn(positions, self.lengthened(positions, length), self.form, dtype)
+        return make_angles(positions, self.lengthened(positions, length), self.form, dtype)
 
     def cos_sin(
         self,
@@ -130,7 +130,7 @@ class Rotary(nn.Module):
         return join(cos, cos, blocks).squeeze(-2), join(sin, sin, blocks).squeeze(-2)
 
     def forward(
-        self, q: Tensor, k: Tensor, where: Tensor | Turn, k_where: Tensor | Turn | None = None
+        self, q: Tensor, k: Tensor, where: Tensor | RotaryAngles, k_where: Tensor | RotaryAngles | None = None
     ) -> tuple[Tensor, Tensor]:
         """Rotated q (b, s, h, d) and k (b, s, g, d); `where` is positions (s, a) or (b, s, a), or a turn.
 
@@ -138,20 +138,20 @@ class Rotary(nn.Module):
         """
         if k_where is not None:
             return self.one(q, where), self.one(k, k_where)
-        if isinstance(where, Turn):
+        if isinstance(where, RotaryAngles):
             return where(q, k)
         check_heads(q, k)
         return self.prepare(q, where)(q, k)
 
-    def one(self, x: Tensor, where: Tensor | Turn) -> Tensor:
+    def one(self, x: Tensor, where: Tensor | RotaryAngles) -> Tensor:
         """Rotated heads x (b, s, h, d) of one kind; `rope.turn(p).inverse.one(x)` takes them back."""
-        return (where if isinstance(where, Turn) else self.prepare(x, where)).one(x)
+        return (where if isinstance(where, RotaryAngles) else self.prepare(x, where)).one(x)
 
-    def prepare(self, x: Tensor, positions: Tensor) -> Turn:
+    def prepare(self, x: Tensor, positions: Tensor) -> RotaryAngles:
         """A turn for the heads x at these positions, checked."""
         omega = self.lengthened(positions, None)
         check(x, x, positions, omega)
-        return make_turn(positions.to(x.device), omega, self.form, x.dtype)
+        return make_angles(positions.to(x.device), omega, self.form, x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         # `.to(bfloat16)` would cost a learned Omega 0.7 rad at position 4095, so it moves but is never cast

@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rope_mm.registry import Choice
-from rope_mm.schemes.frequencies import Rungs
+from rope_mm.registry import Registry
+from rope_mm.schemes.frequencies import Ladder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,11 @@ class Extension:
         """The factor on cosine and sine, 1 for most."""
         return 1.0
 
-    def speeds(self, ladder: Rungs, length: float) -> Tensor:
+    def speeds(self, ladder: Ladder, length: float) -> Tensor:
         """New speeds (r,) for positions below `length`."""
         raise NotImplementedError
 
-    def extend(self, ladder: Rungs, lengths: Sequence[float], axes: Sequence[str]) -> Tensor:
+    def extend(self, ladder: Ladder, lengths: Sequence[float], axes: Sequence[str]) -> Tensor:
         """Speeds with those of this extension where its axes turn the pair; `lengths` of all axes.
 
         Raises:
@@ -52,7 +52,7 @@ class Extension:
         mine = turns[[axes.index(axis) for axis in self.axes]].any(0)
         length = max(lengths[axes.index(axis)] for axis in self.axes)
         speed, rung, rungs = (x[mine] for x in (ladder.speed, ladder.rung, ladder.rungs))
-        chosen = Rungs(speed, rung, rungs, ladder.theta, ladder.vectors[..., mine])
+        chosen = Ladder(speed, rung, rungs, ladder.theta, ladder.vectors[..., mine])
         return ladder.speed.masked_scatter(mine, self.speeds(chosen, length))
 
 
@@ -62,11 +62,11 @@ class Linear(Extension):
 
     factor: float
 
-    def speeds(self, ladder: Rungs, length: float) -> Tensor:
+    def speeds(self, ladder: Ladder, length: float) -> Tensor:
         return ladder.speed / self.factor
 
 
-def stretch_theta(ladder: Rungs, factor: float) -> Tensor:
+def stretch_theta(ladder: Ladder, factor: float) -> Tensor:
     """theta * factor ** (n / (n-1)): the slowest rung by the whole factor, the fastest not at all."""
     return ladder.speed * factor ** -(ladder.rung / (ladder.rungs - 1).clamp(min=1))
 
@@ -77,7 +77,7 @@ class NTK(Extension):
 
     factor: float
 
-    def speeds(self, ladder: Rungs, length: float) -> Tensor:
+    def speeds(self, ladder: Ladder, length: float) -> Tensor:
         return stretch_theta(ladder, self.factor)
 
 
@@ -89,7 +89,7 @@ class DynamicNTK(Extension):
     original: float
     needs_length: ClassVar[bool] = True
 
-    def speeds(self, ladder: Rungs, length: float) -> Tensor:
+    def speeds(self, ladder: Ladder, length: float) -> Tensor:
         longer = max(length, self.original) / self.original
         return stretch_theta(ladder, self.factor * longer - (self.factor - 1))
 
@@ -125,7 +125,7 @@ class YaRN(Extension):
             return mscale(self.factor, self.mscale) / mscale(self.factor, self.mscale_all_dim)
         return mscale(self.factor)
 
-    def speeds(self, ladder: Rungs, length: float) -> Tensor:
+    def speeds(self, ladder: Ladder, length: float) -> Tensor:
         rungs = ladder.rungs
 
         def rung_of(turns: float) -> Tensor:
@@ -151,7 +151,7 @@ class Llama3(Extension):
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
 
-    def speeds(self, ladder: Rungs, length: float) -> Tensor:
+    def speeds(self, ladder: Ladder, length: float) -> Tensor:
         turns = self.original * ladder.speed / math.tau
         keep = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
         return ladder.speed * (keep + (1 - keep) / self.factor)
@@ -178,7 +178,7 @@ class LongRoPE(Extension):
             return self.attention_factor
         return math.sqrt(1 + math.log(self.factor) / math.log(self.original)) if self.factor > 1 else 1.0
 
-    def speeds(self, ladder: Rungs, length: float) -> Tensor:
+    def speeds(self, ladder: Ladder, length: float) -> Tensor:
         factors = self.long if length > self.original else self.short
         if len(factors) != len(ladder.speed):
             raise ValueError(
@@ -199,7 +199,7 @@ class RIFLEx(Extension):
     needs_length: ClassVar[bool] = True
     moves_words: ClassVar[bool] = False
 
-    def speeds(self, ladder: Rungs, length: float) -> Tensor:
+    def speeds(self, ladder: Ladder, length: float) -> Tensor:
         periods = math.tau / ladder.speed
         rung = (periods - self.original).abs().argmin()
         if length <= periods[rung]:
@@ -207,7 +207,7 @@ class RIFLEx(Extension):
         return ladder.speed.index_fill(0, rung, self.share * math.tau / length)
 
 
-EXTENSIONS: Choice[type[Extension]] = Choice(
+EXTENSIONS: Registry[type[Extension]] = Registry(
     "rope_type",
     {
         "linear": Linear,

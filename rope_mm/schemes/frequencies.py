@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
 
 
 def apportion(pairs: int, shares: Sequence[float]) -> list[int]:
@@ -59,7 +59,7 @@ def meta233(counts: list[int]) -> list[int]:
     return [pattern[pair % len(pattern)] for pair in range(sum(counts))]
 
 
-OWNERSHIPS = Choice(
+OWNERSHIPS = Registry(
     "ownership",
     {
         "chunk": chunk,
@@ -127,7 +127,9 @@ def headwise(axes: int, pairs: int, heads: int, shares: Sequence[float], seed: i
     return Directions(vectors[..., None].expand(heads, axes, pairs), [0] * pairs)
 
 
-DIRECTIONS = Choice("ownership", {"dense": dense, "golden": golden, "simplex": simplex, "headwise": headwise})
+DIRECTIONS = Registry(
+    "ownership", {"dense": dense, "golden": golden, "simplex": simplex, "headwise": headwise}
+)
 
 
 def shared_ladder(groups: list[int]) -> tuple[list[int], list[int]]:
@@ -154,7 +156,7 @@ def dealt_ladder(groups: list[int]) -> tuple[list[int], list[int]]:
     )
 
 
-LADDERS = Choice("ladder", {"shared": shared_ladder, "own": own_ladder, "dealt": dealt_ladder})
+LADDERS = Registry("ladder", {"shared": shared_ladder, "own": own_ladder, "dealt": dealt_ladder})
 
 
 def geometric(rung: Tensor, rungs: Tensor, theta: float, band: tuple[float, float]) -> Tensor:
@@ -174,12 +176,12 @@ def linear(rung: Tensor, rungs: Tensor, theta: float, band: tuple[float, float])
     return first + (last - first) * rung / (rungs - 1).clamp(min=1)
 
 
-SPACINGS: Choice[Callable[..., Tensor]] = Choice(
+SPACINGS: Registry[Callable[..., Tensor]] = Registry(
     "spacing", {"geometric": geometric, "log": logarithmic, "linear": linear}
 )
 
 
-class Rungs(NamedTuple):
+class Ladder(NamedTuple):
     """What extensions read of the pairs: speeds, rungs, how many (r,), theta and directions (h, a, r)."""
 
     speed: Tensor
@@ -189,12 +191,12 @@ class Rungs(NamedTuple):
     vectors: Tensor
 
 
-def speed_of(ladder: Rungs) -> Tensor:
+def unextended(ladder: Ladder) -> Tensor:
     """Speeds as they are: no extension."""
     return ladder.speed
 
 
-def make_directions(
+def pair_directions(
     ownership: str, axes: int, pairs: int, heads: int, shares: Sequence[float], seed: int
 ) -> Directions:
     """Directions of every pair; along the axes, (1, a, r), where axes own pairs.
@@ -205,7 +207,7 @@ def make_directions(
     if ownership in DIRECTIONS:
         return DIRECTIONS[ownership](axes, pairs, heads, shares, seed)
     if ownership not in OWNERSHIPS:
-        Choice("ownership", OWNERSHIPS | DIRECTIONS)[ownership]  # it is in neither: say what there is
+        Registry("ownership", OWNERSHIPS | DIRECTIONS)[ownership]  # it is in neither: say what there is
     groups = OWNERSHIPS[ownership](apportion(pairs, shares))
     return Directions(torch.eye(axes, dtype=torch.float64)[None, :, groups], groups)
 
@@ -219,7 +221,7 @@ def make_omega(
     ladder: str = "shared",
     spacing: str = "geometric",
     band: tuple[float, float] = (1.0, 1.0),
-    extend: Callable[[Rungs], Tensor] = speed_of,
+    extend: Callable[[Ladder], Tensor] = unextended,
     heads: int = 1,
     seed: int = 0,
 ) -> Tensor:
@@ -231,10 +233,10 @@ def make_omega(
     shares = shares or (1,) * axes
     if len(shares) != axes or min(shares) < 0 or not sum(shares):
         raise ValueError(f"shares must be {axes} numbers >= 0, one per axis, not all 0, but are {shares}")
-    vectors, groups = make_directions(ownership, axes, pairs, heads, shares, seed)
+    vectors, groups = pair_directions(ownership, axes, pairs, heads, shares, seed)
     rung, rungs = (torch.tensor(x, dtype=torch.float64) for x in LADDERS[ladder](groups))
     speed = SPACINGS[spacing](rung, rungs, theta, band)
-    speed = extend(Rungs(speed, rung, rungs, theta, vectors))
+    speed = extend(Ladder(speed, rung, rungs, theta, vectors))
     return (vectors * speed).repeat(heads // len(vectors), 1, 1)
 
 

@@ -12,7 +12,7 @@ from rope_mm.positions.grids import Cursor
 from rope_mm.positions.layouts import LAYOUTS
 from rope_mm.positions.place import place, read_options
 from rope_mm.schemes.extensions import EXTENSIONS, Extension
-from rope_mm.schemes.frequencies import Rungs, apportion, make_omega
+from rope_mm.schemes.frequencies import Ladder, apportion, make_omega
 from rope_mm.segments import Segment
 
 
@@ -108,7 +108,7 @@ class Scheme:
         Raises:
             ValueError: a head_dim that is odd or leaves no pair to rotate.
         """
-        pairs = whole(head_dim * self.fraction) // 2
+        pairs = floor_int(head_dim * self.fraction) // 2
         if head_dim % 2 or not 0 < pairs <= head_dim // 2:
             raise ValueError(
                 f"head_dim {head_dim} with fraction {self.fraction} makes no whole pairs; "
@@ -162,7 +162,7 @@ class Scheme:
         Raises:
             ValueError: an unknown field or extension.
         """
-        changes = {field: frozen(value) for field, value in changes.items()}
+        changes = {field: to_tuple(value) for field, value in changes.items()}
         if unknown := set(changes) - set(Scheme.__dataclass_fields__):
             known = ", ".join(Scheme.__dataclass_fields__)
             raise ValueError(f"a scheme has no {sorted(unknown)}; it has {known}")
@@ -182,7 +182,7 @@ def fill_omega(scheme: Scheme, head_dim: int, heads: int, lengths: Sequence[floa
         width = head_dim // 2 * columns
         pairs -= pairs % len(order) if scheme.ownership == "round-robin" else 0  # whole rounds only
 
-    def extend(ladder: Rungs) -> Tensor:
+    def extend(ladder: Ladder) -> Tensor:
         for extension in scheme.extensions:
             reach = [lengths[axis] for axis in of_order]
             ladder = ladder._replace(speed=extension.extend(ladder, reach, order))
@@ -191,7 +191,7 @@ def fill_omega(scheme: Scheme, head_dim: int, heads: int, lengths: Sequence[floa
     ladder = scheme.theta, scheme.ownership, scheme.shares, scheme.ladder, scheme.spacing, scheme.band
     turning = make_omega(len(order), pairs, *ladder, extend, rows)
     turning *= torch.tensor(scheme.scale, dtype=torch.float64).expand(len(order))[:, None]
-    turning[..., whole((1 - scheme.still) * pairs) :] = 0
+    turning[..., floor_int((1 - scheme.still) * pairs) :] = 0
     omega = torch.zeros(rows, len(scheme.axes), width, dtype=torch.float64)
     omega[:, of_order, width - pairs :] = turning
     return omega.view(len(scheme.axes), heads, -1).transpose(0, 1) if scheme.across else omega
@@ -205,7 +205,7 @@ def read_extension(entries: Extension | dict[str, Any]) -> Extension:
     """
     if isinstance(entries, Extension):
         return entries
-    numbers = {key: frozen(value) for key, value in entries.items() if key != "rope_type"}
+    numbers = {key: to_tuple(value) for key, value in entries.items() if key != "rope_type"}
     kind = EXTENSIONS[entries.get("rope_type", "")]
     try:
         return kind(**numbers)
@@ -214,11 +214,11 @@ def read_extension(entries: Extension | dict[str, Any]) -> Extension:
         raise ValueError(f"{entries['rope_type']} takes {known}, not {sorted(numbers)} ({error})") from error
 
 
-def whole(number: float) -> int:
+def floor_int(number: float) -> int:
     """The whole part of a number that rounding may have left just below: n / d * d is n."""
     return int(number + 1e-9)
 
 
-def frozen(value: Any) -> Any:
+def to_tuple(value: Any) -> Any:
     """Lists, as JSON brings them, as tuples."""
-    return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
+    return tuple(map(to_tuple, value)) if isinstance(value, list | tuple) else value

@@ -4,7 +4,7 @@ import math
 from functools import partial
 from typing import Any
 
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
 from rope_mm.schemes.extensions import NTK
 from rope_mm.schemes.scheme import Scheme
 
@@ -135,7 +135,7 @@ DIFFUSION = {
     "z-image": axial(layout="z-image", shares=(2, 3, 3), theta=256.0, pairing="interleaved"),
 }
 
-SCHEMES: Choice[Scheme] = Choice("scheme", TEXT | MULTIMODAL | VISION | DIFFUSION)
+SCHEMES: Registry[Scheme] = Registry("scheme", TEXT | MULTIMODAL | VISION | DIFFUSION)
 
 
 def read_scheme(scheme: str | Scheme, **changes: Any) -> Scheme:

@@ -15,11 +15,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from rope_mm.losses import GAN_LOSSES, PENALTIES
 from rope_mm.losses.penalties import POINTS, GradientPenalty
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
 
 Field = Callable[[Tensor], Tensor]
 
-CRITICS = Choice(
+CRITICS = Registry(
     "Dirac critic",
     {
         "linear": lambda phi, x: phi @ x,

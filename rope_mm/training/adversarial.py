@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.models.modeling_rope_mm import RopeMMCritic, RopeMMForConditionalGeneration
-from rope_mm.models.sequences import Sequences
-from rope_mm.training.contest import Contest
-from rope_mm.training.distributed import everyone
-from rope_mm.training.gan import Objective
-from rope_mm.training.prepare import prepare
+from rope_mm.models.sequences import SequenceBatch
+from rope_mm.training.contest import AdversarialLoss
+from rope_mm.training.distributed import all_gather_with_grad
+from rope_mm.training.gan import GANConfig
+from rope_mm.training.prepare import prepare_model
 from rope_mm.training.schedule import SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optim:
+class AdversarialOptim:
     """AdamW for each player; rates, beta2 and the gammas of the penalties go along the schedule.
 
     `final` and `final_gamma` are parts of what they start from; they are reached at `until` of the run.
@@ -37,20 +37,20 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Batch:
+class AdversarialBatch:
     """Captions as sequences, with real patches and noise (b, n, p) for them.
 
     `view` augments patches, row i with draw i modulo b; `probes` draws what penalties need.
     """
 
-    sequences: Sequences
+    sequences: SequenceBatch
     real: Tensor
     noise: Tensor
     view: Callable[[Tensor], Tensor] = lambda patches: patches
     probes: torch.Generator | None = None
 
 
-class Duel:
+class AdversarialTrainer:
     """Two players of one configuration, their optimisers, and the loss that they play for.
 
     Args:
@@ -68,8 +68,8 @@ class Duel:
     def __init__(
         self,
         model: RopeMMConfig,
-        objective: Objective,
-        optim: Optim,
+        objective: GANConfig,
+        optim: AdversarialOptim,
         accelerator: Accelerator,
         compile: str = "",
         checkpointing: bool = False,
@@ -77,12 +77,12 @@ class Duel:
         self.accelerator, self.optim = accelerator, optim
         self.schedule, self.gamma = SCHEDULES[optim.schedule], 1.0
         generator, critic = RopeMMForConditionalGeneration(model), RopeMMCritic(model)
-        self.contest = Contest(objective, critic, accelerator, bool(compile), checkpointing)
+        self.contest = AdversarialLoss(objective, critic, accelerator, bool(compile), checkpointing)
         if not model.tie_word_embeddings:
             generator.lm_head.requires_grad_(False)  # it is not trained here, and processes would wait for it
         how = accelerator, optim.betas, optim.weight_decay, compile, checkpointing
-        self.generator, self.generator_optim = prepare(generator, *how)
-        self.critic, self.critic_optim = prepare(critic, *how)
+        self.generator, self.generator_optim = prepare_model(generator, *how)
+        self.critic, self.critic_optim = prepare_model(critic, *how)
 
     @property
     def unwrapped_generator(self) -> RopeMMForConditionalGeneration:
@@ -101,7 +101,7 @@ class Duel:
             group["betas"] = beta1, self.schedule(beta2, final_beta2, progress)
         self.gamma = self.schedule(1.0, optim.final_gamma, progress)
 
-    def play(self, rounds: Sequence[Sequence[Batch]]) -> dict[str, Tensor]:
+    def play(self, rounds: Sequence[Sequence[AdversarialBatch]]) -> dict[str, Tensor]:
         """The critic's updates, each by the mean over a round's batches, and then one of the generator.
 
         A round has as many batches as the accelerator accumulates gradients of. The
@@ -119,17 +119,17 @@ class Duel:
             terms["generator"] = self.update_generator(batch, fake if fake.requires_grad else None)
         return {name: torch.stack([terms[name].detach() for terms in lost]).mean() for name in lost[0]}
 
-    def draw(self, batch: Batch) -> Tensor:
+    def draw(self, batch: AdversarialBatch) -> Tensor:
         """Patches (b, n, p) of the batch's captions, from its noise."""
         with self.accelerator.autocast():
             drawn = self.generator(**batch.sequences.inputs(), patches=batch.noise, words=False)
         return drawn.patches.float().view_as(batch.real)
 
-    def score(self, critic: nn.Module, sequences: Sequences, patches: Tensor) -> Tensor:
+    def score(self, critic: nn.Module, sequences: SequenceBatch, patches: Tensor) -> Tensor:
         """Scores (r,), in float32, of patches (r, n, p) for the first r captions, or for all twice."""
         return critic(**sequences.cycle(len(patches)).inputs(), patches=patches).float()
 
-    def update_critic(self, batch: Batch, fake: Tensor) -> dict[str, Tensor]:
+    def update_critic(self, batch: AdversarialBatch, fake: Tensor) -> dict[str, Tensor]:
         """One step of the critic; its loss, the penalties and the mean scores."""
         self.accelerator.unwrap_model(self.critic).requires_grad_(True)
         plain = lambda patches: self.score(self.critic, batch.sequences, patches)  # noqa: E731
@@ -144,9 +144,9 @@ class Duel:
 
     def everyone(self, rows: Tensor) -> Tensor:
         """Rows of all processes."""
-        return everyone(rows, self.accelerator)
+        return all_gather_with_grad(rows, self.accelerator)
 
-    def update_generator(self, batch: Batch, fake: Tensor | None = None) -> Tensor:
+    def update_generator(self, batch: AdversarialBatch, fake: Tensor | None = None) -> Tensor:
         """One step of the generator by the critic's gradient at what it has drawn, or draws; its loss."""
         # no gradient to the critic's weights is wanted, so it is neither made nor synchronised
         critic = self.accelerator.unwrap_model(self.critic).requires_grad_(False)

@@ -9,13 +9,13 @@ from transformers import PreTrainedModel
 
 from rope_mm.losses import DISTANCES, GAN_LOSSES
 from rope_mm.losses.gradients import Critic
-from rope_mm.training.gan import Anchors, Judged, Objective, Penalties, is_smooth
+from rope_mm.training.gan import CriticBatch, GANConfig, LeCamEMA, Penalties, supports_double_backward
 from rope_mm.training.prepare import precision, sharded
 
 Rows = Callable[[Tensor], Tensor]
 
 
-class Contest:
+class AdversarialLoss:
     """What two players play for; LeCam's anchors are part of a checkpoint.
 
     Args:
@@ -31,7 +31,7 @@ class Contest:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: GANConfig,
         critic: PreTrainedModel,
         accelerator: Accelerator,
         compiled: bool,
@@ -39,8 +39,8 @@ class Contest:
     ):
         self.loss, self.distance = GAN_LOSSES[objective.name], DISTANCES[objective.distance]
         self.strength, self.accelerator = objective.strength, accelerator
-        twice = is_smooth(critic, compiled, sharded(accelerator))
-        self.penalties, self.anchors = Penalties(objective, twice, checkpointing), Anchors()
+        twice = supports_double_backward(critic, compiled, sharded(accelerator))
+        self.penalties, self.anchors = Penalties(objective, twice, checkpointing), LeCamEMA()
         accelerator.register_for_checkpointing(self.anchors)
 
     def of_critic(
@@ -74,7 +74,7 @@ class Contest:
         extra = (everyone(self.distance(real, fake)), self.strength) if self.loss.needs_distance else ()
         terms = {"critic": self.loss.critic(*seen, *extra)}
         self.anchors.update(*means(*seen))
-        judged = Judged(critic, plain, real, fake, halves[0], halves[1], probes)
+        judged = CriticBatch(critic, plain, real, fake, halves[0], halves[1], probes)
         with precision(self.accelerator, full=True):
             terms |= self.penalties(judged, pair, scores, self.anchors)
         total = terms["critic"]

@@ -9,21 +9,21 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
-from rope_mm.data.documents import Document, Told, Unreadable, misfit
-from rope_mm.data.seeding import seeded
-from rope_mm.training.packing import Pack, Packer
+from rope_mm.data.documents import Document, DocumentDataset, Unreadable, too_long_message
+from rope_mm.data.seeding import make_generator
+from rope_mm.training.packing import PackedBatch, Packer
 
 
-class Reading(NamedTuple):
+class DataBatch(NamedTuple):
     """A pack, for each document that is left out of it why, and the mark of a stream."""
 
-    pack: Pack
+    pack: PackedBatch
     left_out: list[str]
     mark: Any
 
 
 @dataclass(frozen=True)
-class Feed(Dataset):
+class PackedDocumentDataset(Dataset):
     """Readings by turn; a step has `parts` turns.
 
     Of `batch` documents a step every (world * parts)-th is read by this process in a turn. What is random
@@ -31,7 +31,7 @@ class Feed(Dataset):
     cannot be read, or longer than the packer's rows, is left out, and nothing takes its place.
     """
 
-    documents: Told
+    documents: DocumentDataset
     packer: Packer
     seed: int
     batch: int
@@ -39,14 +39,14 @@ class Feed(Dataset):
     rank: int = 0
     parts: int = 1
 
-    def __getitem__(self, turn: int) -> Reading:
+    def __getitem__(self, turn: int) -> DataBatch:
         step, part = divmod(turn, self.parts)
         rows = self.documents.batch(self.seed, step, self.batch)
         mine = range(part * self.world + self.rank, self.batch, self.world * self.parts)
         told: list[Document] = []
         numbers, generators, left_out = [], [], []
         for number in mine:
-            generator = seeded(self.seed, "document", step, number)
+            generator = make_generator(self.seed, "document", step, number)
             try:
                 told.append(self.documents.tell(rows[number], generator))
             except Unreadable as error:
@@ -60,21 +60,23 @@ class Feed(Dataset):
                 drafted.append(read)
             else:
                 names = ", ".join(self.documents.find(row).name for row in rows[number])
-                left_out.append(f"{names}: {misfit(read.length, self.packer.length)}")
+                left_out.append(f"{names}: {too_long_message(read.length, self.packer.length)}")
         if not drafted:  # one without a word or picture, as processes wait for each other's gradients
-            drafted = self.packer.read([[""]], [seeded(self.seed, "nothing")])
-        return Reading(self.packer.pack(drafted), left_out, self.documents.mark)
+            drafted = self.packer.read([[""]], [make_generator(self.seed, "nothing")])
+        return DataBatch(self.packer.pack(drafted), left_out, self.documents.mark)
 
-    def readings(self, step: int, steps: int, workers: int = 0) -> Iterator[Reading]:
+    def readings(self, step: int, steps: int, workers: int = 0) -> Iterator[DataBatch]:
         """The readings from one step up to another, made ahead by so many workers."""
         turns = range(step * self.parts, steps * self.parts)
-        loader = DataLoader(self, batch_size=None, sampler=turns, num_workers=workers, worker_init_fn=be_deaf)
+        loader = DataLoader(
+            self, batch_size=None, sampler=turns, num_workers=workers, worker_init_fn=ignore_signals
+        )
         made = iter(loader)
-        atexit.register(end_workers)  # what is registered last is called first: before torch waits for them
-        return plainly(made)
+        atexit.register(kill_workers)  # what is registered last is called first: before torch waits for them
+        return without_worker_traceback(made)
 
 
-def plainly(readings: Iterator[Reading]) -> Iterator[Reading]:
+def without_worker_traceback(readings: Iterator[DataBatch]) -> Iterator[DataBatch]:
     """Readings, and what a worker refuses without its traceback.
 
     Raises:
@@ -86,13 +88,13 @@ def plainly(readings: Iterator[Reading]) -> Iterator[Reading]:
         raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
-def be_deaf(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Leave it to the main process to answer Ctrl-C and SIGTERM, which come to its workers too."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-def end_workers() -> None:
+def kill_workers() -> None:
     """Kill what is busy as the main process ends: deaf to being asked, it would be waited for."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a worker's death for a failure

@@ -24,7 +24,7 @@ class Gather(torch.autograd.Function):
         return slopes[0].narrow(0, ctx.first, ctx.count) * ctx.world, None
 
 
-def everyone(rows: Tensor, accelerator: Accelerator) -> Tensor:
+def all_gather_with_grad(rows: Tensor, accelerator: Accelerator) -> Tensor:
     """Rows (processes * b, ...) of all processes, one after another, of rows (b, ...) here.
 
     Each process then has the loss of the whole batch and gives back its own part of the gradient, times the
@@ -33,7 +33,7 @@ def everyone(rows: Tensor, accelerator: Accelerator) -> Tensor:
     return rows if accelerator.num_processes == 1 else Gather.apply(rows, accelerator)  # pyright: ignore
 
 
-def agree(accelerator: Accelerator, number: int) -> int:
+def all_reduce_max(accelerator: Accelerator, number: int) -> int:
     """The largest number of any process: all must answer alike, or some would wait for the others."""
     if accelerator.num_processes == 1:
         return number

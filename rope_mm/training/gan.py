@@ -17,7 +17,7 @@ TWICE = "eager", "sdpa"  # attention with second derivatives, sdpa as plain matr
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
+class GANConfig:
     """A key of GAN_LOSSES, gammas of PENALTIES (0 leaves one out), the distance and strength of gan-qp.
 
     The rest says how gradient penalties are estimated, as `GradientPenalty.of` says it.
@@ -35,7 +35,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Judged:
+class CriticBatch:
     """A batch before the critic: `critic` scores patches (r, n, p) of the first r captions, or of all twice.
 
     `plain` does so without augmentation; real and fake (b, n, p) are not augmented, their scores (b,) are.
@@ -50,7 +50,7 @@ class Judged:
     probes: torch.Generator | None  # of fd, jvp and of the points between real and fake
 
 
-class Anchors:
+class LeCamEMA:
     """LeCam's running mean scores of real and fake, a <- d a + (1 - d) mean, d at most 0.99.
 
     With n batches behind it d is at most n / (n + 1), the plain mean: the start leaves no trace.
@@ -76,14 +76,14 @@ class Anchors:
         self.means, self.batches = state["means"], state["batches"]
 
 
-def consistent(judged: Judged, anchors: Anchors) -> Tensor:
+def consistent(judged: CriticBatch, anchors: LeCamEMA) -> Tensor:
     """Augmented against plain, at real and at fake: bCR, arXiv 2002.04724."""
     real, fake = judged.plain(torch.cat([judged.real, judged.fake])).chunk(2)
     penalty = PENALTIES["consistency"]
     return penalty(real, judged.real_scores) + penalty(fake, judged.fake_scores)
 
 
-OF_SCORES: dict[str, Callable[[Judged, Anchors], Tensor]] = {
+OF_SCORES: dict[str, Callable[[CriticBatch, LeCamEMA], Tensor]] = {
     "consistency": consistent,
     "centring": lambda judged, anchors: PENALTIES["centring"](judged.real_scores, judged.fake_scores),
     "lecam": lambda judged, anchors: PENALTIES["lecam"](
@@ -92,7 +92,7 @@ OF_SCORES: dict[str, Callable[[Judged, Anchors], Tensor]] = {
 }
 
 
-def is_smooth(critic: PreTrainedModel, compiled: bool, shards: bool) -> bool:
+def supports_double_backward(critic: PreTrainedModel, compiled: bool, shards: bool) -> bool:
     """Whether a critic is differentiable twice.
 
     FSDP frees the weights that a second derivative needs (pytorch issue 172543).
@@ -110,7 +110,7 @@ class Penalties:
         ValueError: an unknown penalty, a method that it or the critic does not allow.
     """
 
-    def __init__(self, objective: Objective, twice: bool, checkpointing: bool = False):
+    def __init__(self, objective: GANConfig, twice: bool, checkpointing: bool = False):
         if checkpointing and objective.method == "jvp":
             raise ValueError(
                 "a forward derivative, jvp, does not go through checkpoints; take autograd or fd"
@@ -140,13 +140,15 @@ class Penalties:
         """Context of the critic's whole update: its backward makes anew what is checkpointed."""
         return twice_differentiable() if self.exact else nullcontext()
 
-    def __call__(self, judged: Judged, pair: Tensor, scores: Tensor, anchors: Anchors) -> dict[str, Tensor]:
+    def __call__(
+        self, judged: CriticBatch, pair: Tensor, scores: Tensor, anchors: LeCamEMA
+    ) -> dict[str, Tensor]:
         """Each penalty, without its gamma, of a pair (2b, n, p) and its scores (2b,)."""
         gradients = input_gradients(scores, pair).chunk(2) if self.shares else None
         return {name: self.take(name, judged, gradients, anchors) for name in self.gammas}
 
     def take(
-        self, name: str, judged: Judged, gradients: tuple[Tensor, ...] | None, anchors: Anchors
+        self, name: str, judged: CriticBatch, gradients: tuple[Tensor, ...] | None, anchors: LeCamEMA
     ) -> Tensor:
         """One penalty; `gradients` are those at real and fake where somebody has made them."""
         penalty = PENALTIES[name]

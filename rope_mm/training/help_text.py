@@ -10,13 +10,13 @@ from textwrap import dedent
 from tokenize import COMMENT, generate_tokens
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
 
 
 def read_comments(schema: type, prefix: str = "") -> dict[str, str]:
     """What the source says after each dotted key of a dataclass, groups and bases included.
 
-    The name of a `Choice` is replaced by its keys; those of a Literal are said without a comment.
+    The name of a `Registry` is replaced by its keys; those of a Literal are said without a comment.
     """
     said: dict[str, str] = {}
     for owner in reversed(schema.__mro__):
@@ -50,7 +50,7 @@ def comments_of(owner: type) -> dict[str, str]:
 
 def spell_out(comment: str, names: dict[str, object]) -> str:
     """A comment with the keys of each choice in place of its name."""
-    choices = {name: ", ".join(entry) for name, entry in names.items() if isinstance(entry, Choice)}
+    choices = {name: ", ".join(entry) for name, entry in names.items() if isinstance(entry, Registry)}
     return re.sub(r"\w+", lambda word: choices.get(word[0], word[0]), comment)
 
 

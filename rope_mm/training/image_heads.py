@@ -5,19 +5,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rope_mm.registry import Choice
-from rope_mm.training.packing import Times
+from rope_mm.registry import Registry
+from rope_mm.training.packing import SampleTime
 
 
 @dataclass(frozen=True)
-class Head:
+class ImageHead:
     """What the model learns to do with a draft; it predicts the patch itself, whatever the draft.
 
     `times` (blocks,) tell how far drafts have come when they are read, `steps` are those of drawing;
     `critical` heads leave the loss to a critic.
     """
 
-    times: Times
+    times: SampleTime
     steps: int
     source: str
     critical: bool = False
@@ -25,7 +25,7 @@ class Head:
     def loss(self, drawn: Tensor, target: Tensor) -> Tensor:
         """Squared errors of patches (m, p), each the mean of its numbers, summed up."""
         if self.critical:
-            raise ValueError("the loss of this head is a critic's, not a distance; see `Rival`")
+            raise ValueError("the loss of this head is a critic's, not a distance; see `CriticTrainer`")
         return (drawn.float() - target).square().mean(1).sum()
 
 
@@ -43,14 +43,14 @@ def near_noise(blocks: int, generator: torch.Generator) -> Tensor:
     return torch.rand(blocks, generator=generator) ** 3
 
 
-HEADS = Choice(
+IMAGE_HEADS = Registry(
     "head",
     {
-        "mse": Head(from_noise, 1, "the mean of all pictures that fit, in one pass"),
-        "flow": Head(
+        "mse": ImageHead(from_noise, 1, "the mean of all pictures that fit, in one pass"),
+        "flow": ImageHead(
             near_noise, 8, "arXiv 2210.02747; ‖x̂ - x‖² by x̂, arXiv 2511.13720; no time, arXiv 2502.13129"
         ),
-        "adversarial": Head(
+        "adversarial": ImageHead(
             from_noise, 1, "a critic of the document with what was drawn, arXiv 1406.2661", critical=True
         ),
     },

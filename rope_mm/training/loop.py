@@ -17,9 +17,9 @@ from torch import Tensor
 
 from rope_mm.files import write_text
 from rope_mm.training.config import at_least, dump
-from rope_mm.training.distributed import agree
+from rope_mm.training.distributed import all_reduce_max
 from rope_mm.training.log import Log, read_metrics
-from rope_mm.training.monitor import MOST, Guard, finite, keep_batch, warning
+from rope_mm.training.monitor import MOST, NaNGuard, finite, keep_batch, warning
 from rope_mm.training.profile import profiled
 from rope_mm.training.run_dir import open_folder, resume, save, write_model
 from rope_mm.training.signals import Stop, exit_code
@@ -54,7 +54,7 @@ class Run:
 Config = TypeVar("Config", bound=Run)
 
 
-def identify(config: Run) -> str:
+def fingerprint(config: Run) -> str:
     """All that a run's result depends on, as YAML."""
     keys: Any = OmegaConf.create(dump(config))
     for key in config.free:
@@ -99,7 +99,7 @@ class Training(Protocol):
         ...
 
 
-def carry_out(make: Callable[[Config, Accelerator], Training], config: Config, **how: Any) -> None:
+def launch(make: Callable[[Config, Accelerator], Training], config: Config, **how: Any) -> None:
     """Print the configuration, or train in a folder that holds this run or none; its result is written there.
 
     `how` are arguments of the Accelerator.
@@ -140,7 +140,7 @@ def train(training: Training, config: Run, out: Path) -> dict[str, float]:
         ValueError: a loss that is not finite; what was read is kept.
     """
     accelerator = training.accelerator
-    guard = Guard(accelerator, config.on_nan)
+    guard = NaNGuard(accelerator, config.on_nan)
     step = resume(out, accelerator)
     training.begin(step)
     guard.steps = guard.steps if step else 0  # not those of a run that this one starts from
@@ -149,39 +149,41 @@ def train(training: Training, config: Run, out: Path) -> dict[str, float]:
     speed = Speed(peak and peak * accelerator.num_processes)
     told = {"main": accelerator.is_main_process, "also": accelerator.log}
     with Stop() as stop, Log(out, config.steps, step, desc=str(out), **told) as log:
-        marks = look(training, out, step, log) if step and due(config, step, config.sample_every) else {}
+        marks = (
+            evaluate(training, out, step, log) if step and is_due(config, step, config.sample_every) else {}
+        )
         then, read, done = time.perf_counter(), training.tokens, training.flops
         while step < config.steps:
             terms, step = take(step), step + 1
             if guard.tripped and guard.row < MOST:
                 terms = guard.excuse(step, terms)
-            elif agree(accelerator, guard.tripped or not finite(terms)):
+            elif all_reduce_max(accelerator, guard.tripped or not finite(terms)):
                 refuse(training, out, step, terms, guard.row)
             else:
                 guard.row = 0
-            if logged := due(config, step, config.log_every):
+            if logged := is_due(config, step, config.log_every):
                 passed = time.perf_counter() - then
                 pace = speed(training.tokens - read, training.flops - done, passed)
                 log(step, pace, **terms, **guard.counted())
-            stopping = agree(accelerator, stop.asked)
-            if stopping or due(config, step, config.checkpoint_every):
+            stopping = all_reduce_max(accelerator, stop.asked)
+            if stopping or is_due(config, step, config.checkpoint_every):
                 save(out, step, accelerator)
             if stopping and step < config.steps:
                 raise KeyboardInterrupt(exit_code(stopping))
-            if due(config, step, config.sample_every):
-                marks = look(training, out, step, log)
+            if is_due(config, step, config.sample_every):
+                marks = evaluate(training, out, step, log)
             if logged:
                 then, read, done = time.perf_counter(), training.tokens, training.flops
     write_model(out, training.save_model, accelerator)
     return marks | guard.counted()
 
 
-def due(config: Run, step: int, every: int) -> bool:
+def is_due(config: Run, step: int, every: int) -> bool:
     """Whether a step is the last one, or one of those that something is done after."""
     return step == config.steps or step % every == 0
 
 
-def look(training: Training, out: Path, step: int, log: Log) -> dict[str, float]:
+def evaluate(training: Training, out: Path, step: int, log: Log) -> dict[str, float]:
     """Samples and marks of a step; the marks are logged, and what they and the losses so far warn of."""
     marks = training.look(out / "samples" / f"step-{step:06d}")
     if marks:

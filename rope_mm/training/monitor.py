@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rope_mm.files import write_file
-from rope_mm.training.distributed import agree
+from rope_mm.training.distributed import all_reduce_max
 
 KEPT = "coverage", "modes"  # marks that fall when a generator loses modes
 LOST = 0.25  # part of the best such mark whose loss is worth a warning
@@ -24,7 +24,7 @@ def finite(terms: Mapping[str, Tensor]) -> bool:
     return bool(torch.stack([term.detach().float() for term in terms.values()]).isfinite().all())
 
 
-class Guard:
+class NaNGuard:
     """Where told to "skip", leaves out an update whose gradient is not finite, and the others of its step.
 
     All processes leave out the same. `steps` counts those left out, `row` the ones just before this step;
@@ -43,7 +43,7 @@ class Guard:
         weights = (weight for group in optimizer.param_groups for weight in group["params"])
         found = [weight.grad for weight in weights if weight.grad is not None]
         mine = {str(i): (g.to_local() if isinstance(g, DTensor) else g).sum() for i, g in enumerate(found)}
-        self.tripped = self.tripped or bool(agree(self.accelerator, bool(mine) and not finite(mine)))
+        self.tripped = self.tripped or bool(all_reduce_max(self.accelerator, bool(mine) and not finite(mine)))
         if self.tripped:
             optimizer.zero_grad()
 

@@ -14,25 +14,25 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rope_mm.data.documents import Document, Shown, first_fit
+from rope_mm.data.documents import Document, Visual, first_fit
 from rope_mm.models.processing_rope_mm import RopeMMProcessor
-from rope_mm.models.sequences import PADDING, Row, Sequences, lay_out, side_by_side
-from rope_mm.rotary.definition import widest
+from rope_mm.models.sequences import PADDING, EncodedSequence, SequenceBatch, collate, encode
+from rope_mm.rotary.definition import widest_float
 from rope_mm.training.throughput import count_pairs
 
-Times = Callable[[int, torch.Generator], Tensor]
+SampleTime = Callable[[int, torch.Generator], Tensor]
 Batch = TypeVar("Batch")
 NONE = -100  # the label of what is no word to predict
 
 
 @dataclass(frozen=True)
-class Whole:
+class CriticInputs:
     """Documents with something to draw, one in a row, as a critic reads them.
 
     Of their patches (b, n, p), padded, `there` (b, n) tells which there are, `drawn` (b, n) which are drawn.
     """
 
-    sequences: Sequences
+    sequences: SequenceBatch
     patches: Tensor
     there: Tensor
     drawn: Tensor
@@ -44,7 +44,7 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Pack:
+class PackedBatch:
     """Packed documents (b, s), and their patches (n, p), in order, a draft's being what it is to become.
 
     `draft` (n,) tells which patches are drafts; those begin as `noise` (m, p), and a part `time` (m, 1) of
@@ -61,7 +61,7 @@ class Pack:
     draft: Tensor
     noise: Tensor
     time: Tensor
-    whole: Whole | None = None
+    whole: CriticInputs | None = None
 
     @property
     def target(self) -> Tensor:
@@ -74,7 +74,7 @@ class Pack:
         return int(self.attention_mask.sum())
 
     @property
-    def critical(self) -> Whole:
+    def critical(self) -> CriticInputs:
         """What a critic reads.
 
         Raises:
@@ -110,24 +110,24 @@ class Pack:
         }
 
 
-def moved(batch: Batch, device: torch.device | str) -> Batch:
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """A dataclass of tensors on another device, positions in float32 where it has no float64."""
-    wide = widest(device)
+    wide = widest_float(device)
 
     def move(part: Any) -> Any:
         if isinstance(part, Tensor):
             return part.to(device, wide if part.dtype == torch.float64 else part.dtype)
-        return part if part is None else moved(part, device)
+        return part if part is None else to_device(part, device)
 
     entries = {field.name: move(getattr(batch, field.name)) for field in fields(batch)}  # pyright: ignore
     return replace(batch, **entries)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 @dataclass(frozen=True)
-class Drafted:
+class EncodedDocument:
     """One document's row and patches (n, p), which are drawn and which read (n,), and how drafts begin."""
 
-    row: Row
+    row: EncodedSequence
     patches: Tensor
     drawn: Tensor
     read: Tensor
@@ -157,17 +157,17 @@ class Drafted:
 
 @dataclass(frozen=True)
 class Packer:
-    """Documents -> a `Pack` of rows of at most `length` tokens.
+    """Documents -> a `PackedBatch` of rows of at most `length` tokens.
 
     `times` says how far the draft of each picture or frame has come; `whole`, whether a critic will read.
     """
 
     processor: RopeMMProcessor
     length: int
-    times: Times
+    times: SampleTime
     whole: bool = False
 
-    def __call__(self, documents: Sequence[Document], generators: Sequence[torch.Generator]) -> Pack:
+    def __call__(self, documents: Sequence[Document], generators: Sequence[torch.Generator]) -> PackedBatch:
         """The pack of documents; the drafts of each begin as its own generator says.
 
         Raises:
@@ -175,7 +175,7 @@ class Packer:
         """
         return self.pack(self.read(documents, generators))
 
-    def pack(self, drafted: Sequence[Drafted]) -> Pack:
+    def pack(self, drafted: Sequence[EncodedDocument]) -> PackedBatch:
         """The pack of documents that are read.
 
         Raises:
@@ -199,7 +199,7 @@ class Packer:
         draft = [torch.arange(int(d.read.sum()) + len(d.noise)) >= d.read.sum() for d in drafted]
         begun = torch.cat([d.noise for d in drafted]), torch.cat([d.time for d in drafted])
         whole = self.gather(drafted) if self.whole else None
-        return Pack(
+        return PackedBatch(
             **columns,
             patches=torch.cat(there),
             draft=torch.cat(draft),
@@ -208,11 +208,13 @@ class Packer:
             whole=whole,
         )
 
-    def read(self, documents: Sequence[Document], generators: Sequence[torch.Generator]) -> list[Drafted]:
+    def read(
+        self, documents: Sequence[Document], generators: Sequence[torch.Generator]
+    ) -> list[EncodedDocument]:
         """Every document with its drafts, not yet packed."""
         seen = [self.processor.see([p if isinstance(p, str) else p.pixels for p in d]) for d in documents]
         stories = [story for story, _ in seen]
-        rows = lay_out(stories, self.processor.tokenizer, self.processor.scheme, True, self.processor.full)
+        rows = encode(stories, self.processor.tokenizer, self.processor.scheme, True, self.processor.full)
         none = torch.zeros(0, width := self.processor.patch_width)
         drafted = []
         for row, document, (_, shown), generator in zip(rows, documents, seen, generators, strict=True):
@@ -225,19 +227,19 @@ class Packer:
             read = ~drawn | (rank < row.rank[-1:])
             _, block = rank[drawn].unique_consecutive(return_inverse=True)  # one for each picture or frame
             time = self.times(int(block.max()) + 1 if len(block) else 0, generator)[block, None]
-            drafted.append(Drafted(row, patches, drawn, read, noise, time))
+            drafted.append(EncodedDocument(row, patches, drawn, read, noise, time))
         return drafted
 
-    def gather(self, drafted: Sequence[Drafted]) -> Whole:
+    def gather(self, drafted: Sequence[EncodedDocument]) -> CriticInputs:
         """The documents with drafts, side by side; where none has any, a blank patch that is only read."""
         drafted = [d for d in drafted if d.drawn.any()]
         if not drafted:  # a critic in several processes has to take part in every update
             blank = torch.zeros(self.processor.num_channels, *(self.processor.patch_size,) * 2)
-            drafted = self.read([[Shown(blank)]], [torch.Generator()])
+            drafted = self.read([[Visual(blank)]], [torch.Generator()])
         patches = pad_sequence([d.patches for d in drafted], batch_first=True)
         there = pad_sequence([torch.ones_like(d.drawn) for d in drafted], batch_first=True)
         drawn = pad_sequence([d.drawn for d in drafted], batch_first=True)
-        return Whole(side_by_side([d.row for d in drafted]), patches, there, drawn)
+        return CriticInputs(collate([d.row for d in drafted]), patches, there, drawn)
 
 
 def join(documents: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -7,10 +7,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
 
 
-def prepare(
+def prepare_model(
     model: nn.Module,
     accelerator: Accelerator,
     betas: tuple[float, float],
@@ -27,7 +27,7 @@ def prepare(
         ValueError: mixed precision fp16, a backend that torch does not know.
     """
     if compile:
-        Choice("backend of torch.compile", dict.fromkeys(torch.compiler.list_backends(())))[compile]
+        Registry("backend of torch.compile", dict.fromkeys(torch.compiler.list_backends(())))[compile]
     if accelerator.mixed_precision == "fp16":
         raise ValueError("fp16 overflows in a gradient penalty; take mixed precision bf16, or no")
     if checkpointing:

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.models.modeling_rope_mm import RopeMMCritic, RopeMMForConditionalGeneration
-from rope_mm.training.gan import Objective
-from rope_mm.training.image_heads import HEADS
-from rope_mm.training.packing import Pack
-from rope_mm.training.prepare import precision, prepare
-from rope_mm.training.rival import Rival
+from rope_mm.training.gan import GANConfig
+from rope_mm.training.image_heads import IMAGE_HEADS
+from rope_mm.training.packing import PackedBatch
+from rope_mm.training.prepare import precision, prepare_model
+from rope_mm.training.rival import CriticTrainer
 from rope_mm.training.schedule import SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optim:
+class PretrainOptim:
     """AdamW; rates rise over `warm_up` steps and go along the schedule to `final` of themselves."""
 
     lr: float = 2e-3
@@ -34,7 +34,7 @@ class Optim:
     clip: float = 1.0  # the longest gradient; 0 for any
 
 
-class Totals(NamedTuple):
+class BatchTotals(NamedTuple):
     """What a step has of all processes: words to predict, patches to draw, documents with some."""
 
     words: float
@@ -42,7 +42,7 @@ class Totals(NamedTuple):
     documents: float
 
 
-class Learner:
+class PretrainTrainer:
     """The model, its optimiser and what it loses; `rival` is None where the head needs no critic.
 
     Raises:
@@ -53,14 +53,14 @@ class Learner:
         self,
         model: RopeMMForConditionalGeneration,
         head: str,
-        optim: Optim,
-        objective: Objective,
+        optim: PretrainOptim,
+        objective: GANConfig,
         accelerator: Accelerator,
         picture_weight: float = 1.0,
         compile: str = "",
         checkpointing: bool = False,
     ):
-        self.name, self.head, self.optim, self.weight = head, HEADS[head], optim, picture_weight
+        self.name, self.head, self.optim, self.weight = head, IMAGE_HEADS[head], optim, picture_weight
         self.accelerator, self.schedule = accelerator, SCHEDULES[optim.schedule]
         how: dict[str, Any] = {
             "weight_decay": optim.weight_decay,
@@ -68,11 +68,11 @@ class Learner:
             "checkpointing": checkpointing,
         }
         critic = RopeMMCritic(cast(RopeMMConfig, model.config)) if self.head.critical else None
-        self.model, self.optimizer = prepare(model, accelerator, optim.betas, **how)
+        self.model, self.optimizer = prepare_model(model, accelerator, optim.betas, **how)
         self.rival = None
         if critic is not None:
-            players = prepare(critic, accelerator, optim.critic_betas, **how)
-            self.rival = Rival(*players, objective, accelerator, bool(compile), checkpointing)
+            players = prepare_model(critic, accelerator, optim.critic_betas, **how)
+            self.rival = CriticTrainer(*players, objective, accelerator, bool(compile), checkpointing)
 
     def set_rates(self, step: int, steps: int) -> None:
         """The learning rates of a step."""
@@ -84,7 +84,7 @@ class Learner:
             optimizer.param_groups[0]["lr"] = rate * factor
 
     def learn(
-        self, packs: Sequence[Pack], totals: Totals, probes: torch.Generator | None = None
+        self, packs: Sequence[PackedBatch], totals: BatchTotals, probes: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """An update of the critic, and of the model, by packs one after another; this process's part of it.
 
@@ -107,7 +107,12 @@ class Learner:
         return add_up(lost) | add_up(seen)
 
     def challenge(
-        self, rival: Rival, packs: Sequence[Pack], kept: Any, totals: Totals, probes: torch.Generator | None
+        self,
+        rival: CriticTrainer,
+        packs: Sequence[PackedBatch],
+        kept: Any,
+        totals: BatchTotals,
+        probes: torch.Generator | None,
     ) -> list[dict[str, Tensor]]:
         """The critic's update against what the model draws now."""
         seen = []
@@ -121,7 +126,7 @@ class Learner:
             seen.append({name: term.detach() * part for name, term in found.items()})
         return seen
 
-    def read(self, pack: Pack, totals: Totals) -> Any:
+    def read(self, pack: PackedBatch, totals: BatchTotals) -> Any:
         """What the model makes of a pack."""
         with precision(self.accelerator):
             words = max(totals.words, 1)
@@ -129,7 +134,7 @@ class Learner:
         out.patches = out.patches.float()
         return out
 
-    def terms(self, pack: Pack, out: Any, totals: Totals) -> dict[str, Tensor]:
+    def terms(self, pack: PackedBatch, out: Any, totals: BatchTotals) -> dict[str, Tensor]:
         """A pack's part of the losses of words and of pictures."""
         drawn = out.patches[pack.draft]
         if self.rival is None:

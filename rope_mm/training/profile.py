@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 Result = TypeVar("Result")
 ANGLES = "rotary angles"  # under which name a model records the making of a turn
-ROTATION = {ANGLES, *(name + way for name in ("TurnHeads", "Rotate") for way in ("", "Backward"))}
+ROTATION = {ANGLES, *(name + way for name in ("ApplyRotary", "Rotate") for way in ("", "Backward"))}
 WARM = 3  # steps before the first that counts
 
 

@@ -6,9 +6,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rope_mm.training.contest import Contest
-from rope_mm.training.gan import Objective
-from rope_mm.training.packing import Whole
+from rope_mm.training.contest import AdversarialLoss
+from rope_mm.training.gan import GANConfig
+from rope_mm.training.packing import CriticInputs
 
 
 def own(rows: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def own(rows: Tensor) -> Tensor:
     return rows
 
 
-class Rival:
+class CriticTrainer:
     """A critic that has second derivatives, its optimiser, and the loss that it and a model play for.
 
     Raises:
@@ -27,16 +27,16 @@ class Rival:
         self,
         critic: nn.Module,
         optimizer: torch.optim.Optimizer,
-        objective: Objective,
+        objective: GANConfig,
         accelerator: Accelerator,
         compiled: bool = False,
         checkpointing: bool = False,
     ):
         self.critic, self.optimizer, self.accelerator = critic, optimizer, accelerator
         plain = accelerator.unwrap_model(critic)
-        self.contest = Contest(objective, plain, accelerator, compiled, checkpointing)
+        self.contest = AdversarialLoss(objective, plain, accelerator, compiled, checkpointing)
 
-    def score(self, critic: nn.Module, whole: Whole, patches: Tensor) -> Tensor:
+    def score(self, critic: nn.Module, whole: CriticInputs, patches: Tensor) -> Tensor:
         """Scores (r,) of the documents with drawn ones among their patches (r, n, p), or of all twice.
 
         Patches that are padding or only read have no gradient: they are no move of the model's.
@@ -48,7 +48,7 @@ class Rival:
 
     def update(
         self,
-        whole: Whole,
+        whole: CriticInputs,
         drawn: Tensor,
         share: float = 1.0,
         probes: torch.Generator | None = None,
@@ -72,7 +72,7 @@ class Rival:
                 self.optimizer.zero_grad()
         return terms
 
-    def judge(self, whole: Whole, drawn: Tensor) -> Tensor:
+    def judge(self, whole: CriticInputs, drawn: Tensor) -> Tensor:
         """The loss of the model for drawn patches (m, p), with a gradient to them alone."""
         # no gradient of the critic's weights is wanted, so none is made nor synchronised, in the backward too
         critic = self.accelerator.unwrap_model(self.critic).requires_grad_(False)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
 
 Schedule = Callable[[float, float, float], float]
 
@@ -18,4 +18,4 @@ def cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-SCHEDULES = Choice("schedule", {"linear": linear, "cosine": cosine})
+SCHEDULES = Registry("schedule", {"linear": linear, "cosine": cosine})

@@ -35,7 +35,7 @@ def count_pairs(document: Tensor, mask: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class Cost:
+class FlopCounter:
     """FLOPs of training a decoder, forward and backward (arXiv 2204.02311, appendix B).
 
     A token costs 6 for every weight that multiplies it, a pair of tokens in attention 12 for every channel of
@@ -47,7 +47,7 @@ class Cost:
     channels: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Cost":
+    def of(cls, model: nn.Module) -> "FlopCounter":
         """The cost of a model with a config in Hugging Face's names; to look words up costs nothing."""
         sizes: Any = model.config
         tables = {m.weight: None for m in model.modules() if isinstance(m, nn.Embedding)}

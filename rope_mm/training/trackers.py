@@ -9,10 +9,10 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
 from rope_mm.training.cli_args import flatten, known_keys
 
-TRACKERS = Choice("tracker", {name: name for name in ("tensorboard", "wandb", "trackio")})  # -> its package
+TRACKERS = Registry("tracker", {name: name for name in ("tensorboard", "wandb", "trackio")})  # -> its package
 
 
 def read_trackers(names: str) -> list[Any] | None:

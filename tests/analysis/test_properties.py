@@ -11,19 +11,19 @@ from rope_mm import (
     LAYOUTS,
     SCHEMES,
     Image,
-    Promises,
+    LayoutProperties,
     Rotary,
     RotaryReport,
     Scheme,
     Text,
     Video,
     check_rotary,
-    promise_table,
-    promises,
+    measure_properties,
+    properties_table,
     rotate,
 )
 from rope_mm.analysis import properties as measure
-from rope_mm.positions.grids import lattice
+from rope_mm.positions.grids import grid_positions
 from rope_mm.positions.layouts import TYX, Layout
 from rope_mm.rotary.definition import PAIRINGS
 from rope_mm.schemes.extensions import YaRN
@@ -200,28 +200,28 @@ def test_a_callable_must_say_its_sizes_and_keep_its_shape():
 
 @pytest.fixture(scope="module")
 def table():
-    return {scheme: promises(scheme) for scheme in SCHEMES}
+    return {scheme: measure_properties(scheme) for scheme in SCHEMES}
 
 
 def test_the_table_has_a_line_for_every_scheme_in_every_format():
     few = {name: SCHEMES[name] for name in ("rope-tv", "grid")}
-    rows = json.loads(promise_table(few, "json"))
+    rows = json.loads(properties_table(few, "json"))
     assert [row["scheme"] for row in rows] == list(few)
     assert rows[0]["rate"] == 1
     assert rows[1]["density"] is None
-    head, rule, *lines = promise_table(few, "markdown").splitlines()
+    head, rule, *lines = properties_table(few, "markdown").splitlines()
     assert {line.count("|") for line in (head, rule, *lines)} == {len(measure.COLUMNS) + 2}
     assert [line.split("|")[1] for line in lines] == [" `rope-tv` ", " `grid` "]
-    assert promise_table(["rope-tv"]).splitlines()[1].split() == [
+    assert properties_table(["rope-tv"]).splitlines()[1].split() == [
         "rope-tv", "yes", "yes", "yes", "yes", "no", "yes", "0", "1", "128.5,", "128.5", "no", "yes",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="did you mean 'markdown'"):
-        promise_table(few, "markdwn")
+        properties_table(few, "markdwn")
 
 
 def test_every_scheme_keeps_to_the_definition(table):
     for name, row in table.items():
-        assert isinstance(row, Promises)
+        assert isinstance(row, LayoutProperties)
         assert (row.scheme, row.rotary) == (name, True)
         assert row.equivalent == (row.rate == 1)
         assert row.central <= row.symmetric, "central symmetry is the stronger"
@@ -278,7 +278,7 @@ def test_videorope_is_symmetric_in_time_alone(table):
 
 
 def test_words_after_a_long_video_stand_inside_it_in_transformers(table):
-    released, ported = table["m-rope"], promises(Scheme(layout="m-rope-hf"))
+    released, ported = table["m-rope"], measure_properties(Scheme(layout="m-rope-hf"))
     assert released.between
     assert not ported.between
     sight = measure.look(Scheme(layout="m-rope-hf"), Video(12, 2, 4), 1)
@@ -287,7 +287,7 @@ def test_words_after_a_long_video_stand_inside_it_in_transformers(table):
     )
     for frames, inside in ((4, False), (5, True)):
         sight = measure.look(Scheme(layout="m-rope-hf"), Video(frames, 2, 4), 1)
-        assert measure.between(sight) is not inside, "the fifth frame stands where the word does in time"
+        assert measure.inside_text(sight) is not inside, "the fifth frame stands where the word does in time"
 
 
 def test_pictures_in_a_shared_place_collide(table):
@@ -312,8 +312,8 @@ def test_density_and_distance_of_a_square_picture(table):
 
 def test_what_a_patch_counts_is_named_where_it_is_constant(table):
     half = Scheme(layout="rope-tv-causal", options=(("rate", 0.5),))
-    assert promises(half).rate == 0.5
-    assert promises(half).scheme == "rope-tv-causal(rate=0.5)"
+    assert measure_properties(half).rate == 0.5
+    assert measure_properties(half).scheme == "rope-tv-causal(rate=0.5)"
     assert table["m-rope"].rate is None
     assert table["grid"].rate == 0
     assert table["flux"].rate is None, "words do not walk there"
@@ -364,7 +364,7 @@ def drifting(at, seen, drift=(0.0, 0.0, 0.0)):
     t, y, x = seen.grid
     ends = [(n - 1) + d * (t - 1) for n, d in zip((1, y, x), drift, strict=True)]
     origin = [at.next + (seen.tokens - 1 - end) / 2 for end in ends]
-    return lattice(seen.grid, origin, (drift, (0, 1, 0), (0, 0, 1))), at.next + seen.tokens
+    return grid_positions(seen.grid, origin, (drift, (0, 1, 0), (0, 0, 1))), at.next + seen.tokens
 
 
 @given(data=st.data(), y=SIZES, x=SIZES)
@@ -386,4 +386,4 @@ def test_words_of_a_story_need_not_surround_the_picture():
     scheme = SCHEMES["rope-tv"]
     assert measure.collisions(scheme, "image:2x2 image:2x2") == (0, 0)
     assert measure.collisions(SCHEMES["grid"], "image:2x2 image:2x2") == (8, 0)
-    assert measure.stand(scheme, [Text(1)]).shape == (1, 3)
+    assert measure.turned_positions(scheme, [Text(1)]).shape == (1, 3)

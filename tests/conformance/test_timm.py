@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rotary_embedding_torch import RotaryEmbedding
 
 from rope_mm import Image, Rotary
-from rope_mm.positions.place import augment
+from rope_mm.positions.place import augment_positions
 
 # where `make` puts timm: beside the environment's packages, not among them
 PEERS = Path(sys.prefix) / "peers"
@@ -141,7 +141,7 @@ def test_augment_draws_what_timm_draws(agree, y, x, shift, jitter, rescale, seed
     positions = Rotary(32, "dinov3").place([Image(y, x)])[0][:, 1:]
     torch.manual_seed(seed)
     theirs = timm._apply_coord_augs(positions, shift, jitter, rescale)
-    ours = augment(positions, shift, jitter, rescale, torch.Generator().manual_seed(seed))
+    ours = augment_positions(positions, shift, jitter, rescale, torch.Generator().manual_seed(seed))
     agree("dinov3", "timm _apply_coord_augs", ours, theirs, 1e-6, "positions")
 
 

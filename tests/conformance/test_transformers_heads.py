@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 from rope_mm import SCHEMES, Rotary
 from rope_mm.rotary.definition import join_interleaved
 from rope_mm.schemes.frequencies import apportion
-from rope_mm.segments import Image, Still, Text, Video
+from rope_mm.segments import Image, Text, Unrotated, Video
 
 few = settings(max_examples=8, deadline=None)
 SEEN: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -192,13 +192,13 @@ def llama4(d, t, y, x):
     sizes = {"image_size": 8 * y, "vision_output_dim": 8, "projector_input_dim": 8, "projector_output_dim": 8}
     model = make(transformers.Llama4VisionModel, **wide(d, intermediate_size=8 * d, **sizes))
     noise = {"pixel_values": torch.randn(1, 3, 8 * y, 8 * y)}
-    return model, "rotary_embedding", {}, [Image(2 * y, 2 * y), Still(1)], noise
+    return model, "rotary_embedding", {}, [Image(2 * y, 2 * y), Unrotated(1)], noise
 
 
 def dinov3(d, t, y, x):
     model = make(transformers.DINOv3ViTModel, **wide(d, num_register_tokens=t))
     noise = {"pixel_values": torch.randn(1, 3, 4 * y, 4 * x)}
-    return model, "rope_embeddings", {}, [Still(1 + t), Image(y, x)], noise
+    return model, "rope_embeddings", {}, [Unrotated(1 + t), Image(y, x)], noise
 
 
 def sam3_across(d, t, y, x):
@@ -261,7 +261,7 @@ def inkling2(d, t, y, x):
     model = make(transformers.Inkling2VisionModel, **wide(d, projection_hidden_dim=8, text_hidden_size=8))
     noise = {"pixel_values": torch.randn(y * x, 8, 8, 3), "image_grid_thw": torch.tensor([[1, y, x]])}
     options = {"options": (("first", 1.0), ("merge", 2))}
-    return model, "rotary_emb", options, [Still(1), Image(2 * y, 2 * x)], noise
+    return model, "rotary_emb", options, [Unrotated(1), Image(2 * y, 2 * x)], noise
 
 
 TOWERS = {

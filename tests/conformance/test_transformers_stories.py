@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rope_mm.positions.place import place, place_rows
-from rope_mm.segments import Audio, Frames, Image, Segment, Sound, Text, Video, film
+from rope_mm.segments import Audio, Image, MoreFrames, Segment, Text, Video, VideoAudio, interleave_audio
 
 few = settings(max_examples=15, deadline=None)
 sizes = st.integers(1, 5)
@@ -152,7 +152,7 @@ def test_padded_rows_stand_as_in_qwen2_vl(agree, stories, side):
 
 OMNI = "transformers Qwen2_5OmniThinkerModel.get_rope_index"
 WORD, BEGIN, HEAR, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3, 4, 5
-TOKEN = {Text: WORD, Image: IMAGE, Video: VIDEO, Frames: VIDEO, Audio: AUDIO, Sound: AUDIO}
+TOKEN = {Text: WORD, Image: IMAGE, Video: VIDEO, MoreFrames: VIDEO, Audio: AUDIO, VideoAudio: AUDIO}
 
 
 def omni():
@@ -202,7 +202,7 @@ def film_ids(seen: Video, sound: int, words: int) -> tuple[Tensor, Tensor]:
 
     They begin and end a film by two tokens each, that share a position: one of them is left out here.
     """
-    chunks = film(seen, sound)
+    chunks = interleave_audio(seen, sound)
     story = [Text(words + 1), *chunks, Text(3)]
     inner = [TOKEN[type(x)] for x in chunks for _ in range(x.tokens)]
     ids = [*[WORD] * words, BEGIN, HEAR, *inner, WORD, WORD, WORD, WORD]

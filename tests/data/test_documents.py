@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Picture
 
-from rope_mm.data import Documents, load_splits, seeded
-from rope_mm.data.documents import Shown, Unreadable, first_fit
-from rope_mm.data.streaming import Stream
-from rope_mm.data.templates import Field, find_tasks, read_template
+from rope_mm.data import MapDocuments, load_splits, make_generator
+from rope_mm.data.documents import Unreadable, Visual, first_fit
+from rope_mm.data.streaming import StreamingDocuments
+from rope_mm.data.templates import Column, find_tasks, read_template
 
 TEMPLATES = ["{caption}: {image:draw}", "{image} what is it? {caption}", "{frames:draw}{caption}"]
-CAPTION, IMAGE, DRAWN = Field("caption"), Field("image"), Field("image", True)
+CAPTION, IMAGE, DRAWN = Column("caption"), Column("image"), Column("image", True)
 
 
 def grey(value):
@@ -68,34 +68,34 @@ def test_a_row_longer_than_the_room_is_refused():
 
 
 def test_rows_are_told_by_the_templates_whose_columns_they_have(sources):
-    documents = Documents(sources, TEMPLATES, 4, 1)
+    documents = MapDocuments(sources, TEMPLATES, 4, 1)
     assert len(documents) == 10
     assert documents.kinds == {"caption": "words", "image": "picture", "frames": "clip"}
-    told = [documents.tell([2], seeded(i)) for i in range(20)]
+    told = [documents.tell([2], make_generator(i)) for i in range(20)]
     forms = Counter(tuple(type(part).__name__ for part in document) for document in told)
-    assert set(forms) == {("str", "str", "Shown"), ("Shown", "str", "str")}
+    assert set(forms) == {("str", "str", "Visual"), ("Visual", "str", "str")}
     drawn = next(document for document in told if isinstance(document[0], str))
     assert drawn[:2] == ["grey 2", ": "]
     assert drawn[2].drawn
-    assert not next(document for document in told if isinstance(document[0], Shown))[0].drawn
+    assert not next(document for document in told if isinstance(document[0], Visual))[0].drawn
     assert torch.equal(drawn[2].pixels, torch.full((1, 4, 4), 20 / 127.5 - 1))
-    frames, caption = documents.tell([7], seeded(0))
+    frames, caption = documents.tell([7], make_generator(0))
     assert caption == "clip 1"
     assert frames.pixels.shape == (2, 1, 4, 4)
     assert frames.pixels[:, 0, 0, 0].tolist() == [pytest.approx(1 / 127.5 - 1), 1.0]
 
 
 def test_joined_rows_make_one_document(sources):
-    documents = Documents(sources, TEMPLATES, 4, 1, join=2)
+    documents = MapDocuments(sources, TEMPLATES, 4, 1, join=2)
     (rows, *_) = documents.batch(0, 0, 5)
     assert len(rows) == 2
-    one, two = (documents.tell([row], seeded("a")) for row in rows)
-    both = documents.tell(rows, seeded("a"))
+    one, two = (documents.tell([row], make_generator("a")) for row in rows)
+    both = documents.tell(rows, make_generator("a"))
     assert len(both) == len(one) + len(two)
 
 
 def test_a_batch_is_a_function_of_seed_and_step_and_an_epoch_has_every_row_once(sources):
-    documents = Documents(sources, TEMPLATES, 4, 1)
+    documents = MapDocuments(sources, TEMPLATES, 4, 1)
     epoch = [row for step in range(5) for (row,) in documents.batch(3, step, 2)]
     assert sorted(epoch) == list(range(10))
     assert documents.batch(3, 4, 2) == documents.batch(3, 4, 2)
@@ -109,11 +109,11 @@ def test_tasks_are_read_off_the_templates():
     assert tasks["draw"].before == (CAPTION, ": ")
     assert tasks["caption"].before == (IMAGE, " what is it? ")
     assert (tasks["film"].before, tasks["film"].column) == ((), "frames")
-    assert tasks["narrate"].before == (Field("frames", True),)
+    assert tasks["narrate"].before == (Column("frames", True),)
 
 
 def test_what_is_asked_of_a_model_is_spread_over_the_source(sources):
-    documents = Documents(sources, TEMPLATES, 4, 1)
+    documents = MapDocuments(sources, TEMPLATES, 4, 1)
     tasks = find_tasks(documents.templates, documents.kinds)
     asked = documents.ask(tasks["caption"], 3)
     assert [answer for _, answer in asked] == ["grey 0", "grey 2", "grey 4"]
@@ -131,35 +131,39 @@ def test_what_is_asked_of_a_model_is_spread_over_the_source(sources):
 )
 def test_templates_and_sources_fit_together(sources, templates, message):
     with pytest.raises(ValueError, match=message):
-        Documents(sources, templates, 4, 1)
+        MapDocuments(sources, templates, 4, 1)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_label_is_read_as_its_name(streamed):
     features = Features(image=Image(), label=ClassLabel(names=["cat", "dog"]))
     rows = Dataset.from_dict({"image": [grey(0)] * 4, "label": [1, 0, None, -1]}, features)
-    documents = Documents([rows], ["{label}{image:draw}"], 4, 1)
+    documents = MapDocuments([rows], ["{label}{image:draw}"], 4, 1)
     assert documents.kinds["label"] == "words" and list(documents.texts()) == ["dog", "cat"]
-    told = Stream([rows.to_iterable_dataset()], ["{label}{image:draw}"], 4, 1) if streamed else documents
+    told = (
+        StreamingDocuments([rows.to_iterable_dataset()], ["{label}{image:draw}"], 4, 1)
+        if streamed
+        else documents
+    )
     order = [row for (row,) in told.batch(0, 0, 4)]
     for row in order:
         number = row[-1] if streamed else row
         if number < 2:
-            assert told.tell([row], seeded(0))[0] == ("dog", "cat")[number]
+            assert told.tell([row], make_generator(0))[0] == ("dog", "cat")[number]
         else:
             with pytest.raises(Unreadable, match=f"row {number}, column 'label' cannot be read"):
-                told.tell([row], seeded(0))
+                told.tell([row], make_generator(0))
 
 
 def test_words_are_not_drawn(sources):
     with pytest.raises(ValueError, match="column 'caption' holds words, which are written"):
-        Documents(sources, ["{caption:draw}{image}", "{frames}"], 4, 1)
+        MapDocuments(sources, ["{caption:draw}{image}", "{frames}"], 4, 1)
 
 
 def test_a_column_of_numbers_is_no_part_of_a_document():
     rows = Dataset.from_dict({"size": [1, 2]})
     with pytest.raises(ValueError, match=r"column 'size' holds .*, not lists of images"):
-        Documents([rows], ["{size}"], 4, 1)
+        MapDocuments([rows], ["{size}"], 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -173,32 +177,34 @@ def test_what_cannot_be_read_is_named_by_its_row_and_file(content, reason, tmp_p
         features=Features(image=Image(), caption=Value("string")),
     )
     with pytest.raises(ValueError) as error:
-        Documents([rows], ["{image}"], 4, 1).tell([0], seeded(0))
+        MapDocuments([rows], ["{image}"], 4, 1).tell([0], make_generator(0))
     assert str(error.value) == f"row 0, column 'image' cannot be read: {reason}: {tmp_path / 'torn.png'}"
     rows = Dataset.from_list([{"image": {"bytes": content, "path": None}, "caption": None}], rows.features)
     with pytest.raises(ValueError, match=f"row 0, column 'image' cannot be read: {reason}$"):
-        Documents([rows], ["{image}"], 4, 1).tell([0], seeded(0))
+        MapDocuments([rows], ["{image}"], 4, 1).tell([0], make_generator(0))
     with pytest.raises(ValueError, match="row 0, column 'caption' cannot be read: words are text, not None"):
-        Documents([rows], ["{caption}"], 4, 1).tell([0], seeded(0))
+        MapDocuments([rows], ["{caption}"], 4, 1).tell([0], make_generator(0))
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_documents_are_the_same_in_a_process_that_is_spawned(streamed, sources):
     if streamed:
-        documents = Stream([rows.to_iterable_dataset() for rows in sources], TEMPLATES, 4, 1)
+        documents = StreamingDocuments([rows.to_iterable_dataset() for rows in sources], TEMPLATES, 4, 1)
     else:
-        documents = Documents(sources, TEMPLATES, 4, 1)
+        documents = MapDocuments(sources, TEMPLATES, 4, 1)
     sent = pickle.loads(pickle.dumps(documents))
     for rows in documents.batch(0, 0, 10):
         assert rows in sent.batch(0, 0, 10)
-        for ours, theirs in zip(sent.tell(rows, seeded(0)), documents.tell(rows, seeded(0)), strict=True):
+        for ours, theirs in zip(
+            sent.tell(rows, make_generator(0)), documents.tell(rows, make_generator(0)), strict=True
+        ):
             assert ours == theirs if isinstance(ours, str) else torch.equal(ours.pixels, theirs.pixels)
 
 
 def test_digits_are_documents_as_well():
     splits = load_splits("digits")
     assert isinstance(splits, DatasetDict)
-    documents = Documents([splits["train"]], ["{caption}{image:draw}"], 8, 1)
-    caption, shown = documents.tell([0], seeded(0))
+    documents = MapDocuments([splits["train"]], ["{caption}{image:draw}"], 8, 1)
+    caption, shown = documents.tell([0], make_generator(0))
     assert caption == splits["train"][0]["caption"]
     assert shown.pixels.shape == (1, 8, 8)

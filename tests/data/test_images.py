@@ -16,7 +16,7 @@ from rope_mm.data import (
     batch_indices,
     captioned_digits,
     load_images,
-    seeded,
+    make_generator,
 )
 
 
@@ -128,7 +128,7 @@ def test_batches_go_through_all_rows_before_any_row_comes_again(size, batch, see
 
 
 def test_random_numbers_depend_on_the_whole_key_and_on_nothing_else():
-    draw = lambda *key: torch.randn(4, generator=seeded(*key)).tolist()  # noqa: E731
+    draw = lambda *key: torch.randn(4, generator=make_generator(*key)).tolist()  # noqa: E731
     keys = [(0, "noise", 1), (1, "noise", 1), (0, "order", 1), (0, "noise", 11), (0, "noise", 1, 0)]
     first = [draw(*key) for key in keys]
     torch.manual_seed(5)

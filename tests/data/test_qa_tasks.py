@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rope_mm.data import FACTORS, Quiz, ask_cell, ask_frame, ask_neighbour, seeded
+from rope_mm.data import FACTORS, QASample, make_cell, make_frame, make_generator, make_neighbour
 from rope_mm.data.synthetic.sprites import COLOURS
-from rope_mm.evaluation.sprites import judge_sprites
+from rope_mm.evaluation.sprites import classify_sprites
 
 SEEDS = st.integers(0, 1000)
 
@@ -18,7 +18,7 @@ def named(verdict, index=0):
 
 @given(seed=SEEDS, rows=st.integers(1, 9), columns=st.integers(1, 9), cell=st.integers(1, 5))
 def test_the_answer_is_the_cell_of_the_colour_asked_for(seed, rows, columns, cell):
-    (picture,), question, answer = ask_cell(seeded(seed), rows, columns, cell)
+    (picture,), question, answer = make_cell(make_generator(seed), rows, columns, cell)
     assert picture.shape == (3, rows * cell, columns * cell)
     assert picture.dtype == torch.uint8
     colour = COLOURS[re.fullmatch(r"which cell is (\w+)\?", question)[1]]
@@ -30,10 +30,10 @@ def test_the_answer_is_the_cell_of_the_colour_asked_for(seed, rows, columns, cel
 
 @given(seed=SEEDS, pictures=st.integers(1, 5), words=st.integers(1, 4))
 def test_the_answer_is_the_word_beside_the_picture_asked_for(seed, pictures, words):
-    document, question, answer = ask_neighbour(seeded(seed), pictures, words, (16, 24))
+    document, question, answer = make_neighbour(make_generator(seed), pictures, words, (16, 24))
     gaps, shown = document[::2], document[1::2]
     assert [len(gap.split()) for gap in gaps] == [words] * (pictures + 1)
-    names = [named(judge_sprites(picture[None])) for picture in shown]
+    names = [named(classify_sprites(picture[None])) for picture in shown]
     assert len(set(names)) == pictures
     side, sought = re.fullmatch(r"which word stands right (\w+) the (.+)\?", question).groups()
     at = names.index(sought)
@@ -42,9 +42,9 @@ def test_the_answer_is_the_word_beside_the_picture_asked_for(seed, pictures, wor
 
 @given(seed=SEEDS, frames=st.integers(2, 40), period=st.integers(1, 9))
 def test_one_frame_has_the_sprite_asked_for_and_periodic_ones_a_look_alike(seed, frames, period):
-    (clip,), question, answer = ask_frame(seeded(seed), frames, period, (12, 20))
+    (clip,), question, answer = make_frame(make_generator(seed), frames, period, (12, 20))
     assert clip.shape == (frames, 3, 12, 20)
-    verdict = judge_sprites(clip)
+    verdict = classify_sprites(clip)
     needle = int(answer.removeprefix("frame ")) - 1
     assert question == f"which frame shows the {named(verdict, needle)}?"
     like = (torch.arange(frames) - needle) % period == 0
@@ -54,26 +54,26 @@ def test_one_frame_has_the_sprite_asked_for_and_periodic_ones_a_look_alike(seed,
     assert (verdict["colour"][like] == verdict["colour"][needle]).sum() == 1
 
 
-@pytest.mark.parametrize("ask", [ask_cell, ask_neighbour, ask_frame])
+@pytest.mark.parametrize("ask", [make_cell, make_neighbour, make_frame])
 def test_the_generator_alone_decides(ask):
-    def flat(quiz: Quiz):
+    def flat(quiz: QASample):
         return [part if isinstance(part, str) else part.tolist() for part in quiz.document], *quiz[1:]
 
-    assert flat(ask(seeded(1))) == flat(ask(seeded(1)))
-    generator = seeded(2)
+    assert flat(ask(make_generator(1))) == flat(ask(make_generator(1)))
+    generator = make_generator(2)
     assert len({ask(generator).answer for _ in range(40)}) >= 7
 
 
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda g: ask_cell(g, rows=0), "rows must be 1 or more, not 0"),
-        (lambda g: ask_neighbour(g, words=0), "words must be 1 or more, not 0"),
-        (lambda g: ask_neighbour(g, pictures=65), "64 different sprites, not 65"),
-        (lambda g: ask_frame(g, frames=1), "2 or more"),
-        (lambda g: ask_frame(g, period=0), "period must be 1 or more, not 0"),
+        (lambda g: make_cell(g, rows=0), "rows must be 1 or more, not 0"),
+        (lambda g: make_neighbour(g, words=0), "words must be 1 or more, not 0"),
+        (lambda g: make_neighbour(g, pictures=65), "64 different sprites, not 65"),
+        (lambda g: make_frame(g, frames=1), "2 or more"),
+        (lambda g: make_frame(g, period=0), "period must be 1 or more, not 0"),
     ],
 )
 def test_sizes_of_nothing_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
-        call(seeded(0))
+        call(make_generator(0))

@@ -6,25 +6,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rope_mm.data import (
-    CLIP_FACTORS,
-    CLIP_PHRASES,
     EMBEDDED,
     FACTORS,
     SPRITE_PHRASES,
+    VIDEO_FACTORS,
+    VIDEO_PHRASES,
     CaptionedImages,
-    captioned_clips,
     captioned_sprites,
-    draw_clips,
-    draw_sprites,
+    captioned_videos,
     is_held_out,
     load_images,
     load_splits,
+    make_generator,
     read_caption,
-    seeded,
+    render_sprites,
+    render_videos,
 )
 from rope_mm.data.synthetic.captioned_sprites import all_combinations, write_captions
 from rope_mm.data.synthetic.sprites import BACKGROUND, COLOURS
-from rope_mm.evaluation.sprites import judge_clips, judge_sprites
+from rope_mm.evaluation.sprites import classify_sprites, classify_videos
 
 EVERY = all_combinations(FACTORS)
 
@@ -36,7 +36,7 @@ def sprites():
 
 @pytest.fixture(scope="module")
 def clips():
-    return captioned_clips(count=3072, held_out=512)
+    return captioned_videos(count=3072, held_out=512)
 
 
 def factors_of(rows, names):
@@ -44,7 +44,7 @@ def factors_of(rows, names):
 
 
 def nudges(count, key=0):
-    return torch.randint(-1, 2, (count, 2), generator=seeded("nudges", key))
+    return torch.randint(-1, 2, (count, 2), generator=make_generator("nudges", key))
 
 
 def assert_says(verdict, factors):
@@ -53,7 +53,7 @@ def assert_says(verdict, factors):
 
 
 def test_the_same_seed_draws_the_same_rows_and_another_seed_others():
-    for make in (captioned_sprites, captioned_clips):
+    for make in (captioned_sprites, captioned_videos):
         first, same, other = (make(count=40, held_out=8, seed=seed) for seed in (0, 0, 1))
         for split in ("train", "test"):
             assert first[split].to_dict() == same[split].to_dict()
@@ -68,7 +68,7 @@ def test_no_combination_of_shape_colour_and_place_is_in_both_splits(sprites):
     assert not train & test
 
 
-@pytest.mark.parametrize("make, names", [("sprites", FACTORS), ("clips", CLIP_FACTORS)])
+@pytest.mark.parametrize("make, names", [("sprites", FACTORS), ("clips", VIDEO_FACTORS)])
 def test_training_has_every_value_and_every_pair_of_values(make, names, request):
     train = factors_of(request.getfixturevalue(make)["train"], names)
     for one, other in combinations(names, 2):
@@ -77,9 +77,9 @@ def test_training_has_every_value_and_every_pair_of_values(make, names, request)
 
 
 def test_no_frame_of_a_training_clip_shows_what_is_held_out(clips):
-    train, test = (factors_of(clips[split], CLIP_FACTORS) for split in ("train", "test"))
+    train, test = (factors_of(clips[split], VIDEO_FACTORS) for split in ("train", "test"))
     for factors, wanted in ((train, 0), (test, 1)):
-        seen = judge_sprites(draw_clips(factors, frames=3).flatten(0, 1))
+        seen = classify_sprites(render_videos(factors, frames=3).flatten(0, 1))
         apart = (is_held_out(seen) & (seen["shape"] >= 0)).unflatten(0, (-1, 3)).any(1)
         assert apart.float().mean() == wanted
     assert not set(zip(*train.values(), strict=True)) & set(zip(*test.values(), strict=True))
@@ -89,7 +89,7 @@ def test_no_frame_of_a_training_clip_shows_what_is_held_out(clips):
 def test_a_picture_shows_what_its_caption_and_its_columns_say(split, sprites):
     rows = sprites[split]
     factors = factors_of(rows, FACTORS)
-    assert_says(judge_sprites(CaptionedImages(rows, 16, 3).images()), factors)
+    assert_says(classify_sprites(CaptionedImages(rows, 16, 3).images()), factors)
     read = [read_caption(caption) for caption in rows["caption"]]
     assert_says({name: torch.tensor([row[name] for row in read]) for name in FACTORS}, factors)
 
@@ -97,7 +97,7 @@ def test_a_picture_shows_what_its_caption_and_its_columns_say(split, sprites):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_clip_shows_what_its_caption_and_its_columns_say(split, clips):
     rows = clips[split].select(range(200))
-    factors = factors_of(rows, CLIP_FACTORS)
+    factors = factors_of(rows, VIDEO_FACTORS)
     shown = torch.stack(
         [
             torch.stack([torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8) for frame in frames])
@@ -105,9 +105,9 @@ def test_a_clip_shows_what_its_caption_and_its_columns_say(split, clips):
         ]
     )
     shown = shown.view(200, 4, 16, 16, 3).permute(0, 1, 4, 2, 3)
-    assert_says(judge_clips(shown), factors)
+    assert_says(classify_videos(shown), factors)
     read = [read_caption(caption) for caption in rows["caption"]]
-    assert_says({name: torch.tensor([row[name] for row in read]) for name in CLIP_FACTORS}, factors)
+    assert_says({name: torch.tensor([row[name] for row in read]) for name in VIDEO_FACTORS}, factors)
 
 
 def test_the_stored_pixels_are_the_drawn_ones():
@@ -115,13 +115,15 @@ def test_the_stored_pixels_are_the_drawn_ones():
     picture = rows[0]["image"]
     assert picture.size == (20, 12)
     factors = factors_of(rows, FACTORS)
-    drawn = [draw_sprites(factors, (12, 20), torch.tensor([[y, x]])) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    drawn = [
+        render_sprites(factors, (12, 20), torch.tensor([[y, x]])) for y in (-1, 0, 1) for x in (-1, 0, 1)
+    ]
     assert picture.tobytes() in [image[0].permute(1, 2, 0).numpy().tobytes() for image in drawn]
 
 
-@pytest.mark.parametrize("phrase", SPRITE_PHRASES + CLIP_PHRASES)
+@pytest.mark.parametrize("phrase", SPRITE_PHRASES + VIDEO_PHRASES)
 def test_every_combination_is_read_back_from_every_phrase(phrase):
-    names = CLIP_FACTORS if phrase in CLIP_PHRASES else FACTORS
+    names = VIDEO_FACTORS if phrase in VIDEO_PHRASES else FACTORS
     factors = all_combinations(names)
     said = write_captions(factors, [phrase], [0] * len(factors["shape"]))
     read = [read_caption(caption) for caption in said]
@@ -139,44 +141,46 @@ def test_what_a_caption_leaves_open_is_minus_one():
 def test_every_drawing_is_judged_right_at_any_size_and_nudge(size):
     for down, right in ((0, 0), (-1, 1), (1, -1)):
         nudge = torch.tensor([[down, right]]).expand(len(EVERY["shape"]), -1)
-        drawn = draw_sprites(EVERY, size, nudge)
-        verdict = judge_sprites(drawn)
+        drawn = render_sprites(EVERY, size, nudge)
+        verdict = classify_sprites(drawn)
         assert_says(verdict, EVERY)
         assert verdict["distance"].max() < 0.5 / 127.5
-        assert_says(judge_sprites(drawn / 127.5 - 1), EVERY)
+        assert_says(classify_sprites(drawn / 127.5 - 1), EVERY)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.2])
 def test_the_judge_is_right_under_noise(sigma):
-    drawn = draw_sprites(EVERY, 16, nudges(576)) / 127.5 - 1
-    noise = sigma * torch.randn(drawn.shape, generator=seeded("noise"))
-    verdict = judge_sprites(drawn + noise)
+    drawn = render_sprites(EVERY, 16, nudges(576)) / 127.5 - 1
+    noise = sigma * torch.randn(drawn.shape, generator=make_generator("noise"))
+    verdict = classify_sprites(drawn + noise)
     assert_says(verdict, EVERY)
     torch.testing.assert_close(verdict["distance"].mean(), torch.tensor(sigma), rtol=0.02, atol=0)
 
 
 def test_the_judge_sees_nothing_on_an_empty_canvas():
     empty = torch.tensor(BACKGROUND, dtype=torch.uint8)[None, :, None, None].expand(2, 3, 16, 16)
-    verdict = judge_sprites(empty)
+    verdict = classify_sprites(empty)
     assert all((verdict[name] == -1).all() for name in FACTORS)
     assert (verdict["distance"] == 0).all()
-    assert (judge_clips(empty[None])["motion"] == -1).all()
-    assert {len(part) for part in judge_sprites(empty[:0]).values()} == {0}
+    assert (classify_videos(empty[None])["motion"] == -1).all()
+    assert {len(part) for part in classify_sprites(empty[:0]).values()} == {0}
 
 
 def test_the_judge_finds_the_nearest_of_all_drawings_by_brute_force():
-    pictures = torch.rand(5, 3, 16, 16, generator=seeded("any")) * 2 - 1
+    pictures = torch.rand(5, 3, 16, 16, generator=make_generator("any")) * 2 - 1
     drawn = [
-        (draw_sprites(EVERY, 16, torch.tensor([[y, x]]).expand(576, -1)) / 127.5 - 1)
+        (render_sprites(EVERY, 16, torch.tensor([[y, x]]).expand(576, -1)) / 127.5 - 1)
         for y in (-1, 0, 1)
         for x in (-1, 0, 1)
     ]
     distance = torch.stack([torch.cdist(pictures.flatten(1), part.flatten(1)) for part in drawn]).amin(0)
-    assert_says(judge_sprites(pictures), {name: factor[distance.argmin(1)] for name, factor in EVERY.items()})
+    assert_says(
+        classify_sprites(pictures), {name: factor[distance.argmin(1)] for name, factor in EVERY.items()}
+    )
 
 
 def test_a_sprite_is_of_its_colour_on_the_background():
-    drawn = draw_sprites(EVERY)
+    drawn = render_sprites(EVERY)
     lightest = drawn.flatten(2).long() - torch.tensor(BACKGROUND)[:, None]
     index = lightest.abs().sum(1).argmax(1)
     colour = drawn.flatten(2)[torch.arange(len(drawn)), :, index].long()
@@ -185,7 +189,7 @@ def test_a_sprite_is_of_its_colour_on_the_background():
 
 def test_a_larger_canvas_shows_the_same_picture():
     nudge = nudges(len(EVERY["shape"]))
-    small, large = (draw_sprites(EVERY, size, nudge).float() for size in (16, 64))
+    small, large = (render_sprites(EVERY, size, nudge).float() for size in (16, 64))
     pooled = torch.nn.functional.avg_pool2d(large, 4)
     assert (pooled - small).abs().mean() < 1.5
 
@@ -193,29 +197,30 @@ def test_a_larger_canvas_shows_the_same_picture():
 @given(frames=st.integers(2, 9), seed=st.integers(0, 50))
 def test_every_motion_goes_where_it_says_and_enters_again_opposite(frames, seed):
     factors = {
-        name: torch.randint(len(words), (6,), generator=seeded(seed, name)) for name, words in FACTORS.items()
+        name: torch.randint(len(words), (6,), generator=make_generator(seed, name))
+        for name, words in FACTORS.items()
     }
     factors["motion"] = torch.arange(6)
-    clips = draw_clips(factors, frames, nudge=nudges(6, seed))
+    clips = render_videos(factors, frames, nudge=nudges(6, seed))
     for frame in range(frames):
-        seen = judge_sprites(clips[:, frame])
+        seen = classify_sprites(clips[:, frame])
         away = torch.arange(6) == 1 if frame % 2 else torch.zeros(6, dtype=torch.bool)
         rows = (factors["row"] + frame * torch.tensor([0, 0, -1, 1, 0, 0])) % 3
         columns = (factors["column"] + frame * torch.tensor([0, 0, 0, 0, -1, 1])) % 3
         expected = {**factors, "row": rows, "column": columns}
         assert_says(seen, {name: expected[name].where(~away, torch.tensor(-1)) for name in FACTORS})
-    assert_says(judge_clips(clips), factors)
+    assert_says(classify_videos(clips), factors)
 
 
 def test_a_clip_that_keeps_to_no_motion_has_none():
-    factors = {name: torch.zeros(1, dtype=torch.long) for name in CLIP_FACTORS}
-    clip = draw_clips(factors, 4)
-    there = draw_sprites({**factors, "column": torch.tensor([2])})
+    factors = {name: torch.zeros(1, dtype=torch.long) for name in VIDEO_FACTORS}
+    clip = render_videos(factors, 4)
+    there = render_sprites({**factors, "column": torch.tensor([2])})
     clip[:, 3] = there
-    verdict = judge_clips(clip)
+    verdict = classify_videos(clip)
     assert (int(verdict["motion"]), int(verdict["shape"]), int(verdict["column"])) == (-1, 0, 0)
-    clip[:, 3] = draw_sprites({**factors, "colour": torch.tensor([2])})
-    verdict = judge_clips(clip)
+    clip[:, 3] = render_sprites({**factors, "colour": torch.tensor([2])})
+    verdict = classify_videos(clip)
     assert (int(verdict["motion"]), int(verdict["colour"])) == (0, -1)
 
 
@@ -229,25 +234,31 @@ def test_sprites_and_clips_are_sources_by_name():
         load_images("clips", size=16, channels=3)
 
 
-ZERO = {name: torch.zeros(1, dtype=torch.long) for name in CLIP_FACTORS}
+ZERO = {name: torch.zeros(1, dtype=torch.long) for name in VIDEO_FACTORS}
 
 
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: draw_sprites(ZERO, 7), "8 pixels or more a side, not 7 x 7"),
+        (lambda: render_sprites(ZERO, 7), "8 pixels or more a side, not 7 x 7"),
         (
-            lambda: draw_sprites({**ZERO, "colour": torch.tensor([8])}),
+            lambda: render_sprites({**ZERO, "colour": torch.tensor([8])}),
             "colour 8 is unknown; there are 0 to 7",
         ),
-        (lambda: draw_sprites({**ZERO, "row": torch.tensor([-1])}), "row -1 is unknown; there are 0 to 2"),
-        (lambda: draw_sprites({"shape": ZERO["shape"]}), "the factor 'colour' is missing; there are: shape"),
-        (lambda: draw_clips(ZERO, frames=1), "2 frames or more to show a motion, not 1"),
-        (lambda: draw_clips({name: ZERO[name] for name in FACTORS}), "the factor 'motion' is missing"),
+        (lambda: render_sprites({**ZERO, "row": torch.tensor([-1])}), "row -1 is unknown; there are 0 to 2"),
+        (
+            lambda: render_sprites({"shape": ZERO["shape"]}),
+            "the factor 'colour' is missing; there are: shape",
+        ),
+        (lambda: render_videos(ZERO, frames=1), "2 frames or more to show a motion, not 1"),
+        (lambda: render_videos({name: ZERO[name] for name in FACTORS}), "the factor 'motion' is missing"),
         (lambda: captioned_sprites(count=0), "'train': 0"),
-        (lambda: captioned_clips(phrases=()), "there are 0 and"),
-        (lambda: judge_sprites(torch.zeros(1, 1, 16, 16)), r"must be \(n, 3, y, x\), not \(1, 1, 16, 16\)"),
-        (lambda: judge_clips(torch.zeros(1, 1, 3, 16, 16)), "2 frames or more"),
+        (lambda: captioned_videos(phrases=()), "there are 0 and"),
+        (
+            lambda: classify_sprites(torch.zeros(1, 1, 16, 16)),
+            r"must be \(n, 3, y, x\), not \(1, 1, 16, 16\)",
+        ),
+        (lambda: classify_videos(torch.zeros(1, 1, 3, 16, 16)), "2 frames or more"),
     ],
 )
 def test_what_cannot_be_drawn_or_judged_is_refused_in_one_sentence(call, words):

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Picture
 
-from rope_mm.data import Documents, Stream, load_documents, seeded
+from rope_mm.data import MapDocuments, StreamingDocuments, load_documents, make_generator
 from rope_mm.data.documents import Unreadable
-from rope_mm.data.images import open_picture
-from rope_mm.training.dataset import Feed
+from rope_mm.data.images import open_image
+from rope_mm.training.dataset import PackedDocumentDataset
 
 TEMPLATES = ["{caption}{image:draw}", "{image} what is it? {caption}"]
 FEATURES = Features(image=Image(), caption=Value("string"))
@@ -65,11 +65,11 @@ def numbered(count, shards=1):
 
 def words(stream, seed, step, batch):
     """The documents of a step, of words alone."""
-    return ["".join(stream.tell(rows, seeded("a"))) for rows in stream.batch(seed, step, batch)]
+    return ["".join(stream.tell(rows, make_generator("a"))) for rows in stream.batch(seed, step, batch)]
 
 
 def of_words(sources, **how):
-    return Stream(sources, ["{caption}"], 4, 1, **how)
+    return StreamingDocuments(sources, ["{caption}"], 4, 1, **how)
 
 
 def equal(one, two):
@@ -84,11 +84,13 @@ def equal(one, two):
 def test_unshuffled_a_stream_has_the_documents_of_the_same_rows_at_hand_in_their_order(shards):
     stream, held_out = load_documents([shards], streaming=True, held_out=2, **HOW)
     stored = [row for shard in ((0, 5), (5, 6), (11, 7)) for row in rows(*shard)]
-    at_hand = Documents([Dataset.from_list(stored, features=FEATURES)], **HOW)
+    at_hand = MapDocuments([Dataset.from_list(stored, features=FEATURES)], **HOW)
     for step in range(8):  # three epochs of 16 rows, but the first two
         for number, document in enumerate(stream.batch(0, step, 6)):
             row = 2 + (6 * step + number) % 16
-            one, two = (x.tell(y, seeded(step, number)) for x, y in ((stream, document), (at_hand, [row])))
+            one, two = (
+                x.tell(y, make_generator(step, number)) for x, y in ((stream, document), (at_hand, [row]))
+            )
             assert equal(one, two)
     assert [held_out.find(row).values["caption"] for row in range(2)] == ["grey 0", "grey 1"]
     assert len(held_out) == 2
@@ -171,7 +173,7 @@ def test_a_row_that_cannot_be_read_is_named_by_its_shard_and_source(tmp_path):
     for stream, place, name in named:
         assert place in [row for document in stream.batch(0, 0, 14) for row in document]
         with pytest.raises(Unreadable, match=rf"^{name} .* cannot be read: cannot identify image"):
-            stream.tell([place], seeded(0))
+            stream.tell([place], make_generator(0))
 
 
 def test_a_stream_that_breaks_off_says_where():
@@ -242,8 +244,8 @@ def test_what_datasets_streams_is_told_as_it_is_from_files_at_hand(source, tmp_p
     how = {"templates": [template], "size": 4, "channels": 1}
     stream, held_out = load_documents([str(path)], streaming=True, held_out=3, **how)
     assert len(held_out) == 3
-    assert [held_out.tell([row], seeded(0))[0] for row in range(3)] == [f"grey {i}" for i in range(3)]
-    told = [stream.tell(document, seeded(0)) for document in stream.batch(0, 0, 6)]
+    assert [held_out.tell([row], make_generator(0))[0] for row in range(3)] == [f"grey {i}" for i in range(3)]
+    told = [stream.tell(document, make_generator(0)) for document in stream.batch(0, 0, 6)]
     assert [document[0] for document in told] == [f"grey {i}" for i in range(6)]
     for i, document in enumerate(told):
         assert all(torch.equal(part.pixels, torch.full((1, 4, 4), i / 127.5 - 1)) for part in document[1:])
@@ -280,13 +282,13 @@ def torchcodec(monkeypatch):
     ids=["pictures", "array", "any length", "lists", "videos"],
 )
 def test_clips_of_every_kind_of_column_are_documents_streamed_or_not(feature, column, torchcodec):
-    clips = torch.randint(256, (2, 3, 1, 4, 4), dtype=torch.uint8, generator=seeded("clips"))
+    clips = torch.randint(256, (2, 3, 1, 4, 4), dtype=torch.uint8, generator=make_generator("clips"))
     stored = Dataset.from_dict({"clip": [column(clip) for clip in clips]}, Features(clip=feature))
-    stream = Stream([stored.to_iterable_dataset()], ["{clip:draw}"], 4, 1)
-    at_hand = Documents([stored], ["{clip:draw}"], 4, 1)
+    stream = StreamingDocuments([stored.to_iterable_dataset()], ["{clip:draw}"], 4, 1)
+    at_hand = MapDocuments([stored], ["{clip:draw}"], 4, 1)
     for number, rows in enumerate(stream.batch(0, 0, 2)):
         for documents, document in ((stream, rows), (at_hand, [number])):
-            (shown,) = documents.tell(document, seeded(0))
+            (shown,) = documents.tell(document, make_generator(0))
             assert torch.equal(shown.pixels, clips[number] / 127.5 - 1)
 
 
@@ -296,14 +298,14 @@ def test_sources_carried_here_stream_as_well():
     at_hand, test = load_documents(["digits"], **how)
     assert (len(held_out), len(at_hand), len(test)) == (9, 1437, 360)
     for number, document in enumerate(stream.batch(0, 0, 3)):
-        assert equal(stream.tell(document, seeded(0)), at_hand.tell([number], seeded(0)))
+        assert equal(stream.tell(document, make_generator(0)), at_hand.tell([number], make_generator(0)))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_read_what_one_process_reads(shards, workers):
     def readings(workers, begun=0):
         stream, _ = load_documents([shards], streaming=True, shuffle=5, held_out=2, **HOW)
-        feed = Feed(stream, AsTold(), seed=0, batch=4)
+        feed = PackedDocumentDataset(stream, AsTold(), seed=0, batch=4)
         return [*feed.readings(begun, 9, workers)], feed, stream
 
     alone, _, _ = readings(0)
@@ -324,7 +326,7 @@ def test_a_file_that_is_open_is_not_shared_with_workers(tmp_path):
                 yield {"caption": letter.decode()}
 
     stream = of_words([IterableDataset.from_generator(read, features=Features(caption=Value("string")))])
-    feed = Feed(stream, AsTold(), seed=0, batch=2)
+    feed = PackedDocumentDataset(stream, AsTold(), seed=0, batch=2)
     assert feed[0].pack == [["A"], ["B"]]
     assert [reading.pack for reading in feed.readings(1, 5, 2)] == [
         [["C"], ["D"]], [["E"], ["F"]], [["G"], ["H"]], [["I"], ["J"]],
@@ -334,7 +336,7 @@ def test_a_file_that_is_open_is_not_shared_with_workers(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_every_process_reads_its_documents_of_the_same_step(shards, rank):
     stream, _ = load_documents([shards], streaming=True, shuffle=5, held_out=2, **HOW)
-    all_of_it = Feed(stream, AsTold(), seed=0, batch=7)
+    all_of_it = PackedDocumentDataset(stream, AsTold(), seed=0, batch=7)
     mine = replace(all_of_it, world=3, rank=rank)
     for step in range(5):
         share = [document for number, document in enumerate(all_of_it[step].pack) if number % 3 == rank]
@@ -343,7 +345,7 @@ def test_every_process_reads_its_documents_of_the_same_step(shards, rank):
 
 def test_pictures_of_a_stream_are_opened_where_they_are():
     fsspec.filesystem("memory").pipe("/far.png", png(7))
-    picture = open_picture({"bytes": None, "path": "memory://far.png"})
+    picture = open_image({"bytes": None, "path": "memory://far.png"})
     assert picture.getpixel((0, 0)) == 7
     with pytest.raises(FileNotFoundError):
-        open_picture({"bytes": None, "path": "memory://further.png"})
+        open_image({"bytes": None, "path": "memory://further.png"})

@@ -8,9 +8,9 @@ import torch
 from datasets import Array4D, Dataset, Features, Image, List, Value, Video
 from PIL import Image as Picture
 
-from rope_mm.data import CLIP_FACTORS, CaptionedClips, captioned_clips, load_clips
+from rope_mm.data import VIDEO_FACTORS, CaptionedVideos, captioned_videos, load_videos
 from rope_mm.data.videos import choose_reader
-from rope_mm.evaluation.sprites import judge_clips
+from rope_mm.evaluation.sprites import classify_videos
 
 FRAMES = torch.arange(2 * 5 * 3 * 8 * 8).remainder(251).to(torch.uint8).view(2, 5, 3, 8, 8)
 CAPTIONS = ["one", "two"]
@@ -72,10 +72,10 @@ def torchcodec(monkeypatch):
     ids=["images", "lists", "array", "any length", "videos"],
 )
 def test_a_clip_has_the_same_pixels_from_every_kind_of_column(make, torchcodec):
-    clips = CaptionedClips(make(), 8, 3, frames=0)
+    clips = CaptionedVideos(make(), 8, 3, frames=0)
     torch.testing.assert_close(clips.clips(), FRAMES / 127.5 - 1, atol=0, rtol=0)
     assert (len(clips), clips.captions, clips.labels) == (2, CAPTIONS, None)
-    thinned = CaptionedClips(make(), 8, 3, frames=3).clips([1])
+    thinned = CaptionedVideos(make(), 8, 3, frames=3).clips([1])
     torch.testing.assert_close(thinned, FRAMES[1:, [0, 2, 4]] / 127.5 - 1, atol=0, rtol=0)
 
 
@@ -88,16 +88,16 @@ def test_a_reader_of_videos_goes_to_a_process_that_is_spawned(torchcodec):
 
 
 def test_frames_are_cropped_resized_and_made_grey():
-    clips = CaptionedClips(as_images(), 4, 1, frames=2).clips()
+    clips = CaptionedVideos(as_images(), 4, 1, frames=2).clips()
     assert clips.shape == (2, 2, 1, 4, 4)
 
 
 def test_drawn_clips_are_loaded_with_what_they_show():
-    train, test = load_clips(label="motion")
+    train, test = load_videos(label="motion")
     assert (len(train), len(test)) == (2048, 512)
-    rows = captioned_clips()["test"]
-    verdict = judge_clips(test.clips(range(100)))
-    for name in CLIP_FACTORS:
+    rows = captioned_videos()["test"]
+    verdict = classify_videos(test.clips(range(100)))
+    for name in VIDEO_FACTORS:
         assert verdict[name].tolist() == rows[name][:100]
     assert test.labels.tolist() == rows["motion"]
 
@@ -105,7 +105,7 @@ def test_drawn_clips_are_loaded_with_what_they_show():
 def test_videos_without_torchcodec_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
     with pytest.raises(ValueError, match=r"'frames' holds videos, .* pip install rope-mm\[video\]") as error:
-        CaptionedClips(as_videos(), 8, 3)
+        CaptionedVideos(as_videos(), 8, 3)
     assert "\n" not in str(error.value)
 
 
@@ -118,7 +118,7 @@ def test_a_video_that_does_not_decode_is_named_by_its_row(torchcodec):
         Features(frames=Video(decode=False), caption=Value("string")),
     )
     with pytest.raises(ValueError, match="row 1, column 'frames': the clip does not decode") as error:
-        CaptionedClips(rows.cast_column("frames", Video()), 8, 3).clips()
+        CaptionedVideos(rows.cast_column("frames", Video()), 8, 3).clips()
     assert "\n" not in str(error.value)
 
 
@@ -138,23 +138,23 @@ def rows_of(frames):
 )
 def test_an_array_that_is_no_clip_is_named_by_its_row(frames, words):
     with pytest.raises(ValueError, match=words):
-        CaptionedClips(rows_of(frames), 8, 3).clips()
+        CaptionedVideos(rows_of(frames), 8, 3).clips()
 
 
 def test_columns_without_clips_and_numbers_of_no_frames_are_refused():
     with pytest.raises(ValueError, match=r"column 'frames' holds .*, not lists of images"):
-        CaptionedClips(rows_of(1), 8, 3)
+        CaptionedVideos(rows_of(1), 8, 3)
     with pytest.raises(ValueError, match=r"column 'frames' holds .*, not lists of images"):
-        CaptionedClips(rows_of(numpy.zeros((3, 8, 8), int).tolist()), 8, 3)
+        CaptionedVideos(rows_of(numpy.zeros((3, 8, 8), int).tolist()), 8, 3)
     with pytest.raises(ValueError, match="no column 'clip'; it has frames, caption"):
-        CaptionedClips(rows_of(1), 8, 3, clip="clip")
+        CaptionedVideos(rows_of(1), 8, 3, clip="clip")
     with pytest.raises(ValueError, match=r"frames must be 0 \(all\) or more, not -1"):
-        CaptionedClips(as_images(), 8, 3, frames=-1)
+        CaptionedVideos(as_images(), 8, 3, frames=-1)
 
 
 def test_clips_of_different_lengths_make_no_batch():
     columns = {"frames": [FRAMES[0].tolist(), FRAMES[1, :3].tolist()], "caption": CAPTIONS}
-    clips = CaptionedClips(Dataset.from_dict(columns), 8, 3, frames=0)
+    clips = CaptionedVideos(Dataset.from_dict(columns), 8, 3, frames=0)
     assert clips.clips([1]).shape[1] == 3
     with pytest.raises(ValueError, match="these clips have 3 to 5 frames"):
         clips.clips()

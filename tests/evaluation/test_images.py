@@ -5,12 +5,12 @@ import torch
 
 from rope_mm.data import load_images
 from rope_mm.evaluation.images import (
-    IMAGE_EXAMS,
+    IMAGE_EVALUATORS,
     digits_of,
-    law_of,
+    mode_probs,
     prepare_captions,
     prepare_modes,
-    train_judge,
+    train_classifier,
 )
 
 
@@ -32,7 +32,7 @@ def test_an_exam_tells_good_pictures_from_mixed_up_and_from_collapsed_ones():
 def test_training_a_judge_leaves_the_global_random_state_alone():
     images, labels = torch.randn(40, 1, 4, 4), torch.arange(40) % 4
     before = torch.get_rng_state()
-    one, two = (train_judge(images, labels, seed=1, epochs=2) for _ in range(2))
+    one, two = (train_classifier(images, labels, seed=1, epochs=2) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
@@ -64,7 +64,7 @@ def test_digits_come_hundreds_first():
 
 def test_the_law_of_numbers_is_the_product_of_their_digits_shares():
     numbers = torch.tensor([0, 100, 210, 222])  # hundreds 0 1 2 2, tens 0 0 1 2, ones 0 0 0 2
-    law = law_of(numbers)
+    law = mode_probs(numbers)
     assert law[0] == pytest.approx(1 / 4 * 2 / 4 * 3 / 4)
     assert law[222] == pytest.approx(2 / 4 * 1 / 4 * 1 / 4)
     assert law[333] == 0
@@ -102,7 +102,7 @@ def test_pictures_are_compared_with_the_numbers_that_were_asked(exam, stacks):
 
 def test_without_captions_nothing_is_compared(stacks):
     train, test = ((part.images(range(300)), part.labels[:300]) for part in stacks)
-    marks = IMAGE_EXAMS["modes"](train, test, 300, 0).mark(test[0])
+    marks = IMAGE_EVALUATORS["modes"](train, test, 300, 0).mark(test[0])
     assert set(marks) == {"modes", "held", "kl", "kl_excess"}
 
 

@@ -7,12 +7,12 @@ import scipy.linalg
 import torch
 
 from rope_mm.evaluation.metrics import (
+    conditional_accuracy,
     frechet,
     gaussian_modes,
     kid,
     mode_statistics,
     prdc,
-    recognition,
     sliced_wasserstein,
 )
 
@@ -188,7 +188,7 @@ def test_a_mode_is_hit_by_a_sample_of_high_quality_and_held_by_a_share():
 
 def test_recognition_asks_for_every_attribute_and_names_the_worst_caption():
     asked, found = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([0, 1, 1, 1, 1, 0])
-    assert recognition(found, asked) == {"recognised": pytest.approx(4 / 6), "worst": 0.5}
+    assert conditional_accuracy(found, asked) == {"recognised": pytest.approx(4 / 6), "worst": 0.5}
     asked = torch.tensor([[1, 2, 3], [1, 2, 3], [3, 2, 1]])
     found = torch.tensor([[1, 2, 3], [1, 2, 0], [3, 2, 1]])
-    assert recognition(found, asked) == {"recognised": pytest.approx(2 / 3), "worst": 0.5}
+    assert conditional_accuracy(found, asked) == {"recognised": pytest.approx(2 / 3), "worst": 0.5}

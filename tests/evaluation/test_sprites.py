@@ -3,10 +3,17 @@
 import pytest
 import torch
 
-from rope_mm.data import CLIP_FACTORS, Documents, captioned_clips, captioned_sprites, draw_clips, draw_sprites
+from rope_mm.data import (
+    VIDEO_FACTORS,
+    MapDocuments,
+    captioned_sprites,
+    captioned_videos,
+    render_sprites,
+    render_videos,
+)
 from rope_mm.data.synthetic.captioned_sprites import read_caption, write_captions
-from rope_mm.evaluation.sprite_exam import SPRITE_EXAMS
-from rope_mm.evaluation.sprites import judge_clips, judge_sprites
+from rope_mm.evaluation.sprite_exam import SPRITE_EVALUATORS
+from rope_mm.evaluation.sprites import classify_sprites, classify_videos
 
 SHAPE = {"size": 16, "channels": 3}
 CLIP_PHRASE = "{shape} {colour} {row} {column} {motion}"
@@ -15,13 +22,13 @@ CLIP_PHRASE = "{shape} {colour} {row} {column} {motion}"
 @pytest.fixture(scope="module")
 def sprites():
     rows = captioned_sprites(1, 48)["test"]
-    return Documents([rows], ["{caption}{image:draw}", "see {image} {caption}"], **SHAPE)
+    return MapDocuments([rows], ["{caption}{image:draw}", "see {image} {caption}"], **SHAPE)
 
 
 @pytest.fixture(scope="module")
 def clips():
-    rows = captioned_clips(1, 48)["test"]
-    return Documents([rows], ["{frames:draw}{caption}"], **SHAPE)
+    rows = captioned_videos(1, 48)["test"]
+    return MapDocuments([rows], ["{frames:draw}{caption}"], **SHAPE)
 
 
 class Clever:
@@ -32,30 +39,36 @@ class Clever:
 
     def change(self, factors):
         """Factors (n,) with the mistake."""
-        return {**factors, "colour": (factors["colour"] + self.off) % len(CLIP_FACTORS["colour"])}
+        return {**factors, "colour": (factors["colour"] + self.off) % len(VIDEO_FACTORS["colour"])}
 
     def draw(self, prompts, generator):
         read = [read_caption(caption) for (caption,) in prompts]
         factors = {name: torch.tensor([caption[name] for caption in read]) for name in read[0]}
-        return draw_sprites(self.change(factors)) / 127.5 - 1
+        return render_sprites(self.change(factors)) / 127.5 - 1
 
     def complete(self, prompts, true, generator):
-        return draw_clips(self.change(judge_clips(true)), true.shape[1]) / 127.5 - 1
+        return render_videos(self.change(classify_videos(true)), true.shape[1]) / 127.5 - 1
 
     def write(self, prompts):
         shown = torch.stack([prompt[-1] if torch.is_tensor(prompt[-1]) else prompt[-2] for prompt in prompts])
-        factors = self.change(judge_sprites(shown) if shown.dim() == 4 else judge_clips(shown))
+        factors = self.change(classify_sprites(shown) if shown.dim() == 4 else classify_videos(shown))
         phrase = CLIP_PHRASE if shown.dim() == 5 else CLIP_PHRASE.removesuffix(" {motion}")
-        factors = {name: factors[name] for name in CLIP_FACTORS if name in factors}
+        factors = {name: factors[name] for name in VIDEO_FACTORS if name in factors}
         return write_captions(factors, [phrase], [0] * len(shown))
 
 
 @pytest.mark.parametrize(("off", "share"), [(0, 1.0), (1, 0.0)])
 def test_an_exam_gives_the_share_with_every_factor_right(off, share, sprites, clips):
-    assert SPRITE_EXAMS["sprites"].mark(Clever(off), sprites) == {"draw_right": share, "caption_right": share}
-    assert SPRITE_EXAMS["clips"].mark(Clever(off), clips) == {"film_right": share, "narrate_right": share}
+    assert SPRITE_EVALUATORS["sprites"].mark(Clever(off), sprites) == {
+        "draw_right": share,
+        "caption_right": share,
+    }
+    assert SPRITE_EVALUATORS["clips"].mark(Clever(off), clips) == {
+        "film_right": share,
+        "narrate_right": share,
+    }
 
 
 def test_a_task_that_is_not_taught_has_no_mark():
-    telling = Documents([captioned_sprites(1, 8)["test"]], ["{image}{caption}"], **SHAPE)
-    assert SPRITE_EXAMS["sprites"].mark(Clever(), telling) == {"caption_right": 1.0}
+    telling = MapDocuments([captioned_sprites(1, 8)["test"]], ["{image}{caption}"], **SHAPE)
+    assert SPRITE_EVALUATORS["sprites"].mark(Clever(), telling) == {"caption_right": 1.0}

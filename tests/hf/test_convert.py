@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from rope_mm import SCHEMES, Rotary, Scheme, convert_pairing
-from rope_mm.hf.convert import read_both, reordered, reordering
+from rope_mm.hf.convert import permute_rows, read_both, reordering
 
 SMALL = {
     "vocab_size": 32,
@@ -220,9 +220,9 @@ def test_a_per_head_scheme_is_converted_head_by_head():
 
 def test_head_j_of_h_follows_row_j_n_h():
     source = torch.tensor([[0, 1], [1, 0]])
-    assert reordered("q", torch.arange(8), source).tolist() == [0, 1, 2, 3, 5, 4, 7, 6]
+    assert permute_rows("q", torch.arange(8), source).tolist() == [0, 1, 2, 3, 5, 4, 7, 6]
     with pytest.raises(ValueError, match="q has 3 heads, but Omega has 2 rows that differ"):
-        reordered("q", torch.arange(6), source)
+        permute_rows("q", torch.arange(6), source)
 
 
 def test_values_and_all_else_are_handed_on_and_the_old_dict_is_left_alone():

@@ -3,15 +3,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rope_mm.hf.cos_sin_tables import SPREADS, fill_tables, find_pairing, read_tables, split_tables
-from rope_mm.rotary.definition import PAIRINGS, turn_heads
+from rope_mm.hf.cos_sin_tables import TABLE_FORMATS, fill_tables, find_pairing, read_tables, split_tables
+from rope_mm.rotary.definition import PAIRINGS, apply_rotary
 
 
 def angles(p, omega):
     return sum(p[:, axis, None] * row for axis, row in enumerate(omega))
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("spread", TABLE_FORMATS)
 @given(
     a=st.integers(1, 3),
     rounds=st.integers(1, 3),
@@ -41,12 +41,12 @@ def test_frequencies_that_nobody_knows_are_read_as_well_as_an_arc_tangent_can():
 def test_the_pairing_of_a_function_is_found_also_where_it_moves_channels(pairing):
     unit, angle = torch.eye(12)[None, :, None], torch.linspace(0.5, 1, 6).expand(12, 1, 6)
     moved = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    q, k = (turn_heads(unit, x.cos(), x.sin(), pairing)[0, :, 0] for x in (angle, 0 * angle))
+    q, k = (apply_rotary(unit, x.cos(), x.sin(), pairing)[0, :, 0] for x in (angle, 0 * angle))
     assert find_pairing(q, k) == find_pairing(q[:, moved], k[:, moved]) == pairing
 
 
 def test_another_pairing_than_these_has_no_name():
     unit, angle = torch.eye(12)[None, :, None], torch.linspace(0.5, 1, 6).expand(12, 1, 6)
     assert "block" in PAIRINGS
-    q, k = (turn_heads(unit, x.cos(), x.sin(), "block", (3, 3))[0, :, 0] for x in (angle, 0 * angle))
+    q, k = (apply_rotary(unit, x.cos(), x.sin(), "block", (3, 3))[0, :, 0] for x in (angle, 0 * angle))
     assert find_pairing(q, k) is None

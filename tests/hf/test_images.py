@@ -50,9 +50,9 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rope_mm import SCHEMES, Image, Rotary, Scheme, Still, Text, rotate
+from rope_mm import SCHEMES, Image, Rotary, Scheme, Text, Unrotated, rotate
 from rope_mm.hf import positions_for, rope_of, set_rope, unset_rope, use_kernels
-from rope_mm.rotary.dispatch import Turn
+from rope_mm.rotary.dispatch import RotaryAngles
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 STRIDED = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
@@ -405,7 +405,7 @@ def test_class_and_register_tokens_of_dinov3_stand_still_and_patches_turn_as_def
         seen_by(dinov3, (16, 24))
         unset_rope(dinov3)
     plain, turned = heads[0], heads[2]
-    p, _ = SCHEMES[scheme].place([Still(4), Image(4, 6)])
+    p, _ = SCHEMES[scheme].place([Unrotated(4), Image(4, 6)])
     omega = SCHEMES[scheme].omega(16)
     exact = rotate(*(x.double().transpose(1, 2) for x in plain), p, omega, "half")
     for ours, base, true in zip(turned, plain, exact, strict=True):
@@ -464,7 +464,7 @@ def test_our_op_rotates_the_patches_of_dinov3_and_leaves_its_class_token(dinov3,
         set_rope(dinov3, scheme, pairing="half")
     other, _ = copy.deepcopy(dinov3), use_kernels(dinov3)
     turn, _ = dinov3.rope_embeddings(torch.zeros(1, 3, 16, 24))
-    assert isinstance(turn, Turn) and len(turn.positions) == 24
+    assert isinstance(turn, RotaryAngles) and len(turn.positions) == 24
     for size in SIZES:
         ours, theirs = seen_by(dinov3, size), seen_by(other, size)
         assert (ours - theirs).abs().max() < 1e-5
@@ -480,7 +480,7 @@ def test_our_op_serves_the_backbone_of_dinov3_as_well(dinov3):
     backbone, pixels = DINOv3ViTBackbone(dinov3.config).eval(), torch.linspace(-1, 1, 3 * 24 * 16)
     (before,) = backbone(pixels.view(1, 3, 24, 16)).feature_maps
     use_kernels(backbone)
-    assert isinstance(backbone.rope_embeddings(torch.zeros(1, 3, 8, 8))[0], Turn)
+    assert isinstance(backbone.rope_embeddings(torch.zeros(1, 3, 8, 8))[0], RotaryAngles)
     (after,) = backbone(pixels.view(1, 3, 24, 16)).feature_maps
     assert 0 < (after - before).abs().max() < 1e-5
 
@@ -574,7 +574,7 @@ def test_models_without_rotary_stand_still_at_omega_zero_and_are_undone(cls, con
 
 @pytest.mark.parametrize(
     ("cls", "config", "story"),
-    [(ViTModel, ViTConfig(**EYE), [Still(1), Image(4, 4)]), (BertModel, BertConfig(**READER), [Text(9)])],
+    [(ViTModel, ViTConfig(**EYE), [Unrotated(1), Image(4, 4)]), (BertModel, BertConfig(**READER), [Text(9)])],
 )
 def test_queries_and_keys_are_turned_as_the_definition_says(cls, config, story):
     heads = []

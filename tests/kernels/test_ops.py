@@ -211,4 +211,6 @@ def test_the_door_of_the_library_opens_to_the_op_in_a_graph(
         assert all(
             torch.equal(x, y) for x, y in zip(turned(q, k, positions), rope(q, k, positions), strict=True)
         )
-    assert rope_mm.rotary.dispatch.explain(q, k, positions, rope.omega).startswith("Triton's kernel: ")
+    assert rope_mm.rotary.dispatch.explain_dispatch(q, k, positions, rope.omega).startswith(
+        "Triton's kernel: "
+    )

@@ -316,10 +316,10 @@ def test_the_door_of_the_library_opens_to_the_kernel(
     inputs: Inputs = Case(n=2).make(device)
     q, k, positions, omega = inputs
     tables = rotation.cos_sin(positions, omega)
-    defined = tuple(rotation.turn_heads(x, *tables, pairing) for x in (q, k))
+    defined = tuple(rotation.apply_rotary(x, *tables, pairing) for x in (q, k))
     agree(defined, truth(*wider(inputs), pairing=pairing))
     monkeypatch.setattr(rope_mm.rotary.dispatch, "served", lambda device, dtype: True)
-    turn = rope_mm.rotary.dispatch.make_turn(positions, omega, pairing)
+    turn = rope_mm.rotary.dispatch.make_angles(positions, omega, pairing)
     for opened in (rope_mm.rotary.dispatch.rotate(q, k, positions, omega, pairing), turn(q, k)):
         for x, y in zip(opened, rotate(q, k, positions, omega, pairing), strict=True):
             assert torch.equal(x, y)

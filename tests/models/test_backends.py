@@ -8,12 +8,12 @@ from rope_mm import SCHEMES, Image, Text, Video
 from rope_mm.models import (
     RopeMMForConditionalGeneration,
     RopeMMProcessor,
-    arrange,
+    build_batch,
     load_tokenizer,
     read_config,
 )
-from rope_mm.models.position_ids import documents, from_border, to_border
-from rope_mm.nn.attention import Attention, ranks, sees
+from rope_mm.models.position_ids import document_ids, pack_position_ids, unpack_position_ids
+from rope_mm.nn.attention import Attention, block_ids, make_mask_fn
 from rope_mm.positions.place import pack
 
 STORY = ["see ", Image(2, 3), " and ", Video(2, 2, 2), "."]
@@ -28,7 +28,7 @@ def make(scheme="rope-tv", **settings):
 
 
 def inputs_of(model, *stories, side="left"):
-    inputs = arrange(stories, load_tokenizer(), model.config.scheme, side).inputs()
+    inputs = build_batch(stories, load_tokenizer(), model.config.scheme, side).inputs()
     places = int((inputs["input_ids"] == model.config.image_token_id).sum())
     torch.manual_seed(1)
     return inputs | {"patches": torch.randn(places, model.config.patch_width)}
@@ -54,7 +54,7 @@ def test_the_definition_of_attention_is_what_the_model_computes():
     layer = model.model.blocks[0].attention
     positions, x = torch.rand(1, 5, 3, dtype=torch.float64), torch.randn(1, 5, 32)
     turn, token = model.model.rotary.turn(positions), torch.arange(5)
-    mask = sees(torch.tensor([[1, 2, 2, 3, 4]]))(torch.tensor(0), token[:1], token[:, None], token)
+    mask = make_mask_fn(torch.tensor([[1, 2, 2, 3, 4]]))(torch.tensor(0), token[:1], token[:, None], token)
     mine, _ = layer(x, turn, mask[None, None])
     plain, _ = Attention.forward(layer, x, turn, mask[None, None])
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_eager_shows_weights_that_follow_the_ranks():
     model = make().eval()
     model.set_attn_implementation("eager")
     out = model(**inputs_of(model, STORY), output_attentions=True, output_hidden_states=True)
-    rank = ranks([Text(4), Image(2, 3), Text(5), Video(2, 2, 2), Text(1)])
+    rank = block_ids([Text(4), Image(2, 3), Text(5), Video(2, 2, 2), Text(1)])
     assert len(out.attentions) == 2
     assert len(out.hidden_states) == 3
     assert torch.equal(out.attentions[0][0, 0] > 0, rank[None] <= rank[:, None])
@@ -99,7 +99,7 @@ def test_layers_computed_anew_have_the_same_gradients(scheme):
 
 def packed(model, *stories):
     """Stories in one row, each placed for itself."""
-    rows = [arrange([story], load_tokenizer(), model.config.scheme).inputs() for story in stories]
+    rows = [build_batch([story], load_tokenizer(), model.config.scheme).inputs() for story in stories]
     keys = "input_ids", "position_ids", "rank"
     return {key: torch.cat([row[key] for row in rows], -1) for key in keys}
 
@@ -119,11 +119,11 @@ def test_packed_documents_do_not_see_each_other(scheme):
     assert torch.equal(out.logits[0, 8:], other.logits[0, 8:])
     assert not torch.equal(out.logits[0, :8], other.logits[0, :8])
     for story, tokens, shown in ((first, slice(0, 8), patches[:4]), (second, slice(8, None), patches[4:])):
-        alone = model(**arrange([story], load_tokenizer(), model.config.scheme).inputs(), patches=shown)
+        alone = model(**build_batch([story], load_tokenizer(), model.config.scheme).inputs(), patches=shown)
         torch.testing.assert_close(out.logits[:, tokens], alone.logits, **CLOSE)
     positions, number = pack([[Text(4), Image(2, 2)], [Image(2, 3), Text(3)]], model.config.scheme.layout)
     assert torch.equal(inputs["position_ids"][1:, 0].T, positions)
-    assert torch.equal(documents(inputs["position_ids"][0].long(), None, None)[0], number)
+    assert torch.equal(document_ids(inputs["position_ids"][0].long(), None, None)[0], number)
 
 
 @pytest.mark.parametrize("ends", [False, True])
@@ -145,15 +145,15 @@ def test_the_collator_of_transformers_packs_as_well(ends, mask):
 def test_words_that_go_on_after_padding_are_one_document():
     count = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
-    assert documents(count, mask, None) is None
-    assert documents(count, None, None) is not None
+    assert document_ids(count, mask, None) is None
+    assert document_ids(count, None, None) is not None
 
 
 def test_the_border_is_crossed_and_crossed_back():
     positions, mask = torch.rand(2, 5, 3, dtype=torch.float64), torch.ones(2, 5, dtype=torch.bool)
     mask[1, :2] = False
-    ids = to_border(positions, mask)
-    count, again = from_border(ids, SCHEMES["rope-tv"], None)
+    ids = pack_position_ids(positions, mask)
+    count, again = unpack_position_ids(ids, SCHEMES["rope-tv"], None)
     assert torch.equal(again, positions)
     assert count.tolist() == [[0, 1, 2, 3, 4], [-2, -1, 0, 1, 2]]
 

@@ -8,7 +8,7 @@ from rope_mm.models import (
     RopeMMConfig,
     RopeMMForConditionalGeneration,
     RopeMMProcessor,
-    arrange,
+    build_batch,
     load_tokenizer,
     read_config,
 )
@@ -75,7 +75,7 @@ def test_an_extended_model_is_saved_extended_and_decodes_as_it_reads(tmp_path):
 def test_an_omega_that_depends_on_the_length_is_generated_from_without_a_cache():
     rope = {"scheme": "rope-tv", "extensions": [{"rope_type": "dynamic", "factor": 2.0, "original": 8.0}]}
     model = RopeMMForConditionalGeneration(read_config(**TOY, rope_parameters=rope)).eval()
-    inputs = arrange([["abcdefgh", Image(1, 2)]], load_tokenizer(), model.config.scheme).inputs()
+    inputs = build_batch([["abcdefgh", Image(1, 2)]], load_tokenizer(), model.config.scheme).inputs()
     inputs["patches"] = torch.randn(2, 4)
     said = model.generate(**inputs, max_new_tokens=2, do_sample=False, use_cache=False)
     assert said.shape == (1, 12)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rope_mm import SCHEMES, Image, Text, Video
-from rope_mm.models import RopeMMForConditionalGeneration, arrange, load_tokenizer, read_config
+from rope_mm.models import RopeMMForConditionalGeneration, build_batch, load_tokenizer, read_config
 
 TOKENIZER = load_tokenizer()
 GREEDY = {"do_sample": False, "max_new_tokens": 5, "return_dict_in_generate": True, "output_logits": True}
@@ -21,7 +21,7 @@ def make_model(scheme="rope-tv", **settings):
 
 
 def prompt(model, *stories, side="left"):
-    sequences = arrange(stories, TOKENIZER, model.config.scheme, side)
+    sequences = build_batch(stories, TOKENIZER, model.config.scheme, side)
     torch.manual_seed(1)
     places = int((sequences.input_ids == model.config.image_token_id).sum())
     inputs = sequences.inputs()
@@ -31,7 +31,7 @@ def prompt(model, *stories, side="left"):
 @torch.no_grad()
 def full_logits(model, story, ids, patches):
     """Logits of each of the words `ids` after a story, from one forward of all placed together."""
-    whole = arrange([[*story, "x" * len(ids)]], TOKENIZER, model.config.scheme).inputs()
+    whole = build_batch([[*story, "x" * len(ids)]], TOKENIZER, model.config.scheme).inputs()
     whole["input_ids"][0, -len(ids) :] = ids
     return model(**whole, patches=patches).logits[0, -len(ids) - 1 : -1]
 
@@ -130,7 +130,7 @@ def test_words_alone_need_no_positions():
     alone = model.generate(ids[1:, 3:], **GREEDY)
     torch.testing.assert_close(torch.stack(out.logits)[:, 1:], torch.stack(alone.logits), **CLOSE)
     story = [TOKENIZER.decode([100] * 7)]
-    placed = arrange([story], TOKENIZER, model.config.scheme).inputs() | {"input_ids": ids[:1]}
+    placed = build_batch([story], TOKENIZER, model.config.scheme).inputs() | {"input_ids": ids[:1]}
     torch.testing.assert_close(model(ids[:1]).logits, model(**placed).logits, **CLOSE)
 
 

@@ -8,8 +8,8 @@ import torch
 from rope_mm import Image, Video
 from rope_mm.data.documents import read_template
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer, read_config
-from rope_mm.models.pipeline import FILE, Form, Teller, draws_untold
-from rope_mm.models.sampling import guide
+from rope_mm.models.pipeline import FILE, GenerationPipeline, GenerationSpec, generates_unconditionally
+from rope_mm.models.sampling import classifier_free_guidance
 
 GRID = Image(2, 2)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -49,7 +49,7 @@ def test_in_one_step_guidance_goes_on_along_the_line_from_silence_to_words(model
 
 def test_steps_are_guided_one_by_one_and_both_halves_go_on_from_the_same(model):
     told, untold = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).unbind()
-    guided = guide(torch.cat([told, untold]), 3.0)
+    guided = classifier_free_guidance(torch.cat([told, untold]), 3.0)
     assert torch.equal(guided[:3], guided[3:])
     torch.testing.assert_close(guided[:3], 3 * told - 2 * untold)
     drawn = draw(model, WORDS, 3.0, 2)
@@ -81,9 +81,9 @@ def test_a_guided_clip_rolls_on_from_one_that_fits_its_window(model):
 
 def test_a_teller_draws_with_the_guidance_it_was_saved_with(model, tmp_path):
     processor = RopeMMProcessor.from_config(model.config, load_tokenizer())
-    form = Form(["{words}{image:draw}"], {"words": "words", "image": "picture"}, 4, 1, 2, 2.0)
-    Teller(model, processor, form).save(tmp_path)
-    teller = Teller.load(tmp_path)
+    form = GenerationSpec(["{words}{image:draw}"], {"words": "words", "image": "picture"}, 4, 1, 2, 2.0)
+    GenerationPipeline(model, processor, form).save(tmp_path)
+    teller = GenerationPipeline.load(tmp_path)
     prompt = teller.prompt("draw", "some")
     drawn = teller.draw([prompt], torch.Generator().manual_seed(1))
     torch.testing.assert_close(drawn, draw(model, ["some"], 2.0, 2), **CLOSE)
@@ -91,7 +91,7 @@ def test_a_teller_draws_with_the_guidance_it_was_saved_with(model, tmp_path):
         name: value for name, value in json.loads((tmp_path / FILE).read_text()).items() if name != "guidance"
     }
     (tmp_path / FILE).write_text(json.dumps(old))  # as written before there was guidance
-    drawn = Teller.load(tmp_path).draw([prompt], torch.Generator().manual_seed(1))
+    drawn = GenerationPipeline.load(tmp_path).draw([prompt], torch.Generator().manual_seed(1))
     torch.testing.assert_close(drawn, draw(model, ["some"], 1.0, 2), **CLOSE)
 
 
@@ -107,4 +107,4 @@ def test_a_teller_draws_with_the_guidance_it_was_saved_with(model, tmp_path):
 )
 def test_a_template_draws_untold_where_something_is_drawn_before_its_first_words(template, untold):
     kinds = {"words": "words", "image": "picture"}
-    assert draws_untold(read_template(template), kinds) is untold
+    assert generates_unconditionally(read_template(template), kinds) is untold

@@ -10,24 +10,24 @@ from rope_mm import SCHEMES, Image, Text, Video, place
 from rope_mm.losses import PENALTIES, input_gradients, twice_differentiable
 from rope_mm.models import (
     IMAGE_TOKEN,
-    Canvas,
+    ImageBatcher,
     RopeMMConfig,
     RopeMMCritic,
     RopeMMForConditionalGeneration,
     RopeMMModel,
-    Sequences,
-    arrange,
+    SequenceBatch,
+    build_batch,
     load_tokenizer,
     read_config,
 )
-from rope_mm.nn.attention import ranks, sees
+from rope_mm.nn.attention import block_ids, make_mask_fn
 
 STORY = ["see ", Image(2, 3), " and ", Video(2, 2, 2), "."]
 EVEN = ["see ", Image(2, 4), " and ", Video(2, 2, 2), "."]  # what blocks of 2 x 2 patches tile, too
 
 
 def inputs(config, *stories):
-    sequences = arrange(stories, load_tokenizer(), config.scheme)
+    sequences = build_batch(stories, load_tokenizer(), config.scheme)
     places = int((sequences.input_ids == config.image_token_id).sum())
     return sequences, torch.randn(places, config.patch_width)
 
@@ -38,8 +38,8 @@ def config():
 
 
 def test_a_word_sees_what_came_before_and_a_patch_its_whole_frame():
-    rank, token = ranks([Text(2), Image(1, 2), Text(1), Video(2, 1, 2)])[None], torch.arange(9)
-    seen = sees(rank)(torch.tensor(0), torch.tensor(0), token[:, None], token)
+    rank, token = block_ids([Text(2), Image(1, 2), Text(1), Video(2, 1, 2)])[None], torch.arange(9)
+    seen = make_mask_fn(rank)(torch.tensor(0), torch.tensor(0), token[:, None], token)
     assert seen.int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0, 0],
@@ -55,11 +55,11 @@ def test_a_word_sees_what_came_before_and_a_patch_its_whole_frame():
 
 def test_a_story_becomes_words_image_tokens_and_their_positions(config):
     tokenizer = load_tokenizer()
-    sequences = arrange([STORY, ["ab"]], tokenizer, config.scheme)
+    sequences = build_batch([STORY, ["ab"]], tokenizer, config.scheme)
     shape = [Text(4), Image(2, 3), Text(5), Video(2, 2, 2), Text(1)]
     assert torch.equal(sequences.positions[0], place(shape, "rope-tv")[0])
-    assert torch.equal(sequences.rank[0], ranks(shape))
-    assert isinstance(sequences, Sequences)
+    assert torch.equal(sequences.rank[0], block_ids(shape))
+    assert isinstance(sequences, SequenceBatch)
     is_image = sequences.input_ids[0] == tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     assert is_image.nonzero().flatten().tolist() == [4, 5, 6, 7, 8, 9, 15, 16, 17, 18, 19, 20, 21, 22]
     assert tokenizer.decode(sequences.input_ids[0][:4]) == "see "
@@ -105,7 +105,7 @@ def test_a_patch_sees_the_other_patches_of_its_image_but_not_a_later_frame(confi
 def test_padding_changes_nothing(config):
     model = RopeMMForConditionalGeneration(config).eval()
     alone, patches = inputs(config, STORY)
-    padded = arrange([STORY, [STORY[0] * 9]], load_tokenizer(), config.scheme)
+    padded = build_batch([STORY, [STORY[0] * 9]], load_tokenizer(), config.scheme)
     assert padded.input_ids.shape[1] > alone.input_ids.shape[1]
     one, two = model(**alone.inputs(), patches=patches), model(**padded.inputs(), patches=patches)
     torch.testing.assert_close(two.logits[:1, : one.logits.shape[1]], one.logits, atol=1e-5, rtol=1e-5)
@@ -126,7 +126,7 @@ def test_what_is_drawn_does_not_depend_on_where_the_story_begins(scheme):
 def test_words_are_learned(config):
     model, tokenizer = RopeMMForConditionalGeneration(config), load_tokenizer()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    sequences = arrange([["to be or not to be"]], tokenizer, config.scheme)
+    sequences = build_batch([["to be or not to be"]], tokenizer, config.scheme)
     for _ in range(60):
         loss = model(**sequences.inputs(), labels=sequences.input_ids).loss
         optimizer.zero_grad()
@@ -188,7 +188,7 @@ def test_the_critic_reads_back_too_and_auto_classes_know_the_backbone(config, tm
 
 
 def test_a_caption_that_names_the_image_token_is_spelt_out(config):
-    sequences = arrange([["an <image> here", Image(1, 2)]], load_tokenizer(), config.scheme)
+    sequences = build_batch([["an <image> here", Image(1, 2)]], load_tokenizer(), config.scheme)
     assert int((sequences.input_ids == config.image_token_id).sum()) == 2
 
 
@@ -199,7 +199,7 @@ def test_a_word_level_tokenizer_serves_as_well(tmp_path):
     tokenizer = load_tokenizer(str(tmp_path))
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     config = read_config(vocab_size=len(tokenizer), image_token_id=image)
-    sequences = arrange([["a seven", Image(1, 2)]], tokenizer, config.scheme)
+    sequences = build_batch([["a seven", Image(1, 2)]], tokenizer, config.scheme)
     assert sequences.input_ids.tolist() == [[1, 2, image, image]]
     out = RopeMMForConditionalGeneration(config)(**sequences.inputs(), patches=torch.randn(2, 4))
     assert out.logits.shape == (1, 4, 4)
@@ -228,7 +228,7 @@ def test_the_critics_penalty_trains_every_weight_and_agrees_with_finite_differen
 
 def test_a_canvas_draws_what_the_seed_says(config):
     model = RopeMMForConditionalGeneration(config).eval()
-    canvas = Canvas(config, load_tokenizer(), 8)
+    canvas = ImageBatcher(config, load_tokenizer(), 8)
     draw = lambda seed: canvas.draw(model, ["one", "two"], torch.Generator().manual_seed(seed))  # noqa: E731
     assert draw(0).shape == (2, 1, 8, 8)
     assert torch.equal(draw(0), draw(0))
@@ -257,7 +257,7 @@ def test_patches_must_be_as_many_as_their_places(config):
     with pytest.raises(ValueError, match="13 patches came for 14 places"):
         RopeMMModel(config)(**sequences.inputs(), patches=patches[:-1])
     with pytest.raises(ValueError, match="9 x 9 pixels do not divide into patches of 2 x 2"):
-        _ = Canvas(config, load_tokenizer(), 9).grid
+        _ = ImageBatcher(config, load_tokenizer(), 9).grid
 
 
 @pytest.mark.parametrize("patch_size", [2, 8])

@@ -10,18 +10,18 @@ import torch
 from PIL import Image as Pil
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, ByT5Tokenizer
 
-from rope_mm import SCHEMES, Frames, Image, Text, Video
+from rope_mm import SCHEMES, Image, MoreFrames, Text, Video
 from rope_mm.models import (
-    Canvas,
+    ImageBatcher,
     RopeMMConfig,
     RopeMMForConditionalGeneration,
     RopeMMModel,
     RopeMMProcessor,
-    arrange,
+    build_batch,
     load_tokenizer,
     read_config,
 )
-from rope_mm.models.sampling import draw_frames
+from rope_mm.models.sampling import sample_frames
 from rope_mm.nn.patches import to_patches
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def test_documents_become_segments_and_their_patches_in_order():
     processor, _ = make()
     inputs = processor(documents=[["see ", PICTURE, " and ", CLIP, "."], ["ab"]], padding_side="right")
     story = ["see ", Image(2, 3), " and ", Video(3, 1, 2), "."]
-    plain = arrange([story, ["ab"]], processor.tokenizer, processor.scheme).inputs()
+    plain = build_batch([story, ["ab"]], processor.tokenizer, processor.scheme).inputs()
     same({name: inputs[name] for name in plain}, plain)
     patches = to_patches(PICTURE[None], 2)[0], to_patches(CLIP, 2).flatten(0, 1)
     assert torch.equal(inputs["patches"], torch.cat(patches))
@@ -55,7 +55,7 @@ def test_documents_become_segments_and_their_patches_in_order():
 def test_a_patch_stands_where_it_is_in_the_picture(scheme):
     processor, model = make(scheme)
     rows = torch.arange(4.0).repeat_interleave(2)[:, None].expand(8, 8)  # each patch says its row
-    canvas = Canvas(model.config, processor.tokenizer, 8)
+    canvas = ImageBatcher(model.config, processor.tokenizer, 8)
     for patches in (processor(documents=[["a", rows[None]]])["patches"], canvas.patches(rows[None, None])[0]):
         place = processor(documents=[["a", rows[None]]])["position_ids"][2, 0, 1:]
         assert torch.equal(patches[:, 0].double(), place - place.min())
@@ -208,7 +208,7 @@ def test_a_clip_is_drawn_frame_after_frame_as_without_a_cache(scheme):
     assert clips.shape == (2, 3, 1, 4, 4)
     noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     for row, caption in enumerate(captions):
-        sequences = arrange([[caption, grid]], processor.tokenizer, processor.scheme)
+        sequences = build_batch([[caption, grid]], processor.tokenizer, processor.scheme)
         frames = to_patches(clips[row], 2)
         for frame in range(3):
             patches = torch.cat([frames[:frame].flatten(0, 1), noise[row, frame:].flatten(0, 1)])
@@ -220,7 +220,7 @@ def test_a_causal_clip_is_drawn_further_by_frames():
     processor, _ = make("rope-tv-causal")
     whole, _ = processor.scheme.place([Text(3), Video(3, 2, 2)])
     begun, cursor = processor.scheme.place([Text(3), Video(1, 2, 2)])
-    more, _ = processor.scheme.place([Frames(2, 2, 2)], cursor)
+    more, _ = processor.scheme.place([MoreFrames(2, 2, 2)], cursor)
     assert torch.equal(torch.cat([begun, more]), whole)
 
 
@@ -234,7 +234,7 @@ def test_a_picture_is_one_pass_and_what_the_seed_says(monkeypatch):
     assert len(calls) == 1
     assert torch.equal(draw(0), draw(0))
     assert not torch.equal(draw(0), draw(1))
-    sequences = arrange([["a", Image(2, 3)]], processor.tokenizer, processor.scheme)
+    sequences = build_batch([["a", Image(2, 3)]], processor.tokenizer, processor.scheme)
     noise = torch.randn(1, 1, 6, 4)
     plain = model(**sequences.inputs(), patches=noise[:, 0]).patches
-    assert torch.equal(draw_frames(model, sequences, noise)[0, 0], plain)
+    assert torch.equal(sample_frames(model, sequences, noise)[0, 0], plain)

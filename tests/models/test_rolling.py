@@ -7,12 +7,12 @@ from rope_mm import SCHEMES, Video
 from rope_mm.models import (
     RopeMMForConditionalGeneration,
     RopeMMProcessor,
-    arrange,
+    build_batch,
     load_tokenizer,
     read_config,
 )
-from rope_mm.models.rolling import RollingCache
-from rope_mm.models.sampling import draw_frames
+from rope_mm.models.rolling import UnrotatedKeyCache
+from rope_mm.models.sampling import sample_frames
 
 GRID = 2, 2  # patches of a frame
 
@@ -29,7 +29,7 @@ def make(scheme, layers=2, **rope):
 def place(model, frames):
     """Two prompts of unequal length and a clip."""
     stories = [[words, Video(frames, *GRID)] for words in ("a", "some")]
-    return arrange(stories, load_tokenizer(), model.config.scheme, "left")
+    return build_batch(stories, load_tokenizer(), model.config.scheme, "left")
 
 
 def noise_of(model, frames, start=0):
@@ -41,7 +41,7 @@ def noise_of(model, frames, start=0):
 def test_until_it_is_full_a_window_is_a_cache_like_any_other(scheme):
     model = make(scheme)
     sequences, noise = place(model, 3), noise_of(model, 3)
-    whole, rolling = (draw_frames(model, sequences, noise, 2, window=window) for window in (None, 3))
+    whole, rolling = (sample_frames(model, sequences, noise, 2, window=window) for window in (None, 3))
     torch.testing.assert_close(rolling, whole, atol=1e-5, rtol=1e-5)
 
 
@@ -49,36 +49,36 @@ def test_until_it_is_full_a_window_is_a_cache_like_any_other(scheme):
 @pytest.mark.parametrize("scheme", ["rope-tv-causal", "m-rope", "flat", "mixed"])
 def test_a_full_window_draws_as_if_the_clip_began_in_it(scheme, steps):
     model, window = make(scheme, layers=1), 3  # of one layer, whose keys know their own token alone
-    drawn = draw_frames(model, place(model, window), noise_of(model, 7), steps, window=window)
+    drawn = sample_frames(model, place(model, window), noise_of(model, 7), steps, window=window)
     for frame in range(window, 7):
         before = drawn[:, frame - window + 1 : frame].flatten(1, 2)
-        alone = draw_frames(model, place(model, window), noise_of(model, 1, frame), steps, before)
+        alone = sample_frames(model, place(model, window), noise_of(model, 1, frame), steps, before)
         torch.testing.assert_close(drawn[:, frame], alone[:, 0], atol=1e-5, rtol=1e-5)
 
 
 def test_keys_that_move_up_are_rotated_to_where_they_now_stand():
     model, window = make("rope-tv-causal", layers=1, theta=10.0), 3
-    drawn = draw_frames(model, place(model, window), noise_of(model, 5), window=window)
+    drawn = sample_frames(model, place(model, window), noise_of(model, 5), window=window)
     changed = noise_of(model, 5).clone()
     changed[:, 0] += 1  # forgotten by the fourth frame, but for what the second and third made of it
-    other = draw_frames(model, place(model, window), changed, window=window)
+    other = sample_frames(model, place(model, window), changed, window=window)
     assert not torch.equal(drawn[:, 1], other[:, 1])
-    whole = draw_frames(model, place(model, 5), noise_of(model, 5))
+    whole = sample_frames(model, place(model, 5), noise_of(model, 5))
     torch.testing.assert_close(drawn[:, :3], whole[:, :3], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(drawn[:, 3], whole[:, 3], atol=1e-3)
 
 
 def test_a_full_window_grows_no_more(monkeypatch):
-    lengths, update = [], RollingCache.update
+    lengths, update = [], UnrotatedKeyCache.update
 
     def record(self, *args, **kwargs):
         k, v = update(self, *args, **kwargs)
         lengths.append(k.shape[-2])
         return k, v
 
-    monkeypatch.setattr(RollingCache, "update", record)
+    monkeypatch.setattr(UnrotatedKeyCache, "update", record)
     model = make("rope-tv-causal", layers=1)
-    draw_frames(model, place(model, 3), noise_of(model, 8), window=3)
+    sample_frames(model, place(model, 3), noise_of(model, 8), window=3)
     assert lengths == [8, 12, *[16] * 6]  # a prompt of four, then one, two and three frames of four
 
 

@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from rope_mm import Image, Text, Video
 from rope_mm.models import (
-    Canvas,
+    ImageBatcher,
     RopeMMForConditionalGeneration,
     RopeMMProcessor,
     load_tokenizer,
     read_config,
 )
-from rope_mm.nn.attention import ranks
-from rope_mm.nn.patches import from_tubes, to_tubes
+from rope_mm.nn.attention import block_ids
+from rope_mm.nn.patches import from_tubelets, to_tubelets
 
 CLIP = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -33,9 +33,9 @@ def seed(number=0):
 @given(frames=st.integers(1, 7), depth=st.integers(1, 4))
 def test_tubes_hold_every_frame_in_order_and_then_the_last_one_again(frames, depth):
     clip = torch.rand(frames, 2, 3, 5)
-    tubes = to_tubes(clip, depth)
+    tubes = to_tubelets(clip, depth)
     assert tubes.shape == (-(-frames // depth), depth * 2, 3, 5)
-    back = from_tubes(tubes[None], depth)[0]
+    back = from_tubelets(tubes[None], depth)[0]
     assert torch.equal(back[:frames], clip)
     assert all(torch.equal(frame, clip[-1]) for frame in back[frames:])
 
@@ -79,8 +79,8 @@ def test_frames_see_later_ones_if_and_only_if_attention_is_full():
 
 def test_ranks_of_a_full_clip_are_those_of_one_picture():
     story = [Text(2), Video(3, 1, 2), Text(1), Image(1, 2)]
-    assert ranks(story, full=True).tolist() == [1, 2, 3, 3, 3, 3, 3, 3, 4, 5, 5]
-    assert ranks(story).tolist() == [1, 2, 3, 3, 4, 4, 5, 5, 6, 7, 7]
+    assert block_ids(story, full=True).tolist() == [1, 2, 3, 3, 3, 3, 3, 3, 4, 5, 5]
+    assert block_ids(story).tolist() == [1, 2, 3, 3, 4, 4, 5, 5, 6, 7, 7]
 
 
 def test_a_full_clip_is_drawn_in_one_pass_and_neither_gone_on_with_nor_in_a_window():
@@ -112,4 +112,4 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="temporal_patch_size must be at least 1, not 0"):
         read_config(temporal_patch_size=0)
     with pytest.raises(ValueError, match="temporal_patch_size 2 is for clips; images alone take 1"):
-        _ = Canvas(read_config(temporal_patch_size=2), load_tokenizer(), 8).grid
+        _ = ImageBatcher(read_config(temporal_patch_size=2), load_tokenizer(), 8).grid

@@ -21,7 +21,7 @@ from rope_mm.models import (
     RopeMMForConditionalGeneration,
     RopeMMModel,
     RopeMMProcessor,
-    arrange,
+    build_batch,
     load_tokenizer,
 )
 
@@ -56,7 +56,7 @@ class RopeMMTester:
     def prepare_config_and_inputs_for_common(self):
         config = self.get_config()
         stories = [["a pic", Image(1, 5), "ture"]] * self.batch_size
-        inputs = arrange(stories, load_tokenizer(), config.scheme).inputs()
+        inputs = build_batch(stories, load_tokenizer(), config.scheme).inputs()
         words = ids_tensor([self.batch_size, self.seq_length], 200) + 21
         inputs["input_ids"] = words.index_fill(1, torch.arange(5, 10), config.image_token_id)
         return config, inputs | {"patches": torch.randn(self.batch_size, 5, config.patch_width)}

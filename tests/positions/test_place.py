@@ -11,13 +11,13 @@ from rope_mm import (
     LAYOUTS,
     Audio,
     Cursor,
-    Frames,
     Image,
-    Still,
+    MoreFrames,
     Text,
+    Unrotated,
     Video,
-    augment,
-    film,
+    augment_positions,
+    interleave_audio,
     pack,
     place,
     place_rows,
@@ -25,7 +25,7 @@ from rope_mm import (
 
 SIZES = st.integers(1, 6)
 SEGMENTS = st.one_of(
-    *(st.builds(kind, SIZES) for kind in (Text, Audio, Still)),
+    *(st.builds(kind, SIZES) for kind in (Text, Audio, Unrotated)),
     st.builds(Image, SIZES, SIZES),
     st.builds(Video, SIZES, SIZES, SIZES, st.sampled_from([1.0, 0.25, 2.0])),
 )
@@ -123,7 +123,7 @@ def test_a_story_placed_in_pieces_is_the_story_placed_at_once(layout, story, cut
 def test_an_equivalent_layout_counts_a_patch_as_a_word(layout, story):
     _, cursor = place(story, layout)
     assert cursor.tokens == sum(segment.tokens for segment in story)
-    assert cursor.next == sum(segment.tokens for segment in story if not isinstance(segment, Still))
+    assert cursor.next == sum(segment.tokens for segment in story if not isinstance(segment, Unrotated))
 
 
 def assert_symmetric(segment, layout, words=3, **options):
@@ -178,7 +178,7 @@ def test_a_movie_of_unknown_length_is_placed_frame_after_frame_as_if_known(layou
     whole, end = place([Text(2), Video(sum(counts), 2 * y, 2 * x), Text(1)], layout)
     parts, cursor = place([Text(2), Video(counts[0], 2 * y, 2 * x)], layout)
     for count in counts[1:]:
-        more, cursor = place([Frames(count, 2 * y, 2 * x)], layout, cursor)
+        more, cursor = place([MoreFrames(count, 2 * y, 2 * x)], layout, cursor)
         parts = torch.cat((parts, more))
     words, cursor = place([Text(1)], layout, cursor)
     assert torch.equal(torch.cat((parts, words)), whole)
@@ -190,17 +190,23 @@ def test_a_layout_that_would_move_placed_frames_refuses_more_of_them(layout):
     options = {"t": 4.0} if layout == "stretched" else {}
     _, cursor = place([Text(2), Video(2, 3, 2)], layout, **options)
     with pytest.raises(ValueError, match="give the whole video at once, or take a causal layout"):
-        place([Frames(1, 3, 2)], layout, cursor, **options)
+        place([MoreFrames(1, 3, 2)], layout, cursor, **options)
 
 
 def test_frames_and_sound_need_their_video_and_sound_a_clock():
-    for story in ("text:2 frames:1x2x2", "video:2x2x2 text:1 frames:1x2x2", "video:2x2x2 frames:1x2x3"):
+    for story in (
+        "text:2 more_frames:1x2x2",
+        "video:2x2x2 text:1 more_frames:1x2x2",
+        "video:2x2x2 more_frames:1x2x3",
+    ):
         with pytest.raises(ValueError, match="must come after a video of the same rows"):
             place(story, "flat")
     with pytest.raises(ValueError, match="write audio for sound alone"):
-        place("sound:3", "tm-rope")
-    with pytest.raises(ValueError, match=r"has no clock for sound:3 to keep time with; take \['tm-rope'\]"):
-        place("video:2x2x2 sound:3", "m-rope")
+        place("video_audio:3", "tm-rope")
+    with pytest.raises(
+        ValueError, match=r"has no clock for video_audio:3 to keep time with; take \['tm-rope'\]"
+    ):
+        place("video:2x2x2 video_audio:3", "m-rope")
 
 
 def test_qwen2_5_vl_counts_frames_by_the_clock_and_rounds_down():
@@ -210,8 +216,8 @@ def test_qwen2_5_vl_counts_frames_by_the_clock_and_rounds_down():
 
 
 def test_a_film_goes_by_one_clock_for_frames_and_sound():
-    story = film(Video(4, 2, 2, seconds=1.0), sound=90)
-    assert " ".join(map(str, story)) == "video:2x2x2 sound:50 frames:2x2x2 sound:40"
+    story = interleave_audio(Video(4, 2, 2, seconds=1.0), sound=90)
+    assert " ".join(map(str, story)) == "video:2x2x2 video_audio:50 more_frames:2x2x2 video_audio:40"
     positions, cursor = place([Text(5), *story, Text(1)], "tm-rope")
     frames = torch.cat((positions[5:13], positions[63:71]))
     sound = torch.cat((positions[13:63], positions[71:111]))
@@ -227,7 +233,7 @@ def test_sound_alone_and_words_are_counted_alike():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tokens_that_stand_still_are_at_the_origin_and_move_nobody(layout):
-    with_still, cursor = place("text:3 still:2 image:2x2 still:1 text:2", layout)
+    with_still, cursor = place("text:3 unrotated:2 image:2x2 unrotated:1 text:2", layout)
     without, plain = place("text:3 image:2x2 text:2", layout)
     still = torch.tensor([3, 4, 9])
     assert with_still[still].eq(0).all()
@@ -267,7 +273,8 @@ def test_packed_stories_restart_and_shards_of_a_row_are_its_parts(stories, size)
 def test_augmented_positions_are_moved_and_scaled_within_bounds(seed, shift, jitter, rescale):
     positions = torch.cartesian_prod(*[torch.linspace(-1, 1, 3, dtype=torch.float64)] * 2)
     one, same = (
-        augment(positions, shift, jitter, rescale, torch.Generator().manual_seed(seed)) for _ in range(2)
+        augment_positions(positions, shift, jitter, rescale, torch.Generator().manual_seed(seed))
+        for _ in range(2)
     )
     assert torch.equal(one, same)
     middle, corner = one[4], one[8]
@@ -280,10 +287,10 @@ def test_augmented_positions_are_moved_and_scaled_within_bounds(seed, shift, jit
 
 def test_augmentation_by_nothing_changes_nothing_and_bad_ranges_are_refused():
     positions, _ = place("text:2 image:2x2", "rope-tv")
-    assert torch.equal(augment(positions), positions)
+    assert torch.equal(augment_positions(positions), positions)
     for ranges in ({"shift": -1.0}, {"jitter": 0.5}, {"rescale": 0.9}):
         with pytest.raises(ValueError, match="must be >= 0"):
-            augment(positions, **ranges)
+            augment_positions(positions, **ranges)
 
 
 def test_a_batch_that_does_not_fit_is_refused():

@@ -7,8 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from rope_mm import SCHEMES, Image, Rotary, rotate
-from rope_mm.models import RopeMMModel, arrange, load_tokenizer, read_config
-from rope_mm.rotary.dispatch import explain
+from rope_mm.models import RopeMMModel, build_batch, load_tokenizer, read_config
+from rope_mm.rotary.dispatch import explain_dispatch
 
 pytestmark = pytest.mark.compile
 # equal sizes are taken for one, so there are never as many tokens as batch rows, heads, channels or pairs
@@ -139,7 +139,7 @@ def test_the_model_is_one_graph_for_all_stories():
     model = RopeMMModel(config)
     compiled, counted = counting(model, backend="eager", dynamic=True)
     for story in (["see ", Image(2, 3), "."], ["and ", Image(3, 5), " two"]):
-        sequences = arrange([story] * 3, load_tokenizer(), config.scheme)
+        sequences = build_batch([story] * 3, load_tokenizer(), config.scheme)
         patches = torch.randn(3, story[1].tokens, config.patch_width)
         given = {**sequences.inputs(), "patches": patches}
         torch.testing.assert_close(compiled(**given), model(**given))
@@ -152,7 +152,7 @@ def test_a_graph_takes_the_definition_on_a_cpu_and_says_so():
     said = []
 
     def saying(q, k, positions, omega):
-        said.append(explain(q, k, positions, omega))
+        said.append(explain_dispatch(q, k, positions, omega))
         return rotate(q, k, positions, omega)
 
     positions = torch.zeros(3, 2)

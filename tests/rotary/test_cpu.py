@@ -39,8 +39,8 @@ def test_heads_are_turned_as_by_the_definition_in_parts_of_any_size(form, shared
         heads = case(form, shared, n, spare, dtype, s=5)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpu, "PART", part)
-            ours = cpu.turn_heads(*heads, *form)
-        theirs = rotation.turn_heads(*heads, *form)
+            ours = cpu.apply_rotary(*heads, *form)
+        theirs = rotation.apply_rotary(*heads, *form)
         assert ours.dtype == dtype
         torch.testing.assert_close(
             ours, theirs, atol=2 * torch.finfo(dtype).eps, rtol=2 * torch.finfo(dtype).eps
@@ -55,7 +55,7 @@ def test_gradients_second_gradients_and_tangents_are_right(form, shared, n, spar
     inputs = [x.requires_grad_() for x in case(form, shared, n, spare, s=2)]
 
     def turn(*x):
-        return cpu.turn_heads(*x, *form)
+        return cpu.apply_rotary(*x, *form)
 
     assert torch.autograd.gradcheck(turn, inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(turn, inputs)
@@ -65,26 +65,28 @@ def test_strided_heads_keep_their_strides_and_their_source():
     qkv = torch.randn(2, 5, 3, 4, 16)
     before = qkv.clone()
     x, angle = qkv[:, :, 1], torch.randn(5, 1, 8)
-    ours = cpu.turn_heads(x, angle.cos(), angle.sin())
-    torch.testing.assert_close(ours, rotation.turn_heads(x, angle.cos(), angle.sin()))
+    ours = cpu.apply_rotary(x, angle.cos(), angle.sin())
+    torch.testing.assert_close(ours, rotation.apply_rotary(x, angle.cos(), angle.sin()))
     assert torch.equal(qkv, before)
     expanded = torch.ones(()).expand(2, 5, 4, 16).requires_grad_()
-    (grad,) = torch.autograd.grad(cpu.turn_heads(expanded, angle.cos(), angle.sin()).sum(), expanded)
-    torch.testing.assert_close(grad, rotation.turn_heads(torch.ones(2, 5, 4, 16), angle.cos(), -angle.sin()))
+    (grad,) = torch.autograd.grad(cpu.apply_rotary(expanded, angle.cos(), angle.sin()).sum(), expanded)
+    torch.testing.assert_close(
+        grad, rotation.apply_rotary(torch.ones(2, 5, 4, 16), angle.cos(), -angle.sin())
+    )
 
 
 def test_maps_over_heads_and_transforms_of_functions_go_through():
     x, angle = torch.randn(3, 2, 5, 4, 16), torch.randn(5, 1, 8)
-    turn = torch.vmap(lambda y: cpu.turn_heads(y, angle.cos(), angle.sin()))
-    torch.testing.assert_close(turn(x)[1], rotation.turn_heads(x[1], angle.cos(), angle.sin()))
-    gradient = torch.func.grad(lambda a: cpu.turn_heads(x[0], a.cos(), a.sin()).pow(3).sum())(angle)
-    expected = torch.func.grad(lambda a: rotation.turn_heads(x[0], a.cos(), a.sin()).pow(3).sum())(angle)
+    turn = torch.vmap(lambda y: cpu.apply_rotary(y, angle.cos(), angle.sin()))
+    torch.testing.assert_close(turn(x)[1], rotation.apply_rotary(x[1], angle.cos(), angle.sin()))
+    gradient = torch.func.grad(lambda a: cpu.apply_rotary(x[0], a.cos(), a.sin()).pow(3).sum())(angle)
+    expected = torch.func.grad(lambda a: rotation.apply_rotary(x[0], a.cos(), a.sin()).pow(3).sum())(angle)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_to_rotate_is_rotated_to_nothing():
     x, angle = torch.randn(2, 0, 4, 16), torch.randn(0, 1, 8)
-    assert cpu.turn_heads(x, angle.cos(), angle.sin()).shape == x.shape
+    assert cpu.apply_rotary(x, angle.cos(), angle.sin()).shape == x.shape
 
 
 @pytest.mark.parametrize(
@@ -108,6 +110,6 @@ def test_the_door_says_which_way_it_takes_and_why(device, dtype, triton, words, 
         q, other = (torch.empty(1, s, 4, 24, dtype=dtype, device=device) for s in (3, 2))
         positions, omega = torch.zeros(3, 2, dtype=torch.float64), torch.ones(2, 12)
         monkeypatch.setattr(kernels, "check_positions", lambda *_: None)  # it looks at numbers
-        assert re.search(words, said := kernels.explain(q, q, positions, omega)), said
+        assert re.search(words, said := kernels.explain_dispatch(q, q, positions, omega)), said
         with pytest.raises(ValueError, match="alike but for the heads"):
-            kernels.explain(q, other, positions, omega)
+            kernels.explain_dispatch(q, other, positions, omega)

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from rope_mm import SCHEMES, Rotary, parse_segments, place, rotate
 from rope_mm.rotary import definition as rotation
-from rope_mm.rotary.dispatch import Turn
+from rope_mm.rotary.dispatch import RotaryAngles
 
-STORY = parse_segments("text:4 image:2x4 text:2 video:2x2x2 still:1 text:1")
+STORY = parse_segments("text:4 image:2x4 text:2 video:2x2x2 unrotated:1 text:1")
 TOKENS = 24
 # a text alone is rotated as by RoPE-1D of the same theta
 COMPATIBLE = [
@@ -144,7 +144,7 @@ def test_queries_and_keys_may_stand_at_places_of_their_own():
 
 
 def test_angles_are_as_wide_as_the_device_has_floats():
-    assert [rotation.widest(device) for device in ("cpu", torch.device("mps", 0), "meta")] == [
+    assert [rotation.widest_float(device) for device in ("cpu", torch.device("mps", 0), "meta")] == [
         torch.float64,
         torch.float32,
         torch.float64,
@@ -157,7 +157,7 @@ def test_tokens_that_stand_still_are_not_rotated():
     q, k = heads()
     turned, _ = rope(q, k, positions)
     still = (positions == 0).all(-1)
-    assert still.nonzero().flatten().tolist() == [0, 22]  # the first word, and the segment still:1
+    assert still.nonzero().flatten().tolist() == [0, 22]  # the first word, and the segment unrotated:1
     assert torch.equal(turned[:, still], q[:, still])
 
 
@@ -222,7 +222,7 @@ def test_a_turn_made_once_serves_every_layer():
     rope = Rotary(24)
     positions, _ = rope.place(STORY)
     turn = rope.turn(positions, torch.float64)
-    assert isinstance(turn, Turn)
+    assert isinstance(turn, RotaryAngles)
     for _ in range(2):
         q, k = heads()
         for a, b in zip(rope(q, k, turn), rope(q, k, positions), strict=True):

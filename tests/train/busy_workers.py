@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "train"))
 import pretrain
 
 from rope_mm.training.config import run
-from rope_mm.training.dataset import Feed
+from rope_mm.training.dataset import PackedDocumentDataset
 
 
 def asked():
@@ -24,7 +24,7 @@ def failed():
     raise ValueError("the main process fails")
 
 
-read, step = Feed.__getitem__, pretrain.Training.step
+read, step = PackedDocumentDataset.__getitem__, pretrain.Training.step
 
 
 def slowly(self, turn):
@@ -40,5 +40,5 @@ def ending(self, number):
 
 
 if __name__ == "__main__":
-    Feed.__getitem__, pretrain.Training.step = slowly, ending
+    PackedDocumentDataset.__getitem__, pretrain.Training.step = slowly, ending
     run(pretrain.main, pretrain.Pretrain, sys.argv[2:])

@@ -161,7 +161,7 @@ def test_published_heads_train_with_equally_many_operations(tmp_path, name):
     flags = ["--config", str(CONFIGS / f"{name}.yaml"), "--data.paths", f"[{path}]"]
     config, counted, estimated = load(compare_heads.CompareHeads, flags), {}, {}
     for head in config.heads:
-        training = compare_heads.Counted(compare_heads.configure(config, head, 0), Accelerator())
+        training = compare_heads.MeteredTraining(compare_heads.configure(config, head, 0), Accelerator())
         training.begin(0)
         training.step(0)
         counted[head] = training.remarks()["TFLOP"]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from scipy.stats import tukey_hsd
 
-from rope_mm.data.synthetic.qa_tasks import ask_drawing, ask_motion, ask_order, ask_sprite
+from rope_mm.data.synthetic.qa_tasks import make_generation, make_motion, make_order, make_sprite
 from rope_mm.data.synthetic.sprites import COLOURS, COLUMNS, MOTIONS, ROWS
 from rope_mm.evaluation.comparison import judge_noise
-from rope_mm.evaluation.qa import answer, judge, place
-from rope_mm.evaluation.sprites import judge_clips, judge_sprites
+from rope_mm.evaluation.qa import generate_answers, place_qa, score_answers
+from rope_mm.evaluation.sprites import classify_sprites, classify_videos
 from rope_mm.training.config import load, run
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +133,7 @@ def test_the_schemes_of_a_configuration_differ_in_nothing_but_the_scheme(path):
             "cpu",
         ],
     )
-    words = compare.School(config).words
+    words = compare.Benchmark(config).words
     models = {scheme: compare.make_model(config, words, scheme, 0) for scheme in config.schemes}
     first = dict(models["flat"].named_parameters())
     for name, model in models.items():
@@ -148,10 +148,12 @@ def test_the_schemes_of_a_configuration_differ_in_nothing_but_the_scheme(path):
 def asked(toy):
     """A model and, of each task, quizzes at their places."""
     config = load(compare.CompareSchemes, toy)
-    school = compare.School(config)
+    school = compare.Benchmark(config)
     model = compare.make_model(config, school.words, "tv", 0).eval()
     told = {task: told for (kind, task, _), told in school.exams.items() if kind == "trained"}
-    return model, {task: place(quizzes, school.words, model.config.scheme) for task, quizzes in told.items()}
+    return model, {
+        task: place_qa(quizzes, school.words, model.config.scheme) for task, quizzes in told.items()
+    }
 
 
 def clairvoyant(model, asked):
@@ -174,64 +176,64 @@ def clairvoyant(model, asked):
 def test_an_answer_is_right_if_and_only_if_greedy_decoding_writes_it(asked):
     model, tasks = asked
     one = tasks["sprite"][:1]
-    found = answer(model, one)
+    found = generate_answers(model, one)
     assert not found.right and found.words > 0 and found.pictures == 0
     clairvoyant(model, one)
-    assert judge(model, one).all()
+    assert score_answers(model, one).all()
     assert one[0].row.ids[-1] == 1
     one[0].row.ids[-1] = 5  # it goes on where the end was
     clairvoyant(model, one)
     one[0].row.ids[-1] = 1
-    assert not judge(model, one).any()
+    assert not score_answers(model, one).any()
 
 
 @torch.no_grad()
 def test_a_drawing_is_right_if_it_shows_what_was_asked_whatever_else_is_asked_beside_it(asked):
     model, tasks = asked
     drawings, mixed = tasks["drawing"], [*tasks["drawing"], *tasks["cell"]]
-    found = answer(model, mixed)
+    found = generate_answers(model, mixed)
     assert found.pictures > 0 and len(found.drawn) == sum(quiz.drawn for _, quiz in drawings) == 8
-    assert answer(model, drawings).words == 0
-    torch.testing.assert_close(answer(model, drawings).pictures, found.pictures)
-    assert not judge(model, drawings).all()
+    assert generate_answers(model, drawings).words == 0
+    torch.testing.assert_close(generate_answers(model, drawings).pictures, found.pictures)
+    assert not score_answers(model, drawings).all()
     clairvoyant(model, drawings)
-    assert judge(model, drawings).all() and answer(model, drawings).pictures == 0
+    assert score_answers(model, drawings).all() and generate_answers(model, drawings).pictures == 0
     clairvoyant(model, drawings[1:] + drawings[:1])  # the right pictures, each for another one
     shown = [quiz.patches for _, quiz in drawings]
     same = [torch.equal(one, other) for one, other in zip(shown, shown[1:] + shown[:1], strict=True)]
-    assert judge(model, drawings).tolist() == same and not all(same)
+    assert score_answers(model, drawings).tolist() == same and not all(same)
 
 
 def test_what_is_to_be_drawn_is_never_shown(asked):
     model, tasks = asked
     one = tasks["drawing"][:1]
-    before = answer(model, one).drawn
+    before = generate_answers(model, one).drawn
     one[0].told.patches.zero_()
-    assert torch.equal(answer(model, one).drawn, before)
+    assert torch.equal(generate_answers(model, one).drawn, before)
 
 
 def test_captions_say_what_the_judge_of_sprites_sees():
     for number in range(20):
-        quiz = ask_sprite(torch.Generator().manual_seed(number), 16)
-        seen = {name: int(index) for name, index in judge_sprites(quiz.document[0][None]).items()}
+        quiz = make_sprite(torch.Generator().manual_seed(number), 16)
+        seen = {name: int(index) for name, index in classify_sprites(quiz.document[0][None]).items()}
         assert (
             quiz.answer
             == f"{list(COLOURS)[seen['colour']]} at the {ROWS[seen['row']]} {COLUMNS[seen['column']]}"
         )
         for size in (16, (8, 16), (8, 48), (32, 32)):
-            quiz = ask_drawing(torch.Generator().manual_seed(number), size)
-            seen = {name: int(index) for name, index in judge_sprites(quiz.answer[None]).items()}
+            quiz = make_generation(torch.Generator().manual_seed(number), size)
+            seen = {name: int(index) for name, index in classify_sprites(quiz.answer[None]).items()}
             told = f"{list(COLOURS)[seen['colour']]} at the {ROWS[seen['row']]} {COLUMNS[seen['column']]}"
             assert quiz.question == f"draw {told}"
-        quiz = ask_motion(torch.Generator().manual_seed(number), 4, 16)
-        assert list(MOTIONS)[judge_clips(quiz.document[0][None])["motion"]] in quiz.answer
+        quiz = make_motion(torch.Generator().manual_seed(number), 4, 16)
+        assert list(MOTIONS)[classify_videos(quiz.document[0][None])["motion"]] in quiz.answer
 
 
 def test_the_picture_of_a_number_has_the_colour_that_is_the_answer():
     for number in range(20):
-        quiz = ask_order(torch.Generator().manual_seed(number), pictures=4, words=2)
+        quiz = make_order(torch.Generator().manual_seed(number), pictures=4, words=2)
         pictures = torch.stack([part for part in quiz.document if not isinstance(part, str)])
-        colours = [list(COLOURS)[index] for index in judge_sprites(pictures)["colour"]]
+        colours = [list(COLOURS)[index] for index in classify_sprites(pictures)["colour"]]
         assert colours[int(quiz.question.split()[-1][:-1]) - 1] == quiz.answer
         assert all(len(part.split()) == 2 for part in quiz.document if isinstance(part, str))
 

@@ -49,7 +49,7 @@ def double():
 )
 def test_a_seed_among_others_is_trained_as_it_is_alone(row, double):
     row, settings = gaussians.Row(**row), gaussians.Settings(width=16, batch=32, samples=50)
-    both, alone = (gaussians.Game(row, settings, seeds) for seeds in ([3, 5], [5]))
+    both, alone = (gaussians.GanExperiment(row, settings, seeds) for seeds in ([3, 5], [5]))
     for step in range(10):
         both.step(step / 10)
         alone.step(step / 10)
@@ -124,4 +124,4 @@ def test_the_configuration_of_the_published_table_can_be_trained():
     config = load(gaussians.Gaussians, ["--config", str(CONFIG)])
     assert config.settings == gaussians.Settings()
     for row in config.rows.values():
-        gaussians.Game(row, gaussians.Settings(width=8, batch=4), [0]).step(0.5)
+        gaussians.GanExperiment(row, gaussians.Settings(width=8, batch=4), [0]).step(0.5)

@@ -57,7 +57,7 @@ def test_a_step_that_is_not_finite_is_left_out_as_if_its_updates_had_not_been(tm
 
 def test_pretraining_leaves_such_a_step_out_too(data, tmp_path, monkeypatch):
     out, without = tmp_path / "run", tmp_path / "without"
-    read, settings = pretrain.Feed.__getitem__, {"head": "adversarial", "steps": 4}
+    read, settings = pretrain.PackedDocumentDataset.__getitem__, {"head": "adversarial", "steps": 4}
 
     def torn(self, turn):
         reading = read(self, turn)
@@ -66,7 +66,7 @@ def test_pretraining_leaves_such_a_step_out_too(data, tmp_path, monkeypatch):
         return reading
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain.Feed, "__getitem__", torn)
+        patch.setattr(pretrain.PackedDocumentDataset, "__getitem__", torn)
         result = test_pretrain.train(data, out, on_nan="skip", **settings)
     assert result["steps_left_out"] == 1
     with monkeypatch.context() as patch:

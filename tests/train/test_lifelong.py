@@ -12,9 +12,9 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from rope_mm.data import FACTORS, draw_sprites, load_splits, read_caption, select_rows
+from rope_mm.data import FACTORS, load_splits, read_caption, render_sprites, select_rows
 from rope_mm.training.config import load
-from rope_mm.training.monitor import Guard
+from rope_mm.training.monitor import NaNGuard
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "lifelong" / "sprites.yaml"
@@ -61,7 +61,7 @@ def same(ours, theirs):
 def test_a_run_that_starts_from_another_has_exactly_its_weights_averages_and_moments(first, tmp_path):
     changes = {"start": first, "seed": 7, "data.where": NEW}
     training = lifelong.pretrain.Training(run_of(tmp_path / "next", **changes), Accelerator(cpu=True))
-    Guard(training.accelerator, "stop")  # what the loop registers
+    NaNGuard(training.accelerator, "stop")  # what the loop registers
     training.begin(0)
     learner, kept = training.learner, newest(first)
     untied = {k: v for k, v in learner.model.state_dict().items() if k != "lm_head.weight"}
@@ -192,14 +192,14 @@ class Sure:
         read = [read_caption(words) for words in prompts]
         factors = {name: torch.tensor([caption[name] for caption in read]) for name in FACTORS}
         steps = torch.randint(-self.nudged, 1 + self.nudged, (len(prompts), 2), generator=generator)
-        return draw_sprites(self.see(factors), 16, steps).float() / 127.5 - 1
+        return render_sprites(self.see(factors), 16, steps).float() / 127.5 - 1
 
     def write(self, prompts):
         return [self.said] * len(prompts)
 
 
 def test_who_draws_what_is_asked_covers_all_and_who_draws_one_sprite_covers_one(tmp_path):
-    exam = lifelong.Exam(read(tmp_path, draws=8, fresh=4096, **{"data.size": 16}))
+    exam = lifelong.LifelongEvaluator(read(tmp_path, draws=8, fresh=4096, **{"data.size": 16}))
     count = len({tuple(row) for row in zip(*(exam.fresh["old"][name] for name in FACTORS), strict=True)})
     right = exam.mark(Sure(lambda factors: factors), "old")
     assert (right["old drawn right"], right["old covered"], right["old spread"]) == (1, 1, 0)

@@ -15,12 +15,12 @@ import torch
 from PIL import Image as Picture
 from safetensors.torch import load_file
 
-from rope_mm.data import captioned_clips
+from rope_mm.data import captioned_videos
 from rope_mm.models import RopeMMForConditionalGeneration
-from rope_mm.models.pipeline import Teller
+from rope_mm.models.pipeline import GenerationPipeline
 from rope_mm.training.config import load, run
-from rope_mm.training.image_heads import HEADS
-from rope_mm.training.rival import Rival
+from rope_mm.training.image_heads import IMAGE_HEADS
+from rope_mm.training.rival import CriticTrainer
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "pretrain" / "tiny.yaml"
@@ -90,7 +90,7 @@ def test_a_run_leaves_metrics_samples_and_a_model_that_loads(whole):
     RopeMMForConditionalGeneration.from_pretrained(whole / "model")
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", IMAGE_HEADS)
 def test_a_run_stopped_and_resumed_ends_as_one_that_was_not(head, data, tmp_path, monkeypatch):
     step, whole, parts = pretrain.Training.step, tmp_path / "whole", tmp_path / "parts"
 
@@ -117,7 +117,7 @@ def test_clips_in_patches_of_two_frames_and_frames_that_see_each_other_are_train
     train(data, tmp_path, steps=12, head="flow", **settings)
     pictures = [line["flow"] for line in lines(tmp_path) if "flow" in line]
     assert pictures[-1] < pictures[0]
-    teller = Teller.load(tmp_path / "model")
+    teller = GenerationPipeline.load(tmp_path / "model")
     (clip,) = teller.complete([["a"]], [torch.zeros(4, 1, 4, 4)], torch.Generator())
     assert clip.shape == (4, 1, 4, 4) and clip.isfinite().all()
     assert not clip[:2].any() if "temporal_patch_size" in changes else clip[:2].all()
@@ -150,7 +150,7 @@ def test_pictures_are_learned_and_with_them_the_words(head, data, tmp_path):
     assert last["words"] < 0.1 * first["words"]
     assert last[head] < 0.3 * first[head]
     if head == "mse":  # a bar is drawn where its caption says; the mean of all is 0.75 from each
-        teller = Teller.load(tmp_path / "run" / "model")
+        teller = GenerationPipeline.load(tmp_path / "run" / "model")
         drawn = teller.draw([teller.prompt("draw", letter) for letter in "abcd"], torch.Generator())
         bars = 2 * torch.eye(4)[:, None, None].expand(4, 1, 4, 4) - 1
         assert (drawn - bars).square().mean() < 0.3
@@ -162,7 +162,7 @@ def test_each_player_of_the_adversarial_head_learns_while_the_other_rests(
 ):
     settings = {"optim.lr": 1e-2, "optim.critic_lr": 1e-2, "loss.penalties": "{r1: 0.0, r2: 0.1}"}
     if resting == "critic":
-        monkeypatch.setattr(Rival, "update", lambda *args: {})
+        monkeypatch.setattr(CriticTrainer, "update", lambda *args: {})
     else:
         settings["optim.lr"] = 0.0
     train(data, tmp_path / "run", head="adversarial", steps=80, **settings)
@@ -226,7 +226,7 @@ def test_sprites_and_clips_are_examined_and_held_out_rows_are_asked_for_by_numbe
         evaluate.main(load(evaluate.Evaluate, ["--model", str(out / "model"), *map(str, words)]))
         return capsys.readouterr().out
 
-    rows, drawn = captioned_clips()["test"], tmp_path / "clip.png"
+    rows, drawn = captioned_videos()["test"], tmp_path / "clip.png"
     assert ask("--caption", "clips:5").startswith(f"clips:5 {rows[5]['caption']}\n")
     ask("--extend", "clips:5", "--given", 2, "--frames", 1, "--to", drawn)
     with Picture.open(drawn) as moving:
@@ -239,11 +239,11 @@ def test_sprites_and_clips_are_examined_and_held_out_rows_are_asked_for_by_numbe
 
 def test_what_a_model_was_not_taught_is_refused(data, tmp_path):
     train(data, tmp_path / "run", steps=1, **{"data.templates": "['{caption}']"})
-    teller = Teller.load(tmp_path / "run" / "model")
+    teller = GenerationPipeline.load(tmp_path / "run" / "model")
     with pytest.raises(ValueError, match="this model was not taught to draw; its templates are"):
         teller.prompt("draw", "a")
     with pytest.raises(ValueError, match=r"holds no documents.json; give OUT/model"):
-        Teller.load(tmp_path)
+        GenerationPipeline.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.state import AcceleratorState
 
 from rope_mm.models import modeling_rope_mm
-from rope_mm.training.image_heads import HEADS
+from rope_mm.training.image_heads import IMAGE_HEADS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_pretrain import ROOT, environment, flags, lines, same, train, weights
@@ -93,7 +93,7 @@ def test_two_processes_are_one_with_the_same_stream_and_resume(data, tmp_path):
     close(two, one)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", IMAGE_HEADS)
 def test_a_batch_read_in_parts_is_the_same_batch(head, data, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = {"head": head, "batch": 7, "steps": 3, **SLOWLY}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pretrain
 import pytest
 
-from rope_mm.training.image_heads import HEADS
+from rope_mm.training.image_heads import IMAGE_HEADS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_pretrain import same, train
@@ -22,7 +22,7 @@ def test_samples_that_fail_cost_no_step_and_are_made_when_it_is_resumed(data, tm
     train(data, whole, sample_every=2)
     for _ in range(2):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
-            patch.setattr(pretrain, "show", full)
+            patch.setattr(pretrain, "write_samples", full)
             train(data, parts, sample_every=2)
         assert [path.name for path in sorted((parts / "checkpoints").iterdir())] == ["step-000002"]
     train(data, parts, sample_every=2)
@@ -48,13 +48,13 @@ def test_a_run_goes_on_with_other_keys_that_no_result_depends_on_and_with_no_oth
 
 
 def test_what_prepares_batches_can_be_sent_to_workers_that_are_spawned(data, tmp_path, monkeypatch):
-    readings = pretrain.Feed.readings
+    readings = pretrain.PackedDocumentDataset.readings
 
     def sent(self, *range):
         return readings(pickle.loads(pickle.dumps(self)), *range)
 
     train(data, tmp_path / "whole")
-    monkeypatch.setattr(pretrain.Feed, "readings", sent)
+    monkeypatch.setattr(pretrain.PackedDocumentDataset, "readings", sent)
     train(data, tmp_path / "run")
     assert same(tmp_path / "run", tmp_path / "whole")
-    assert all(pickle.loads(pickle.dumps(head.times)) is head.times for head in HEADS.values())
+    assert all(pickle.loads(pickle.dumps(head.times)) is head.times for head in IMAGE_HEADS.values())

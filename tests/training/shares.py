@@ -6,9 +6,9 @@ from itertools import product
 import torch
 from accelerate import Accelerator
 
-from rope_mm.models import IMAGE_TOKEN, Canvas, load_tokenizer, read_config
-from rope_mm.training.adversarial import Batch, Duel, Optim
-from rope_mm.training.gan import Objective
+from rope_mm.models import IMAGE_TOKEN, ImageBatcher, load_tokenizer, read_config
+from rope_mm.training.adversarial import AdversarialBatch, AdversarialOptim, AdversarialTrainer
+from rope_mm.training.gan import GANConfig
 
 LOSSES, ROWS = ("rsgan", "rasgan", "gan-qp"), 4
 CAPTIONS = ["one", "a two", "three", "the four"]
@@ -21,20 +21,20 @@ def canvas():
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, patch_size=2, num_channels=1, rope_parameters={"scheme": "rope-tv"},
     )  # fmt: skip
-    return Canvas(config, tokenizer, 4)
+    return ImageBatcher(config, tokenizer, 4)
 
 
 def batch(rows=slice(None), **more):
     here, draws = canvas(), torch.Generator().manual_seed(1)
     real, noise = (torch.randn(ROWS, 4, 4, generator=draws) for _ in range(2))
-    return Batch(here.sequences(CAPTIONS[rows]), real[rows], noise[rows], **more)
+    return AdversarialBatch(here.sequences(CAPTIONS[rows]), real[rows], noise[rows], **more)
 
 
 def duel(accelerator=None, optim=None, compile="", checkpointing=False, **objective):
     torch.manual_seed(0)
     accelerator = accelerator or Accelerator()
-    parts = Objective(**objective), optim or Optim(), accelerator, compile, checkpointing
-    players = Duel(canvas().config, *parts)
+    parts = GANConfig(**objective), optim or AdversarialOptim(), accelerator, compile, checkpointing
+    players = AdversarialTrainer(canvas().config, *parts)
     for player in (players.critic, players.generator):
         for weight in player.parameters():  # as far from the start as training would bring them
             weight.data += 0.1 * torch.randn_like(weight)

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from shares import batch, duel, keeping, shares
 
 from rope_mm.losses import GAN_LOSSES, PENALTIES
-from rope_mm.training.adversarial import Optim
-from rope_mm.training.gan import Anchors
+from rope_mm.training.adversarial import AdversarialOptim
+from rope_mm.training.gan import LeCamEMA
 
 ROOT = Path(__file__).parents[2]
 ALL = dict.fromkeys(PENALTIES, 0.5)
@@ -160,7 +160,7 @@ def test_compiled_players_have_the_gradients_of_plain_ones():
         ({"method": "head"}, "frozen backbone"),
         ({"fraction": 0.0}, "fraction must be in"),
         ({"penalties": {"r3": 1.0}}, "penalty 'r3' is unknown"),
-        ({"optim": Optim(schedule="cosin")}, "schedule 'cosin' is unknown; did you mean 'cosine'"),
+        ({"optim": AdversarialOptim(schedule="cosin")}, "schedule 'cosin' is unknown; did you mean 'cosine'"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_runs(wrong, message):
@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(wrong, message):
 
 
 def test_rates_beta2_and_gammas_go_along_the_schedule():
-    optim = Optim(
+    optim = AdversarialOptim(
         lr=2.0, critic_lr=4.0, betas=(0.0, 0.9), schedule="cosine", until=0.5, final=0.25, final_beta2=0.99,
         final_gamma=0.1,
     )  # fmt: skip
@@ -190,7 +190,7 @@ def test_the_gammas_of_the_schedule_reach_the_critic():
 
 
 def test_anchors_are_the_plain_mean_at_first_and_then_forget():
-    anchors, scores = Anchors(), torch.randn(300, 2, 5)
+    anchors, scores = LeCamEMA(), torch.randn(300, 2, 5)
     for n, (real, fake) in enumerate(scores, start=1):
         anchors.update(real, fake)
         if n == 50:
@@ -198,7 +198,7 @@ def test_anchors_are_the_plain_mean_at_first_and_then_forget():
     before = anchors.means.clone()
     anchors.update(*scores[0])
     torch.testing.assert_close(anchors.means, 0.99 * before + 0.01 * scores[0].mean(1))
-    again = Anchors()
+    again = LeCamEMA()
     again.load_state_dict(anchors.state_dict())
     assert torch.equal(again.means, anchors.means) and again.batches == anchors.batches
 

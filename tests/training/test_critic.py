@@ -4,34 +4,34 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from rope_mm.data.documents import Shown
+from rope_mm.data.documents import Visual
 from rope_mm.models import RopeMMProcessor, load_tokenizer, read_config
-from rope_mm.training.adversarial import Batch, Duel, Optim
-from rope_mm.training.gan import Objective
-from rope_mm.training.image_heads import HEADS
+from rope_mm.training.adversarial import AdversarialBatch, AdversarialOptim, AdversarialTrainer
+from rope_mm.training.gan import GANConfig
+from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.packing import Packer
-from rope_mm.training.rival import Rival
+from rope_mm.training.rival import CriticTrainer
 
 
 def make(loss):
     torch.manual_seed(0)
     config = read_config(hidden_size=32, intermediate_size=48)
-    objective = Objective(name=loss, penalties={"r1": 1.0, "r2": 0.5})
-    duel = Duel(config, objective, Optim(), Accelerator())
+    objective = GANConfig(name=loss, penalties={"r1": 1.0, "r2": 0.5})
+    duel = AdversarialTrainer(config, objective, AdversarialOptim(), Accelerator())
     duel.critic_optim.param_groups[0]["eps"] = 1.0  # steps in proportion to gradients, rounding included
-    rival = Rival(duel.critic, duel.critic_optim, objective, duel.accelerator)
+    rival = CriticTrainer(duel.critic, duel.critic_optim, objective, duel.accelerator)
     return config, duel, rival
 
 
 def packed(config, *documents):
     processor = RopeMMProcessor.from_config(config, load_tokenizer())
     generators = [torch.Generator().manual_seed(i) for i in range(len(documents))]
-    return Packer(processor, 300, HEADS["adversarial"].times, whole=True)(documents, generators)
+    return Packer(processor, 300, IMAGE_HEADS["adversarial"].times, whole=True)(documents, generators)
 
 
 def picture(seed, drawn=True, y=4):
     pixels = torch.rand(1, y, 8, generator=torch.Generator().manual_seed(seed))
-    return Shown(pixels * 2 - 1, drawn)
+    return Visual(pixels * 2 - 1, drawn)
 
 
 @pytest.mark.parametrize("loss", ["rpgan", "ns", "gan-qp"])
@@ -39,7 +39,7 @@ def test_documents_of_one_picture_are_scored_as_captioned_pictures(loss):
     config, duel, rival = make(loss)
     whole = packed(config, ["one", picture(1)], ["twenty", picture(2)]).whole
     fake = torch.randn_like(whole.patches)
-    batch = Batch(whole.sequences, whole.patches, fake)
+    batch = AdversarialBatch(whole.sequences, whole.patches, fake)
     weights = {name: p.clone() for name, p in duel.critic.state_dict().items()}
     mine = rival.update(whole, fake.flatten(0, 1))
     after = {name: p.clone() for name, p in duel.critic.state_dict().items()}
@@ -80,6 +80,6 @@ def test_a_sharded_critic_is_penalised_by_finite_differences_and_not_otherwise(m
     assert rival.contest.penalties.method == "autograd"
     monkeypatch.setattr("rope_mm.training.contest.sharded", lambda accelerator: True)
     players = duel.critic, duel.critic_optim
-    assert Rival(*players, Objective(), duel.accelerator).contest.penalties.method == "fd"
+    assert CriticTrainer(*players, GANConfig(), duel.accelerator).contest.penalties.method == "fd"
     with pytest.raises(ValueError, match=r"compiled or sharded \(FSDP\).* take fd"):
-        Rival(*players, Objective(method="autograd"), duel.accelerator)
+        CriticTrainer(*players, GANConfig(method="autograd"), duel.accelerator)

@@ -5,13 +5,13 @@ from typing import Any, Literal
 
 import pytest
 
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
 from rope_mm.training.config import load, usage
 from rope_mm.training.help_text import comments_of, read_comments
 
 TRAIN = Path(__file__).parents[2] / "train"
 SCRIPTS = sorted(path.stem for path in TRAIN.glob("*.py") if path.stem != "bench")
-COLOURS = Choice("colour", {"red": 1, "blue": 2})
+COLOURS = Registry("colour", {"red": 1, "blue": 2})
 
 
 @dataclass(frozen=True, kw_only=True)

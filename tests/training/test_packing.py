@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from rope_mm import SCHEMES, Image, Text, Video
-from rope_mm.data.documents import Shown
+from rope_mm.data.documents import Visual
 from rope_mm.models import (
     RopeMMForConditionalGeneration,
     RopeMMProcessor,
-    arrange,
+    build_batch,
     load_tokenizer,
     read_config,
 )
-from rope_mm.models.sampling import draw_frames
-from rope_mm.nn.attention import ranks, sees
-from rope_mm.training.image_heads import HEADS
+from rope_mm.models.sampling import sample_frames
+from rope_mm.nn.attention import block_ids, make_mask_fn
+from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.packing import Packer
 
 TOKENIZER = load_tokenizer()
@@ -36,7 +36,7 @@ def seeds(count):
 
 def packer(model, length=200, head="mse", whole=False):
     processor = RopeMMProcessor.from_config(model.config, TOKENIZER)
-    return Packer(processor, length, HEADS[head].times, whole)
+    return Packer(processor, length, IMAGE_HEADS[head].times, whole)
 
 
 def pixels(*shape, seed=5):
@@ -44,17 +44,17 @@ def pixels(*shape, seed=5):
 
 
 def picture(drawn=False, seed=5, y=4, x=8):
-    return Shown(pixels(1, y, x, seed=seed), drawn)
+    return Visual(pixels(1, y, x, seed=seed), drawn)
 
 
 def clip(frames=3, drawn=False, seed=6):
-    return Shown(pixels(frames, 1, 4, 4, seed=seed), drawn)
+    return Visual(pixels(frames, 1, 4, 4, seed=seed), drawn)
 
 
 def test_a_draft_sees_what_its_picture_sees_and_itself_and_nobody_sees_it():
-    rank = ranks([Text(1), Video(2, 1, 2), Text(1)])
+    rank = block_ids([Text(1), Video(2, 1, 2), Text(1)])
     rank, token = torch.cat([rank, -rank[1:5]])[None], torch.arange(10)
-    seen = sees(rank)(torch.tensor(0), torch.tensor(0), token[:, None], token)
+    seen = make_mask_fn(rank)(torch.tensor(0), torch.tensor(0), token[:, None], token)
     assert seen.int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0, 0, 0, 0, 0],
@@ -76,9 +76,9 @@ def double(pack):
 
 def filmed(model, pack, steps=1):
     """The clip of `SEEN`, drawn frame after frame from the noise of its drafts."""
-    sequences = arrange([["see ", Image(2, 4), " go ", Video(3, 2, 2)]], TOKENIZER, model.config.scheme)
+    sequences = build_batch([["see ", Image(2, 4), " go ", Video(3, 2, 2)]], TOKENIZER, model.config.scheme)
     noise, shown = pack.noise.view(1, 3, 4, -1).double(), pack.patches[None, :8].double()
-    return draw_frames(model, sequences, noise, steps, shown).flatten(0, 2)
+    return sample_frames(model, sequences, noise, steps, shown).flatten(0, 2)
 
 
 SEEN = ["see ", picture(), " go ", clip(3, drawn=True), " and on"]
@@ -124,7 +124,7 @@ def test_words_are_as_if_there_were_no_drafts():
     with torch.no_grad():
         pack = packer(model)([SEEN], seeds(1))
         plain = packer(model)(
-            [[part if isinstance(part, str) else Shown(part.pixels) for part in SEEN]], seeds(1)
+            [[part if isinstance(part, str) else Visual(part.pixels) for part in SEEN]], seeds(1)
         )
         size = plain.input_ids.shape[1]
         assert pack.input_ids.shape[1] == size + 12
@@ -207,7 +207,7 @@ def test_what_a_critic_reads_are_the_documents_with_drafts_and_their_patches():
     whole = pack.whole
     assert whole.sequences.input_ids.shape[0] == 2  # the others draw nothing
     assert torch.equal(whole.patches[whole.drawn], pack.target)
-    alone = arrange([["one ", Image(2, 4), "a"]], TOKENIZER, model.config.scheme).input_ids
+    alone = build_batch([["one ", Image(2, 4), "a"]], TOKENIZER, model.config.scheme).input_ids
     assert torch.equal(whole.sequences.input_ids[0, : alone.shape[1]], alone[0])
     assert whole.there.sum(1).tolist() == [8, 16]
     assert whole.drawn.sum(1).tolist() == [8, 8]

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rope_mm.models import RopeMMForConditionalGeneration, read_config
 from rope_mm.training.profile import WARM, Share, measure_share, profiled, rotary_share
-from rope_mm.training.throughput import Cost, Speed, count_pairs, peak_flops
+from rope_mm.training.throughput import FlopCounter, Speed, count_pairs, peak_flops
 
 
 def make(**settings):
@@ -29,7 +29,7 @@ def test_the_cost_of_words_is_what_torch_counts(tied, kv_heads):
     unused = [*model.patch_head.parameters(), model.model.embed.patches.weight]  # no patch came
     norms = [p for name, p in model.named_parameters() if "norm" in name and "patch_head" not in name]
     rest = sum(p.numel() for p in [*unused, *norms])  # of which torch counts no product
-    mine = Cost.of(model).flops(14, 2 * 7 * 7) - 6 * 14 * rest
+    mine = FlopCounter.of(model).flops(14, 2 * 7 * 7) - 6 * 14 * rest
     assert mine == pytest.approx(counter.get_total_flops(), rel=2e-4)  # it counts the angles, too
 
 
@@ -68,9 +68,9 @@ def test_a_rotation_within_a_rotation_counts_once():
         )  # fmt: skip
 
     step = event("step", 1000, 600)
-    back = event("TurnHeadsBackward", 300, 100, step)
+    back = event("ApplyRotaryBackward", 300, 100, step)
     between = event("aten::any", 200, 0, back)
-    inner = event("TurnHeads", 200, 200, between)
+    inner = event("ApplyRotary", 200, 200, between)
     angles = event("rotary angles", 100, 100, step)
     share = rotary_share([step, back, between, inner, angles], 2, "cpu")
     assert share == Share(0.2, 0.5, "cpu")

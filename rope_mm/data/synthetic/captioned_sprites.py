@@ -11,16 +11,16 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from torch import Tensor
 
-from rope_mm.data.seeding import batch_indices, seeded
+from rope_mm.data.seeding import batch_indices, make_generator
 from rope_mm.data.synthetic.sprites import (
-    CLIP_FACTORS,
     COLUMNS,
     FACTORS,
     ROWS,
+    VIDEO_FACTORS,
     Factors,
-    draw_clips,
-    draw_sprites,
-    travel,
+    render_sprites,
+    render_videos,
+    trajectory,
 )
 
 SPRITE_PHRASES = (
@@ -29,7 +29,7 @@ SPRITE_PHRASES = (
     "the {shape} at the {row} {column} is {colour}",
     "in the {row} row, {column} column, a {colour} {shape}",
 )
-CLIP_PHRASES = (
+VIDEO_PHRASES = (
     "a {colour} {shape} {motion}, first at the {row} {column}",
     "{row} {column} at first: a {colour} {shape}, {motion}",
     "the {shape} first at the {row} {column} is {colour} and {motion}",
@@ -57,21 +57,21 @@ def captioned_sprites(
     """
 
     def draw(factors: Factors, nudge: Tensor) -> list[dict]:
-        return encode_pictures(draw_sprites(factors, size, nudge))
+        return encode_images(render_sprites(factors, size, nudge))
 
     combinations = all_combinations(FACTORS)
     columns = Features(image=Image())
     counts = {"train": count, "test": held_out}
-    return deal(combinations, is_held_out(combinations), counts, seed, phrases, draw, columns)
+    return build_splits(combinations, is_held_out(combinations), counts, seed, phrases, draw, columns)
 
 
-def captioned_clips(
+def captioned_videos(
     count: int = 2048,
     held_out: int = 512,
     frames: int = 4,
     size: int | tuple[int, int] = 16,
     seed: int = 0,
-    phrases: Sequence[str] = CLIP_PHRASES,
+    phrases: Sequence[str] = VIDEO_PHRASES,
 ) -> DatasetDict:
     """Splits train and test with columns frames, caption, shape, colour, row, column and motion.
 
@@ -80,16 +80,16 @@ def captioned_clips(
     """
 
     def draw(factors: Factors, nudge: Tensor) -> list[list[dict]]:
-        clips = draw_clips(factors, frames, size, nudge)
-        pictures = encode_pictures(clips.flatten(0, 1))
+        clips = render_videos(factors, frames, size, nudge)
+        pictures = encode_images(clips.flatten(0, 1))
         return [pictures[first : first + frames] for first in range(0, len(pictures), frames)]
 
-    combinations = all_combinations(CLIP_FACTORS)
-    way = travel(combinations, max(len(ROWS), len(COLUMNS)))
+    combinations = all_combinations(VIDEO_FACTORS)
+    way = trajectory(combinations, max(len(ROWS), len(COLUMNS)))
     apart = is_held_out({**way, "shape": combinations["shape"][:, None]}).any(1)
     columns = Features(frames=List(Image()))
     counts = {"train": count, "test": held_out}
-    return deal(combinations, apart, counts, seed, phrases, draw, columns)
+    return build_splits(combinations, apart, counts, seed, phrases, draw, columns)
 
 
 def all_combinations(names: Mapping[str, Sequence]) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ def is_held_out(factors: Factors) -> Tensor:
     return (factors["shape"] + factors["colour"] + place) % (len(ROWS) * len(COLUMNS)) == 0
 
 
-def deal(
+def build_splits(
     combinations: Factors,
     apart: Tensor,
     counts: Mapping[str, int],
@@ -125,20 +125,20 @@ def deal(
         count = counts[split]
         chosen = rows[batch_indices(len(rows), count, seed, 0)]
         factors = {name: factor[chosen] for name, factor in combinations.items()}
-        nudge = torch.randint(-1, 2, (count, 2), generator=seeded(seed, "nudge", split))
-        said = torch.randint(len(phrases), (count,), generator=seeded(seed, "phrase", split))
+        nudge = torch.randint(-1, 2, (count, 2), generator=make_generator(seed, "nudge", split))
+        said = torch.randint(len(phrases), (count,), generator=make_generator(seed, "phrase", split))
         columns = {
             next(iter(pictures)): draw(factors, nudge),
             "caption": write_captions(factors, phrases, said.tolist()),
             **{name: factor.tolist() for name, factor in factors.items()},
         }
-        labels = {name: ClassLabel(names=list(CLIP_FACTORS[name])) for name in factors}
+        labels = {name: ClassLabel(names=list(VIDEO_FACTORS[name])) for name in factors}
         features = Features(**pictures, caption=Value("string"), **labels)
         splits[split] = Dataset.from_dict(columns, features=features)
     return DatasetDict(splits)
 
 
-def encode_pictures(pictures: Tensor) -> list[dict]:
+def encode_images(pictures: Tensor) -> list[dict]:
     """Pictures (n, 3, y, x), uint8, as `datasets` stores them: in Netpbm, pixels after a header."""
     header = f"P6 {pictures.shape[3]} {pictures.shape[2]} 255\n".encode()
     pixels = pictures.permute(0, 2, 3, 1).contiguous().numpy()
@@ -147,7 +147,7 @@ def encode_pictures(pictures: Tensor) -> list[dict]:
 
 def write_captions(factors: Factors, phrases: Sequence[str], said: Sequence[int]) -> list[str]:
     """What the factors (n,) say, each in the phrase of its index."""
-    words = [[CLIP_FACTORS[name][i] for i in factor.tolist()] for name, factor in factors.items()]
+    words = [[VIDEO_FACTORS[name][i] for i in factor.tolist()] for name, factor in factors.items()]
     return [
         phrases[index].format(**dict(zip(factors, row, strict=True)))
         for index, row in zip(said, zip(*words, strict=True), strict=True)
@@ -157,10 +157,10 @@ def write_captions(factors: Factors, phrases: Sequence[str], said: Sequence[int]
 def read_caption(caption: str) -> dict[str, int]:
     """The factors that a caption names in any phrasing; -1 for one named not at all or in two ways."""
     named = {}
-    for factor in reversed(CLIP_FACTORS):  # the motion first: "moving left" says nothing of the column
-        words = CLIP_FACTORS[factor]
+    for factor in reversed(VIDEO_FACTORS):  # the motion first: "moving left" says nothing of the column
+        words = VIDEO_FACTORS[factor]
         pattern = rf"\b({'|'.join(words)})\b"
         found = set(re.findall(pattern, caption))
         caption = re.sub(pattern, " ", caption)
         named[factor] = words.index(found.pop()) if len(found) == 1 else -1
-    return {factor: named[factor] for factor in CLIP_FACTORS}
+    return {factor: named[factor] for factor in VIDEO_FACTORS}

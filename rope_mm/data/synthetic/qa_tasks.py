@@ -11,20 +11,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from rope_mm.data.seeding import seeded
+from rope_mm.data.seeding import make_generator
 from rope_mm.data.synthetic.captioned_sprites import write_captions
 from rope_mm.data.synthetic.sprites import (
     BACKGROUND,
-    CLIP_FACTORS,
     COLOURS,
     FACTORS,
     PLACES,
     ROWS,
     SHAPES,
-    draw_clips,
-    draw_sprites,
+    VIDEO_FACTORS,
+    render_sprites,
+    render_videos,
 )
-from rope_mm.registry import Choice
+from rope_mm.registry import Registry
 
 WORDS = (
     "apple",
@@ -42,7 +42,7 @@ WORDS = (
 WORDS += ("lemon", "mirror", "needle", "ocean", "pencil", "river", "stone", "table", "window")
 
 
-class Quiz(NamedTuple):
+class QASample(NamedTuple):
     """A document of strings, pictures (3, y, x) and clips (t, 3, y, x), uint8; a question; its answer.
 
     The answer is told in words, or is a picture.
@@ -53,7 +53,7 @@ class Quiz(NamedTuple):
     answer: str | Tensor
 
 
-def ask_cell(generator: Generator, rows: int = 4, columns: int = 4, cell: int = 4) -> Quiz:
+def make_cell(generator: Generator, rows: int = 4, columns: int = 4, cell: int = 4) -> QASample:
     """Where in a grid of rows x columns cells, each `cell` pixels a side, the coloured one is.
 
     Raises:
@@ -66,12 +66,12 @@ def ask_cell(generator: Generator, rows: int = 4, columns: int = 4, cell: int = 
     grid[row, column] = torch.tensor(list(COLOURS.values())[colour])
     picture = grid.permute(2, 0, 1).repeat_interleave(cell, 1).repeat_interleave(cell, 2).to(torch.uint8)
     question = f"which cell is {list(COLOURS)[colour]}?"
-    return Quiz([picture], question, f"row {row + 1} column {column + 1}")
+    return QASample([picture], question, f"row {row + 1} column {column + 1}")
 
 
-def ask_neighbour(
+def make_neighbour(
     generator: Generator, pictures: int = 2, words: int = 2, size: int | tuple[int, int] = 16
-) -> Quiz:
+) -> QASample:
     """Which word stands right before or after one of several pictures, with `words` words in each gap.
 
     Raises:
@@ -83,7 +83,7 @@ def ask_neighbour(
     sprites = torch.randperm(len(SHAPES) * len(COLOURS), generator=generator)[:pictures]
     place = torch.randint(len(ROWS), (2, pictures), generator=generator)
     factors = {"shape": sprites // len(COLOURS), "colour": sprites % len(COLOURS)}
-    drawn = draw_sprites({**factors, **dict(zip(PLACES, place, strict=True))}, size)
+    drawn = render_sprites({**factors, **dict(zip(PLACES, place, strict=True))}, size)
     said = torch.randint(len(WORDS), (pictures + 1, words), generator=generator).tolist()
     gaps = [[WORDS[i] for i in gap] for gap in said]
     asked, after = draw(generator, pictures), draw(generator, 2)
@@ -92,12 +92,12 @@ def ask_neighbour(
     for picture, gap in zip(drawn, gaps[1:], strict=True):
         document += [picture, " ".join(gap)]
     question = f"which word stands right {('before', 'after')[after]} the {name(factors, asked)}?"
-    return Quiz(document, question, answer)
+    return QASample(document, question, answer)
 
 
-def ask_order(
+def make_order(
     generator: Generator, pictures: int = 3, words: int = 1, size: int | tuple[int, int] = 16
-) -> Quiz:
+) -> QASample:
     """Which colour the picture of a number has, of several with `words` words in each gap.
 
     Raises:
@@ -107,15 +107,15 @@ def ask_order(
     factors = {key: torch.randint(len(of), (pictures,), generator=generator) for key, of in FACTORS.items()}
     gaps = torch.randint(len(WORDS), (pictures, words), generator=generator).tolist()
     asked, document = draw(generator, pictures), list[str | Tensor]()
-    for picture, gap in zip(draw_sprites(factors, size), gaps, strict=True):
+    for picture, gap in zip(render_sprites(factors, size), gaps, strict=True):
         document += [picture, " ".join(WORDS[i] for i in gap)]
     colour = FACTORS["colour"][factors["colour"][asked]]
-    return Quiz(document, f"which colour has picture {asked + 1}?", colour)
+    return QASample(document, f"which colour has picture {asked + 1}?", colour)
 
 
-def ask_frame(
+def make_frame(
     generator: Generator, frames: int = 8, period: int = 2, size: int | tuple[int, int] = 16
-) -> Quiz:
+) -> QASample:
     """In which frame of a clip a sprite is, among look-alikes before and after it at every period-th frame.
 
     The look-alikes have its place and shape but another colour; all other frames are empty. A rotation of
@@ -134,48 +134,48 @@ def ask_frame(
     shapes = torch.where((time - needle) % period == 0, shape, -1)
     colours = torch.where(time == needle, colour, other)
     places = {"row": torch.full_like(time, row), "column": torch.full_like(time, column)}
-    clip = draw_sprites({"shape": shapes, "colour": colours, **places}, size)
+    clip = render_sprites({"shape": shapes, "colour": colours, **places}, size)
     sought = name({"shape": torch.tensor([shape]), "colour": torch.tensor([colour])}, 0)
-    return Quiz([clip], f"which frame shows the {sought}?", f"frame {needle + 1}")
+    return QASample([clip], f"which frame shows the {sought}?", f"frame {needle + 1}")
 
 
-def ask_sprite(generator: Generator, size: int | tuple[int, int] = 16) -> Quiz:
+def make_sprite(generator: Generator, size: int | tuple[int, int] = 16) -> QASample:
     """The colour and the place of a sprite."""
     factors = anything(generator)
     (caption,) = write_captions(factors, ("{colour} at the {row} {column}",), [0])
-    return Quiz([draw_sprites(factors, size)[0]], "what is it?", caption)
+    return QASample([render_sprites(factors, size)[0]], "what is it?", caption)
 
 
-def ask_drawing(generator: Generator, size: int | tuple[int, int] = 16) -> Quiz:
+def make_generation(generator: Generator, size: int | tuple[int, int] = 16) -> QASample:
     """A picture of a square of a colour at a place."""
     factors = anything(generator) | {"shape": torch.tensor([list(SHAPES).index("square")])}
     (caption,) = write_captions(factors, ("{colour} at the {row} {column}",), [0])
-    return Quiz([], f"draw {caption}", draw_sprites(factors, size)[0])
+    return QASample([], f"draw {caption}", render_sprites(factors, size)[0])
 
 
-def ask_motion(generator: Generator, frames: int = 4, size: int | tuple[int, int] = 16) -> Quiz:
+def make_motion(generator: Generator, frames: int = 4, size: int | tuple[int, int] = 16) -> QASample:
     """The colour of a sprite, its first place and how it moves."""
     factors = anything(generator)
     (caption,) = write_captions(factors, ("{colour}, first at the {row} {column}, {motion}",), [0])
-    clip = draw_clips(factors, frames, size)[0]
-    return Quiz([clip], "what happens?", caption)
+    clip = render_videos(factors, frames, size)[0]
+    return QASample([clip], "what happens?", caption)
 
 
-QUIZZES: Choice[Callable[..., Quiz]] = Choice(
+QA_TASKS: Registry[Callable[..., QASample]] = Registry(
     "quiz",
     {
-        "cell": ask_cell,
-        "neighbour": ask_neighbour,
-        "order": ask_order,
-        "frame": ask_frame,
-        "sprite": ask_sprite,
-        "drawing": ask_drawing,
-        "motion": ask_motion,
+        "cell": make_cell,
+        "neighbour": make_neighbour,
+        "order": make_order,
+        "frame": make_frame,
+        "sprite": make_sprite,
+        "drawing": make_generation,
+        "motion": make_motion,
     },
 )
 
 
-def write_quizzes(task: str, form: Mapping[str, Any], count: int, *key: int | str) -> list[Quiz]:
+def make_qa_samples(task: str, form: Mapping[str, Any], count: int, *key: int | str) -> list[QASample]:
     """So many quizzes of a form, which depend on the key alone; `ask` in it names the quiz, else the task.
 
     Raises:
@@ -183,7 +183,7 @@ def write_quizzes(task: str, form: Mapping[str, Any], count: int, *key: int | st
     """
     sizes = dict(form)
     name = sizes.pop("ask", task)
-    generator, ask = seeded(name, json.dumps(sizes, sort_keys=True), *key), QUIZZES[name]
+    generator, ask = make_generator(name, json.dumps(sizes, sort_keys=True), *key), QA_TASKS[name]
     try:
         return [ask(generator, **sizes) for _ in range(count)]
     except TypeError as error:
@@ -192,7 +192,7 @@ def write_quizzes(task: str, form: Mapping[str, Any], count: int, *key: int | st
 
 def anything(generator: Generator) -> dict[str, Tensor]:
     """The factors of one clip, (1,) each."""
-    return {factor: torch.tensor([draw(generator, len(words))]) for factor, words in CLIP_FACTORS.items()}
+    return {factor: torch.tensor([draw(generator, len(words))]) for factor, words in VIDEO_FACTORS.items()}
 
 
 def name(factors: dict[str, Tensor], index: int) -> str:

@@ -57,7 +57,7 @@ MOTIONS = {
 }
 PLACES = {"row": ROWS, "column": COLUMNS}
 FACTORS: dict[str, tuple[str, ...]] = {"shape": tuple(SHAPES), "colour": tuple(COLOURS), **PLACES}
-CLIP_FACTORS = {**FACTORS, "motion": tuple(MOTIONS)}
+VIDEO_FACTORS = {**FACTORS, "motion": tuple(MOTIONS)}
 
 RADIUS = 3.5 / 16  # of the shorter side
 NUDGE = 1 / 16  # of a side; a sprite stands up to one from the middle of its place
@@ -91,7 +91,7 @@ def sprite_masks(factors: Factors, size: tuple[int, int], nudge: Tensor | None =
     return masks
 
 
-def draw_sprites(factors: Factors, size: int | tuple[int, int] = 16, nudge: Tensor | None = None) -> Tensor:
+def render_sprites(factors: Factors, size: int | tuple[int, int] = 16, nudge: Tensor | None = None) -> Tensor:
     """Pictures (n, 3, y, x) in 0 to 255, uint8, of what the factors say; see `sprite_masks`.
 
     Raises:
@@ -104,23 +104,23 @@ def draw_sprites(factors: Factors, size: int | tuple[int, int] = 16, nudge: Tens
     return (background[:, None, None] + masks * paint).round().to(torch.uint8)
 
 
-def draw_clips(
+def render_videos(
     factors: Factors, frames: int = 4, size: int | tuple[int, int] = 16, nudge: Tensor | None = None
 ) -> Tensor:
     """Clips (n, t, 3, y, x) in 0 to 255, uint8; row and column say where the sprite is in the first frame.
 
     Raises:
-        ValueError: as `draw_sprites`, or less than two frames.
+        ValueError: as `render_sprites`, or less than two frames.
     """
-    check_factors(factors, CLIP_FACTORS)
+    check_factors(factors, VIDEO_FACTORS)
     if frames < 2:
         raise ValueError(f"a clip needs 2 frames or more to show a motion, not {frames}")
-    seen = {name: factor.flatten() for name, factor in travel(factors, frames).items()}
+    seen = {name: factor.flatten() for name, factor in trajectory(factors, frames).items()}
     steps = None if nudge is None else nudge.repeat_interleave(frames, 0)
-    return draw_sprites(seen, size, steps).unflatten(0, (-1, frames))
+    return render_sprites(seen, size, steps).unflatten(0, (-1, frames))
 
 
-def travel(factors: Factors, frames: int) -> dict[str, Tensor]:
+def trajectory(factors: Factors, frames: int) -> dict[str, Tensor]:
     """What each frame shows, (n, t) each: a sprite moves a place a frame; what leaves enters opposite."""
     time = torch.arange(frames)
     down, right, blinks = torch.tensor(list(MOTIONS.values()))[factors["motion"]].T[..., None]

@@ -8,7 +8,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Picture
 
-from rope_mm.data.seeding import seeded
+from rope_mm.data.seeding import make_generator
 from rope_mm.data.synthetic.digits import DIGIT_NAMES, captioned_digits
 
 TRAIN, TEST = 30_000, 8_000  # stacks
@@ -41,7 +41,7 @@ def stack(digits: Dataset, split: str, count: int) -> Dataset:
         raise ValueError(f"stacks are made of digits, labels 0 to 9, not {labels.min()} to {labels.max()}")
     grey = numpy.stack([numpy.asarray(image.convert("L")) for image in digits["image"]])
     grey = numpy.pad(grey, [(0, 0), *((-side % BLOCK // 2,) * 2 for side in grey.shape[1:])])
-    rows = torch.randint(len(digits), (count, 3), generator=seeded("stacked", split)).numpy()
+    rows = torch.randint(len(digits), (count, 3), generator=make_generator("stacked", split)).numpy()
     named = labels[rows]
     columns = {
         "image": [{"bytes": png(grey[row].transpose(1, 2, 0)), "path": None} for row in rows],
