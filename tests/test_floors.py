@@ -1,8 +1,9 @@
+"""The shape of the code: who may import whom, and how long files and functions may be."""
+
 import ast
 import re
 from pathlib import Path
 
-import pytest
 from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).parents[1]
@@ -10,46 +11,62 @@ CODE = sorted(
     path for folder in ("rope_mm", "kernels", "train", "examples") for path in (ROOT / folder).rglob("*.py")
 )
 ALL = [*CODE, *sorted((ROOT / "tests").rglob("*.py"))]
+NAMELESS = {"utils", "util", "helpers", "common", "misc", "base", "types"}
 
 
-def name(path):
-    return path.relative_to(ROOT).as_posix()
+def text(path):
+    return path.read_text(encoding="utf-8")
 
 
-def test_nobody_imports_from_a_floor_above(monkeypatch):
+def code_lines(function):
+    docstring = (ast.get_docstring(function) or "").splitlines()
+    return function.end_lineno - function.lineno - len(docstring)
+
+
+def is_kernel(function):
+    """A Triton kernel is one program, however long."""
+    return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def test_no_module_imports_from_a_floor_above(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert lint_imports(no_cache=True) == 0
 
 
-def test_the_folder_of_kernels_is_no_package():
+def test_the_kernels_folder_is_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists(), (
-        "it would shadow the kernels of PyPI in transformers"
+        "it would shadow the package `kernels` of PyPI, which transformers imports"
     )
 
 
-@pytest.mark.parametrize("path", ALL, ids=name)
-def test_a_file_is_named_after_what_it_holds(path):
-    assert path.stem not in {"utils", "util", "helpers", "common", "misc", "base", "types"}
+def test_the_package_has_at_most_eighteen_rooms():
+    rooms = [path.name for path in (ROOT / "rope_mm").iterdir() if not path.name.startswith("_")]
+    assert "positions" in rooms
+    assert len(rooms) <= 18, sorted(rooms)
 
 
-@pytest.mark.parametrize("path", CODE, ids=name)
-def test_a_file_is_one_idea(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+def test_every_file_is_named_after_what_it_holds():
+    assert ALL
+    assert [path for path in ALL if path.stem in NAMELESS] == []
 
 
-@pytest.mark.parametrize("path", CODE, ids=name)
-def test_a_function_fits_a_screen(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef):
-            if any("jit" in ast.unparse(decorator) for decorator in node.decorator_list):
-                continue  # a kernel is one program
-            said = len((ast.get_docstring(node) or "").splitlines())
-            assert node.end_lineno - node.lineno - said < 40, node.name
+def test_no_file_has_more_than_500_lines():
+    assert CODE
+    assert [path for path in CODE if len(text(path).splitlines()) > 500] == []
 
 
-@pytest.mark.parametrize("path", ALL, ids=name)
-def test_torchvision_is_not_needed(path):
-    imports = re.findall(
-        r"^\s*(?:import|from)\s+torchvision\b", path.read_text(encoding="utf-8"), re.MULTILINE
-    )
-    assert not imports
+def test_every_function_fits_on_a_screen():
+    found = [
+        (path.name, node.name, code_lines(node))
+        for path in CODE
+        for node in ast.walk(ast.parse(text(path)))
+        if isinstance(node, ast.FunctionDef) and not is_kernel(node)
+    ]
+    assert len(found) > 500
+    assert [function for function in found if function[2] >= 40] == []
+
+
+def test_no_file_imports_torchvision():
+    pattern = re.compile(r"^\s*(?:import|from)\s+torchvision\b", re.MULTILINE)
+    assert ALL
+    assert [path for path in ALL if pattern.search(text(path))] == []
