@@ -19,6 +19,7 @@ IDS = torch.arange(3, 16)[None]
 WITHIN = {"rtol": 1e-4, "atol": 3e-5}
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
     root = Path(__file__).parents[2]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

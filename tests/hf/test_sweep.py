@@ -120,6 +120,7 @@ def training(model):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_family_by_name(tiny, families, model_type):
     model = tiny(model_type, initializer_range=0.1)

@@ -38,6 +38,7 @@ assert len(codes) == 9 and not any(code.spills or code.stack for code in codes),
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [BOUNDS, OPTIONS], ids=["bounds", "options"])
 def test_kernels_compile_without_spills_and_within_the_bounds_of_the_bench(
     calls: str, tmp_path: Path

@@ -77,6 +77,7 @@ def test_without_a_gpu_one_sentence_says_so(monkeypatch, capsys):
     assert out == "" and err.count("\n") == 1 and "no GPU" in err and "--dry-run" in err
 
 
+@pytest.mark.slow
 def test_every_contender_that_is_here_turns_heads_alike_there_and_back(eager, device):
     rows = rotary.measure(rows_of(SMALL), Made(), device, torch.float32)
     assert {row.plan.way for row in rows} == set(rotary.WAYS)

@@ -80,6 +80,7 @@ def test_a_cpu_without_the_interpreter_computes_what_the_kernels_do(case: Case, 
     assert torch.equal(q, out[0]) and torch.equal(k, out[1])
 
 
+@pytest.mark.slow
 @pytest.mark.compile
 @CHECKS
 def test_ops_keep_what_torch_asks_of_them(device: str) -> None:
