@@ -56,9 +56,9 @@ def contenders(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[Tensor, T
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     positions, omega = torch.arange(tokens)[:, None], 1e4 ** -torch.linspace(0, 1, 65)[None, :-1]
-    turn = make_angles(positions, omega, dtype=dtype)
-    assert turn.cos is not None and turn.sin is not None
-    cos, sin = (torch.cat((x, x), -1).squeeze(-2)[None].to(dtype) for x in (turn.cos, turn.sin))
+    angles = make_angles(positions, omega, dtype=dtype)
+    assert angles.cos is not None and angles.sin is not None
+    cos, sin = (torch.cat((x, x), -1).squeeze(-2)[None].to(dtype) for x in (angles.cos, angles.sin))
 
     def theirs(q, k):
         return apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
@@ -66,8 +66,8 @@ def contenders(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[Tensor, T
     return {
         "copy": lambda q, k: (q.clone(), k.clone()),
         "transformers": theirs,
-        "rope_mm": turn,
-        "rope_mm compiled": torch.compile(lambda q, k: turn(q, k)),
+        "rope_mm": angles.rotate,
+        "rope_mm compiled": torch.compile(lambda q, k: angles.rotate(q, k)),
     }
 
 

@@ -128,7 +128,7 @@ def tell_attention(base: nn.Module, rotary: RopeMMRotaryEmbedding) -> None:
 def rotate_both(
     q: Tensor,
     k: Tensor,
-    turn: RotaryAngles,
+    angles: RotaryAngles,
     _same: RotaryAngles | None = None,
     unsqueeze_dim: int = 1,
     **_: Any,
@@ -139,8 +139,8 @@ def rotate_both(
     """
     axes = (1, 2) if unsqueeze_dim == 1 else (1, 1)
     q, k = (x.transpose(*axes) for x in (q, k))
-    still = q.shape[1] - turn.positions.shape[-2]
-    turned = turn(q[:, still:], k[:, still:])
+    still = q.shape[1] - angles.positions.shape[-2]
+    turned = angles.rotate(q[:, still:], k[:, still:])
     if still:
         turned = (torch.cat((x[:, :still], y), 1) for x, y in zip((q, k), turned, strict=True))
     q, k = (x.transpose(*axes) for x in turned)

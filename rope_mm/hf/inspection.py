@@ -69,7 +69,7 @@ class ModelRope:
         return angle
 
     @property
-    def form(self) -> RotarySpec:
+    def spec(self) -> RotarySpec:
         """How angles turn channels."""
         return RotarySpec(self.pairing, factor=self.factor)
 

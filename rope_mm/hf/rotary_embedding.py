@@ -76,12 +76,12 @@ class RopeMMRotaryEmbedding(nn.Module):
                 "module on a device, by a line of its own in device_map"
             )
         if self.turns:
-            turn = make_angles(positions, omega, rope.form, x.dtype)
-            return turn, turn
+            angles = make_angles(positions, omega, rope.spec, x.dtype)
+            return angles, angles
         check_positions(positions, omega)
         own = isinstance(rope, ModelRope)
         angle = rope.angles(positions) if own else rotation.angles(positions, omega)[..., 0, :]
-        return asked.tables(angle, rope.form.factor, x.dtype)
+        return asked.tables(angle, rope.spec.factor, x.dtype)
 
     def positions(self, x: Tensor, ids: Tensor | None, rope: Runs, asked: ModelRope) -> Tensor:
         """Positions (..., s, a) from what the model hands over, which is an image where it has no `ids`."""

@@ -171,11 +171,11 @@ class RopeMMModel(RopeMMPreTrainedModel):
             self.check_cache(document)
         mask = make_mask(self.config, x, attention_mask, past_key_values, rank, document)
         with record_function("rotary angles"):  # by which name a profile finds it
-            turn = self.rotary.turn(positions, x.dtype)  # once; every layer uses the same
+            angles = self.rotary.angles(positions, x.dtype)  # once; every layer uses the same
         if isinstance(past_key_values, UnrotatedKeyCache):
-            turn = QueryAngles(**vars(turn))
+            angles = QueryAngles(**vars(angles))
         for block in self.blocks:
-            x = block(x, turn, mask, past_key_values=past_key_values, position_ids=count, **kwargs)
+            x = block(x, angles, mask, past_key_values=past_key_values, position_ids=count, **kwargs)
         return BaseModelOutputWithPast(self.norm(x), past_key_values)
 
     def places(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

@@ -11,11 +11,11 @@ from rope_mm.rotary.module import Rotary
 
 
 class QueryAngles(RotaryAngles):
-    """A turn that leaves keys to the cache."""
+    """Angles that leave keys to the cache."""
 
-    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (b, s, h, d), rotated, and k (b, s, g, d) as they are."""
-        return self.one(q), k
+        return self.rotate_one(q), k
 
 
 class UnrotatedKeyCache(DynamicCache):
@@ -28,15 +28,15 @@ class UnrotatedKeyCache(DynamicCache):
     def __init__(self, rotary: Rotary, positions: Tensor):
         super().__init__()
         self.rotary, self.positions = rotary, positions
-        self.turn: tuple[int, RotaryAngles] | None = None
+        self.angles: tuple[int, RotaryAngles] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         """All keys, rotated to where they now stand, and all values (b, g, s, d)."""
         k, v = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         tokens = k.shape[-2]
-        if self.turn is None or self.turn[0] != tokens:  # one for all layers
-            self.turn = tokens, self.rotary.turn(self.positions[:, :tokens], k.dtype)
-        return self.turn[1].one(k.transpose(1, 2)).transpose(1, 2), v
+        if self.angles is None or self.angles[0] != tokens:  # one for all layers
+            self.angles = tokens, self.rotary.angles(self.positions[:, :tokens], k.dtype)
+        return self.angles[1].rotate_one(k.transpose(1, 2)).transpose(1, 2), v
 
     def drop(self, start: int, stop: int) -> None:
         """Forget the tokens from start to stop; those after them move up."""

@@ -50,7 +50,7 @@ def make_mask_fn(rank: Tensor, document: Tensor | None = None, past: int | Tenso
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (b, s, c) -> (b, s, c), queries and keys normalised, then rotated by a turn."""
+    """Grouped-query attention (b, s, c) -> (b, s, c), queries and keys normalised, then rotated by angles."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int, eps: float):
         super().__init__()
@@ -62,11 +62,11 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps), nn.RMSNorm(head_dim, eps)
 
     def forward(
-        self, x: Tensor, turn: RotaryAngles, mask: Tensor | None, **context
+        self, x: Tensor, angles: RotaryAngles, mask: Tensor | None, **context
     ) -> tuple[Tensor, Tensor | None]:
         """The stream, and what `attend` tells of its weights; `context` is for `attend`."""
         q, k, v = (to(x).unflatten(-1, (-1, self.head_dim)) for to in (self.to_q, self.to_k, self.to_v))
-        q, k = turn(self.norm_q(q), self.norm_k(k))  # (b, s, h, d), (b, s, g, d)
+        q, k = angles.rotate(self.norm_q(q), self.norm_k(k))  # (b, s, h, d), (b, s, g, d)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         y, weights = self.attend(q, k, v, mask, **context)
         return self.out(y.flatten(-2)), weights

@@ -29,6 +29,6 @@ class Block(nn.Module):
         self.attention = attention
         self.mlp = GatedMLP(width, inner)
 
-    def forward(self, x: Tensor, turn: RotaryAngles, mask: Tensor | None, **context) -> Tensor:
-        x = x + self.attention(self.norm_attention(x), turn, mask, **context)[0]
+    def forward(self, x: Tensor, angles: RotaryAngles, mask: Tensor | None, **context) -> Tensor:
+        x = x + self.attention(self.norm_attention(x), angles, mask, **context)[0]
         return x + self.mlp(self.norm_mlp(x))

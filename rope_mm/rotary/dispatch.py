@@ -67,7 +67,7 @@ def explain_dispatch(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor) -> 
 
 
 def uses_cpu_path(x: Tensor) -> bool:
-    """Whether heads are turned part by part; a compiler fuses the definition, and would not see into that."""
+    """Whether heads are rotated part by part; a compiler fuses the definition."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -90,7 +90,7 @@ def check(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor) -> None:
     check_positions(positions, omega)
     if positions.shape[-2] != q.shape[1] or (positions.dim() == 3 and len(positions) not in (1, len(q))):
         shapes = f"positions {tuple(positions.shape)} do not fit q {tuple(q.shape)}"
-        raise ValueError(f"{shapes}; give one place for each token, (s, a) or (b, s, a)")
+        raise ValueError(f"{shapes}; give one position for each token, (s, a) or (b, s, a)")
 
 
 def check_positions(positions: Tensor, omega: Tensor) -> None:
@@ -116,10 +116,10 @@ def check_positions(positions: Tensor, omega: Tensor) -> None:
         raise ValueError("positions hold NaN or infinity; every token needs a finite place")
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, form: RotarySpec) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, spec: RotarySpec) -> Tensor:
     """Heads x (b, s, h, d) rotated by tables: on a CPU in place by parts, the definition elsewhere."""
-    turn = cpu.apply_rotary if uses_cpu_path(x) else rotation.apply_rotary
-    return turn(x, cos, sin, form.pairing, form.blocks, form.tail)
+    rotate = cpu.apply_rotary if uses_cpu_path(x) else rotation.apply_rotary
+    return rotate(x, cos, sin, spec.pairing, spec.blocks, spec.tail)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,50 +131,50 @@ class RotaryAngles:
 
     positions: Tensor
     omega: Tensor
-    form: RotarySpec
+    spec: RotarySpec
     cos: Tensor | None
     sin: Tensor | None
 
-    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (b, s, h, d) and k (b, s, g, d), rotated."""
         if self.cos is None or self.sin is None:
-            return rotate(q, k, self.positions, self.omega, **vars(self.form))
+            return rotate(q, k, self.positions, self.omega, **vars(self.spec))
         check_heads(q, k)
-        return self.one(q), self.one(k)
+        return self.rotate_one(q), self.rotate_one(k)
 
-    def one(self, x: Tensor) -> Tensor:
+    def rotate_one(self, x: Tensor) -> Tensor:
         """Heads x (b, s, h, d) of one kind, rotated: keys of other tokens than the queries, or outputs."""
         if self.cos is None or self.sin is None:
-            return rotate(x, x[:, :, :0], self.positions, self.omega, **vars(self.form))[0]
+            return rotate(x, x[:, :, :0], self.positions, self.omega, **vars(self.spec))[0]
         check_heads(x, x)
         if self.cos.shape[-3] != x.shape[1]:
             raise ValueError(
-                f"this turn was made for {self.cos.shape[-3]} tokens, but heads are {(*x.shape,)}"
+                f"these angles were made for {self.cos.shape[-3]} tokens, but heads are {(*x.shape,)}"
             )
-        return apply_rotary(x, self.cos, self.sin, self.form)
+        return apply_rotary(x, self.cos, self.sin, self.spec)
 
     @property
     def inverse(self) -> "RotaryAngles":
-        """The turn that takes this one back, its factor included."""
-        form = replace(self.form, factor=1 / self.form.factor)
-        back = None if self.cos is None else self.cos / self.form.factor**2
-        sine = None if self.sin is None else -self.sin / self.form.factor**2
-        return RotaryAngles(self.positions, -self.omega, form, back, sine)
+        """The angles that rotate back, their factor included."""
+        spec = replace(self.spec, factor=1 / self.spec.factor)
+        back = None if self.cos is None else self.cos / self.spec.factor**2
+        sine = None if self.sin is None else -self.sin / self.spec.factor**2
+        return RotaryAngles(self.positions, -self.omega, spec, back, sine)
 
 
 def make_angles(
-    positions: Tensor, omega: Tensor, form: RotarySpec | str = "half", dtype: torch.dtype = torch.float32
+    positions: Tensor, omega: Tensor, spec: RotarySpec | str = "half", dtype: torch.dtype = torch.float32
 ) -> RotaryAngles:
     """What rotating by positions @ Omega needs, on the device of the positions, for heads of this dtype."""
     check_positions(positions, omega)
-    form = RotarySpec(form) if isinstance(form, str) else form
+    spec = RotarySpec(spec) if isinstance(spec, str) else spec
     if kernel_supports(positions.device, dtype):
-        return RotaryAngles(positions, omega.to(positions.device), form, None, None)
-    cos, sin = rotation.cos_sin(positions, omega, torch.promote_types(dtype, torch.float32), form.factor)
+        return RotaryAngles(positions, omega.to(positions.device), spec, None, None)
+    cos, sin = rotation.cos_sin(positions, omega, torch.promote_types(dtype, torch.float32), spec.factor)
     if torch.compiler.is_compiling():
         # what is stacked is stored; otherwise the compiler would make the same angles anew for every head
         cos, sin = torch.stack((cos, sin)).unbind()
-    return RotaryAngles(positions, omega, form, cos, sin)
+    return RotaryAngles(positions, omega, spec, cos, sin)
 
 
 def rotate(
@@ -204,9 +204,9 @@ def rotate(
         ValueError: shapes that do not fit, positions that are not finite, an unknown pairing.
     """
     check(q, k, positions, omega)
-    form = RotarySpec(pairing, tuple(blocks), tail, factor)
+    spec = RotarySpec(pairing, tuple(blocks), tail, factor)
     if kernel_supports(q.device, q.dtype):
         from rope_mm_kernels.rotary import rotate as triton_rotate  # triton is optional
 
-        return triton_rotate(q, k, positions, omega, **vars(form))
-    return make_angles(positions.to(q.device), omega, form, q.dtype)(q, k)
+        return triton_rotate(q, k, positions, omega, **vars(spec))
+    return make_angles(positions.to(q.device), omega, spec, q.dtype).rotate(q, k)

@@ -170,7 +170,7 @@ def test_an_attention_factor_is_a_scale_and_no_error(fraction):
 def test_a_learned_encoding_stays_rotary_as_it_learns():
     rope = Rotary(16, "rope-vit-mixed", heads=2)
     with torch.no_grad():
-        rope.learned.normal_()
+        rope.omega_param.normal_()
     assert check_rotary(rope).ok
 
 

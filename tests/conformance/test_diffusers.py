@@ -204,7 +204,7 @@ def test_mochi_with_its_learned_frequencies(ours, t, y, x, words):
     theirs = MochiRoPE()._get_positions(*size, dtype=torch.float32)
     mine.same_positions("MochiRoPE", theirs, 2e-5)  # up to 96 from the middle: neighbours are 8e-6 apart
     learned = torch.randn(3, HEADS, 8) / 30
-    mine.rope.load_state_dict({"learned": learned.transpose(0, 1)})
+    mine.rope.load_state_dict({"omega_param": learned.transpose(0, 1)})
     tables = MochiRoPE()(learned, *size, dtype=torch.float32)
     text = {"words": words, "words_last": True, "streams": True, "attention_mask": torch.ones(1, words)}
     mine.same_turn(shared.MochiAttnProcessor2_0(), SINGLE, image_rotary_emb=tables, **text)

@@ -98,7 +98,7 @@ def mixed_in_timm(heads):
 def test_rope_vit_mixed_with_timms_parameter(same, y, x, heads):
     rope = Rotary(16, "rope-vit-mixed", heads=heads)
     mixed, omega = mixed_in_timm(heads)
-    rope.load_state_dict({"learned": omega})
+    rope.load_state_dict({"omega_param": omega})
     table = mixed.get_embed([y, x])[0].detach()
     same("rope-vit-mixed", rope, rope.place([Image(y, x)])[0], "RotaryEmbeddingMixed", table, SINGLE)
 

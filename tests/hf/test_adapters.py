@@ -131,7 +131,7 @@ def test_a_model_without_rotary_has_both(first, capsys):
         set_rope(peft, "rope-vit-axial")
         assert not torch.equal(peft(pixels).logits, plain)
     peft(pixels).logits.square().sum().backward()
-    assert first == "adapters" or rope_of(peft).learned.grad is None  # peft freezes what is there
+    assert first == "adapters" or rope_of(peft).omega_param.grad is None  # peft freezes what is there
     explain(peft)
     assert "2 attention modules: " in capsys.readouterr().out
     unset_rope(peft)

@@ -135,7 +135,7 @@ def test_gpt_j_becomes_half(monkeypatch):
     rope = Rotary(8, "flat")
     monkeypatch.setattr(
         "transformers.models.gptj.modeling_gptj.apply_rotary_pos_emb",
-        lambda x, sin, cos: rope.one(x, torch.arange(x.shape[1])[:, None].double()),
+        lambda x, sin, cos: rope.rotate_one(x, torch.arange(x.shape[1])[:, None].double()),
     )
     torch.testing.assert_close(logits(model), before, rtol=0, atol=2e-5 * before.abs().max().item())
 

@@ -388,13 +388,13 @@ def test_the_trainer_learns_weights_and_omega_with_and_without_checkpointing(tin
         model = tiny("llama")
         set_rope(model, "rope-tv", learnable=True)
         use_kernels(model)
-        before = model.model.rotary_emb.runs[None].learned.detach().clone()
+        before = model.model.rotary_emb.runs[None].omega_param.detach().clone()
         run = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
         quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
         arguments = TrainingArguments(str(tmp_path), **run, **quiet, activation_checkpointing=checkpointing)
         trainer = Trainer(model, arguments, train_dataset=[{"input_ids": IDS[0], "labels": IDS[0]}] * 8)
         trainer.train()
-        assert not torch.equal(model.model.rotary_emb.runs[None].learned, before)
+        assert not torch.equal(model.model.rotary_emb.runs[None].omega_param, before)
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     plain = losses(False)
@@ -418,7 +418,7 @@ def test_a_learned_omega_learns(tiny):
     rope = Rotary(16, Scheme(layout="rope-tv", learnable=True))
     set_rope(model, rope)
     model(IDS, labels=IDS).loss.backward()
-    assert rope.learned.grad.abs().sum() > 0
+    assert rope.omega_param.grad.abs().sum() > 0
 
 
 def test_an_extension_multiplies_the_tables(tiny):

@@ -463,8 +463,8 @@ def test_our_op_rotates_the_patches_of_dinov3_and_leaves_its_class_token(dinov3,
     if scheme:
         set_rope(dinov3, scheme, pairing="half")
     other, _ = copy.deepcopy(dinov3), use_kernels(dinov3)
-    turn, _ = dinov3.rope_embeddings(torch.zeros(1, 3, 16, 24))
-    assert isinstance(turn, RotaryAngles) and len(turn.positions) == 24
+    angles, _ = dinov3.rope_embeddings(torch.zeros(1, 3, 16, 24))
+    assert isinstance(angles, RotaryAngles) and len(angles.positions) == 24
     for size in SIZES:
         ours, theirs = seen_by(dinov3, size), seen_by(other, size)
         assert (ours - theirs).abs().max() < 1e-5
@@ -685,4 +685,4 @@ def test_a_rotary_of_ones_own_is_the_one_that_runs():
     set_rope(model, rope)
     assert rope_of(model) is rope
     run(model).square().sum().backward()
-    assert rope.learned.grad.abs().sum() > 0
+    assert rope.omega_param.grad.abs().sum() > 0

@@ -74,7 +74,7 @@ def shards(mesh: DeviceMesh) -> None:
             fully_shard(part, mesh=mesh)
         if not first:
             set_rope(model, "rope-tv", learnable=learnable)
-        assert not learnable or isinstance(rope_of(model).learned, DTensor) == first
+        assert not learnable or isinstance(rope_of(model).omega_param, DTensor) == first
         compare(model, other)
         unset_rope(model)
         assert torch.equal(model(IDS).logits, llama()(IDS).logits)

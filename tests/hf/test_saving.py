@@ -80,7 +80,7 @@ def test_a_learned_omega_is_saved_and_loaded_with_the_model(tiny, tmp_path):
     model = tiny("llama")
     set_rope(model, "rope-tv", learnable=True)
     with torch.no_grad():
-        model.model.rotary_emb.runs[None].learned.mul_(1.5)
+        model.model.rotary_emb.runs[None].omega_param.mul_(1.5)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     set_rope(loaded)
@@ -120,7 +120,7 @@ def test_the_scheme_and_omega_of_a_model_that_had_none_are_saved_and_brought_bac
     model, pixels = ViTModel(config).eval(), torch.randn(1, 3, 16, 16)
     set_rope(model, "rope-vit-mixed")
     with torch.no_grad():
-        model.rope_mm.runs[None].learned.mul_(1.5)
+        model.rope_mm.runs[None].omega_param.mul_(1.5)
     model.save_pretrained(tmp_path)
     loaded = ViTModel.from_pretrained(tmp_path).eval()
     with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
@@ -265,7 +265,7 @@ def test_the_learned_omega_of_a_tower_is_read_from_the_folder_that_it_names(tmp_
     model = qwen()
     set_rope(model.model.visual, "rope-vit-axial", pairing="half", layout="grid", learnable=True)
     with torch.no_grad():
-        rope_of(model.model.visual).learned.mul_(1.5)
+        rope_of(model.model.visual).omega_param.mul_(1.5)
     model.save_pretrained(tmp_path)
     loaded = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path).eval()
     tower = loaded.model.visual
@@ -285,12 +285,12 @@ def test_of_several_learned_omegas_each_comes_back_to_its_own_place(tmp_path):
     parts = [model.encoder.rotary_emb, model.decoder.rotary_emb]
     with torch.no_grad():
         for by, part in enumerate(parts):
-            part.runs[None].learned.mul_(1.5 + by)
+            part.runs[None].omega_param.mul_(1.5 + by)
     model.save_pretrained(tmp_path)
     loaded = MoonshineModel.from_pretrained(tmp_path)
     set_rope(loaded)
     for mine, part in zip((loaded.encoder.rotary_emb, loaded.decoder.rotary_emb), parts, strict=True):
-        assert torch.equal(mine.runs[None].learned, part.runs[None].learned)
+        assert torch.equal(mine.runs[None].omega_param, part.runs[None].omega_param)
 
 
 def test_a_learned_omega_of_several_that_may_be_meant_is_refused(tmp_path):

@@ -202,7 +202,7 @@ def test_launches_are_recorded_in_a_cuda_graph_there_and_back() -> None:
 def test_the_door_of_the_library_opens_to_the_op_in_a_graph(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rope_mm.rotary.dispatch, "obstacle", lambda device, dtype: "")
+    monkeypatch.setattr(rope_mm.rotary.dispatch, "unsupported_reason", lambda device, dtype: "")
     rope = rope_mm.Rotary(16, learnable=True).to(device)
     q, k, positions, _ = (x.detach() for x in Case().make(device))
     exported = torch.export.export(rope, (q, k, positions))

@@ -53,14 +53,14 @@ def test_the_definition_of_attention_is_what_the_model_computes():
     model = make().eval()
     layer = model.model.blocks[0].attention
     positions, x = torch.rand(1, 5, 3, dtype=torch.float64), torch.randn(1, 5, 32)
-    turn, token = model.model.rotary.turn(positions), torch.arange(5)
+    angles, token = model.model.rotary.angles(positions), torch.arange(5)
     mask = make_mask_fn(torch.tensor([[1, 2, 2, 3, 4]]))(torch.tensor(0), token[:1], token[:, None], token)
-    mine, _ = layer(x, turn, mask[None, None])
-    plain, _ = Attention.forward(layer, x, turn, mask[None, None])
+    mine, _ = layer(x, angles, mask[None, None])
+    plain, _ = Attention.forward(layer, x, angles, mask[None, None])
     with torch.no_grad():
         attended = Attention(32, 4, 2, 8, 1e-6)
         attended.load_state_dict(layer.state_dict())
-        torch.testing.assert_close(attended(x, turn, mask[None, None])[0], mine)
+        torch.testing.assert_close(attended(x, angles, mask[None, None])[0], mine)
     assert torch.equal(mine, plain)
 
 

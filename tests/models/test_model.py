@@ -158,7 +158,7 @@ def test_a_saved_model_reads_back_to_the_bit(config, tmp_path, learnable):
     config = read_config(hidden_size=32, intermediate_size=48, rope_parameters=rope)
     model = RopeMMForConditionalGeneration(config).eval()
     if learnable:
-        model.model.rotary.learned.data.mul_(1.5)
+        model.model.rotary.omega_param.data.mul_(1.5)
     model.save_pretrained(tmp_path)
     again = RopeMMForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert again.config.scheme == config.scheme

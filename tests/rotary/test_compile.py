@@ -86,12 +86,12 @@ def test_a_length_that_omega_depends_on_is_read_outside_of_the_graph():
     compiled, counted = counting(rope, dynamic=True)
     for story in STORIES:
         positions, _ = rope.place(story)
-        inputs = *heads(positions), rope.turn(positions)
+        inputs = *heads(positions), rope.angles(positions)
         torch.testing.assert_close(
             values_and_gradients(compiled, *inputs), values_and_gradients(rope, *inputs)
         )
     assert counted.frame_count == 1
-    with pytest.raises(ValueError, match="hand the turn over instead of positions"):
+    with pytest.raises(ValueError, match="pass the angles instead of positions"):
         torch.export.export(rope, (*inputs[:2], positions))
     # where the graph may break, it does, and positions are read between its parts
     parts = torch.compile(rope, backend="eager")
@@ -104,8 +104,8 @@ def test_a_turn_back_and_keys_elsewhere_are_compiled():
     q, k = heads(positions)
 
     def there_and_back(q, k, positions):
-        turn = rope.turn(positions)
-        return turn.inverse.one(turn.one(q)), rope(q, k, positions, positions + 0.5)[1]
+        angles = rope.angles(positions)
+        return angles.inverse.rotate_one(angles.rotate_one(q)), rope(q, k, positions, positions + 0.5)[1]
 
     compiled, _ = counting(there_and_back, backend="eager")
     ours = compiled(q, k, positions)

@@ -125,11 +125,11 @@ def test_the_inverse_takes_a_turn_back_its_factor_included(scheme):
     rope = Rotary(24, scheme, heads=2 if SCHEMES[scheme].per_head else None, attention=1.3)
     positions, _ = rope.place(STORY)
     q, k = heads()
-    turn = rope.turn(positions, torch.float64)
-    for x, back in zip((q, k), turn.inverse(*turn(q, k)), strict=True):
+    angles = rope.angles(positions, torch.float64)
+    for x, back in zip((q, k), angles.inverse.rotate(*angles.rotate(q, k)), strict=True):
         torch.testing.assert_close(back, x)
-    torch.testing.assert_close(turn.inverse.inverse.one(q), turn.one(q))
-    torch.testing.assert_close(rope.one(q, positions), turn(q, k)[0])
+    torch.testing.assert_close(angles.inverse.inverse.rotate_one(q), angles.rotate_one(q))
+    torch.testing.assert_close(rope.rotate_one(q, positions), angles.rotate(q, k)[0])
 
 
 def test_queries_and_keys_may_stand_at_places_of_their_own():
@@ -137,8 +137,8 @@ def test_queries_and_keys_may_stand_at_places_of_their_own():
     q, k = heads(s=5)[0], heads(s=9)[1]
     here, there = rope.place("text:5")[0] + 4, rope.place("text:9")[0]
     turned_q, turned_k = rope(q, k, here, there)
-    assert torch.equal(turned_q, rope.one(q, here))
-    assert torch.equal(turned_k, rope.one(k, there))
+    assert torch.equal(turned_q, rope.rotate_one(q, here))
+    assert torch.equal(turned_k, rope.rotate_one(k, there))
     moved = scores(*rope(q, k, here + 100, there + 100))
     torch.testing.assert_close(scores(turned_q, turned_k), moved)
 
@@ -221,11 +221,11 @@ def test_partial_rotation_turns_the_first_channels_and_leaves_the_rest():
 def test_a_turn_made_once_serves_every_layer():
     rope = Rotary(24)
     positions, _ = rope.place(STORY)
-    turn = rope.turn(positions, torch.float64)
-    assert isinstance(turn, RotaryAngles)
+    angles = rope.angles(positions, torch.float64)
+    assert isinstance(angles, RotaryAngles)
     for _ in range(2):
         q, k = heads()
-        for a, b in zip(rope(q, k, turn), rope(q, k, positions), strict=True):
+        for a, b in zip(rope(q, k, angles), rope(q, k, positions), strict=True):
             assert torch.equal(a, b)
 
 
@@ -280,7 +280,7 @@ def test_a_module_built_on_the_meta_device_has_its_omega_and_gets_its_learned_on
     real = Rotary(24, scheme, heads=heads)
     with torch.device("meta"):
         rope = Rotary(24, scheme, heads=heads)
-    assert rope.omega.device.type == ("meta" if rope.learned is not None else "cpu")
+    assert rope.omega.device.type == ("meta" if rope.omega_param is not None else "cpu")
     rope.to_empty(device="cpu")
     rope.reset_parameters()
     assert torch.equal(rope.omega, real.omega)
@@ -292,14 +292,14 @@ def test_a_learned_omega_or_positions_in_half_precision_are_refused():
     q, k = heads()
     with pytest.raises(ValueError, match="cannot count past 256"):
         rope(q, k, positions.bfloat16())
-    rope.learned.data = rope.learned.data.bfloat16()  # as FSDP's mixed precision hands it over
+    rope.omega_param.data = rope.omega_param.data.bfloat16()  # as FSDP's mixed precision hands it over
     with pytest.raises(ValueError, match="shard this module by itself"):
         rope(q, k, positions)
 
 
 def test_a_module_without_learned_omega_has_nothing_to_save():
     assert Rotary(24).state_dict() == {}
-    assert set(Rotary(24, learnable=True).state_dict()) == {"learned"}
+    assert set(Rotary(24, learnable=True).state_dict()) == {"omega_param"}
 
 
 @pytest.mark.parametrize(
@@ -320,9 +320,9 @@ def test_a_module_without_learned_omega_has_nothing_to_save():
         (lambda q, k, p, o: Rotary(24, "rope-vt"), "scheme 'rope-vt' is unknown; did you mean"),
         (lambda q, k, p, o: Rotary(25), "head_dim 25"),
         (lambda q, k, p, o: Rotary(24, pairing="halves"), "did you mean 'half'"),
-        (lambda q, k, p, o: Rotary(24)(q[:, :3], k[:, :3], Rotary(24).turn(p)), "made for 24 tokens"),
+        (lambda q, k, p, o: Rotary(24)(q[:, :3], k[:, :3], Rotary(24).angles(p)), "made for 24 tokens"),
         (
-            lambda q, k, p, o: Rotary(24)(q[:1], k[:1], Rotary(24).turn(p.expand(3, -1, -1))),
+            lambda q, k, p, o: Rotary(24)(q[:1], k[:1], Rotary(24).angles(p.expand(3, -1, -1))),
             "positions are of 3 rows, but heads of 1",
         ),
         (lambda q, k, p, o: Rotary(24, heads=2).cos_sin(p), "a table is shared by all heads"),

@@ -50,7 +50,7 @@ def test_angles_stay_exact_and_a_learned_omega_gets_its_gradient_under_fsdp(mesh
     assert torch.equal(cos, Rotary(16, "rope-tv", learnable=learnable).cos_sin(FAR)[0])
     (q.float().square().sum() + cos.sum()).backward()
     if learnable:
-        assert layer.rope.learned.grad.full_tensor().abs().sum() > 0
+        assert layer.rope.omega_param.grad.full_tensor().abs().sum() > 0
 
 
 def test_what_fsdp_would_cast_is_refused_with_the_cure(mesh):

@@ -46,11 +46,11 @@ def whole(turn, q, k):
 
 def refuse(q, k, positions, rope) -> None:
     """Heads that are spread over processes are not taken for those of one."""
-    turn = rope.turn(positions)
+    angles = rope.angles(positions)
     calls = [
         lambda: rope(q, k, positions),
-        lambda: turn(q, k),
-        lambda: turn.one(q),
+        lambda: angles.rotate(q, k),
+        lambda: angles.rotate_one(q),
         lambda: rotate(q, k, positions, rope.omega),
     ]
     if find_spec("triton"):

@@ -146,8 +146,8 @@ def test_the_module_measures_the_length_itself_or_is_told():
     positions, _ = rope.place("text:20")
     q = torch.randn(1, 20, 2, 16, dtype=torch.float64)
     whole = rope(q, q, positions)[0]
-    assert torch.equal(rope.turn(positions, q.dtype).one(q), whole)
-    chunk = rope.turn(positions[:9], q.dtype, length=20).one(q[:, :9])
+    assert torch.equal(rope.angles(positions, q.dtype).rotate_one(q), whole)
+    chunk = rope.angles(positions[:9], q.dtype, length=20).rotate_one(q[:, :9])
     torch.testing.assert_close(chunk, whole[:, :9])
     assert not torch.allclose(rope(q[:, :9], q[:, :9], positions[:9])[0], whole[:, :9])
 
