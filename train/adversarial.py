@@ -162,7 +162,7 @@ class Training:
         if self.exam is None:
             return {}
         asked = [self.held_out.captions[row] for row in self.exam.rows]
-        return self.exam.mark(self.canvas.draw(self.average.model, asked, make_generator("exam")))
+        return self.exam.evaluate(self.canvas.draw(self.average.model, asked, make_generator("exam")))
 
     def save_model(self, path: Path) -> None:
         """Write the averaged generator and its tokenizer, as `from_pretrained` reads them."""
@@ -172,7 +172,7 @@ class Training:
 
     def remarks(self) -> dict[str, float]:
         """What real images score in the same exam."""
-        floor = self.exam.floor if self.exam else {}
+        floor = self.exam.real_reference if self.exam else {}
         return {f"real_{name}": mark for name, mark in floor.items()}
 
 

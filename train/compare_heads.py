@@ -125,7 +125,7 @@ class EvalSet:
     def draw(self, teller: GenerationPipeline, passes: int) -> Tensor:
         """A picture for every caption, in so many passes; the same noise for every head."""
         teller, noise = replace(teller, form=replace(teller.form, steps=passes)), make_generator("heads")
-        prompts = [teller.prompt("draw", caption) for caption in self.captions]
+        prompts = [teller.prompt("text2image", caption) for caption in self.captions]
         parts = [prompts[start : start + PART] for start in range(0, len(prompts), PART)]
         return torch.cat([teller.draw(part, noise).cpu() for part in parts])
 
@@ -188,7 +188,7 @@ def take(config: Pretrain, passes: Sequence[int], questions: EvalSet, samples: d
     for count in passes if IMAGE_HEADS[config.head].steps > 1 else [1]:
         drawn = questions.draw(teller, count)
         samples[f"{out.name}, {count}"] = drawn[questions.shown]
-        marks[str(count)] = questions.exam.mark(drawn)
+        marks[str(count)] = questions.exam.evaluate(drawn)
     result = json.loads((out / "result.json").read_text())
     return {name: result[name] for name in TOOK} | {"marks": marks}
 
@@ -225,7 +225,7 @@ def main(config: CompareHeads) -> None:
     each = [(head, configure(config, head, seed)) for seed, head in plan]
     questions, out, runs = prepare(config), Path(config.out), cast(Runs, {})
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
-    real, samples = questions.exam.mark(questions.real), {REAL: questions.real[questions.shown]}
+    real, samples = questions.exam.evaluate(questions.real), {REAL: questions.real[questions.shown]}
     for head, own in (bar := tqdm(each, desc="heads")):
         bar.set_postfix_str(own.out)
         runs.setdefault(head, []).append(take(own, config.passes, questions, samples))

@@ -5,7 +5,7 @@
     python train/evaluate.py --model OUT/model --extend clip.gif --frames 4 --to longer.gif
     python train/evaluate.py --model OUT/model --extend clip.gif --frames 400 --cache rolling --to long.gif
 
-A clip is an animated picture, such as GIF, WebP or PNG. sprites:3 and clips:3 are row 3 of what is held out.
+A clip is an animated picture, such as GIF, WebP or PNG. sprites:3 and videos:3 are row 3 of what is held out.
 """
 
 from dataclasses import dataclass
@@ -128,17 +128,17 @@ def main(config: Evaluate) -> None:
     size, channels = teller.form.size, teller.processor.num_channels
     if config.caption:
         frames = read_frames(config.caption, size, channels)
-        name, shown = ("narrate", frames) if len(frames) > 1 else ("caption", frames[0])
+        name, shown = ("video2text", frames) if len(frames) > 1 else ("image2text", frames[0])
         print(teller.write([teller.prompt(name, shown=shown)])[0].strip())
     if config.draw:
-        write_frames(Path(config.to), teller.draw([teller.prompt("draw", config.draw)], generator))
+        write_frames(Path(config.to), teller.draw([teller.prompt("text2image", config.draw)], generator))
         print(config.to)
     if config.extend:
         frames = read_frames(config.extend, size, channels)
         if config.given > len(frames):
             raise ValueError(f"given {config.given} is more than the {len(frames)} frames of {config.extend}")
         frames = frames[: config.given or None]
-        prompt = teller.prompt("film", config.words, frames[0])
+        prompt = teller.prompt("text2video", config.words, frames[0])
         window = teller.form.frames if config.cache == "rolling" else None
         drawn = teller.film([prompt], [frames], config.frames, generator, window)
         write_frames(Path(config.to), drawn[0])

@@ -131,7 +131,7 @@ class LifelongEvaluator:
         combinations, which = self.combinations(name)
         first = [which.tolist().index(number) for number in range(len(combinations))]
         said = [cast(str, self.fresh[name][row]["caption"]) for row in first]
-        prompts = [teller.prompt("draw", words) for words in said for _ in range(self.config.draws)]
+        prompts = [teller.prompt("text2image", words) for words in said for _ in range(self.config.draws)]
         drawn = teller.draw(prompts, make_generator("lifelong")).cpu().unflatten(0, (len(said), -1))
         return said, combinations, drawn
 
@@ -153,7 +153,7 @@ class LifelongEvaluator:
         agrees = found == asked[:, None]
         right = agrees.all(2)
         rows = self.fresh[name].select(range(min(self.config.captions, len(self.fresh[name]))))
-        told = teller.write([teller.prompt("caption", shown=picture) for picture in self.pictures(rows)])
+        told = teller.write([teller.prompt("image2text", shown=picture) for picture in self.pictures(rows)])
         said = [
             all(read_caption(words)[factor] == row[factor] for factor in FACTORS)
             for words, row in zip(told, cast(Any, rows), strict=True)

@@ -48,11 +48,11 @@ KEPT += ["optim.betas", "optim.critic_betas", "optim.weight_decay"]
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where rows come from, and how they are told: columns in braces, {image:draw} is to be drawn."""
+    """Where rows come from, and how they are told: columns in braces, {image:generate} is to be drawn."""
 
     paths: list[str] = field(default_factory=lambda: ["digits"])
     templates: list[str] = field(
-        default_factory=lambda: ["{caption}{image:draw}", "{image} what is it? {caption}"]
+        default_factory=lambda: ["{caption}{image:generate}", "{image} what is it? {caption}"]
     )
     where: dict[str, list[Any]] = field(default_factory=dict)  # column -> its values in the rows to take
     size: int = 8
@@ -206,7 +206,7 @@ class Training:
             lost = self.head.loss(out.patches[pack.draft], pack.target) / len(pack.noise)
             marks[f"held_out_{self.config.head}"] = float(lost)
         for source in filter(SPRITE_EVALUATORS.__contains__, self.config.data.paths):
-            marks |= SPRITE_EVALUATORS[source].mark(self.teller, self.held_out)
+            marks |= SPRITE_EVALUATORS[source].evaluate(self.teller, self.held_out)
         return marks | write_samples(self.teller, self.held_out, path)
 
     def save_model(self, path: Path) -> None:

@@ -24,7 +24,7 @@ class Visual:
     """A picture (ch, y, x) or clip (t, ch, y, x) in [-1, 1], which the model reads and may have to draw."""
 
     pixels: Tensor
-    drawn: bool = False
+    generate: bool = False
 
 
 class Record(NamedTuple):
@@ -108,9 +108,9 @@ class DocumentDataset(ABC):
         self.kinds = {name: kind for name, (kind, _) in kinds.items()}
         self.readers = {name: read for name, (_, read) in kinds.items()}
         drawn = {
-            part.column for template in told for part in template if isinstance(part, Column) and part.drawn
+            part.column for template in told for part in template if isinstance(part, Column) and part.generate
         }
-        if words := [name for name in sorted(drawn) if self.kinds[name] == "words"]:
+        if words := [name for name in sorted(drawn) if self.kinds[name] == "text"]:
             raise ValueError(f"column {words[0]!r} holds words, which are written; only pictures are drawn")
         # as stored, so that a picture which cannot be read is named by its row
         self.sources = [
@@ -131,7 +131,7 @@ class DocumentDataset(ABC):
         for template in self.templates:
             yield from (part for part in template if isinstance(part, str))
 
-    def tell(self, rows: Sequence[Any], generator: torch.Generator) -> Document:
+    def document(self, rows: Sequence[Any], generator: torch.Generator) -> Document:
         """The document of these rows.
 
         Raises:
@@ -160,11 +160,11 @@ class DocumentDataset(ABC):
     def read(self, part: Column, stored: Any) -> str | Visual:
         """What a row has in a column."""
         held = self.readers[part.column](stored)
-        if self.kinds[part.column] == "words":
+        if self.kinds[part.column] == "text":
             return held
         frames = [resize_center_crop(frame, self.size, self.channels) for frame in held]
         pixels = torch.stack(frames) / 127.5 - 1
-        return Visual(pixels[0] if self.kinds[part.column] == "picture" else pixels, part.drawn)
+        return Visual(pixels[0] if self.kinds[part.column] == "image" else pixels, part.generate)
 
 
 class MapDocuments(DocumentDataset):
@@ -185,7 +185,7 @@ class MapDocuments(DocumentDataset):
         yield from super().texts()
         for rows in self.sources:
             for name in rows.column_names:
-                if self.kinds[name] == "words":
+                if self.kinds[name] == "text":
                     for stored in rows[name].to_pylist():
                         with suppress(*UNREADABLE):
                             yield self.readers[name](stored)
@@ -205,7 +205,7 @@ class MapDocuments(DocumentDataset):
         name = f"row {row} of source {source}" if len(self.sources) > 1 else f"row {row}"
         return Record(source, name, values)
 
-    def ask(self, task: Task, count: int) -> list[tuple[Document, str | Visual]]:
+    def eval_prompts(self, task: Task, count: int) -> list[tuple[Document, str | Visual]]:
         """What is before a task and what fulfils it, at rows spread over the first source that fits.
 
         Rows that cannot be read are passed over.
@@ -235,13 +235,13 @@ def choose_kind(feature: object, column: str) -> tuple[str, Read]:
         ValueError: a column of anything else.
     """
     if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
-        return "words", read_words
+        return "text", read_words
     if isinstance(feature, datasets.ClassLabel):
-        return "words", feature.int2str
+        return "text", feature.int2str
     if isinstance(feature, datasets.Image):
-        return "picture", read_image
+        return "image", read_image
     read, _ = choose_reader(feature, column)
-    return "clip", partial(read_video, read)
+    return "video", partial(read_video, read)
 
 
 def read_words(stored: Any) -> str:

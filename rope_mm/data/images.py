@@ -161,7 +161,7 @@ def read_labels(column: Sequence, name: str) -> Tensor:
 EMBEDDED: dict[str, Callable[[], DatasetDict]] = {
     "digits": captioned_digits,
     "sprites": captioned_sprites,
-    "clips": captioned_videos,
+    "videos": captioned_videos,
     "stacked-digits": stacked_digits,
 }
 

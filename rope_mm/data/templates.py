@@ -1,16 +1,30 @@
-"""Templates: columns of a row in braces among words, and the tasks that they set."""
+"""Templates: columns of a row in braces among text, and the tasks that they train."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 
+GENERATE = "generate"  # after the name of a column whose image or video the model learns to generate
+OLD_MARKS = ("draw",)  # the same in older templates
+TASKS = {  # (kind that is read, kind that is generated) -> name
+    ("text", "image"): "text2image",
+    ("image", "text"): "image2text",
+    ("text", "video"): "text2video",
+    ("video", "text"): "video2text",
+}
+
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a row, in a template; `drawn` where its picture is to be drawn, not only read."""
+    """A column of a row, in a template.
+
+    Attributes:
+        column: its name.
+        generate: whether the model learns to generate its image or video, and does not only read it.
+    """
 
     column: str
-    drawn: bool = False
+    generate: bool = False
 
 
 Template = tuple[str | Column, ...]
@@ -18,47 +32,60 @@ Template = tuple[str | Column, ...]
 
 @dataclass(frozen=True)
 class Task:
-    """What a template asks of the model: after `before`, to draw or to write what is in a column."""
+    """What a template asks of the model.
+
+    Attributes:
+        before: the prompt: everything in the template before the column.
+        column: the column whose content the model generates.
+    """
 
     before: Template
     column: str
 
 
 def read_template(text: str) -> Template:
-    """Parts of "{caption} {image:draw}": words as they are, columns in braces.
+    """Parts of "{caption} {image:generate}": text as it is, columns in braces.
 
     Raises:
-        ValueError: braces that do not close, anything after a column's name but ":draw".
+        ValueError: braces that do not close, or anything after a column's name but ":generate".
     """
     parts: list[str | Column] = []
     try:
         parsed = list(Formatter().parse(text))
     except ValueError as error:
         raise ValueError(f"template {text!r}: {error}") from None
-    for words, column, told, conversion in parsed:
-        parts += [words] if words else []
+    for literal, column, mark, conversion in parsed:
+        parts += [literal] if literal else []
         if column is None:
             continue
-        if not column or conversion or told not in ("", "draw"):
-            raise ValueError(f"template {text!r}: a column is {{name}}, or {{name:draw}} where it is drawn")
-        parts.append(Column(column, told == "draw"))
+        if mark in OLD_MARKS:
+            raise ValueError(f"template {text!r}: {{{column}:{mark}}} is now {{{column}:{GENERATE}}}")
+        if not column or conversion or mark not in ("", GENERATE):
+            raise ValueError(
+                f"template {text!r}: a column is {{name}}, or {{name:{GENERATE}}} where the model generates it"
+            )
+        parts.append(Column(column, mark == GENERATE))
     return tuple(parts)
 
 
 def find_tasks(templates: Sequence[Template], kinds: Mapping[str, str]) -> dict[str, Task]:
-    """The first task of each name: to "draw" or "caption" a picture, to "film" or "narrate" a clip."""
+    """The first task of each name in TASKS that the templates train.
+
+    Args:
+        templates: as `read_template` gives them.
+        kinds: what each column holds: "text", "image" or "video".
+    """
     found: dict[str, Task] = {}
-    making, telling = {"picture": "draw", "clip": "film"}, {"picture": "caption", "clip": "narrate"}
     for template in templates:
-        seen = ""
+        previous = ""
         for place, part in enumerate(template):
             if isinstance(part, str):
                 continue
             kind = kinds[part.column]
             task = Task(template[:place], part.column)
-            if part.drawn:
-                found.setdefault(making[kind], task)
-            if kind == "words" and seen:
-                found.setdefault(telling[seen], task)
-            seen = seen if kind == "words" else kind
+            if part.generate:
+                found.setdefault(TASKS["text", kind], task)
+            if kind == "text" and previous in ("image", "video"):
+                found.setdefault(TASKS[previous, kind], task)
+            previous = kind
     return found

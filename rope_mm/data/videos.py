@@ -165,7 +165,7 @@ def take_all(total: int) -> list[int]:
 
 
 def load_videos(
-    path: str = "clips",
+    path: str = "videos",
     size: int = 16,
     channels: int = 3,
     frames: int = 4,

@@ -29,7 +29,7 @@ class ImageEvaluator(Protocol):
         """What real pictures score."""
         ...
 
-    def mark(self, pictures: Tensor) -> dict[str, float]:
+    def evaluate(self, pictures: Tensor) -> dict[str, float]:
         """Marks of pictures (n, ch, y, x), drawn for the captions of `rows`."""
         ...
 
@@ -78,17 +78,17 @@ def distribution_metrics(real: Tensor, fake: Tensor) -> dict[str, float]:
 class CaptionEvaluator:
     """What drawn pictures are judged by: a judge, features of held-out reals, which of them to draw again.
 
-    `floor` is what real training images score in the same exam, and the judge's accuracy on held-out reals.
+    `real_reference` is what real training images score in the same exam, and the judge's accuracy on held-out reals.
     """
 
     judge: FeatureClassifier
     real: Tensor
     rows: list[int]
     labels: Tensor
-    floor: dict[str, float]
+    real_reference: dict[str, float]
 
     @torch.no_grad()
-    def mark(self, pictures: Tensor) -> dict[str, float]:
+    def evaluate(self, pictures: Tensor) -> dict[str, float]:
         """Marks of pictures (n, ch, y, x), drawn for the labels (n,) in order.
 
         The share recognised as asked, the same for the worst label, and how close their features come.
@@ -147,7 +147,7 @@ def mode_metrics(numbers: Tensor, law: Tensor) -> dict[str, float]:
 class ModeCoverageEvaluator:
     """Counts the modes of stacked digits: a judge of single digits reads each channel by itself.
 
-    `floor` are the marks of as many real training stacks, if there are as many, and the share of held-out
+    `real_reference` are the marks of as many real training stacks, if there are as many, and the share of held-out
     ones that the judge reads rightly. With labels (n,), pictures are also compared with what was asked.
     """
 
@@ -155,13 +155,13 @@ class ModeCoverageEvaluator:
     law: Tensor
     rows: list[int]
     labels: Tensor | None
-    floor: dict[str, float]
+    real_reference: dict[str, float]
 
-    def mark(self, pictures: Tensor) -> dict[str, float]:
+    def evaluate(self, pictures: Tensor) -> dict[str, float]:
         """Modes and KL to the data's law, the KL less that of real stacks; the share that is as asked."""
         numbers = read_numbers(self.judge, pictures)
         marks = mode_metrics(numbers, self.law)
-        marks["kl_excess"] = marks["kl"] - self.floor["kl"]
+        marks["kl_excess"] = marks["kl"] - self.real_reference["kl"]
         if self.labels is not None:
             marks["recognised"] = conditional_accuracy(numbers, self.labels)["recognised"]
         return marks

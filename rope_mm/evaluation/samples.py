@@ -24,27 +24,27 @@ def write_samples(teller: GenerationPipeline, held_out: MapDocuments, path: Path
     """
     tasks = find_tasks(held_out.templates, held_out.kinds)
     marks: dict[str, float] = {}
-    if "draw" in tasks:
-        asked = held_out.ask(tasks["draw"], ROWS)
+    if "text2image" in tasks:
+        asked = held_out.eval_prompts(tasks["text2image"], ROWS)
         prompts = [processor_parts(before) for before, _ in asked for _ in range(COLUMNS - 1)]
         drawn = teller.draw(prompts, make_generator("sheet")).cpu().unflatten(0, (len(asked), -1))
         true = torch.stack([pixels_of(value) for _, value in asked])[:, None]
         rows = torch.cat([true, drawn], 1).flatten(0, 1)
         save_sheet(path.with_name(f"{path.name}.png"), rows, [document_text(before) for before, _ in asked])
-    if "film" in tasks:
+    if "text2video" in tasks:
         write_video_samples(
-            teller, held_out.ask(tasks["film"], ROWS), path.with_name(f"{path.name}-clips.png")
+            teller, held_out.eval_prompts(tasks["text2video"], ROWS), path.with_name(f"{path.name}-videos.png")
         )
-    for name in ("caption", "narrate"):
+    for name in ("image2text", "video2text"):
         if name in tasks:
-            asked = held_out.ask(tasks[name], WRITTEN)
+            asked = held_out.eval_prompts(tasks[name], WRITTEN)
             written = teller.write([processor_parts(before) for before, _ in asked])
             pairs = [
                 (str(true).strip(), said.strip()) for (_, true), said in zip(asked, written, strict=True)
             ]
             lines = "".join(f"{true} | {said}\n" for true, said in pairs)
             write_text(path.with_name(f"{path.name}-{name}.txt"), lines)
-            marks[f"{name}_exact"] = sum(true == said for true, said in pairs) / len(pairs)
+            marks[f"exact_match/{name}"] = sum(true == said for true, said in pairs) / len(pairs)
     return marks
 
 

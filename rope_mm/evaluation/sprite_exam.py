@@ -26,11 +26,11 @@ class SpriteEvaluator:
     judge: Callable[[Tensor], dict[str, Tensor]]
     factors: tuple[str, ...]
 
-    def mark(self, teller: GenerationPipeline, held_out: MapDocuments) -> dict[str, float]:
+    def evaluate(self, teller: GenerationPipeline, held_out: MapDocuments) -> dict[str, float]:
         """Shares of what was made and told with every factor of the true picture, for the tasks taught."""
         tasks, marks = find_tasks(held_out.templates, held_out.kinds), {}
         if self.making in tasks:
-            asked = held_out.ask(tasks[self.making], ASKED)
+            asked = held_out.eval_prompts(tasks[self.making], ASKED)
             true = torch.stack([pixels_of(value) for _, value in asked])
             make = (
                 teller.complete if true.dim() == 5 else lambda prompts, _, noise: teller.draw(prompts, noise)
@@ -38,9 +38,9 @@ class SpriteEvaluator:
             made = torch.stack(
                 [*make([processor_parts(before) for before, _ in asked], true, make_generator("exam"))]
             )
-            marks[f"{self.making}_right"] = self.agreement(true, self.judge(made))
+            marks[f"acc/{self.making}"] = self.agreement(true, self.judge(made))
         if self.telling in tasks:
-            asked = held_out.ask(tasks[self.telling], ASKED)
+            asked = held_out.eval_prompts(tasks[self.telling], ASKED)
             shown = [[part for part in before if not isinstance(part, str)] for before, _ in asked]
             true = torch.stack([parts[-1].pixels for parts in shown])
             read = [
@@ -48,7 +48,7 @@ class SpriteEvaluator:
                 for words in teller.write([processor_parts(before) for before, _ in asked])
             ]
             said = {name: torch.tensor([caption[name] for caption in read]) for name in self.factors}
-            marks[f"{self.telling}_right"] = self.agreement(true, said)
+            marks[f"acc/{self.telling}"] = self.agreement(true, said)
         return marks
 
     def agreement(self, true: Tensor, found: dict[str, Tensor]) -> float:
@@ -59,6 +59,6 @@ class SpriteEvaluator:
 
 
 SPRITE_EVALUATORS = {
-    "sprites": SpriteEvaluator("draw", "caption", classify_sprites, tuple(FACTORS)),
-    "clips": SpriteEvaluator("film", "narrate", classify_videos, tuple(VIDEO_FACTORS)),
+    "sprites": SpriteEvaluator("text2image", "image2text", classify_sprites, tuple(FACTORS)),
+    "videos": SpriteEvaluator("text2video", "video2text", classify_videos, tuple(VIDEO_FACTORS)),
 }

@@ -47,23 +47,23 @@ class GenerationSpec:
         ):
             raise ValueError(
                 f"guidance {guidance} needs a template that draws with no words before, such as "
-                f"'{{image:draw}}{{caption}}'; these are {templates}, which fit guidance 1"
+                f"'{{image:generate}}{{caption}}'; these are {templates}, which fit guidance 1"
             )
         tasks = find_tasks(documents.templates, documents.kinds)
         frames = 1
-        if "film" in tasks:
-            frames = max(len(pixels_of(clip)) for _, clip in documents.ask(tasks["film"], 8))
+        if "text2video" in tasks:
+            frames = max(len(pixels_of(clip)) for _, clip in documents.eval_prompts(tasks["text2video"], 8))
         return cls(list(templates), documents.kinds, documents.size, frames, steps, guidance)
 
     def task(self, name: str) -> Task:
-        """How the model was taught to "draw", "film", "caption" or "narrate".
+        """How the model was taught to a task of TASKS.
 
         Raises:
             ValueError: what it was not taught.
         """
         tasks = find_tasks([read_template(template) for template in self.templates], self.kinds)
         if name not in tasks:
-            raise ValueError(f"this model was not taught to {name}; its templates are {self.templates}")
+            raise ValueError(f"no template of this model trains {name}; they are {self.templates}")
         return tasks[name]
 
 
@@ -104,10 +104,10 @@ class GenerationPipeline:
         parts: list[Part] = []
         for part in self.form.task(name).before:
             value = (
-                part if isinstance(part, str) else words if self.form.kinds[part.column] == "words" else shown
+                part if isinstance(part, str) else words if self.form.kinds[part.column] == "text" else shown
             )
             if value is None:
-                raise ValueError(f"to {name} the model reads a picture first; give one")
+                raise ValueError(f"{name} starts from an image or a video; give one")
             parts.append(value)
         return parts
 
@@ -180,9 +180,9 @@ def group_by_size(prompts: Sequence[Sequence[Part]]) -> list[list[int]]:
 def generates_unconditionally(template: Sequence[str | Column], kinds: Mapping[str, str]) -> bool:
     """Whether a template has something to draw before its first words."""
     for part in template:
-        if isinstance(part, str) or kinds[part.column] == "words":
+        if isinstance(part, str) or kinds[part.column] == "text":
             return False
-        if part.drawn:
+        if part.generate:
             return True
     return False
 

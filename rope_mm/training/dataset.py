@@ -48,7 +48,7 @@ class PackedDocumentDataset(Dataset):
         for number in mine:
             generator = make_generator(self.seed, "document", step, number)
             try:
-                told.append(self.documents.tell(rows[number], generator))
+                told.append(self.documents.document(rows[number], generator))
             except Unreadable as error:
                 left_out.append(str(error))
             else:

@@ -219,7 +219,7 @@ class Packer:
         drafted = []
         for row, document, (_, shown), generator in zip(rows, documents, seen, generators, strict=True):
             patches = torch.cat([none, *shown])
-            marks = [part.drawn for part in document if not isinstance(part, str)]
+            marks = [part.generate for part in document if not isinstance(part, str)]
             sizes = torch.tensor([len(part) for part in shown], dtype=torch.long)
             drawn = torch.tensor(marks, dtype=torch.bool).repeat_interleave(sizes)
             noise = torch.randn(int(drawn.sum()), width, generator=generator)

@@ -14,7 +14,7 @@ from rope_mm.data.documents import Unreadable, Visual, first_fit
 from rope_mm.data.streaming import StreamingDocuments
 from rope_mm.data.templates import Column, find_tasks, read_template
 
-TEMPLATES = ["{caption}: {image:draw}", "{image} what is it? {caption}", "{frames:draw}{caption}"]
+TEMPLATES = ["{caption}: {image:generate}", "{image} what is it? {caption}", "{frames:generate}{caption}"]
 CAPTION, IMAGE, DRAWN = Column("caption"), Column("image"), Column("image", True)
 
 
@@ -41,8 +41,13 @@ def sources():
     return [pictures, clips]
 
 
+def test_the_older_form_of_a_column_to_generate_is_refused_with_the_new_one():
+    with pytest.raises(ValueError, match=r"\{image:draw\} is now \{image:generate\}"):
+        read_template("{caption}{image:draw}")
+
+
 def test_a_template_is_words_and_columns_in_braces():
-    assert read_template("{caption}: {image:draw}") == (CAPTION, ": ", DRAWN)
+    assert read_template("{caption}: {image:generate}") == (CAPTION, ": ", DRAWN)
     assert read_template("see {{it}}") == ("see {", "it}")
     for wrong in ("{caption", "{}", "{image:paint}", "{image!r}"):
         with pytest.raises(ValueError, match="template '"):
@@ -70,16 +75,16 @@ def test_a_row_longer_than_the_room_is_refused():
 def test_rows_are_told_by_the_templates_whose_columns_they_have(sources):
     documents = MapDocuments(sources, TEMPLATES, 4, 1)
     assert len(documents) == 10
-    assert documents.kinds == {"caption": "words", "image": "picture", "frames": "clip"}
-    told = [documents.tell([2], make_generator(i)) for i in range(20)]
+    assert documents.kinds == {"caption": "text", "image": "image", "frames": "video"}
+    told = [documents.document([2], make_generator(i)) for i in range(20)]
     forms = Counter(tuple(type(part).__name__ for part in document) for document in told)
     assert set(forms) == {("str", "str", "Visual"), ("Visual", "str", "str")}
     drawn = next(document for document in told if isinstance(document[0], str))
     assert drawn[:2] == ["grey 2", ": "]
-    assert drawn[2].drawn
-    assert not next(document for document in told if isinstance(document[0], Visual))[0].drawn
+    assert drawn[2].generate
+    assert not next(document for document in told if isinstance(document[0], Visual))[0].generate
     assert torch.equal(drawn[2].pixels, torch.full((1, 4, 4), 20 / 127.5 - 1))
-    frames, caption = documents.tell([7], make_generator(0))
+    frames, caption = documents.document([7], make_generator(0))
     assert caption == "clip 1"
     assert frames.pixels.shape == (2, 1, 4, 4)
     assert frames.pixels[:, 0, 0, 0].tolist() == [pytest.approx(1 / 127.5 - 1), 1.0]
@@ -89,8 +94,8 @@ def test_joined_rows_make_one_document(sources):
     documents = MapDocuments(sources, TEMPLATES, 4, 1, join=2)
     (rows, *_) = documents.batch(0, 0, 5)
     assert len(rows) == 2
-    one, two = (documents.tell([row], make_generator("a")) for row in rows)
-    both = documents.tell(rows, make_generator("a"))
+    one, two = (documents.document([row], make_generator("a")) for row in rows)
+    both = documents.document(rows, make_generator("a"))
     assert len(both) == len(one) + len(two)
 
 
@@ -103,22 +108,22 @@ def test_a_batch_is_a_function_of_seed_and_step_and_an_epoch_has_every_row_once(
 
 
 def test_tasks_are_read_off_the_templates():
-    kinds = {"caption": "words", "image": "picture", "frames": "clip"}
+    kinds = {"caption": "text", "image": "image", "frames": "video"}
     tasks = find_tasks([read_template(template) for template in TEMPLATES], kinds)
-    assert set(tasks) == {"draw", "caption", "film", "narrate"}
-    assert tasks["draw"].before == (CAPTION, ": ")
-    assert tasks["caption"].before == (IMAGE, " what is it? ")
-    assert (tasks["film"].before, tasks["film"].column) == ((), "frames")
-    assert tasks["narrate"].before == (Column("frames", True),)
+    assert set(tasks) == {"text2image", "image2text", "text2video", "video2text"}
+    assert tasks["text2image"].before == (CAPTION, ": ")
+    assert tasks["image2text"].before == (IMAGE, " what is it? ")
+    assert (tasks["text2video"].before, tasks["text2video"].column) == ((), "frames")
+    assert tasks["video2text"].before == (Column("frames", True),)
 
 
 def test_what_is_asked_of_a_model_is_spread_over_the_source(sources):
     documents = MapDocuments(sources, TEMPLATES, 4, 1)
     tasks = find_tasks(documents.templates, documents.kinds)
-    asked = documents.ask(tasks["caption"], 3)
+    asked = documents.eval_prompts(tasks["image2text"], 3)
     assert [answer for _, answer in asked] == ["grey 0", "grey 2", "grey 4"]
     assert [before[1] for before, _ in asked] == [" what is it? "] * 3
-    assert len(documents.ask(tasks["film"], 9)) == 4
+    assert len(documents.eval_prompts(tasks["text2video"], 9)) == 4
 
 
 @pytest.mark.parametrize(
@@ -138,10 +143,10 @@ def test_templates_and_sources_fit_together(sources, templates, message):
 def test_a_label_is_read_as_its_name(streamed):
     features = Features(image=Image(), label=ClassLabel(names=["cat", "dog"]))
     rows = Dataset.from_dict({"image": [grey(0)] * 4, "label": [1, 0, None, -1]}, features)
-    documents = MapDocuments([rows], ["{label}{image:draw}"], 4, 1)
-    assert documents.kinds["label"] == "words" and list(documents.texts()) == ["dog", "cat"]
+    documents = MapDocuments([rows], ["{label}{image:generate}"], 4, 1)
+    assert documents.kinds["label"] == "text" and list(documents.texts()) == ["dog", "cat"]
     told = (
-        StreamingDocuments([rows.to_iterable_dataset()], ["{label}{image:draw}"], 4, 1)
+        StreamingDocuments([rows.to_iterable_dataset()], ["{label}{image:generate}"], 4, 1)
         if streamed
         else documents
     )
@@ -149,15 +154,15 @@ def test_a_label_is_read_as_its_name(streamed):
     for row in order:
         number = row[-1] if streamed else row
         if number < 2:
-            assert told.tell([row], make_generator(0))[0] == ("dog", "cat")[number]
+            assert told.document([row], make_generator(0))[0] == ("dog", "cat")[number]
         else:
             with pytest.raises(Unreadable, match=f"row {number}, column 'label' cannot be read"):
-                told.tell([row], make_generator(0))
+                told.document([row], make_generator(0))
 
 
 def test_words_are_not_drawn(sources):
     with pytest.raises(ValueError, match="column 'caption' holds words, which are written"):
-        MapDocuments(sources, ["{caption:draw}{image}", "{frames}"], 4, 1)
+        MapDocuments(sources, ["{caption:generate}{image}", "{frames}"], 4, 1)
 
 
 def test_a_column_of_numbers_is_no_part_of_a_document():
@@ -177,13 +182,13 @@ def test_what_cannot_be_read_is_named_by_its_row_and_file(content, reason, tmp_p
         features=Features(image=Image(), caption=Value("string")),
     )
     with pytest.raises(ValueError) as error:
-        MapDocuments([rows], ["{image}"], 4, 1).tell([0], make_generator(0))
+        MapDocuments([rows], ["{image}"], 4, 1).document([0], make_generator(0))
     assert str(error.value) == f"row 0, column 'image' cannot be read: {reason}: {tmp_path / 'torn.png'}"
     rows = Dataset.from_list([{"image": {"bytes": content, "path": None}, "caption": None}], rows.features)
     with pytest.raises(ValueError, match=f"row 0, column 'image' cannot be read: {reason}$"):
-        MapDocuments([rows], ["{image}"], 4, 1).tell([0], make_generator(0))
+        MapDocuments([rows], ["{image}"], 4, 1).document([0], make_generator(0))
     with pytest.raises(ValueError, match="row 0, column 'caption' cannot be read: words are text, not None"):
-        MapDocuments([rows], ["{caption}"], 4, 1).tell([0], make_generator(0))
+        MapDocuments([rows], ["{caption}"], 4, 1).document([0], make_generator(0))
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -196,7 +201,7 @@ def test_documents_are_the_same_in_a_process_that_is_spawned(streamed, sources):
     for rows in documents.batch(0, 0, 10):
         assert rows in sent.batch(0, 0, 10)
         for ours, theirs in zip(
-            sent.tell(rows, make_generator(0)), documents.tell(rows, make_generator(0)), strict=True
+            sent.document(rows, make_generator(0)), documents.document(rows, make_generator(0)), strict=True
         ):
             assert ours == theirs if isinstance(ours, str) else torch.equal(ours.pixels, theirs.pixels)
 
@@ -204,7 +209,7 @@ def test_documents_are_the_same_in_a_process_that_is_spawned(streamed, sources):
 def test_digits_are_documents_as_well():
     splits = load_splits("digits")
     assert isinstance(splits, DatasetDict)
-    documents = MapDocuments([splits["train"]], ["{caption}{image:draw}"], 8, 1)
-    caption, shown = documents.tell([0], make_generator(0))
+    documents = MapDocuments([splits["train"]], ["{caption}{image:generate}"], 8, 1)
+    caption, shown = documents.document([0], make_generator(0))
     assert caption == splits["train"][0]["caption"]
     assert shown.pixels.shape == (1, 8, 8)

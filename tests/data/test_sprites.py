@@ -35,7 +35,7 @@ def sprites():
 
 
 @pytest.fixture(scope="module")
-def clips():
+def videos():
     return captioned_videos(count=3072, held_out=512)
 
 
@@ -68,7 +68,7 @@ def test_no_combination_of_shape_colour_and_place_is_in_both_splits(sprites):
     assert not train & test
 
 
-@pytest.mark.parametrize("make, names", [("sprites", FACTORS), ("clips", VIDEO_FACTORS)])
+@pytest.mark.parametrize("make, names", [("sprites", FACTORS), ("videos", VIDEO_FACTORS)])
 def test_training_has_every_value_and_every_pair_of_values(make, names, request):
     train = factors_of(request.getfixturevalue(make)["train"], names)
     for one, other in combinations(names, 2):
@@ -76,8 +76,8 @@ def test_training_has_every_value_and_every_pair_of_values(make, names, request)
         assert len(pairs) == len(names[one]) * len(names[other]), (one, other)
 
 
-def test_no_frame_of_a_training_clip_shows_what_is_held_out(clips):
-    train, test = (factors_of(clips[split], VIDEO_FACTORS) for split in ("train", "test"))
+def test_no_frame_of_a_training_clip_shows_what_is_held_out(videos):
+    train, test = (factors_of(videos[split], VIDEO_FACTORS) for split in ("train", "test"))
     for factors, wanted in ((train, 0), (test, 1)):
         seen = classify_sprites(render_videos(factors, frames=3).flatten(0, 1))
         apart = (is_held_out(seen) & (seen["shape"] >= 0)).unflatten(0, (-1, 3)).any(1)
@@ -95,8 +95,8 @@ def test_a_picture_shows_what_its_caption_and_its_columns_say(split, sprites):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_clip_shows_what_its_caption_and_its_columns_say(split, clips):
-    rows = clips[split].select(range(200))
+def test_a_clip_shows_what_its_caption_and_its_columns_say(split, videos):
+    rows = videos[split].select(range(200))
     factors = factors_of(rows, VIDEO_FACTORS)
     shown = torch.stack(
         [
@@ -201,26 +201,26 @@ def test_every_motion_goes_where_it_says_and_enters_again_opposite(frames, seed)
         for name, words in FACTORS.items()
     }
     factors["motion"] = torch.arange(6)
-    clips = render_videos(factors, frames, nudge=nudges(6, seed))
+    videos = render_videos(factors, frames, nudge=nudges(6, seed))
     for frame in range(frames):
-        seen = classify_sprites(clips[:, frame])
+        seen = classify_sprites(videos[:, frame])
         away = torch.arange(6) == 1 if frame % 2 else torch.zeros(6, dtype=torch.bool)
         rows = (factors["row"] + frame * torch.tensor([0, 0, -1, 1, 0, 0])) % 3
         columns = (factors["column"] + frame * torch.tensor([0, 0, 0, 0, -1, 1])) % 3
         expected = {**factors, "row": rows, "column": columns}
         assert_says(seen, {name: expected[name].where(~away, torch.tensor(-1)) for name in FACTORS})
-    assert_says(classify_videos(clips), factors)
+    assert_says(classify_videos(videos), factors)
 
 
 def test_a_clip_that_keeps_to_no_motion_has_none():
     factors = {name: torch.zeros(1, dtype=torch.long) for name in VIDEO_FACTORS}
-    clip = render_videos(factors, 4)
+    video = render_videos(factors, 4)
     there = render_sprites({**factors, "column": torch.tensor([2])})
-    clip[:, 3] = there
-    verdict = classify_videos(clip)
+    video[:, 3] = there
+    verdict = classify_videos(video)
     assert (int(verdict["motion"]), int(verdict["shape"]), int(verdict["column"])) == (-1, 0, 0)
-    clip[:, 3] = render_sprites({**factors, "colour": torch.tensor([2])})
-    verdict = classify_videos(clip)
+    video[:, 3] = render_sprites({**factors, "colour": torch.tensor([2])})
+    verdict = classify_videos(video)
     assert (int(verdict["motion"]), int(verdict["colour"])) == (0, -1)
 
 
@@ -228,10 +228,10 @@ def test_sprites_and_clips_are_sources_by_name():
     train, test = load_images("sprites", size=16, channels=3, label="shape")
     assert (len(train), len(test)) == (8192, 512)
     assert train.images([0]).shape == (1, 3, 16, 16)
-    assert {"digits", "sprites", "clips"} <= set(EMBEDDED)
-    assert len(load_splits("clips")["train"][0]["frames"]) == 4
+    assert {"digits", "sprites", "videos"} <= set(EMBEDDED)
+    assert len(load_splits("videos")["train"][0]["frames"]) == 4
     with pytest.raises(ValueError, match="no column 'image'; it has frames, caption"):
-        load_images("clips", size=16, channels=3)
+        load_images("videos", size=16, channels=3)
 
 
 ZERO = {name: torch.zeros(1, dtype=torch.long) for name in VIDEO_FACTORS}

@@ -21,7 +21,7 @@ from rope_mm.data.documents import Unreadable
 from rope_mm.data.images import open_image
 from rope_mm.training.dataset import PackedDocumentDataset
 
-TEMPLATES = ["{caption}{image:draw}", "{image} what is it? {caption}"]
+TEMPLATES = ["{caption}{image:generate}", "{image} what is it? {caption}"]
 FEATURES = Features(image=Image(), caption=Value("string"))
 HOW = {"templates": TEMPLATES, "size": 4, "channels": 1}
 
@@ -65,7 +65,7 @@ def numbered(count, shards=1):
 
 def words(stream, seed, step, batch):
     """The documents of a step, of words alone."""
-    return ["".join(stream.tell(rows, make_generator("a"))) for rows in stream.batch(seed, step, batch)]
+    return ["".join(stream.document(rows, make_generator("a"))) for rows in stream.batch(seed, step, batch)]
 
 
 def of_words(sources, **how):
@@ -76,7 +76,7 @@ def equal(one, two):
     return all(
         mine == its
         if isinstance(mine, str)
-        else torch.equal(mine.pixels, its.pixels) and mine.drawn == its.drawn
+        else torch.equal(mine.pixels, its.pixels) and mine.generate == its.generate
         for mine, its in zip(one, two, strict=True)
     )
 
@@ -89,7 +89,7 @@ def test_unshuffled_a_stream_has_the_documents_of_the_same_rows_at_hand_in_their
         for number, document in enumerate(stream.batch(0, step, 6)):
             row = 2 + (6 * step + number) % 16
             one, two = (
-                x.tell(y, make_generator(step, number)) for x, y in ((stream, document), (at_hand, [row]))
+                x.document(y, make_generator(step, number)) for x, y in ((stream, document), (at_hand, [row]))
             )
             assert equal(one, two)
     assert [held_out.find(row).values["caption"] for row in range(2)] == ["grey 0", "grey 1"]
@@ -173,7 +173,7 @@ def test_a_row_that_cannot_be_read_is_named_by_its_shard_and_source(tmp_path):
     for stream, place, name in named:
         assert place in [row for document in stream.batch(0, 0, 14) for row in document]
         with pytest.raises(Unreadable, match=rf"^{name} .* cannot be read: cannot identify image"):
-            stream.tell([place], make_generator(0))
+            stream.document([place], make_generator(0))
 
 
 def test_a_stream_that_breaks_off_says_where():
@@ -217,7 +217,7 @@ def folder(path):
             (path / split / f"{i}.png").write_bytes(png(i))
         lines = [json.dumps({"file_name": f"{i}.png", "text": f"grey {i}"}) for i in range(count)]
         (path / split / "metadata.jsonl").write_text("\n".join(lines))
-    return path, "{text}{image:draw}"
+    return path, "{text}{image:generate}"
 
 
 def lines(path):
@@ -235,7 +235,7 @@ def tars(path):
                     member = tarfile.TarInfo(f"{i:03d}.{ending}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-    return path / "*.tar", "{txt}{png:draw}"
+    return path / "*.tar", "{txt}{png:generate}"
 
 
 @pytest.mark.parametrize("source", [folder, lines, tars])
@@ -244,8 +244,8 @@ def test_what_datasets_streams_is_told_as_it_is_from_files_at_hand(source, tmp_p
     how = {"templates": [template], "size": 4, "channels": 1}
     stream, held_out = load_documents([str(path)], streaming=True, held_out=3, **how)
     assert len(held_out) == 3
-    assert [held_out.tell([row], make_generator(0))[0] for row in range(3)] == [f"grey {i}" for i in range(3)]
-    told = [stream.tell(document, make_generator(0)) for document in stream.batch(0, 0, 6)]
+    assert [held_out.document([row], make_generator(0))[0] for row in range(3)] == [f"grey {i}" for i in range(3)]
+    told = [stream.document(document, make_generator(0)) for document in stream.batch(0, 0, 6)]
     assert [document[0] for document in told] == [f"grey {i}" for i in range(6)]
     for i, document in enumerate(told):
         assert all(torch.equal(part.pixels, torch.full((1, 4, 4), i / 127.5 - 1)) for part in document[1:])
@@ -284,11 +284,11 @@ def torchcodec(monkeypatch):
 def test_clips_of_every_kind_of_column_are_documents_streamed_or_not(feature, column, torchcodec):
     clips = torch.randint(256, (2, 3, 1, 4, 4), dtype=torch.uint8, generator=make_generator("clips"))
     stored = Dataset.from_dict({"clip": [column(clip) for clip in clips]}, Features(clip=feature))
-    stream = StreamingDocuments([stored.to_iterable_dataset()], ["{clip:draw}"], 4, 1)
-    at_hand = MapDocuments([stored], ["{clip:draw}"], 4, 1)
+    stream = StreamingDocuments([stored.to_iterable_dataset()], ["{clip:generate}"], 4, 1)
+    at_hand = MapDocuments([stored], ["{clip:generate}"], 4, 1)
     for number, rows in enumerate(stream.batch(0, 0, 2)):
         for documents, document in ((stream, rows), (at_hand, [number])):
-            (shown,) = documents.tell(document, make_generator(0))
+            (shown,) = documents.document(document, make_generator(0))
             assert torch.equal(shown.pixels, clips[number] / 127.5 - 1)
 
 
@@ -298,7 +298,7 @@ def test_sources_carried_here_stream_as_well():
     at_hand, test = load_documents(["digits"], **how)
     assert (len(held_out), len(at_hand), len(test)) == (9, 1437, 360)
     for number, document in enumerate(stream.batch(0, 0, 3)):
-        assert equal(stream.tell(document, make_generator(0)), at_hand.tell([number], make_generator(0)))
+        assert equal(stream.document(document, make_generator(0)), at_hand.document([number], make_generator(0)))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

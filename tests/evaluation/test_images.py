@@ -17,16 +17,16 @@ from rope_mm.evaluation.images import (
 def test_an_exam_tells_good_pictures_from_mixed_up_and_from_collapsed_ones():
     train, test = load_images("digits", label="label")
     exam = prepare_captions((train.images(), train.labels), (test.images(), test.labels), 360, seed=0)
-    assert exam.floor["recognised"] > 0.95
-    good, shifted = exam.mark(test.images()), exam.mark(test.images().roll(1, 0))
-    assert good["recognised"] == exam.floor["recognised"]
+    assert exam.real_reference["recognised"] > 0.95
+    good, shifted = exam.evaluate(test.images()), exam.evaluate(test.images().roll(1, 0))
+    assert good["recognised"] == exam.real_reference["recognised"]
     assert good["frechet"] == pytest.approx(0, abs=1e-6)
     assert shifted["recognised"] < 0.2
     assert shifted["frechet"] == pytest.approx(0, abs=1e-6)
-    collapsed = exam.mark(test.images()[:1].expand(360, -1, -1, -1))
+    collapsed = exam.evaluate(test.images()[:1].expand(360, -1, -1, -1))
     assert collapsed["worst"] == 0
     assert collapsed["coverage"] < 0.2
-    assert collapsed["frechet"] > 20 * exam.floor["frechet"]
+    assert collapsed["frechet"] > 20 * exam.real_reference["frechet"]
 
 
 def test_training_a_judge_leaves_the_global_random_state_alone():
@@ -72,37 +72,37 @@ def test_the_law_of_numbers_is_the_product_of_their_digits_shares():
 
 
 def test_real_stacks_reach_every_mode_at_the_floor(exam, stacks):
-    assert exam.floor["modes"] == 1000
-    assert exam.floor["kl"] == pytest.approx(999 / 52_000, abs=0.003)
-    assert exam.floor["recognised"] > 0.85
-    marks = exam.mark(stacks[0].images(range(26_000)))
-    assert marks["kl"] == exam.floor["kl"]
+    assert exam.real_reference["modes"] == 1000
+    assert exam.real_reference["kl"] == pytest.approx(999 / 52_000, abs=0.003)
+    assert exam.real_reference["recognised"] > 0.85
+    marks = exam.evaluate(stacks[0].images(range(26_000)))
+    assert marks["kl"] == exam.real_reference["kl"]
     assert marks["kl_excess"] == 0
 
 
 def test_modes_that_are_missing_are_found_missing(exam, stacks):
     images, labels = stacks[0].images(), stacks[0].labels
     lower = images[labels < 500][torch.arange(26_000) % int((labels < 500).sum())]
-    lacking = exam.mark(lower)
+    lacking = exam.evaluate(lower)
     assert lacking["modes"] < 600  # the judge errs, and so finds some that are not there
     assert lacking["kl"] == pytest.approx(math.log(2), abs=0.1)
-    assert exam.mark(images[:1].expand(26_000, -1, -1, -1))["modes"] == 1
+    assert exam.evaluate(images[:1].expand(26_000, -1, -1, -1))["modes"] == 1
 
 
 def test_pictures_are_compared_with_the_numbers_that_were_asked(exam, stacks):
     held_out = stacks[1]
     asked = held_out.labels[exam.rows]
     assert set(asked.bincount().tolist()) == {26}
-    right = exam.mark(held_out.images(exam.rows))["recognised"]
+    right = exam.evaluate(held_out.images(exam.rows))["recognised"]
     assert right > 0.85
-    assert exam.mark(held_out.images(exam.rows).roll(1, 0))["recognised"] < 0.01
+    assert exam.evaluate(held_out.images(exam.rows).roll(1, 0))["recognised"] < 0.01
     swapped = held_out.images(exam.rows).flip(1)  # ones for hundreds: right only where they are the same
-    assert exam.mark(swapped)["recognised"] == pytest.approx(right / 10, abs=0.02)
+    assert exam.evaluate(swapped)["recognised"] == pytest.approx(right / 10, abs=0.02)
 
 
 def test_without_captions_nothing_is_compared(stacks):
     train, test = ((part.images(range(300)), part.labels[:300]) for part in stacks)
-    marks = IMAGE_EVALUATORS["modes"](train, test, 300, 0).mark(test[0])
+    marks = IMAGE_EVALUATORS["modes"](train, test, 300, 0).evaluate(test[0])
     assert set(marks) == {"modes", "held", "kl", "kl_excess"}
 
 

@@ -22,13 +22,13 @@ CLIP_PHRASE = "{shape} {colour} {row} {column} {motion}"
 @pytest.fixture(scope="module")
 def sprites():
     rows = captioned_sprites(1, 48)["test"]
-    return MapDocuments([rows], ["{caption}{image:draw}", "see {image} {caption}"], **SHAPE)
+    return MapDocuments([rows], ["{caption}{image:generate}", "see {image} {caption}"], **SHAPE)
 
 
 @pytest.fixture(scope="module")
 def clips():
     rows = captioned_videos(1, 48)["test"]
-    return MapDocuments([rows], ["{frames:draw}{caption}"], **SHAPE)
+    return MapDocuments([rows], ["{frames:generate}{caption}"], **SHAPE)
 
 
 class Clever:
@@ -59,16 +59,16 @@ class Clever:
 
 @pytest.mark.parametrize(("off", "share"), [(0, 1.0), (1, 0.0)])
 def test_an_exam_gives_the_share_with_every_factor_right(off, share, sprites, clips):
-    assert SPRITE_EVALUATORS["sprites"].mark(Clever(off), sprites) == {
-        "draw_right": share,
-        "caption_right": share,
+    assert SPRITE_EVALUATORS["sprites"].evaluate(Clever(off), sprites) == {
+        "acc/text2image": share,
+        "acc/image2text": share,
     }
-    assert SPRITE_EVALUATORS["clips"].mark(Clever(off), clips) == {
-        "film_right": share,
-        "narrate_right": share,
+    assert SPRITE_EVALUATORS["videos"].evaluate(Clever(off), clips) == {
+        "acc/text2video": share,
+        "acc/video2text": share,
     }
 
 
 def test_a_task_that_is_not_taught_has_no_mark():
     telling = MapDocuments([captioned_sprites(1, 8)["test"]], ["{image}{caption}"], **SHAPE)
-    assert SPRITE_EVALUATORS["sprites"].mark(Clever(), telling) == {"caption_right": 1.0}
+    assert SPRITE_EVALUATORS["sprites"].evaluate(Clever(), telling) == {"acc/image2text": 1.0}

@@ -81,10 +81,10 @@ def test_a_guided_clip_rolls_on_from_one_that_fits_its_window(model):
 
 def test_a_teller_draws_with_the_guidance_it_was_saved_with(model, tmp_path):
     processor = RopeMMProcessor.from_config(model.config, load_tokenizer())
-    form = GenerationSpec(["{words}{image:draw}"], {"words": "words", "image": "picture"}, 4, 1, 2, 2.0)
+    form = GenerationSpec(["{words}{image:generate}"], {"words": "text", "image": "image"}, 4, 1, 2, 2.0)
     GenerationPipeline(model, processor, form).save(tmp_path)
     teller = GenerationPipeline.load(tmp_path)
-    prompt = teller.prompt("draw", "some")
+    prompt = teller.prompt("text2image", "some")
     drawn = teller.draw([prompt], torch.Generator().manual_seed(1))
     torch.testing.assert_close(drawn, draw(model, ["some"], 2.0, 2), **CLOSE)
     old = {
@@ -98,13 +98,13 @@ def test_a_teller_draws_with_the_guidance_it_was_saved_with(model, tmp_path):
 @pytest.mark.parametrize(
     ("template", "untold"),
     [
-        ("{image:draw}{words}", True),
-        ("{image}{image:draw} so", True),
-        ("{words}{image:draw}", False),
-        ("see {image:draw}", False),
+        ("{image:generate}{words}", True),
+        ("{image}{image:generate} so", True),
+        ("{words}{image:generate}", False),
+        ("see {image:generate}", False),
         ("{image}{words}", False),
     ],
 )
 def test_a_template_draws_untold_where_something_is_drawn_before_its_first_words(template, untold):
-    kinds = {"words": "words", "image": "picture"}
+    kinds = {"words": "text", "image": "image"}
     assert generates_unconditionally(read_template(template), kinds) is untold

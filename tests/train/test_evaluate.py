@@ -52,8 +52,8 @@ def refusal(capsys):
         (["--extend", "CLIP", "--to", "o.jpg"], "--to o.jpg names no format of a clip"),
         (["--draw", "a", "--to", "o"], "--to o names no format of a picture"),
         (["--extend", "CLIP", "--given", 9], "given 9 is more than the 3 frames of"),
-        (["--caption", "clips:-1"], "clips:-1 cannot be read as a picture: its rows are 0 to"),
-        (["--caption", "clips:9999"], "clips:9999 cannot be read as a picture: its rows are 0 to"),
+        (["--caption", "videos:-1"], "videos:-1 cannot be read as a picture: its rows are 0 to"),
+        (["--caption", "videos:9999"], "videos:9999 cannot be read as a picture: its rows are 0 to"),
     ],
 )
 def test_a_question_that_makes_no_sense_is_refused_and_writes_nothing(

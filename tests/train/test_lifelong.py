@@ -112,7 +112,7 @@ def test_such_a_run_reads_its_own_rows_from_its_first_step_on_and_is_resumed_as_
         ({"model.hidden_size": 32}, r"another model .*'hidden_size': 16.*'hidden_size': 32.*must be kept"),
         ({"head": "flow"}, "another head .adversarial there, flow here"),
         ({"tokenizer": "bytes"}, "another tokenizer .words there, bytes here"),
-        ({"data.templates": "['draw {caption}{image:draw}']"}, "'draw ' has words that the model was not"),
+        ({"data.templates": "['draw {caption}{image:generate}']"}, "'draw ' has words that the model was not"),
         ({"data.where": "{shape: [blob]}"}, "column 'shape' has no 'blob'; it has circle"),
         ({"data.where": "{form: [ring]}"}, "no column 'form'; it has image, caption"),
         ({"data.where": "{shape: []}"}, "no row of train holds one of .. in column 'shape'"),
@@ -201,17 +201,17 @@ class Sure:
 def test_who_draws_what_is_asked_covers_all_and_who_draws_one_sprite_covers_one(tmp_path):
     exam = lifelong.LifelongEvaluator(read(tmp_path, draws=8, fresh=4096, **{"data.size": 16}))
     count = len({tuple(row) for row in zip(*(exam.fresh["old"][name] for name in FACTORS), strict=True)})
-    right = exam.mark(Sure(lambda factors: factors), "old")
+    right = exam.evaluate(Sure(lambda factors: factors), "old")
     assert (right["old drawn right"], right["old covered"], right["old spread"]) == (1, 1, 0)
-    various = exam.mark(Sure(lambda factors: factors, nudged=True), "old")
+    various = exam.evaluate(Sure(lambda factors: factors, nudged=True), "old")
     assert various["old covered"] == 1
     assert various["old spread"] == pytest.approx(1, abs=0.1)
     only = {name: exam.fresh["old"][0][name] for name in FACTORS}
     alike = Sure(lambda factors: {name: torch.full_like(factors[name], only[name]) for name in FACTORS})
-    assert exam.mark(alike, "old")["old covered"] == pytest.approx(1 / count)
+    assert exam.evaluate(alike, "old")["old covered"] == pytest.approx(1 / count)
     caption = exam.fresh["old"][0]["caption"]
     told = [tuple(row[name] for name in FACTORS) for row in exam.fresh["old"].select(range(4))]
-    share = exam.mark(Sure(lambda factors: factors, caption), "old")["old captioned right"]
+    share = exam.evaluate(Sure(lambda factors: factors, caption), "old")["old captioned right"]
     assert share == told.count(tuple(only.values())) / 4
 
 

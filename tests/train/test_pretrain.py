@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "pretrain" / "tiny.yaml"
 
 
-TEMPLATES = "['{caption}{image:draw}', '{image}?{caption}', '{frames:draw}{caption}', '{image}{frames:draw}']"
+TEMPLATES = "['{caption}{image:generate}', '{image}?{caption}', '{frames:generate}{caption}', '{image}{frames:generate}']"
 
 
 def flags(data, out, **changes):
@@ -82,10 +82,10 @@ def test_a_profile_prints_rotary_s_share_and_changes_nothing(data, tmp_path, cap
 
 def test_a_run_leaves_metrics_samples_and_a_model_that_loads(whole):
     result = json.loads((whole / "result.json").read_text())
-    assert set(result) == {"held_out_words", "held_out_mse", "caption_exact", "narrate_exact"}
+    assert set(result) == {"held_out_words", "held_out_mse", "exact_match/image2text", "exact_match/video2text"}
     assert set(lines(whole)[0]) == {"step", "words", "mse"}
     names = {path.name for path in (whole / "samples").iterdir()}
-    assert names == {f"step-000004{end}" for end in (".png", "-clips.png", "-caption.txt", "-narrate.txt")}
+    assert names == {f"step-000004{end}" for end in (".png", "-videos.png", "-image2text.txt", "-video2text.txt")}
     assert {path.name for path in (whole / "checkpoints").iterdir()} == {"step-000002", "step-000004"}
     RopeMMForConditionalGeneration.from_pretrained(whole / "model")
 
@@ -144,14 +144,14 @@ def test_ctrl_c_with_workers_saves_and_workers_change_nothing(whole, data, tmp_p
 @pytest.mark.parametrize("head", ["mse", "flow"])
 def test_pictures_are_learned_and_with_them_the_words(head, data, tmp_path):
     settings = {"optim.lr": 1e-2, "ema": 0.5, "model.hidden_size": 32, "model.num_hidden_layers": 2}
-    templates = {"data.templates": "['{caption}{image:draw}', '{image}{caption}']"}
+    templates = {"data.templates": "['{caption}{image:generate}', '{image}{caption}']"}
     train(data, tmp_path / "run", head=head, steps=100, batch=16, **settings, **templates)
     first, *_, last, _ = lines(tmp_path / "run")
     assert last["words"] < 0.1 * first["words"]
     assert last[head] < 0.3 * first[head]
     if head == "mse":  # a bar is drawn where its caption says; the mean of all is 0.75 from each
         teller = GenerationPipeline.load(tmp_path / "run" / "model")
-        drawn = teller.draw([teller.prompt("draw", letter) for letter in "abcd"], torch.Generator())
+        drawn = teller.draw([teller.prompt("text2image", letter) for letter in "abcd"], torch.Generator())
         bars = 2 * torch.eye(4)[:, None, None].expand(4, 1, 4, 4) - 1
         assert (drawn - bars).square().mean() < 0.3
 
@@ -216,9 +216,9 @@ def test_a_model_writes_draws_and_goes_on_when_asked(whole, tmp_path, capsys):
 
 def test_sprites_and_clips_are_examined_and_held_out_rows_are_asked_for_by_number(tmp_path, capsys):
     out, size = tmp_path / "run", {"data.size": 8, "data.channels": 3, "model.patch_size": 8}
-    size["data.templates"] = "['{caption}{image:draw}', '{image}{caption}', '{frames:draw}{caption}']"
-    train("sprites,clips", out, steps=1, tokenizer="words", **size)
-    marks = {f"{task}_right" for task in ("draw", "caption", "film", "narrate")}
+    size["data.templates"] = "['{caption}{image:generate}', '{image}{caption}', '{frames:generate}{caption}']"
+    train("sprites,videos", out, steps=1, tokenizer="words", **size)
+    marks = {f"acc/{task}" for task in ("text2image", "image2text", "text2video", "video2text")}
     assert marks < set(json.loads((out / "result.json").read_text()))
     capsys.readouterr()
 
@@ -227,21 +227,21 @@ def test_sprites_and_clips_are_examined_and_held_out_rows_are_asked_for_by_numbe
         return capsys.readouterr().out
 
     rows, drawn = captioned_videos()["test"], tmp_path / "clip.png"
-    assert ask("--caption", "clips:5").startswith(f"clips:5 {rows[5]['caption']}\n")
-    ask("--extend", "clips:5", "--given", 2, "--frames", 1, "--to", drawn)
+    assert ask("--caption", "videos:5").startswith(f"videos:5 {rows[5]['caption']}\n")
+    ask("--extend", "videos:5", "--given", 2, "--frames", 1, "--to", drawn)
     with Picture.open(drawn) as moving:
         assert moving.n_frames == 3
     with pytest.raises(ValueError, match="'a rde circle' has words that the model was not taught"):
         ask("--draw", "a rde circle")
-    with pytest.raises(ValueError, match="clips:-1000 cannot be read as a picture"):
-        ask("--caption", "clips:-1000")
+    with pytest.raises(ValueError, match="videos:-1000 cannot be read as a picture"):
+        ask("--caption", "videos:-1000")
 
 
 def test_what_a_model_was_not_taught_is_refused(data, tmp_path):
     train(data, tmp_path / "run", steps=1, **{"data.templates": "['{caption}']"})
     teller = GenerationPipeline.load(tmp_path / "run" / "model")
-    with pytest.raises(ValueError, match="this model was not taught to draw; its templates are"):
-        teller.prompt("draw", "a")
+    with pytest.raises(ValueError, match="no template of this model trains text2image; they are"):
+        teller.prompt("text2image", "a")
     with pytest.raises(ValueError, match=r"holds no documents.json; give OUT/model"):
         GenerationPipeline.load(tmp_path)
 
@@ -257,7 +257,7 @@ def test_what_a_model_was_not_taught_is_refused(data, tmp_path):
         ({"head": "adversarial", "loss.name": "rasgan", "accumulate": 2}, "each of 2 turns of processes"),
         ({"data.join": 0}, "data.join must be at least 1"),
         ({"model.num_channels": 3}, "model.num_channels is data.channels"),
-        ({"guidance": 2.0, "data.templates": "['{caption}{image:draw}']"}, "guidance 2.0 needs a template"),
+        ({"guidance": 2.0, "data.templates": "['{caption}{image:generate}']"}, "guidance 2.0 needs a template"),
         ({"attention": "spda"}, "attention 'spda' is unknown; did you mean 'sdpa'"),
         (
             {"attention": "flex_attention"},

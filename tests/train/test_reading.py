@@ -19,7 +19,7 @@ from rope_mm.training.config import run
 sys.path.insert(0, str(Path(__file__).parent))
 from test_pretrain import flags, lines, pretrain, same, train
 
-TEMPLATES = {"data.templates": "['{caption}{image:draw}', '{image}{caption}']", "batch": 6, "length": 48}
+TEMPLATES = {"data.templates": "['{caption}{image:generate}', '{image}{caption}']", "batch": 6, "length": 48}
 
 
 def png(shade, size=4):
@@ -87,14 +87,14 @@ def folder(path):
         (path / f"{i}.png").write_bytes(png(20 * i))
     rows = [json.dumps({"file_name": f"{i}.png", "text": "abcd"[i % 4]}) for i in range(10)]
     (path / "metadata.jsonl").write_text("\n".join(rows))
-    return path, "['{text}{image:draw}', '{image}{text}']"
+    return path, "['{text}{image:generate}', '{image}{text}']"
 
 
 def parquet(path):
     rows = [{"picture": {"bytes": png(20 * i), "path": None}, "text": "abcd"[i % 4]} for i in range(10)]
     rows = Dataset.from_list(rows, features=Features(picture=Image(), text=Value("string")))
     rows.to_parquet(path / "rows.parquet")
-    return path / "rows.parquet", "['{text}{picture:draw}']"
+    return path / "rows.parquet", "['{text}{picture:generate}']"
 
 
 def webdataset(path):
@@ -104,14 +104,14 @@ def webdataset(path):
                 member = tarfile.TarInfo(f"{i:03d}.{ending}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    return path / "shard-000.tar", "['{txt}{png:draw}']"
+    return path / "shard-000.tar", "['{txt}{png:generate}']"
 
 
 def classes(path):
     for i in range(10):
         (path / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         (path / "train" / "ab"[i % 2] / f"{i}.png").write_bytes(png(20 * i))
-    return path, "['{label}{image:draw}', '{image}{label}']"
+    return path, "['{label}{image:generate}', '{image}{label}']"
 
 
 def jsonl(path):
@@ -142,9 +142,9 @@ def test_clips_of_any_lengths_are_learned_and_shown(lengths, tmp_path):
     ]
     features = Features(frames=List(Image()), caption=Value("string"))
     Dataset.from_list(rows, features=features).to_parquet(path := tmp_path / "clips.parquet")
-    templates = "['{frames}{caption}{frames:draw}', '{frames:draw}{caption}']"
+    templates = "['{frames}{caption}{frames:generate}', '{frames:generate}{caption}']"
     train(path, out := tmp_path / "run", steps=1, **{"data.templates": templates})
-    shown = out / "samples" / "step-000001-clips.png"
+    shown = out / "samples" / "step-000001-videos.png"
     assert shown.exists() == (max(lengths) > 1)
     if shown.exists():
         with Picture.open(shown) as sheet:
