@@ -108,7 +108,10 @@ class DocumentDataset(ABC):
         self.kinds = {name: kind for name, (kind, _) in kinds.items()}
         self.readers = {name: read for name, (_, read) in kinds.items()}
         drawn = {
-            part.column for template in told for part in template if isinstance(part, Column) and part.generate
+            part.column
+            for template in told
+            for part in template
+            if isinstance(part, Column) and part.generate
         }
         if words := [name for name in sorted(drawn) if self.kinds[name] == "text"]:
             raise ValueError(f"column {words[0]!r} holds words, which are written; only pictures are drawn")

@@ -62,7 +62,7 @@ def read_template(text: str) -> Template:
             raise ValueError(f"template {text!r}: {{{column}:{mark}}} is now {{{column}:{GENERATE}}}")
         if not column or conversion or mark not in ("", GENERATE):
             raise ValueError(
-                f"template {text!r}: a column is {{name}}, or {{name:{GENERATE}}} where the model generates it"
+                f"template {text!r}: a column is {{name}}, or {{name:{GENERATE}}} if it is to be generated"
             )
         parts.append(Column(column, mark == GENERATE))
     return tuple(parts)

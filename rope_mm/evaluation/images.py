@@ -25,7 +25,7 @@ class ImageEvaluator(Protocol):
         ...
 
     @property
-    def floor(self) -> dict[str, float]:
+    def real_reference(self) -> dict[str, float]:
         """What real pictures score."""
         ...
 
@@ -78,7 +78,7 @@ def distribution_metrics(real: Tensor, fake: Tensor) -> dict[str, float]:
 class CaptionEvaluator:
     """What drawn pictures are judged by: a judge, features of held-out reals, which of them to draw again.
 
-    `real_reference` is what real training images score in the same exam, and the judge's accuracy on held-out reals.
+    `real_reference` is what real training images score, and the classifier's accuracy on held-out ones.
     """
 
     judge: FeatureClassifier
@@ -147,8 +147,9 @@ def mode_metrics(numbers: Tensor, law: Tensor) -> dict[str, float]:
 class ModeCoverageEvaluator:
     """Counts the modes of stacked digits: a judge of single digits reads each channel by itself.
 
-    `real_reference` are the marks of as many real training stacks, if there are as many, and the share of held-out
-    ones that the judge reads rightly. With labels (n,), pictures are also compared with what was asked.
+    `real_reference` holds the metrics of as many real training stacks, if there are as many, and the
+    share of held-out ones that the classifier reads rightly. With labels (n,), images are also compared
+    with what was asked.
     """
 
     judge: FeatureClassifier

@@ -33,7 +33,9 @@ def write_samples(teller: GenerationPipeline, held_out: MapDocuments, path: Path
         save_sheet(path.with_name(f"{path.name}.png"), rows, [document_text(before) for before, _ in asked])
     if "text2video" in tasks:
         write_video_samples(
-            teller, held_out.eval_prompts(tasks["text2video"], ROWS), path.with_name(f"{path.name}-videos.png")
+            teller,
+            held_out.eval_prompts(tasks["text2video"], ROWS),
+            path.with_name(f"{path.name}-videos.png"),
         )
     for name in ("image2text", "video2text"):
         if name in tasks:

@@ -244,7 +244,9 @@ def test_what_datasets_streams_is_told_as_it_is_from_files_at_hand(source, tmp_p
     how = {"templates": [template], "size": 4, "channels": 1}
     stream, held_out = load_documents([str(path)], streaming=True, held_out=3, **how)
     assert len(held_out) == 3
-    assert [held_out.document([row], make_generator(0))[0] for row in range(3)] == [f"grey {i}" for i in range(3)]
+    assert [held_out.document([row], make_generator(0))[0] for row in range(3)] == [
+        f"grey {i}" for i in range(3)
+    ]
     told = [stream.document(document, make_generator(0)) for document in stream.batch(0, 0, 6)]
     assert [document[0] for document in told] == [f"grey {i}" for i in range(6)]
     for i, document in enumerate(told):
@@ -298,7 +300,9 @@ def test_sources_carried_here_stream_as_well():
     at_hand, test = load_documents(["digits"], **how)
     assert (len(held_out), len(at_hand), len(test)) == (9, 1437, 360)
     for number, document in enumerate(stream.batch(0, 0, 3)):
-        assert equal(stream.document(document, make_generator(0)), at_hand.document([number], make_generator(0)))
+        assert equal(
+            stream.document(document, make_generator(0)), at_hand.document([number], make_generator(0))
+        )
 
 
 @pytest.mark.parametrize("workers", [1, 2])

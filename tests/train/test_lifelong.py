@@ -112,7 +112,10 @@ def test_such_a_run_reads_its_own_rows_from_its_first_step_on_and_is_resumed_as_
         ({"model.hidden_size": 32}, r"another model .*'hidden_size': 16.*'hidden_size': 32.*must be kept"),
         ({"head": "flow"}, "another head .adversarial there, flow here"),
         ({"tokenizer": "bytes"}, "another tokenizer .words there, bytes here"),
-        ({"data.templates": "['draw {caption}{image:generate}']"}, "'draw ' has words that the model was not"),
+        (
+            {"data.templates": "['draw {caption}{image:generate}']"},
+            "'draw ' has words that the model was not",
+        ),
         ({"data.where": "{shape: [blob]}"}, "column 'shape' has no 'blob'; it has circle"),
         ({"data.where": "{form: [ring]}"}, "no column 'form'; it has image, caption"),
         ({"data.where": "{shape: []}"}, "no row of train holds one of .. in column 'shape'"),

@@ -26,7 +26,10 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "pretrain" / "tiny.yaml"
 
 
-TEMPLATES = "['{caption}{image:generate}', '{image}?{caption}', '{frames:generate}{caption}', '{image}{frames:generate}']"
+TEMPLATES = (
+    "['{caption}{image:generate}', '{image}?{caption}', '{frames:generate}{caption}', "
+    "'{image}{frames:generate}']"
+)
 
 
 def flags(data, out, **changes):
@@ -82,10 +85,17 @@ def test_a_profile_prints_rotary_s_share_and_changes_nothing(data, tmp_path, cap
 
 def test_a_run_leaves_metrics_samples_and_a_model_that_loads(whole):
     result = json.loads((whole / "result.json").read_text())
-    assert set(result) == {"held_out_words", "held_out_mse", "exact_match/image2text", "exact_match/video2text"}
+    assert set(result) == {
+        "held_out_words",
+        "held_out_mse",
+        "exact_match/image2text",
+        "exact_match/video2text",
+    }
     assert set(lines(whole)[0]) == {"step", "words", "mse"}
     names = {path.name for path in (whole / "samples").iterdir()}
-    assert names == {f"step-000004{end}" for end in (".png", "-videos.png", "-image2text.txt", "-video2text.txt")}
+    assert names == {
+        f"step-000004{end}" for end in (".png", "-videos.png", "-image2text.txt", "-video2text.txt")
+    }
     assert {path.name for path in (whole / "checkpoints").iterdir()} == {"step-000002", "step-000004"}
     RopeMMForConditionalGeneration.from_pretrained(whole / "model")
 
@@ -257,7 +267,10 @@ def test_what_a_model_was_not_taught_is_refused(data, tmp_path):
         ({"head": "adversarial", "loss.name": "rasgan", "accumulate": 2}, "each of 2 turns of processes"),
         ({"data.join": 0}, "data.join must be at least 1"),
         ({"model.num_channels": 3}, "model.num_channels is data.channels"),
-        ({"guidance": 2.0, "data.templates": "['{caption}{image:generate}']"}, "guidance 2.0 needs a template"),
+        (
+            {"guidance": 2.0, "data.templates": "['{caption}{image:generate}']"},
+            "guidance 2.0 needs a template",
+        ),
         ({"attention": "spda"}, "attention 'spda' is unknown; did you mean 'sdpa'"),
         (
             {"attention": "flex_attention"},
