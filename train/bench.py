@@ -203,8 +203,8 @@ def length_rows(way: str, size: Size, lengths: list[int], device: str) -> list[t
     cast(PreTrainedModel, model).set_attn_implementation(backend)
     for length in lengths:
         ids = torch.randint(VOCAB - 2, (1, length), generator=make_generator("bench")).to(device)
-        rank: Tensor = torch.arange(length, device=device)[None] // 16
-        step = trainer(model, {"input_ids": ids, "labels": ids} | ({"rank": rank} if pictures else {}))
+        blocks: Tensor = torch.arange(length, device=device)[None] // 16
+        step = trainer(model, {"input_ids": ids, "labels": ids} | ({"block_ids": blocks} if pictures else {}))
         step()  # makes the optimiser's state
         taken, peak = seconds(step, device), peak_memory(step, device)
         rows.append(

@@ -13,7 +13,8 @@ from rope_mm.data.synthetic.qa_tasks import WORDS, QASample
 from rope_mm.data.synthetic.sprites import PLACES, VIDEO_FACTORS
 from rope_mm.evaluation.sprites import classify_sprites
 from rope_mm.models.modeling_rope_mm import RopeMMForConditionalGeneration
-from rope_mm.models.sequences import IMAGE_TOKEN, EncodedSequence, collate, encode
+from rope_mm.models.sequences import EncodedSequence, collate, encode
+from rope_mm.models.tokenizers import IMAGE_TOKEN
 from rope_mm.nn.patches import to_images, to_patches
 from rope_mm.schemes.scheme import Scheme
 from rope_mm.segments import Image, Segment, Video
@@ -84,7 +85,7 @@ def encode_qa(quiz: QASample, size: int) -> EncodedQA:
 def place_qa(told: Sequence[EncodedQA], words: WordTokenizer, scheme: Scheme) -> list[PlacedQA]:
     """Quizzes with their tokens where a scheme places them."""
     tokenizer = cast(PreTrainedTokenizerBase, words)
-    rows = encode([quiz.story for quiz in told], tokenizer, scheme, ended=True)
+    rows = encode([quiz.story for quiz in told], tokenizer, scheme, add_end=True)
     return list(map(PlacedQA, rows, told))
 
 
@@ -106,7 +107,7 @@ def generate_answers(model: RopeMMForConditionalGeneration, asked: Sequence[Plac
     sequences = collate([row for row, _ in asked])
     labels = sequences.input_ids.masked_fill(~sequences.mask, NONE)
     for label, (row, quiz) in zip(labels, asked, strict=True):
-        label[: len(row.ids) - quiz.answer] = NONE
+        label[: len(row.input_ids) - quiz.answer] = NONE
     labels = labels.to(model.device)
     patches = torch.cat([quiz.patches for _, quiz in asked]).to(model.device).float() / 127.5 - 1
     draft = torch.cat([torch.arange(-len(quiz.patches), 0) >= -quiz.drawn for _, quiz in asked])

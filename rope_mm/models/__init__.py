@@ -15,10 +15,10 @@ from rope_mm.models.modeling_rope_mm import RopeMMCritic as RopeMMCritic
 from rope_mm.models.modeling_rope_mm import RopeMMForConditionalGeneration as RopeMMForConditionalGeneration
 from rope_mm.models.modeling_rope_mm import RopeMMModel as RopeMMModel
 from rope_mm.models.processing_rope_mm import RopeMMProcessor as RopeMMProcessor
-from rope_mm.models.sequences import IMAGE_TOKEN as IMAGE_TOKEN
 from rope_mm.models.sequences import SequenceBatch as SequenceBatch
 from rope_mm.models.sequences import build_batch as build_batch
-from rope_mm.models.sequences import load_tokenizer as load_tokenizer
+from rope_mm.models.tokenizers import IMAGE_TOKEN as IMAGE_TOKEN
+from rope_mm.models.tokenizers import load_tokenizer as load_tokenizer
 
 AutoConfig.register("rope_mm", RopeMMConfig)
 AutoModel.register(RopeMMConfig, RopeMMModel)

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from rope_mm.models.sequences import IMAGE_TOKEN
+from rope_mm.models.tokenizers import IMAGE_TOKEN
 from rope_mm.schemes.scheme import Scheme
 from rope_mm.schemes.zoo import read_scheme
 

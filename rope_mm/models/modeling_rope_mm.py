@@ -1,4 +1,4 @@
-"""The small multimodal transformer: words, images and videos in, words and patches out, or a score."""
+"""The small multimodal transformer: text, images and videos in; logits and patches, or a score, out."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -16,14 +17,12 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from rope_mm.models.generation import ImageGenerationMixin
-from rope_mm.models.position_ids import count_tokens, document_ids, make_mask, unpack_position_ids
-from rope_mm.models.rolling import QueryAngles, UnrotatedKeyCache
-from rope_mm.nn.attention import Attention
-from rope_mm.nn.blocks import Block
-from rope_mm.nn.eager import eager_attention
-from rope_mm.nn.heads import PatchHead, ScoreHead
+from rope_mm.models.masks import find_document_ids, make_mask
+from rope_mm.models.position_ids import default_position_ids, unpack_position_ids
+from rope_mm.nn.attention import Attention, eager_attention
+from rope_mm.nn.blocks import Block, PatchHead, ScoreHead
 from rope_mm.nn.patches import PatchEmbedding, TokenEmbedding
+from rope_mm.rotary.dispatch import RotaryAngles
 from rope_mm.rotary.module import Rotary
 
 from .configuration_rope_mm import RopeMMConfig  # beside this file also where a saved model brings its code
@@ -31,7 +30,17 @@ from .configuration_rope_mm import RopeMMConfig  # beside this file also where a
 
 @dataclass
 class RopeMMOutput(ModelOutput):
-    """`loss` of the words, their `logits` (b, s, vocab), the `patches` (n, p) read at the image places."""
+    """What `RopeMMForConditionalGeneration` returns.
+
+    Attributes:
+        loss: of the text tokens, where labels were given.
+        logits: (b, s, vocab) or those that were asked for.
+        past_key_values: the cache.
+        hidden_states: (b, s, c) of every layer, where asked for.
+        attentions: weights (b, h, s, s) of every layer, where asked for.
+        patches: (n, p), read at the image tokens, where patches were given.
+        last_hidden_state: the stream (b, s, c).
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -63,11 +72,11 @@ class RopeMMAttention(Attention):
 
 
 class RopeMMBlock(GradientCheckpointingLayer, Block):
-    """A block whose insides can be computed anew in the backward."""
+    """A block that can be recomputed in the backward pass instead of being kept."""
 
 
 class RopeMMPreTrainedModel(PreTrainedModel):
-    """What all heads share: config, initialisation, what transformers may do with it."""
+    """What all models share: the config, the initialisation, what transformers may do with them."""
 
     config_class = RopeMMConfig
     base_model_prefix = "model"
@@ -101,10 +110,11 @@ class RopeMMModel(RopeMMPreTrainedModel):
 
     def __init__(self, config: RopeMMConfig):
         super().__init__(config)
-        width, eps = config.hidden_size, config.rms_norm_eps
+        width, eps, scheme = config.hidden_size, config.rms_norm_eps, config.scheme
         self.embed = TokenEmbedding(config.vocab_size, width, config.patch_width)
-        heads = config.num_key_value_heads if config.scheme.per_head else None
-        self.rotary = Rotary(config.head_dim, config.scheme, heads=heads)
+        self.rotary = Rotary(
+            config.head_dim, scheme, heads=config.num_key_value_heads if scheme.per_head else None
+        )
         self.blocks = nn.ModuleList(
             RopeMMBlock(width, config.intermediate_size, RopeMMAttention(config, layer), eps)
             for layer in range(config.num_hidden_layers)
@@ -114,10 +124,10 @@ class RopeMMModel(RopeMMPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.embed.words
+        return self.embed.tokens
 
     def set_input_embeddings(self, value: nn.Module):
-        self.embed.words = value  # pyright: ignore[reportAttributeAccessIssue]
+        self.embed.tokens = value  # pyright: ignore[reportAttributeAccessIssue]
 
     @merge_with_config_defaults
     @capture_outputs
@@ -129,89 +139,180 @@ class RopeMMModel(RopeMMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         patches: Tensor | None = None,
-        rank: Tensor | None = None,
+        block_ids: Tensor | None = None,
         rope_deltas: Tensor | None = None,
-        document: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        angles: RotaryAngles | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """The stream (b, s, c) of a sequence; `arrange` and `RopeMMProcessor` make all of these.
+        """The stream (b, s, c) of a batch; `build_batch` and `RopeMMProcessor` make all of these arguments.
 
         Args:
             input_ids: (b, s), `image_token_id` where a patch stands.
             attention_mask: (b, past + s), 0 at padding.
             position_ids: (1 + a, b, s), row 0 the numbers of the tokens, then their positions on each axis;
-                or (b, s), numbers of words. A document begins where the numbers do not go on.
+                or (b, s), numbers of text tokens. A document begins where the numbers do not rise by one.
             past_key_values: a cache to read and to fill.
-            inputs_embeds: (b, s, c) in the place of input_ids.
+            inputs_embeds: (b, s, c) instead of input_ids.
             patches: (b, n, p) or (n, p), one for every image token, in order.
-            rank: (b, s), from `ranks`: a token sees those of its own and of lower rank, see `sees`; None for
-                words.
-            rope_deltas: (b,), by how much words stand beyond their tokens' numbers.
-            document: (b, s), numbers of packed documents; else position_ids or cu_seq_lens_q tell.
+            block_ids: (b, s), see `make_mask_fn`; None where all tokens are text.
+            rope_deltas: (b,), by how much text tokens stand beyond their numbers.
+            document_ids: (b, s), of packed documents; else position_ids or cu_seq_lens_q say where they end.
+            angles: `model.rotary.angles(positions)` made before, for models that share it; position_ids then
+                only number the tokens.
             use_cache: whether to return a cache; a forward by itself makes none.
-            kwargs: for the backend, such as `cu_seq_lens_q`, where packed documents end.
+            kwargs: of transformers or the attention backend, such as `cu_seq_lens_q`, ends of documents.
 
         Raises:
-            ValueError: patches that do not fit their places, packed documents for a cache, an Omega that
-                depends on the length for a cache.
+            ValueError: patches that do not fit their image tokens, packed documents with a cache, an Omega
+                that depends on the length with a cache.
         """
-        places = self.places(input_ids, inputs_embeds)
-        x = self.embed.words(input_ids) if inputs_embeds is None else inputs_embeds
-        x = self.embed(x, patches, places)
+        image_mask = self.image_mask(input_ids, inputs_embeds)
+        x = self.embed.tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.embed(x, patches, image_mask)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = count_tokens(x, attention_mask, past)
-        count, positions = unpack_position_ids(position_ids, self.config.scheme, rope_deltas)
-        if document is None:
-            document = document_ids(count, attention_mask, kwargs.get("cu_seq_lens_q"))
+            position_ids = default_position_ids(x, attention_mask, past)
+        if angles is None:
+            numbers, positions = unpack_position_ids(position_ids, self.rotary.scheme, rope_deltas)
+            with record_function("rotary angles"):  # the name under which a profile shows it
+                angles = self.rotary.angles(positions, x.dtype)  # once; every layer uses the same
+        else:
+            numbers = (position_ids if position_ids.dim() == 2 else position_ids[0]).long()
+        if document_ids is None:
+            document_ids = find_document_ids(numbers, attention_mask, kwargs.get("cu_seq_lens_q"))
         if past_key_values is not None:
-            self.check_cache(document)
-        mask = make_mask(self.config, x, attention_mask, past_key_values, rank, document)
-        with record_function("rotary angles"):  # by which name a profile finds it
-            angles = self.rotary.angles(positions, x.dtype)  # once; every layer uses the same
-        if isinstance(past_key_values, UnrotatedKeyCache):
-            angles = QueryAngles(**vars(angles))
+            self.check_cache(document_ids)
+        mask = make_mask(self.config, x, attention_mask, past_key_values, block_ids, document_ids)
         for block in self.blocks:
-            x = block(x, angles, mask, past_key_values=past_key_values, position_ids=count, **kwargs)
+            x = block(x, angles, mask, past_key_values=past_key_values, position_ids=numbers, **kwargs)
         return BaseModelOutputWithPast(self.norm(x), past_key_values)
 
-    def places(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """Where (b, s) image tokens stand, among ids or among their vectors."""
+    def image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Where (b, s) image tokens are, among ids or among their vectors."""
         if input_ids is not None and inputs_embeds is None:
             return input_ids == self.config.image_token_id
         if inputs_embeds is not None and input_ids is None:
-            return (inputs_embeds == self.embed.words.weight[self.config.image_token_id]).all(-1)
+            return (inputs_embeds == self.embed.tokens.weight[self.config.image_token_id]).all(-1)
         raise ValueError("give either input_ids or inputs_embeds")
 
-    def check_cache(self, document: Tensor | None) -> None:
+    def check_cache(self, document_ids: Tensor | None) -> None:
         """Refuse what a cache cannot serve."""
-        if document is not None:
+        if document_ids is not None:
             raise ValueError(
                 "packed documents cannot be cached: a later token would see them all; pass use_cache=False"
             )
         if self.rotary.scheme.needs_length:
             raise ValueError(
-                "this scheme's Omega depends on the length, so cached keys would be turned otherwise than "
+                "this scheme's Omega depends on the length, so cached keys would be rotated otherwise than "
                 "new ones; pass use_cache=False"
             )
+
+
+class ImageGenerationMixin(PreTrainedModel, GenerationMixin):
+    """For `generate`: positions, block ids and patches of prompts with images, from step to step."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        position_ids: Tensor | None = None,
+        block_ids: Tensor | None = None,
+        rope_deltas: Tensor | None = None,
+        patches: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The next forward's arguments: positions of generated tokens, blocks and patches of uncached ones.
+
+        Raises:
+            ValueError: positions of images without `rope_deltas`.
+        """
+        if position_ids is not None and position_ids.dim() == 3:
+            if rope_deltas is None or block_ids is None:
+                raise ValueError(
+                    "position_ids (1 + axes, b, s) need block_ids (b, s) and rope_deltas (b,), from which "
+                    "generated tokens continue; build_batch and RopeMMProcessor make all three"
+                )
+            position_ids = self.continue_position_ids(position_ids, block_ids.shape[1], rope_deltas)
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids, *args, position_ids=position_ids, **kwargs
+        )
+        if position_ids is not None and position_ids.dim() == 2:
+            inputs["rope_deltas"] = rope_deltas
+        new = inputs["input_ids"].shape[1] if inputs.get("input_ids") is not None else 0
+        if block_ids is not None and new > 1:
+            past = inputs.get("past_key_values")
+            start = 0 if past is None else int(past.get_seq_length())
+            inputs["block_ids"] = extend_block_ids(block_ids, start + new)[:, start:]
+        if patches is not None:
+            inputs["patches"] = self.uncached_patches(patches, input_ids, input_ids.shape[1] - new)
+        return inputs
+
+    def continue_position_ids(self, position_ids: Tensor, prompt: int, rope_deltas: Tensor) -> Tensor:
+        """Position ids (1 + a, b, s) whose columns after the prompt are those of text."""
+        numbers = position_ids[0, :, prompt:]
+        _, positions = unpack_position_ids(numbers, self.config.scheme, rope_deltas)
+        after = torch.cat([numbers[None], positions.movedim(-1, 0).to(position_ids)])
+        return torch.cat([position_ids[..., :prompt], after], -1)
+
+    def uncached_patches(self, patches: Tensor, ids: Tensor, past: int) -> Tensor | None:
+        """Of the patches of all ids (b, s) those that stand after the first `past`."""
+        rows, columns = (ids == self.config.image_token_id).nonzero().T
+        uncached = patches.flatten(0, -2)
+        if len(uncached) == len(rows):  # otherwise the embedding refuses them
+            uncached = uncached[columns >= past]
+        return uncached if len(uncached) else None
+
+    def _expand_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        patches = kwargs.pop("patches", None)
+        ids, kwargs = super()._expand_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            expand_size, is_encoder_decoder, input_ids, **kwargs
+        )
+        if patches is not None and input_ids is not None:  # each row's patches again, in the order of rows
+            flat, counts = patches.flatten(0, -2), (input_ids == self.config.image_token_id).sum(1).tolist()
+            rows = flat.split(counts) if len(flat) == sum(counts) else [flat]  # which the embedding refuses
+            kwargs["patches"] = torch.cat([row for row in rows for _ in range(expand_size)])
+        return ids, kwargs
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: Any, inputs_embeds: Tensor, attention_mask: Any, *args: Any, **kw: Any
+    ):
+        """The mask of one more token; that of several is made in the forward, which knows their blocks."""
+        if inputs_embeds.shape[1] > 1:
+            return attention_mask
+        kw.pop("position_ids", None)
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kw)
+
+
+def extend_block_ids(block_ids: Tensor, length: int) -> Tensor:
+    """Block ids (b, length) of a prompt's (b, s) and the text tokens after it, each a new block."""
+    new = torch.arange(1, max(length - block_ids.shape[1], 0) + 1, device=block_ids.device)
+    return torch.cat([block_ids, block_ids.amax(1, keepdim=True) + new], 1)[:, :length]
 
 
 class RopeMMForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethodOverride]
     ImageGenerationMixin, RopeMMPreTrainedModel, GenerationMixin
 ):
-    """Words and patches from the stream; noise in the place of patches comes out as an image, in one pass."""
+    """Logits and patches from the stream; noise in the place of patches comes out as an image in one pass."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed.words.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed.tokens.weight"}
 
     def __init__(self, config: RopeMMConfig):
         super().__init__(config)
         self.model = RopeMMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.patch_head = PatchHead(config.hidden_size, config.patch_width, config.bounded_patches)
-        # an image token is no word: it takes a patch
+        # an image token is no text: it takes a patch
         self.generation_config.suppress_tokens = [config.image_token_id]
         self.post_init()
 
@@ -227,39 +328,42 @@ class RopeMMForConditionalGeneration(  # pyright: ignore[reportIncompatibleMetho
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         patches: Tensor | None = None,
-        rank: Tensor | None = None,
+        block_ids: Tensor | None = None,
         rope_deltas: Tensor | None = None,
         labels: Tensor | None = None,
-        words: bool = True,
+        return_logits: bool = True,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RopeMMOutput:
-        """Logits and patches; with labels (b, s), -100 where none, also the next-word loss.
+        """Logits and patches of a batch; see `RopeMMModel.forward` for the other arguments.
 
-        See `RopeMMModel.forward` for the other arguments; `patches` may be noise. Without `words` no logits
-        are made: with a large vocabulary they are larger than all else. `logits_to_keep` are the last ones
-        wanted, or their places; 0 is all.
+        Args:
+            patches: as there; they may be noise.
+            labels: (b, s), -100 where none; for the loss of the next text token.
+            return_logits: whether to make logits, which a large vocabulary makes larger than all else.
+            logits_to_keep: number of last tokens whose logits are wanted, or their indices; 0 is all.
         """
-        seen = self.model(
+        out = self.model(
             input_ids,
             attention_mask,
             position_ids,
             past_key_values,
             inputs_embeds,
             patches,
-            rank,
+            block_ids,
             rope_deltas,
             **kwargs,
         )
-        x = seen.last_hidden_state
+        x = out.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(x[:, kept]) if words else None
+        logits = self.lm_head(x[:, kept]) if return_logits else None
         loss = None
         if labels is not None and logits is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        drawn = None if patches is None else self.patch_head(x, self.model.places(input_ids, inputs_embeds))
-        rest = seen.past_key_values, seen.hidden_states, seen.attentions
-        return RopeMMOutput(loss, logits, *rest, drawn, x)
+        made = None
+        if patches is not None:
+            made = self.patch_head(x, self.model.image_mask(input_ids, inputs_embeds))
+        return RopeMMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions, made, x)
 
 
 class RopeMMCritic(RopeMMPreTrainedModel):
@@ -272,6 +376,6 @@ class RopeMMCritic(RopeMMPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, patches: Tensor, **inputs: Any) -> Tensor:
-        """Scores (b,); see `RopeMMModel.forward` for the arguments."""
+        """Scores (b,) of ids (b, s) and patches (b, n, p) or (n, p); see `RopeMMModel.forward` for others."""
         x = self.model(input_ids, patches=patches, **inputs).last_hidden_state
         return self.score_head(x, input_ids == self.config.image_token_id)

@@ -113,7 +113,7 @@ class GenerationPipeline:
 
     def write(self, prompts: Sequence[Sequence[Part]]) -> list[str]:
         """What the model writes after prompts, one by one where they differ in their pictures' sizes."""
-        return self.processor.write(self.model, prompts)
+        return self.processor.generate_text(self.model, prompts)
 
     def draw(self, prompts: Sequence[Sequence[Part]], generator: torch.Generator) -> Tensor:
         """Pictures (b, ch, y, x) after prompts, those of one form together."""
@@ -145,9 +145,11 @@ class GenerationPipeline:
         begun: Sequence[Tensor] | None = None,
         window: int | None = None,
     ) -> Tensor:
-        """Pictures or clips of a grid, in the form's steps and guidance; see `RopeMMProcessor.draw`."""
+        """Pictures or clips of a grid, in the form's steps and guidance; see the processor."""
         steps, guidance = self.form.steps, self.form.guidance
-        return self.processor.draw(self.model, prompts, grid, generator, steps, begun, window, guidance)
+        return self.processor.generate_images(
+            self.model, prompts, grid, generator, steps, begun, window, guidance
+        )
 
     def complete(
         self, prompts: Sequence[Sequence[Part]], true: Tensor | Sequence[Tensor], generator: torch.Generator
@@ -160,7 +162,7 @@ class GenerationPipeline:
         depth = self.processor.temporal_patch_size
         for group in group_by_size([[*prompt, clip] for prompt, clip in zip(prompts, true, strict=True)]):
             length = len(true[group[0]])
-            given = 0 if self.processor.full else length // 2 // depth * depth
+            given = 0 if self.processor.full_video_attention else length // 2 // depth * depth
             begun = [true[number][:given] for number in group] if given else []
             asked = [prompts[number] for number in group]
             clips = self.film(asked, begun, length - given, generator).cpu()

@@ -1,14 +1,15 @@
-"""A tokenizer of whole words, made of the texts that are to be learned."""
+"""Tokenizers: of bytes, of the words of the training texts, or any of Hugging Face's."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+IMAGE_TOKEN = "<image>"  # stands where a patch is
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
-PIECE = Regex(r" ?\w+| ?[^\w\s]|\s")  # a word or a mark, with the space before it
+PIECE = Regex(r" ?\w+| ?[^\w\s]|\s")  # a word or a punctuation mark, with the space before it
 
 
 def word_level_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -31,6 +32,36 @@ def word_level_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
+OWN_TOKENIZERS: dict[str, Callable[[Iterable[str]], PreTrainedTokenizerBase]] = {
+    "bytes": lambda texts: ByT5Tokenizer(extra_ids=0),
+    "words": word_level_tokenizer,
+}
+
+
+def load_tokenizer(name: str = "bytes", texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
+    """A tokenizer with the image token.
+
+    Args:
+        name: "bytes", which needs no file, "words", a folder or a hub name.
+        texts: whose words "words" knows.
+
+    Raises:
+        ValueError: a name that transformers cannot load, or texts without a word.
+    """
+    if name in OWN_TOKENIZERS:
+        tokenizer = OWN_TOKENIZERS[name](texts)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"no tokenizer {name!r}: give bytes, words, a folder or a hub name ({reason})"
+            ) from error
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    return tokenizer
+
+
 def check_words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:
     """Refuse texts with a word that has no token.
 
@@ -38,5 +69,8 @@ def check_words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Non
         ValueError: with the first such text.
     """
     for text in dict.fromkeys(texts):
-        if tokenizer.unk_token_id in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if (
+            tokenizer.unk_token_id
+            in tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ):
             raise ValueError(f"{text!r} has words that the model was not taught; use those of its data")

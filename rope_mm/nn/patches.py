@@ -1,4 +1,4 @@
-"""Words and patches -> the stream (b, s, c)."""
+"""Images and videos <-> patches, and the embedding of tokens and patches into the stream (b, s, c)."""
 
 import torch
 from einops import rearrange
@@ -25,50 +25,66 @@ def to_images(patches: Tensor, y: int, x: int, size: int) -> Tensor:
 def to_tubelets(frames: Tensor, depth: int) -> Tensor:
     """Frames (t, ch, y, x) -> `depth` of them as channels of one, (t/depth, depth*ch, y, x).
 
-    The last frame is repeated where they do not divide, so that a picture is repeated depth times.
+    The last frame is repeated where they do not divide; so an image is repeated `depth` times.
     """
     last = frames[-1:].expand(-len(frames) % depth, -1, -1, -1)
     return rearrange(torch.cat([frames, last]), "(t u) ch y x -> t (u ch) y x", u=depth)
 
 
-def from_tubelets(tubes: Tensor, depth: int) -> Tensor:
-    """Tubes (b, t, depth*ch, y, x) -> frames (b, t*depth, ch, y, x): the inverse of `to_tubelets`."""
-    return rearrange(tubes, "b t (u ch) y x -> b (t u) ch y x", u=depth)
+def from_tubelets(tubelets: Tensor, depth: int) -> Tensor:
+    """Tubelets (b, t, depth*ch, y, x) -> frames (b, t*depth, ch, y, x): the inverse of `to_tubelets`."""
+    return rearrange(tubelets, "b t (u ch) y x -> b (t u) ch y x", u=depth)
 
 
 class PatchEmbedding(nn.Linear):
-    """Patches (n, p) -> (n, c), whose weights may begin at a scale of their own.
+    """Patches (n, p) -> (n, c); a class of its own, as its weights may have their own initial scale.
 
-    At the scale of other weights a patch of many numbers drowns the vector of the image word, by which
-    attention tells places.
+    At the scale of the other weights, a patch of many numbers would drown the vector of the image token, by
+    which attention finds patches.
     """
 
 
 class TokenEmbedding(nn.Module):
-    """A vector for every word, and a linear map for every patch, added to the vector of the image word.
+    """A vector for every token, and a linear map for every patch, added to the vector of the image token.
 
-    That vector is what all patches have in common: by it attention tells places before it reads contents.
+    All patches share that vector: attention finds them by it before it reads what they show.
+
+    Args:
+        vocab: number of tokens.
+        width: c, channels of the stream.
+        patch_width: p, numbers of a patch.
     """
 
     def __init__(self, vocab: int, width: int, patch_width: int):
         super().__init__()
-        self.words = nn.Embedding(vocab, width)
+        self.tokens = nn.Embedding(vocab, width)
         self.patches = PatchEmbedding(patch_width, width, bias=False)
 
-    def forward(self, x: Tensor, patches: Tensor | None, places: Tensor) -> Tensor:
-        """Words x (b, s, c) with patches (b, n, p) or (n, p) added, in order, at places (b, s).
+    def forward(self, x: Tensor, patches: Tensor | None, image_mask: Tensor) -> Tensor:
+        """Add patches to the vectors of the image tokens.
+
+        Args:
+            x: vectors of tokens (b, s, c).
+            patches: (b, n, p) or (n, p), one for every image token, in order.
+            image_mask: (b, s), where image tokens are.
 
         Raises:
-            ValueError: as many patches as places there must be.
+            ValueError: another number of patches than of image tokens.
         """
-        given = 0 if patches is None else patches.flatten(0, -2).shape[0]
-        if torch.compiler.is_compiling():  # a graph cannot ask while it is recorded
-            torch._assert_async(places.sum() == given, "there are more or fewer patches than places")
-        elif given != (wanted := int(places.sum())):
-            raise ValueError(f"{given} patches came for {wanted} places; a segment y x x takes y * x patches")
-        if patches is None or not given:
+        count = 0 if patches is None else patches.flatten(0, -2).shape[0]
+        if torch.compiler.is_compiling():  # a graph cannot read values while it is recorded
+            torch._assert_async(
+                image_mask.sum() == count, "there are more or fewer patches than image tokens"
+            )
+        elif count != (wanted := int(image_mask.sum())):
+            raise ValueError(
+                f"{count} patches came for {wanted} image tokens; an image of y x x patches takes y * x"
+            )
+        if patches is None or not count:
             return x
-        # gathered, not put: a compiled graph knows how many places there are, but not which
-        which = (places.flatten().cumsum(0) - 1).clamp(min=0)
-        mine = self.patches(patches).flatten(0, -2).to(x.dtype)[which].view_as(x)
-        return x + torch.where(places[..., None], mine, 0)  # words keep clear of a patch that is not finite
+        # gathered, not put: a compiled graph knows how many image tokens there are, but not which
+        index = (image_mask.flatten().cumsum(0) - 1).clamp(min=0)
+        added = self.patches(patches).flatten(0, -2).to(x.dtype)[index].view_as(x)
+        return x + torch.where(
+            image_mask[..., None], added, 0
+        )  # a patch that is not finite stays in its place

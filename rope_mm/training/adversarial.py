@@ -122,12 +122,12 @@ class AdversarialTrainer:
     def draw(self, batch: AdversarialBatch) -> Tensor:
         """Patches (b, n, p) of the batch's captions, from its noise."""
         with self.accelerator.autocast():
-            drawn = self.generator(**batch.sequences.inputs(), patches=batch.noise, words=False)
+            drawn = self.generator(**batch.sequences.inputs(), patches=batch.noise, return_logits=False)
         return drawn.patches.float().view_as(batch.real)
 
     def score(self, critic: nn.Module, sequences: SequenceBatch, patches: Tensor) -> Tensor:
         """Scores (r,), in float32, of patches (r, n, p) for the first r captions, or for all twice."""
-        return critic(**sequences.cycle(len(patches)).inputs(), patches=patches).float()
+        return critic(**sequences.repeat_rows(len(patches)).inputs(), patches=patches).float()
 
     def update_critic(self, batch: AdversarialBatch, fake: Tensor) -> dict[str, Tensor]:
         """One step of the critic; its loss, the penalties and the mean scores."""

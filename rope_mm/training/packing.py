@@ -54,8 +54,8 @@ class PackedBatch:
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
-    rank: Tensor
-    document: Tensor
+    block_ids: Tensor
+    document_ids: Tensor
     labels: Tensor
     patches: Tensor
     draft: Tensor
@@ -95,7 +95,7 @@ class PackedBatch:
         documents = self.whole.count if self.whole else 0
         return (
             self.tokens,
-            count_pairs(self.document, self.attention_mask),
+            count_pairs(self.document_ids, self.attention_mask),
             self.words,
             len(self.noise),
             documents,
@@ -104,7 +104,7 @@ class PackedBatch:
     def inputs(self) -> dict[str, Tensor]:
         """As keyword arguments of a forward: every draft as it begins."""
         begun = self.noise.lerp(self.target, self.time)
-        names = "input_ids", "attention_mask", "position_ids", "rank", "document"
+        names = "input_ids", "attention_mask", "position_ids", "block_ids", "document_ids"
         return {name: getattr(self, name) for name in names} | {
             "patches": self.patches.masked_scatter(self.draft[:, None], begun)
         }
@@ -137,11 +137,11 @@ class EncodedDocument:
     @property
     def length(self) -> int:
         """How many tokens it has in a pack, drafts included."""
-        return len(self.row.ids) - int((~self.read).sum()) + len(self.noise)
+        return len(self.row.input_ids) - int((~self.read).sum()) + len(self.noise)
 
     def tokens(self, image: int) -> dict[str, Tensor]:
         """Columns (s, ...) of a pack: the document, then its drafts."""
-        ids, positions, rank, _ = self.row
+        ids, positions, block_ids, _ = self.row
         places, kept = (ids == image).nonzero()[:, 0], torch.ones_like(ids, dtype=torch.bool)
         at, kept[places] = places[self.drawn], self.read
         labels = ids.masked_fill(ids == image, NONE)
@@ -149,7 +149,7 @@ class EncodedDocument:
         return {
             "input_ids": torch.cat([ids[kept], ids[at]]),
             "position_ids": torch.cat([positions[kept], positions[at]]),
-            "rank": torch.cat([rank[kept], -rank[at]]),
+            "block_ids": torch.cat([block_ids[kept], -block_ids[at]]),
             "labels": torch.cat([labels[kept], labels[at]]),
             "count": torch.arange(int(kept.sum()) + len(at)),
         }
@@ -185,7 +185,7 @@ class Packer:
         tokens = [d.tokens(cast(int, self.processor.image_token_id)) for d in drafted]
         packed = [join([tokens[number] for number in row]) for row in rows]
         drafted = [drafted[number] for row in rows for number in row]
-        fill = dict(zip(("input_ids", "position_ids", "rank"), PADDING, strict=False)) | {"labels": NONE}
+        fill = dict(zip(("input_ids", "position_ids", "block_ids"), PADDING, strict=False)) | {"labels": NONE}
         columns = {
             name: pad_sequence(
                 [row[name] for row in packed], batch_first=True, padding_value=fill.get(name, 0)
@@ -194,7 +194,9 @@ class Packer:
         }
         count = columns.pop("count")
         columns["position_ids"] = torch.cat([count[None], columns["position_ids"].movedim(-1, 0)])
-        columns["document"] = columns["document"].cummax(1).values  # padding belongs to what it follows
+        columns["document_ids"] = (
+            columns["document_ids"].cummax(1).values
+        )  # padding belongs to what it follows
         there = [part for d in drafted for part in (d.patches[d.read], d.patches[d.drawn])]
         draft = [torch.arange(int(d.read.sum()) + len(d.noise)) >= d.read.sum() for d in drafted]
         begun = torch.cat([d.noise for d in drafted]), torch.cat([d.time for d in drafted])
@@ -212,9 +214,18 @@ class Packer:
         self, documents: Sequence[Document], generators: Sequence[torch.Generator]
     ) -> list[EncodedDocument]:
         """Every document with its drafts, not yet packed."""
-        seen = [self.processor.see([p if isinstance(p, str) else p.pixels for p in d]) for d in documents]
+        seen = [
+            self.processor.split_document([p if isinstance(p, str) else p.pixels for p in d])
+            for d in documents
+        ]
         stories = [story for story, _ in seen]
-        rows = encode(stories, self.processor.tokenizer, self.processor.scheme, True, self.processor.full)
+        rows = encode(
+            stories,
+            self.processor.tokenizer,
+            self.processor.scheme,
+            True,
+            self.processor.full_video_attention,
+        )
         none = torch.zeros(0, width := self.processor.patch_width)
         drafted = []
         for row, document, (_, shown), generator in zip(rows, documents, seen, generators, strict=True):
@@ -223,9 +234,9 @@ class Packer:
             sizes = torch.tensor([len(part) for part in shown], dtype=torch.long)
             drawn = torch.tensor(marks, dtype=torch.bool).repeat_interleave(sizes)
             noise = torch.randn(int(drawn.sum()), width, generator=generator)
-            rank = row.rank[row.ids == self.processor.image_token_id]
-            read = ~drawn | (rank < row.rank[-1:])
-            _, block = rank[drawn].unique_consecutive(return_inverse=True)  # one for each picture or frame
+            blocks = row.block_ids[row.input_ids == self.processor.image_token_id]
+            read = ~drawn | (blocks < row.block_ids[-1:])
+            _, block = blocks[drawn].unique_consecutive(return_inverse=True)  # one for each picture or frame
             time = self.times(int(block.max()) + 1 if len(block) else 0, generator)[block, None]
             drafted.append(EncodedDocument(row, patches, drawn, read, noise, time))
         return drafted
@@ -243,8 +254,8 @@ class Packer:
 
 
 def join(documents: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Columns of documents one after another, `attention_mask` and their numbers, `document`, added."""
+    """Columns of documents one after another, `attention_mask` and their numbers, `document_ids`, added."""
     lengths = torch.tensor([len(d["input_ids"]) for d in documents])
     row = {name: torch.cat([d[name] for d in documents]) for name in documents[0]}
     number = torch.arange(len(documents)).repeat_interleave(lengths)
-    return row | {"document": number, "attention_mask": torch.ones_like(number)}
+    return row | {"document_ids": number, "attention_mask": torch.ones_like(number)}

@@ -44,7 +44,7 @@ class CriticTrainer:
         order = torch.arange(len(patches), device=patches.device) % len(whole.there)
         there, drawn = whole.there[order], whole.drawn[order]
         moves = torch.where(drawn[..., None], patches, patches.detach())
-        return critic(**whole.sequences.cycle(len(patches)).inputs(), patches=moves[there]).float()
+        return critic(**whole.sequences.repeat_rows(len(patches)).inputs(), patches=moves[there]).float()
 
     def update(
         self,

@@ -12,8 +12,9 @@ from rope_mm.models import (
     load_tokenizer,
     read_config,
 )
-from rope_mm.models.position_ids import document_ids, pack_position_ids, unpack_position_ids
-from rope_mm.nn.attention import Attention, block_ids, make_mask_fn
+from rope_mm.models.masks import find_document_ids
+from rope_mm.models.position_ids import pack_position_ids, unpack_position_ids
+from rope_mm.nn.attention import Attention, make_block_ids, make_mask_fn
 from rope_mm.positions.place import pack
 
 STORY = ["see ", Image(2, 3), " and ", Video(2, 2, 2), "."]
@@ -68,10 +69,10 @@ def test_eager_shows_weights_that_follow_the_ranks():
     model = make().eval()
     model.set_attn_implementation("eager")
     out = model(**inputs_of(model, STORY), output_attentions=True, output_hidden_states=True)
-    rank = block_ids([Text(4), Image(2, 3), Text(5), Video(2, 2, 2), Text(1)])
+    blocks = make_block_ids([Text(4), Image(2, 3), Text(5), Video(2, 2, 2), Text(1)])
     assert len(out.attentions) == 2
     assert len(out.hidden_states) == 3
-    assert torch.equal(out.attentions[0][0, 0] > 0, rank[None] <= rank[:, None])
+    assert torch.equal(out.attentions[0][0, 0] > 0, blocks[None] <= blocks[:, None])
 
 
 def test_flash_attention_is_refused_with_its_reason():
@@ -100,7 +101,7 @@ def test_layers_computed_anew_have_the_same_gradients(scheme):
 def packed(model, *stories):
     """Stories in one row, each placed for itself."""
     rows = [build_batch([story], load_tokenizer(), model.config.scheme).inputs() for story in stories]
-    keys = "input_ids", "position_ids", "rank"
+    keys = "input_ids", "position_ids", "block_ids"
     return {key: torch.cat([row[key] for row in rows], -1) for key in keys}
 
 
@@ -123,7 +124,7 @@ def test_packed_documents_do_not_see_each_other(scheme):
         torch.testing.assert_close(out.logits[:, tokens], alone.logits, **CLOSE)
     positions, number = pack([[Text(4), Image(2, 2)], [Image(2, 3), Text(3)]], model.config.scheme.layout)
     assert torch.equal(inputs["position_ids"][1:, 0].T, positions)
-    assert torch.equal(document_ids(inputs["position_ids"][0].long(), None, None)[0], number)
+    assert torch.equal(find_document_ids(inputs["position_ids"][0].long(), None, None)[0], number)
 
 
 @pytest.mark.parametrize("ends", [False, True])
@@ -145,8 +146,8 @@ def test_the_collator_of_transformers_packs_as_well(ends, mask):
 def test_words_that_go_on_after_padding_are_one_document():
     count = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
-    assert document_ids(count, mask, None) is None
-    assert document_ids(count, None, None) is not None
+    assert find_document_ids(count, mask, None) is None
+    assert find_document_ids(count, None, None) is not None
 
 
 def test_the_border_is_crossed_and_crossed_back():

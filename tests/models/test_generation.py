@@ -158,7 +158,7 @@ def test_what_cannot_go_on_is_refused():
         with pytest.raises(ValueError, match="patches came for"):
             model.generate(**inputs | {"patches": inputs["patches"][1:]}, **GREEDY, num_beams=beams)
     del inputs["rope_deltas"]
-    with pytest.raises(ValueError, match=r"need rank .* and rope_deltas"):
+    with pytest.raises(ValueError, match=r"need block_ids .* and rope_deltas"):
         model.generate(**inputs, **GREEDY)
     yarn = {"rope_type": "dynamic", "factor": 2.0, "original": 8.0}
     longer = make_model()

@@ -25,7 +25,7 @@ def model(request):
 def draw(model, prompts, guidance, steps=1, grid=GRID, **more):
     processor = RopeMMProcessor.from_config(model.config, load_tokenizer())
     generator = torch.Generator().manual_seed(1)
-    return processor.draw(model, prompts, grid, generator, steps, guidance=guidance, **more)
+    return processor.generate_images(model, prompts, grid, generator, steps, guidance_scale=guidance, **more)
 
 
 WORDS = ["a", "some words"]  # of unequal length, to be padded
@@ -62,19 +62,21 @@ def test_pictures_and_frames_stay_where_words_are_left_out(model):
     prompts, silent = [[picture, " as words"] for picture in seen], [[picture] for picture in seen]
     torch.testing.assert_close(draw(model, prompts, 0.0), draw(model, silent, 1.0), **CLOSE)
     begun = list(seen[:, None])
-    clip = draw(model, prompts, 0.0, 2, Video(3, 2, 2), begun=begun)
-    torch.testing.assert_close(clip, draw(model, silent, 1.0, 2, Video(3, 2, 2), begun=begun), **CLOSE)
+    clip = draw(model, prompts, 0.0, 2, Video(3, 2, 2), context=begun)
+    torch.testing.assert_close(clip, draw(model, silent, 1.0, 2, Video(3, 2, 2), context=begun), **CLOSE)
     assert torch.equal(clip[:, 0], seen)
 
 
 @pytest.mark.parametrize("window", [None, 2])
 def test_a_document_without_words_is_not_guided(model, window):
-    film = [draw(model, SILENT, guidance, 2, Video(4, 2, 2), window=window) for guidance in (1.0, 3.0)]
+    film = [draw(model, SILENT, guidance, 2, Video(4, 2, 2), window_frames=window) for guidance in (1.0, 3.0)]
     assert torch.equal(*film)
 
 
 def test_a_guided_clip_rolls_on_from_one_that_fits_its_window(model):
-    whole, rolling = (draw(model, WORDS[:1], 2.0, 2, Video(3, 2, 2), window=window) for window in (3, 2))
+    whole, rolling = (
+        draw(model, WORDS[:1], 2.0, 2, Video(3, 2, 2), window_frames=window) for window in (3, 2)
+    )
     assert torch.equal(whole, draw(model, WORDS[:1], 2.0, 2, Video(3, 2, 2)))
     torch.testing.assert_close(rolling[:, :2], draw(model, WORDS[:1], 2.0, 2, Video(2, 2, 2)), **CLOSE)
 

@@ -20,7 +20,7 @@ from rope_mm.models import (
     load_tokenizer,
     read_config,
 )
-from rope_mm.nn.attention import block_ids, make_mask_fn
+from rope_mm.nn.attention import make_block_ids, make_mask_fn
 
 STORY = ["see ", Image(2, 3), " and ", Video(2, 2, 2), "."]
 EVEN = ["see ", Image(2, 4), " and ", Video(2, 2, 2), "."]  # what blocks of 2 x 2 patches tile, too
@@ -38,8 +38,8 @@ def config():
 
 
 def test_a_word_sees_what_came_before_and_a_patch_its_whole_frame():
-    rank, token = block_ids([Text(2), Image(1, 2), Text(1), Video(2, 1, 2)])[None], torch.arange(9)
-    seen = make_mask_fn(rank)(torch.tensor(0), torch.tensor(0), token[:, None], token)
+    blocks, token = make_block_ids([Text(2), Image(1, 2), Text(1), Video(2, 1, 2)])[None], torch.arange(9)
+    seen = make_mask_fn(blocks)(torch.tensor(0), torch.tensor(0), token[:, None], token)
     assert seen.int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0, 0],
@@ -58,7 +58,7 @@ def test_a_story_becomes_words_image_tokens_and_their_positions(config):
     sequences = build_batch([STORY, ["ab"]], tokenizer, config.scheme)
     shape = [Text(4), Image(2, 3), Text(5), Video(2, 2, 2), Text(1)]
     assert torch.equal(sequences.positions[0], place(shape, "rope-tv")[0])
-    assert torch.equal(sequences.rank[0], block_ids(shape))
+    assert torch.equal(sequences.block_ids[0], make_block_ids(shape))
     assert isinstance(sequences, SequenceBatch)
     is_image = sequences.input_ids[0] == tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     assert is_image.nonzero().flatten().tolist() == [4, 5, 6, 7, 8, 9, 15, 16, 17, 18, 19, 20, 21, 22]
@@ -149,7 +149,7 @@ def test_bounded_patches_are_pixels(config):
 def test_words_are_left_out_on_request(config):
     sequences, patches = inputs(config, STORY)
     model = RopeMMForConditionalGeneration(config)
-    assert model(**sequences.inputs(), patches=patches, words=False).logits is None
+    assert model(**sequences.inputs(), patches=patches, return_logits=False).logits is None
 
 
 @pytest.mark.parametrize("learnable", [False, True])
@@ -254,7 +254,7 @@ def test_a_config_that_makes_no_sense_is_refused_in_one_sentence(settings, messa
 
 def test_patches_must_be_as_many_as_their_places(config):
     sequences, patches = inputs(config, STORY)
-    with pytest.raises(ValueError, match="13 patches came for 14 places"):
+    with pytest.raises(ValueError, match="13 patches came for 14 image tokens"):
         RopeMMModel(config)(**sequences.inputs(), patches=patches[:-1])
     with pytest.raises(ValueError, match="9 x 9 pixels do not divide into patches of 2 x 2"):
         _ = ImageBatcher(config, load_tokenizer(), 9).grid
@@ -268,4 +268,4 @@ def test_patches_begin_as_loud_as_the_config_says(patch_size):
         embed = RopeMMForConditionalGeneration(config).model.embed
         seen = embed.patches(torch.randn(64, config.patch_width))
         assert seen.std().item() == pytest.approx(loudness * config.patch_width**0.5, rel=0.1)
-        assert embed.words.weight.std().item() == pytest.approx(config.initializer_range, rel=0.05)
+        assert embed.tokens.weight.std().item() == pytest.approx(config.initializer_range, rel=0.05)

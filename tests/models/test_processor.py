@@ -60,7 +60,7 @@ def test_a_patch_stands_where_it_is_in_the_picture(scheme):
         place = processor(documents=[["a", rows[None]]])["position_ids"][2, 0, 1:]
         assert torch.equal(patches[:, 0].double(), place - place.min())
         assert torch.equal(canvas.picture(patches[None])[0, 0], rows)
-    pictures = processor.draw(model, ["a"], Image(4, 4), torch.Generator().manual_seed(0))
+    pictures = processor.generate_images(model, ["a"], Image(4, 4), torch.Generator().manual_seed(0))
     assert torch.equal(pictures, canvas.draw(model, ["a"], torch.Generator().manual_seed(0)))
 
 
@@ -165,15 +165,15 @@ torch.testing.assert_close(model(**inputs).logits, logits)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"text": "two <image><image>", "images": [PICTURE]}, "<image> stands in .* once more than pictures"),
+        ({"text": "two <image><image>", "images": [PICTURE]}, "<image> stands in .* once more than images"),
         ({"text": "none", "images": [PICTURE]}, "1 more came for <image> than the text has places for"),
         (
             {"text": ["a<image><image>", "b"], "images": [[PICTURE], [PICTURE]]},
-            "<image> stands in 'a<image><image>' once more than pictures came",
+            "<image> stands in 'a<image><image>' once more than images came",
         ),
         ({"documents": [[torch.zeros(3, 4, 4)]]}, r"\(3, 4, 4\) are not \(..., 1, y, x\) pixels"),
         ({"documents": [[torch.zeros(1, 4, 5)]]}, "4 x 5 pixels do not divide into patches of 2 x 2"),
-        ({"documents": [[torch.zeros(4, 4)]]}, r"a picture is \(ch, y, x\) and a clip"),
+        ({"documents": [[torch.zeros(4, 4)]]}, r"an image is \(ch, y, x\) and a video"),
         ({"text": "a", "audio": [0.0]}, "it has nothing that reads audio"),
         ({"text": "a", "return_tensors": "np"}, "return_tensors='pt', not 'np'"),
     ],
@@ -196,7 +196,9 @@ def test_a_tokenizer_without_the_image_token_is_refused():
 def test_image_tokens_that_are_not_those_of_the_grid_are_counted():
     processor, model = make()
     inputs = processor(documents=[["see ", PICTURE]])
-    with pytest.raises(ValueError, match="5 patches came for 6 places; a segment y x x takes y \\* x"):
+    with pytest.raises(
+        ValueError, match="5 patches came for 6 image tokens; an image of y x x patches takes y \\* x"
+    ):
         model(**inputs | {"patches": inputs["patches"][:-1]})
 
 
@@ -204,7 +206,7 @@ def test_image_tokens_that_are_not_those_of_the_grid_are_counted():
 def test_a_clip_is_drawn_frame_after_frame_as_without_a_cache(scheme):
     processor, model = make(scheme)
     captions, grid = ["a ball", "a longer caption"], Video(3, 2, 2)
-    clips = processor.draw(model, captions, grid, torch.Generator().manual_seed(0))
+    clips = processor.generate_images(model, captions, grid, torch.Generator().manual_seed(0))
     assert clips.shape == (2, 3, 1, 4, 4)
     noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     for row, caption in enumerate(captions):
@@ -229,11 +231,15 @@ def test_a_picture_is_one_pass_and_what_the_seed_says(monkeypatch):
     calls = []
     forward = RopeMMModel.forward
     monkeypatch.setattr(RopeMMModel, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
-    draw = lambda seed: processor.draw(model, ["a", "bc"], Image(2, 3), torch.Generator().manual_seed(seed))  # noqa: E731
-    assert draw(0).shape == (2, 1, 4, 6)
+
+    def generate(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return processor.generate_images(model, ["a", "bc"], Image(2, 3), generator)
+
+    assert generate(0).shape == (2, 1, 4, 6)
     assert len(calls) == 1
-    assert torch.equal(draw(0), draw(0))
-    assert not torch.equal(draw(0), draw(1))
+    assert torch.equal(generate(0), generate(0))
+    assert not torch.equal(generate(0), generate(1))
     sequences = build_batch([["a", Image(2, 3)]], processor.tokenizer, processor.scheme)
     noise = torch.randn(1, 1, 6, 4)
     plain = model(**sequences.inputs(), patches=noise[:, 0]).patches

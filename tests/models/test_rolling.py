@@ -11,8 +11,7 @@ from rope_mm.models import (
     load_tokenizer,
     read_config,
 )
-from rope_mm.models.rolling import UnrotatedKeyCache
-from rope_mm.models.sampling import sample_frames
+from rope_mm.models.sampling import UnrotatedKeyCache, sample_frames
 
 GRID = 2, 2  # patches of a frame
 
@@ -89,7 +88,7 @@ def test_a_processor_goes_on_with_a_clip_in_a_window():
 
     def draw(frames, window, begun=begun):
         generator = torch.Generator().manual_seed(0)
-        return processor.draw(model, ["a", "b"], Video(frames, *GRID), generator, 1, begun, window)
+        return processor.generate_images(model, ["a", "b"], Video(frames, *GRID), generator, 1, begun, window)
 
     clips = draw(9, 3)
     assert clips.shape == (2, 9, 1, 4, 4)

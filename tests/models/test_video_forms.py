@@ -13,7 +13,7 @@ from rope_mm.models import (
     load_tokenizer,
     read_config,
 )
-from rope_mm.nn.attention import block_ids
+from rope_mm.nn.attention import make_block_ids
 from rope_mm.nn.patches import from_tubelets, to_tubelets
 
 CLIP = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -42,11 +42,11 @@ def test_tubes_hold_every_frame_in_order_and_then_the_last_one_again(frames, dep
 
 def test_a_patch_of_two_frames_is_a_token_for_twice_the_time():
     processor, model = make(temporal_patch_size=2)
-    story, (shown,) = processor.see(["a", CLIP], seconds=0.5)
+    story, (shown,) = processor.split_document(["a", CLIP], seconds=0.5)
     assert story[1] == Video(2, 2, 2, 1.0) and shown.shape == (8, 8)
     first = torch.cat([CLIP[frame, :, :2, :2].flatten() for frame in (0, 1)])
     assert torch.equal(shown[0], first)
-    picture, (patches,) = processor.see([CLIP[0]])
+    picture, (patches,) = processor.split_document([CLIP[0]])
     assert picture == [Image(2, 2)] and torch.equal(patches[:, :4], patches[:, 4:])
     inputs = processor(documents=[["a", CLIP, CLIP[0]]])
     assert model(**inputs).patches.shape == (12, 8)
@@ -54,15 +54,15 @@ def test_a_patch_of_two_frames_is_a_token_for_twice_the_time():
 
 def test_clips_of_any_length_and_pictures_are_drawn_in_patches_of_two_frames():
     processor, model = make(temporal_patch_size=2)
-    clips = processor.draw(model, ["a", "bc"], Video(5, 2, 2), seed())
+    clips = processor.generate_images(model, ["a", "bc"], Video(5, 2, 2), seed())
     assert clips.shape == (2, 5, 1, 4, 4)
-    whole = processor.draw(model, ["a", "bc"], Video(6, 2, 2), seed())
+    whole = processor.generate_images(model, ["a", "bc"], Video(6, 2, 2), seed())
     torch.testing.assert_close(whole[:, :4], clips[:, :4], rtol=1e-4, atol=1e-5)
-    assert processor.draw(model, ["a"], Image(2, 2), seed()).shape == (1, 1, 4, 4)
-    on = processor.draw(model, ["a"], Video(6, 2, 2), seed(), begun=[CLIP])
+    assert processor.generate_images(model, ["a"], Image(2, 2), seed()).shape == (1, 1, 4, 4)
+    on = processor.generate_images(model, ["a"], Video(6, 2, 2), seed(), context=[CLIP])
     assert on.shape == (1, 6, 1, 4, 4) and torch.equal(on[0, :4], CLIP)
-    with pytest.raises(ValueError, match="a clip of 3 frames ends within a patch of 2"):
-        processor.draw(model, ["a"], Video(6, 2, 2), begun=[CLIP[:3]])
+    with pytest.raises(ValueError, match="a video of 3 frames ends within a patch of 2"):
+        processor.generate_images(model, ["a"], Video(6, 2, 2), context=[CLIP[:3]])
 
 
 def test_frames_see_later_ones_if_and_only_if_attention_is_full():
@@ -79,20 +79,20 @@ def test_frames_see_later_ones_if_and_only_if_attention_is_full():
 
 def test_ranks_of_a_full_clip_are_those_of_one_picture():
     story = [Text(2), Video(3, 1, 2), Text(1), Image(1, 2)]
-    assert block_ids(story, full=True).tolist() == [1, 2, 3, 3, 3, 3, 3, 3, 4, 5, 5]
-    assert block_ids(story).tolist() == [1, 2, 3, 3, 4, 4, 5, 5, 6, 7, 7]
+    assert make_block_ids(story, full_video=True).tolist() == [1, 2, 3, 3, 3, 3, 3, 3, 4, 5, 5]
+    assert make_block_ids(story).tolist() == [1, 2, 3, 3, 4, 4, 5, 5, 6, 7, 7]
 
 
 def test_a_full_clip_is_drawn_in_one_pass_and_neither_gone_on_with_nor_in_a_window():
     processor, model = make(video_attention="full")
-    clips = processor.draw(model, ["a"], Video(3, 2, 2), seed())
+    clips = processor.generate_images(model, ["a"], Video(3, 2, 2), seed())
     inputs = processor(documents=[["a", torch.zeros(3, 1, 4, 4)]])
     noise = torch.randn(1, 3, 4, 4, generator=seed()).view(12, 4)
     drawn = model(**inputs | {"patches": noise}).patches
-    assert torch.allclose(processor.read(clips[0], 1.0)[1], drawn, atol=1e-5)
-    for how in ({"begun": [CLIP]}, {"window": 2}):
-        with pytest.raises(ValueError, match="frames see each other here, so clips are drawn at once"):
-            processor.draw(model, ["a"], Video(6, 2, 2), seed(), **how)
+    assert torch.allclose(processor.encode_visual(clips[0], 1.0)[1], drawn, atol=1e-5)
+    for how in ({"context": [CLIP]}, {"window_frames": 2}):
+        with pytest.raises(ValueError, match="frames see each other here, so a video is generated whole"):
+            processor.generate_images(model, ["a"], Video(6, 2, 2), seed(), **how)
 
 
 def test_both_are_saved_with_model_and_processor(tmp_path):

@@ -71,7 +71,7 @@ class RopeMMTester:
 class RopeMMModelTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, unittest.TestCase):
     all_model_classes = (RopeMMModel, RopeMMForConditionalGeneration)
     model_tester = None
-    additional_model_inputs = ("patches", "rank")
+    additional_model_inputs = ("patches", "block_ids")
     test_all_params_have_gradient = False  # the loss of words leaves the head of patches alone
 
     def setUp(self):

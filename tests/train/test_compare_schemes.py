@@ -159,7 +159,7 @@ def asked(toy):
 def clairvoyant(model, asked):
     """A model that knows what comes next, and what is to be drawn."""
     forward = type(model).forward
-    ids = [row.ids.clone() for row, _ in asked]
+    ids = [row.input_ids.clone() for row, _ in asked]
     patches = torch.cat([quiz.patches for _, quiz in asked]).float() / 127.5 - 1
 
     @torch.no_grad()
@@ -180,10 +180,10 @@ def test_an_answer_is_right_if_and_only_if_greedy_decoding_writes_it(asked):
     assert not found.right and found.words > 0 and found.pictures == 0
     clairvoyant(model, one)
     assert score_answers(model, one).all()
-    assert one[0].row.ids[-1] == 1
-    one[0].row.ids[-1] = 5  # it goes on where the end was
+    assert one[0].row.input_ids[-1] == 1
+    one[0].row.input_ids[-1] = 5  # it goes on where the end was
     clairvoyant(model, one)
-    one[0].row.ids[-1] = 1
+    one[0].row.input_ids[-1] = 1
     assert not score_answers(model, one).any()
 
 

@@ -158,7 +158,7 @@ def test_both_runs_of_a_seed_read_the_same_words_in_the_same_order(tmp_path):
     assert [run.picture_weight for run in plan["words"]] == [0.0, 0.0]
     for turn in range(3):
         ours, theirs = words.feed[turn].pack, pictures.feed[turn].pack
-        for name in ("input_ids", "labels", "position_ids", "document"):
+        for name in ("input_ids", "labels", "position_ids", "document_ids"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
     begun = words.learner.model.state_dict(), pictures.learner.model.state_dict()
     assert same(*begun)

@@ -15,7 +15,7 @@ from rope_mm.models import (
     read_config,
 )
 from rope_mm.models.sampling import sample_frames
-from rope_mm.nn.attention import block_ids, make_mask_fn
+from rope_mm.nn.attention import make_block_ids, make_mask_fn
 from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.packing import Packer
 
@@ -52,7 +52,7 @@ def clip(frames=3, drawn=False, seed=6):
 
 
 def test_a_draft_sees_what_its_picture_sees_and_itself_and_nobody_sees_it():
-    rank = block_ids([Text(1), Video(2, 1, 2), Text(1)])
+    rank = make_block_ids([Text(1), Video(2, 1, 2), Text(1)])
     rank, token = torch.cat([rank, -rank[1:5]])[None], torch.arange(10)
     seen = make_mask_fn(rank)(torch.tensor(0), torch.tensor(0), token[:, None], token)
     assert seen.int().tolist() == [
@@ -157,7 +157,7 @@ def test_a_neighbour_changes_nothing_not_even_a_bit(neighbour):
 
     def outcome(changed):
         model.zero_grad()
-        mine = pack.document == neighbour
+        mine = pack.document_ids == neighbour
         ids = torch.where(
             mine & (pack.input_ids != 259) & changed, pack.input_ids.bitwise_xor(1), pack.input_ids
         )
