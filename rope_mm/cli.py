@@ -9,9 +9,11 @@ import argparse
 import json
 import math
 import sys
+import webbrowser
 from collections.abc import Sequence
 
 from rope_mm.analysis.check import check_rotary
+from rope_mm.analysis.explorer import serve
 from rope_mm.analysis.properties import FORMATS, HEAD_DIM, properties_table
 from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.frequencies import ownership_map
@@ -60,6 +62,22 @@ def print_check(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def explore(args: argparse.Namespace) -> int:
+    """Serve the page of the explorer until Ctrl-C."""
+    server = serve(args.port)
+    address = f"http://127.0.0.1:{server.server_port}/"
+    print(f"the explorer is at {address} (this machine only); Ctrl-C stops it", flush=True)
+    if not args.no_browser:
+        webbrowser.open(address)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print()
+    finally:
+        server.server_close()
+    return 0
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Subcommands and their arguments."""
     parser = argparse.ArgumentParser(prog="rope-mm", description="Rotary position encodings, looked at.")
@@ -82,6 +100,13 @@ def make_parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", parents=[sizes], help="is it a rotation, is it relative?")
     check.set_defaults(run=print_check)
+
+    page = commands.add_parser(
+        "explore", help="a local page that shows schemes: positions, frequencies, promises"
+    )
+    page.add_argument("--port", type=int, default=8137, help="of the page; 0 takes any (%(default)s)")
+    page.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    page.set_defaults(run=explore)
     return parser
 
 
