@@ -101,9 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", parents=[sizes], help="is it a rotation, is it relative?")
     check.set_defaults(run=print_check)
 
-    page = commands.add_parser(
-        "explore", help="a local page that shows schemes: positions, frequencies, promises"
-    )
+    page = commands.add_parser("explore", help="a local page: positions, frequencies, promises")
     page.add_argument("--port", type=int, default=8137, help="of the page; 0 takes any (%(default)s)")
     page.add_argument("--no-browser", action="store_true", help="do not open a browser")
     page.set_defaults(run=explore)

@@ -280,7 +280,9 @@ def promises_of(scheme: Scheme) -> dict[str, str]:
 def layout_options(scheme: Scheme) -> dict[str, float]:
     """The numbers that the scheme's layout takes, with their present values."""
     parameters = signature(LAYOUTS[scheme.layout].picture).parameters.values()
-    own = {p.name: p.default for p in parameters if isinstance(p.default, float) or type(p.default) is int}
+    own: dict[str, float] = {
+        p.name: p.default for p in parameters if isinstance(p.default, float) or type(p.default) is int
+    }
     return own | {name: value for name, value in dict(scheme.options).items() if name in own}
 
 
@@ -324,7 +326,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(403, "text/plain", b"this page is for this machine alone")
         address = urlsplit(self.path)
         if address.path == "/":
-            return self.answer(200, "text/html", files(__package__).joinpath("explorer.html").read_bytes())
+            return self.answer(
+                200, "text/html", files("rope_mm.analysis").joinpath("explorer.html").read_bytes()
+            )
         if address.path == "/choices":
             return self.answer_json(200, choices())
         if address.path != "/view":
