@@ -18,7 +18,7 @@ from adversarial import main as train
 from tqdm import tqdm
 
 from rope_mm.analysis import markdown
-from rope_mm.evaluation.figures import new_figure, save_figure
+from rope_mm.analysis.figures import new_figure, save_figure
 from rope_mm.files import write_text
 from rope_mm.training.config import run
 from rope_mm.training.gan import GANConfig

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from tqdm import tqdm
 
-from rope_mm.evaluation.figures import new_figure, save_figure
+from rope_mm.analysis.figures import new_figure, save_figure
 from rope_mm.files import write_text
 from rope_mm.losses import F_DIVERGENCES, METHODS, MONOTONE
 from rope_mm.theory.dynamics import Descent, Dirac, average, eigenvalues, flow, growth, walk, wedge

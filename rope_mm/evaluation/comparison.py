@@ -9,7 +9,7 @@ from scipy.stats import studentized_range
 from torch import Tensor
 
 from rope_mm.analysis import markdown
-from rope_mm.evaluation.figures import new_figure, save_figure
+from rope_mm.analysis.figures import new_figure, save_figure
 
 SHUFFLES = 10_000
 Summary = dict[str, dict[str, dict[str, Any]]]  # kind -> task -> what is told of it

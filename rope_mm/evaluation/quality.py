@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Any
 
 from rope_mm.analysis import markdown
-from rope_mm.evaluation.figures import new_figure, save_figure
+from rope_mm.analysis.figures import new_figure, save_figure
 
 REAL = "real test images"
 TOOK = {"steps": ".0f", "TFLOP": ".2f", "CPU minutes": ".1f", "weights": ".0f"}  # how each is written
