@@ -5,7 +5,7 @@ py := .venv/bin/python
 # the models here are small: more threads wait longer than they work
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: venv train test bench bench-gan check peer-tests
+.PHONY: venv train test bench bench-gan check docs peer-tests
 
 venv: .venv/installed
 
@@ -37,6 +37,13 @@ check: .venv/installed
 	$(py) -m ruff check .
 	$(py) -m pyright
 	.venv/bin/lint-imports
+
+# mkdocs finds dead links, anchors and pages (never with -q, which hides what --strict counts); Zensical, its successor,
+# builds the same pages
+docs: .venv/installed
+	$(py) -m pip install --quiet -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+	.venv/bin/zensical build --strict
 
 # transformers' own test mixins against RopeMM; pip brings them into build/peers the first time
 peer-tests: .venv/installed

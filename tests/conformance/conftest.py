@@ -1,20 +1,20 @@
-"""Originals run beside ours: what agrees is collected, and README's table is made of it."""
+"""Originals run beside ours: what agrees is collected, and the table of docs/conformance.md is made of it."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "readme"))
-import readme_table
+from rope_mm.analysis import markdown
+
+PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
 
 ROWS: dict[tuple[str, str, str], float] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-table", action="store_true", help="write README's table of originals")
+    parser.addoption("--write-table", action="store_true", help="write the table of docs/conformance.md")
 
 
 @pytest.fixture(scope="session")
@@ -35,12 +35,12 @@ def agree() -> Callable[..., None]:
 
 @pytest.fixture
 def compared() -> tuple[set[tuple[str, ...]], set[tuple[str, ...]]]:
-    """Scheme, original and what was compared: the rows that README has, and those of this run."""
-    return {tuple(row[:3]) for row in readme_table.read("originals")}, set(ROWS)
+    """Scheme, original and what was compared: the rows that the page has, and those of this run."""
+    return {tuple(row[:3]) for row in markdown.read_table(PAGE, "originals")}, set(ROWS)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if session.config.getoption("--write-table", default=False):
         titles = "scheme", "original", "compared", "largest difference"
-        rows = [(f"`{s}`", o, w, readme_table.rounded_up(e)) for (s, o, w), e in sorted(ROWS.items())]
-        readme_table.write("originals", titles, rows)
+        rows = [(f"`{s}`", o, w, markdown.round_up(e)) for (s, o, w), e in sorted(ROWS.items())]
+        markdown.write_table(PAGE, "originals", markdown.table(titles, rows))

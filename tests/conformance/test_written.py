@@ -1,11 +1,11 @@
-"""README lists what was compared. Runs last: its name sorts after the others'."""
+"""docs/conformance.md lists what was compared. Runs last: its name sorts after the others'."""
 
 from pathlib import Path
 
 import pytest
 
 
-def test_readme_lists_every_original_that_was_compared(request, compared):
+def test_the_page_lists_every_original_that_was_compared(request, compared):
     here = Path(__file__).parent
     if not set(here.glob("test_*.py")) <= {item.path for item in request.session.items}:
         pytest.skip("a part of the folder compares a part of the originals")

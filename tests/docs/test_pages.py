@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, in order, and its commands are ones that the scripts know."""
+"""README and docs/: links lead somewhere, commands are known, tables are complete and up to date."""
 
 import re
 import shlex
@@ -7,67 +7,124 @@ from pathlib import Path
 
 import pytest
 
-from rope_mm import SCHEMES, properties_table
+from rope_mm import SCHEMES, place
+from rope_mm.analysis import markdown
 from rope_mm.losses import GAN_LOSSES, PENALTIES
 from rope_mm.training.config import load
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def test_every_python_block_runs_and_prints_what_it_says(capsys):
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
-        exec(compile(block, "README.md", "exec"), names)
-        printed = capsys.readouterr().out.splitlines()
-        said = re.findall(r"^print\(.*\)(?:  # (.*))?$", block, flags=re.MULTILINE)
-        assert len(printed) == len(said)
-        for line, words in zip(printed, said, strict=True):
-            assert words.startswith(line) or not words
+def slug(heading: str) -> str:
+    """The anchor of a heading, as Python-Markdown's toc extension makes it."""
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
 
 
-def test_the_picture_of_positions_is_what_place_gives():
-    from rope_mm import place
-
-    positions, _ = place("text:2 image:2x3 text:1 video:2x2x2 text:1", "rope-tv")
-    for axis, row in zip("tyx", positions.T.tolist(), strict=True):
-        assert axis + "".join(f"{value:5g}" for value in row) in README
+def anchors(page: Path) -> set[str]:
+    return {
+        slug(heading) for heading in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    }
 
 
-@pytest.mark.parametrize("name", [*SCHEMES, *GAN_LOSSES, *PENALTIES])
-def test_every_scheme_and_loss_is_in_a_table(name):
-    rows = [line for line in README.splitlines() if line.startswith("| `")]
-    assert any(f"`{name}`" in row.split("|")[1] for row in rows) or name in PENALTIES
+@by_page
+def test_every_link_leads_to_a_file_and_an_anchor_that_exist(page):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
 
 
-def test_the_promises_are_those_that_are_measured():
-    for row in properties_table(SCHEMES, "markdown").splitlines()[2:]:
-        assert row in README, row
+def test_every_page_is_in_the_navigation_and_the_other_way_round():
+    navigation = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert navigation == {str(page.relative_to(DOCS)) for page in PAGES[1:]}
 
 
-def test_every_file_that_is_linked_exists():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_every_image_is_shown_somewhere():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    files = sorted((DOCS / "images").iterdir())
+    assert files
+    for file in files:
+        assert f"images/{file.name}" in text, file.name
 
 
-def schema(path):
+def test_readme_has_at_most_220_lines():
+    assert len(PAGES[0].read_text().splitlines()) <= 220
+
+
+def schema(script: Path):
     """The configuration class of a script in train/, named after it: compare_losses.py, CompareLosses."""
-    return getattr(import_module(path.stem), path.stem.title().replace("_", ""))
+    return getattr(import_module(script.stem), script.stem.title().replace("_", ""))
 
 
-def test_every_command_is_one_that_the_project_knows():
-    pattern = r"^    (?:\w+=\S+ )?((?:python|accelerate|torchrun|make) .*)$"
-    commands = re.findall(pattern, README.replace("\\\n", " "), flags=re.MULTILINE)
-    assert len(commands) >= 6
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    for command in commands:
+def commands(page: Path) -> list[str]:
+    """The commands of a page that run our scripts or the Makefile, each on one line."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    return re.findall(r"^(?:    )?(?:\w+=\S+ )?((?:python|accelerate|torchrun|make) .*)$", text, re.MULTILINE)
+
+
+@by_page
+def test_every_command_is_one_that_the_project_knows(page):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in commands(page):
         words = shlex.split(command, comments=True)
         if words[0] == "make":
-            assert words[1] in targets
+            assert words[1] in targets, command
             continue
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        assert (ROOT / words[script]).exists()
-        load(
-            schema(ROOT / words[script]),
-            [w.replace("configs/", f"{ROOT}/configs/") for w in words[script + 1 :]],
-        )
+        path = ROOT / words[script]
+        assert path.exists(), command
+        if path.parent.name == "train":
+            load(schema(path), [w.replace("configs/", f"{ROOT}/configs/") for w in words[script + 1 :]])
+
+
+def test_readme_and_the_page_of_training_have_commands_to_check():
+    assert len(commands(ROOT / "README.md")) >= 6
+    assert len(commands(DOCS / "training.md")) >= 10
+
+
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [
+        *((name, "schemes.md") for name in SCHEMES),
+        *((name, "losses.md") for name in GAN_LOSSES),
+        *((name, "losses.md") for name in PENALTIES),
+    ],
+)
+def test_every_scheme_loss_and_penalty_has_a_row(name, page):
+    rows = [line for line in (DOCS / page).read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    assert any(f"`{name}`" in row.split("|")[1] for row in rows)
+
+
+def test_the_promises_are_those_that_are_measured(promises):
+    assert list(promises) == ["promises", "vision-promises"]
+    for name, table in promises.items():
+        _, body, _ = markdown.split_page(DOCS / "schemes.md", name)
+        assert body.strip() == table, "write it anew: pytest tests/docs --write-promises"
+
+
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [
+        ("conformance", "originals"),
+        ("models", "families"),
+        ("schemes", "promises"),
+        ("schemes", "vision-promises"),
+    ],
+)
+def test_writing_a_table_of_a_page_again_leaves_the_page_as_it_is(page, name, tmp_path):
+    copy, text = tmp_path / "page.md", (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    copy.write_text(text, encoding="utf-8")
+    _, body, _ = markdown.split_page(copy, name)
+    markdown.write_table(copy, name, body.strip())
+    assert copy.read_text(encoding="utf-8") == text
+
+
+def test_the_positions_in_the_page_of_schemes_are_what_place_gives():
+    text = (DOCS / "schemes.md").read_text()
+    positions, _ = place("text:2 image:2x3 text:1 video:2x2x2 text:1", "rope-tv")
+    for axis, row in zip("tyx", positions.T.tolist(), strict=True):
+        assert axis + "".join(f"{value:5g}" for value in row) in text

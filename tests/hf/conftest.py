@@ -1,7 +1,6 @@
-"""Tiny random models of transformers, and a table of families for README made of what was compared."""
+"""Tiny random models of transformers, and the table of docs/models.md, made of what was compared."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "readme"))
-import readme_table
+from rope_mm.analysis import markdown
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 ROWS: dict[str, tuple[float, float, float, str]] = {}
 
@@ -49,7 +49,7 @@ LATENT = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-families", action="store_true", help="write README's table of families")
+    parser.addoption("--write-families", action="store_true", help="write the table of docs/models.md")
 
 
 def pytest_configure() -> None:
@@ -96,7 +96,5 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
             "compiled",
             "our op",
         )
-        rows = [
-            (name, *map(readme_table.rounded_up, errors), op) for name, (*errors, op) in sorted(ROWS.items())
-        ]
-        readme_table.write("families", titles, rows)
+        rows = [(name, *map(markdown.round_up, errors), op) for name, (*errors, op) in sorted(ROWS.items())]
+        markdown.write_table(PAGE, "families", markdown.table(titles, rows))
