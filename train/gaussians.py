@@ -22,8 +22,8 @@ from torch.nn.functional import leaky_relu, relu
 from tqdm import tqdm, trange
 
 from rope_mm.analysis import markdown
-from rope_mm.data import make_generator
 from rope_mm.analysis.figures import new_figure, save_figure
+from rope_mm.data import make_generator
 from rope_mm.evaluation.metrics import gaussian_modes
 from rope_mm.files import write_file, write_text
 from rope_mm.losses import DISTANCES, GAN_LOSSES, PENALTIES

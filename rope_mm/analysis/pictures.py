@@ -1,4 +1,4 @@
-"""Pictures of a scheme, each a matplotlib Figure (extra `plots`), in colours that colour-blind readers tell apart."""
+"""Pictures of a scheme: matplotlib Figures (extra `plots`), in colours that colour-blind readers tell apart."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def style_of(segment: Segment) -> tuple[str, str]:
 
 
 def plane_axes(axes: Sequence[str]) -> tuple[int, int]:
-    """The indices of the two axes that a plane shows: rows and columns where there are any, else the last two."""
+    """Indices of the two axes that a plane shows: rows and columns where there are any, else the last two."""
     if "y" in axes and "x" in axes:
         return axes.index("y"), axes.index("x")
     return max(len(axes) - 2, 0), len(axes) - 1
@@ -44,7 +44,7 @@ def draw_rows(panels: Any, positions: Tensor, segments: Sequence[Segment], axes:
 
 
 def draw_plane(panel: Any, positions: Tensor, segments: Sequence[Segment], axes: Sequence[str]) -> None:
-    """Tokens on the plane of rows and columns, the origin at the top left, a label at each image and video."""
+    """Tokens on the plane of rows and columns, the origin at the top left, a label for each type."""
     row, column = plane_axes(axes)
     start, labelled = 0, set()
     for segment in segments:

@@ -1,4 +1,4 @@
-"""The code in README and docs/ runs as printed: Python blocks in order, sharing their names, and bash blocks."""
+"""The code in README and docs/ runs as printed: Python blocks of a page share their names; bash blocks run."""
 
 import os
 import re
