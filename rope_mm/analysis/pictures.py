@@ -1,4 +1,4 @@
-"""Pictures of a scheme: matplotlib Figures (extra `plots`), in colours that colour-blind readers tell apart."""
+"""Pictures of a scheme: matplotlib Figures (extra `plots`), in colours safe for colour-blind readers."""
 
 from collections.abc import Sequence
 from typing import Any

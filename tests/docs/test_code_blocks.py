@@ -1,4 +1,4 @@
-"""The code in README and docs/ runs as printed: Python blocks of a page share their names; bash blocks run."""
+"""The code in README and docs/ runs as printed: Python blocks share their names, bash blocks run too."""
 
 import os
 import re
