@@ -3,8 +3,10 @@
 from rope_mm.losses.adversarial import DISTANCES as DISTANCES
 from rope_mm.losses.adversarial import GAN_LOSSES as GAN_LOSSES
 from rope_mm.losses.adversarial import GanLoss as GanLoss
+from rope_mm.losses.adversarial import transport_cost as transport_cost
 from rope_mm.losses.divergences import F_DIVERGENCES as F_DIVERGENCES
 from rope_mm.losses.divergences import MONOTONE as MONOTONE
+from rope_mm.losses.energy import energy_score as energy_score
 from rope_mm.losses.gradients import METHODS as METHODS
 from rope_mm.losses.gradients import input_gradients as input_gradients
 from rope_mm.losses.gradients import twice_differentiable as twice_differentiable

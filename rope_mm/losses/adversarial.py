@@ -1,13 +1,18 @@
 """Two-sided adversarial losses on raw critic scores: real and fake (b,), paired by row, scalar out."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
 from rope_mm.losses.divergences import F_DIVERGENCES, MONOTONE, Curve, FDivergence, Monotone
+from rope_mm.losses.scores import at_least_float32, check_rows
 from rope_mm.registry import Registry
 
 
@@ -15,23 +20,52 @@ from rope_mm.registry import Registry
 class GanLoss:
     """What the critic minimises and what the generator minimises.
 
-    Both take scores `(real, fake)`; where `needs_distance`, the critic takes the distance (b,) of each pair
-    as its third. Where not `relativistic`, the generator does not look at `real`; where `of_means`, scores
-    are compared with means over the batch, which must be whole. `divergence` is what the best critic measures
-    and the generator then descends; P is p(real) q(fake), swap the same with the two places exchanged.
+    Both are computed in float32 at least, and refuse scores that are not (b,) and equally many.
+
+    Attributes:
+        critic: (real, fake) -> scalar; where `needs_distance`, (real, fake, distance) with the distance (b,)
+            of each pair.
+        generator: (real, fake) -> scalar.
+        source: paper and equation.
+        relativistic: whether each score is compared with one of the other side; else the generator ignores
+            `real`.
+        of_means: whether scores are compared with means over the batch, which must be the global batch.
+        needs_distance: whether the critic takes a third argument.
+        divergence: what the best critic measures and the generator then descends; P is p(real) q(fake), swap
+            is the same with the two places exchanged.
     """
 
     critic: Callable[..., Tensor]
-    generator: Callable[[Tensor, Tensor], Tensor]
+    generator: Callable[..., Tensor]
     source: str
     relativistic: bool = False
     of_means: bool = False
     needs_distance: bool = False
     divergence: str = ""
 
+    def __post_init__(self):
+        object.__setattr__(self, "critic", checked(self.critic))
+        object.__setattr__(self, "generator", checked(self.generator))
+
+
+def checked(equation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An equation of scores and distances that refuses all but (b,), and computes in float32 at least."""
+
+    parameters = signature(equation)
+
+    @wraps(equation)
+    def on_scores(*args: Any, **options: Any) -> Tensor:
+        given = parameters.bind(*args, **options)
+        tensors = {name: value for name, value in given.arguments.items() if isinstance(value, Tensor)}
+        check_rows(**tensors)
+        given.arguments.update({name: at_least_float32(tensor) for name, tensor in tensors.items()})
+        return equation(*given.args, **given.kwargs)
+
+    return on_scores
+
 
 def separable(on_real: Curve, on_fake: Curve, generator: Curve, source: str, divergence: str) -> GanLoss:
-    """E on_real(real) + E on_fake(fake) against E generator(fake)."""
+    """E on_real(real) + E on_fake(fake) against E generator(fake): each score by itself."""
     return GanLoss(
         lambda real, fake: (on_real(real) + on_fake(fake)).mean(),
         lambda real, fake: generator(fake).mean(),
@@ -78,21 +112,29 @@ def monoflow(h: Monotone) -> GanLoss:
 
 
 def gan_qp_critic(
-    real: Tensor, fake: Tensor, distance: Tensor, strength: float = 10.0, power: int = 2
+    real: Tensor, fake: Tensor, distance: Tensor, qp_lambda: float = 10.0, power: int = 2
 ) -> Tensor:
-    """-delta + delta^2 / (2 strength d) with delta = real - fake and d the distance of the pair.
+    """-delta + delta² / (2 λ d) with delta = real - fake and d the distance of the pair (arXiv 1811.07296).
 
     The square makes steepness costly only relative to how far apart the pair lies; its optimum for two points
-    is delta = strength * d, so a far fake keeps a gradient. Coinciding pairs count as 1e-6 apart. A critic of
-    both samples would measure strength / 4 Σ d (P - swap)² / (P + swap), and keep |delta| <= strength * d.
-    A higher even power m, delta^m / (m (strength d)^(m - 1)), has the same optimum for two points.
+    is delta = λ d, so a far fake keeps a gradient. Coinciding pairs count as 1e-6 apart. A critic of
+    both samples would measure λ / 4 Σ d (P - swap)² / (P + swap), and keep |delta| <= λ d.
+
+    Args:
+        real: scores (b,).
+        fake: scores (b,) of the fakes that these reals are paired with.
+        distance: how far apart each pair lies (b,), by one of DISTANCES.
+        qp_lambda: λ; it scales delta and the value, and moves no optimum of the generator.
+        power: m of the term delta^m / (m (λ d)^(m - 1)), even; any has the same optimum for two points.
 
     Raises:
-        ValueError: an odd power, which has no optimum.
+        ValueError: an odd power, which has no optimum, or a λ that is not positive.
     """
     if power < 2 or power % 2:
         raise ValueError(f"gan-qp wants an even power of at least 2, not {power}")
-    delta, steep = real - fake, strength * distance.clamp_min(1e-6)
+    if not 0 < qp_lambda < math.inf:
+        raise ValueError(f"qp_lambda must be a positive number, not {qp_lambda}")
+    delta, steep = real - fake, qp_lambda * distance.clamp_min(1e-6)
     return (delta**power / (power * steep ** (power - 1)) - delta).mean()
 
 
@@ -145,7 +187,7 @@ GAN_LOSSES = Registry(
             "arXiv 1811.07296",
             relativistic=True,
             needs_distance=True,
-            divergence="½ (p - q)ᵀ L⁺ (p - q), L the Laplacian of weights (P + swap) / (strength d)",
+            divergence="½ (p - q)ᵀ L⁺ (p - q), L the Laplacian of weights (P + swap) / (λ d)",
         ),
     }
     | {f"f-gan-{name}": f_gan(name, divergence) for name, divergence in F_DIVERGENCES.items()}
@@ -153,14 +195,45 @@ GAN_LOSSES = Registry(
 )
 
 
+def difference(real: Tensor, fake: Tensor) -> Tensor:
+    """real - fake of images (b, ...), as (b, n), in float32 at least.
+
+    Raises:
+        ValueError: images of different shapes, or without entries to average over.
+    """
+    if real.shape != fake.shape or real.dim() < 2:
+        raise ValueError(
+            "a distance pairs images (b, ...) with as many of the same shape, "
+            f"not {tuple(real.shape)} with {tuple(fake.shape)}"
+        )
+    return (at_least_float32(real) - at_least_float32(fake)).flatten(1)
+
+
 def l1(real: Tensor, fake: Tensor) -> Tensor:
     """Mean absolute difference (b,) of images (b, ...): free of the resolution."""
-    return (real - fake).abs().flatten(1).mean(1)
+    return difference(real, fake).abs().mean(1)
 
 
 def l2(real: Tensor, fake: Tensor) -> Tensor:
-    """Root mean square difference (b,) of images (b, ...)."""
-    return torch.linalg.vector_norm((real - fake).flatten(1), dim=1) / (real[0].numel() ** 0.5)
+    """Root mean square difference (b,) of images (b, ...): free of the resolution."""
+    gap = difference(real, fake)
+    return torch.linalg.vector_norm(gap, dim=1) / gap.shape[1] ** 0.5
 
 
 DISTANCES = Registry("distance", {"l1": l1, "l2": l2})
+
+
+def transport_cost(noise: Tensor, generated: Tensor) -> Tensor:
+    """E‖G(z) - z‖² per entry: ties each image to its own noise, a term for the generator beside its loss.
+
+    Of all generators with the same law it favours the one that moves the noise least, which steadies plain
+    transformers (adversarial flow models, ByteDance-Seed).
+
+    Args:
+        noise: z (b, ...), of the images' shape.
+        generated: G(z) (b, ...).
+
+    Raises:
+        ValueError: different shapes.
+    """
+    return difference(generated, noise).square().mean()

@@ -1,4 +1,8 @@
-"""‖gradient of the score by the image‖² of every sample: exactly, by one probe, or at a head's inputs."""
+"""‖gradient of the score by the image‖² of every sample: exactly, by one probe, or at a head's inputs.
+
+A method takes a critic (images (b, ...) -> scores (b,)), images, the step `sigma` of "fd" and a generator of
+random probes, and gives squared norms (b,) that the critic's weights have gradients of.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rope_mm.losses.scores import at_least_float32
 from rope_mm.registry import Registry
 
 Critic = Callable[..., Tensor]
@@ -19,7 +24,10 @@ ONCE = {  # nodes of the graph that cannot be differentiated twice, and the cure
     "CheckpointFunction": "checkpoint with use_reentrant=False",
     "CompiledFunction": "call the critic uncompiled",
 }
-SMALLEST_STEP = 0.1  # of a critic in bfloat16: at sigma 0.01 it reads 1.4 to 2.5 times, at 0.03 up to 1.2
+# smallest sigma of a finite difference that rounding does not outweigh, by the coarsest type between images
+# and scores: in bfloat16 sigma 0.01 reads 1.4 to 2.5 times the truth, 0.03 up to 1.2 times; in float32 1e-5
+# up to 3.5 times, 1e-4 up to 1.03 times
+SMALLEST_STEP = {torch.bfloat16: 0.1, torch.float16: 0.1, torch.float32: 1e-4, torch.float64: 1e-11}
 
 
 def twice_differentiable():
@@ -47,12 +55,10 @@ def once_differentiable(scores: Tensor) -> str | None:
     return None
 
 
-def rounded(scores: Tensor) -> bool:
-    """Whether some step from the weights to the scores was computed in half precision."""
-    half = torch.bfloat16, torch.float16
-    return scores.dtype in half or any(
-        meta.dtype in half for node in nodes(scores) for meta in node._input_metadata
-    )
+def coarsest_dtype(scores: Tensor, images: Tensor) -> torch.dtype:
+    """Of the types on the way from images and weights to the scores, the one that rounds the most."""
+    types = {scores.dtype, images.dtype} | {m.dtype for node in nodes(scores) for m in node._input_metadata}
+    return max((kind for kind in types if kind.is_floating_point), key=lambda kind: torch.finfo(kind).eps)
 
 
 def input_gradients(scores: Tensor, images: Tensor) -> Tensor:
@@ -66,20 +72,15 @@ def input_gradients(scores: Tensor, images: Tensor) -> Tensor:
     return torch.autograd.grad(scores.sum(), images, create_graph=True)[0]
 
 
-def wide(x: Tensor) -> Tensor:
-    """The same in at least fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def squares(x: Tensor) -> Tensor:
+def squared_norms(x: Tensor) -> Tensor:
     """Sum of squares (b,) over the entries of each sample (b, ...)."""
-    return wide(x).flatten(1).square().sum(1)
+    return at_least_float32(x).flatten(1).square().sum(1)
 
 
 def of_scores(scores: Tensor, images: Tensor) -> Tensor:
     """‖gradient‖² (b,) of scores that were made from the images."""
     # the zero ties the scores' own graph to the result: without it DDP does not synchronise this backward
-    return squares(input_gradients(scores, images)) + 0 * scores
+    return squared_norms(input_gradients(scores, images)) + 0 * scores
 
 
 def by_autograd(critic: Critic, images: Tensor, sigma: float, generator: torch.Generator | None) -> Tensor:
@@ -96,7 +97,7 @@ def by_difference(critic: Critic, images: Tensor, sigma: float, generator: torch
     see the same random numbers (dropout), and run without autocast.
 
     Raises:
-        ValueError: a critic in half precision at a sigma that its rounding outweighs.
+        ValueError: a sigma that the rounding of the critic outweighs.
     """
     images = images.detach()
     noise = torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=generator)
@@ -105,12 +106,13 @@ def by_difference(critic: Critic, images: Tensor, sigma: float, generator: torch
         with torch.random.fork_rng(devices):
             scores = critic(images)
         moved = critic(images + sigma * noise)
-    if sigma < SMALLEST_STEP and rounded(scores):
+    coarsest = coarsest_dtype(scores, images)
+    if sigma < (smallest := SMALLEST_STEP.get(coarsest, 0.1)):
         raise ValueError(
-            f"finite differences of sigma {sigma} drown in the rounding of a critic in half precision; keep "
-            f"its weights and images in float32, or take a sigma of at least {SMALLEST_STEP}"
+            f"finite differences of sigma {sigma} are lost in the rounding of a critic in {coarsest}; take a "
+            f"sigma of at least {smallest}, or a wider type for its weights and images"
         )
-    return ((wide(moved) - wide(scores)) / sigma).square()
+    return ((at_least_float32(moved) - at_least_float32(scores)) / sigma).square()
 
 
 def by_jvp(critic: Critic, images: Tensor, sigma: float, generator: torch.Generator | None) -> Tensor:
@@ -119,7 +121,7 @@ def by_jvp(critic: Critic, images: Tensor, sigma: float, generator: torch.Genera
     noise = torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=generator)
     with twice_differentiable():
         scores, slopes, *_ = torch.func.jvp(critic, (images,), (noise,))
-    return wide(slopes).square() + 0 * scores  # the zero as in `of_scores`
+    return at_least_float32(slopes).square() + 0 * scores  # the zero as in `of_scores`
 
 
 def by_head(critic: Any, images: Tensor, sigma: float, generator: torch.Generator | None) -> Tensor:
@@ -138,7 +140,7 @@ def by_head(critic: Any, images: Tensor, sigma: float, generator: torch.Generato
     return by_autograd(critic.head, features, sigma, generator)
 
 
-def by_what_works(critic: Critic, images: Tensor, sigma: float, generator: torch.Generator | None) -> Tensor:
+def by_best_method(critic: Critic, images: Tensor, sigma: float, generator: torch.Generator | None) -> Tensor:
     """`autograd` where the critic has second derivatives, else `fd`."""
     leaf = images.detach().requires_grad_()
     with twice_differentiable():
@@ -150,5 +152,5 @@ def by_what_works(critic: Critic, images: Tensor, sigma: float, generator: torch
 
 METHODS = Registry(
     "method",
-    {"auto": by_what_works, "autograd": by_autograd, "fd": by_difference, "jvp": by_jvp, "head": by_head},
+    {"auto": by_best_method, "autograd": by_autograd, "fd": by_difference, "jvp": by_jvp, "head": by_head},
 )

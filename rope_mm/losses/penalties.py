@@ -4,6 +4,7 @@ Each entry is the ½ E, and gamma its weight outside; `gamma` translates the wei
 is each sample's own, over all its entries; then comes the mean over samples.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rope_mm.losses.divergences import Curve
-from rope_mm.losses.gradients import METHODS, Critic, squares
+from rope_mm.losses.gradients import METHODS, Critic, squared_norms
+from rope_mm.losses.scores import at_least_float32, check_rows
 from rope_mm.registry import Registry
 
 POINTS = {
@@ -25,19 +27,24 @@ POINTS = {
 class GradientPenalty:
     """½ E value(‖∇D‖²) at the real or fake images, or between a pair at a uniform mix of the two.
 
-    Called with the gradients (b, ...) at both, if somebody has made them already; else `of` makes them.
+    Call it with the gradients (b, ...) at both where they are at hand; `of` computes them.
+
+    Attributes:
+        at: "real", "fake" or "between", where the gradient is taken.
+        source: paper and equation.
+        value: a curve of ‖∇D‖² (b,); None for ‖∇D‖² itself, which one probe estimates without bias.
     """
 
     at: str
     source: str
-    value: Curve | None = None  # None: ‖∇D‖² itself, which one probe estimates without bias
+    value: Curve | None = None
 
     def of_squares(self, norms: Tensor) -> Tensor:
         """The penalty of squared norms (b,)."""
         return (norms if self.value is None else self.value(norms)).mean() / 2
 
     def __call__(self, real_gradient: Tensor, fake_gradient: Tensor) -> Tensor:
-        """The penalty of the gradients (b, ...) at real and fake.
+        """The penalty of the gradients (b, ...) at real and fake images; see `input_gradients`.
 
         Raises:
             ValueError: a penalty that needs them somewhere else.
@@ -47,13 +54,19 @@ class GradientPenalty:
                 "this penalty is taken between real and fake images, where no gradient was made; "
                 "call its .of(critic, real, fake)"
             )
-        return self.of_squares(squares(real_gradient if self.at == "real" else fake_gradient))
+        return self.of_squares(squared_norms(real_gradient if self.at == "real" else fake_gradient))
 
     def check(self, method: str, fraction: float, sigma: float) -> None:
-        """Refuse what `of` refuses of these."""
-        if not 0 < fraction <= 1 or sigma <= 0:
+        """Refuse what `of` refuses of these.
+
+        Raises:
+            ValueError: a fraction outside (0, 1], a sigma that is no positive number, a method that estimates
+                only ‖∇D‖² for a penalty that is a curve of it.
+        """
+        if not 0 < fraction <= 1 or not 0 < sigma < math.inf:
             raise ValueError(
-                f"fraction must be in (0, 1] and sigma positive, not fraction {fraction} and sigma {sigma}"
+                f"fraction must be in (0, 1] and sigma a positive number, not fraction {fraction} and sigma "
+                f"{sigma}"
             )
         if self.value is not None and method in ("fd", "jvp"):
             raise ValueError(
@@ -71,10 +84,17 @@ class GradientPenalty:
         sigma: float = 0.01,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The penalty of the critic, images (b, ...) -> scores (b,), on the first `fraction` of the pairs.
+        """The penalty of a critic at real and fake images.
 
-        A critic of captions is a closure that takes as many of them as it is given images; it should draw the
-        same augmentation at every call. `sigma` is the step of "fd"; 0.01 is for images of unit spread.
+        Args:
+            critic: images (b, ...) -> scores (b,). One that reads captions is a closure that takes as many of
+                them as it gets images; it should apply the same augmentation at every call.
+            real: images (b, ...).
+            fake: images (b, ...), paired with the reals by row.
+            method: a key of METHODS; "auto" takes the exact gradient where the critic has second derivatives.
+            fraction: of the pairs, the first ones, that the penalty is taken on.
+            sigma: the step of "fd"; 0.01 is for images of unit spread.
+            generator: of the mix between real and fake, and of random probes.
 
         Raises:
             ValueError: an unknown method, one that the critic or this penalty does not allow, a fraction or
@@ -91,19 +111,25 @@ class GradientPenalty:
 
 @dataclass(frozen=True)
 class ScorePenalty:
-    """A penalty of scores (b,), not of gradients.
+    """A penalty of scores (b,), not of gradients, computed in float32 at least.
 
-    Raises:
-        ValueError: arguments that are no scores.
+    Attributes:
+        value: the equation.
+        source: paper and equation.
     """
 
     value: Callable[..., Tensor]
     source: str
 
     def __call__(self, *scores: Tensor | float) -> Tensor:
-        if shapes := [tuple(s.shape) for s in scores if isinstance(s, Tensor) and s.dim() > 1]:
-            raise ValueError(f"this penalty takes scores (b,), not gradients or images of shape {shapes[0]}")
-        return self.value(*scores)
+        """The penalty of two sets of scores (b,), and for "lecam" of two mean scores, numbers or ().
+
+        Raises:
+            ValueError: tensors that are not (b,) with one b.
+        """
+        tensors = {f"argument {i}": s for i, s in enumerate(scores, 1) if isinstance(s, Tensor) and s.dim()}
+        check_rows(**tensors)
+        return self.value(*(at_least_float32(s) if isinstance(s, Tensor) else s for s in scores))
 
 
 def consistency(scores: Tensor, augmented: Tensor) -> Tensor:
@@ -150,6 +176,11 @@ CONVENTIONS = Registry(
 
 def gamma(weight: float, convention: str, sigma: float = 1.0) -> float:
     """The gamma of (gamma / 2) E‖∇D‖² that a weight of other code amounts to.
+
+    Args:
+        weight: the other code's factor.
+        convention: "half" is (w / 2)‖∇D‖², "whole" w‖∇D‖², "apt" w (D(x + sigma e) - D(x))².
+        sigma: the step of "apt".
 
     Raises:
         ValueError: an unknown convention.

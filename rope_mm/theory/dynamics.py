@@ -30,7 +30,7 @@ CRITICS = Registry(
 
 @dataclass(frozen=True, kw_only=True)
 class Dirac:
-    """The game: a key of GAN_LOSSES, gammas of PENALTIES, weight decay of the critic, strength of gan-qp.
+    """The game: a key of GAN_LOSSES, gammas of PENALTIES, weight decay of the critic, lambda of gan-qp.
 
     Raises:
         ValueError: an unknown loss or critic, or no gradient penalty, when the field is asked for.
@@ -40,14 +40,14 @@ class Dirac:
     penalties: dict[str, float] = field(default_factory=dict)
     decay: float = 0.0
     critic: str = "linear"
-    strength: float = 1.0
+    qp_lambda: float = 1.0
 
     def objectives(self, phi: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """What the critic and what the generator minimises."""
         loss, critic = GAN_LOSSES[self.loss], CRITICS[self.critic]
         origin = torch.zeros_like(theta)
         real, fake = critic(phi, origin)[None], critic(phi, theta)[None]
-        extra = (theta.norm()[None], self.strength) if loss.needs_distance else ()
+        extra = (theta.norm()[None], self.qp_lambda) if loss.needs_distance else ()
         of_critic = loss.critic(real, fake, *extra) + self.decay / 2 * phi.square().sum()
         for name, gamma in self.penalties.items():
             penalty = PENALTIES[name]

@@ -23,9 +23,10 @@ from rope_mm.losses import (
     GanLoss,
     gamma,
     input_gradients,
+    transport_cost,
     twice_differentiable,
 )
-from rope_mm.losses.gradients import squares
+from rope_mm.losses.gradients import squared_norms
 
 REAL, FAKE = torch.tensor([1.3, 2.9, 8.4, 6.3]), torch.tensor([4.8, 1.2, -3.5, 5.9])
 RELATIVISTIC = [name for name, loss in GAN_LOSSES.items() if loss.relativistic]
@@ -297,7 +298,7 @@ def test_a_far_fake_keeps_its_gradient_under_gan_qp_and_loses_it_in_the_zero_sum
 
     here = torch.zeros(1).double()
     (steep,), _ = best(lambda w: critic("gan-qp", here, -w * distance, here + distance), 1)
-    assert pull(GAN_LOSSES["gan-qp"].generator, steep) == pytest.approx(10)  # the strength, however far
+    assert pull(GAN_LOSSES["gan-qp"].generator, steep) == pytest.approx(10)  # lambda, however far
     sure = 25 / distance  # the logistic critics have no best slope; this one is 1e-11 from their infimum
     assert abs(pull(GAN_LOSSES["saturating"].generator, sure)) < 1e-10 * sure
     assert abs(pull(lambda real, fake: -GAN_LOSSES["rsgan"].critic(real, fake), sure)) < 1e-10 * sure
@@ -312,7 +313,7 @@ def test_every_entry_names_its_divergence_and_source():
 
 
 @pytest.mark.parametrize("power", [2, 4, 6])
-def test_the_best_gan_qp_critic_of_one_pair_stands_strength_times_the_distance_apart(power):
+def test_the_best_gan_qp_critic_of_one_pair_stands_lambda_times_the_distance_apart(power):
     for distance in (0.1, 1.0, 100.0):
         d, gap = torch.tensor([distance]), torch.tensor([10 * distance], requires_grad=True)
         value = GAN_LOSSES["gan-qp"].critic(gap, torch.zeros(1), d, power=power)
@@ -324,6 +325,73 @@ def test_the_best_gan_qp_critic_of_one_pair_stands_strength_times_the_distance_a
 def test_gan_qp_wants_an_even_power():
     with pytest.raises(ValueError, match="an even power of at least 2, not 3"):
         GAN_LOSSES["gan-qp"].critic(REAL, FAKE, torch.ones(4), power=3)
+
+
+WRONG_SHAPES = [((4, 1), (4,)), ((4,), (4, 1)), ((1,), (8,)), ((8,), (1,)), ((4, 1), (4, 1)), ((), ())]
+
+
+@pytest.mark.parametrize("name", GAN_LOSSES)
+@pytest.mark.parametrize(("of_real", "of_fake"), WRONG_SHAPES)
+def test_scores_that_would_broadcast_are_refused_on_both_sides(name, of_real, of_fake):
+    real, fake = torch.randn(of_real), torch.randn(of_fake)
+    with pytest.raises(ValueError, match=r"must be \(b,\), one number for each image"):
+        GAN_LOSSES[name].generator(real, fake)
+    with pytest.raises(ValueError, match=r"must be \(b,\), one number for each image"):
+        critic(name, real, fake, torch.ones(4))
+
+
+@pytest.mark.parametrize("shape", [(8,), (4, 1), (1,)])
+def test_distances_that_would_broadcast_are_refused(shape):
+    with pytest.raises(ValueError, match=r"as many of each, not real \(4,\), fake \(4,\), distance"):
+        GAN_LOSSES["gan-qp"].critic(REAL, FAKE, torch.ones(shape))
+    with pytest.raises(ValueError, match=r"as many of each, not real \(4,\), fake \(4,\), distance"):
+        GAN_LOSSES["gan-qp"].critic(REAL, FAKE, distance=torch.ones(shape))
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize(("of_real", "of_fake"), [((4, 2), (1, 2)), ((4, 1, 3), (4, 2, 3)), ((4,), (4,))])
+def test_distances_of_images_of_different_shapes_are_refused(name, of_real, of_fake):
+    with pytest.raises(ValueError, match="a distance pairs images"):
+        DISTANCES[name](torch.zeros(of_real), torch.zeros(of_fake))
+
+
+def test_distances_of_bytes_do_not_wrap_around():
+    dark, light = torch.zeros(1, 4, dtype=torch.uint8), torch.full((1, 4), 255, dtype=torch.uint8)
+    assert [measure(dark, light).item() for measure in DISTANCES.values()] == [255, 255]
+
+
+@pytest.mark.parametrize("name", GAN_LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_of_half_precision_scores_are_computed_in_float32(name, dtype):
+    real, fake = REAL.to(dtype), FAKE.to(dtype)
+    for found, expected in (
+        (critic(name, real, fake), critic(name, real.float(), fake.float())),
+        (GAN_LOSSES[name].generator(real, fake), GAN_LOSSES[name].generator(real.float(), fake.float())),
+    ):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+
+
+def test_half_precision_scores_of_a_hundred_do_not_overflow():
+    real, fake = torch.full((1024,), -100.0).half(), torch.full((1024,), 100.0).half()
+    assert GAN_LOSSES["ralsgan"].critic(real, fake).item() == pytest.approx(201**2)
+    assert PENALTIES["consistency"](real, fake).item() == pytest.approx(200**2 / 2)
+
+
+@pytest.mark.parametrize("qp_lambda", [0.0, -1.0, math.nan, math.inf])
+def test_a_lambda_of_gan_qp_that_is_not_positive_is_refused(qp_lambda):
+    with pytest.raises(ValueError, match="qp_lambda must be a positive number"):
+        GAN_LOSSES["gan-qp"].critic(REAL, FAKE, torch.ones(4), qp_lambda)
+
+
+def test_the_transport_cost_is_the_mean_square_of_what_the_generator_moves():
+    noise, images = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2, requires_grad=True)
+    cost = transport_cost(noise, images)
+    assert cost.item() == pytest.approx(((images - noise) ** 2).mean().item())
+    (gradient,) = torch.autograd.grad(cost, images)
+    torch.testing.assert_close(gradient, 2 * (images - noise).detach() / noise.numel())
+    with pytest.raises(ValueError, match="a distance pairs images"):
+        transport_cost(noise[:1], images)
 
 
 def test_coinciding_pairs_do_not_divide_by_zero():
@@ -486,9 +554,28 @@ def test_finite_differences_in_half_precision_are_refused_below_a_sigma_that_the
             with torch.autocast("cpu", torch.bfloat16):
                 return net(x).float()
 
-    with pytest.raises(ValueError, match=r"sigma 0\.01 drown .* keep its weights and images in float32"):
+    with pytest.raises(
+        ValueError, match=r"sigma 0\.01 are lost in the rounding of a critic in torch.bfloat16"
+    ):
         PENALTIES["r1"].of(critic, images, images, method="fd")
     assert PENALTIES["r1"].of(critic, images, images, method="fd", sigma=0.1).dtype == torch.float32
+
+
+def test_a_finite_difference_too_small_for_float32_is_refused_and_at_the_smallest_step_it_is_right():
+    net, images = small(), torch.randn(4096, 4)
+    with pytest.raises(ValueError, match=r"sigma 1e-08 are lost in the rounding .* at least 0\.0001"):
+        PENALTIES["r1"].of(net, images, images, method="fd", sigma=1e-8)
+    truth = PENALTIES["r1"].of(net, images, images, method="autograd")
+    by_steps = [
+        PENALTIES["r1"].of(
+            net, images, images, method="fd", sigma=sigma, generator=torch.Generator().manual_seed(0)
+        )
+        for sigma in (1e-4, 1e-2)
+    ]
+    torch.testing.assert_close(by_steps[0], by_steps[1], rtol=0.02, atol=0)
+    torch.testing.assert_close(by_steps[0], truth, rtol=0.1, atol=0)
+    of_double = PENALTIES["r1"].of(net.double(), images.double(), images.double(), method="fd", sigma=1e-8)
+    torch.testing.assert_close(of_double, truth.double(), rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("name", ["one-centred", "wgan-div"])
@@ -498,7 +585,7 @@ def test_a_curve_of_the_norm_is_not_estimated_by_one_probe(name, method):
         PENALTIES[name].of(bowl, POINTS, POINTS, method=method)
 
 
-@pytest.mark.parametrize("wrong", [{"fraction": 0.0}, {"fraction": 1.5}, {"sigma": 0.0}])
+@pytest.mark.parametrize("wrong", [{"fraction": 0.0}, {"fraction": 1.5}, {"sigma": 0.0}, {"sigma": math.nan}])
 def test_a_fraction_or_sigma_out_of_range_is_refused(wrong):
     with pytest.raises(ValueError, match="fraction must be in"):
         PENALTIES["r1"].of(bowl, POINTS, POINTS, **wrong)
@@ -523,7 +610,9 @@ def test_gradients_at_the_images_do_not_serve_a_penalty_between_them():
 )
 def test_each_penalty_of_scores_is_its_formula(name, arguments, value):
     assert PENALTIES[name](*arguments).item() == pytest.approx(value, rel=1e-6)
-    with pytest.raises(ValueError, match=r"takes scores \(b,\), not gradients or images of shape \(3, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"must be \(b,\), one number for each image .*, not argument 1 \(3, 2\)"
+    ):
         PENALTIES[name](POINTS, *arguments[1:])
 
 
@@ -559,7 +648,7 @@ def test_a_penalty_trains_through_attention_made_twice_differentiable():
 
     def penalty(x):
         with twice_differentiable():
-            return squares(input_gradients(attended(x), x)).mean() / 2
+            return squared_norms(input_gradients(attended(x), x)).mean() / 2
 
     assert torch.autograd.gradcheck(penalty, images)
 

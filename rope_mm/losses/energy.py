@@ -1,0 +1,46 @@
+"""The energy score of several samples for one condition: a loss of a generator that needs no critic."""
+
+import torch
+from torch import Tensor
+
+from rope_mm.losses.scores import at_least_float32
+
+SMALLEST = 1e-12  # a distance whose power below 1 would have no gradient
+
+
+def energy_score(samples: Tensor, target: Tensor, exponent: float = 1.0, repulsion: float = 1.0) -> Tensor:
+    """2 E‖X - y‖^a - r E‖X - X'‖^a of each row (n,); its mean over rows is lowest where X has y's law.
+
+    For two samples it is ‖x1 - y‖^a + ‖x2 - y‖^a - r‖x1 - x2‖^a, the loss of EAR (arXiv 2505.07812); without
+    bias for any number of them. Strictly proper for a in (0, 2) and r = 1; for r < 1 samples have less
+    spread than the targets: on a line, for a = 1 and a normal law, r / sqrt(2 - r²) of theirs.
+
+    Args:
+        samples: m >= 2 independent samples (m, n, d) for each of n conditions.
+        target: the one true vector (n, d) of each condition.
+        exponent: a, in (0, 2).
+        repulsion: r, in [0, 1], how much samples for one condition are driven apart.
+
+    Raises:
+        ValueError: shapes that do not fit, less than two samples, an exponent or repulsion out of range.
+    """
+    if samples.dim() != 3 or len(samples) < 2 or samples.shape[1:] != target.shape:
+        raise ValueError(
+            "the energy score takes 2 samples or more (m, n, d) of targets (n, d), "
+            f"not {tuple(samples.shape)} of {tuple(target.shape)}"
+        )
+    if not 0 < exponent < 2 or not 0 <= repulsion <= 1:
+        raise ValueError(
+            f"exponent must be in (0, 2) and repulsion in [0, 1], not {exponent} and {repulsion}"
+        )
+    samples, target = at_least_float32(samples), at_least_float32(target)
+    first, second = torch.triu_indices(len(samples), len(samples), 1).unbind()
+    attraction = distance_power(samples - target, exponent).mean(0)
+    apart = distance_power(samples[first] - samples[second], exponent).mean(0)
+    return 2 * attraction - repulsion * apart
+
+
+def distance_power(gap: Tensor, exponent: float) -> Tensor:
+    """‖gap‖^exponent over the last dimension, with gradient 0 where the gap is 0."""
+    norm = torch.linalg.vector_norm(gap, dim=-1)
+    return norm if exponent == 1 else norm.clamp_min(SMALLEST) ** exponent

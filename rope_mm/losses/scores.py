@@ -1,0 +1,27 @@
+"""What every loss and penalty expects of a critic's scores: one number an image, in float32 at least."""
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The same tensor in float32, or wider where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_rows(**tensors: Tensor) -> None:
+    """Refuse tensors that are not all (b,) with one b: broadcast, they would give a wrong number.
+
+    Args:
+        tensors: scores or distances, by the name that a message calls them.
+
+    Raises:
+        ValueError: another shape, with all shapes and the cure.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
+        named = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(
+            f"scores and distances must be (b,), one number for each image and as many of each, not {named}; "
+            "flatten scores (b, 1) with .squeeze(1)"
+        )

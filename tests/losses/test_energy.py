@@ -1,0 +1,75 @@
+import math
+
+import pytest
+import torch
+
+from rope_mm.losses import energy_score
+
+ROWS = 200_000
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def mean_distance(gap, variance):
+    """E|N(gap, variance)|, the mean of a folded normal."""
+    scale = math.sqrt(2 * variance)
+    return scale / math.sqrt(math.pi) * math.exp(-((gap / scale) ** 2)) + gap * math.erf(gap / scale)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("repulsion", [0.0, 0.99, 1.0])
+def test_of_two_samples_it_is_the_formula_of_its_paper(exponent, repulsion):
+    first, second, target = normal(3, 5, 4)
+    expected = [
+        math.dist(a, y) ** exponent + math.dist(b, y) ** exponent - repulsion * math.dist(a, b) ** exponent
+        for a, b, y in zip(first.tolist(), second.tolist(), target.tolist(), strict=True)
+    ]
+    found = energy_score(torch.stack([first, second]), target, exponent, repulsion)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+def test_its_mean_for_two_normal_laws_is_the_closed_form_for_any_number_of_samples(samples):
+    law, truth = 0.5 + 2 * normal(samples, ROWS, 1), -1 + normal(ROWS, 1, seed=1)
+    expected = 2 * mean_distance(1.5, 4 + 1) - mean_distance(0.0, 4 + 4)
+    assert energy_score(law, truth).mean().item() == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("repulsion", [1.0, 0.8])
+def test_the_best_deviation_of_a_normal_law_is_the_closed_form_of_the_repulsion(repulsion):
+    noise, truth = normal(2, ROWS, 1), normal(ROWS, 1, seed=1)
+    deviation = torch.tensor(repulsion / math.sqrt(2 - repulsion**2), dtype=torch.float64, requires_grad=True)
+    loss = energy_score(deviation * noise, truth, repulsion=repulsion).mean()
+    (slope,) = torch.autograd.grad(loss, deviation)
+    assert abs(slope.item()) < 0.01
+    for other, sign in ((0.7, -1), (1.4, 1)):
+        moved = (other * deviation.detach()).requires_grad_()
+        loss = energy_score(moved * noise, truth, repulsion=repulsion).mean()
+        assert sign * torch.autograd.grad(loss, moved)[0].item() > 0.05
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 1.5])
+def test_samples_that_coincide_have_a_finite_gradient(exponent):
+    samples = torch.zeros(2, 3, 4, requires_grad=True)
+    energy_score(samples, torch.zeros(3, 4), exponent).sum().backward()
+    assert samples.grad is not None and samples.grad.isfinite().all()
+
+
+def test_half_precision_is_computed_in_float32():
+    samples, target = torch.full((2, 1, 512), 100.0).half(), torch.full((1, 512), -100.0).half()
+    assert energy_score(samples, target).item() == pytest.approx(2 * 200 * math.sqrt(512), rel=1e-6)
+
+
+@pytest.mark.parametrize(("samples", "target"), [((1, 3, 4), (3, 4)), ((2, 3, 4), (1, 4)), ((2, 3), (3,))])
+def test_shapes_that_do_not_fit_are_refused(samples, target):
+    with pytest.raises(ValueError, match="the energy score takes 2 samples or more"):
+        energy_score(torch.zeros(samples), torch.zeros(target))
+
+
+@pytest.mark.parametrize("wrong", [{"exponent": 2.0}, {"exponent": 0.0}, {"repulsion": 1.1}])
+def test_an_exponent_or_repulsion_out_of_range_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"exponent must be in \(0, 2\) and repulsion in \[0, 1\]"):
+        energy_score(torch.zeros(2, 3, 4), torch.zeros(3, 4), **wrong)
