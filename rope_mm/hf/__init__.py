@@ -1,10 +1,23 @@
-"""Rotary schemes in the models of transformers: in by one line, out by one line, never silently."""
+"""Rotary schemes in the models of transformers: set by one line, reverted by one line.
 
-from rope_mm.hf.inspection import ModelRope as ModelRope
-from rope_mm.hf.patching import Handle as Handle
-from rope_mm.hf.patching import explain as explain
-from rope_mm.hf.patching import rope_of as rope_of
-from rope_mm.hf.patching import set_rope as set_rope
-from rope_mm.hf.patching import unset_rope as unset_rope
-from rope_mm.hf.patching import use_kernels as use_kernels
-from rope_mm.hf.position_ids import positions_for as positions_for
+- `set_rope(model, "rope-tv")` lets a live model rotate by a scheme and returns a `Handle`; `handle.undo()` or
+  `unset_rope(model)` gives the model its own rotary back.
+- `rope_of(model)` reads what a model rotates by, as a `ModelRope`; `explain(model)` prints it for every part.
+- `positions_for(model, inputs)` makes the `position_ids` of text, images and videos by the model's scheme.
+- `use_kernels(model)` rotates queries and keys by this library's kernels.
+"""
+
+from rope_mm.hf.inspection import ModelRope
+from rope_mm.hf.patching import Handle, explain, rope_of, set_rope, unset_rope, use_kernels
+from rope_mm.hf.position_ids import positions_for
+
+__all__ = [
+    "Handle",
+    "ModelRope",
+    "explain",
+    "positions_for",
+    "rope_of",
+    "set_rope",
+    "unset_rope",
+    "use_kernels",
+]

@@ -1,39 +1,49 @@
-"""Attention whose globals are exchanged, for one instance.
+"""Attention modules whose forward sees other globals, one instance at a time.
 
-So models without rotary come to have one, and so our op takes the place of a model's own function.
+This is how a model without rotary gets one, and how our op replaces a model's own rotary function.
 """
 
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import WeakValueDictionary, finalize
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rope_mm.hf.inspection import APPLY, globals_used, modules_using
+from rope_mm.hf.inspection import APPLY_FUNCTION, globals_used, modules_using
 from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding, RotarySlot
-from rope_mm.hf.vision_positions import grid_of, image_of, place_tokens
+from rope_mm.hf.vision_positions import image_size, patch_grid, place_tokens
 from rope_mm.rotary.dispatch import RotaryAngles
 
-ATTEND = re.compile("ALL_ATTENTION_FUNCTIONS$")
+ATTENTION_REGISTRY = re.compile("ALL_ATTENTION_FUNCTIONS$")
 
 
-@cache
+CLONES: WeakValueDictionary[Any, Any] = WeakValueDictionary()  # while a model uses them, and no longer
+
+
 def clone(f: Callable[..., Any], names: tuple[str, ...], value: Any) -> Callable[..., Any]:
-    """The function f that sees `value` where it saw the globals `names`."""
+    """The function f that sees `value` where it saw the globals `names`.
+
+    torch.compile looks globals up by the name of a function's module, so each clone has its own module in
+    `sys.modules`, which goes with the clone.
+    """
     f = inspect.unwrap(f)
-    # a module of its own, for torch.compile looks globals up by the name of a function's module
+    if (known := CLONES.get((f, names, value))) is not None:
+        return known
     module = ModuleType(f"{f.__module__}.{f.__qualname__}.{id(value):x}")
     vars(module).update({**f.__globals__, **dict.fromkeys(names, value), "__name__": module.__name__})  # pyright: ignore
     sys.modules[module.__name__] = module
     code: Any = f
     copy = FunctionType(code.__code__, vars(module), f.__name__, code.__defaults__, code.__closure__)
     copy.__kwdefaults__, copy.__module__ = code.__kwdefaults__, module.__name__
+    finalize(copy, sys.modules.pop, module.__name__, None)
+    CLONES[f, names, value] = copy
     return copy
 
 
@@ -48,22 +58,22 @@ def put_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
 
 
 def exchange(rotary: RopeMMRotaryEmbedding, owner: nn.Module, pattern: re.Pattern[str], value: Any) -> None:
-    """Let modules see `value` where their forward saw such globals, and note how to undo it."""
+    """Let modules see `value` where their forward saw such globals, and record how to undo it."""
     for module in modules_using(owner, pattern):
         put_forward(module, clone(type(module).forward, tuple(globals_used(module, pattern)), value))
         rotary.undo.append(partial(put_forward, module, None))
 
 
-class Rotating:
-    """Stands where ALL_ATTENTION_FUNCTIONS stood, and rotates q and k (b, h, s, d) on their way."""
+class RotatingAttention:
+    """Replaces ALL_ATTENTION_FUNCTIONS, and rotates q and k (b, h, s, d) before the attention."""
 
     @staticmethod
     def get_interface(name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        """The attention of that name, rotated."""
+        """The attention of that name, of rotated q and k."""
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
 
         def rotated(module: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any):
-            rope, grid = module.rope_mm_told
+            rope, grid = module.rope_mm_context
             if q.shape[2] != k.shape[2]:
                 raise ValueError(
                     f"{q.shape[2]} queries meet {k.shape[2]} keys, as with a cache, and this rotation then "
@@ -77,31 +87,33 @@ class Rotating:
 
 
 def pass_positions(model: Any, args: tuple, kwargs: dict[str, Any]):
-    """Before a model's forward: its rotary and the image's grid go along with the arguments."""
+    """Before a model's forward: pass its rotary and the image's grid along with the arguments."""
     grid, pixels = None, kwargs.get("pixel_values", args[0] if args else None)
     if model.main_input_name == "pixel_values" and pixels is not None:
-        grid = grid_of(model.config, pixels)
-    return args, {**kwargs, "rope_mm": (model.rope_mm.runs[None], grid)}
+        grid = patch_grid(model.config, pixels)
+    return args, {**kwargs, "rope_mm": (model.rope_mm.ropes[None], grid)}
 
 
 def receive_positions(attention: Any, args: tuple, kwargs: dict[str, Any]):
-    """Before an attention's forward: what its model told it, also when checkpointing calls it again."""
+    """Before an attention's forward: take what its model passed, also when checkpointing calls it again."""
     if "rope_mm" not in kwargs:
         raise ValueError(
-            f"{type(attention).__name__} was told no positions: its model does not hand arguments on to it, "
+            f"{type(attention).__name__} got no positions: its model does not pass arguments on to it, "
             "so `unset_rope` it; it is not served"
         )
-    attention.rope_mm_told = kwargs["rope_mm"]
+    attention.rope_mm_context = kwargs["rope_mm"]
     return args, {name: value for name, value in kwargs.items() if name != "rope_mm"}
 
 
-def bare_site(model: Any) -> RotarySlot:
-    """Where a model without rotary has room for one, beside the layers of its one stack of attention."""
-    base, found = model, modules_using(model, ATTEND)
+def attention_slot(model: Any) -> RotarySlot:
+    """The slot for a rotary in a model without one, beside the layers of its one stack of attention."""
+    base, found = model, modules_using(model, ATTENTION_REGISTRY)
     while (inner := getattr(base, "base_model", base)) is not base:  # in its adapters, and in its head
         base = inner
     if not hasattr(base, "config") or len({id(getattr(module, "config", None)) for module in found}) != 1:
-        parts = ", ".join(name for name, part in model.named_children() if modules_using(part, ATTEND))
+        parts = ", ".join(
+            name for name, part in model.named_children() if modules_using(part, ATTENTION_REGISTRY)
+        )
         raise ValueError(
             f"{type(model).__name__} has neither a rotary module nor one stack of attention to rotate"
             + (f"; give one of its parts: {parts}" if parts else "")
@@ -114,12 +126,12 @@ def bare_site(model: Any) -> RotarySlot:
     return RotarySlot("rope_mm", base, "rope_mm", None)
 
 
-def tell_attention(base: nn.Module, rotary: RopeMMRotaryEmbedding) -> None:
-    """Let a model's attention rotate by what stands beside its layers."""
+def rotate_in_attention(base: nn.Module, rotary: RopeMMRotaryEmbedding) -> None:
+    """Let a model's attention rotate by the module beside its layers."""
     rotary.undo.append(base.register_forward_pre_hook(pass_positions, with_kwargs=True).remove)
-    exchange(rotary, base, ATTEND, Rotating)
-    for module in modules_using(base, ATTEND):
-        rotary.put(module, "rope_mm_told", None)
+    exchange(rotary, base, ATTENTION_REGISTRY, RotatingAttention)
+    for module in modules_using(base, ATTENTION_REGISTRY):
+        rotary.set_attr(module, "rope_mm_context", None)
         rotary.undo.append(module.register_forward_pre_hook(receive_positions, with_kwargs=True).remove)
     if base.main_input_name in ("pixel_values", "input_ids") and base.device.type != "meta":
         probe(base)
@@ -133,9 +145,13 @@ def rotate_both(
     unsqueeze_dim: int = 1,
     **_: Any,
 ):
-    """Stands where `apply_rotary_pos_emb` stood, for q and k (b, h, s, d), or (b, s, h, d) if it says so.
+    """Replaces `apply_rotary_pos_emb`.
 
-    Tokens in front of those that have a place, such as class tokens, are not rotated.
+    Args:
+        q: queries (b, h, s, d), or (b, s, h, d) where `unsqueeze_dim` is not 1.
+        k: keys (b, g, s, d), or (b, s, g, d).
+        angles: angles of the last tokens; those before them, such as class tokens, are not rotated.
+        unsqueeze_dim: the axis of the heads.
     """
     axes = (1, 2) if unsqueeze_dim == 1 else (1, 1)
     q, k = (x.transpose(*axes) for x in (q, k))
@@ -147,41 +163,41 @@ def rotate_both(
     return q, k
 
 
-def noise_for(owner: Any) -> dict[str, Any]:
-    """What a model is probed with: noise for 8 words, 8 words, an image of 2 x 3 patches or of its size."""
-    config, draw = owner.config, torch.Generator().manual_seed(0)
+def probe_inputs(owner: Any) -> dict[str, Any]:
+    """Inputs of a probe: noise for 8 tokens, 8 token ids, or an image of 2 x 3 patches or of its own size."""
+    config, generator = owner.config, torch.Generator().manual_seed(0)
     if owner.main_input_name == "pixel_values":
-        free = modules_using(owner, APPLY)  # from tables of positions, which fit one size
-        image = image_of(config, 2, 3) if free else getattr(config, "image_size", image_of(config, 2, 3))
+        free = modules_using(owner, APPLY_FUNCTION)  # from tables of positions, which fit one size
+        image = image_size(config, 2, 3) if free else getattr(config, "image_size", image_size(config, 2, 3))
         y, x = image if isinstance(image, Iterable) else (image, image)
         name, size = "pixel_values", (getattr(config, "num_channels", 3), y, x)
     elif "inputs_embeds" in inspect.signature(type(owner).forward).parameters:
         name, size = "inputs_embeds", (8, owner.get_input_embeddings().weight.shape[-1])
     else:
         return {"input_ids": torch.arange(8, device=owner.device)[None]}
-    noise = torch.randn(1, *size, generator=draw).to(owner.device, owner.dtype)
+    noise = torch.randn(1, *size, generator=generator).to(owner.device, owner.dtype)
     return {name: noise} if name == "pixel_values" else {name: noise, "use_cache": False}
 
 
 @torch.no_grad()
 def probe(owner: Any) -> list[Tensor]:
-    """What its first attention that calls a rotary function, and a model, make of a small forward."""
-    modes, heard = [(module, module.training) for module in owner.modules()], []
-    first = modules_using(owner, APPLY)[:1]
-    hooks = [module.register_forward_hook(lambda *call: heard.append(call[-1][0])) for module in first]
+    """Outputs of a small forward: of the first attention that calls a rotary function, and of the model."""
+    modes, recorded = [(module, module.training) for module in owner.modules()], []
+    first = modules_using(owner, APPLY_FUNCTION)[:1]
+    hooks = [module.register_forward_hook(lambda *call: recorded.append(call[-1][0])) for module in first]
     try:
-        stream = owner.eval()(**noise_for(owner))[0]
+        stream = owner.eval()(**probe_inputs(owner))[0]
     finally:
         for hook in hooks:
             hook.remove()
         for module, mode in modes:
             module.training = mode
-    return [*heard, stream if isinstance(stream, Tensor) else stream[-1]]  # of a backbone's maps the last
+    return [*recorded, stream if isinstance(stream, Tensor) else stream[-1]]  # of a backbone's maps the last
 
 
-def check_same(before: list[Tensor], after: list[Tensor]) -> None:
-    """Refuse answers of a first attention, or of a model, that differ by more than rounding makes there."""
+def check_equal_answers(before: list[Tensor], after: list[Tensor]) -> None:
+    """Refuse outputs of a first attention, or of a model, that differ by more than rounding."""
     for times, one, other in zip((8, 256), before, after, strict=True):
         error, eps = ((one - other).norm() / one.norm()).item(), torch.finfo(one.dtype).eps
         if not error <= times * eps:
-            raise ValueError(f"the answers to the probe differ by {error:.1e} of their norm")
+            raise ValueError(f"the outputs of the probe differ by {error:.1e} of their norm")

@@ -1,12 +1,12 @@
-"""A scheme made to fit a model: the module that will run it, or the reason why it cannot."""
+"""Whether a model can run a scheme: the module that will run it, or the reason why it cannot."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from rope_mm.hf.config_io import holds_scheme, pending, read
-from rope_mm.hf.inspection import OF_WORDS, ModelRope, read_module
+from rope_mm.hf.config_io import holds_scheme, read, waits_for_scheme
+from rope_mm.hf.inspection import TOKEN_CALLS, ModelRope, read_module
 from rope_mm.hf.rope_parameters import read_head_dim
-from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding, RotarySlot, Runs
+from rope_mm.hf.rotary_embedding import Rope, RopeMMRotaryEmbedding, RotarySlot
 from rope_mm.hf.vision_positions import PIXELS
 from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.scheme import Scheme
@@ -19,13 +19,13 @@ def refuse(refusals: dict[str, Any]) -> None:
         raise ValueError(sentence)
 
 
-def make_stand_in(site: RotarySlot, scheme: Any, changes: dict[str, Any]) -> RopeMMRotaryEmbedding:
-    """The module that takes a site's place, checked; without a scheme, by the one in its config."""
+def make_rotary(site: RotarySlot, scheme: Any, changes: dict[str, Any]) -> RopeMMRotaryEmbedding:
+    """The checked module for a slot; without a scheme, by the one in its config."""
     original, config = site.module, getattr(site.module or site.owner, "config", None)
-    asked = read_module(original, site.owner) if original else {}
-    layers = list(asked) or [None]
+    interfaces = read_module(original, site.owner) if original else {}
+    layers = list(interfaces) or [None]
     shared = "its config holds the scheme of another model; give each model copy.deepcopy(config)"
-    waiting = pending(original or site.owner, getattr(site.owner, "config", None))
+    waiting = waits_for_scheme(original or site.owner, getattr(site.owner, "config", None))
     refuse({shared: holds_scheme(config) and not waiting})
     if scheme is None:
         scheme = {layer: read(config, layer) for layer in layers}
@@ -33,54 +33,57 @@ def make_stand_in(site: RotarySlot, scheme: Any, changes: dict[str, Any]) -> Rop
     unlike = f"layers are of the types {layers}, but schemes came for {list(given)}"
     refuse({unlike: set(given) != set(layers)})
     name = type(original or site.owner).__name__
-    runs = {layer: make_run(given[layer], asked.get(layer), name, config, changes) for layer in layers}
-    layouts = {rope.scheme and (rope.scheme.layout, rope.scheme.options) for rope in runs.values()}
+    ropes = {layer: make_rope(given[layer], interfaces.get(layer), name, config, changes) for layer in layers}
+    layouts = {rope.scheme and (rope.scheme.layout, rope.scheme.options) for rope in ropes.values()}
     refuse({f"layers would place tokens by several layouts, {layouts}; give one layout": len(layouts) > 1})
-    return RopeMMRotaryEmbedding(runs, asked, original, config)
+    return RopeMMRotaryEmbedding(ropes, interfaces, original, config)
 
 
-def make_run(given: Any, asked: ModelRope | None, name: str, config: Any, changes: dict[str, Any]) -> Runs:
-    """What runs: a rope of the same kind or a Rotary as they came, a scheme as a Rotary."""
-    width = 2 * asked.pairs if asked else read_head_dim(config)
-    if isinstance(given, ModelRope) and asked:
-        mine, theirs = ((rope.call, rope.spread, rope.pairs) for rope in (given, asked))
+def make_rope(
+    given: Any, interface: ModelRope | None, name: str, config: Any, changes: dict[str, Any]
+) -> Rope:
+    """What runs: a rope of the same kind or a Rotary as given, a scheme as a Rotary."""
+    width = 2 * interface.pairs if interface else read_head_dim(config)
+    if isinstance(given, ModelRope) and interface:
+        mine, theirs = ((rope.call_format, rope.table_format, rope.pairs) for rope in (given, interface))
         why = (
-            f"this rope was read from another kind of module ({given.call}, {given.pairs} pairs); "
-            f"{name} takes {asked.call} and turns {asked.pairs} pairs"
+            f"this rope was read from another kind of module ({given.call_format}, {given.pairs} pairs); "
+            f"{name} takes {interface.call_format} and rotates {interface.pairs} pairs"
         )
         refuse({why: changes or mine != theirs})
         return given
     if made := isinstance(given, Rotary):
         why = (
-            f"{name} turns {width} channels of a head, so its Rotary needs that head_dim, not "
+            f"{name} rotates {width} channels of a head, so its Rotary needs that head_dim, not "
             f"{given.head_dim}, and cannot change {sorted(changes)} any more; make another"
         )
         refuse({why: changes or given.head_dim != width})
     spec: Any = getattr(given, "scheme", given)
     chosen = read_scheme(spec, **changes)
-    if asked:
-        refuse_scheme(chosen, asked, name, read_head_dim(config) if config else width)
+    if interface:
+        check_scheme(chosen, interface, name, read_head_dim(config) if config else width)
         chosen = chosen.change(fraction=1.0, slot="front")
     heads = config.num_attention_heads if chosen.per_head else None
     return given if made else Rotary(width, chosen, heads=heads)
 
 
-def refuse_scheme(scheme: Scheme, asked: ModelRope, name: str, head_dim: int) -> None:
-    """Refuse a scheme that tables of this module cannot say."""
-    a, pairs = len(scheme.axes), asked.pairs if scheme.fraction == 1 else scheme.pairs(head_dim)
+def check_scheme(scheme: Scheme, interface: ModelRope, name: str, head_dim: int) -> None:
+    """Refuse a scheme that the tables of this module cannot express."""
+    a, pairs = len(scheme.axes), interface.pairs if scheme.fraction == 1 else scheme.pairs(head_dim)
     one_table = f"but {name} makes one table for all heads and every length"
-    other_part = pairs != asked.pairs or 2 * asked.pairs > head_dim
-    words, walk = asked.call in OF_WORDS, ([0.0] * a, [1.0] * a)
-    stays = words and scheme.word_line != walk
-    off_grid = not words and asked.call != PIXELS and scheme.layout != "grid"
+    other_part = pairs != interface.pairs or 2 * interface.pairs > head_dim
+    of_tokens, walk = interface.call_format in TOKEN_CALLS, ([0.0] * a, [1.0] * a)
+    stays = of_tokens and scheme.word_line != walk
+    off_grid = not of_tokens and interface.call_format != PIXELS and scheme.layout != "grid"
     refusals = {
         f"{scheme} has an Omega for each head, {one_table}": scheme.per_head,
         f"{scheme} has an Omega that depends on the length, {one_table}": scheme.needs_length,
-        f"the scheme pairs channels {scheme.pairing!r}, but the model's weights are for {asked.pairing!r}; "
-        "change the scheme's pairing, or the weights by `convert_pairing`": scheme.pairing != asked.pairing,
-        f"fraction {scheme.fraction} of head_dim {head_dim} makes {pairs} pairs, but {name} turns "
-        f"{asked.pairs}; leave the fraction at 1 to take the model's": other_part,
-        f"layout {scheme.layout!r} does not count words along all of its axes, as decoding does": stays,
-        f"{name} is told rows and columns alone, which layout 'grid' takes, not {scheme.layout!r}": off_grid,
+        f"the scheme pairs channels {scheme.pairing!r}, but the weights are for {interface.pairing!r}; "
+        "change the scheme's pairing, or the weights by `convert_pairing`": scheme.pairing
+        != interface.pairing,
+        f"fraction {scheme.fraction} of head_dim {head_dim} makes {pairs} pairs, but {name} rotates "
+        f"{interface.pairs}; leave the fraction at 1 to take the model's": other_part,
+        f"layout {scheme.layout!r} does not count text tokens along all of its axes, as decoding does": stays,
+        f"{name} is given rows and columns alone, which layout 'grid' takes, not {scheme.layout!r}": off_grid,
     }
     refuse(refusals)

@@ -1,4 +1,4 @@
-"""A scheme in `config.rope_parameters`, so that it is saved with the model, and read again."""
+"""A scheme in `config.rope_parameters`: saved with the model, and read again."""
 
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,25 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_mm.schemes.scheme import Scheme
 
-NAME, TOLD = "rope_mm", "_attn_implementation_internal"
-WAITS = (
+NAME, ATTENTION_FIELD = "rope_mm", "_attn_implementation_internal"
+PENDING_MESSAGE = (
     "this model was saved with a scheme; call rope_mm.hf.set_rope(model) first, of a part of a model with "
     "that part"
 )
 
 
 class PendingScheme:
-    """Stands for the factor of cosine and sine until `set_rope(model)`; no tensor can be multiplied by it."""
+    """The factor of cosine and sine until `set_rope(model)`; no tensor can be multiplied by it."""
 
     @classmethod
     def __torch_function__(cls, *_: Any, **__: Any):
-        raise ValueError(WAITS)
+        raise ValueError(PENDING_MESSAGE)
 
 
-def not_yet(config: Any, *_: Any, layer_type: str | None = None, **__: Any) -> tuple[Tensor, PendingScheme]:
-    """What transformers is told of a saved scheme: so many frequencies, and a factor that refuses."""
+def pending_frequencies(
+    config: Any, *_: Any, layer_type: str | None = None, **__: Any
+) -> tuple[Tensor, PendingScheme]:
+    """What transformers gets for a saved scheme: as many frequencies as it has, and a factor that refuses."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters.get(layer_type, config.rope_parameters)
     pairs = int(width * (rope.get("partial_rotary_factor") or 1.0)) // 2
@@ -36,8 +38,8 @@ def not_yet(config: Any, *_: Any, layer_type: str | None = None, **__: Any) -> t
 
 
 def mark_pending(*_: Any, **__: Any) -> None:
-    """The attention of a model that waits for its scheme."""
-    raise ValueError(WAITS)
+    """The attention of a model that waits for its saved scheme."""
+    raise ValueError(PENDING_MESSAGE)
 
 
 class Running(str):
@@ -50,39 +52,39 @@ class Running(str):
 def holds_scheme(config: Any) -> bool:
     """Whether a config holds a scheme, for all layers or by their types."""
     rope = getattr(config, "rope_parameters", None) or {}
-    return any(NAME in told for told in (rope, *rope.values()) if isinstance(told, dict))
+    return any(NAME in entry for entry in (rope, *rope.values()) if isinstance(entry, dict))
 
 
 def is_pending(config: Any) -> bool:
-    """Whether a config was saved with a scheme that `rope_type` does not name, and is not told it yet."""
+    """Whether a config holds a scheme that `rope_type` does not name and its model does not run yet."""
     rope = getattr(config, "rope_parameters", None) or {}
     silent = NAME in rope and rope.get("rope_type") != NAME
     return silent and not isinstance(vars(config).get("attn_implementation"), Running)
 
 
-def pending(module: Any, config: Any) -> bool:
+def waits_for_scheme(module: Any, config: Any) -> bool:
     """Whether a rotary module, or a model of this config, still waits for the scheme it was saved with."""
     return is_pending(config) or PendingScheme in map(type, vars(module).values())
 
 
-def attention_of(config: Any) -> Any:
-    """The attention of a config; while it waits, the one that refuses, whatever it was told."""
-    return NAME if is_pending(config) else vars(config).get(TOLD)
+def get_attention(config: Any) -> Any:
+    """The attention of a config; while it waits, the one that refuses, whatever was asked for."""
+    return NAME if is_pending(config) else vars(config).get(ATTENTION_FIELD)
 
 
-def keep_attention(config: Any, name: Any) -> None:
-    """Tell a config its attention; one that waits keeps what somebody asked for."""
+def set_attention(config: Any, name: Any) -> None:
+    """Set the attention of a config; one that waits keeps what was asked for."""
     if name != NAME or not is_pending(config):
-        vars(config)[TOLD] = name
+        vars(config)[ATTENTION_FIELD] = name
 
 
-ROPE_INIT_FUNCTIONS[NAME] = not_yet  # pyright: ignore[reportArgumentType]
+ROPE_INIT_FUNCTIONS[NAME] = pending_frequencies  # pyright: ignore[reportArgumentType]
 ALL_ATTENTION_FUNCTIONS.register(NAME, mark_pending)
-setattr(PreTrainedConfig, TOLD, property(attention_of, keep_attention))
+setattr(PreTrainedConfig, ATTENTION_FIELD, property(get_attention, set_attention))
 
 
-def entries(config: Any, schemes: dict[str | None, Scheme], by_rope: bool) -> dict[str, Any]:
-    """What a config that holds schemes, one for each type of layer, says; models loaded wait for `set_rope`.
+def scheme_entries(config: Any, schemes: dict[str | None, Scheme], by_rope: bool) -> dict[str, Any]:
+    """The fields of a config that holds schemes by layer type; models loaded from it wait for `set_rope`.
 
     Where `rope_type` cannot make them wait, for towers know one and others none, their attention does.
     """
@@ -97,25 +99,37 @@ def entries(config: Any, schemes: dict[str | None, Scheme], by_rope: bool) -> di
 
 
 def activate(model: Any) -> None:
-    """Give a model that waited the attention that it was told, or else would have."""
-    told = vars(model.config).get(TOLD)
-    model.set_attn_implementation(model._check_and_adjust_attn_implementation(told if told != NAME else None))
+    """Give a model that waited the attention that was asked for, or else its default."""
+    asked = vars(model.config).get(ATTENTION_FIELD)
+    model.set_attn_implementation(
+        model._check_and_adjust_attn_implementation(asked if asked != NAME else None)
+    )
 
 
 def read(config: Any, layer: str | None) -> Scheme:
-    """The scheme that a config was given for layers of this type."""
+    """The scheme that a config holds for layers of this type."""
     rope = getattr(config, "rope_parameters", None) or {}
-    told = (rope.get(layer) or {}) if layer else rope
-    if NAME not in told:
+    entry = (rope.get(layer) or {}) if layer else rope
+    if NAME not in entry:
         raise ValueError(
             f"{type(config).__name__} holds no scheme of ours; give set_rope one, or load a model that was "
             "saved after set_rope"
         )
-    return Scheme.from_dict(told[NAME])
+    return Scheme.from_dict(entry[NAME])
 
 
-def fill_learned(learned: Tensor, folder: str, name: str, end: str) -> None:
-    """Read a learned Omega from the weights beside a config: that of this name, or else of this end."""
+def load_learned_omega(learned: Tensor, folder: str, name: str, end: str) -> None:
+    """Read a learned Omega from the weights that were saved with a config.
+
+    Args:
+        learned: the parameter to fill, (a, r) or (h, a, r).
+        folder: where the model was saved.
+        name: the weight's full name, taken where it is there.
+        end: the end of its name, for parts that were saved alone.
+
+    Raises:
+        ValueError: no such weight, or several.
+    """
     found: dict[str, Tensor] = {}
     for path in Path(folder).glob("*.safetensors") if folder else ():
         with safe_open(path, "pt") as weights:

@@ -1,4 +1,4 @@
-"""Weights from one pairing or ownership to another: channels of q and k reordered, scores unchanged."""
+"""Weights for another pairing or ownership: channels of q and k reordered, attention scores unchanged."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,20 +16,20 @@ from rope_mm.schemes.zoo import SCHEMES, read_scheme
 NAMES = ("[qk]_proj", "[qk]_norm", "qk_norm", r"[qk]_layernorm(\.norms\.\d+)?", "to_[qk]", "norm_[qk]")
 FUSED = re.compile(r"\b(qkv|qkv_proj|query_key_value|c_attn|wqkv|Wqkv|in_proj_qkv|W_pack)$")
 
-Place = tuple[int, int] | None  # number of a head among how many of its kind; None for values
+HeadIndex = tuple[int, int] | None  # index of a head and the number of heads of its kind; None for values
 
 
-def alone(blocks: int, kv: int) -> list[Place]:
+def heads_only(blocks: int, kv: int) -> list[HeadIndex]:
     """Heads of q, or of k, by themselves."""
     return [(head, blocks) for head in range(blocks)]
 
 
-def gated(blocks: int, kv: int) -> list[Place]:
+def gated(blocks: int, kv: int) -> list[HeadIndex]:
     """After each query head a gate for its values (Qwen3-Next, Qwen3.5)."""
-    return [place for query in alone(blocks // 2, kv) for place in (query, None)]
+    return [place for query in heads_only(blocks // 2, kv) for place in (query, None)]
 
 
-def queries(blocks: int, kv: int) -> list[Place]:
+def queries(blocks: int, kv: int) -> list[HeadIndex]:
     """Query heads among blocks of head_dim rows, kv of which are keys and kv values.
 
     Raises:
@@ -38,23 +38,23 @@ def queries(blocks: int, kv: int) -> list[Place]:
     heads = blocks - 2 * kv
     if heads < 1 or heads % kv:
         raise ValueError(f"{blocks} heads are not {kv} of keys, {kv} of values and queries; give kv_heads=")
-    return alone(heads, kv)
+    return heads_only(heads, kv)
 
 
-def stacked(blocks: int, kv: int) -> list[Place]:
+def stacked(blocks: int, kv: int) -> list[HeadIndex]:
     """All queries, then all keys, then all values (Phi-3, Qwen2-VL's tower)."""
-    return [*queries(blocks, kv), *alone(kv, kv), *[None] * kv]
+    return [*queries(blocks, kv), *heads_only(kv, kv), *[None] * kv]
 
 
-def grouped(blocks: int, kv: int) -> list[Place]:
+def grouped(blocks: int, kv: int) -> list[HeadIndex]:
     """For every key head its queries, itself and its values (GPT-NeoX, Persimmon, Falcon, InternLM2)."""
-    of_queries, keys = queries(blocks, kv), alone(kv, kv)
+    of_queries, keys = queries(blocks, kv), heads_only(kv, kv)
     each = len(of_queries) // kv
     return [place for k in range(kv) for place in [*of_queries[k * each : (k + 1) * each], keys[k], None]]
 
 
-FUSED_LAYOUTS: Registry[Callable[[int, int], list[Place]]] = Registry(
-    "order of heads", {"alone": alone, "gated": gated, "stacked": stacked, "grouped": grouped}
+FUSED_LAYOUTS: Registry[Callable[[int, int], list[HeadIndex]]] = Registry(
+    "order of heads", {"alone": heads_only, "gated": gated, "stacked": stacked, "grouped": grouped}
 )
 
 
@@ -70,10 +70,10 @@ def convert_pairing(
     fused: Mapping[str, str] | None = None,
     kv_heads: int | None = None,
 ) -> dict[str, Tensor]:
-    """Weights for the scheme `to` that score, at the same positions, as `state_dict` does under `from_`.
+    """Weights for the scheme `to` with the attention scores that `state_dict` has under `from_`.
 
-    Rows of projections of q and k, their biases and the norms of q and k are reordered within each head; all
-    else is handed on as it is, and `state_dict` is left alone.
+    Rows of projections of q and k, their biases and the norms of q and k are reordered within each head. All
+    other weights are returned as they are, and `state_dict` is not changed.
 
     Args:
         state_dict: names and weights, those of linear layers (out, in).
@@ -89,8 +89,8 @@ def convert_pairing(
         kv_heads: key heads in a fused projection; None: as many as query heads.
 
     Raises:
-        ValueError: no such reordering exists, no weight has such a name, weights whose rows are no heads, or
-            a fused projection that `fused` does not tell.
+        ValueError: no such reordering exists, no weight has such a name, rows that are not whole heads, or
+            a fused projection that `fused` does not name.
     """
     source = reordering(*read_both(from_, to), head_dim, heads)
     orders = dict(fused or {})
@@ -132,7 +132,7 @@ def refuse_gates(name: str, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def check_unhandled(name: str, alike: re.Pattern[str]) -> None:
-    """Refuse a weight that would have to follow but is not understood.
+    """Refuse a weight that belongs to q or k but cannot be reordered.
 
     Raises:
         ValueError: an adapter or a scale below a converted module, or a fused projection.
@@ -146,7 +146,7 @@ def check_unhandled(name: str, alike: re.Pattern[str]) -> None:
     if any(map(FUSED.search, modules)):
         raise ValueError(
             f"{name} holds q, k and v in one; say how with fused={{name: 'stacked' or 'grouped'}}, "
-            "or leave it out with only="
+            "or exclude it with only="
         )
 
 
@@ -158,10 +158,10 @@ def read_both(from_: str | Scheme, to: str | Scheme) -> tuple[Scheme, Scheme]:
 
 
 def pairs_of(scheme: Scheme, head_dim: int, heads: int | None) -> tuple[Tensor, Tensor]:
-    """What each pair turns by (n, d/2, c), Omega at a short and a long length, and its channels (d/2, 2).
+    """The frequencies of each pair (n, d/2, c), at a short and a long length, and its channels (d/2, 2).
 
-    Channels outside the slot are pairs too, in order, and turn by nothing. Which two channels make a pair is
-    asked of the rotation itself: a quarter turn times a number leaves that number on both, its sign on one.
+    Channels outside the slot are pairs too, in order, with frequency 0. Which channels pair is read from
+    the rotation itself: a quarter turn times a number leaves that number on both, its sign on one.
     """
     omega = torch.cat([scheme.omega(head_dim, heads, length) for length in (0.0, 2.0**30)], dim=-2)
     columns = (omega if heads else omega[None]).transpose(-1, -2)
@@ -176,14 +176,14 @@ def pairs_of(scheme: Scheme, head_dim: int, heads: int | None) -> tuple[Tensor, 
 
 
 def equal_pairs(first: Tensor, second: Tensor) -> Tensor:
-    """Whether pair i of the first (n, r, c) turns as pair j of the second: (n, r, r)."""
+    """Whether pair i of the first (n, r, c) has the frequencies of pair j of the second: (n, r, r)."""
     return torch.isclose(first[:, :, None], second[:, None], rtol=1e-9, atol=0).all(-1)
 
 
 def reordering(source: Scheme, target: Scheme, head_dim: int, heads: int | None = None) -> Tensor:
-    """For every channel of a head of the target the channel of the source that it takes: (n, d), n Omega's.
+    """For every channel of a target head the source channel that it takes: (n, d) for n Omegas.
 
-    A pair takes the first pair left that turns alike.
+    A pair takes the first unused pair of the same frequencies.
 
     Raises:
         ValueError: schemes of other axes, factors or frequencies, or of learned ones.
@@ -198,16 +198,16 @@ def reordering(source: Scheme, target: Scheme, head_dim: int, heads: int | None 
         )
     (old, old_channels), (new, new_channels) = (pairs_of(x, head_dim, heads) for x in (source, target))
 
-    def how_many_before(columns: Tensor) -> Tensor:
+    def count_before(columns: Tensor) -> Tensor:
         return equal_pairs(columns, columns).tril(-1).sum(-1)
 
-    match = equal_pairs(new, old) & (how_many_before(new)[:, :, None] == how_many_before(old)[:, None])
+    match = equal_pairs(new, old) & (count_before(new)[:, :, None] == count_before(old)[:, None])
     if unmatched := (match.sum(-1) != 1).nonzero().tolist():
         (row, pair), axes = unmatched[0], target.axes
         turn = ", ".join(f"{x:.4g} on {a}" for x, a in zip(new[row, pair].tolist(), axes, strict=False))
         raise ValueError(
             f"no reordering of channels exists: {len(unmatched)} pairs of the target have no partner in the "
-            f"source, such as pair {pair}, which turns {turn}; axes need the same frequencies in both"
+            f"source, such as pair {pair}, of frequencies {turn}; axes need the same frequencies in both"
         )
     channels = torch.empty(len(old), head_dim, dtype=torch.long)
     channels[:, new_channels.flatten()] = old_channels[match.int().argmax(-1)].flatten(1)
@@ -218,7 +218,7 @@ def permute_rows(
     name: str,
     rows: Tensor,
     source: Tensor,
-    order: Callable[[int, int], list[Place]] = alone,
+    order: Callable[[int, int], list[HeadIndex]] = heads_only,
     kv_heads: int | None = None,
 ) -> Tensor:
     """Rows (h * d, ...) with the channels of each head reordered; heads lie in the `order` of a fused weight.

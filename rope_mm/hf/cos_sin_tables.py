@@ -8,17 +8,17 @@ from torch import Tensor
 
 from rope_mm.rotary.definition import PAIRINGS
 
-# how r angles fill a table: on both channels of their pairs, or each once
+# how r angles fill a table: on both channels of their pairs, or once each
 TABLE_FORMATS: dict[str, Callable[..., Tensor]] = {name: join for name, (_, join) in PAIRINGS.items()}
 TABLE_FORMATS |= dict.fromkeys(("single", "complex"), lambda first, _second, _blocks: first)
 
 
-def fill_tables(angle: Tensor, spread: str, factor: float = 1.0, axes: int = 1) -> Any:
+def fill_tables(angle: Tensor, table_format: str, factor: float = 1.0, axes: int = 1) -> Any:
     """Cosine and sine (..., d) of angles (..., r) in float32, times `factor`; for "complex" in one tensor."""
-    if spread == "complex":
+    if table_format == "complex":
         return (torch.polar(torch.ones_like(angle), angle) * factor).to(torch.complex64)
     once, blocks = (angle.cos() * factor, angle.sin() * factor), (angle.shape[-1] // axes,) * axes
-    return tuple(TABLE_FORMATS[spread](x.float(), x.float(), blocks) for x in once)
+    return tuple(TABLE_FORMATS[table_format](x.float(), x.float(), blocks) for x in once)
 
 
 def split_tables(tables: Any) -> tuple[Tensor, Tensor]:
@@ -28,13 +28,18 @@ def split_tables(tables: Any) -> tuple[Tensor, Tensor]:
 
 
 def read_tables(tables: Any, p: Tensor, known: Tensor) -> tuple[str, Tensor, float]:
-    """The spread, Omega (a, r) and factor of tables (..., d) at positions p (s, a).
+    """The table format, Omega (a, r) and factor of tables (..., d) at positions p (s, a).
 
-    Among them are the origin and, for each axis, a step along it alone that is below half a turn. An arc
-    tangent has been rounded: a frequency that is near one of the `known` (n,) becomes that one.
+    Args:
+        tables: cosine and sine (..., d), or one complex tensor.
+        p: positions (s, a), with the origin and, for each axis, a step along it alone below half a turn.
+        known: frequencies (n,) of the module; an arc tangent is rounded, so a frequency near one of these
+            becomes that one.
     """
     whole = torch.cat([x.reshape(-1, x.shape[-1]) for x in split_tables(tables)])
-    spread, once = ("complex", whole) if isinstance(tables, Tensor) else unspread(whole, p.shape[-1])
+    table_format, once = (
+        ("complex", whole) if isinstance(tables, Tensor) else find_table_format(whole, p.shape[-1])
+    )
     (cos, sin), p = once.chunk(2), p.to(once)
     alone = (p > 0) & ((p != 0).sum(-1, keepdim=True) == 1)
     first = p.where(alone, torch.inf).argmin(0)
@@ -42,25 +47,28 @@ def read_tables(tables: Any, p: Tensor, known: Tensor) -> tuple[str, Tensor, flo
     nearest = known[(omega[..., None] - known).abs().argmin(-1)]
     near = (nearest - omega).abs() <= 1e-5 * omega.abs().clamp(min=1e-30)
     origin = (p == 0).all(-1).int().argmax()
-    return spread, torch.where(near, nearest, omega), cos[origin, 0].item()
+    return table_format, torch.where(near, nearest, omega), cos[origin, 0].item()
 
 
-def unspread(table: Tensor, axes: int) -> tuple[str, Tensor]:
-    """How a table (s, d) holds its angles, and each of them once (s, r)."""
+def find_table_format(table: Tensor, axes: int) -> tuple[str, Tensor]:
+    """The format of a table (s, d), and its angles once each (s, r)."""
     d = table.shape[-1]
-    for spread, (split, join) in PAIRINGS.items():
-        if d % (2 * axes if spread == "block" else 2) == 0:
+    for table_format, (split, join) in PAIRINGS.items():
+        if d % (2 * axes if table_format == "block" else 2) == 0:
             blocks = (d // 2 // axes,) * axes
             once, _ = split(table, blocks)
             if torch.equal(join(once, once, blocks), table):
-                return spread, once
+                return table_format, once
     return "single", table
 
 
 def find_pairing(turned: Tensor, still: Tensor) -> str | None:
-    """The pairing of a function that made `turned` (2r, 2r) of unit vectors, and `still` without an angle.
+    """The pairing of a rotary function, from what it made of unit vectors; None if it is neither known one.
 
-    Their products meet the two channels of each pair alone, also where it puts the channels in another order.
+    Args:
+        turned: the function's outputs (2r, 2r) of unit vectors at angles that are not 0.
+        still: its outputs (2r, 2r) at angle 0. Their products are non-zero within pairs alone, also where the
+            function puts the channels in another order.
     """
     channel, half = torch.arange(len(turned)), len(turned) // 2
     partner = ((turned @ still.mT) * (1 - torch.eye(2 * half))).abs().argmax(-1)

@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from rope_mm.hf.config_io import PendingScheme
 from rope_mm.hf.cos_sin_tables import fill_tables, find_pairing, read_tables, split_tables
 from rope_mm.hf.rope_parameters import from_hf_config, read_head_dim
-from rope_mm.hf.vision_positions import PIXELS, centres_in_radians, image_of
+from rope_mm.hf.vision_positions import PIXELS, centres_in_radians, image_size
 from rope_mm.rotary.dispatch import RotarySpec
 from rope_mm.schemes.scheme import Scheme
 
-# the axes that a module is told, and the shape in which positions (s, a) are handed to it
+# the axes of the positions that a module takes, and positions (s, a) in the shape that it takes
 CALLS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    "rows": ("tyx", lambda p: p.T[:, None]),  # M-RoPE: (3, b, s)
-    "film": ("tyx", lambda p: p),  # towers that say `include_temporal`
+    "mrope": ("tyx", lambda p: p.T[:, None]),  # M-RoPE: (3, b, s)
+    "video_grid": ("tyx", lambda p: p),  # towers that say `include_temporal`
     "grid": ("yx", lambda p: p),  # other towers: (s, 2), rows and columns
-    "words": ("t", lambda p: p.T),
+    "tokens": ("t", lambda p: p.T),
 }
-OF_WORDS = "rows", "words"  # positions of decoders, which walk on with every word
+TOKEN_CALLS = "mrope", "tokens"  # positions of decoders, which grow with every token
 NO_ANSWER = RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError
 
-APPLY = re.compile(r"apply_(multimodal_)?rotary_(pos_)?emb\w*$")
+APPLY_FUNCTION = re.compile(r"apply_(multimodal_)?rotary_(pos_)?emb\w*$")
 
 
 @dataclass(frozen=True)
@@ -38,28 +38,30 @@ class ModelRope:
 
     Attributes:
         omega: radians per step (a, r), the module's own float32 numbers.
-        call: how positions reach the module, a key of CALLS; of an image, 2 pi times the centres of patches.
-        spread: how r angles fill its tables, a key of `tables.SPREADS`.
-        wide: whether tables stay float32 in a model of another dtype.
-        pairing: the channels that its function turns together, found by turning unit vectors.
+        factor: what cosine and sine are multiplied by.
+        call_format: how positions reach the module, a key of CALLS or PIXELS; of an image they are 2 pi times
+            the centres of its patches.
+        table_format: how r angles fill its tables, a key of `cos_sin_tables.TABLE_FORMATS`.
+        float32_tables: whether tables stay float32 in a model of another dtype.
+        pairing: the channels that its function rotates together, found by rotating unit vectors.
         axes: a tower's coordinates in the order in which it has them.
         scheme: ours with the same Omega within float32's rounding, where the family is known.
-        bent: why it is no positions @ Omega, bit for bit; nothing where it is.
+        nonlinear_reason: why it is no positions @ Omega, bit for bit; empty where it is.
     """
 
     omega: tuple[tuple[float, ...], ...]
     factor: float
-    call: str
-    spread: str
-    wide: bool
+    call_format: str
+    table_format: str
+    float32_tables: bool
     pairing: str = "half"
     axes: tuple[str, ...] = ()
     scheme: Scheme | None = None
-    bent: str = ""
+    nonlinear_reason: str = ""
 
     @property
     def pairs(self) -> int:
-        """How many pairs of channels turn."""
+        """How many pairs of channels are rotated."""
         return len(self.omega[0])
 
     def angles(self, positions: Tensor) -> Tensor:
@@ -70,23 +72,34 @@ class ModelRope:
 
     @property
     def spec(self) -> RotarySpec:
-        """How angles turn channels."""
+        """How angles rotate channels."""
         return RotarySpec(self.pairing, factor=self.factor)
 
     def tables(self, angle: Tensor, factor: float, dtype: torch.dtype) -> Any:
         """Tables of angles (..., r) as the model expects them."""
-        tables = fill_tables(angle, self.spread, factor, len(self.omega))
-        return tables if self.wide else tuple(x.to(dtype) for x in tables)
+        tables = fill_tables(angle, self.table_format, factor, len(self.omega))
+        return tables if self.float32_tables else tuple(x.to(dtype) for x in tables)
 
 
 def frequencies(module: nn.Module) -> list[Tensor]:
-    """The `inv_freq`s of a rotary module, none where it is something else."""
+    """The `inv_freq`s of a rotary module; none for any other module."""
     named = module.named_buffers(recurse=False)
     return [x for name, x in named if name.endswith("inv_freq") and not list(module.children())]
 
 
 def read_module(module: nn.Module, owner: nn.Module) -> dict[str | None, ModelRope]:
-    """What a module does, for each type of layer that it tells apart, None for all of them."""
+    """What a rotary module does, by layer type.
+
+    Args:
+        module: the rotary module.
+        owner: the module that holds and calls it.
+
+    Returns:
+        A ModelRope for each layer type that the module tells apart; the key is None where it serves all.
+
+    Raises:
+        ValueError: a module that takes positions or gives tables in no known way.
+    """
     kinds, config = getattr(module, "rope_type", None), getattr(module, "config", None)
     layers = kinds if isinstance(kinds, dict) else {None: kinds}
     return {
@@ -96,7 +109,7 @@ def read_module(module: nn.Module, owner: nn.Module) -> dict[str | None, ModelRo
 
 
 def probe_copy(module: nn.Module) -> nn.Module:
-    """A copy to ask, for some modules remember; on the meta device one newly made from the config."""
+    """A copy to probe, for some modules keep state; of one on the meta device a new one from the config."""
     config: Any = getattr(module, "config", None)
     with torch.device("cpu"):
         lost = any(buffer.is_meta for buffer in module.buffers())
@@ -108,24 +121,26 @@ def probe_copy(module: nn.Module) -> nn.Module:
 def probe_calls(
     module: nn.Module, owner: nn.Module, layer: str | None
 ) -> Iterator[tuple[str, str, Tensor, Any]]:
-    """Ways to call a module: name, axes, positions (s, a), the origin and steps among them, and arguments."""
-    device, draw = next(module.buffers()).device, torch.Generator().manual_seed(0)
-    other = "grid" if getattr(owner, "include_temporal", False) else "film"
+    """Ways to call a module: name, axes, positions (s, a) with the origin and unit steps, and arguments."""
+    device, generator = next(module.buffers()).device, torch.Generator().manual_seed(0)
+    other = "grid" if getattr(owner, "include_temporal", False) else "video_grid"
     for call, (axes, shape) in (item for item in CALLS.items() if item[0] != other):
         a = len(axes)
-        far = torch.randint(0, 4096, (8, a), generator=draw)
+        far = torch.randint(0, 4096, (8, a), generator=generator)
         p = torch.cat((torch.zeros(1, a, dtype=torch.long), torch.eye(a, dtype=torch.long), far)).to(device)
         yield call, axes, p, (torch.zeros(1, 1, 1, device=device), shape(p), *([layer] if layer else ()))
     config: Any = getattr(module, "config", None)
     with suppress(*NO_ANSWER):
-        image = torch.zeros(1, 1, *image_of(config, 9, 11), device=device)  # odd: one patch is in the middle
+        image = torch.zeros(
+            1, 1, *image_size(config, 9, 11), device=device
+        )  # odd, so that one patch is in the middle
         yield PIXELS, "yx", centres_in_radians(config, image, training=False), (image,)
 
 
 def detect_interface(
     module: nn.Module, owner: nn.Module, layer: str | None
 ) -> tuple[str, str, Tensor, Any, Any]:
-    """How a module is told positions, their axes, some (s, a), and its tables in float32 and bfloat16."""
+    """How a module takes positions, their axes, some (s, a), and its tables in float32 and bfloat16."""
     for call, axes, p, (x, *more) in probe_calls(module, owner, layer):
         with suppress(*NO_ANSWER):
             exact, low = (module(x.to(dtype), *more) for dtype in (torch.float32, torch.bfloat16))
@@ -133,65 +148,71 @@ def detect_interface(
                 return call, axes, p, exact, low
     raise ValueError(
         f"{type(module).__name__} takes positions and gives tables in no known way; served are "
-        f"{', '.join(CALLS)} and {PIXELS}, with (cos, sin) for an answer"
+        f"{', '.join(CALLS)} and {PIXELS}, with (cos, sin) as the result"
     )
 
 
 def read_layer(module: nn.Module, owner: nn.Module, layer: str | None, kind: str) -> ModelRope:
-    """What a rotary module does at every position, from what it does a step from the origin."""
+    """What a rotary module does at every position, read from its tables one step from the origin."""
     module = probe_copy(module)
     call, axes, p, exact, low = detect_interface(module, owner, layer)
-    spread, omega, factor = read_tables(exact, p, torch.cat([x.flatten() for x in frequencies(module)]))
-    wide = split_tables(low)[0].dtype == torch.float32
-    rope = ModelRope(tuple(map(tuple, omega.tolist())), factor, call, spread, wide, axes=tuple(axes))
+    table_format, omega, factor = read_tables(exact, p, torch.cat([x.flatten() for x in frequencies(module)]))
+    float32_tables = split_tables(low)[0].dtype == torch.float32
+    rope = ModelRope(
+        tuple(map(tuple, omega.tolist())), factor, call, table_format, float32_tables, axes=tuple(axes)
+    )
     ours = rope.tables(rope.angles(p), factor, torch.float32)
     pairs = zip(split_tables(ours), split_tables(exact), strict=True)
     if error := max((x.flatten() - y.flatten()).abs().max().item() for x, y in pairs):
-        rope = replace(rope, bent=f"has tables that differ by {error:.1e} from what could be read")
+        rope = replace(
+            rope, nonlinear_reason=f"has tables that differ by {error:.1e} from what could be read"
+        )
     if "dynamic" in kind or kind == "longrope":
-        rope = replace(rope, bent=f"has rope_type {kind!r}, whose angles depend on the longest position")
+        rope = replace(
+            rope, nonlinear_reason=f"has rope_type {kind!r}, whose angles depend on the longest position"
+        )
     return rope
 
 
 def globals_used(module: nn.Module, pattern: re.Pattern[str]) -> list[str]:
-    """Names of such globals as a module's own forward looks up."""
+    """Names of the globals that match the pattern and that a module's own forward looks up."""
     return list(filter(pattern.match, inspect.unwrap(type(module).forward).__code__.co_names))
 
 
 def modules_using(owner: nn.Module, pattern: re.Pattern[str]) -> list[nn.Module]:
-    """Modules of an owner whose own forward looks such a global up, attention to other sequences left out."""
+    """Modules of an owner whose forward looks such a global up, except cross-attention."""
     mine = (module for module in owner.modules() if "cross" not in type(module).__name__.lower())
     return [module for module in mine if globals_used(module, pattern)]
 
 
 def detect_pairing(rope: ModelRope, owner: nn.Module) -> str:
-    """The pairing of the function that an owner's attention calls; its tables' own without an answer."""
-    told = {"single": "half", "complex": "interleaved"}.get(rope.spread, rope.spread)
-    found, r = modules_using(owner, APPLY), rope.pairs
+    """The pairing of the function that an owner's attention calls; the tables' own where none is found."""
+    default = {"single": "half", "complex": "interleaved"}.get(rope.table_format, rope.table_format)
+    found, r = modules_using(owner, APPLY_FUNCTION), rope.pairs
     if not found or any(p.is_meta for p in owner.parameters()):
-        return told
+        return default
     # DeepSeek's attention names two functions, and its config says which of them it calls
     first = getattr(getattr(owner, "config", None), "rope_interleave", True)
-    name = globals_used(found[0], APPLY)[0 if first else -1]
-    turn, unit = inspect.unwrap(type(found[0]).forward).__globals__[name], torch.eye(2 * r)[None, None]
+    name = globals_used(found[0], APPLY_FUNCTION)[0 if first else -1]
+    rotate, unit = inspect.unwrap(type(found[0]).forward).__globals__[name], torch.eye(2 * r)[None, None]
     angle = torch.linspace(0.5, 1, r).expand(1, 2 * r, r)
     try:
-        q, _ = turn(unit, unit, *rope.tables(angle, 1.0, torch.float32))
-        _, k = turn(unit, unit, *rope.tables(0 * angle, 1.0, torch.float32))
-        return find_pairing(q[0, 0], k[0, 0]) or told
+        q, _ = rotate(unit, unit, *rope.tables(angle, 1.0, torch.float32))
+        _, k = rotate(unit, unit, *rope.tables(0 * angle, 1.0, torch.float32))
+        return find_pairing(q[0, 0], k[0, 0]) or default
     except NO_ANSWER:
-        return told
+        return default
 
 
 def attach_scheme(rope: ModelRope, owner: nn.Module, config: Any, layer: str | None) -> ModelRope:
-    """The rope with its pairing, and our scheme of the same Omega where its config tells one."""
+    """The rope with its pairing, and with our scheme of the same Omega where its config names one."""
     rope = replace(rope, pairing=detect_pairing(rope, owner))
     try:
         scheme = from_hf_config(config, layer)
         omega = scheme.omega(read_head_dim(config, layer)).float()
     except (ValueError, AttributeError, TypeError):
         return rope
-    theirs = torch.tensor(rope.omega) * (math.tau if rope.call == PIXELS else 1)
+    theirs = torch.tensor(rope.omega) * (math.tau if rope.call_format == PIXELS else 1)
     for rows, axes in ((omega, rope.axes), (omega[1:], ("y", "x")), (omega[1:].flip(0), ("x", "y"))):
         same = rows.shape == theirs.shape and torch.allclose(rows, theirs, rtol=1e-5, atol=1e-12)
         if same and abs(scheme.factor - rope.factor) < 1e-5:

@@ -1,4 +1,4 @@
-"""A model's rotary module changed for one that runs a scheme, and changed back."""
+"""A model's rotary module replaced by one that runs a scheme, and put back."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,70 +9,91 @@ from typing import Any
 from torch import nn
 
 from rope_mm.hf.attention_patch import (
-    ATTEND,
-    bare_site,
-    check_same,
+    ATTENTION_REGISTRY,
+    attention_slot,
+    check_equal_answers,
     exchange,
     probe,
     rotate_both,
-    tell_attention,
+    rotate_in_attention,
 )
-from rope_mm.hf.compatibility import make_stand_in, refuse
-from rope_mm.hf.config_io import WAITS, activate, entries, fill_learned, is_pending, pending
-from rope_mm.hf.inspection import APPLY, OF_WORDS, modules_using, read_module
-from rope_mm.hf.position_ids import METHODS, methods_of
+from rope_mm.hf.compatibility import make_rotary, refuse
+from rope_mm.hf.config_io import (
+    PENDING_MESSAGE,
+    activate,
+    is_pending,
+    load_learned_omega,
+    scheme_entries,
+    waits_for_scheme,
+)
+from rope_mm.hf.inspection import APPLY_FUNCTION, TOKEN_CALLS, modules_using, read_module
+from rope_mm.hf.position_ids import METHODS, position_methods
 from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding, RotarySlot, describe, rotary_slots
 from rope_mm.hf.vision_positions import PIXELS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Handle:
-    """What `set_rope` or `use_kernels` did to a model; `undo` takes it back.
+    """What `set_rope` or `use_kernels` changed in a model; `undo` reverts it.
+
+    Attributes:
+        model: the model that was changed.
+        slots: the rotary modules now in it, each with the number of its changes before this handle.
 
     Raises:
-        ValueError: from `undo`, a model of which nothing of it is left.
+        ValueError: from `undo`, if nothing of this change is left in the model.
     """
 
     model: nn.Module
-    places: list[tuple[RopeMMRotaryEmbedding, int]]  # and how many of its changes are older
+    slots: list[tuple[RopeMMRotaryEmbedding, int]]
 
     def undo(self) -> None:
-        """Restore what was there before, and with it what came later."""
+        """Revert this change and every later one."""
         nothing = f"{type(self.model).__name__} has no rope of ours to take back"
-        refuse({nothing: all(len(rotary.undo) <= left for rotary, left in self.places)})
-        for rotary, left in self.places:
-            rotary.take_back(left)
+        refuse({nothing: all(len(rotary.undo) <= older for rotary, older in self.slots)})
+        for rotary, older in self.slots:
+            rotary.restore(older)
+
+    def __repr__(self) -> str:
+        active = [rotary for rotary, older in self.slots if len(rotary.undo) > older]
+        ropes = {describe(rope): None for rotary, _ in self.slots for rope in rotary.ropes.values()}
+        state = f"in {len(active)} rotary module{'s' * (len(active) != 1)}" if active else "undone"
+        return f"<Handle of {type(self.model).__name__}, {state}: {'; '.join(ropes)}>"
 
 
 @contextmanager
 def all_or_nothing(handle: Handle, what: str) -> Iterator[None]:
-    """Take changes back where one of them fails, and say why."""
+    """Revert every change if one of them fails, and say why."""
     try:
         yield
     except Exception as error:
-        for rotary, left in handle.places:
-            rotary.take_back(left)
+        for rotary, older in handle.slots:
+            rotary.restore(older)
         raise ValueError(f"{what} ({type(error).__name__}: {error}); the model is as it was") from error
 
 
 def ropes_of(site: RotarySlot) -> dict[str | None, Any]:
-    """What a site runs, for each type of layer; angles that are not linear in position are refused."""
+    """What a slot runs, for each layer type; angles that are not linear in position are refused."""
     if site.ours:
-        return dict(site.module.runs)
-    refuse({WAITS: pending(site.module, getattr(site.owner, "config", None))})
+        return dict(site.module.ropes)
+    refuse({PENDING_MESSAGE: waits_for_scheme(site.module, getattr(site.owner, "config", None))})
     ropes = read_module(site.module, site.owner)
-    for bent in filter(None, (rope.bent for rope in ropes.values())):
+    for reason in filter(None, (rope.nonlinear_reason for rope in ropes.values())):
         raise ValueError(
-            f"{type(site.module).__name__} {bent}, so it is no positions @ Omega; give set_rope a scheme, "
+            f"{type(site.module).__name__} {reason}, so it is no positions @ Omega; give set_rope a scheme, "
             "with a fixed extension such as YaRN where contexts are long"
         )
     return ropes
 
 
 def rope_of(model: nn.Module) -> Any:
-    """What a model runs: a ModelRope, the Rotary it was given, or a dict of them where layers differ.
+    """Read what a model rotates by.
 
-    Of a composite model it is its text's; give the tower itself for its own.
+    Args:
+        model: a model of transformers; of a composite model its text is meant, so give a tower itself.
+
+    Returns:
+        A ModelRope, or the Rotary that `set_rope` put in, or a dict of them by layer type.
 
     Raises:
         ValueError: no rotary, angles that are not linear in position, or parts that differ.
@@ -89,7 +110,7 @@ def rope_of(model: nn.Module) -> Any:
 
 
 def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **changes: Any) -> Handle:
-    """Let a live model of transformers rotate by a scheme; `handle.undo()` or `unset_rope` takes it back.
+    """Let a live model of transformers rotate by a scheme; `handle.undo()` or `unset_rope` reverts it.
 
     Args:
         model: a decoder, a vision-language model (its text is meant), a tower, or a model without rotary.
@@ -98,35 +119,38 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
         layout: another layout than the scheme's.
         changes: fields of the scheme to replace.
 
+    Returns:
+        A handle whose `undo` reverts the change.
+
     Raises:
         ValueError: what the model cannot run, with the reason; the model is as it was.
     """
     changes |= {"layout": layout} if layout else {}
-    places = rotary_slots(model) or [bare_site(model)]
-    if any(site.ours for site in places):
+    slots = rotary_slots(model) or [attention_slot(model)]
+    if any(site.ours for site in slots):
         raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
-    swaps = [(site, make_stand_in(site, scheme, changes)) for site in places]
-    refuse_learned(model, swaps)
+    swaps = [(site, make_rotary(site, scheme, changes)) for site in slots]
+    check_learned(model, swaps)
     for site, rotary in swaps if scheme is None else ():
         for key, learned in rotary.learned.named_parameters("learned"):
             folder = getattr(model, "name_or_path", "")
-            fill_learned(learned, folder, f"{site.name}.{key}", f"{site.leaf}.{key}")
+            load_learned_omega(learned, folder, f"{site.name}.{key}", f"{site.leaf}.{key}")
     handle = Handle(model, [(rotary, 0) for _, rotary in swaps])
     with all_or_nothing(handle, f"{type(model).__name__} cannot run what set_rope gave it"):
         for site, rotary in swaps:
             install(site, rotary)
-            rotary.alone = bool(rotary.learned) and not methods_of(model)
-            for part, name in methods_of(model) if rotary.learned else ():
-                rotary.put(part, name, MethodType(METHODS[name], part))
+            rotary.text_only = bool(rotary.learned) and not position_methods(model)
+            for part, name in position_methods(model) if rotary.learned else ():
+                rotary.set_attr(part, name, MethodType(METHODS[name], part))
     return handle
 
 
-def refuse_learned(model: nn.Module, swaps: list[tuple[RotarySlot, RopeMMRotaryEmbedding]]) -> None:
+def check_learned(model: nn.Module, swaps: list[tuple[RotarySlot, RopeMMRotaryEmbedding]]) -> None:
     """Refuse learned Omegas that would not be saved."""
     learned = [rope for _, rotary in swaps for rope in rotary.learned if any(True for _ in rope.parameters())]
     adapted = any(type(part).__module__.startswith("peft.") for part in model.modules())
     late = (
-        "adapters that are there already would not save a learned Omega; set_rope first, and then tell peft "
+        "adapters that are there already would not save a learned Omega; set_rope first, and then give peft "
         f"modules_to_save=[{swaps[0][0].leaf!r}]"
     )
     shared = "one learned Omega cannot be saved for several types of layers; give one Rotary for each of them"
@@ -134,24 +158,24 @@ def refuse_learned(model: nn.Module, swaps: list[tuple[RotarySlot, RopeMMRotaryE
 
 
 def install(site: RotarySlot, rotary: RopeMMRotaryEmbedding) -> None:
-    """Put our module in its place, its scheme in the config, and hooks around the owner's forward."""
+    """Put our module in its slot, its scheme in the config, and hooks around the owner's forward."""
     owner, config = site.owner, rotary.config
     waited = is_pending(getattr(owner, "config", None))
-    rotary.put(owner, site.leaf, rotary)
-    if config and len(rotary.learned) == len(rotary.runs):
-        schemes: Any = {layer: rope.scheme for layer, rope in rotary.runs.items()}
-        for name, value in entries(config, schemes, by_rope=rotary.call in OF_WORDS).items():
-            rotary.put(config, name, value)
+    rotary.set_attr(owner, site.leaf, rotary)
+    if config and len(rotary.learned) == len(rotary.ropes):
+        schemes: Any = {layer: rope.scheme for layer, rope in rotary.ropes.items()}
+        for name, value in scheme_entries(config, schemes, by_rope=rotary.call_format in TOKEN_CALLS).items():
+            rotary.set_attr(config, name, value)
     if waited:
         activate(owner)
     if not site.module:
-        return tell_attention(owner, rotary)
+        return rotate_in_attention(owner, rotary)
     rotary.undo.append(owner.register_forward_pre_hook(rotary.split_positions, with_kwargs=True).remove)
     rotary.undo.append(owner.register_forward_hook(rotary.mark_cache, with_kwargs=True).remove)
 
 
 def unset_rope(model: nn.Module) -> None:
-    """Give a model, with all of its parts, its own rotary modules back.
+    """Give a model and all of its parts their own rotary modules back.
 
     Raises:
         ValueError: a model that has them already.
@@ -162,14 +186,17 @@ def unset_rope(model: nn.Module) -> None:
 def use_kernels(model: nn.Module) -> Handle:
     """Rotate queries and keys of a decoder or a DINOv3 by our op: a kernel on a GPU, else the definition.
 
-    A small forward before and after proves that our path runs and agrees; `undo` takes the model's rope back.
+    A small forward before and after proves that our path runs and agrees.
+
+    Returns:
+        A handle whose `undo` gives the model its own function back.
 
     Raises:
         ValueError: a family whose attention calls no function that can be replaced, or answers that differ;
             the model is as it was.
     """
-    places = rotary_slots(model)
-    found = [module for site in places for module in modules_using(site.owner, APPLY)]
+    slots = rotary_slots(model)
+    found = [module for site in slots for module in modules_using(site.owner, APPLY_FUNCTION)]
     kinds = {type(module).__name__ for module in found}
     name, own = ", ".join(sorted(kinds)) or type(model).__name__, [vars(module) for module in found]
     replaced = any("forward" in names and "_old_forward" not in names for names in own)
@@ -178,36 +205,38 @@ def use_kernels(model: nn.Module) -> Handle:
             f"{name} rotate in their own ways, and our op has one for all": len(kinds) > 1,
             f"{name} has no attention with a rotary function of its own to replace": not found,
             f"{name} rotates by our op already; undo that first": any(
-                site.ours and site.module.turns for site in places
+                site.ours and site.module.use_op for site in slots
             ),
             f"{name} has had its forward replaced; call use_kernels before that": replaced,
         }
     )
-    if fresh := not any(site.ours for site in places):
+    if fresh := not any(site.ours for site in slots):
         set_rope(model, rope_of(model))
-    places = rotary_slots(model)
-    handle = Handle(model, [(site.module, 0 if fresh else len(site.module.undo)) for site in places])
+    slots = rotary_slots(model)
+    handle = Handle(model, [(site.module, 0 if fresh else len(site.module.undo)) for site in slots])
     with all_or_nothing(handle, f"{name} cannot rotate by our op"):
-        towers = [site.name for site in places if site.module.call not in (*OF_WORDS, PIXELS)]
-        refuse({f"{', '.join(towers)} is told rows and columns, not words or an image": towers})
-        before = [probe(site.owner) for site in places]
-        for site in places:
-            site.module.put(site.module, "turns", True)
-            exchange(site.module, site.owner, APPLY, rotate_both)
-        for site, answers in zip(places, before, strict=True):
-            check_same(answers, probe(site.owner))
+        towers = [site.name for site in slots if site.module.call_format not in (*TOKEN_CALLS, PIXELS)]
+        refuse({f"{', '.join(towers)} is given rows and columns, not tokens or an image": towers})
+        before = [probe(site.owner) for site in slots]
+        for site in slots:
+            site.module.set_attr(site.module, "use_op", True)
+            exchange(site.module, site.owner, APPLY_FUNCTION, rotate_both)
+        for site, answers in zip(slots, before, strict=True):
+            check_equal_answers(answers, probe(site.owner))
     return handle
 
 
 def explain(model: nn.Module) -> None:
-    """Print what each rotary place of a model runs."""
+    """Print one line for each rotary module of a model: what it runs and what applies it."""
     for site in rotary_slots(model, every=True):
-        bare = site.ours and not site.module.asked
-        name = f"{len(modules_using(site.owner, ATTEND))} attention modules" if bare else site.name
-        how = "our op" if site.ours and site.module.turns else "the model's own function"
+        bare = site.ours and not site.module.interfaces
+        name = (
+            f"{len(modules_using(site.owner, ATTENTION_REGISTRY))} attention modules" if bare else site.name
+        )
+        how = "our op" if site.ours and site.module.use_op else "the model's own function"
         try:
-            told = {layer: describe(rope) for layer, rope in ropes_of(site).items()}
+            lines = {layer: describe(rope) for layer, rope in ropes_of(site).items()}
         except ValueError as error:
-            told = {None: str(error)}
-        for layer, what in told.items():
+            lines = {None: str(error)}
+        for layer, what in lines.items():
             print(f"{name}{f' ({layer})' if layer else ''}: {what}; applied by {how}")

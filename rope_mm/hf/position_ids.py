@@ -1,4 +1,4 @@
-"""Positions at the border of transformers: (1 + a, b, s), the token positions first, then one row an axis."""
+"""position_ids (1 + a, b, s) as transformers takes them: token positions first, then one row per axis."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rope_mm.hf.rotary_embedding import ENDS_IN_PICTURE, scheme_of
+from rope_mm.hf.rotary_embedding import ENDS_IN_IMAGE, scheme_of
 from rope_mm.positions.place import place_rows
 from rope_mm.rotary.definition import widest_float
 from rope_mm.schemes.scheme import Scheme
@@ -16,65 +16,75 @@ IMAGES, VIDEOS = 1, 2  # kinds of tokens, as processors number them
 
 
 def positions_for(
-    model: nn.Module, what: Sequence[str | Sequence[Segment]] | Mapping[str, Any], padding_side: str = "right"
+    model: nn.Module,
+    inputs: Sequence[str | Sequence[Segment]] | Mapping[str, Any],
+    padding_side: str = "right",
 ) -> Tensor:
-    """position_ids (1 + a, b, s) of stories, or of what a processor made, by the scheme that a model runs.
+    """position_ids of segments, or of what a processor made, by the scheme that a model runs.
 
-    A row that ends where the next word is not one step ahead, as behind a picture, says so by a quarter in
+    A row that ends where the next token is not one step ahead, as behind an image, says so by a quarter in
     its last token position, so that `generate`, which takes one step, can be refused.
 
     Args:
         model: a model that `set_rope` gave a scheme.
-        what: a story for each row, or a dict with input_ids, grids and, of padded rows, attention_mask.
-        padding_side: of stories of unequal lengths.
+        inputs: segments for each row, as text or as a list, or a dict with input_ids, grids and, of padded
+            rows, attention_mask, as a processor makes it.
+        padding_side: "right" or "left", where segments make rows of unequal lengths.
+
+    Returns:
+        (1 + a, b, s): token positions, then the position on each axis.
 
     Raises:
         ValueError: a model without a scheme of ours, or tokens that do not match their grids.
     """
     scheme = scheme_of(model)
-    if "input_ids" not in what if isinstance(what, Mapping) else any(isinstance(x, Segment) for x in what):
+    if (
+        "input_ids" not in inputs
+        if isinstance(inputs, Mapping)
+        else any(isinstance(x, Segment) for x in inputs)
+    ):
         raise ValueError(
-            f"{what!r} is neither a list of stories, one a row, as [[Text(3), Image(2, 2)]], nor what a "
+            f"{inputs!r} is neither a list of rows of segments, as [[Text(3), Image(2, 2)]], nor what a "
             "processor makes, which has input_ids"
         )
-    if isinstance(what, Mapping):
-        positions, mask, ahead = place_inputs(model.config, scheme, **what)
+    if isinstance(inputs, Mapping):
+        positions, mask, ahead = place_inputs(model.config, scheme, **inputs)
         after = ahead.to(positions) + mask.sum(-1, keepdim=True)
     else:
-        rows = place_rows(what, scheme.layout, padding_side=padding_side, **dict(scheme.options))
+        rows = place_rows(inputs, scheme.layout, padding_side=padding_side, **dict(scheme.options))
         positions, mask = rows.positions, rows.mask
         after = positions.new_tensor([[cursor.next] for cursor in rows.cursors])
     tokens = (mask.long().cumsum(-1) - 1).clamp(min=0).to(positions)
-    tokens[:, -1] += 0.25 * (mask[:, -1] & strays(positions[:, -1] + 1, after))
+    tokens[:, -1] += 0.25 * (mask[:, -1] & off_text_step(positions[:, -1] + 1, after))
     return torch.cat((tokens[None], positions.movedim(-1, 0)))
 
 
-def strays(step: Tensor, after: Tensor) -> Tensor:
-    """Whether one step (b, a) leads elsewhere than to the next word (b, 1), for each row."""
+def off_text_step(step: Tensor, after: Tensor) -> Tensor:
+    """Whether one step (b, a) leads elsewhere than to the next token (b, 1), for each row."""
     return ~torch.isclose(step, after, rtol=0, atol=1e-6).all(-1)
 
 
 def get_rope_index(self: Any, input_ids: Tensor, *_args: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """In place of a model's own method: positions (a, b, s) by our layout, and how far words are ahead."""
+    """Replaces a model's own method: positions (a, b, s) by our layout, and the rope delta (b, 1)."""
     positions, _, ahead = place_inputs(self.config, scheme_of(self), input_ids, **inputs)
     return positions.movedim(-1, 0), ahead
 
 
 def prepare_positions(self: Any, inputs: Tensor, given: dict[str, Any]) -> Tensor:
-    """In place of a model's own method: its positions of a prompt, where `generate` can go on from them."""
+    """Replaces a model's own method: its positions of a prompt, if `generate` can go on from them."""
     ids = type(self)._prepare_position_ids_for_generation(self, inputs, given)
     if len(ids) > 1 and ids.dim() == 3:
         tokens, last = ids[0, :, -1:], ids[1:, :, -1].T
-        if strays(last, tokens + self.model.rope_deltas.to(tokens)).any():
-            raise ValueError(ENDS_IN_PICTURE)
+        if off_text_step(last, tokens + self.model.rope_deltas.to(tokens)).any():
+            raise ValueError(ENDS_IN_IMAGE)
     return ids
 
 
 METHODS = {"get_rope_index": get_rope_index, "_prepare_position_ids_for_generation": prepare_positions}
 
 
-def methods_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Parts of a model that places pictures itself, and the methods with which they do."""
+def position_methods(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Parts of a model that places images itself, and the methods with which they do."""
     found = [(part, name) for part in model.modules() for name in METHODS if hasattr(type(part), name)]
     return found if "get_rope_index" in {name for _, name in found} else []
 
@@ -82,7 +92,18 @@ def methods_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
 def place_inputs(
     config: Any, scheme: Scheme, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions (b, s, a), which tokens are there (b, s), and how far the next word is ahead of them (b, 1).
+    """Place what a processor made.
+
+    Args:
+        config: the model's config, which names the tokens of images.
+        scheme: its layout places them.
+        input_ids: (b, s).
+        attention_mask: (b, s), 0 at padding.
+        inputs: mm_token_type_ids, image_grid_thw, video_grid_thw, second_per_grid_ts.
+
+    Returns:
+        Positions (b, s, a), which tokens are no padding (b, s), and how far the next token's position is
+        ahead of its number (b, 1).
 
     Raises:
         ValueError: tokens of images that do not match their grids.
@@ -98,7 +119,7 @@ def place_inputs(
     for row, (kind, there) in enumerate(zip(kinds.cpu(), mask.cpu(), strict=True)):
         placed, cursor = scheme.place(segments_from_token_types(kind[there].tolist(), seen))
         positions[row, there], ahead[row] = placed, cursor.next - cursor.tokens
-    if left := [str(picture) for pictures in seen.values() for picture in pictures]:
+    if left := [str(visual) for visuals in seen.values() for visual in visuals]:
         came = ", ".join(left)
         raise ValueError(f"grids came for {came}, but there are no tokens left for them to stand on")
     return positions.to(input_ids.device, widest_float(input_ids.device)), mask, ahead.to(input_ids.device)
@@ -108,8 +129,8 @@ def read_grids(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[Segment
     """Images and videos in their order, in merged patches."""
     side = getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1)
     merge = torch.tensor((1, side, side))
-    told = [inputs.get(f"{kind}_grid_thw") for kind in ("image", "video")]
-    images, videos = ([] if x is None else (torch.as_tensor(x).cpu() // merge).tolist() for x in told)
+    grids = [inputs.get(f"{kind}_grid_thw") for kind in ("image", "video")]
+    images, videos = ([] if x is None else (torch.as_tensor(x).cpu() // merge).tolist() for x in grids)
     paces = inputs.get("second_per_grid_ts")
     paces = [1.0] * len(videos) if paces is None else map(float, paces)
     return {

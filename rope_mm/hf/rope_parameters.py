@@ -1,8 +1,8 @@
-"""Schemes out of the configs of transformers, and back into their `rope_parameters`.
+"""Schemes from the configs of transformers, and back into their `rope_parameters`.
 
-A config says numbers: theta, the part that is rotated, an extension, sections. Which channels pair, which
-axis owns which and where tokens stand it leaves to its `model_type`, and FAMILIES says that. transformers is
-not imported: whatever has the attributes will do.
+A config has numbers: theta, the rotated fraction, an extension, sections. Which channels pair, which axis
+owns which pairs and where tokens stand follows from its `model_type`, by FAMILIES. transformers is not
+imported: any object with the attributes will do.
 """
 
 import math
@@ -50,12 +50,12 @@ FAMILIES: Registry[Scheme] = Registry(
 )
 
 ALIASES = {"su": "longrope", "mrope": "default", "axial": "default"}
-HF_NAMES = {  # our fields in transformers' words
+HF_NAMES = {  # our fields in transformers' names
     "original": "original_max_position_embeddings",
     "short": "short_factor",
     "long": "long_factor",
 }
-# the axis of each number of `mrope_section`; t, y, x where nothing is said
+# the axis of each number of `mrope_section`; t, y, x for the others
 SECTIONS = {"yx-then-t": (1, 2, 0)}
 
 
@@ -71,9 +71,9 @@ def read_head_dim(config: Any, layer_type: str | None = None) -> int:
     """Channels of a head, those that are not rotated included; of a composite config, its text's.
 
     Raises:
-        ValueError: a config that tells neither head_dim nor sizes to divide.
+        ValueError: a config that has neither head_dim nor sizes to divide.
     """
-    config = of_layers(text_config(config), layer_type)
+    config = layer_config(text_config(config), layer_type)
     if rope := getattr(config, "qk_rope_head_dim", None):  # head_dim is the rotated part alone there
         return rope + config.qk_nope_head_dim
     width = getattr(config, "embed_dim", None) or getattr(config, "hidden_size", None)
@@ -84,7 +84,7 @@ def read_head_dim(config: Any, layer_type: str | None = None) -> int:
     return head_dim
 
 
-def of_layers(config: Any, layer_type: str | None) -> Any:
+def layer_config(config: Any, layer_type: str | None) -> Any:
     """The config that layers of one type see, where they differ in more than their rotation (Gemma 4)."""
     if getattr(config, "is_heterogeneous", False) and layer_type:
         return config.per_layer_config[layer_type]
@@ -114,7 +114,7 @@ def read_rope(config: Any, layer_type: str | None) -> dict[str, Any]:
 def from_hf_config(config: Any, layer_type: str | None = None) -> Scheme:
     """The rotary scheme of a model of transformers, read from its config; of a composite one, its text's.
 
-    Layers without any rotation (SmolLM3, Llama 4) are the model's matter: the scheme is that of the others.
+    Layers without any rotation (SmolLM3, Llama 4) are the model's own: the scheme is that of the others.
 
     Args:
         config: has a `model_type` in FAMILIES, or a `text_config` that has; a tower's is its
@@ -128,7 +128,7 @@ def from_hf_config(config: Any, layer_type: str | None = None) -> Scheme:
     rate = getattr(getattr(config, "vision_config", None), "tokens_per_second", None)
     config = text_config(config)
     base, rope = FAMILIES[config.model_type], read_rope(config, layer_type)
-    config, head_dim = of_layers(config, layer_type), read_head_dim(config, layer_type)
+    config, head_dim = layer_config(config, layer_type), read_head_dim(config, layer_type)
     theta = next(filter(None, (rope.get("rope_theta"), getattr(config, "rope_theta", None), base.theta)))
     changes = {
         "theta": float(theta),
@@ -148,26 +148,26 @@ def read_parts(config: Any, rope: dict[str, Any], head_dim: int) -> dict[str, fl
     part = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
     if rope.get("rope_type") == "proportional":
         return {"fraction": 1.0, "still": 1 - part}
-    told = getattr(config, "qk_rope_head_dim", None) or getattr(config, "rotary_dim", None)
-    rotated = told or int(head_dim * part)
+    given = getattr(config, "qk_rope_head_dim", None) or getattr(config, "rotary_dim", None)
+    rotated = given or int(head_dim * part)
     if rotated % 2 or not rotated:
         raise ValueError(f"{rotated} of {head_dim} channels are rotated, which makes no whole pairs")
     return {"fraction": rotated / head_dim}
 
 
 def family_fields(config: Any, base: Scheme, rate: float | None) -> dict[str, Any]:
-    """What single families say elsewhere: patches merged by a tower, frames' pace, DeepSeek's pairing."""
+    """Fields that single families keep elsewhere: a tower's merging, a video's pace, DeepSeek's pairing."""
     options = {"merge": getattr(config, "spatial_merge_size", None), "rate": rate}
-    told = tuple((name, options[name] or number) for name, number in base.options if name in options)
+    given = tuple((name, options[name] or number) for name, number in base.options if name in options)
     half = getattr(config, "rope_interleave", True) is False
-    return {"options": told or base.options, "pairing": "half" if half else base.pairing}
+    return {"options": given or base.options, "pairing": "half" if half else base.pairing}
 
 
 def read_rope_type(config: Any, rope: dict[str, Any]) -> list[Extension]:
     """The extension that `rope_type` names, with its numbers; none for "default".
 
     Raises:
-        ValueError: an unknown rope_type, or a number that it needs and nobody tells.
+        ValueError: an unknown rope_type, or a number that it needs and the config lacks.
     """
     name = str(rope.get("rope_type") or rope.get("type") or "default")
     name = ALIASES.get(name, name)
@@ -177,10 +177,10 @@ def read_rope_type(config: Any, rope: dict[str, Any]) -> list[Extension]:
         return []
     longest = getattr(config, "max_position_embeddings", None)
     original = getattr(config, "original_max_position_embeddings", None) or rope.get(HF_NAMES["original"])
-    told = {**rope, HF_NAMES["original"]: longest if name == "dynamic" else original or longest}
+    known = {**rope, HF_NAMES["original"]: longest if name == "dynamic" else original or longest}
     if longest and original:
-        told.setdefault("factor", longest / original)
-    numbers = {f.name: told.get(HF_NAMES.get(f.name, f.name)) for f in fields(EXTENSIONS[name])}
+        known.setdefault("factor", longest / original)
+    numbers = {f.name: known.get(HF_NAMES.get(f.name, f.name)) for f in fields(EXTENSIONS[name])}
     given = {field: number for field, number in numbers.items() if number is not None}
     return [read_extension({"rope_type": name, **given})]
 
@@ -216,15 +216,15 @@ def to_rope_parameters(scheme: Scheme, head_dim: int | None = None) -> dict[str,
         head_dim: channels of a head, needed where axes share the pairs: `mrope_section` counts them.
 
     Raises:
-        ValueError: a field that no family has and rope_parameters cannot say, or head_dim missing.
+        ValueError: a field that no family has and rope_parameters cannot express, or head_dim missing.
     """
     check_expressible(scheme)
     rope = {"rope_type": "axial" if scheme.ladder != "shared" else "default", "rope_theta": scheme.theta}
     rope |= write_extension(scheme)
     if scheme.still:
-        rope |= {"rope_type": "proportional", "partial_rotary_factor": not_below(1 - scheme.still)}
+        rope |= {"rope_type": "proportional", "partial_rotary_factor": round_up(1 - scheme.still)}
     elif scheme.fraction != 1 and scheme.slot != "tail":  # DeepSeek's is qk_rope_head_dim
-        rope["partial_rotary_factor"] = not_below(scheme.fraction)
+        rope["partial_rotary_factor"] = round_up(scheme.fraction)
     if scheme.shares is not None:
         if head_dim is None:
             raise ValueError("mrope_section counts the pairs of each axis; give head_dim")
@@ -235,8 +235,8 @@ def to_rope_parameters(scheme: Scheme, head_dim: int | None = None) -> dict[str,
     return rope
 
 
-def not_below(part: float) -> float:
-    """The part with nine digits, rounded up: transformers cuts part * head_dim to a whole number."""
+def round_up(part: float) -> float:
+    """The part with nine digits, rounded up: transformers floors part * head_dim."""
     return math.ceil(part * 1e9 - 1e-3) / 1e9
 
 
@@ -252,7 +252,7 @@ def write_extension(scheme: Scheme) -> dict[str, Any]:
     name = names[type(extension)]
     if more or extension.axes or name in ("ntk", "riflex") or (scheme.still and name != "linear"):
         raise ValueError(
-            f"rope_parameters cannot say extensions={scheme.extensions} with still={scheme.still}"
+            f"rope_parameters cannot express extensions={scheme.extensions} with still={scheme.still}"
         )
     numbers = {HF_NAMES.get(field, field): value for field, value in asdict(extension).items()}
     own = ("axes", HF_NAMES["original"]) if name == "dynamic" else ("axes",)
@@ -261,23 +261,25 @@ def write_extension(scheme: Scheme) -> dict[str, Any]:
 
 
 def check_expressible(scheme: Scheme) -> None:
-    """Refuse what neither rope_parameters nor any family says.
+    """Refuse what neither rope_parameters nor any family can express.
 
     Raises:
         ValueError: with the fields that differ from the nearest family.
     """
 
     def other_fields(base: Scheme) -> list[str]:
-        ours, theirs = unsaid(scheme), unsaid(base)
+        ours, theirs = without_config_fields(scheme), without_config_fields(base)
         return [f.name for f in fields(Scheme) if getattr(ours, f.name) != getattr(theirs, f.name)]
 
     if differing := min(map(other_fields, FAMILIES.values()), key=len):
-        told = ", ".join(f"{name}={getattr(scheme, name)!r}" for name in differing)
-        raise ValueError(f"rope_parameters cannot say {told}, and no model of transformers has it by itself")
+        differing = ", ".join(f"{name}={getattr(scheme, name)!r}" for name in differing)
+        raise ValueError(
+            f"rope_parameters cannot express {differing}, and no model of transformers has it by itself"
+        )
 
 
-def unsaid(scheme: Scheme) -> Scheme:
-    """The scheme without what a config says."""
+def without_config_fields(scheme: Scheme) -> Scheme:
+    """The scheme without the fields that a config holds."""
     options = tuple(option for option in scheme.options if option[0] not in ("merge", "rate"))
     shares = scheme.shares and (1,) * len(scheme.axes)
     return scheme.change(theta=1.0, fraction=1.0, still=0.0, extensions=(), options=options, shares=shares)

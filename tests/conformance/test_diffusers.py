@@ -70,21 +70,21 @@ def attended(processor, q, k, words=0, words_last=False, streams=False, **inputs
     )  # fmt: skip
     if streams:
         attn.add_q_proj, attn.add_k_proj, attn.add_v_proj = take_q, take_k, take_q
-    text, pictures = torch.cat((q.flatten(2), k.flatten(2)), -1).split((words, q.shape[1] - words), 1)
+    text, images = torch.cat((q.flatten(2), k.flatten(2)), -1).split((words, q.shape[1] - words), 1)
     inputs |= {"encoder_hidden_states": text} if words else {}
     attention = "torch.nn.functional.scaled_dot_product_attention"
     with patch(attention, stop), pytest.raises(Attention) as caught:
-        processor(attn, pictures, **inputs)
+        processor(attn, images, **inputs)
     theirs = torch.stack([x.transpose(1, 2) for x in caught.value.args])
     return theirs.roll(words, 2) if words_last else theirs
 
 
 class Ours:
-    """A scheme's rotary with a story's positions, to be compared with originals."""
+    """A scheme's rotary with the positions of segments, to be compared with originals."""
 
-    def __init__(self, agree, scheme, head_dim, story, **changes):
+    def __init__(self, agree, scheme, head_dim, segments, **changes):
         self.agree, self.scheme, self.rope = agree, scheme, Rotary(head_dim, scheme, **changes)
-        self.positions, _ = self.rope.place(story)
+        self.positions, _ = self.rope.place(segments)
 
     def same_positions(self, original, theirs, within=0.0):
         """Theirs (s, a), of the last s tokens."""
@@ -122,7 +122,7 @@ def test_flux(ours, words, y, x):
 
 @few
 @given(words=SIZES, y=SIZES, x=SIZES, guides=st.lists(st.tuples(SIZES, SIZES), min_size=1, max_size=3))
-def test_flux2_with_pictures_as_guides(ours, words, y, x, guides):
+def test_flux2_with_images_as_guides(ours, words, y, x, guides):
     mine = ours("flux2", 128, [Text(words), Image(y, x), *(Image(*size) for size in guides)])
     text = Flux2Pipeline._prepare_text_ids(torch.empty(1, words, 1))
     image = Flux2Pipeline._prepare_latent_ids(torch.empty(1, 1, y, x))
@@ -166,8 +166,11 @@ def test_cogvideox_stretches_every_video_to_one_extent(ours, t, y, x, extent, wo
 @few
 @given(t=SIZES, scale=st.integers(1, 3))
 def test_cogvideox_as_its_pipelines_ask_for_it(ours, t, scale):
-    story = [Video(t, 2 * scale, 3 * scale)]
-    first, counting = ours("cogvideox", 64, story), ours("cogvideox", 64, story, layout="grid", options=())
+    segments = [Video(t, 2 * scale, 3 * scale)]
+    first, counting = (
+        ours("cogvideox", 64, segments),
+        ours("cogvideox", 64, segments, layout="grid", options=()),
+    )
     for mine, frames, version in ((first, None, "1.0"), (counting, 1, "1.5")):
         config = SimpleNamespace(sample_width=90, sample_height=60, attention_head_dim=64)
         config.patch_size, config.patch_size_t = 2, frames
@@ -238,7 +241,7 @@ def qwen_rope():
 @given(sizes=st.lists(st.tuples(st.integers(1, 2), SIZES, SIZES), min_size=1, max_size=3), words=SIZES)
 def test_qwen_image(ours, sizes, words):
     mine = ours("qwen-image", 128, [*(Video(*size) for size in sizes), Text(words)])
-    # words are counted from where the pictures end, but attended to first
+    # words are counted from where the images end, but attended to first
     mine.positions = mine.positions.roll(words, 0)
     tables = qwen_rope()([sizes], max_txt_seq_len=words)
     processor = qwen_image.QwenDoubleStreamAttnProcessor2_0()
@@ -282,8 +285,8 @@ def test_lumina2_in_diffusers_cuts_positions_to_whole_numbers_and_has_none_below
 def test_z_image(ours, words, y, x):
     mine = ours("z-image", 128, [Text(words), Image(y, x)])
     model = object.__new__(z_image.ZImageTransformer2DModel)
-    caption, picture = torch.empty(words, 1), torch.empty(1, 1, 2 * y, 2 * x)
-    *_, image_ids, word_ids, _, _ = model.patchify_and_embed([picture], [caption], 2, 1)
+    caption, image = torch.empty(words, 1), torch.empty(1, 1, 2 * y, 2 * x)
+    *_, image_ids, word_ids, _, _ = model.patchify_and_embed([image], [caption], 2, 1)
     ids = torch.cat((word_ids[0][:words], image_ids[0][: y * x]))
     mine.same_positions("ZImageTransformer2DModel", ids)
     tables = z_image.RopeEmbedder(256.0, [32, 48, 48], [128, 16, 16])(ids)[None]

@@ -1,4 +1,4 @@
-"""Layouts of code that was released but is no package: what it printed for one story, run once.
+"""Layouts of code that was released but is no package: what it printed for one sequence, run once.
 
     JJJYmmm/Multimodal-RoPEs cd413b9, multimodal_ropes/pos_design and freq_allocation
     Wiselnn570/VideoRoPE 7712ca3, videorope-transformer/modeling_videorope.py
@@ -6,7 +6,7 @@
     lose4578/CircleRoPE 063fb2c, code/circle_rope.py and config.json
 
 with a temporal stride of 1 (2 for VideoRoPE, HoPE's draws from [1.0]), V2PE's stride of 16, CircleRoPE's
-radius of 10, alpha of 0.5 and move_to_origin. Over 300 random stories they gave what ours gave, fractions
+radius of 10, alpha of 0.5 and move_to_origin. Over 300 random sequences they gave what ours gave, fractions
 within 7e-6 in their float32.
 """
 
@@ -73,7 +73,7 @@ def test_positions_are_those_that_released_code_gave(agree, scheme, original, go
     agree(scheme, f"{original} (golden)", positions[TOKENS], theirs, within, "positions")
 
 
-def test_a_picture_alone_lies_on_the_circle_that_circlerope_gave_it(agree):
+def test_a_image_alone_lies_on_the_circle_that_circlerope_gave_it(agree):
     golden = [
         (0, 7.07107, -7.07107), (7.52747, -1.0246, -6.50287), (5.83187, -7.86487, 2.033),
         (-8.16497, 4.08248, 4.08248), (-8.10042, 3.16288, 4.93754), (-7.90782, 2.19328, 5.71454),

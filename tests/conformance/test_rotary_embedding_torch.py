@@ -32,7 +32,7 @@ def same_words(agree):
 
 @few
 @given(words=st.integers(1, 20), offset=st.integers(0, 20), fraction=st.sampled_from([0.25, 0.5, 1.0]))
-def test_words_rotated_in_part(same_words, words, offset, fraction):
+def test_tokens_rotated_in_part(same_words, words, offset, fraction):
     rope, original = Rotary(32, "gpt-j", fraction=fraction), RotaryEmbedding(int(32 * fraction))
     same_words("gpt-j", rope, original, "lang", words, offset)
 

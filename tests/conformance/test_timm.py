@@ -87,7 +87,7 @@ def test_rope_vit_axial_is_cat_with_columns_first(same, y, x):
 
 
 def mixed_in_timm(heads):
-    """timm's module and its Omega as ours (h, 3, r): it names columns first, and a picture has no time."""
+    """timm's module and its Omega as ours (h, 3, r): it names columns first, and a image has no time."""
     mixed = timm.RotaryEmbeddingMixed(16 * heads, depth=1, num_heads=heads)
     x, y = mixed.freqs.detach()[:, 0]
     return mixed, torch.stack((torch.zeros_like(x), y, x), 1)

@@ -41,7 +41,7 @@ def test_divergence_xd_rope_of_hunyuan_vl_is_not_a_rotation_where_its_axes_diffe
     assert stretch(hunyuan_matrix([9, 2, 5, 1])) > 0.5
 
 
-def test_words_are_rotated_as_in_hunyuan_vl(agree):
+def test_tokens_are_rotated_as_in_hunyuan_vl(agree):
     positions = torch.arange(60)
     tables = hunyuan_rotary(64)(torch.empty(0), positions.expand(4, 1, -1))
     rope = Rotary(64, "flat", extensions=(NTK(factor=1000.0),))

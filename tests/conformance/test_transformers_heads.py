@@ -43,7 +43,7 @@ def make(kind, **sizes):
 
 
 def heads(model, *inputs, **more):
-    """q and k (b, s, h, d) at its attention; windows and pictures one after another."""
+    """q and k (b, s, h, d) at its attention; windows and images one after another."""
     SEEN.clear()
     with torch.no_grad():
         model(*inputs, **more)
@@ -118,12 +118,12 @@ def interleaved_tail(scheme: str, head_dim: int):
 @few
 @given(
     head_dim=st.sampled_from((64, 128)),
-    story=st.tuples(*[st.integers(1, 5)] * 5),
+    segments=st.tuples(*[st.integers(1, 5)] * 5),
 )
-def test_words_and_pictures_are_rotated_as_in(scheme, agree, head_dim, story):
+def test_tokens_and_images_are_rotated_as_in(scheme, agree, head_dim, segments):
     name, more = TEXT[scheme]
     rope = Rotary(head_dim, scheme)
-    n, t, y, x, m = story
+    n, t, y, x, m = segments
     seen = [Text(n), Video(t, y, x, 0.5), Text(m), Image(x, y), Text(20)]
     positions, _ = rope.place(seen)
     sizes = {
@@ -156,7 +156,7 @@ def test_some_channels_are_rotated_as_in_gpt_j(agree, rotary_dim, places):
     compare(agree, "gpt-j", "transformers GPTJAttention", rope, p[0, :, None].double(), before, after)
 
 
-# --- pictures by themselves: each tower on noise, of t frames, y rows and x columns ------------------------
+# --- images by themselves: each tower on noise, of t frames, y rows and x columns ------------------------
 
 
 def wide(d: int, **more) -> dict:
@@ -202,7 +202,7 @@ def dinov3(d, t, y, x):
 
 
 def sam3_across(d, t, y, x):
-    """All of the picture at once: its positions are squeezed into a window's."""
+    """All of the image at once: its positions are squeezed into a window's."""
     sizes = {"image_size": 4 * y, "pretrain_image_size": 4 * y, "window_size": x, "global_attn_indexes": [0]}
     model = make(transformers.Sam3ViTModel, **wide(d, **sizes))
     noise = {"pixel_values": torch.randn(1, 3, 4 * y, 4 * y)}
@@ -224,9 +224,9 @@ def sam3_windows(d, t, y, x):
 
 def gemma4(d, t, y, x):
     """Positions are those of its image processor, which pads the patches up to what is read here."""
-    pictures = transformers.Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70)
+    images = transformers.Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70)
     noise = np.random.default_rng(0).integers(0, 256, (40 * y, 40 * x, 3), dtype=np.uint8)
-    seen = pictures(noise, return_tensors="pt")
+    seen = images(noise, return_tensors="pt")
     columns, rows = (seen["image_position_ids"].amax((0, 1)) + 1).tolist()
     assert (columns > rows) == (x > y)
     there = rows * columns
@@ -283,7 +283,7 @@ TOWERS = {
 @pytest.mark.parametrize("build", TOWERS)
 @few
 @given(head_dim=st.sampled_from((16, 32, 64, 80)), shape=st.tuples(*[st.integers(1, 5)] * 3))
-def test_pictures_are_rotated_as_in_the_tower_of(build, agree, head_dim, shape):
-    model, rotary, changes, story, inputs = build(head_dim, *shape)
+def test_images_are_rotated_as_in_the_tower_of(build, agree, head_dim, shape):
+    model, rotary, changes, segments, inputs = build(head_dim, *shape)
     rope = Rotary(head_dim, TOWERS[build], **changes)
-    check(agree, TOWERS[build], model, rotary, rope, rope.place(story)[0], **inputs)
+    check(agree, TOWERS[build], model, rotary, rope, rope.place(segments)[0], **inputs)

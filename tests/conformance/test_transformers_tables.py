@@ -49,7 +49,7 @@ def check(agree, kind: str, head_dim: int, theta: float, where: list[int], exten
 
 @few
 @given(head_dim=head_dims, theta=thetas, where=places)
-def test_words_without_extension(agree, head_dim, theta, where):
+def test_tokens_without_extension(agree, head_dim, theta, where):
     original = llama("default", head_dim, theta)
     compare(agree, "default", Rotary(head_dim, "flat", theta=theta), original, where)
 

@@ -76,7 +76,7 @@ def test_a_learned_omega_that_adapters_would_not_save_is_refused(llama):
     model = adapted(llama())
     before = logits(model)
     with pytest.raises(
-        ValueError, match=r"set_rope first, and then tell peft modules_to_save=\['rotary_emb'\]"
+        ValueError, match=r"set_rope first, and then give peft modules_to_save=\['rotary_emb'\]"
     ):
         set_rope(model, "rope-tv", learnable=True)
     assert torch.equal(logits(model), before)
@@ -139,7 +139,7 @@ def test_a_model_without_rotary_has_both(first, capsys):
         assert torch.equal(peft(pixels).logits, plain)
 
 
-def test_of_words_too():
+def test_of_tokens_too():
     model = adapted(BertModel(BertConfig(**SIZES, vocab_size=99)).eval(), "query", "value")
     with torch.no_grad():
         before = model(IDS)[0]

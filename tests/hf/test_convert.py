@@ -288,7 +288,7 @@ REFUSED = {
         {"fused": {"qkv": "stacked"}, "kv_heads": 3},
     ),
     "no reordering of channels": ((Q, "m-rope", SCHEMES["m-rope"].change(ownership="stride3")), {}),
-    "turns 2 on t": ((Q, "flat", SCHEMES["flat"].change(theta=1e6, scale=2.0)), {}),
+    "of frequencies 2 on t": ((Q, "flat", SCHEMES["flat"].change(theta=1e6, scale=2.0)), {}),
     "need the same axes": ((Q, "flat", "grid"), {}),
     "a factor of 1.0": ((Q, "flat", SCHEMES["flat"].change(attention=1.1)), {}),
     "pairing alone": ((Q, "rope-vit-mixed", SCHEMES["rope-vit-mixed"].change(theta=100.0)), {}),

@@ -11,7 +11,7 @@ def angles(p, omega):
     return sum(p[:, axis, None] * row for axis, row in enumerate(omega))
 
 
-@pytest.mark.parametrize("spread", TABLE_FORMATS)
+@pytest.mark.parametrize("table_format", TABLE_FORMATS)
 @given(
     a=st.integers(1, 3),
     rounds=st.integers(1, 3),
@@ -19,12 +19,12 @@ def angles(p, omega):
     step=st.floats(0.1, 3),
     seed=st.integers(0, 99),
 )
-def test_what_was_read_from_tables_fills_them_again_bit_for_bit(spread, a, rounds, factor, step, seed):
+def test_what_was_read_from_tables_fills_them_again_bit_for_bit(table_format, a, rounds, factor, step, seed):
     torch.manual_seed(seed)
     omega = torch.rand(a, 2 * a * rounds)
     p = torch.cat((torch.zeros(1, a), step * torch.eye(a), torch.randint(3, 999, (5, a))))
     p = p[torch.randperm(len(p))]
-    tables = fill_tables(angles(p, omega), spread, factor, a)
+    tables = fill_tables(angles(p, omega), table_format, factor, a)
     name, found, times = read_tables(tables, p, omega.flatten())
     assert torch.equal(found, omega) and times == pytest.approx(factor)
     again = fill_tables(angles(p, found), name, factor, a)

@@ -77,7 +77,7 @@ def test_tables_are_those_of_the_definition(tiny):
         assert (ours - torch.cat((exact, exact), -1)[..., 0, :]).abs().max() < 1e-7
 
 
-def test_words_alone_are_where_words_of_every_axis_are(tiny):
+def test_tokens_alone_are_where_tokens_of_every_axis_are(tiny):
     model = strong(tiny)
     set_rope(model, "rope-tv")
     p = positions_for(model, ["text:12"] * 2)
@@ -94,14 +94,14 @@ def test_words_alone_are_where_words_of_every_axis_are(tiny):
 def test_decoding_from_the_cache_equals_the_full_forward(tiny, scheme, image, before, after):
     model = strong(tiny)
     set_rope(model, SCHEMES[scheme].change(pairing="half", fraction=1.0, slot="front"))
-    stories = [f"text:{before} image:{image[0]}x{image[1]} text:{after}", f"text:{after} video:2x2x2 text:1"]
-    generate_and_compare(model, stories)
+    rows = [f"text:{before} image:{image[0]}x{image[1]} text:{after}", f"text:{after} video:2x2x2 text:1"]
+    generate_and_compare(model, rows)
 
 
-def generate_and_compare(model, stories, **options):
-    p = positions_for(model, stories, padding_side="left")
+def generate_and_compare(model, rows, **options):
+    p = positions_for(model, rows, padding_side="left")
     longest = p.shape[-1]
-    lengths = [positions_for(model, [story]).shape[-1] for story in stories]
+    lengths = [positions_for(model, [segments]).shape[-1] for segments in rows]
     mask = torch.stack([(torch.arange(longest) >= longest - n).long() for n in lengths])
     ids = torch.randint(3, 97, mask.shape)
     out = model.generate(
@@ -122,7 +122,7 @@ def generate_and_compare(model, stories, **options):
     assert (torch.stack(out.logits, 1) - full).abs().max() < WITHIN
 
 
-STORIES = ["text:3 image:2x3 text:4", "text:2 image:3x4 text:3 video:2x2x2 text:2"]
+SEGMENTS = ["text:3 image:2x3 text:4", "text:2 image:3x4 text:3 video:2x2x2 text:2"]
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma2", "gemma3_text", "mistral", "cohere2"])
@@ -130,7 +130,7 @@ STORIES = ["text:3 image:2x3 text:4", "text:2 image:3x4 text:3 video:2x2x2 text:
 def test_families_decode_with_every_cache(tiny, model_type, cache):
     model = strong(tiny, model_type, sliding_window=8)
     set_rope(model, "rope-tv", pairing=pairing(model))
-    generate_and_compare(model, STORIES, cache_implementation=cache)
+    generate_and_compare(model, SEGMENTS, cache_implementation=cache)
 
 
 def pairing(model):
@@ -141,17 +141,17 @@ def pairing(model):
 def test_the_same_call_twice_gives_the_same(tiny):
     model = strong(tiny)
     set_rope(model, "m-rope", shares=(2, 3, 3))
-    generate_and_compare(model, STORIES)
-    generate_and_compare(model, STORIES[::-1])
+    generate_and_compare(model, SEGMENTS)
+    generate_and_compare(model, SEGMENTS[::-1])
     before = logits(model)
-    generate_and_compare(model, STORIES)
+    generate_and_compare(model, SEGMENTS)
     assert torch.equal(logits(model), before)
 
 
 def test_beams_follow_their_positions(tiny):
     model = strong(tiny)
     set_rope(model, "rope-tv")
-    p = positions_for(model, [STORIES[0]])
+    p = positions_for(model, [SEGMENTS[0]])
     ids = torch.randint(3, 97, (1, p.shape[-1]))
     run = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "eos_token_id": None}
     cached, whole = (
@@ -163,7 +163,7 @@ def test_beams_follow_their_positions(tiny):
 def test_a_prompt_may_come_in_chunks(tiny):
     model = strong(tiny)
     set_rope(model, "rope-tv")
-    p, ids = positions_for(model, [STORIES[0]]), torch.randint(3, 97, (1, 13))
+    p, ids = positions_for(model, [SEGMENTS[0]]), torch.randint(3, 97, (1, 13))
     full = logits(model, ids, position_ids=p)
     cache = StaticCache(config=model.config, max_cache_len=16)
     parts = [
@@ -239,7 +239,7 @@ def test_explain_says_what_runs_where(tiny, capsys):
         ("pairs channels 'interleaved'", "flat", {"pairing": "interleaved"}),
         ("fraction 0.25 of head_dim 16 makes 2 pairs", "flat", {"fraction": 0.25}),
         ("an Omega for each head", "mixed", {}),
-        ("does not count words along", "flux2", {"pairing": "half"}),
+        ("does not count text tokens along", "flux2", {"pairing": "half"}),
         ("scheme 'rope-tw' is unknown", "rope-tw", {}),
         ("a scheme has no", "rope-tv", {"thetta": 1.0}),
         (
@@ -339,10 +339,10 @@ def test_checkpointing_with_two_forwards_before_one_backward(tiny, kernels):
         model.train()
         if checkpointing:
             model.activation_checkpointing_enable()
-        stories = "text:2 image:2x3 text:4", "text:2 image:3x2 text:4"
+        rows = "text:2 image:2x3 text:4", "text:2 image:3x2 text:4"
         outs = [
-            model(IDS[:1], position_ids=positions_for(model, [story]), use_cache=False).logits
-            for story in stories
+            model(IDS[:1], position_ids=positions_for(model, [segments]), use_cache=False).logits
+            for segments in rows
         ]
         (outs[0].square().mean() + outs[1].mean()).backward()
         grads.append([p.grad for p in model.parameters()])
@@ -357,8 +357,8 @@ def test_one_graph_serves_all_positions(tiny, kernels):
     if kernels:
         use_kernels(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for story in ("text:2 image:2x3 text:4", "text:2 image:3x2 text:4", "text:12"):
-        p = positions_for(model, [story])
+    for segments in ("text:2 image:2x3 text:4", "text:2 image:3x2 text:4", "text:12"):
+        p = positions_for(model, [segments])
         with torch.no_grad():
             ours = compiled(IDS[:1], position_ids=p, use_cache=False).logits
         assert (ours - logits(model, IDS[:1], position_ids=p)).abs().max() < WITHIN
@@ -388,13 +388,13 @@ def test_the_trainer_learns_weights_and_omega_with_and_without_checkpointing(tin
         model = tiny("llama")
         set_rope(model, "rope-tv", learnable=True)
         use_kernels(model)
-        before = model.model.rotary_emb.runs[None].omega_param.detach().clone()
+        before = model.model.rotary_emb.ropes[None].omega_param.detach().clone()
         run = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
         quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
         arguments = TrainingArguments(str(tmp_path), **run, **quiet, activation_checkpointing=checkpointing)
         trainer = Trainer(model, arguments, train_dataset=[{"input_ids": IDS[0], "labels": IDS[0]}] * 8)
         trainer.train()
-        assert not torch.equal(model.model.rotary_emb.runs[None].omega_param, before)
+        assert not torch.equal(model.model.rotary_emb.ropes[None].omega_param, before)
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     plain = losses(False)
@@ -432,7 +432,7 @@ def test_an_extension_multiplies_the_tables(tiny):
 def test_a_second_turn_needs_positions_where_the_first_had_them(tiny):
     model = strong(tiny)
     set_rope(model, "m-rope", shares=(2, 3, 3))
-    p, ids = positions_for(model, [STORIES[0]]), torch.randint(3, 97, (1, 13))
+    p, ids = positions_for(model, [SEGMENTS[0]]), torch.randint(3, 97, (1, 13))
     full = logits(model, ids, position_ids=p)
     with torch.no_grad():
         cache = model(ids[:, :10], position_ids=p[..., :10]).past_key_values
@@ -445,8 +445,8 @@ def test_a_second_turn_needs_positions_where_the_first_had_them(tiny):
 def test_packed_documents_are_apart_or_refused(tiny):
     model = strong(tiny)
     set_rope(model, "rope-tv")
-    stories, ids = ["text:2 image:2x2 text:1", "text:5"], torch.randint(3, 97, (1, 12))
-    p = torch.cat([positions_for(model, [story]) for story in stories], -1)
+    rows, ids = ["text:2 image:2x2 text:1", "text:5"], torch.randint(3, 97, (1, 12))
+    p = torch.cat([positions_for(model, [segments]) for segments in rows], -1)
     with pytest.raises(ValueError, match="lets the documents see one another"):
         logits(model, ids, position_ids=p)
     packed = logits(model, ids, position_ids=p, use_cache=False)
@@ -471,7 +471,7 @@ def test_a_rotary_of_another_head_is_refused(tiny):
 def test_the_rope_of_another_kind_of_module_is_refused(tiny):
     rope = rope_of(tiny("gpt_neox"))
     assert isinstance(rope, ModelRope) and rope.pairs == 2
-    with pytest.raises(ValueError, match=r"read from another kind of module \(words, 2 pairs\)"):
+    with pytest.raises(ValueError, match=r"read from another kind of module \(tokens, 2 pairs\)"):
         set_rope(tiny("llama"), rope)
 
 
@@ -486,7 +486,7 @@ def test_layers_may_run_at_their_own_theta(tiny):
     set_rope(
         model, {layer: SCHEMES["rope-tv"].change(theta=rope.scheme.theta) for layer, rope in own.items()}
     )
-    assert positions_for(model, STORIES).shape == (4, 2, 27)
+    assert positions_for(model, SEGMENTS).shape == (4, 2, 27)
     unset_rope(model)
     set_rope(model, {layer: rope.scheme for layer, rope in own.items()})
     assert (logits(model) - before).abs().max() < WITHIN

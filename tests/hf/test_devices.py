@@ -82,7 +82,7 @@ def test_a_learned_omega_that_was_offloaded_is_refused(llama):
         logits(llama)
 
 
-def test_our_op_is_refused_where_words_are_embedded_from_the_meta_device(llama):
+def test_our_op_is_refused_where_tokens_are_embedded_from_the_meta_device(llama):
     before = logits(llama)
     cpu_offload(llama, CPU)
     with pytest.raises(ValueError, match="the model is as it was"):

@@ -167,7 +167,7 @@ def test_our_layout_of_m_rope_differs_by_the_rounding_of_their_angles(make):
 
 
 @pytest.mark.parametrize(("layout", "same"), [("m-rope-hf", True), ("m-rope", False)])
-def test_whether_words_after_a_long_video_stand_inside_it_is_a_choice(layout, same):
+def test_whether_tokens_after_a_long_video_stand_inside_it_is_a_choice(layout, same):
     model, inputs = qwen2_vl(), seen((20, 4, 4), video=True)
     before = logits(model, **inputs)
     set_rope(model, "m-rope", layout=layout)
@@ -186,12 +186,12 @@ def test_decoding_of_a_vision_language_model_equals_its_full_forward(make, schem
 
 
 @pytest.mark.parametrize("make", QWENS)
-def test_a_prompt_that_ends_in_a_picture_is_refused_where_its_words_are_not_one_step_ahead(make):
+def test_a_prompt_that_ends_in_an_image_is_refused_where_its_tokens_are_not_one_step_ahead(make):
     model, inputs = make(), seen(*GRIDS)
     ends = {name: inputs[name][:, :-3] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
     set_rope(model, "rope-tv")
     assert logits(model, **inputs | ends).isfinite().all()
-    with pytest.raises(ValueError, match="end it with a word"):
+    with pytest.raises(ValueError, match="end it with a text token"):
         model.generate(**inputs | ends, **GREEDY)
     unset_rope(model)
     model.generate(**inputs | ends, **GREEDY)
@@ -260,7 +260,7 @@ def test_packed_rows_with_a_cache_are_refused_in_the_four_rows_of_m_rope_too():
     assert (packed[:, 7:] - alone).abs().max() < 3e-5
 
 
-def test_pictures_may_follow_one_another_without_a_word_between():
+def test_images_may_follow_one_another_without_a_token_between():
     model, inputs = qwen2_vl(), seen(*GRIDS, between=0)
     set_rope(model, "rope-tv")
     assert logits(model, **inputs).isfinite().all()
@@ -290,8 +290,8 @@ def test_our_op_rotates_the_text_of_a_vision_language_model():
     assert torch.equal(logits(model, **inputs), before)
 
 
-def test_our_op_is_refused_in_one_sentence_in_towers_told_rows_and_columns():
-    with pytest.raises(ValueError, match="rotary_pos_emb is told rows and columns, not words or an image"):
+def test_our_op_is_refused_in_one_sentence_in_towers_given_rows_and_columns():
+    with pytest.raises(ValueError, match="rotary_pos_emb is given rows and columns, not tokens or an image"):
         use_kernels(qwen2_vl().model.visual)
 
 
@@ -317,7 +317,7 @@ def test_pixtral_is_unchanged_by_its_own_rope_and_takes_another():
     set_rope(model, "pixtral")
     assert 0 < (run() - before).abs().max() < 1e-5
     unset_rope(model)
-    with pytest.raises(ValueError, match="told rows and columns alone"):
+    with pytest.raises(ValueError, match="given rows and columns alone"):
         set_rope(model, "eva-02", pairing="half")
     assert torch.equal(run(), before)
 
@@ -391,7 +391,7 @@ def test_dinov3_by_our_scheme_differs_by_the_rounding_of_its_angles_and_by_anoth
 
 @pytest.mark.parametrize("scheme", ["dinov3", "rope-vit-axial"])
 @torch.no_grad()
-def test_class_and_register_tokens_of_dinov3_stand_still_and_patches_turn_as_defined(dinov3, scheme):
+def test_class_and_register_tokens_of_dinov3_are_not_rotated_and_patches_turn_as_defined(dinov3, scheme):
     heads = []
 
     def watch(module, q, k, v, *args, **kwargs):
@@ -556,7 +556,7 @@ def run(model, at=0):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("cls", "config"), BARE)
-def test_models_without_rotary_stand_still_at_omega_zero_and_are_undone(cls, config, attention):
+def test_models_without_rotary_are_not_rotated_at_omega_zero_and_are_undone(cls, config, attention):
     model = bare(cls, config, attention)
     before = run(model)
     handle = set_rope(model, "rope-vit-axial", scale=0.0) if "image_size" in config.to_dict() else None
@@ -573,10 +573,10 @@ def test_models_without_rotary_stand_still_at_omega_zero_and_are_undone(cls, con
 
 
 @pytest.mark.parametrize(
-    ("cls", "config", "story"),
+    ("cls", "config", "segments"),
     [(ViTModel, ViTConfig(**EYE), [Unrotated(1), Image(4, 4)]), (BertModel, BertConfig(**READER), [Text(9)])],
 )
-def test_queries_and_keys_are_turned_as_the_definition_says(cls, config, story):
+def test_queries_and_keys_are_rotated_as_the_definition_says(cls, config, segments):
     heads = []
 
     def watch(module, q, k, v, *args, **kwargs):
@@ -591,7 +591,7 @@ def test_queries_and_keys_are_turned_as_the_definition_says(cls, config, story):
     set_rope(model, "rope-vit-axial")
     heads.clear()  # of its probe
     run(model)
-    p, _ = SCHEMES["rope-vit-axial"].place(story)
+    p, _ = SCHEMES["rope-vit-axial"].place(segments)
     omega = SCHEMES["rope-vit-axial"].omega(16)
     exact = rotate(*(x.double().transpose(1, 2) for x in plain), p, omega, "interleaved")
     for ours, true in zip(heads[0], exact, strict=True):

@@ -66,10 +66,10 @@ def test_positions_of_another_batch_or_length_are_refused(tiny, shape):
 
 
 @pytest.mark.parametrize("what", [[Text(3), Image(2, 2)], {"attention_mask": torch.ones(1, 3)}])
-def test_what_is_neither_stories_nor_inputs_has_no_positions(tiny, what):
+def test_what_is_neither_segments_nor_inputs_has_no_positions(tiny, what):
     model = tiny("llama")
     set_rope(model, "rope-tv")
-    with pytest.raises(ValueError, match="is neither a list of stories"):
+    with pytest.raises(ValueError, match="is neither a list of rows of segments"):
         positions_for(model, what)
 
 

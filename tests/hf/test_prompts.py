@@ -12,7 +12,7 @@ from rope_mm.schemes.zoo import MULTIMODAL
 
 STORY = "text:3 image:2x3 text:4"
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-TOLD = {"output_logits": True, "return_dict_in_generate": True}
+ATTENTION_FIELD = {"output_logits": True, "return_dict_in_generate": True}
 SERVED = [name for name in MULTIMODAL if not SCHEMES[name].per_head]
 
 
@@ -27,7 +27,7 @@ def words(*shape):
     return torch.randint(3, 97, shape)
 
 
-def told(out):
+def logits_of(out):
     return torch.stack(out.logits, 1)
 
 
@@ -36,7 +36,7 @@ def longer(p, n):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
-def test_words_guessed_from_the_prompt_do_not_change_the_answer(tiny, model_type):
+def test_tokens_drafted_from_the_prompt_do_not_change_the_answer(tiny, model_type):
     model = tiny(model_type, initializer_range=0.2, sliding_window=8)
     set_rope(model, "rope-tv")
     inputs = {
@@ -47,7 +47,7 @@ def test_words_guessed_from_the_prompt_do_not_change_the_answer(tiny, model_type
     assert torch.equal(model.generate(**run, prompt_lookup_num_tokens=3), model.generate(**run))
 
 
-def test_words_guessed_by_another_model_do_not_change_the_answer(tiny, llama):
+def test_tokens_drafted_by_another_model_do_not_change_the_answer(tiny, llama):
     other = tiny("llama", initializer_range=0.2, num_hidden_layers=1)
     set_rope(other, "rope-tv")
     run = {"input_ids": words(1, 13), "position_ids": positions_for(llama, [STORY]), **GREEDY}
@@ -58,46 +58,46 @@ def test_words_guessed_by_another_model_do_not_change_the_answer(tiny, llama):
 def test_a_second_turn_goes_on_from_the_cache_that_was_returned(llama, static):
     p, ids = positions_for(llama, [STORY]), words(1, 13)
     cache = {"past_key_values": StaticCache(config=llama.config, max_cache_len=32)} if static else {}
-    first = llama.generate(input_ids=ids, position_ids=p, **cache, **GREEDY, **TOLD)
+    first = llama.generate(input_ids=ids, position_ids=p, **cache, **GREEDY, **ATTENTION_FIELD)
     ids = torch.cat((first.sequences, words(1, 3)), 1)
-    turn = {"input_ids": ids, **GREEDY, **TOLD}
+    turn = {"input_ids": ids, **GREEDY, **ATTENTION_FIELD}
     kept = copy.deepcopy(first.past_key_values)
     with pytest.raises(ValueError, match="needs its own: position_ids"):
         llama.generate(**turn, past_key_values=kept)
     whole = longer(p, 7)
     second = llama.generate(**turn, past_key_values=first.past_key_values, position_ids=whole)
     again = llama.generate(**turn, position_ids=whole)
-    assert (told(second) - told(again)).abs().max() < 3e-5
+    assert (logits_of(second) - logits_of(again)).abs().max() < 3e-5
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("scheme", SERVED)
-def test_behind_a_picture_words_go_on_where_the_scheme_says_or_are_refused(tiny, scheme, use_cache):
+def test_behind_a_image_tokens_go_on_where_the_scheme_says_or_are_refused(tiny, scheme, use_cache):
     model = tiny("llama", initializer_range=0.2)
     set_rope(model, SCHEMES[scheme].change(pairing="half", fraction=1.0, slot="front"))
-    for story in ("text:3 image:2x5", "text:1 image:3x4", "text:5 video:2x2x2"):
-        p = positions_for(model, [story])
+    for segments in ("text:3 image:2x5", "text:1 image:3x4", "text:5 video:2x2x2"):
+        p = positions_for(model, [segments])
         run = {"input_ids": words(1, 13), "position_ids": p, "use_cache": use_cache}
-        whole = positions_for(model, [story + " text:4"])
+        whole = positions_for(model, [segments + " text:4"])
         if torch.allclose(longer(p, 4)[1:], whole[1:], atol=1e-9):
-            out = model.generate(**run, **GREEDY, **TOLD)
+            out = model.generate(**run, **GREEDY, **ATTENTION_FIELD)
             with torch.no_grad():
                 full = model(out.sequences, position_ids=whole, use_cache=False).logits[:, 12:-1]
-            assert (told(out) - full).abs().max() < 3e-5
+            assert (logits_of(out) - full).abs().max() < 3e-5
         else:
-            with pytest.raises(ValueError, match="ends in a picture"):
+            with pytest.raises(ValueError, match="ends in an image"):
                 model.generate(**run, **GREEDY)
 
 
-def test_of_stories_side_by_side_one_that_ends_in_a_picture_is_enough_to_refuse(llama):
+def test_of_segments_side_by_side_one_that_ends_in_an_image_is_enough_to_refuse(llama):
     p = positions_for(llama, ["text:3 image:2x5", STORY])
-    with pytest.raises(ValueError, match="end it with a word"):
+    with pytest.raises(ValueError, match="end it with a text token"):
         llama.generate(input_ids=words(2, 13), position_ids=p, **GREEDY)
 
 
-def test_the_cache_of_a_picture_may_be_gone_on_from_at_the_right_places(llama):
-    story, ids = "text:3 image:2x5", words(1, 17)
-    p, whole = (positions_for(llama, [more]) for more in (story, story + " text:4"))
+def test_the_cache_of_a_image_may_be_gone_on_from_at_the_right_places(llama):
+    segments, ids = "text:3 image:2x5", words(1, 17)
+    p, whole = (positions_for(llama, [more]) for more in (segments, segments + " text:4"))
     with torch.no_grad():
         cache = llama(ids[:, :13], position_ids=p).past_key_values
         rest = llama(ids[:, 13:], position_ids=whole[..., 13:], past_key_values=cache).logits

@@ -133,7 +133,7 @@ def test_scores_are_those_of_the_familys_own_rotary_module(model_type, layer_typ
 
 
 def their_table(config, y, x):
-    """Cosine and sine (y * x, d) of a picture's patches, row by row."""
+    """Cosine and sine (y * x, d) of an image's patches, row by row."""
     rotary, noise = rotary_of(config), torch.zeros(1, 1, 1)
     rows, columns = torch.meshgrid(torch.arange(y), torch.arange(x), indexing="ij")
     if config.model_type == "dinov3_vit":

@@ -1,4 +1,6 @@
 import copy
+import gc
+import sys
 
 import pytest
 import torch
@@ -80,7 +82,7 @@ def test_a_learned_omega_is_saved_and_loaded_with_the_model(tiny, tmp_path):
     model = tiny("llama")
     set_rope(model, "rope-tv", learnable=True)
     with torch.no_grad():
-        model.model.rotary_emb.runs[None].omega_param.mul_(1.5)
+        model.model.rotary_emb.ropes[None].omega_param.mul_(1.5)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     set_rope(loaded)
@@ -108,7 +110,7 @@ def test_a_config_without_a_scheme_is_refused(tiny):
         set_rope(tiny("llama"))
 
 
-def test_the_scheme_is_written_in_words(tiny):
+def test_the_scheme_is_written_in_tokens(tiny):
     model = tiny("llama")
     set_rope(model, SCHEMES["m-rope"])
     assert model.config.to_dict()["rope_parameters"]["rope_mm"]["shares"] == (2, 3, 3)
@@ -120,7 +122,7 @@ def test_the_scheme_and_omega_of_a_model_that_had_none_are_saved_and_brought_bac
     model, pixels = ViTModel(config).eval(), torch.randn(1, 3, 16, 16)
     set_rope(model, "rope-vit-mixed")
     with torch.no_grad():
-        model.rope_mm.runs[None].omega_param.mul_(1.5)
+        model.rope_mm.ropes[None].omega_param.mul_(1.5)
     model.save_pretrained(tmp_path)
     loaded = ViTModel.from_pretrained(tmp_path).eval()
     with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
@@ -285,12 +287,12 @@ def test_of_several_learned_omegas_each_comes_back_to_its_own_place(tmp_path):
     parts = [model.encoder.rotary_emb, model.decoder.rotary_emb]
     with torch.no_grad():
         for by, part in enumerate(parts):
-            part.runs[None].omega_param.mul_(1.5 + by)
+            part.ropes[None].omega_param.mul_(1.5 + by)
     model.save_pretrained(tmp_path)
     loaded = MoonshineModel.from_pretrained(tmp_path)
     set_rope(loaded)
     for mine, part in zip((loaded.encoder.rotary_emb, loaded.decoder.rotary_emb), parts, strict=True):
-        assert torch.equal(mine.runs[None].omega_param, part.runs[None].omega_param)
+        assert torch.equal(mine.ropes[None].omega_param, part.ropes[None].omega_param)
 
 
 def test_a_learned_omega_of_several_that_may_be_meant_is_refused(tmp_path):
@@ -342,3 +344,27 @@ def test_who_asks_for_an_attention_gets_it_once_the_scheme_is_set(tmp_path, atte
     unset_rope(loaded)
     with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
         loaded(pixels)
+
+
+def test_the_package_lists_its_names_and_a_handle_prints_in_a_line(tiny):
+    import pydoc
+
+    import rope_mm.hf
+
+    listed = pydoc.render_doc(rope_mm.hf, renderer=pydoc.plaintext)
+    names = {"set_rope", "unset_rope", "rope_of", "use_kernels", "positions_for", "explain", "Handle"}
+    assert set(rope_mm.hf.__all__) == names | {"ModelRope"} and all(name in listed for name in names)
+    handle = set_rope(tiny("llama"), "rope-tv")
+    said = str(handle)
+    assert said.startswith("<Handle of LlamaForCausalLM, in 1 rotary module: ") and len(said) < 120
+    handle.undo()
+    assert ", undone: " in str(handle)
+
+
+def test_an_undone_model_leaves_no_clone_of_its_attention_behind(tiny):
+    before, model = set(sys.modules), tiny("llama")
+    handle = use_kernels(model)
+    assert set(sys.modules) - before
+    handle.undo()
+    gc.collect()
+    assert not set(sys.modules) - before

@@ -55,7 +55,7 @@ FAMILIES = [
 ]
 COMPLEX = {"deepseek_v2", "llama4_text"}  # these multiply by complex numbers, which our op is no place for
 IDS = torch.arange(3, 27).view(2, 12)
-STORIES = ["text:3 image:2x3 text:4", "text:1 image:3x2 text:6"]
+SEGMENTS = ["text:3 image:2x3 text:4", "text:1 image:3x2 text:6"]
 
 
 def ropes(model):
@@ -70,7 +70,7 @@ def identity(model, **use):
         before = model(IDS, **use).logits
         handle = set_rope(model, rope_of(model))
         for module in model.modules():
-            if hasattr(module, "runs"):
+            if hasattr(module, "ropes"):
                 module.register_forward_hook(lambda *_: called.append(1))
         after = model(IDS, **use).logits
         handle.undo()
@@ -79,9 +79,9 @@ def identity(model, **use):
 
 
 def decoding(model):
-    """Largest difference between generate with a cache and one forward, with pictures on three axes."""
+    """Largest difference between generate with a cache and one forward, with images on three axes."""
     handle = set_rope(model, "rope-tv", pairing=ropes(model)[0].pairing)
-    p = positions_for(model, STORIES)
+    p = positions_for(model, SEGMENTS)
     ids = torch.randint(3, 97, (2, 13))
     run = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     out = model.generate(input_ids=ids, position_ids=p, output_logits=True, **run)
@@ -93,13 +93,13 @@ def decoding(model):
 
 
 def compiling(model):
-    """Graphs of a forward at two places of pictures, and the largest difference that compiling makes."""
+    """Graphs of a forward at two places of images, and the largest difference that compiling makes."""
     handle = set_rope(model, "rope-tv", pairing=ropes(model)[0].pairing)
     torch._dynamo.reset()
     counter, far = CompileCounter(), 0.0
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for stories in (STORIES, STORIES[::-1]):
-        run = {"position_ids": positions_for(model, stories), "use_cache": False}
+    for rows in (SEGMENTS, SEGMENTS[::-1]):
+        run = {"position_ids": positions_for(model, rows), "use_cache": False}
         ids = torch.randint(3, 97, (2, 13))
         with torch.no_grad():
             far = max(far, (compiled(ids, **run).logits - model(ids, **run).logits).abs().max().item())

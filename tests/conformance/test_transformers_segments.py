@@ -1,4 +1,4 @@
-"""Positions of stories: transformers' own get_rope_index against our layouts."""
+"""Positions of sequences: transformers' own get_rope_index against our layouts."""
 
 import pytest
 import torch
@@ -12,16 +12,18 @@ from rope_mm.segments import Audio, Image, MoreFrames, Segment, Text, Video, Vid
 
 few = settings(max_examples=15, deadline=None)
 sizes = st.integers(1, 5)
-pictures = st.builds(Image, sizes, sizes)
-clips = st.builds(lambda y, x, t: Video(min(t, y, x), y, x), sizes, sizes, sizes)  # no longer than wide
+images = st.builds(Image, sizes, sizes)
+short_videos = st.builds(
+    lambda y, x, t: Video(min(t, y, x), y, x), sizes, sizes, sizes
+)  # no longer than wide
 videos = st.builds(Video, st.integers(1, 30), sizes, sizes)
 
 
-def told(media) -> st.SearchStrategy[list[Segment]]:
-    """Media with words before, between and after."""
+def with_text(media) -> st.SearchStrategy[list[Segment]]:
+    """Media with text before, between and after."""
     pairs = st.lists(st.tuples(st.builds(Text, sizes), media), min_size=1, max_size=4)
     return st.builds(
-        lambda story, last: [x for pair in story for x in pair] + [last], pairs, st.builds(Text, sizes)
+        lambda segments, last: [x for pair in segments for x in pair] + [last], pairs, st.builds(Text, sizes)
     )
 
 
@@ -35,23 +37,23 @@ def bare(kind, **changes):
     return model
 
 
-def grids(story: list[Segment], kind: type, merge=(1, 2, 2)) -> Tensor | None:
-    """Patches along t, y, x of the story's images or videos, before they are merged."""
-    rows = [[n * m for n, m in zip(x.grid, merge, strict=True)] for x in story if type(x) is kind]
+def grids(segments: list[Segment], kind: type, merge=(1, 2, 2)) -> Tensor | None:
+    """Patches along t, y, x of the segments' images or videos, before they are merged."""
+    rows = [[n * m for n, m in zip(x.grid, merge, strict=True)] for x in segments if type(x) is kind]
     return torch.tensor(rows) if rows else None
 
 
-def types(story: list[Segment]) -> Tensor:
-    """0 for words, 1 for images, 2 for videos, (1, s)."""
+def types(segments: list[Segment]) -> Tensor:
+    """0 for text, 1 for images, 2 for videos, (1, s)."""
     number = {Text: 0, Image: 1, Video: 2}
-    return torch.tensor([[number[type(x)] for x in story for _ in range(x.tokens)]])
+    return torch.tensor([[number[type(x)] for x in segments for _ in range(x.tokens)]])
 
 
-def ids_of(model, story: list[Segment], frames: int = 1, **more) -> tuple[Tensor, float]:
+def ids_of(model, segments: list[Segment], frames: int = 1, **more) -> tuple[Tensor, float]:
     """Positions (s, 3) and the first one decoded, as the model has them."""
-    kinds = types(story)
+    kinds = types(segments)
     positions, delta = model.get_rope_index(
-        kinds, kinds, grids(story, Image), grids(story, Video, (frames, 2, 2)), **more
+        kinds, kinds, grids(segments, Image), grids(segments, Video, (frames, 2, 2)), **more
     )
     return positions[:, 0].T, delta.item() + kinds.shape[1]
 
@@ -72,34 +74,34 @@ SCHEME |= {
 
 @pytest.mark.parametrize("name", ["Qwen2VLModel", "Ernie4_5_VLMoeModel"])
 @few
-@given(story=told(pictures | clips))
-def test_pictures_and_short_clips_stand_as_in(name, agree, story):
-    theirs, decoded = ids_of(bare(getattr(transformers, name)), story, MERGED[name])
-    ours, cursor = place(story, "m-rope")
+@given(segments=with_text(images | short_videos))
+def test_images_and_short_videos_stand_as_in(name, agree, segments):
+    theirs, decoded = ids_of(bare(getattr(transformers, name)), segments, MERGED[name])
+    ours, cursor = place(segments, "m-rope")
     agree(SCHEME[name], f"transformers {name}.get_rope_index", ours, theirs, 0, "positions")
     assert cursor.next == decoded
 
 
 @pytest.mark.parametrize("name", ["Qwen2VLModel", "Ernie4_5_VLMoeModel"])
 @few
-@given(story=told(pictures | videos))
-def test_the_layout_m_rope_hf_is_what_transformers_does(name, agree, story):
-    theirs, _ = ids_of(bare(getattr(transformers, name)), story, MERGED[name])
-    ours, _ = place(story, "m-rope-hf")
+@given(segments=with_text(images | videos))
+def test_the_layout_m_rope_hf_is_what_transformers_does(name, agree, segments):
+    theirs, _ = ids_of(bare(getattr(transformers, name)), segments, MERGED[name])
+    ours, _ = place(segments, "m-rope-hf")
     agree("m-rope-hf", f"transformers {name}.get_rope_index", ours, theirs, 0, "positions")
 
 
 @pytest.mark.parametrize("name", SPLIT)
 @few
-@given(story=told(pictures | clips), stamp=sizes)
-def test_videos_told_frame_by_frame_stand_as_in(name, agree, story, stamp):
+@given(segments=with_text(images | short_videos), stamp=sizes)
+def test_videos_given_frame_by_frame_stand_as_in(name, agree, segments, stamp):
     frames = []
-    for seen in story:
+    for seen in segments:
         still = Video(1, *seen.grid[1:])
         frames += [still, Text(stamp)] * seen.t if isinstance(seen, Video) else [seen]
     kinds = types(frames)
     model = bare(getattr(transformers, name))
-    positions, delta = model.get_rope_index(kinds, kinds, grids(story, Image), grids(story, Video))
+    positions, delta = model.get_rope_index(kinds, kinds, grids(segments, Image), grids(segments, Video))
     ours, cursor = place(frames, "m-rope")
     original = f"transformers {name}.get_rope_index"
     agree(SCHEME[name], original, ours, positions[:, 0].T, 0, "positions")
@@ -108,15 +110,15 @@ def test_videos_told_frame_by_frame_stand_as_in(name, agree, story, stamp):
 
 @few
 @given(
-    story=told(pictures),
+    segments=with_text(images),
     seen=st.builds(Video, st.integers(1, 20), sizes, sizes, st.sampled_from((0.25, 0.5, 1.0, 1.5, 2.0))),
     rate=st.sampled_from((2, 4)),
 )
-def test_frames_stand_at_their_seconds_as_in_qwen_2_5_vl(agree, story, seen, rate):
-    story = [*story, seen]
+def test_frames_stand_at_their_seconds_as_in_qwen_2_5_vl(agree, segments, seen, rate):
+    segments = [*segments, seen]
     model = bare(transformers.Qwen2_5_VLModel, tokens_per_second=rate)
-    theirs, decoded = ids_of(model, story, second_per_grid_ts=[seen.seconds])
-    ours, cursor = place(story, "m-rope-time", rate=float(rate))
+    theirs, decoded = ids_of(model, segments, second_per_grid_ts=[seen.seconds])
+    ours, cursor = place(segments, "m-rope-time", rate=float(rate))
     original = "transformers Qwen2_5_VLModel.get_rope_index"
     agree("m-rope-qwen2.5-vl", original, ours, theirs, 0, "positions")
     assert cursor.next == decoded
@@ -124,23 +126,24 @@ def test_frames_stand_at_their_seconds_as_in_qwen_2_5_vl(agree, story, seen, rat
 
 @pytest.mark.parametrize("fps", [1, 2, 5, 10, 15, 24, 30, 60])
 def test_a_long_video_of_a_usual_frame_rate_stands_as_in_qwen_2_5_vl(agree, fps):
-    story = [Text(1), Video(200, 1, 1, 2 / fps)]  # of frames in pairs
+    segments = [Text(1), Video(200, 1, 1, 2 / fps)]  # of frames in pairs
     model = bare(transformers.Qwen2_5_VLModel, tokens_per_second=2)
-    theirs, _ = ids_of(model, story, second_per_grid_ts=torch.tensor([2 / fps]))
-    ours, _ = place(story, "m-rope-time")
+    theirs, _ = ids_of(model, segments, second_per_grid_ts=torch.tensor([2 / fps]))
+    ours, _ = place(segments, "m-rope-time")
     agree("m-rope-qwen2.5-vl", "transformers Qwen2_5_VLModel.get_rope_index", ours, theirs, 0, "positions")
     assert (ours[1:, 0] - 1).tolist() == [4 * frame // fps for frame in range(200)]
 
 
 @few
 @given(
-    stories=st.lists(told(pictures | clips), min_size=2, max_size=3), side=st.sampled_from(("left", "right"))
+    sequences=st.lists(with_text(images | short_videos), min_size=2, max_size=3),
+    side=st.sampled_from(("left", "right")),
 )
-def test_padded_rows_stand_as_in_qwen2_vl(agree, stories, side):
-    rows = place_rows(stories, "m-rope", padding_side=side)
+def test_padded_rows_stand_as_in_qwen2_vl(agree, sequences, side):
+    rows = place_rows(sequences, "m-rope", padding_side=side)
     kinds = torch.zeros(rows.mask.shape, dtype=torch.long)
-    kinds[rows.mask] = torch.cat([types(story)[0] for story in stories])
-    whole = [seen for story in stories for seen in story]
+    kinds[rows.mask] = torch.cat([types(segments)[0] for segments in sequences])
+    whole = [seen for segments in sequences for seen in segments]
     theirs, _ = bare(transformers.Qwen2VLModel).get_rope_index(
         kinds, kinds, grids(whole, Image), grids(whole, Video), attention_mask=rows.mask.long()
     )
@@ -165,35 +168,35 @@ def omni():
     return model
 
 
-def omni_ids(story: list[Segment], ids: list[int], audio: list[int], **more) -> Tensor:
+def omni_ids(segments: list[Segment], ids: list[int], audio: list[int], **more) -> Tensor:
     """Positions (s, 3) of the tokens `ids`, with as many tokens of sound as `audio` says."""
-    clips = [seen for seen in story if type(seen) is Video]
+    short_videos = [seen for seen in segments if type(seen) is Video]
     positions, _ = omni().get_rope_index(
         torch.tensor([ids]),
-        grids(story, Image),
-        grids(story, Video),
+        grids(segments, Image),
+        grids(segments, Video),
         torch.ones(1, len(ids), dtype=torch.long),
         audio_seqlens=torch.tensor([4 * n for n in audio]),  # frames of 10 ms
-        second_per_grids=torch.tensor([seen.seconds for seen in clips]),
+        second_per_grids=torch.tensor([seen.seconds for seen in short_videos]),
         **more,
     )
     return positions[:, 0].T
 
 
 seconds = st.sampled_from((0.25, 0.5, 1.0, 2.0))
-shown = st.builds(Video, sizes, sizes, sizes, seconds) | pictures | st.builds(Audio, st.integers(1, 99))
+shown = st.builds(Video, sizes, sizes, sizes, seconds) | images | st.builds(Audio, st.integers(1, 99))
 
 
 @few
-@given(media=st.lists(shown, max_size=3), last=pictures, words=st.integers(0, 4))
+@given(media=st.lists(shown, max_size=3), last=images, words=st.integers(0, 4))
 def test_sights_and_sounds_stand_as_in_qwen_2_5_omni(agree, media, last, words):
-    story, ids = [], []
+    segments, ids = [], []
     for seen in [*media, last]:
-        story += [*[Text(1)] * words, Text(1), seen, Text(1)]
+        segments += [*[Text(1)] * words, Text(1), seen, Text(1)]
         begin = HEAR if isinstance(seen, Audio) else BEGIN
         ids += [*[WORD] * words, begin, *[TOKEN[type(seen)]] * seen.tokens, WORD]
-    theirs = omni_ids(story, ids, [x.length for x in story if isinstance(x, Audio)])
-    ours, _ = place(story, "tm-rope")
+    theirs = omni_ids(segments, ids, [x.length for x in segments if isinstance(x, Audio)])
+    ours, _ = place(segments, "tm-rope")
     agree("tm-rope", OMNI, ours, theirs, 0, "positions")
 
 
@@ -203,14 +206,14 @@ def film_ids(seen: Video, sound: int, words: int) -> tuple[Tensor, Tensor]:
     They begin and end a film by two tokens each, that share a position: one of them is left out here.
     """
     chunks = interleave_audio(seen, sound)
-    story = [Text(words + 1), *chunks, Text(3)]
+    segments = [Text(words + 1), *chunks, Text(3)]
     inner = [TOKEN[type(x)] for x in chunks for _ in range(x.tokens)]
     ids = [*[WORD] * words, BEGIN, HEAR, *inner, WORD, WORD, WORD, WORD]
     theirs = omni_ids([seen], ids, [sound], use_audio_in_video=True)
     second, end = words + 1, words + 2 + len(inner)
     assert torch.equal(theirs[second], theirs[second - 1]) and torch.equal(theirs[end], theirs[end + 1])
     kept = [row for row in range(len(ids)) if row not in (second, end)]
-    return place(story, "tm-rope")[0], theirs[kept]
+    return place(segments, "tm-rope")[0], theirs[kept]
 
 
 @few
@@ -219,7 +222,7 @@ def film_ids(seen: Video, sound: int, words: int) -> tuple[Tensor, Tensor]:
     words=st.integers(1, 4),
     longer=st.integers(1, 120),
 )
-def test_a_film_whose_sound_ends_last_stands_as_in_qwen_2_5_omni(agree, seen, words, longer):
+def test_a_video_whose_sound_ends_last_stands_as_in_qwen_2_5_omni(agree, seen, words, longer):
     sound = max(int((seen.t - 1) * seen.seconds * 25), seen.y, seen.x) + longer
     ours, theirs = film_ids(seen, sound, words)
     agree("tm-rope", f"{OMNI} (use_audio_in_video)", ours, theirs, 0, "positions")
@@ -227,14 +230,14 @@ def test_a_film_whose_sound_ends_last_stands_as_in_qwen_2_5_omni(agree, seen, wo
 
 @few
 @given(seen=st.builds(Video, st.integers(10, 20), sizes, sizes, seconds), words=st.integers(1, 4))
-def test_a_film_that_goes_on_in_silence_stands_as_in_qwen_2_5_omni(agree, seen, words):
+def test_a_video_that_goes_on_in_silence_stands_as_in_qwen_2_5_omni(agree, seen, words):
     whole_chunks = int((seen.t - 1) * seen.seconds / 2)
     sound = 50 * whole_chunks - 25
     ours, theirs = film_ids(seen, sound, words)
     agree("tm-rope", f"{OMNI} (use_audio_in_video)", ours, theirs, 0, "positions")
 
 
-def test_divergence_words_after_a_film_whose_frames_end_last_stand_before_its_end_in_transformers():
+def test_divergence_tokens_after_a_video_whose_frames_end_last_stand_before_its_end_in_transformers():
     # 1 s of sound beside frames up to 1.5 s, in one chunk: words follow the last token, which is sound
     ours, theirs = film_ids(Video(4, 2, 2, 0.5), 25, 1)
     assert torch.equal(ours[:-3], theirs[:-3])
@@ -261,11 +264,11 @@ def test_divergence_frames_at_25_a_second_are_rounded_below_their_position_in_tr
 
 
 @pytest.mark.parametrize("name", MERGED)
-def test_divergence_words_after_a_long_video_stand_inside_it_in_transformers(name):
+def test_divergence_tokens_after_a_long_video_stand_inside_it_in_transformers(name):
     # as released, words stand past the largest position on all axes; there, past rows and columns only
-    story = [Text(3), Video(20, 2, 3), Text(4)]
-    theirs, decoded = ids_of(bare(getattr(transformers, name), tokens_per_second=1), story, MERGED[name])
-    ours, cursor = place(story, "m-rope")
+    segments = [Text(3), Video(20, 2, 3), Text(4)]
+    theirs, decoded = ids_of(bare(getattr(transformers, name), tokens_per_second=1), segments, MERGED[name])
+    ours, cursor = place(segments, "m-rope")
     assert torch.equal(ours[:-4], theirs[:-4].double())
     assert ours[-4:, 0].tolist() == [23, 24, 25, 26] and theirs[-4:, 0].tolist() == [6, 7, 8, 9]
     assert (
@@ -275,7 +278,7 @@ def test_divergence_words_after_a_long_video_stand_inside_it_in_transformers(nam
 
 @pytest.mark.parametrize("name", [*MERGED, *SPLIT])
 def test_divergence_adjacent_images_cannot_be_placed_by_transformers(name):
-    story = [Text(2), Image(2, 3), Image(3, 2), Text(2)]
+    segments = [Text(2), Image(2, 3), Image(3, 2), Text(2)]
     with pytest.raises(RuntimeError, match="existing size"):
-        ids_of(bare(getattr(transformers, name)), story)
-    assert len(place(story, "m-rope")[0]) == 16
+        ids_of(bare(getattr(transformers, name)), segments)
+    assert len(place(segments, "m-rope")[0]) == 16
