@@ -192,8 +192,8 @@ def test_our_op_runs_and_a_second_model_does_not_see_it(tiny, monkeypatch):
     model, other = tiny("llama"), tiny("llama")
     use_kernels(model)
     calls = []
-    turn = type(model.model.rotary_emb(torch.zeros(1), IDS)[0])
-    monkeypatch.setattr(turn, "__call__", lambda self, q, k: calls.append(1) or (q, k))
+    angles = type(model.model.rotary_emb(torch.zeros(1), IDS)[0])
+    monkeypatch.setattr(angles, "rotate", lambda self, q, k: calls.append(1) or (q, k))
     logits(other)
     assert not calls
     logits(model)
