@@ -30,3 +30,15 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(masking_utils, "create_block_mask", make_blocks)
     attend = lambda *args, training, **kwargs: torch_flex.flex_attention(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(flex_attention, "compile_friendly_flex_attention", attend)
+
+
+@pytest.fixture
+def cached():
+    """A function: cache -> the keyword argument that holds it in this version of transformers."""
+    from transformers import GenerationMixin
+
+    from rope_mm.arguments import spelling
+
+    name = spelling(GenerationMixin.prepare_inputs_for_generation, "cache")
+    assert name is not None
+    return lambda cache: {name: cache}

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rope_mm.arguments import cache_of, read, refuse_unknown_cache
 from rope_mm.hf.inspection import TOKEN_CALLS, ModelRope, frequencies
 from rope_mm.hf.vision_positions import centres_in_radians, place_patches
 from rope_mm.rotary import definition as rotation
@@ -106,7 +107,8 @@ class RopeMMRotaryEmbedding(nn.Module):
         """Before the owner's forward: (1 + a, b, s) position_ids become token positions and coordinates."""
         self.coordinates, a = None, self.axes
         kwargs = bind_positional(owner, args) | kwargs if args else kwargs
-        ids, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
+        refuse_unknown_cache(kwargs)
+        ids, cache = kwargs.get("position_ids"), read(kwargs, "cache")
         check_position_shape(ids, kwargs)
         if ids is None or ids.dim() != 3:
             if hasattr(cache, "rope_mm_ends_in_image"):
@@ -141,7 +143,7 @@ class RopeMMRotaryEmbedding(nn.Module):
 
     def mark_cache(self, _owner: nn.Module, _args: tuple, _kwargs: dict[str, Any], out: Any) -> None:
         """After the owner's forward: note on its cache that positions were given."""
-        cache = getattr(out, "past_key_values", None)
+        cache = cache_of(out)
         if self.coordinates is not None and cache is not None and not torch.compiler.is_compiling():
             vars(cache).setdefault("rope_mm_ends_in_image", False)
         self.coordinates = None
@@ -178,7 +180,7 @@ def refuse_packing_leak(owner: Any, tokens: Tensor, kwargs: dict[str, Any]) -> N
     cached = getattr(owner.config, "use_cache", False) if use_cache is None else use_cache
     padded = getattr(mask, "ndim", 0) == 2  # one of more axes says itself what sees what
     there = mask[:, -tokens.shape[-1] :].bool() if padded else torch.ones_like(tokens, dtype=torch.bool)
-    leaks = cached if mask is None else padded or kwargs.get("past_key_values") is not None
+    leaks = cached if mask is None else padded or read(kwargs, "cache") is not None
     count = tokens.where(there, -1)
     if leaks and (there & (count < count.cummax(-1).values)).any():
         raise ValueError(

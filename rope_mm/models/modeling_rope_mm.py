@@ -10,13 +10,14 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack  # pyright: ignore[reportAttributeAccessIssue]
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from rope_mm.arguments import ALIASES, cache_of, read, spelling, takes_any_name
 from rope_mm.models.masks import find_document_ids, make_mask
 from rope_mm.models.position_ids import default_position_ids, unpack_position_ids
 from rope_mm.nn.attention import Attention, eager_attention
@@ -27,26 +28,23 @@ from rope_mm.rotary.module import Rotary
 
 from .configuration_rope_mm import RopeMMConfig  # beside this file also where a saved model brings its code
 
+CACHE = spelling(vars(GenerationMixin)["prepare_inputs_for_generation"], "cache") or "cache"  # layers' name
+
 
 @dataclass
-class RopeMMOutput(ModelOutput):
+class RopeMMOutput(CausalLMOutputWithPast):
     """What `RopeMMForConditionalGeneration` returns.
 
     Attributes:
         loss: of the text tokens, where labels were given.
         logits: (b, s, vocab) or those that were asked for.
-        past_key_values: the cache.
+        cache: the cache; its name is `past_key_values` before transformers 5.24.
         hidden_states: (b, s, c) of every layer, where asked for.
         attentions: weights (b, h, s, s) of every layer, where asked for.
         patches: (n, p), read at the image tokens, where patches were given.
         last_hidden_state: the stream (b, s, c).
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     patches: Tensor | None = None
     last_hidden_state: Tensor | None = None
 
@@ -62,10 +60,11 @@ class RopeMMAttention(Attention):
         self.config, self.layer_idx, self.num_key_value_groups = config, layer_idx, heads // kv_heads
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, past_key_values: Cache | None = None, **kwargs: Any
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        cache = kwargs.pop(CACHE, None)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         chosen = self.config._attn_implementation or "sdpa"
         backend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention)
         return backend(self, q, k, v, mask, scaling=self.head_dim**-0.5, **kwargs)
@@ -81,7 +80,7 @@ class RopeMMPreTrainedModel(PreTrainedModel):
     config_class = RopeMMConfig
     base_model_prefix = "model"
     _no_split_modules = ["RopeMMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(ALIASES["cache"])
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -129,6 +128,7 @@ class RopeMMModel(RopeMMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.embed.tokens = value  # pyright: ignore[reportAttributeAccessIssue]
 
+    @takes_any_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -136,7 +136,7 @@ class RopeMMModel(RopeMMPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         patches: Tensor | None = None,
         block_ids: Tensor | None = None,
@@ -153,7 +153,7 @@ class RopeMMModel(RopeMMPreTrainedModel):
             attention_mask: (b, past + s), 0 at padding.
             position_ids: (1 + a, b, s), row 0 the numbers of the tokens, then their positions on each axis;
                 or (b, s), numbers of text tokens. A document begins where the numbers do not rise by one.
-            past_key_values: a cache to read and to fill.
+            cache: a cache to read and to fill; `past_key_values` is its older name.
             inputs_embeds: (b, s, c) instead of input_ids.
             patches: (b, n, p) or (n, p), one for every image token, in order.
             block_ids: (b, s), see `make_mask_fn`; None where all tokens are text.
@@ -171,10 +171,10 @@ class RopeMMModel(RopeMMPreTrainedModel):
         image_mask = self.image_mask(input_ids, inputs_embeds)
         x = self.embed.tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x = self.embed(x, patches, image_mask)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             position_ids = default_position_ids(x, attention_mask, past)
         if angles is None:
             numbers, positions = unpack_position_ids(position_ids, self.rotary.scheme, rope_deltas)
@@ -184,12 +184,12 @@ class RopeMMModel(RopeMMPreTrainedModel):
             numbers = (position_ids if position_ids.dim() == 2 else position_ids[0]).long()
         if document_ids is None:
             document_ids = find_document_ids(numbers, attention_mask, kwargs.get("cu_seq_lens_q"))
-        if past_key_values is not None:
+        if cache is not None:
             self.check_cache(document_ids)
-        mask = make_mask(self.config, x, attention_mask, past_key_values, block_ids, document_ids)
+        mask = make_mask(self.config, x, attention_mask, cache, block_ids, document_ids)
         for block in self.blocks:
-            x = block(x, angles, mask, past_key_values=past_key_values, position_ids=numbers, **kwargs)
-        return BaseModelOutputWithPast(self.norm(x), past_key_values)
+            x = block(x, angles, mask, **{CACHE: cache}, position_ids=numbers, **kwargs)
+        return BaseModelOutputWithPast(self.norm(x), cache)
 
     def image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Where (b, s) image tokens are, among ids or among their vectors."""
@@ -244,7 +244,7 @@ class ImageGenerationMixin(PreTrainedModel, GenerationMixin):
             inputs["rope_deltas"] = rope_deltas
         new = inputs["input_ids"].shape[1] if inputs.get("input_ids") is not None else 0
         if block_ids is not None and new > 1:
-            past = inputs.get("past_key_values")
+            past = read(inputs, "cache")
             start = 0 if past is None else int(past.get_seq_length())
             inputs["block_ids"] = extend_block_ids(block_ids, start + new)[:, start:]
         if patches is not None:
@@ -319,13 +319,14 @@ class RopeMMForConditionalGeneration(  # pyright: ignore[reportIncompatibleMetho
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    @takes_any_name
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         patches: Tensor | None = None,
         block_ids: Tensor | None = None,
@@ -347,7 +348,7 @@ class RopeMMForConditionalGeneration(  # pyright: ignore[reportIncompatibleMetho
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values,
+            cache,
             inputs_embeds,
             patches,
             block_ids,
@@ -363,7 +364,7 @@ class RopeMMForConditionalGeneration(  # pyright: ignore[reportIncompatibleMetho
         made = None
         if patches is not None:
             made = self.patch_head(x, self.model.image_mask(input_ids, inputs_embeds))
-        return RopeMMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions, made, x)
+        return RopeMMOutput(loss, logits, cache_of(out), out.hidden_states, out.attentions, made, x)
 
 
 class RopeMMCritic(RopeMMPreTrainedModel):

@@ -113,7 +113,7 @@ def sample_frames(
             if isinstance(cache, UnrotatedKeyCache):
                 chunk["angles"] = cache.query_angles(start, end, model.dtype)
             patches = torch.cat([before, x], 1)
-            out = model(**chunk, patches=patches, past_key_values=cache, return_logits=False).patches
+            out = model(**chunk, patches=patches, cache=cache, return_logits=False).patches
             made = classifier_free_guidance(out.unflatten(0, (b, -1))[:, -n:], guidance_scale)
             x = x.lerp(made, 1 / (steps - step))
             if cache is not None:

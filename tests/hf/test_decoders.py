@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, StaticCache, Trainer, TrainingArguments
 
 from rope_mm import SCHEMES, Rotary, Scheme
+from rope_mm.arguments import cache_of
 from rope_mm.hf import Handle, ModelRope, explain, positions_for, rope_of, set_rope, unset_rope, use_kernels
 from rope_mm.rotary import definition as rotation
 from rope_mm.schemes.extensions import YaRN
@@ -160,15 +161,14 @@ def test_beams_follow_their_positions(tiny):
     assert torch.equal(cached, whole)
 
 
-def test_a_prompt_may_come_in_chunks(tiny):
+def test_a_prompt_may_come_in_chunks(tiny, cached):
     model = strong(tiny)
     set_rope(model, "rope-tv")
     p, ids = positions_for(model, [SEGMENTS[0]]), torch.randint(3, 97, (1, 13))
     full = logits(model, ids, position_ids=p)
     cache = StaticCache(config=model.config, max_cache_len=16)
     parts = [
-        logits(model, ids[:, s], position_ids=p[..., s], past_key_values=cache)
-        for s in (slice(0, 5), slice(5, 13))
+        logits(model, ids[:, s], position_ids=p[..., s], **cached(cache)) for s in (slice(0, 5), slice(5, 13))
     ]
     assert (torch.cat(parts, 1) - full).abs().max() < WITHIN
 
@@ -429,16 +429,16 @@ def test_an_extension_multiplies_the_tables(tiny):
     assert math.isclose(cos.max().item(), yarn.attention, rel_tol=1e-6)
 
 
-def test_a_second_turn_needs_positions_where_the_first_had_them(tiny):
+def test_a_second_turn_needs_positions_where_the_first_had_them(tiny, cached):
     model = strong(tiny)
     set_rope(model, "m-rope", shares=(2, 3, 3))
     p, ids = positions_for(model, [SEGMENTS[0]]), torch.randint(3, 97, (1, 13))
     full = logits(model, ids, position_ids=p)
     with torch.no_grad():
-        cache = model(ids[:, :10], position_ids=p[..., :10]).past_key_values
+        cache = cache_of(model(ids[:, :10], position_ids=p[..., :10]))
     with pytest.raises(ValueError, match=r"needs its own: position_ids \(1 \+ 3, b, s\)"):
-        logits(model, ids[:, 10:], past_key_values=cache)
-    second = logits(model, ids[:, 10:], past_key_values=cache, position_ids=p[..., 10:])
+        logits(model, ids[:, 10:], **cached(cache))
+    second = logits(model, ids[:, 10:], **cached(cache), position_ids=p[..., 10:])
     assert (second - full[:, 10:]).abs().max() < WITHIN
 
 

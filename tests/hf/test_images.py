@@ -51,6 +51,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_mm import SCHEMES, Image, Rotary, Scheme, Text, Unrotated, rotate
+from rope_mm.arguments import cache_of
 from rope_mm.hf import positions_for, rope_of, set_rope, unset_rope, use_kernels
 from rope_mm.rotary.dispatch import RotaryAngles
 
@@ -653,13 +654,13 @@ def test_a_family_that_is_not_served_is_refused_at_once(name):
     assert dict(model.named_modules()) == before and model.training
 
 
-def test_what_had_no_rotary_has_no_cache_with_it(tiny):
+def test_what_had_no_rotary_has_no_cache_with_it(tiny, cached):
     model = tiny("gpt2")
     set_rope(model, "flat")
     ids = torch.randint(3, 97, (1, 8))
-    cache = model(ids).past_key_values
+    cache = cache_of(model(ids))
     with pytest.raises(ValueError, match="1 queries meet 9 keys"):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **cached(cache))
 
 
 @pytest.mark.parametrize("kernels", [False, True])

@@ -7,6 +7,7 @@ import torch
 from transformers import StaticCache
 
 from rope_mm import SCHEMES
+from rope_mm.arguments import cache_of
 from rope_mm.hf import positions_for, set_rope
 from rope_mm.schemes.zoo import MULTIMODAL
 
@@ -55,17 +56,17 @@ def test_tokens_drafted_by_another_model_do_not_change_the_answer(tiny, llama):
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_a_second_turn_goes_on_from_the_cache_that_was_returned(llama, static):
+def test_a_second_turn_goes_on_from_the_cache_that_was_returned(llama, cached, static):
     p, ids = positions_for(llama, [STORY]), words(1, 13)
-    cache = {"past_key_values": StaticCache(config=llama.config, max_cache_len=32)} if static else {}
+    cache = cached(StaticCache(config=llama.config, max_cache_len=32)) if static else {}
     first = llama.generate(input_ids=ids, position_ids=p, **cache, **GREEDY, **ATTENTION_FIELD)
     ids = torch.cat((first.sequences, words(1, 3)), 1)
     turn = {"input_ids": ids, **GREEDY, **ATTENTION_FIELD}
-    kept = copy.deepcopy(first.past_key_values)
+    kept = copy.deepcopy(cache_of(first))
     with pytest.raises(ValueError, match="needs its own: position_ids"):
-        llama.generate(**turn, past_key_values=kept)
+        llama.generate(**turn, **cached(kept))
     whole = longer(p, 7)
-    second = llama.generate(**turn, past_key_values=first.past_key_values, position_ids=whole)
+    second = llama.generate(**turn, **cached(cache_of(first)), position_ids=whole)
     again = llama.generate(**turn, position_ids=whole)
     assert (logits_of(second) - logits_of(again)).abs().max() < 3e-5
 
@@ -95,11 +96,11 @@ def test_of_segments_side_by_side_one_that_ends_in_an_image_is_enough_to_refuse(
         llama.generate(input_ids=words(2, 13), position_ids=p, **GREEDY)
 
 
-def test_the_cache_of_a_image_may_be_gone_on_from_at_the_right_places(llama):
+def test_the_cache_of_a_image_may_be_gone_on_from_at_the_right_places(llama, cached):
     segments, ids = "text:3 image:2x5", words(1, 17)
     p, whole = (positions_for(llama, [more]) for more in (segments, segments + " text:4"))
     with torch.no_grad():
-        cache = llama(ids[:, :13], position_ids=p).past_key_values
-        rest = llama(ids[:, 13:], position_ids=whole[..., 13:], past_key_values=cache).logits
+        cache = cache_of(llama(ids[:, :13], position_ids=p))
+        rest = llama(ids[:, 13:], position_ids=whole[..., 13:], **cached(cache)).logits
         full = llama(ids, position_ids=whole).logits[:, 13:]
     assert (rest - full).abs().max() < 3e-5

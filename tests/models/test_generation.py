@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rope_mm import SCHEMES, Image, Text, Video
+from rope_mm.arguments import cache_of
 from rope_mm.models import RopeMMForConditionalGeneration, build_batch, load_tokenizer, read_config
 
 TOKENIZER = load_tokenizer()
@@ -106,7 +107,7 @@ def test_a_second_call_knows_nothing_of_the_first():
 
 
 @pytest.mark.parametrize("scheme", ["rope-tv", "m-rope-hf", "flux2"])
-def test_a_conversation_goes_on_with_the_returned_cache(scheme):
+def test_a_conversation_goes_on_with_the_returned_cache(scheme, cached):
     model = make_model(scheme)
     inputs = prompt(model, STORY)
     first = model.generate(**inputs, **GREEDY)
@@ -116,8 +117,8 @@ def test_a_conversation_goes_on_with_the_returned_cache(scheme):
     second["input_ids"][0, inputs["input_ids"].shape[1] :][:5] = said
     second["patches"] = torch.cat([inputs["patches"], torch.randn(4, model.config.patch_width)])
     plain = model.generate(**second, **GREEDY)
-    cache = first.past_key_values
-    out = model.generate(**second, **GREEDY, past_key_values=cache)
+    cache = cache_of(first)
+    out = model.generate(**second, **GREEDY, **cached(cache))
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(plain.logits), **CLOSE)
 
 
@@ -167,9 +168,9 @@ def test_what_cannot_go_on_is_refused():
         longer.generate(**prompt(model, ["a"]), **GREEDY)
     with pytest.raises(ValueError, match=r"\(2, 1, 3\) must be \(b, s\).*t, y, x"):
         model(torch.ones(1, 3, dtype=torch.long), position_ids=torch.zeros(2, 1, 3))
-    cache = model(torch.ones(1, 3, dtype=torch.long), use_cache=True).past_key_values
+    cache = cache_of(model(torch.ones(1, 3, dtype=torch.long), use_cache=True))
     with pytest.raises(ValueError, match="has 2 columns for 3 cached and 2 new tokens"):
-        model(torch.ones(1, 2).long(), attention_mask=torch.ones(1, 2), past_key_values=cache)
+        model(torch.ones(1, 2).long(), attention_mask=torch.ones(1, 2), cache=cache)
 
 
 def test_positions_of_a_prompt_are_those_of_place():

@@ -1,0 +1,83 @@
+"""Arguments whose names differ between versions of transformers: the only place that knows them.
+
+An argument that is read by one name out of keyword arguments looks absent once a new version renames it. So
+it is read by all of its names, and a cache under any other name is an error.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, TypeVar
+
+ALIASES = {
+    # transformers from 5.24; before it; models without attention
+    "cache": ("cache", "past_key_values", "cache_params"),
+}
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def spelling(function: Callable[..., Any], argument: str) -> str | None:
+    """The name by which a function takes an argument of ALIASES; None if it takes none."""
+    parameters = inspect.signature(function).parameters
+    return next((name for name in ALIASES[argument] if name in parameters), None)
+
+
+def read(arguments: Mapping[str, Any], argument: str) -> Any:
+    """The value of an argument of ALIASES among keyword arguments, whichever name it has; None if absent.
+
+    Raises:
+        ValueError: two names with a value each.
+    """
+    given = {name: arguments[name] for name in ALIASES[argument] if arguments.get(name) is not None}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are one argument; give one of them")
+    return next(iter(given.values()), None)
+
+
+def refuse_unknown_cache(arguments: Mapping[str, Any]) -> None:
+    """Refuse a cache under a name that is not known: ignored, it would change every later token in silence.
+
+    Raises:
+        ValueError: a cache under a name that ALIASES does not have.
+    """
+    for name, value in arguments.items():
+        if hasattr(value, "get_seq_length") and name not in ALIASES["cache"]:
+            raise ValueError(
+                f"the argument {name} holds a cache, but only {', '.join(ALIASES['cache'])} are read; "
+                "give it by one of these names"
+            )
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a model's output brings, by whichever name; None where it brings none."""
+    found = (getattr(output, name, None) for name in ALIASES["cache"])
+    return next((cache for cache in found if cache is not None), None)
+
+
+def takes_any_name(function: Function) -> Function:
+    """Let a function take each argument of ALIASES by all of its names, and say so in its signature."""
+    own = {argument: spelling(function, argument) for argument in ALIASES}
+
+    @wraps(function)
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        refuse_unknown_cache(kwargs)
+        for argument, name in own.items():
+            value = read(kwargs, argument)
+            for alias in ALIASES[argument]:
+                kwargs.pop(alias, None)
+            if name is not None and value is not None:
+                kwargs[name] = value
+        return function(*args, **kwargs)
+
+    renamed.__signature__ = with_aliases(inspect.signature(function))  # pyright: ignore
+    return renamed  # pyright: ignore[reportReturnType]
+
+
+def with_aliases(signature: inspect.Signature) -> inspect.Signature:
+    """A signature that has every name of each argument of ALIASES: callers look there for theirs."""
+    own = signature.parameters
+    missing = [alias for names in ALIASES.values() if own.keys() & set(names) for alias in names]
+    more = [inspect.Parameter(alias, inspect.Parameter.KEYWORD_ONLY, default=None) for alias in missing]
+    parameters = [*own.values(), *(p for p in more if p.name not in own)]
+    return signature.replace(parameters=sorted(parameters, key=lambda parameter: parameter.kind))
