@@ -3,6 +3,7 @@
 rope-mm schemes --format markdown
 rope-mm show rope-tv "text:5 image:2x3" --head-dim 64
 rope-mm check m-rope
+rope-mm lens rope-tv "text:5 image:4x6 text:5" --compare m-rope --out pictures
 """
 
 import argparse
@@ -11,9 +12,12 @@ import math
 import sys
 import webbrowser
 from collections.abc import Sequence
+from pathlib import Path
 
 from rope_mm.analysis.check import check_rotary
 from rope_mm.analysis.explorer import serve
+from rope_mm.analysis.figures import save_figure
+from rope_mm.analysis.pictures import EXAMPLE, PICTURES, NotShown, picture, text_picture
 from rope_mm.analysis.properties import FORMATS, HEAD_DIM, properties_table
 from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.frequencies import ownership_map
@@ -78,6 +82,23 @@ def explore(args: argparse.Namespace) -> int:
     return 0
 
 
+def show_pictures(args: argparse.Namespace) -> int:
+    """Where tokens stand, in characters; with --out all pictures as PNG files, two schemes side by side."""
+    print(text_picture(args.name, args.segments))
+    if args.compare:
+        print(f"\n{args.compare}\n{text_picture(args.compare, args.segments)}")
+    for name in PICTURES if args.out else ():
+        try:
+            figure = picture(name, args.name, args.segments, head_dim=args.head_dim, compare=args.compare)
+        except NotShown as reason:
+            print(f"no picture of {name}: {reason}")
+            continue
+        args.out.mkdir(parents=True, exist_ok=True)
+        save_figure(args.out / f"{name}.png", figure)
+        print(args.out / f"{name}.png")
+    return 0
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Subcommands and their arguments."""
     parser = argparse.ArgumentParser(prog="rope-mm", description="Rotary position encodings, looked at.")
@@ -100,6 +121,16 @@ def make_parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", parents=[sizes], help="is it a rotation, is it relative?")
     check.set_defaults(run=print_check)
+
+    lens = commands.add_parser("lens", help="pictures of a scheme, or of two side by side")
+    lens.add_argument("name", metavar="NAME", help="a scheme, such as rope-tv")
+    lens.add_argument(
+        "segments", metavar="SEGMENTS", nargs="?", default=EXAMPLE, help='"%(default)s" if omitted'
+    )
+    lens.add_argument("--compare", metavar="NAME", help="a second scheme")
+    lens.add_argument("--head-dim", type=int, default=HEAD_DIM, help="channels of a head (%(default)s)")
+    lens.add_argument("--out", type=Path, metavar="DIR", help="write PNG files there (needs rope-mm[plots])")
+    lens.set_defaults(run=show_pictures)
 
     page = commands.add_parser("explore", help="a local page: positions, frequencies, promises")
     page.add_argument("--port", type=int, default=8137, help="of the page; 0 takes any (%(default)s)")

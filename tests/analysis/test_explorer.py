@@ -15,12 +15,12 @@ from rope_mm.analysis.explorer import (
     EXAMPLES,
     MAX_TOKENS,
     View,
-    decay,
     describe,
     factor_extensions,
     read_view,
     serve,
 )
+from rope_mm.analysis.geometry import decay
 
 
 @pytest.fixture
