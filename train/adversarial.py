@@ -87,6 +87,7 @@ class Training:
         )
         self.average = Ema(self.duel.unwrapped_generator, config.ema)
         accelerator.register_for_checkpointing(self.average)
+        self.pipeline = self.canvas.pipeline(self.average.model, captioned=bool(config.data.caption))
         self.exam, self.tokens, self.flops = None, 0, 0.0
         labels, asked = self.images.labels, self.held_out.labels
         if labels is not None and asked is not None and accelerator.is_main_process:
@@ -103,7 +104,7 @@ class Training:
         rows = batch_indices(len(self.images), size * world, seed, turn)[rank::world]
         sequences = self.canvas.sequences([self.images.captions[row] for row in rows])
         noise = self.canvas.noise(make_generator(seed, "noise", turn, rank), size)
-        real = self.canvas.patches(self.images.images(rows))
+        real = self.canvas.to_patches(self.images.images(rows))
         probes = make_generator(seed, "probes", turn, rank, device=device)
         return AdversarialBatch(
             sequences.to(device), real.to(device), noise.to(device), self.augmentation(turn), probes
@@ -116,7 +117,7 @@ class Training:
         change = draw_augmentation(config.augment, config.batch, draws, process.device)
         if not config.augment:
             return change
-        return lambda patches: self.canvas.patches(change(self.canvas.picture(patches)))
+        return lambda patches: self.canvas.to_patches(change(self.canvas.to_images(patches)))
 
     def identity(self) -> str:
         """All that the run depends on; a batch is of a process, so that their number, too."""
@@ -156,19 +157,22 @@ class Training:
         captions = [caption for caption in rows for _ in range(10)]
         save_sheet(
             path.with_suffix(".png"),
-            self.canvas.draw(self.average.model, captions, make_generator("sheet")),
+            self.generate(captions, make_generator("sheet")),
             rows,
         )
         if self.exam is None:
             return {}
         asked = [self.held_out.captions[row] for row in self.exam.rows]
-        return self.exam.evaluate(self.canvas.draw(self.average.model, asked, make_generator("exam")))
+        return self.exam.evaluate(self.generate(asked, make_generator("exam")))
+
+    def generate(self, captions: list[str], generator: torch.Generator) -> Tensor:
+        """Images (n, ch, y, x) of captions, by the averaged generator."""
+        return self.pipeline(captions, generator=generator, output_type="pt").images
 
     def save_model(self, path: Path) -> None:
-        """Write the averaged generator and its tokenizer, as `from_pretrained` reads them."""
+        """Write the averaged generator, as `RopeMMPipeline.from_pretrained` reads it."""
         if self.accelerator.is_main_process:
-            self.average.model.save_pretrained(path)
-            self.canvas.tokenizer.save_pretrained(path)
+            self.pipeline.save_pretrained(path)
 
     def remarks(self) -> dict[str, float]:
         """What real images score in the same exam."""

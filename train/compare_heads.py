@@ -37,7 +37,7 @@ from rope_mm.evaluation.metrics import NEIGHBOURS
 from rope_mm.evaluation.quality import REAL, TOOK, Runs, draw_figure, write_table
 from rope_mm.files import write_text
 from rope_mm.losses import twice_differentiable
-from rope_mm.models.pipeline import GenerationPipeline
+from rope_mm.models.pipeline import RopeMMPipeline
 from rope_mm.training.config import at_least, dump, run
 from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.loop import fingerprint
@@ -122,12 +122,12 @@ class EvalSet:
     real: Tensor
     shown: list[int]
 
-    def draw(self, teller: GenerationPipeline, passes: int) -> Tensor:
+    def draw(self, teller: RopeMMPipeline, passes: int) -> Tensor:
         """A picture for every caption, in so many passes; the same noise for every head."""
-        teller, noise = replace(teller, form=replace(teller.form, steps=passes)), make_generator("heads")
+        teller, noise = replace(teller, spec=replace(teller.spec, steps=passes)), make_generator("heads")
         prompts = [teller.prompt("text2image", caption) for caption in self.captions]
         parts = [prompts[start : start + PART] for start in range(0, len(prompts), PART)]
-        return torch.cat([teller.draw(part, noise).cpu() for part in parts])
+        return torch.cat([teller.generate_image(part, noise).cpu() for part in parts])
 
 
 def find_classes(pictures: CaptionedImages, classes: Sequence[str], most: int) -> tuple[list[int], Tensor]:
@@ -184,7 +184,7 @@ def take(config: Pretrain, passes: Sequence[int], questions: EvalSet, samples: d
     out = Path(config.out)
     if config.restart or not is_done(out, fingerprint(config)):
         train(config, MeteredTraining)
-    teller, marks = GenerationPipeline.load(out / "model"), {}
+    teller, marks = RopeMMPipeline.from_pretrained(out / "model"), {}
     for count in passes if IMAGE_HEADS[config.head].steps > 1 else [1]:
         drawn = questions.draw(teller, count)
         samples[f"{out.name}, {count}"] = drawn[questions.shown]

@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from rope_mm.data import batch_indices
 from rope_mm.data.synthetic.qa_tasks import make_qa_samples
 from rope_mm.evaluation.comparison import draw_figure, summarise, write_table
 from rope_mm.evaluation.qa import (
     EncodedQA,
-    WordTokenizer,
     encode_qa,
     generate_answers,
+    load_qa_tokenizer,
     place_qa,
     score_answers,
 )
@@ -69,39 +70,42 @@ class Benchmark:
             for task, forms in tasks.items()
             for form, sizes in forms.items()
         }
-        self.exams = {
-            form: [encode_qa(quiz, self.size) for quiz in quizzes] for form, quizzes in exams.items()
-        }
         sample = [quiz for form in self.trained for quiz in make_qa_samples(*form, 16, "words")]
-        self.words = WordTokenizer([*sample, *(quiz for quizzes in exams.values() for quiz in quizzes)])
+        self.tokenizer = load_qa_tokenizer(
+            [*sample, *(quiz for quizzes in exams.values() for quiz in quizzes)]
+        )
+        self.exams = {
+            form: [encode_qa(quiz, self.size, self.tokenizer) for quiz in quizzes]
+            for form, quizzes in exams.items()
+        }
         self.lessons = lru_cache(maxsize=1)(self.write_lessons)
 
     def write_lessons(self, seed: int) -> list[EncodedQA]:
         """The documents of a seed."""
         each = -(-self.config.documents // len(self.trained))
         told = [quiz for form in self.trained for quiz in make_qa_samples(*form, each, "lesson", seed)]
-        return [encode_qa(quiz, self.size) for quiz in told]
+        return [encode_qa(quiz, self.size, self.tokenizer) for quiz in told]
 
     def judge(self, model: RopeMMForConditionalGeneration) -> dict[str, dict[str, dict[str, float]]]:
         """The share of right answers: trained or untrained -> task -> form."""
         marks: dict[str, dict[str, dict[str, float]]] = {}
         for (kind, task, form), told in self.exams.items():
-            asked = place_qa(told, self.words, model.config.scheme)
+            asked = place_qa(told, self.tokenizer, model.config.scheme)
             right = [score_answers(model, asked[i : i + 100]) for i in range(0, len(asked), 100)]
             marks.setdefault(kind, {}).setdefault(task, {})[form] = torch.cat(right).float().mean().item()
         return marks
 
 
 def make_model(
-    config: CompareSchemes, words: WordTokenizer, scheme: str, seed: int
+    config: CompareSchemes, tokenizer: PreTrainedTokenizerBase, scheme: str, seed: int
 ) -> RopeMMForConditionalGeneration:
     """The model of a scheme; what is random depends on the seed alone."""
     torch.manual_seed(seed)
     settings = read_config(
         **{"num_channels": 3, **config.model},
-        vocab_size=len(words.number),
-        image_token_id=words.number[IMAGE_TOKEN],
-        eos_token_id=words.eos_token_id,
+        vocab_size=len(tokenizer),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        eos_token_id=tokenizer.eos_token_id,
         rope_parameters={"theta": config.theta, **config.schemes[scheme]},
     )
     return RopeMMForConditionalGeneration(settings).to(config.device)  # pyright: ignore[reportArgumentType]
@@ -112,8 +116,8 @@ def train(config: CompareSchemes, school: Benchmark, scheme: str, seed: int, bar
     began = time.process_time()
     lessons = school.lessons(seed)
     taught = time.process_time()
-    model = make_model(config, school.words, scheme, seed)
-    asked = place_qa(lessons, school.words, model.config.scheme)
+    model = make_model(config, school.tokenizer, scheme, seed)
+    asked = place_qa(lessons, school.tokenizer, model.config.scheme)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.99), weight_decay=0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / config.warm_up, 1.25 * (1 - step / config.steps))
@@ -122,14 +126,16 @@ def train(config: CompareSchemes, school: Benchmark, scheme: str, seed: int, bar
     for step in range(config.steps):
         chosen = batch_indices(len(asked), config.batch, seed, step).tolist()
         found = generate_answers(model, [asked[i] for i in chosen])
-        loss = found.words + config.picture_weight * found.pictures
+        loss = found.text_loss + config.picture_weight * found.image_loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 20 == 19:
-            bar.set_postfix(step=step + 1, words=found.words.item(), pictures=found.pictures.item())
+            bar.set_postfix(
+                step=step + 1, text_loss=found.text_loss.item(), image_loss=found.image_loss.item()
+            )
     if not loss.isfinite():
         raise ValueError(f"the loss of {scheme}, seed {seed}, is not finite; give a lower --lr")
     marks = school.judge(model.eval())

@@ -9,20 +9,18 @@ A clip is an animated picture, such as GIF, WebP or PNG. sprites:3 and videos:3 
 """
 
 from dataclasses import dataclass
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Literal
 
 import torch
 from PIL import Image as Picture
 from PIL import ImageSequence, UnidentifiedImageError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data.images import EMBEDDED, MODES, load_splits, resize_center_crop
-from rope_mm.files import reason, write_file
-from rope_mm.models.pipeline import GenerationPipeline
+from rope_mm.files import write_file
+from rope_mm.models.pipeline import RopeMMPipeline
 from rope_mm.training.config import at_least, run
 
 
@@ -84,19 +82,6 @@ def write_frames(path: Path, frames: Tensor, zoom: int = 8) -> None:
     write_file(path, lambda part: first.save(part, **moving))
 
 
-def load_teller(path: Path) -> GenerationPipeline:
-    """The model of a folder.
-
-    Raises:
-        ValueError: a folder that holds none, or files cut short.
-    """
-    try:
-        return GenerationPipeline.load(path)
-    except (SafetensorError, JSONDecodeError, RuntimeError, OSError) as error:
-        remedy = "the command that trained it writes it again"
-        raise ValueError(f"{path} holds no whole model ({reason(error)}); {remedy}") from error
-
-
 def check(config: Evaluate) -> None:
     """Refuse numbers and files that fit no question.
 
@@ -124,14 +109,18 @@ def main(config: Evaluate) -> None:
     """
     check(config)
     disable_progress_bar()
-    teller, generator = load_teller(Path(config.model)), torch.Generator().manual_seed(config.seed)
-    size, channels = teller.form.size, teller.processor.num_channels
+    teller, generator = (
+        RopeMMPipeline.from_pretrained(config.model),
+        torch.Generator().manual_seed(config.seed),
+    )
+    size, channels = teller.spec.size, teller.processor.num_channels
     if config.caption:
         frames = read_frames(config.caption, size, channels)
         name, shown = ("video2text", frames) if len(frames) > 1 else ("image2text", frames[0])
-        print(teller.write([teller.prompt(name, shown=shown)])[0].strip())
+        print(teller.generate_text([teller.prompt(name, visual=shown)])[0].strip())
     if config.draw:
-        write_frames(Path(config.to), teller.draw([teller.prompt("text2image", config.draw)], generator))
+        drawn = teller.generate_image([teller.prompt("text2image", config.draw)], generator)
+        write_frames(Path(config.to), drawn)
         print(config.to)
     if config.extend:
         frames = read_frames(config.extend, size, channels)
@@ -139,8 +128,8 @@ def main(config: Evaluate) -> None:
             raise ValueError(f"given {config.given} is more than the {len(frames)} frames of {config.extend}")
         frames = frames[: config.given or None]
         prompt = teller.prompt("text2video", config.words, frames[0])
-        window = teller.form.frames if config.cache == "rolling" else None
-        drawn = teller.film([prompt], [frames], config.frames, generator, window)
+        window = teller.spec.frames if config.cache == "rolling" else None
+        drawn = teller.generate_video([prompt], [frames], config.frames, generator, window)
         write_frames(Path(config.to), drawn[0])
         print(config.to)
 

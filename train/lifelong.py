@@ -28,7 +28,7 @@ from rope_mm.data.images import resize_center_crop, select_rows
 from rope_mm.evaluation.image_grid import save_sheet
 from rope_mm.evaluation.sprites import classify_sprites
 from rope_mm.files import write_text
-from rope_mm.models.pipeline import GenerationPipeline
+from rope_mm.models.pipeline import RopeMMPipeline
 from rope_mm.training.config import run
 from rope_mm.training.dataset import PackedDocumentDataset
 from rope_mm.training.image_heads import IMAGE_HEADS
@@ -85,12 +85,12 @@ def runs(config: Lifelong) -> dict[str, list[Pretrain]]:
     return found
 
 
-def trained(config: Pretrain) -> GenerationPipeline:
+def trained(config: Pretrain) -> RopeMMPipeline:
     """The model of a run, trained as far as it is not yet."""
     out = Path(config.out)
     if config.restart or not is_done(out, fingerprint(config)):
         pretrain.main(config)
-    return GenerationPipeline.load(out / "model")
+    return RopeMMPipeline.from_pretrained(out / "model")
 
 
 class LifelongEvaluator:
@@ -103,7 +103,7 @@ class LifelongEvaluator:
         self.fresh = {name: select_rows(splits, where)["train"] for name, where in wheres.items()}
 
     @torch.no_grad()
-    def predict(self, teller: GenerationPipeline) -> float:
+    def predict(self, teller: RopeMMPipeline) -> float:
         """The loss of the words of fresh old documents, each told once."""
         config, rows = self.config, self.fresh["old"]
         told = MapDocuments([rows], config.data.templates, config.data.size, config.data.channels)
@@ -114,7 +114,7 @@ class LifelongEvaluator:
         lost = [float(teller.model(**p.inputs(), labels=p.labels).loss) * p.words for p in packs]
         return sum(lost) / sum(pack.words for pack in packs)
 
-    def examine(self, teller: GenerationPipeline, drawing: bool) -> Marks:
+    def examine(self, teller: RopeMMPipeline, drawing: bool) -> Marks:
         """The loss of words and, of a model that draws, the marks of old and of new sprites."""
         marks = {"words": self.predict(teller)}
         for name in self.fresh if drawing else ():
@@ -126,13 +126,13 @@ class LifelongEvaluator:
         factors = torch.tensor([list(self.fresh[name][factor]) for factor in FACTORS]).T
         return factors.unique(dim=0, return_inverse=True)
 
-    def draw(self, teller: GenerationPipeline, name: str) -> tuple[list[str], Tensor, Tensor]:
+    def draw(self, teller: RopeMMPipeline, name: str) -> tuple[list[str], Tensor, Tensor]:
         """A caption of each combination, its factors (n, f), and pictures of it (n, draws, ch, y, x)."""
         combinations, which = self.combinations(name)
         first = [which.tolist().index(number) for number in range(len(combinations))]
         said = [cast(str, self.fresh[name][row]["caption"]) for row in first]
         prompts = [teller.prompt("text2image", words) for words in said for _ in range(self.config.draws)]
-        drawn = teller.draw(prompts, make_generator("lifelong")).cpu().unflatten(0, (len(said), -1))
+        drawn = teller.generate_image(prompts, make_generator("lifelong")).unflatten(0, (len(said), -1))
         return said, combinations, drawn
 
     def spread(self, name: str) -> float:
@@ -142,7 +142,7 @@ class LifelongEvaluator:
         alike = [true[which == number] for number in range(len(combinations))]
         return torch.stack([each.var(0) for each in alike if len(each) > 1]).mean().sqrt().item()
 
-    def mark(self, teller: GenerationPipeline, name: str) -> Marks:
+    def mark(self, teller: RopeMMPipeline, name: str) -> Marks:
         """Shares of old or new sprites: drawn right, drawn right at least once, told right of a picture.
 
         `spread` is the standard deviation of a pixel among drawings of one caption; of true pictures it is 1.
@@ -153,7 +153,8 @@ class LifelongEvaluator:
         agrees = found == asked[:, None]
         right = agrees.all(2)
         rows = self.fresh[name].select(range(min(self.config.captions, len(self.fresh[name]))))
-        told = teller.write([teller.prompt("image2text", shown=picture) for picture in self.pictures(rows)])
+        prompts = [teller.prompt("image2text", visual=picture) for picture in self.pictures(rows)]
+        told = teller.generate_text(prompts)
         said = [
             all(read_caption(words)[factor] == row[factor] for factor in FACTORS)
             for words, row in zip(told, cast(Any, rows), strict=True)
@@ -174,9 +175,7 @@ class LifelongEvaluator:
         size, channels = self.config.data.size, self.config.data.channels
         return [resize_center_crop(picture, size, channels) / 127.5 - 1 for picture in rows["image"]]
 
-    def sheet(
-        self, path: Path, tellers: Sequence[GenerationPipeline], rows: int = 5, columns: int = 3
-    ) -> None:
+    def sheet(self, path: Path, tellers: Sequence[RopeMMPipeline], rows: int = 5, columns: int = 3) -> None:
         """Old captions, then new ones; from left to right what each model draws, with gaps between."""
         lines, pictures = [], []
         for name in self.fresh:

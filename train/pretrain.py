@@ -23,12 +23,12 @@ from transformers.utils.logging import disable_progress_bar
 from rope_mm.data import load_documents, make_generator
 from rope_mm.data.documents import DocumentDataset
 from rope_mm.evaluation.samples import write_samples
-from rope_mm.evaluation.sprite_exam import SPRITE_EVALUATORS
+from rope_mm.evaluation.sprites import SPRITE_EVALUATORS
 from rope_mm.losses import GAN_LOSSES
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer
 from rope_mm.models.backends import with_attention
 from rope_mm.models.configuration_rope_mm import config_for
-from rope_mm.models.pipeline import GenerationPipeline, GenerationSpec
+from rope_mm.models.pipeline import GenerationSpec, RopeMMPipeline
 from rope_mm.models.tokenizers import check_words
 from rope_mm.training.config import at_least, run
 from rope_mm.training.dataset import PackedDocumentDataset
@@ -126,7 +126,7 @@ class Training:
         accelerator.register_for_checkpointing(self.average, self.left_out, *stream)
         self.tokens, self.flops, self.cost = 0, 0.0, FlopCounter.of(self.average.model)
         form = GenerationSpec.of(self.held_out, config.data.templates, self.head.steps, config.guidance)
-        self.teller = GenerationPipeline(self.average.model, self.processor, form)
+        self.teller = RopeMMPipeline(self.average.model, self.processor, form)
 
     def identity(self) -> str:
         """All that the run depends on; a batch is of all processes, however many they are."""
@@ -212,7 +212,7 @@ class Training:
     def save_model(self, path: Path) -> None:
         """Write the averaged model, its processor and what it was taught, for `evaluate.py`."""
         if self.accelerator.is_main_process:
-            self.teller.save(path)
+            self.teller.save_pretrained(path)
 
     def remarks(self) -> dict[str, float]:
         """How many documents could not be read, where some could not."""

@@ -71,6 +71,8 @@ def read_template(text: str) -> Template:
 def find_tasks(templates: Sequence[Template], kinds: Mapping[str, str]) -> dict[str, Task]:
     """The first task of each name in TASKS that the templates train.
 
+    A task that reads text is preferred to one that generates an image or video without any.
+
     Args:
         templates: as `read_template` gives them.
         kinds: what each column holds: "text", "image" or "video".
@@ -84,8 +86,15 @@ def find_tasks(templates: Sequence[Template], kinds: Mapping[str, str]) -> dict[
             kind = kinds[part.column]
             task = Task(template[:place], part.column)
             if part.generate:
-                found.setdefault(TASKS["text", kind], task)
+                name = TASKS["text", kind]
+                if name not in found or reads_text(task, kinds) > reads_text(found[name], kinds):
+                    found[name] = task
             if kind == "text" and previous in ("image", "video"):
                 found.setdefault(TASKS[previous, kind], task)
             previous = kind
     return found
+
+
+def reads_text(task: Task, kinds: Mapping[str, str]) -> bool:
+    """Whether a column of text stands before the task's own."""
+    return any(isinstance(part, Column) and kinds[part.column] == "text" for part in task.before)

@@ -1,63 +1,94 @@
-"""Samples of every task that a pretrained model was taught, written to files."""
+"""Samples of every task that a pretrained model was trained on, written to files."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from rope_mm.data.documents import Document, MapDocuments, Visual
+from rope_mm.data.documents import Document, MapDocuments
 from rope_mm.data.seeding import make_generator
 from rope_mm.data.templates import find_tasks
 from rope_mm.evaluation.image_grid import save_sheet
 from rope_mm.files import write_text
-from rope_mm.models.pipeline import GenerationPipeline, document_text, pixels_of, processor_parts
+from rope_mm.models.pipeline import RopeMMPipeline
+from rope_mm.models.tokenizers import knows_words
 
-ROWS, COLUMNS, WRITTEN = 8, 8, 64  # of a sheet, and how many held-out documents are written
+ROWS, COLUMNS = 8, 8  # of a sheet
+TEXT_SAMPLES = 64  # held-out documents whose text is generated
 
 
-def write_samples(teller: GenerationPipeline, held_out: MapDocuments, path: Path) -> dict[str, float]:
-    """Samples of every task the model was taught, in files that begin with this path; how much is right.
+def write_samples(pipeline: RopeMMPipeline, held_out: MapDocuments, path: Path) -> dict[str, float]:
+    """Write samples of every task of a model.
 
-    Rows of a sheet begin with the true picture or clip; a clip's first half is given, and one of a single
-    frame is left out.
+    Rows of a sheet begin with the true image or video. A video's first half is given; one of a single frame
+    is skipped.
+
+    Args:
+        pipeline: of the model.
+        held_out: documents of the model's templates.
+        path: what the names of the files begin with.
+
+    Returns:
+        The share of texts that are exactly the true ones, for each task of text.
+    """
+    metrics: dict[str, float] = {}
+    if pairs := eval_pairs(pipeline, held_out, "text2image", ROWS):
+        prompts = [before for before, _ in pairs for _ in range(COLUMNS - 1)]
+        images = pipeline.generate_image(prompts, make_generator("sheet")).unflatten(0, (len(pairs), -1))
+        true = torch.stack([value.pixels for _, value in pairs])[:, None]
+        captions = [document_text(before) for before, _ in pairs]
+        save_sheet(path.with_name(f"{path.name}.png"), torch.cat([true, images], 1).flatten(0, 1), captions)
+    if pairs := eval_pairs(pipeline, held_out, "text2video", ROWS):
+        write_video_samples(pipeline, pairs, path.with_name(f"{path.name}-videos.png"))
+    for task in ("image2text", "video2text"):
+        if pairs := eval_pairs(pipeline, held_out, task, TEXT_SAMPLES):
+            generated = pipeline.generate_text([before for before, _ in pairs])
+            texts = [
+                (str(true).strip(), text.strip()) for (_, true), text in zip(pairs, generated, strict=True)
+            ]
+            lines = "".join(f"{true} | {text}\n" for true, text in texts)
+            write_text(path.with_name(f"{path.name}-{task}.txt"), lines)
+            metrics[f"exact_match/{task}"] = sum(true == text for true, text in texts) / len(texts)
+    return metrics
+
+
+def write_video_samples(pipeline: RopeMMPipeline, pairs: Sequence[tuple[Document, Any]], path: Path) -> None:
+    """Write a sheet of true videos, and beside each how the model continues its first half."""
+    pairs = [(before, video) for before, video in pairs if len(video.pixels) > 1]
+    if not pairs:
+        return
+    true = [video.pixels for _, video in pairs]
+    made = pipeline.continue_video([before for before, _ in pairs], true, make_generator("sheet"))
+    rows = pad_sequence([video for pair in zip(true, made, strict=True) for video in pair], True, 1.0)
+    save_sheet(path, rows.flatten(0, 1), [document_text(before) for before, _ in pairs])
+
+
+def eval_pairs(
+    pipeline: RopeMMPipeline, held_out: MapDocuments, task: str, count: int
+) -> list[tuple[Document, Any]]:
+    """Prompts of a task and what is true after each; none where the documents have no such task.
+
+    Prompts with words that the model has no token for are skipped.
+
+    Args:
+        pipeline: of the model.
+        held_out: documents of the model's templates.
+        task: a name of TASKS.
+        count: number of rows to read.
     """
     tasks = find_tasks(held_out.templates, held_out.kinds)
-    marks: dict[str, float] = {}
-    if "text2image" in tasks:
-        asked = held_out.eval_prompts(tasks["text2image"], ROWS)
-        prompts = [processor_parts(before) for before, _ in asked for _ in range(COLUMNS - 1)]
-        drawn = teller.draw(prompts, make_generator("sheet")).cpu().unflatten(0, (len(asked), -1))
-        true = torch.stack([pixels_of(value) for _, value in asked])[:, None]
-        rows = torch.cat([true, drawn], 1).flatten(0, 1)
-        save_sheet(path.with_name(f"{path.name}.png"), rows, [document_text(before) for before, _ in asked])
-    if "text2video" in tasks:
-        write_video_samples(
-            teller,
-            held_out.eval_prompts(tasks["text2video"], ROWS),
-            path.with_name(f"{path.name}-videos.png"),
-        )
-    for name in ("image2text", "video2text"):
-        if name in tasks:
-            asked = held_out.eval_prompts(tasks[name], WRITTEN)
-            written = teller.write([processor_parts(before) for before, _ in asked])
-            pairs = [
-                (str(true).strip(), said.strip()) for (_, true), said in zip(asked, written, strict=True)
-            ]
-            lines = "".join(f"{true} | {said}\n" for true, said in pairs)
-            write_text(path.with_name(f"{path.name}-{name}.txt"), lines)
-            marks[f"exact_match/{name}"] = sum(true == said for true, said in pairs) / len(pairs)
-    return marks
+    pairs = held_out.eval_prompts(tasks[task], count) if task in tasks else []
+    tokenizer: Any = pipeline.processor.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    texts = [[part for part in before if isinstance(part, str)] for before, _ in pairs]
+    return [
+        pair
+        for pair, strings in zip(pairs, texts, strict=True)
+        if all(knows_words(tokenizer, text) for text in strings)
+    ]
 
 
-def write_video_samples(
-    teller: GenerationPipeline, asked: Sequence[tuple[Document, str | Visual]], path: Path
-) -> None:
-    """A sheet of true clips, and beside each how the model goes on from its first half."""
-    asked = [(before, clip) for before, clip in asked if len(pixels_of(clip)) > 1]
-    if not asked:
-        return
-    true = [pixels_of(clip) for _, clip in asked]
-    made = teller.complete([processor_parts(before) for before, _ in asked], true, make_generator("sheet"))
-    rows = pad_sequence([clip for pair in zip(true, made, strict=True) for clip in pair], True, 1.0)
-    save_sheet(path, rows.flatten(0, 1), [document_text(before) for before, _ in asked])
+def document_text(document: Document) -> str:
+    """The strings of a document, joined."""
+    return "".join(part for part in document if isinstance(part, str)).strip()

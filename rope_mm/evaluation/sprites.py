@@ -1,11 +1,18 @@
-"""What a picture shows, told by the nearest drawing: nothing is learned, and every sprite is judged right."""
+"""What an image or video of sprites shows, found without learning, and metrics of what a model generates.
 
+Each image is compared with all drawings that are possible, so every true sprite is classified correctly.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from rope_mm.data.synthetic.captioned_sprites import all_combinations
+from rope_mm.data.documents import MapDocuments
+from rope_mm.data.seeding import make_generator
+from rope_mm.data.synthetic.captioned_sprites import all_combinations, read_caption
 from rope_mm.data.synthetic.sprites import (
     FACTORS,
     MOTIONS,
@@ -15,39 +22,45 @@ from rope_mm.data.synthetic.sprites import (
     sprite_masks,
     trajectory,
 )
+from rope_mm.evaluation.samples import eval_pairs
+from rope_mm.models.pipeline import RopeMMPipeline
 
-CHUNK = 128  # pictures at once, each against some 5,000 drawings
+MAX_IMAGES = 128  # compared at once, each with some 5,000 drawings
+EVAL_SAMPLES = 128  # held-out images or videos, of 512
 
 
-def classify_sprites(pictures: Tensor) -> dict[str, Tensor]:
-    """The shape, colour, row and column (n,) of the most likely drawing, under white noise, of each picture.
+def classify_sprites(images: Tensor) -> dict[str, Tensor]:
+    """The most likely drawing of each image under white noise.
 
-    ‖picture - background - mask x (colour - background)‖² is least among all masks and colours. "distance"
-    (n,) is its root mean square, of values in [-1, 1]; an empty canvas has -1 as every factor.
+    ‖image - background - mask x (colour - background)‖² is least among all masks and colours.
 
     Args:
-        pictures: (n, 3, y, x), whole numbers in 0 to 255 or others in -1 to 1.
+        images: (n, 3, y, x), whole numbers in 0 to 255 or others in -1 to 1.
+
+    Returns:
+        The index (n,) of each factor of FACTORS, -1 for an empty image, and "distance" (n,), the root mean
+        square of the difference, of values in [-1, 1].
 
     Raises:
         ValueError: another shape.
     """
-    if pictures.ndim != 4 or pictures.shape[1] != 3:
-        raise ValueError(f"pictures must be (n, 3, y, x), not {tuple(pictures.shape)}")
-    drawn, masks = templates(pictures.shape[2], pictures.shape[3])
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be (n, 3, y, x), not {tuple(images.shape)}")
+    drawings, masks = templates(images.shape[2], images.shape[3])
     colours, background = palette()
     paint = (colours - background) / 127.5
-    scaled = pictures.cpu().float() / (1 if pictures.is_floating_point() else 127.5)
-    light = scaled + pictures.is_floating_point() - background[:, None, None] / 127.5
+    scaled = images.cpu().float() / (1 if images.is_floating_point() else 127.5)
+    light = scaled + images.is_floating_point() - background[:, None, None] / 127.5
     weight = masks.square().sum(1)[:, None] * paint.square().sum(1)  # (mask, colour)
     best, least = [], []
-    for part in light.flatten(2).split(CHUNK):
+    for part in light.flatten(2).split(MAX_IMAGES):
         gain = 2 * torch.einsum("ncp,mp,kc->nmk", part, masks, paint) - weight
         most, index = gain.flatten(1).max(1)
         best.append(index)
         least.append(part.square().sum((1, 2)) - most)
     index = torch.cat(best) if best else torch.zeros(0, dtype=torch.long)
     mask, colour = index // len(colours), index % len(colours)
-    factors = {name: drawn[name][mask] for name in ("shape", "row", "column")}
+    factors = {name: drawings[name][mask] for name in ("shape", "row", "column")}
     factors["colour"] = torch.where(factors["shape"] < 0, -1, colour)
     distance = (torch.cat(least) if least else torch.zeros(0)).clamp_min(0) / light[:1].numel()
     return {**{name: factors[name] for name in FACTORS}, "distance": distance.sqrt()}
@@ -55,47 +68,102 @@ def classify_sprites(pictures: Tensor) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=8)
 def templates(y: int, x: int) -> tuple[dict[str, Tensor], Tensor]:
-    """What is drawn (m,) and its mask (m, y x): each shape at each place, nudged or not; at last nothing."""
+    """Factors (m,) and masks (m, y x) of all drawings: each shape at each place, shifted; last, none."""
     names = {name: FACTORS[name] for name in ("shape", "row", "column")}
-    drawn = all_combinations({**names, "down": range(3), "right": range(3)})
-    nudge = torch.stack([drawn.pop("down"), drawn.pop("right")], 1) - 1
-    masks = sprite_masks(drawn, (y, x), nudge).flatten(1)
-    empty = {name: torch.cat([factor, torch.tensor([-1])]) for name, factor in drawn.items()}
+    drawings = all_combinations({**names, "down": range(3), "right": range(3)})
+    shift = torch.stack([drawings.pop("down"), drawings.pop("right")], 1) - 1
+    masks = sprite_masks(drawings, (y, x), shift).flatten(1)
+    empty = {name: torch.cat([factor, torch.tensor([-1])]) for name, factor in drawings.items()}
     return empty, torch.cat([masks, torch.zeros(1, y * x)])
 
 
-def classify_videos(clips: Tensor) -> dict[str, Tensor]:
-    """The factors (n,) of clips (n, t, 3, y, x), frame by frame; see `classify_sprites`.
+def classify_videos(videos: Tensor) -> dict[str, Tensor]:
+    """The factors of videos, from those of their frames; see `classify_sprites`.
 
-    Shape and colour are those of all frames where there is a sprite, row and column those of the first, and
-    the motion explains all places; each is -1 if there is no such. "distance" is the mean of the frames'.
+    Args:
+        videos: (n, t, 3, y, x), of two frames or more.
+
+    Returns:
+        The index (n,) of each factor of VIDEO_FACTORS, -1 where there is none: shape and colour are those of
+        all frames with a sprite, row and column those of the first, the motion leads through all places. And
+        "distance" (n,), the mean of the frames'.
 
     Raises:
-        ValueError: another shape, or less than two frames.
+        ValueError: another shape, or fewer than two frames.
     """
-    if clips.ndim != 5 or clips.shape[1] < 2:
-        raise ValueError(f"clips must be (n, t, 3, y, x) with 2 frames or more, not {tuple(clips.shape)}")
-    frames = clips.shape[1]
-    seen = {
-        name: part.unflatten(0, (-1, frames)) for name, part in classify_sprites(clips.flatten(0, 1)).items()
+    if videos.ndim != 5 or videos.shape[1] < 2:
+        raise ValueError(f"videos must be (n, t, 3, y, x) with 2 frames or more, not {tuple(videos.shape)}")
+    frames = videos.shape[1]
+    found = {
+        name: part.unflatten(0, (-1, frames)) for name, part in classify_sprites(videos.flatten(0, 1)).items()
     }
-    verdict = {name: agreed(seen[name]) for name in ("shape", "colour")}
-    verdict |= {name: seen[name][:, 0] for name in PLACES}
-    fits = torch.stack([motion_matches(seen, motion) for motion in range(len(MOTIONS))], 1)
-    verdict["motion"] = torch.where(fits.any(1), fits.int().argmax(1), -1)
-    return {**{name: verdict[name] for name in VIDEO_FACTORS}, "distance": seen["distance"].mean(1)}
+    factors = {name: common_index(found[name]) for name in ("shape", "colour")}
+    factors |= {name: found[name][:, 0] for name in PLACES}
+    fits = torch.stack([motion_matches(found, motion) for motion in range(len(MOTIONS))], 1)
+    factors["motion"] = torch.where(fits.any(1), fits.int().argmax(1), -1)
+    return {**{name: factors[name] for name in VIDEO_FACTORS}, "distance": found["distance"].mean(1)}
 
 
-def agreed(seen: Tensor) -> Tensor:
-    """The one index (n,) that all frames (n, t) show which show any, or -1."""
-    most = seen.amax(1)
-    return torch.where(((seen == most[:, None]) | (seen < 0)).all(1), most, -1)
+def common_index(found: Tensor) -> Tensor:
+    """The one index (n,) of all frames (n, t) that have any, or -1."""
+    most = found.amax(1)
+    return torch.where(((found == most[:, None]) | (found < 0)).all(1), most, -1)
 
 
-def motion_matches(seen: dict[str, Tensor], motion: int) -> Tensor:
+def motion_matches(found: dict[str, Tensor], motion: int) -> Tensor:
     """Whether a motion, from the first frame's place, leads through the places (n, t) of all frames."""
-    first = {name: seen[name][:, 0] for name in PLACES}
+    first = {name: found[name][:, 0] for name in PLACES}
     first |= {name: torch.zeros_like(first["row"]) for name in ("shape", "colour")}
-    way = trajectory({**first, "motion": torch.full_like(first["row"], motion)}, seen["row"].shape[1])
-    away = way["shape"] < 0
-    return torch.stack([torch.where(away, -1, way[name]) == seen[name] for name in PLACES]).all(0).all(1)
+    path = trajectory({**first, "motion": torch.full_like(first["row"], motion)}, found["row"].shape[1])
+    outside = path["shape"] < 0
+    return torch.stack([torch.where(outside, -1, path[name]) == found[name] for name in PLACES]).all(0).all(1)
+
+
+@dataclass(frozen=True)
+class SpriteEvaluator:
+    """How many of a model's images or videos, and captions, are correct in every factor.
+
+    Attributes:
+        generating: the task of images or videos, a name of TASKS.
+        captioning: the task of text.
+        classify: finds the factors of images or videos.
+        factors: those that must be correct.
+    """
+
+    generating: str
+    captioning: str
+    classify: Callable[[Tensor], dict[str, Tensor]]
+    factors: tuple[str, ...]
+
+    def evaluate(self, pipeline: RopeMMPipeline, held_out: MapDocuments) -> dict[str, float]:
+        """Shares of correct images or videos and of correct captions, for tasks that the documents have."""
+        metrics = {}
+        if pairs := eval_pairs(pipeline, held_out, self.generating, EVAL_SAMPLES):
+            true = torch.stack([value.pixels for _, value in pairs])
+            prompts, generator = [before for before, _ in pairs], make_generator("exam")
+            if true.dim() == 5:
+                made = torch.stack(pipeline.continue_video(prompts, true, generator))
+            else:
+                made = pipeline.generate_image(prompts, generator)
+            metrics[f"acc/{self.generating}"] = self.accuracy(true, self.classify(made))
+        if pairs := eval_pairs(pipeline, held_out, self.captioning, EVAL_SAMPLES):
+            visuals = [[part for part in before if not isinstance(part, str)] for before, _ in pairs]
+            true = torch.stack([parts[-1].pixels for parts in visuals])
+            captions = [
+                read_caption(text) for text in pipeline.generate_text([before for before, _ in pairs])
+            ]
+            read = {name: torch.tensor([caption[name] for caption in captions]) for name in self.factors}
+            metrics[f"acc/{self.captioning}"] = self.accuracy(true, read)
+        return metrics
+
+    def accuracy(self, true: Tensor, found: dict[str, Tensor]) -> float:
+        """The share of images or videos of which every factor was found."""
+        factors = self.classify(true)
+        correct = torch.stack([factors[name] == found[name] for name in self.factors]).all(0)
+        return float(correct.float().mean())
+
+
+SPRITE_EVALUATORS = {
+    "sprites": SpriteEvaluator("text2image", "image2text", classify_sprites, tuple(FACTORS)),
+    "videos": SpriteEvaluator("text2video", "video2text", classify_videos, tuple(VIDEO_FACTORS)),
+}

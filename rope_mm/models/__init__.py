@@ -1,5 +1,7 @@
 """The small multimodal transformer as transformers' classes."""
 
+from typing import TYPE_CHECKING, Any
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -8,7 +10,6 @@ from transformers import (
     AutoProcessor,
 )
 
-from rope_mm.models.canvas import ImageBatcher as ImageBatcher
 from rope_mm.models.configuration_rope_mm import RopeMMConfig as RopeMMConfig
 from rope_mm.models.configuration_rope_mm import read_config as read_config
 from rope_mm.models.modeling_rope_mm import RopeMMCritic as RopeMMCritic
@@ -20,8 +21,23 @@ from rope_mm.models.sequences import build_batch as build_batch
 from rope_mm.models.tokenizers import IMAGE_TOKEN as IMAGE_TOKEN
 from rope_mm.models.tokenizers import load_tokenizer as load_tokenizer
 
+if TYPE_CHECKING:
+    from rope_mm.models.pipeline import GenerationSpec as GenerationSpec
+    from rope_mm.models.pipeline import ImageBatcher as ImageBatcher
+    from rope_mm.models.pipeline import RopeMMPipeline as RopeMMPipeline
+
+NEED_DATA = "GenerationSpec", "ImageBatcher", "RopeMMPipeline"  # and with it the package datasets
+
 AutoConfig.register("rope_mm", RopeMMConfig)
 AutoModel.register(RopeMMConfig, RopeMMModel)
 AutoModelForCausalLM.register(RopeMMConfig, RopeMMForConditionalGeneration)
 AutoModelForImageTextToText.register(RopeMMConfig, RopeMMForConditionalGeneration)
 AutoProcessor.register(RopeMMConfig, RopeMMProcessor)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in NEED_DATA:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rope_mm.models import pipeline
+
+    return getattr(pipeline, name)

@@ -1,206 +1,417 @@
-"""What a pretrained model does when asked: write of a picture, draw what words say, go on with a clip."""
+"""A trained model as a pipeline: images and videos from text, text from images and videos."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rope_mm.data.documents import Document, MapDocuments, Visual
+from rope_mm.data.documents import MapDocuments, Visual
 from rope_mm.data.templates import Column, Task, find_tasks, read_template
-from rope_mm.files import write_text
+from rope_mm.files import reason, write_text
+from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.models.modeling_rope_mm import RopeMMForConditionalGeneration
-from rope_mm.models.processing_rope_mm import Part, RopeMMProcessor
+from rope_mm.models.processing_rope_mm import Part, RopeMMProcessor, to_pil
+from rope_mm.models.sequences import SequenceBatch, build_batch, require_list, token_order
 from rope_mm.models.tokenizers import check_words
+from rope_mm.nn.patches import to_images, to_patches
 from rope_mm.segments import Image, Video
 
-FILE = "documents.json"
+SPEC_FILE = "generation_spec.json"  # beside a saved model
+MAX_BATCH = 250  # images or videos that are generated in one pass
 
 
 @dataclass(frozen=True)
 class GenerationSpec:
-    """What a model was taught: templates, what their columns hold, sizes; steps and guidance of a drawing."""
+    """What a model was trained to generate, and how.
+
+    Attributes:
+        templates: of its documents, see `read_template`.
+        kinds: what each of their columns holds: "text", "image" or "video".
+        size: pixels of an image's side.
+        frames: of a video.
+        steps: passes of the model for an image or frame.
+        guidance_scale: see `classifier_free_guidance`.
+    """
 
     templates: list[str]
     kinds: dict[str, str]
     size: int
-    frames: int
-    steps: int
-    guidance: float = 1.0
+    frames: int = 1
+    steps: int = 1
+    guidance_scale: float = 1.0
 
     @classmethod
     def of(
-        cls, documents: MapDocuments, templates: Sequence[str], steps: int, guidance: float = 1.0
+        cls, documents: MapDocuments, templates: Sequence[str], steps: int, guidance_scale: float = 1.0
     ) -> "GenerationSpec":
-        """The form of documents; a clip is as long as the longest of some of theirs.
+        """The spec of a model that learns these documents; its videos are as long as the longest of a few.
 
         Raises:
-            ValueError: guidance, where all templates have words before what is drawn.
+            ValueError: a guidance scale where every template has text before the image to generate.
         """
-        if guidance != 1 and not any(
+        if guidance_scale != 1 and not any(
             generates_unconditionally(template, documents.kinds) for template in documents.templates
         ):
             raise ValueError(
-                f"guidance {guidance} needs a template that draws with no words before, such as "
-                f"'{{image:generate}}{{caption}}'; these are {templates}, which fit guidance 1"
+                f"guidance_scale {guidance_scale} needs a template that generates an image with no text "
+                f"before it, such as '{{image:generate}}{{caption}}'; these are {templates}, which fit "
+                "guidance_scale 1"
             )
         tasks = find_tasks(documents.templates, documents.kinds)
         frames = 1
         if "text2video" in tasks:
-            frames = max(len(pixels_of(clip)) for _, clip in documents.eval_prompts(tasks["text2video"], 8))
-        return cls(list(templates), documents.kinds, documents.size, frames, steps, guidance)
+            videos = [video for _, video in documents.eval_prompts(tasks["text2video"], 8)]
+            frames = max(len(video.pixels) for video in videos if isinstance(video, Visual))
+        return cls(list(templates), documents.kinds, documents.size, frames, steps, guidance_scale)
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """The tasks that its templates train, by name."""
+        return find_tasks([read_template(template) for template in self.templates], self.kinds)
 
     def task(self, name: str) -> Task:
-        """How the model was taught to a task of TASKS.
+        """A task of TASKS.
 
         Raises:
-            ValueError: what it was not taught.
+            ValueError: one that no template trains.
         """
-        tasks = find_tasks([read_template(template) for template in self.templates], self.kinds)
-        if name not in tasks:
+        if name not in self.tasks:
             raise ValueError(f"no template of this model trains {name}; they are {self.templates}")
-        return tasks[name]
+        return self.tasks[name]
 
 
 @dataclass(frozen=True)
-class GenerationPipeline:
-    """A model, its processor and its form."""
+class GenerationOutput:
+    """What a call of the pipeline returns.
+
+    Attributes:
+        images: PIL images, or a tensor (n, ch, y, x) in [-1, 1]; None from a model of videos.
+        frames: a list of PIL images for each video, or a tensor (n, t, ch, y, x); None from a model of
+            images.
+    """
+
+    images: Any = None
+    frames: Any = None
+
+
+@dataclass(frozen=True)
+class RopeMMPipeline:
+    """A model, its processor, and what it was trained to generate.
+
+        pipeline = RopeMMPipeline.from_pretrained("runs/pretrain/model")
+        pipeline("a red circle").images[0].save("circle.png")
+
+    Args:
+        model: the model.
+        processor: its tokenizer, patches and positions.
+        spec: its tasks, sizes and steps.
+    """
 
     model: PreTrainedModel
     processor: RopeMMProcessor
-    form: GenerationSpec
+    spec: GenerationSpec
 
     @classmethod
-    def load(cls, path: Path) -> "GenerationPipeline":
-        """What `save` wrote.
+    def from_pretrained(cls, folder: str | Path) -> "RopeMMPipeline":
+        """The pipeline of a folder that `save_pretrained` wrote.
 
         Raises:
-            ValueError: a folder that holds no such model.
+            ValueError: a folder that holds none, or whose files are damaged.
         """
-        if not (path / FILE).is_file():
-            raise ValueError(f"{path} holds no {FILE}; give OUT/model of a run of train/pretrain.py")
-        model = RopeMMForConditionalGeneration.from_pretrained(path).eval()
-        processor = RopeMMProcessor.from_pretrained(path)
-        return cls(model, processor, GenerationSpec(**json.loads((path / FILE).read_text())))
+        folder = Path(folder)
+        if not (folder / SPEC_FILE).is_file():
+            raise ValueError(f"{folder} holds no {SPEC_FILE}; give the folder model of a training run")
+        try:
+            model = RopeMMForConditionalGeneration.from_pretrained(folder).eval()
+            processor = RopeMMProcessor.from_pretrained(folder)
+            spec = GenerationSpec(**json.loads((folder / SPEC_FILE).read_text(encoding="utf-8")))
+        except (SafetensorError, JSONDecodeError, RuntimeError, OSError, TypeError) as error:
+            remedy = "the command that trained it writes it again"
+            raise ValueError(f"{folder} holds no whole model ({reason(error)}); {remedy}") from error
+        return cls(model, processor, spec)
 
-    def save(self, path: Path) -> None:
-        """Write model, processor and form to a folder."""
-        self.model.save_pretrained(path)
-        self.processor.save_pretrained(path)
-        write_text(path / FILE, json.dumps(asdict(self.form), indent=1))
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model, processor and spec to a folder."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        write_text(Path(folder) / SPEC_FILE, json.dumps(asdict(self.spec), indent=1))
 
-    def prompt(self, name: str, words: str = "", shown: Part | None = None) -> list[Part]:
-        """What stands before a task's column, its columns filled with these words or this picture or clip.
+    def to(self, device: torch.device | str) -> "RopeMMPipeline":
+        """This pipeline, its model moved to a device."""
+        self.model.to(device)  # pyright: ignore[reportArgumentType]
+        return self
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+    ) -> GenerationOutput:
+        """Images, or videos from a model that was trained on videos alone, for one caption or several.
+
+        Args:
+            prompt: captions; "" for a model that generates without text.
+            num_images_per_prompt: images or videos of each caption, one after another.
+            height: pixels; those of training if not given.
+            width: pixels; those of training if not given.
+            num_frames: frames of a video; as many as in training if not given.
+            num_inference_steps: passes for an image or frame; those of training if not given.
+            guidance_scale: see `classifier_free_guidance`; that of training if not given.
+            generator: of the noise.
+            output_type: "pil", or "pt" for tensors in [-1, 1].
 
         Raises:
-            ValueError: a task that needs a picture before it where none came, words without a token.
+            ValueError: words without a token, a size that whole patches do not tile, a model of neither.
         """
-        check_words(self.processor.tokenizer, [words])  # pyright: ignore[reportAttributeAccessIssue]
-        parts: list[Part] = []
-        for part in self.form.task(name).before:
-            value = (
-                part if isinstance(part, str) else words if self.form.kinds[part.column] == "text" else shown
-            )
-            if value is None:
-                raise ValueError(f"{name} starts from an image or a video; give one")
-            parts.append(value)
-        return parts
-
-    def write(self, prompts: Sequence[Sequence[Part]]) -> list[str]:
-        """What the model writes after prompts, one by one where they differ in their pictures' sizes."""
-        return self.processor.generate_text(self.model, prompts)
-
-    def draw(self, prompts: Sequence[Sequence[Part]], generator: torch.Generator) -> Tensor:
-        """Pictures (b, ch, y, x) after prompts, those of one form together."""
-        side = self.form.size // self.processor.patch_size
-        made: dict[int, Tensor] = {}
-        for group in group_by_size(prompts):
-            asked = [prompts[number] for number in group]
-            made.update(zip(group, self.make(asked, Image(side, side), generator), strict=True))
-        return torch.stack([made[number] for number in range(len(prompts))])
-
-    def film(
-        self,
-        prompts: Sequence[Sequence[Part]],
-        begun: Sequence[Tensor],
-        frames: int,
-        generator: torch.Generator,
-        window: int | None = None,
-    ) -> Tensor:
-        """Clips (b, t, ch, y, x) after prompts: those begun, and so many frames more; see `draw`."""
-        side = self.form.size // self.processor.patch_size
-        grid = Video(frames + (len(begun[0]) if begun else 0), side, side)
-        return self.make(prompts, grid, generator, begun, window)
-
-    def make(
-        self,
-        prompts: Sequence[Sequence[Part]],
-        grid: Image | Video,
-        generator: torch.Generator,
-        begun: Sequence[Tensor] | None = None,
-        window: int | None = None,
-    ) -> Tensor:
-        """Pictures or clips of a grid, in the form's steps and guidance; see the processor."""
-        steps, guidance = self.form.steps, self.form.guidance
-        return self.processor.generate_images(
-            self.model, prompts, grid, generator, steps, begun, window, guidance
+        if output_type not in ("pil", "pt"):
+            raise ValueError(f"output_type must be 'pil' or 'pt', not {output_type!r}")
+        captions = [prompt] if isinstance(prompt, str) else prompt
+        task = "text2video" if num_frames or "text2image" not in self.spec.tasks else "text2image"
+        prompts = [self.prompt(task, caption) for caption in captions for _ in range(num_images_per_prompt)]
+        options = {"size": (height, width), "steps": num_inference_steps, "guidance_scale": guidance_scale}
+        if task == "text2image":
+            images = self.generate_image(prompts, generator, **options)
+            return GenerationOutput(images=images if output_type == "pt" else list(map(to_pil, images)))
+        frames = num_frames or self.spec.frames
+        videos = self.generate_video(prompts, [], frames, generator, **options)
+        return GenerationOutput(
+            frames=videos if output_type == "pt" else [list(map(to_pil, video)) for video in videos]
         )
 
-    def complete(
-        self, prompts: Sequence[Sequence[Part]], true: Tensor | Sequence[Tensor], generator: torch.Generator
+    def prompt(self, task: str, text: str = "", visual: Part | None = None) -> list[Part]:
+        """What stands before a task's column, the columns there filled.
+
+        Args:
+            task: a name of TASKS.
+            text: of text columns.
+            visual: of image and video columns.
+
+        Raises:
+            ValueError: a task of images without one, words without a token, text for a task that reads none.
+        """
+        check_words(self.processor.tokenizer, [text])  # pyright: ignore[reportAttributeAccessIssue]
+        before = self.spec.task(task).before
+        columns = {self.spec.kinds[part.column] for part in before if isinstance(part, Column)}
+        if text and "text" not in columns:
+            raise ValueError(f"{task} reads no text in this model, so {text!r} would change nothing; give ''")
+        if visual is None and columns - {"text"}:
+            raise ValueError(f"{task} starts from an image or a video; give one")
+        values = {"text": text, "image": visual, "video": visual}
+        parts = (part if isinstance(part, str) else values[self.spec.kinds[part.column]] for part in before)
+        return [part for part in parts if part is not None]
+
+    def generate_text(self, prompts: Sequence[Sequence[Part]]) -> list[str]:
+        """The text that continues each prompt."""
+        return self.processor.generate_text(self.model, prompts)
+
+    def generate_image(
+        self,
+        prompts: Sequence[Sequence[Part]],
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Images (b, ch, y, x) after prompts, on the CPU; see `generate` for the options."""
+        return torch.stack(self.generate(prompts, None, [], generator, **options))
+
+    def generate_video(
+        self,
+        prompts: Sequence[Sequence[Part]],
+        context: Sequence[Tensor],
+        frames: int,
+        generator: torch.Generator | None = None,
+        window_frames: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Videos (b, t, ch, y, x) after prompts, on the CPU.
+
+        Args:
+            prompts: documents.
+            context: videos (t, ch, y, x) of equal size that are continued, one for each prompt, or none.
+            frames: number of new frames.
+            generator: of the noise.
+            window_frames: see `RopeMMProcessor.generate_images`.
+            options: see `generate`.
+        """
+        if context and "size" not in options:
+            options["size"] = tuple(context[0].shape[-2:])
+        options["window_frames"] = window_frames
+        return torch.stack(self.generate(prompts, frames, context, generator, **options))
+
+    def continue_video(
+        self,
+        prompts: Sequence[Sequence[Part]],
+        videos: Tensor | Sequence[Tensor],
+        generator: torch.Generator | None = None,
     ) -> list[Tensor]:
-        """Clips that go on from the first half of true ones (t, ch, y, x), t >= 2; see `draw`.
+        """Videos of the same lengths that continue the first half of the given ones (t, ch, y, x), t >= 2.
 
         The half is rounded down to whole patches; where frames see each other nothing is given.
         """
         made: dict[int, Tensor] = {}
         depth = self.processor.temporal_patch_size
-        for group in group_by_size([[*prompt, clip] for prompt, clip in zip(prompts, true, strict=True)]):
-            length = len(true[group[0]])
+        for group in group_by_size([[*prompt, video] for prompt, video in zip(prompts, videos, strict=True)]):
+            length = len(videos[group[0]])
             given = 0 if self.processor.full_video_attention else length // 2 // depth * depth
-            begun = [true[number][:given] for number in group] if given else []
-            asked = [prompts[number] for number in group]
-            clips = self.film(asked, begun, length - given, generator).cpu()
-            made.update(zip(group, clips, strict=True))
+            context = [videos[number][:given] for number in group] if given else []
+            chosen = [prompts[number] for number in group]
+            made.update(
+                zip(group, self.generate_video(chosen, context, length - given, generator), strict=True)
+            )
         return [made[number] for number in range(len(prompts))]
 
+    def generate(
+        self,
+        prompts: Sequence[Sequence[Part]],
+        frames: int | None,
+        context: Sequence[Tensor],
+        generator: torch.Generator | None,
+        size: tuple[int | None, int | None] = (None, None),
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        window_frames: int | None = None,
+    ) -> list[Tensor]:
+        """Images (ch, y, x), or videos (t, ch, y, x) of new frames after a context, on the CPU.
 
-def group_by_size(prompts: Sequence[Sequence[Part]]) -> list[list[int]]:
-    """Numbers of the prompts whose pictures and clips are of equal sizes, which a model takes together."""
+        Prompts whose images are equal in size go through the model together, MAX_BATCH of them at most.
+
+        Args:
+            prompts: documents.
+            frames: number of new frames; None for images.
+            context: one video for each prompt, or none.
+            generator: of the noise.
+            size: pixels (height, width); None for those of training.
+            steps: passes for an image or frame; None for those of training.
+            guidance_scale: None for that of training.
+            window_frames: see `RopeMMProcessor.generate_images`.
+        """
+        require_list("prompts", prompts)
+        made: dict[int, Tensor] = {}
+        grid = self.grid(size)
+        if frames is not None:
+            grid = Video(frames + (len(context[0]) if context else 0), grid.y, grid.x)
+        for group in group_by_size(prompts):
+            for part in (group[i : i + MAX_BATCH] for i in range(0, len(group), MAX_BATCH)):
+                images = self.processor.generate_images(
+                    self.model,
+                    [prompts[number] for number in part],
+                    grid,
+                    generator,
+                    self.spec.steps if steps is None else steps,
+                    [context[number] for number in part] if context else None,
+                    window_frames,
+                    self.spec.guidance_scale if guidance_scale is None else guidance_scale,
+                )
+                made.update(zip(part, images.cpu(), strict=True))
+        return [made[number] for number in range(len(prompts))]
+
+    def grid(self, size: tuple[int | None, int | None] = (None, None)) -> Image:
+        """An image of this size in pixels (height, width), or None for those of training, as a segment.
+
+        Raises:
+            ValueError: a size that whole patches do not tile.
+        """
+        height, width = (self.spec.size if side is None else side for side in size)
+        return grid_of(height, width, self.processor.patch_size)
+
+
+@dataclass(frozen=True)
+class ImageBatcher:
+    """Images of one size and their captions -> sequences and patches, for training on images alone.
+
+    Args:
+        config: of the model.
+        tokenizer: of the captions.
+        size: pixels of an image's side.
+    """
+
+    config: RopeMMConfig
+    tokenizer: PreTrainedTokenizerBase
+    size: int
+
+    @property
+    def grid(self) -> Image:
+        """The image as a segment.
+
+        Raises:
+            ValueError: a size that whole patches do not tile, patches of several frames.
+        """
+        if self.config.temporal_patch_size > 1:
+            raise ValueError(
+                f"temporal_patch_size {self.config.temporal_patch_size} is for videos; images alone take 1"
+            )
+        return grid_of(self.size, self.size, self.config.patch_size)
+
+    def sequences(self, captions: Sequence[str]) -> SequenceBatch:
+        """Each caption, then the image: what generator and critic read beside the patches.
+
+        Raises:
+            ValueError: a string in the place of a list.
+        """
+        require_list("captions", captions)
+        return build_batch([[caption, self.grid] for caption in captions], self.tokenizer, self.config.scheme)
+
+    def noise(self, generator: torch.Generator, images: int) -> Tensor:
+        """Noise patches (b, n, p) of a number of images."""
+        return torch.randn(images, self.grid.tokens, self.config.patch_width, generator=generator)
+
+    def to_images(self, patches: Tensor) -> Tensor:
+        """Images (b, ch, y, x) of patches (b, n, p)."""
+        raster = patches[:, token_order(self.grid, self.config.scheme).argsort()]
+        return to_images(raster, self.grid.y, self.grid.x, self.config.patch_size)
+
+    def to_patches(self, images: Tensor) -> Tensor:
+        """Patches (b, n, p) of images (b, ch, y, x), in the order of their tokens."""
+        return to_patches(images, self.config.patch_size)[:, token_order(self.grid, self.config.scheme)]
+
+    def pipeline(self, model: PreTrainedModel, captioned: bool = True) -> RopeMMPipeline:
+        """The pipeline of a model trained on these images, with captions or without."""
+        template = "{caption}{image:generate}" if captioned else "{image:generate}"
+        spec = GenerationSpec([template], {"caption": "text", "image": "image"}, self.size)
+        return RopeMMPipeline(model, RopeMMProcessor.from_config(self.config, self.tokenizer), spec)
+
+
+def grid_of(height: int, width: int, patch_size: int) -> Image:
+    """An image of this size in pixels as a segment of patches.
+
+    Raises:
+        ValueError: a size that whole patches do not tile.
+    """
+    if height % patch_size or width % patch_size or min(height, width) < 1:
+        raise ValueError(
+            f"images of {height} x {width} pixels do not divide into patches of {patch_size} x {patch_size}"
+        )
+    return Image(height // patch_size, width // patch_size)
+
+
+def group_by_size(prompts: Sequence[Sequence[Any]]) -> list[list[int]]:
+    """Numbers of the prompts whose images and videos are equal in size, which a model takes together."""
     groups: dict[Any, list[int]] = {}
     for number, prompt in enumerate(prompts):
-        sizes = tuple(numpy.shape(part) for part in prompt if not isinstance(part, str))  # pyright: ignore
-        groups.setdefault(sizes, []).append(number)
+        visuals = (getattr(part, "pixels", part) for part in prompt if not isinstance(part, str))
+        groups.setdefault(tuple(map(numpy.shape, visuals)), []).append(number)
     return list(groups.values())
 
 
 def generates_unconditionally(template: Sequence[str | Column], kinds: Mapping[str, str]) -> bool:
-    """Whether a template has something to draw before its first words."""
+    """Whether a template has an image or video to generate before its first text."""
     for part in template:
         if isinstance(part, str) or kinds[part.column] == "text":
             return False
         if part.generate:
             return True
     return False
-
-
-def pixels_of(part: str | Visual) -> Tensor:
-    """The pixels of what is shown."""
-    if isinstance(part, str):
-        raise ValueError(f"{part!r} is no picture")
-    return part.pixels
-
-
-def processor_parts(document: Document) -> list[Part]:
-    """A document as a processor takes it."""
-    return [part if isinstance(part, str) else part.pixels for part in document]
-
-
-def document_text(document: Document) -> str:
-    """A document's words."""
-    return "".join(part for part in document if isinstance(part, str)).strip()

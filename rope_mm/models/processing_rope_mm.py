@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from PIL.Image import Image as PILImage
 from torch import Tensor
@@ -30,7 +31,7 @@ CHAT = (
     "{% endfor %}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-Part = str | PILImage | np.ndarray | Tensor | list | tuple
+Part = Any  # a string, an image or a video, see RopeMMProcessor
 
 
 class RopeMMProcessorKwargs(ProcessingKwargs, total=False):
@@ -46,8 +47,9 @@ class RopeMMProcessor(ProcessorMixin):
         inputs = processor(text="see <image>", images=[image])
         ids = model.generate(**inputs)
 
-    An image is PIL's, or (ch, y, x); a video is (t, ch, y, x) or a list of images. Whole numbers are 0 to
-    255, others -1 to 1. `from_config` makes a processor that fits a model.
+    An image is PIL's, or (ch, y, x); a video is (t, ch, y, x) or a list of images; both may be the `pixels`
+    of an object, such as `rope_mm.data`'s Visual. Whole numbers are 0 to 255, others -1 to 1. `from_config`
+    makes a processor that fits a model.
 
     Args:
         tokenizer: it has the image token, see `load_tokenizer`.
@@ -336,6 +338,7 @@ def to_pixels(part: Any, channels: int) -> Tensor:
     Raises:
         ValueError: tensors of another shape, a number of channels that PIL has no mode for.
     """
+    part = getattr(part, "pixels", part)
     if isinstance(part, list | tuple):
         return torch.stack([to_pixels(frame, channels) for frame in part])
     if isinstance(part, PILImage):
@@ -347,6 +350,18 @@ def to_pixels(part: Any, channels: int) -> Tensor:
     if pixels.dim() not in (3, 4):
         raise ValueError(f"an image is (ch, y, x) and a video (t, ch, y, x), not {tuple(pixels.shape)}")
     return pixels.float() if pixels.is_floating_point() else pixels / 127.5 - 1
+
+
+def to_pil(image: Tensor) -> PILImage:
+    """The PIL image of pixels (ch, y, x) from -1 to 1.
+
+    Raises:
+        ValueError: a number of channels that PIL has no mode for.
+    """
+    if len(image) not in MODES:
+        raise ValueError(f"an image of PIL has {', '.join(map(str, MODES))} channels, not {len(image)}")
+    levels = image.float().cpu().clamp(-1, 1).add(1).mul(127.5).round().byte()
+    return PIL.Image.fromarray(levels.permute(1, 2, 0).squeeze(-1).numpy())
 
 
 def flatten_visuals(given: Any, dims: int) -> Iterator[Part]:

@@ -62,6 +62,12 @@ def load_tokenizer(name: str = "bytes", texts: Iterable[str] = ()) -> PreTrained
     return tokenizer
 
 
+def knows_words(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether every word of a text has a token."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return tokenizer.unk_token_id not in ids
+
+
 def check_words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:
     """Refuse texts with a word that has no token.
 
@@ -69,8 +75,5 @@ def check_words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Non
         ValueError: with the first such text.
     """
     for text in dict.fromkeys(texts):
-        if (
-            tokenizer.unk_token_id
-            in tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        ):
+        if not knows_words(tokenizer, text):
             raise ValueError(f"{text!r} has words that the model was not taught; use those of its data")

@@ -1,14 +1,12 @@
 """Drawing guided by words: from what is drawn without them, through what is drawn with them, and beyond."""
 
-import json
-
 import pytest
 import torch
 
 from rope_mm import Image, Video
 from rope_mm.data.documents import read_template
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer, read_config
-from rope_mm.models.pipeline import FILE, GenerationPipeline, GenerationSpec, generates_unconditionally
+from rope_mm.models.pipeline import GenerationSpec, RopeMMPipeline, generates_unconditionally
 from rope_mm.models.sampling import classifier_free_guidance
 
 GRID = Image(2, 2)
@@ -81,20 +79,16 @@ def test_a_guided_clip_rolls_on_from_one_that_fits_its_window(model):
     torch.testing.assert_close(rolling[:, :2], draw(model, WORDS[:1], 2.0, 2, Video(2, 2, 2)), **CLOSE)
 
 
-def test_a_teller_draws_with_the_guidance_it_was_saved_with(model, tmp_path):
+def test_a_pipeline_generates_with_the_guidance_it_was_saved_with(model, tmp_path):
     processor = RopeMMProcessor.from_config(model.config, load_tokenizer())
-    form = GenerationSpec(["{words}{image:generate}"], {"words": "text", "image": "image"}, 4, 1, 2, 2.0)
-    GenerationPipeline(model, processor, form).save(tmp_path)
-    teller = GenerationPipeline.load(tmp_path)
-    prompt = teller.prompt("text2image", "some")
-    drawn = teller.draw([prompt], torch.Generator().manual_seed(1))
-    torch.testing.assert_close(drawn, draw(model, ["some"], 2.0, 2), **CLOSE)
-    old = {
-        name: value for name, value in json.loads((tmp_path / FILE).read_text()).items() if name != "guidance"
-    }
-    (tmp_path / FILE).write_text(json.dumps(old))  # as written before there was guidance
-    drawn = GenerationPipeline.load(tmp_path).draw([prompt], torch.Generator().manual_seed(1))
-    torch.testing.assert_close(drawn, draw(model, ["some"], 1.0, 2), **CLOSE)
+    spec = GenerationSpec(["{words}{image:generate}"], {"words": "text", "image": "image"}, 4, 1, 2, 2.0)
+    RopeMMPipeline(model, processor, spec).save_pretrained(tmp_path)
+    pipeline = RopeMMPipeline.from_pretrained(tmp_path)
+    prompt = pipeline.prompt("text2image", "some")
+    image = pipeline.generate_image([prompt], torch.Generator().manual_seed(1))
+    torch.testing.assert_close(image, draw(model, ["some"], 2.0, 2), **CLOSE)
+    image = pipeline.generate_image([prompt], torch.Generator().manual_seed(1), guidance_scale=1.0)
+    torch.testing.assert_close(image, draw(model, ["some"], 1.0, 2), **CLOSE)
 
 
 @pytest.mark.parametrize(

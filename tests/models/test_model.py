@@ -226,15 +226,6 @@ def test_the_critics_penalty_trains_every_weight_and_agrees_with_finite_differen
     torch.testing.assert_close(moved, (gradient * step).flatten(1).sum(1), atol=1e-9, rtol=1e-3)
 
 
-def test_a_canvas_draws_what_the_seed_says(config):
-    model = RopeMMForConditionalGeneration(config).eval()
-    canvas = ImageBatcher(config, load_tokenizer(), 8)
-    draw = lambda seed: canvas.draw(model, ["one", "two"], torch.Generator().manual_seed(seed))  # noqa: E731
-    assert draw(0).shape == (2, 1, 8, 8)
-    assert torch.equal(draw(0), draw(0))
-    assert not torch.equal(draw(0), draw(1))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

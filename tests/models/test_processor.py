@@ -55,13 +55,17 @@ def test_documents_become_segments_and_their_patches_in_order():
 def test_a_patch_stands_where_it_is_in_the_picture(scheme):
     processor, model = make(scheme)
     rows = torch.arange(4.0).repeat_interleave(2)[:, None].expand(8, 8)  # each patch says its row
-    canvas = ImageBatcher(model.config, processor.tokenizer, 8)
-    for patches in (processor(documents=[["a", rows[None]]])["patches"], canvas.patches(rows[None, None])[0]):
+    batcher = ImageBatcher(model.config, processor.tokenizer, 8)
+    pipeline = batcher.pipeline(model)
+    for patches in (
+        processor(documents=[["a", rows[None]]])["patches"],
+        batcher.to_patches(rows[None, None])[0],
+    ):
         place = processor(documents=[["a", rows[None]]])["position_ids"][2, 0, 1:]
         assert torch.equal(patches[:, 0].double(), place - place.min())
-        assert torch.equal(canvas.picture(patches[None])[0, 0], rows)
+        assert torch.equal(batcher.to_images(patches[None])[0, 0], rows)
     pictures = processor.generate_images(model, ["a"], Image(4, 4), torch.Generator().manual_seed(0))
-    assert torch.equal(pictures, canvas.draw(model, ["a"], torch.Generator().manual_seed(0)))
+    assert torch.equal(pictures, pipeline.generate_image([["a"]], torch.Generator().manual_seed(0)))
 
 
 def test_text_with_tokens_is_the_same_document():

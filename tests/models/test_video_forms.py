@@ -111,5 +111,5 @@ def test_what_cannot_be_is_refused():
         read_config(video_attention="both")
     with pytest.raises(ValueError, match="temporal_patch_size must be at least 1, not 0"):
         read_config(temporal_patch_size=0)
-    with pytest.raises(ValueError, match="temporal_patch_size 2 is for clips; images alone take 1"):
+    with pytest.raises(ValueError, match="temporal_patch_size 2 is for videos; images alone take 1"):
         _ = ImageBatcher(read_config(temporal_patch_size=2), load_tokenizer(), 8).grid

@@ -133,8 +133,8 @@ def test_the_schemes_of_a_configuration_differ_in_nothing_but_the_scheme(path):
             "cpu",
         ],
     )
-    words = compare.Benchmark(config).words
-    models = {scheme: compare.make_model(config, words, scheme, 0) for scheme in config.schemes}
+    tokenizer = compare.Benchmark(config).tokenizer
+    models = {scheme: compare.make_model(config, tokenizer, scheme, 0) for scheme in config.schemes}
     first = dict(models["flat"].named_parameters())
     for name, model in models.items():
         ours = {key: weight for key, weight in model.named_parameters() if "rotary" not in key}
@@ -149,10 +149,10 @@ def asked(toy):
     """A model and, of each task, quizzes at their places."""
     config = load(compare.CompareSchemes, toy)
     school = compare.Benchmark(config)
-    model = compare.make_model(config, school.words, "tv", 0).eval()
+    model = compare.make_model(config, school.tokenizer, "tv", 0).eval()
     told = {task: told for (kind, task, _), told in school.exams.items() if kind == "trained"}
     return model, {
-        task: place_qa(quizzes, school.words, model.config.scheme) for task, quizzes in told.items()
+        task: place_qa(quizzes, school.tokenizer, model.config.scheme) for task, quizzes in told.items()
     }
 
 
@@ -177,7 +177,7 @@ def test_an_answer_is_right_if_and_only_if_greedy_decoding_writes_it(asked):
     model, tasks = asked
     one = tasks["sprite"][:1]
     found = generate_answers(model, one)
-    assert not found.right and found.words > 0 and found.pictures == 0
+    assert not found.correct and found.text_loss > 0 and found.image_loss == 0
     clairvoyant(model, one)
     assert score_answers(model, one).all()
     assert one[0].row.input_ids[-1] == 1
@@ -192,12 +192,14 @@ def test_a_drawing_is_right_if_it_shows_what_was_asked_whatever_else_is_asked_be
     model, tasks = asked
     drawings, mixed = tasks["drawing"], [*tasks["drawing"], *tasks["cell"]]
     found = generate_answers(model, mixed)
-    assert found.pictures > 0 and len(found.drawn) == sum(quiz.drawn for _, quiz in drawings) == 8
-    assert generate_answers(model, drawings).words == 0
-    torch.testing.assert_close(generate_answers(model, drawings).pictures, found.pictures)
+    assert (
+        found.image_loss > 0 and len(found.patches) == sum(quiz.answer_patches for _, quiz in drawings) == 8
+    )
+    assert generate_answers(model, drawings).text_loss == 0
+    torch.testing.assert_close(generate_answers(model, drawings).image_loss, found.image_loss)
     assert not score_answers(model, drawings).all()
     clairvoyant(model, drawings)
-    assert score_answers(model, drawings).all() and generate_answers(model, drawings).pictures == 0
+    assert score_answers(model, drawings).all() and generate_answers(model, drawings).image_loss == 0
     clairvoyant(model, drawings[1:] + drawings[:1])  # the right pictures, each for another one
     shown = [quiz.patches for _, quiz in drawings]
     same = [torch.equal(one, other) for one, other in zip(shown, shown[1:] + shown[:1], strict=True)]
@@ -207,9 +209,9 @@ def test_a_drawing_is_right_if_it_shows_what_was_asked_whatever_else_is_asked_be
 def test_what_is_to_be_drawn_is_never_shown(asked):
     model, tasks = asked
     one = tasks["drawing"][:1]
-    before = generate_answers(model, one).drawn
-    one[0].told.patches.zero_()
-    assert torch.equal(generate_answers(model, one).drawn, before)
+    before = generate_answers(model, one).patches
+    one[0].sample.patches.zero_()
+    assert torch.equal(generate_answers(model, one).patches, before)
 
 
 def test_captions_say_what_the_judge_of_sprites_sees():

@@ -65,7 +65,7 @@ def test_a_question_that_makes_no_sense_is_refused_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["clip.gif"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "documents.json", "config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_spec.json", "config.json"])
 def test_a_model_cut_short_is_said_to_be(name, model, refusal, tmp_path):
     shutil.copytree(model, tmp_path / "model")
     file = tmp_path / "model" / name

@@ -188,16 +188,16 @@ class Sure:
     def __init__(self, see, said="", nudged=False):
         self.see, self.said, self.nudged = see, said, nudged
 
-    def prompt(self, name, words="", shown=None):
+    def prompt(self, name, words="", visual=None):
         return words
 
-    def draw(self, prompts, generator):
+    def generate_image(self, prompts, generator):
         read = [read_caption(words) for words in prompts]
         factors = {name: torch.tensor([caption[name] for caption in read]) for name in FACTORS}
         steps = torch.randint(-self.nudged, 1 + self.nudged, (len(prompts), 2), generator=generator)
         return render_sprites(self.see(factors), 16, steps).float() / 127.5 - 1
 
-    def write(self, prompts):
+    def generate_text(self, prompts):
         return [self.said] * len(prompts)
 
 

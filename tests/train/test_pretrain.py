@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from rope_mm.data import captioned_videos
 from rope_mm.models import RopeMMForConditionalGeneration
-from rope_mm.models.pipeline import GenerationPipeline
+from rope_mm.models.pipeline import RopeMMPipeline
 from rope_mm.training.config import load, run
 from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.rival import CriticTrainer
@@ -127,8 +127,8 @@ def test_clips_in_patches_of_two_frames_and_frames_that_see_each_other_are_train
     train(data, tmp_path, steps=12, head="flow", **settings)
     pictures = [line["flow"] for line in lines(tmp_path) if "flow" in line]
     assert pictures[-1] < pictures[0]
-    teller = GenerationPipeline.load(tmp_path / "model")
-    (clip,) = teller.complete([["a"]], [torch.zeros(4, 1, 4, 4)], torch.Generator())
+    teller = RopeMMPipeline.from_pretrained(tmp_path / "model")
+    (clip,) = teller.continue_video([["a"]], [torch.zeros(4, 1, 4, 4)], torch.Generator())
     assert clip.shape == (4, 1, 4, 4) and clip.isfinite().all()
     assert not clip[:2].any() if "temporal_patch_size" in changes else clip[:2].all()
 
@@ -160,8 +160,10 @@ def test_pictures_are_learned_and_with_them_the_words(head, data, tmp_path):
     assert last["words"] < 0.1 * first["words"]
     assert last[head] < 0.3 * first[head]
     if head == "mse":  # a bar is drawn where its caption says; the mean of all is 0.75 from each
-        teller = GenerationPipeline.load(tmp_path / "run" / "model")
-        drawn = teller.draw([teller.prompt("text2image", letter) for letter in "abcd"], torch.Generator())
+        teller = RopeMMPipeline.from_pretrained(tmp_path / "run" / "model")
+        drawn = teller.generate_image(
+            [teller.prompt("text2image", letter) for letter in "abcd"], torch.Generator()
+        )
         bars = 2 * torch.eye(4)[:, None, None].expand(4, 1, 4, 4) - 1
         assert (drawn - bars).square().mean() < 0.3
 
@@ -249,11 +251,11 @@ def test_sprites_and_clips_are_examined_and_held_out_rows_are_asked_for_by_numbe
 
 def test_what_a_model_was_not_taught_is_refused(data, tmp_path):
     train(data, tmp_path / "run", steps=1, **{"data.templates": "['{caption}']"})
-    teller = GenerationPipeline.load(tmp_path / "run" / "model")
+    teller = RopeMMPipeline.from_pretrained(tmp_path / "run" / "model")
     with pytest.raises(ValueError, match="no template of this model trains text2image; they are"):
         teller.prompt("text2image", "a")
-    with pytest.raises(ValueError, match=r"holds no documents.json; give OUT/model"):
-        GenerationPipeline.load(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no generation_spec\.json; give the folder model"):
+        RopeMMPipeline.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
