@@ -32,9 +32,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import CaptionedImages, load_images, make_generator
 from rope_mm.evaluation.image_grid import save_sheet
-from rope_mm.evaluation.images import CaptionEvaluator, train_classifier
-from rope_mm.evaluation.metrics import NEIGHBOURS
-from rope_mm.evaluation.quality import REAL, TOOK, Runs, draw_figure, write_table
+from rope_mm.evaluation.images import MIN_SAMPLES, CaptionEvaluator, report_skipped, train_classifier
+from rope_mm.evaluation.quality import COSTS, REAL, Runs, draw_figure, write_table
 from rope_mm.files import write_text
 from rope_mm.losses import twice_differentiable
 from rope_mm.models.pipeline import RopeMMPipeline
@@ -148,11 +147,12 @@ def prepare(config: CompareHeads) -> EvalSet:
     rows, labels = find_classes(known, config.classes, config.examples)
     unseen, asked = find_classes(held_out, config.classes, len(held_out))
     judged = min(config.judged, len(unseen) // 2)
-    if judged <= NEIGHBOURS or not rows:
+    if judged < (least := MIN_SAMPLES["accuracy"]) or not rows:
         raise ValueError(
-            f"{judged} pictures would be judged, after {len(rows)} that teach the judge, where more than "
-            f"{NEIGHBOURS} have neighbours; give judged, and classes that stand in captions"
+            f"{judged} images would be evaluated, after {len(rows)} that train the classifier; accuracy "
+            f"needs {least}; raise judged, or name classes that stand in captions"
         )
+    report_skipped(judged, len(unseen) - judged)
     judge = train_classifier(known.images(rows), labels, config.seed, config.epochs)
     real, asked = held_out.images(unseen), asked[:judged]
     with torch.no_grad():
@@ -190,7 +190,7 @@ def take(config: Pretrain, passes: Sequence[int], questions: EvalSet, samples: d
         samples[f"{out.name}, {count}"] = drawn[questions.shown]
         marks[str(count)] = questions.exam.evaluate(drawn)
     result = json.loads((out / "result.json").read_text())
-    return {name: result[name] for name in TOOK} | {"marks": marks}
+    return {name: result[name] for name in COSTS} | {"metrics": marks}
 
 
 def check(config: CompareHeads) -> None:

@@ -140,7 +140,7 @@ def train(config: CompareSchemes, school: Benchmark, scheme: str, seed: int, bar
         raise ValueError(f"the loss of {scheme}, seed {seed}, is not finite; give a lower --lr")
     marks = school.judge(model.eval())
     cost = {"lessons_cpu_s": taught - began, "cpu_s": time.process_time() - taught}
-    return {"marks": marks, "parameters": model.num_parameters(), "loss": loss.item(), **cost}
+    return {"metrics": marks, "parameters": model.num_parameters(), "loss": loss.item(), **cost}
 
 
 def check(config: CompareSchemes) -> None:

@@ -206,7 +206,14 @@ def marks(samples: Tensor) -> dict[str, list[float]]:
     return {name: [of_seed[name] for of_seed in of_seeds] for name in of_seeds[0]}
 
 
-COLUMNS = {"modes": ".1f", "held": ".1f", "least": ".2f", "quality": ".3f", "kl": ".4f", "spread": ".2f"}
+COLUMNS = {
+    "modes": ".1f",
+    "modes_covered": ".1f",
+    "min_mode_share": ".2f",
+    "quality": ".3f",
+    "kl": ".4f",
+    "spread": ".2f",
+}
 
 
 def table(numbers: dict[str, dict[str, Any]]) -> str:

@@ -213,7 +213,7 @@ def report(marks: Mapping[str, Sequence[Marks]]) -> tuple[str, dict[str, float]]
 def write(config: Lifelong, marks: Mapping[str, Sequence[Marks]]) -> str:
     """The tables, which are written with all marks."""
     out, (text, apart) = Path(config.out), report(marks)
-    found = {"settings": asdict(replace(config, out="")), "difference of words": apart, "marks": marks}
+    found = {"settings": asdict(replace(config, out="")), "difference of words": apart, "metrics": marks}
     write_text(out / "lifelong.json", json.dumps(found, indent=1))
     write_text(out / "table.md", text)
     return f"{text}\n{out}/table.md, lifelong.json, lifelong.png"

@@ -1,4 +1,4 @@
-"""What runs of several schemes over several seeds say: means, spreads, and what is inside the noise."""
+"""Accuracies of several schemes over several seeds: means, spreads, and which differences are noise."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,15 +12,19 @@ from rope_mm.analysis import markdown
 from rope_mm.analysis.figures import new_figure, save_figure
 
 SHUFFLES = 10_000
-Summary = dict[str, dict[str, dict[str, Any]]]  # kind -> task -> what is told of it
+Summary = dict[str, dict[str, dict[str, Any]]]  # kind -> task -> what `describe` gives
 
 
-def judge_noise(scores: Tensor) -> dict[str, float | None]:
-    """What is inside the noise of scores (scheme, seed) in [0, 1].
+def estimate_noise(scores: Tensor) -> dict[str, float | None]:
+    """How far means of schemes differ by chance.
 
-    `differ` is Tukey's honest significant difference at 5 % of scheme means, the noise being what is left of
-    the scores without scheme and seed; None with one seed. `p` is that of any difference at all: how often
-    labels shuffled within each seed spread the means as far.
+    Args:
+        scores: accuracies (scheme, seed) in [0, 1].
+
+    Returns:
+        `differ`, Tukey's honest significant difference at 5 % of scheme means, the noise being what is left
+        of the scores without scheme and seed; None with one seed. `p`, that of any difference at all: how
+        often labels shuffled within each seed spread the means as far.
     """
     schemes, seeds = scores.shape
     centred = scores.double() - scores.double().mean(0)
@@ -36,12 +40,18 @@ def judge_noise(scores: Tensor) -> dict[str, float | None]:
 
 
 def summarise(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Summary:
-    """What runs (scheme -> seeds) say of each kind and task, and of "all", the mean of the tasks."""
+    """`describe` of each kind and task, and of "all", the mean of the tasks.
+
+    Args:
+        runs: scheme -> runs, one for each seed, with accuracies in run["metrics"][kind][task][form].
+    """
     summary: Summary = {}
-    first = next(iter(runs.values()))[0]["marks"]
+    first = next(iter(runs.values()))[0]["metrics"]
     for kind, tasks in first.items():
         scores = {
-            task: torch.tensor([[mean(run["marks"][kind][task]) for run in seeds] for seeds in runs.values()])
+            task: torch.tensor(
+                [[mean(run["metrics"][kind][task]) for run in seeds] for seeds in runs.values()]
+            )
             for task in tasks
         }
         scores["all"] = torch.stack(list(scores.values())).mean(0)
@@ -50,8 +60,16 @@ def summarise(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Summary:
 
 
 def describe(schemes: Sequence[str], scores: Tensor) -> dict[str, Any]:
-    """Scores (scheme, seed) in numbers; `best` are the best mean and all that noise does not tell from it."""
-    means, noise = scores.mean(1).tolist(), judge_noise(scores)
+    """Scores, means and spreads by scheme, and the noise.
+
+    Args:
+        schemes: their names.
+        scores: accuracies (scheme, seed).
+
+    Returns:
+        Also `best`: the schemes whose means differ from the best one by no more than noise.
+    """
+    means, noise = scores.mean(1).tolist(), estimate_noise(scores)
     spread = scores.std(1).tolist() if scores.shape[1] > 1 else [0.0] * len(means)
     margin = noise["differ"] or 0.0
     return {
@@ -69,7 +87,7 @@ def mean(forms: Mapping[str, float]) -> float:
 
 
 def write_table(summary: Summary) -> str:
-    """The summary as tables in Markdown, the best scheme first; bold is what noise does not tell from it."""
+    """The summary as tables in Markdown, the best scheme first; bold are those that noise may explain."""
     text = "Right answers in %, mean ± standard deviation over seeds.\n"
     for kind, tasks in summary.items():
         order = sorted(tasks["all"]["mean"], key=lambda name: -tasks["all"]["mean"][name])
@@ -78,8 +96,8 @@ def write_table(summary: Summary) -> str:
             percent = ([100 * score for score in task["scores"][name]] for task in tasks.values())
             cells = zip((markdown.spread(scores, ".1f") for scores in percent), tasks.values(), strict=True)
             rows.append([name, *(f"**{cell}**" if name in t["best"] else cell for cell, t in cells)])
-        told = ["-" if t["differ"] is None else f"{100 * t['differ']:.1f}" for t in tasks.values()]
-        rows.append(["differ by more than noise if by", *told])
+        margins = ["-" if t["differ"] is None else f"{100 * t['differ']:.1f}" for t in tasks.values()]
+        rows.append(["differ by more than noise if by", *margins])
         rows.append(["p of no difference", *(f"{t['p']:.4f}" for t in tasks.values())])
         text += f"\n{markdown.table([f'{kind} sizes', *tasks], rows, '---:')}\n"
     return text
@@ -87,6 +105,10 @@ def write_table(summary: Summary) -> str:
 
 def draw_figure(path: Path, summary: Summary) -> None:
     """Write a panel for every kind and task: a dot for each seed, a bar for the mean, the noise shaded.
+
+    Args:
+        path: of the PNG file.
+        summary: as `summarise` gives it.
 
     Raises:
         ValueError: no matplotlib.

@@ -1,5 +1,10 @@
-"""Exams of drawn images by a judge that learned from real ones: what a caption asks, or stacked digits."""
+"""Evaluators of generated images by a classifier trained on real ones: captions, or modes of stacked digits.
 
+The distances are in the 64 features of a small classifier trained on the data itself: they compare runs on
+one data set, and are no FID. Other features, Inception's or DINOv2's, go to `metrics.frechet`, `kid`, `prdc`.
+"""
+
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,117 +17,174 @@ from torch.nn.functional import cross_entropy
 from rope_mm.evaluation.metrics import NEIGHBOURS, conditional_accuracy, frechet, mode_statistics, prdc
 from rope_mm.registry import Registry
 
-STACKS = 4_000  # whose digits teach the judge
-EPOCHS = 10
+FEATURES = 64  # of the classifier
+MIN_SAMPLES = {  # below which a metric says nothing
+    "accuracy": 20,
+    "prdc": 10 * NEIGHBOURS,
+    "frechet": FEATURES + 1,  # else the covariances are singular
+}
+STACKS = 4_000  # whose digits the classifier learns
+EPOCHS = 10  # on the digits of stacks
+
+LOG = logging.getLogger(__name__)
 
 
 class ImageEvaluator(Protocol):
-    """An exam: which held-out captions to draw, marks of those pictures, and those of real ones."""
+    """Which held-out captions to generate, metrics of those images, and those of real ones."""
 
     @property
     def rows(self) -> list[int]:
-        """Held-out rows whose captions are to be drawn."""
+        """Held-out rows whose captions are to be generated."""
         ...
 
     @property
     def real_reference(self) -> dict[str, float]:
-        """What real pictures score."""
+        """Metrics of real images."""
         ...
 
-    def evaluate(self, pictures: Tensor) -> dict[str, float]:
-        """Marks of pictures (n, ch, y, x), drawn for the captions of `rows`."""
+    def evaluate(self, images: Tensor) -> dict[str, float]:
+        """Metrics of images (n, ch, y, x) in [-1, 1], generated for the captions of `rows` in order."""
         ...
 
 
 class FeatureClassifier(nn.Module):
-    """A small classifier of images; `features` (n, 64) are what its last layer reads."""
+    """A small classifier of images, whose last hidden layer serves as features.
+
+    Args:
+        inputs: numbers in an image, ch * y * x.
+        classes: how many.
+    """
 
     def __init__(self, inputs: int, classes: int):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Flatten(), nn.Linear(inputs, 256), nn.ReLU(), nn.Dropout(0.3), nn.Linear(256, 64), nn.ReLU()
+            nn.Flatten(),
+            nn.Linear(inputs, 256),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Linear(256, FEATURES),
+            nn.ReLU(),
         )
-        self.head = nn.Linear(64, classes)
+        self.head = nn.Linear(FEATURES, classes)
 
     def features(self, images: Tensor) -> Tensor:
+        """Features (n, 64) of images (n, ch, y, x)."""
         return self.body(images)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits (n, classes) of images (n, ch, y, x)."""
         return self.head(self.body(images))
 
 
 def train_classifier(
     images: Tensor, labels: Tensor, seed: int, epochs: int = 60, batch: int = 64
 ) -> FeatureClassifier:
-    """A judge trained on real images (n, ch, y, x) and labels (n,); the global random state is left alone."""
+    """A classifier trained on real images; the global random state is left as it was.
+
+    Args:
+        images: (n, ch, y, x) in [-1, 1].
+        labels: (n,), counted from 0.
+        seed: of its weights and of the order of images.
+        epochs: how often it sees each image.
+        batch: images a step.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = FeatureClassifier(images[0].numel(), int(labels.max()) + 1)
-        optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
+        classifier = FeatureClassifier(images[0].numel(), int(labels.max()) + 1)
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (-(-len(images) // batch)))
         for _ in range(epochs):
             for rows in torch.randperm(len(images)).split(batch):
                 optimizer.zero_grad()
-                cross_entropy(judge(images[rows]), labels[rows]).backward()
+                cross_entropy(classifier(images[rows]), labels[rows]).backward()
                 optimizer.step()
                 schedule.step()
-    return judge.eval()
+    return classifier.eval()
 
 
 def distribution_metrics(real: Tensor, fake: Tensor) -> dict[str, float]:
-    """Frechet distance, precision, recall, density and coverage of features (n, f) and (m, f)."""
-    return {"frechet": frechet(fake, real)} | prdc(real, fake)
+    """Frechet distance, precision, recall, density and coverage, as far as there are samples for them.
+
+    Args:
+        real: features (n, 64).
+        fake: features (m, 64).
+    """
+    samples = min(len(real), len(fake))
+    distance = {"frechet": frechet(fake, real)} if samples >= MIN_SAMPLES["frechet"] else {}
+    return distance | (prdc(real, fake) if samples >= MIN_SAMPLES["prdc"] else {})
+
+
+def report_skipped(images: int, real: int) -> None:
+    """Say in the log which metrics are left out for want of samples, and how many they need.
+
+    Args:
+        images: generated ones.
+        real: held-out ones that they are compared with.
+    """
+    samples = {"accuracy": images, "prdc": min(images, real), "frechet": min(images, real)}
+    few = [f"{name} ({least})" for name, least in MIN_SAMPLES.items() if samples[name] < least]
+    if few:
+        LOG.warning("%d generated and %d held-out images: too few for %s", images, real, ", ".join(few))
 
 
 @dataclass(frozen=True)
 class CaptionEvaluator:
-    """What drawn pictures are judged by: a judge, features of held-out reals, which of them to draw again.
+    """What a classifier finds in images, compared with their captions and with real images.
 
-    `real_reference` is what real training images score, and the classifier's accuracy on held-out ones.
+    Attributes:
+        classifier: trained on real images.
+        real: features (m, 64) of held-out images.
+        rows: held-out rows whose captions are to be generated.
+        labels: (n,) of those rows.
+        real_reference: metrics of real training images, and the classifier's accuracy on held-out ones.
     """
 
-    judge: FeatureClassifier
+    classifier: FeatureClassifier
     real: Tensor
     rows: list[int]
     labels: Tensor
     real_reference: dict[str, float]
 
     @torch.no_grad()
-    def evaluate(self, pictures: Tensor) -> dict[str, float]:
-        """Marks of pictures (n, ch, y, x), drawn for the labels (n,) in order.
+    def evaluate(self, images: Tensor) -> dict[str, float]:
+        """Metrics of images (n, ch, y, x) in [-1, 1], generated for the labels (n,) in order.
 
-        The share recognised as asked, the same for the worst label, and how close their features come.
+        `samples`, how many there are; `conditional_accuracy` and `distribution_metrics`, without those that
+        need more samples.
         """
-        pictures = pictures.clamp(-1, 1)
-        features = self.judge.features(pictures)
-        found = self.judge.head(features).argmax(1)
-        return conditional_accuracy(found, self.labels) | distribution_metrics(self.real, features)
+        features = self.classifier.features(images.clamp(-1, 1))
+        found = self.classifier.head(features).argmax(1)
+        accuracy = conditional_accuracy(found, self.labels)
+        few = len(images) < MIN_SAMPLES["accuracy"]
+        return (
+            {"samples": len(images)} | ({} if few else accuracy) | distribution_metrics(self.real, features)
+        )
 
 
 def prepare_captions(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], pictures: int, seed: int
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], samples: int, seed: int
 ) -> CaptionEvaluator:
-    """An exam for that many pictures, from images and labels of real training and held-out data.
+    """An evaluator of generated images by what their captions ask for.
 
-    Picture i is to show what held-out image rows[i] shows.
+    Image i is to show what held-out image rows[i] shows. Metrics that need more samples are named in the log.
 
-    Raises:
-        ValueError: too few pictures or held-out images to have neighbours.
+    Args:
+        train: real images (n, ch, y, x) in [-1, 1] and labels (n,).
+        test: held-out ones.
+        samples: how many images are generated.
+        seed: of the classifier and of the real images that are the reference.
     """
     images, labels = test
-    if min(len(images), pictures) <= NEIGHBOURS:
-        raise ValueError(
-            f"an exam needs more than {NEIGHBOURS} pictures and as many held-out images, "
-            f"not {pictures} and {len(images)}"
-        )
-    judge = train_classifier(*train, seed)
+    report_skipped(samples, len(images))
+    classifier = train_classifier(*train, seed)
     order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        real, other = judge.features(images), judge.features(train[0][order[:pictures]])
-        right = conditional_accuracy(judge(images).argmax(1), labels)["recognised"]
-    floor = {"recognised": right} | distribution_metrics(real, other)
-    rows = torch.arange(pictures) % len(labels)
-    return CaptionEvaluator(judge, real, rows.tolist(), labels[rows], floor)
+        real, other = classifier.features(images), classifier.features(train[0][order[:samples]])
+        right = conditional_accuracy(classifier(images).argmax(1), labels)["accuracy"]
+    reference = {"accuracy": right} if len(images) >= MIN_SAMPLES["accuracy"] else {}
+    rows = torch.arange(samples) % len(labels)
+    reference |= distribution_metrics(real, other)
+    return CaptionEvaluator(classifier, real, rows.tolist(), labels[rows], reference)
 
 
 def digits_of(numbers: Tensor) -> Tensor:
@@ -133,56 +195,76 @@ def digits_of(numbers: Tensor) -> Tensor:
 def mode_probs(numbers: Tensor) -> Tensor:
     """Probabilities (1000,) of numbers whose digits are independent, each as frequent as among these (n,)."""
     hundreds, tens, ones = (digits.bincount(minlength=10).double() for digits in digits_of(numbers).T)
-    law = hundreds[:, None, None] * tens[:, None] * ones
-    return law.flatten() / law.sum()
+    probs = hundreds[:, None, None] * tens[:, None] * ones
+    return probs.flatten() / probs.sum()
 
 
-def mode_metrics(numbers: Tensor, law: Tensor) -> dict[str, float]:
-    """Of `mode_statistics` what is marked: modes hit, modes with a tenth of their share, KL to the law."""
-    spread = mode_statistics(numbers, law)
-    return {name: spread[name] for name in ("modes", "held", "kl")}
+def mode_metrics(numbers: Tensor, probs: Tensor) -> dict[str, float]:
+    """Of `mode_statistics`: modes with a sample, modes with a tenth of their share, KL to the data.
+
+    Args:
+        numbers: which mode (n,) each image shows.
+        probs: of the modes (1000,) in the data.
+    """
+    found = mode_statistics(numbers, probs)
+    return {name: found[name] for name in ("modes", "modes_covered", "kl")}
 
 
 @dataclass(frozen=True)
 class ModeCoverageEvaluator:
-    """Counts the modes of stacked digits: a judge of single digits reads each channel by itself.
+    """Counts the modes of stacked digits: a classifier of single digits reads each channel by itself.
 
-    `real_reference` holds the metrics of as many real training stacks, if there are as many, and the
-    share of held-out ones that the classifier reads rightly. With labels (n,), images are also compared
-    with what was asked.
+    Attributes:
+        classifier: of single digits.
+        probs: of the modes (1000,) in the data.
+        rows: held-out rows whose captions are to be generated.
+        labels: (n,) of those rows; None without captions.
+        real_reference: metrics of as many real training stacks, if there are as many, and the classifier's
+            accuracy on held-out ones.
     """
 
-    judge: FeatureClassifier
-    law: Tensor
+    classifier: FeatureClassifier
+    probs: Tensor
     rows: list[int]
     labels: Tensor | None
     real_reference: dict[str, float]
 
-    def evaluate(self, pictures: Tensor) -> dict[str, float]:
-        """Modes and KL to the data's law, the KL less that of real stacks; the share that is as asked."""
-        numbers = read_numbers(self.judge, pictures)
-        marks = mode_metrics(numbers, self.law)
-        marks["kl_excess"] = marks["kl"] - self.real_reference["kl"]
-        if self.labels is not None:
-            marks["recognised"] = conditional_accuracy(numbers, self.labels)["recognised"]
-        return marks
+    def evaluate(self, images: Tensor) -> dict[str, float]:
+        """Metrics of images (n, 3, y, x) in [-1, 1].
+
+        `samples`; modes and KL to the data, `kl_excess` over that of real stacks; `accuracy` where there are
+        captions and samples enough.
+        """
+        numbers = read_numbers(self.classifier, images)
+        found = {"samples": len(images)} | mode_metrics(numbers, self.probs)
+        found["kl_excess"] = found["kl"] - self.real_reference["kl"]
+        if self.labels is not None and len(images) >= MIN_SAMPLES["accuracy"]:
+            found["accuracy"] = conditional_accuracy(numbers, self.labels)["accuracy"]
+        return found
 
 
 @torch.no_grad()
-def read_numbers(judge: FeatureClassifier, pictures: Tensor) -> Tensor:
-    """Numbers (n,) in pictures (n, 3, y, x): a judge of single digits reads hundreds, tens, ones in turn."""
-    parts = (judge(part.clamp(-1, 1).flatten(0, 1)[:, None]).argmax(1) for part in pictures.split(1_000))
+def read_numbers(classifier: FeatureClassifier, images: Tensor) -> Tensor:
+    """Numbers (n,) in images (n, 3, y, x): a classifier of digits reads hundreds, tens and ones in turn."""
+    parts = (classifier(part.clamp(-1, 1).flatten(0, 1)[:, None]).argmax(1) for part in images.split(1_000))
     return torch.cat([part.view(-1, 3) for part in parts]) @ torch.tensor([100, 10, 1])
 
 
 def prepare_modes(
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
-    pictures: int,
+    samples: int,
     seed: int,
     captioned: bool = False,
 ) -> ModeCoverageEvaluator:
-    """An exam for that many pictures of stacked digits; `captioned`, every number is asked equally often.
+    """An evaluator of generated stacks of digits.
+
+    Args:
+        train: real stacks (n, 3, y, x) in [-1, 1] and numbers (n,) below 1000.
+        test: held-out ones.
+        samples: how many images are generated.
+        seed: of the classifier.
+        captioned: whether images are generated for captions, every number equally often.
 
     Raises:
         ValueError: images without three channels, labels above 999.
@@ -195,18 +277,18 @@ def prepare_modes(
             f"with labels to {most}"
         )
     singles = images[:STACKS].flatten(0, 1)[:, None]
-    judge = train_classifier(singles, digits_of(numbers[:STACKS]).flatten(), seed, EPOCHS)
-    law = mode_probs(numbers)
-    right = conditional_accuracy(read_numbers(judge, unseen), held_out)["recognised"]
-    floor = mode_metrics(read_numbers(judge, images[:pictures]), law) | {"recognised": right}
+    classifier = train_classifier(singles, digits_of(numbers[:STACKS]).flatten(), seed, EPOCHS)
+    probs = mode_probs(numbers)
+    right = conditional_accuracy(read_numbers(classifier, unseen), held_out)["accuracy"]
+    reference = mode_metrics(read_numbers(classifier, images[:samples]), probs) | {"accuracy": right}
     first = {number: row for row, number in reversed(list(enumerate(held_out.tolist())))}
     asked = [first[number] for number in sorted(first)]
-    rows = [asked[i % len(asked)] for i in range(pictures)]
-    return ModeCoverageEvaluator(judge, law, rows, held_out[rows] if captioned else None, floor)
+    rows = [asked[i % len(asked)] for i in range(samples)]
+    return ModeCoverageEvaluator(classifier, probs, rows, held_out[rows] if captioned else None, reference)
 
 
 IMAGE_EVALUATORS = Registry[Callable[..., ImageEvaluator]](
-    "exam",
+    "evaluator",
     {
         "caption": prepare_captions,
         "modes": prepare_modes,

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 from itertools import product
 
 import numpy
@@ -132,8 +134,87 @@ def test_coverage_is_half_where_half_is_missing():
     assert prdc(far, near)["coverage"] == 0
 
 
-def test_neighbours_want_samples():
-    with pytest.raises(ValueError, match="5 neighbours want more than 5 samples, not 4"):
+CASES = [
+    (torch.tensor([[1.0, math.nan], [0.0, 1.0], [2.0, 2.0]]), "1 of 3 samples with nan or infinite features"),
+    (torch.tensor([[1.0, math.inf], [0.0, 1.0], [2.0, 2.0]]), "1 of 3 samples with nan or infinite features"),
+    (torch.randn(1, 2), r"at least 2 samples, not \(1, 2\)"),
+    (torch.randn(0, 2), r"at least 2 samples, not \(0, 2\)"),
+    (torch.randn(9), r"at least 2 samples, not \(9,\); one feature is \(n, 1\)"),
+    (torch.randn(9, 2, 1), r"at least 2 samples, not \(9, 2, 1\)"),
+    (torch.randn(9, 0), r"at least 2 samples, not \(9, 0\)"),
+    (torch.randn(9, 3), "features must be equally wide"),
+]
+
+
+@pytest.mark.parametrize("metric", [frechet, kid, sliced_wasserstein, prdc], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("wrong", "message"), CASES)
+def test_features_that_give_no_metric_are_refused_on_both_sides(metric, wrong, message):
+    right = torch.randn(9, 2)
+    for pair in ((wrong, right), (right, wrong)):
+        with pytest.raises(ValueError, match=message):
+            metric(*pair)
+
+
+@pytest.mark.parametrize("wrong", [CASES[0][0], CASES[1][0], torch.randn(0, 2), torch.randn(9)])
+def test_samples_that_show_no_modes_are_refused(wrong):
+    with pytest.raises(ValueError, match="samples"):
+        gaussian_modes(wrong, torch.zeros(3, 2), 0.1)
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan])
+def test_a_deviation_of_modes_that_is_not_positive_is_refused(sigma):
+    with pytest.raises(ValueError, match="sigma must be positive"):
+        gaussian_modes(torch.randn(9, 2), torch.zeros(3, 2), sigma)
+
+
+def test_one_feature_is_enough():
+    a, b = torch.randn(300, 1).double(), 2 * torch.randn(200, 1).double() + 1
+    expected = (a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2
+    assert frechet(a, b) == pytest.approx(expected.item())
+    assert kid(a[:9], b[:7]) == pytest.approx(brute_kid(a[:9].tolist(), b[:7].tolist()))
+    assert prdc(a[:20], b[:20], 3) == pytest.approx(brute_prdc(a[:20].tolist(), b[:20].tolist(), 3))
+
+
+def test_copies_of_a_sample_are_at_distance_zero_from_one_another():
+    point = torch.randn(1, 64) + 1000
+    collapsed = prdc(point + torch.randn(50, 64), point.expand(50, -1))
+    assert collapsed["recall"] == 0  # balls of radius 0
+    same = prdc(point.expand(50, -1), point.expand(50, -1))
+    assert same == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
+
+
+def test_ten_thousand_samples_take_little_memory():
+    script = """
+import resource, torch
+from rope_mm.evaluation.metrics import kid, prdc
+a, b = torch.randn(2, 10_000, 64).unbind()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+kid(a, b), prdc(a, b)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 200  # MiB; one matrix of distances has 763
+
+
+@pytest.mark.parametrize(
+    ("found", "asked"), [((1,), (4,)), ((4,), (4, 1)), ((4, 3), (4,)), ((0,), (0,)), ((), ())]
+)
+def test_answers_that_are_not_one_for_each_caption_are_refused(found, asked):
+    with pytest.raises(ValueError, match="accuracy compares labels"):
+        conditional_accuracy(torch.zeros(found).long(), torch.zeros(asked).long())
+
+
+def test_weights_and_labels_of_modes_are_numbers_of_the_right_kind():
+    with pytest.raises(ValueError, match="every mode needs a positive weight"):
+        mode_statistics(torch.tensor([0]), torch.tensor([1.0, math.nan]))
+    with pytest.raises(ValueError, match=r"labels must be whole numbers \(n,\)"):
+        mode_statistics(torch.tensor([0.0]), torch.ones(2))
+
+
+def test_neighbours_need_samples():
+    with pytest.raises(
+        ValueError, match=r"5 neighbours need .* more than 5 samples, not 9 reals and 4 fakes"
+    ):
         prdc(torch.randn(9, 2), torch.randn(4, 2))
 
 
@@ -141,12 +222,12 @@ def test_mode_statistics_are_shares_and_their_divergence_from_the_weights():
     labels = torch.tensor([0] * 70 + [1] * 29 + [3])
     found = mode_statistics(labels, torch.tensor([5, 3, 1, 1]))
     assert found["modes"] == 3
-    assert found["held"] == 3  # 1 % of the samples is exactly a tenth of the last weight
-    assert found["least"] == 0
+    assert found["modes_covered"] == 3  # 1 % of the samples is exactly a tenth of the last weight
+    assert found["min_mode_share"] == 0
     kl = 0.7 * math.log(0.7 / 0.5) + 0.29 * math.log(0.29 / 0.3) + 0.01 * math.log(0.01 / 0.1)
     assert found["kl"] == pytest.approx(kl)
     assert found["kl_floor"] == 3 / 200
-    assert mode_statistics(labels[labels < 3], torch.ones(3))["least"] == 0
+    assert mode_statistics(labels[labels < 3], torch.ones(3))["min_mode_share"] == 0
 
 
 def test_true_samples_have_the_sampling_floor_of_divergence_on_average():
@@ -171,24 +252,30 @@ def test_true_samples_of_gaussians_have_the_spread_of_the_truth(f):
     quality = {1: 0.9973, 2: 1 - math.exp(-4.5), 3: 0.9707}[f]
     assert found["quality"] == pytest.approx(quality, abs=0.003)
     assert found["spread"] == pytest.approx(1, abs=0.01)
-    assert (found["modes"], found["held"]) == (6, 6)
+    assert (found["modes"], found["modes_covered"]) == (6, 6)
     half = gaussian_modes(centres.repeat(500, 1) + 0.1 * torch.randn(3000, f), centres, 0.2)
     assert half["spread"] < 0.56  # half the truth, but for what the truth loses beyond 3 sigma
     assert half["quality"] == pytest.approx(1, abs=1e-3)
 
 
-def test_a_mode_is_hit_by_a_sample_of_high_quality_and_held_by_a_share():
+def test_a_mode_is_found_by_a_sample_of_high_quality_and_covered_by_a_share():
     centres = torch.tensor([[0.0], [10.0], [20.0]])
     samples = torch.tensor([[0.0]] * 30 + [[0.1]] * 30 + [[10.2]] + [[23.0]] * 39)  # the last: far from 20
     found = gaussian_modes(samples, centres, 0.1)
-    assert (found["modes"], found["held"], found["quality"]) == (2, 1, pytest.approx(0.61))
+    assert (found["modes"], found["modes_covered"], found["quality"]) == (2, 1, pytest.approx(0.61))
     assert found["kl"] == pytest.approx(sum(p * math.log(3 * p) for p in (0.6, 0.01, 0.39)))
     assert math.isnan(gaussian_modes(samples[-39:], centres, 0.1)["spread"])
 
 
-def test_recognition_asks_for_every_attribute_and_names_the_worst_caption():
+def test_accuracy_asks_for_every_attribute_and_names_the_worst_caption():
     asked, found = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([0, 1, 1, 1, 1, 0])
-    assert conditional_accuracy(found, asked) == {"recognised": pytest.approx(4 / 6), "worst": 0.5}
+    assert conditional_accuracy(found, asked) == {
+        "accuracy": pytest.approx(4 / 6),
+        "worst_class_accuracy": 0.5,
+    }
     asked = torch.tensor([[1, 2, 3], [1, 2, 3], [3, 2, 1]])
     found = torch.tensor([[1, 2, 3], [1, 2, 0], [3, 2, 1]])
-    assert conditional_accuracy(found, asked) == {"recognised": pytest.approx(2 / 3), "worst": 0.5}
+    assert conditional_accuracy(found, asked) == {
+        "accuracy": pytest.approx(2 / 3),
+        "worst_class_accuracy": 0.5,
+    }

@@ -24,7 +24,7 @@ SCRIPT = ROOT / "train" / "adversarial.py"
 CONFIG = ROOT / "configs" / "adversarial" / "digits.yaml"
 
 
-JUDGED = {"data.label": "label"}
+JUDGED = {"data.label": "label", "judged": 70}
 
 
 def flags(out, **changes):
@@ -61,8 +61,8 @@ def environment(**more):
 
 def test_a_run_leaves_its_configuration_metrics_pictures_and_a_model_that_loads(whole):
     result = json.loads((whole / "result.json").read_text())
-    marks = {"recognised", "frechet", "precision", "recall", "density", "coverage"}
-    assert set(result) == {*marks, "worst", *(f"real_{mark}" for mark in marks)}
+    marks = {"accuracy", "frechet", "precision", "recall", "density", "coverage"}
+    assert set(result) == {*marks, "samples", "worst_class_accuracy", *(f"real_{mark}" for mark in marks)}
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(1, 41), 40]
     assert {"critic", "generator", "r1", "r2", "real", "fake"} < set(lines[0])

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from PIL import Image as Picture
 
 from rope_mm.data import load_splits
-from rope_mm.evaluation.quality import REAL, write_table
+from rope_mm.evaluation.quality import NOTE, REAL, write_table
 from rope_mm.training.config import load
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ SHARED = next((p / "shared" / "data" for p in ROOT.parents if (p / "shared" / "d
 HEADS = "mse", "flow", "rpgan+r1+r2", "gan-qp"
 TOY = """
 batch: 4
-judged: 12
+judged: 70
 epochs: 1
 examples: 60
 passes: [1, 2]
@@ -57,10 +57,10 @@ def report(config):
 def test_every_head_is_marked_beside_real_pictures_by_its_passes(done):
     out, told = Path(done.out), report(done)
     assert tuple(told["heads"]) == HEADS
-    passes = {head: list(run["marks"]) for head, (run,) in told["heads"].items()}
+    passes = {head: list(run["metrics"]) for head, (run,) in told["heads"].items()}
     assert passes == {"mse": ["1"], "flow": ["1", "2"], "rpgan+r1+r2": ["1"], "gan-qp": ["1"]}
     for (run,) in told["heads"].values():
-        assert all(set(marks) == set(told["real"]) for marks in run["marks"].values())
+        assert all(set(marks) == set(told["real"]) for marks in run["metrics"].values())
         assert run["steps"] == 2 and run["CPU minutes"] > 0
     lines = [line.split(" | ")[:2] for line in (out / "table.md").read_text().splitlines()]
     begun = [[f"| {REAL}", ""], *([f"| {head}", count] for head in HEADS for count in passes[head])]
@@ -78,7 +78,7 @@ def test_a_critic_counts_among_the_weights_and_costs_operations(done):
 
 def test_one_pass_of_a_flow_is_not_several(done):
     (flow,) = report(done)["heads"]["flow"]
-    assert flow["marks"]["1"]["frechet"] != flow["marks"]["2"]["frechet"]
+    assert flow["metrics"]["1"]["frechet"] != flow["metrics"]["2"]["frechet"]
 
 
 def test_what_is_done_is_not_trained_again_and_what_was_cut_off_goes_on(done, tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_what_is_done_is_not_trained_again_and_what_was_cut_off_goes_on(done, tm
     compare_heads.main(config)
     assert trained == [str(run)]
     (was,), (now,) = before["heads"]["rpgan+r1+r2"], report(config)["heads"]["rpgan+r1+r2"]
-    assert now["marks"] == was["marks"]
+    assert now["metrics"] == was["metrics"]
     assert now["TFLOP"] == was["TFLOP"]  # of step 0, which the checkpoint of step 1 remembers
 
 
@@ -129,8 +129,8 @@ def test_a_caption_asks_for_the_first_class_that_is_a_word_of_it():
     ("changes", "reason"),
     [
         ({"classes": "[]"}, "heads and classes"),
-        ({"classes": "[eleven]"}, "0 pictures would be judged"),
-        ({"judged": 5}, "5 pictures would be judged"),
+        ({"classes": "[eleven]"}, "0 images would be evaluated"),
+        ({"judged": 5}, "5 images would be evaluated"),
         ({"data.paths": "[digits, sprites]"}, "one source"),
         ({"passes": "[0]"}, "passes must be"),
         ({"passes": "[]"}, "passes must be"),
@@ -175,7 +175,7 @@ def test_published_heads_train_with_equally_many_operations(tmp_path, name):
 @pytest.mark.parametrize(("name", "file"), [("mnist", "mnist63k.npz"), ("emoji", "noto32.npz")])
 def test_configurations_of_real_pictures_run(tmp_path, name, file):
     with numpy.load(SHARED / file) as arrays:
-        few = {column: arrays[column][:600] for column in arrays}
+        few = {column: arrays[column][:1200] for column in arrays}
     numpy.savez(tmp_path / file, **few)
     config = read(tmp_path, name, **{"data.paths": f"[{tmp_path / file}]"})
     compare_heads.main(config)
@@ -184,12 +184,14 @@ def test_configurations_of_real_pictures_run(tmp_path, name, file):
 
 def test_a_table_holds_means_and_spreads_over_seeds():
     took = {"steps": 5, "TFLOP": 1.0, "CPU minutes": 2.0, "weights": 7}
-    runs = [took | {"marks": {"4": {"recognised": share, "frechet": 1.5}}} for share in (0.5, 0.7)]
-    assert write_table({"recognised": 1.0, "frechet": 0.25}, {"flow": runs}).splitlines() == [
-        "| head | passes | recognised, % | frechet |",
+    runs = [took | {"metrics": {"4": {"accuracy": share, "frechet": 1.5}}} for share in (0.5, 0.7)]
+    assert write_table({"accuracy": 1.0, "frechet": 0.25}, {"flow": runs}).splitlines() == [
+        "| head | passes | accuracy, % | frechet |",
         "| --- | ---: | ---: | ---: |",
         f"| {REAL} |  | 100.0 | 0.25 |",
         "| flow | 4 | 60.0 ± 14.1 | 1.50 ± 0.00 |",
+        "",
+        NOTE,
         "",
         "| training | steps | TFLOP | CPU minutes | weights |",
         "| --- | ---: | ---: | ---: | ---: |",

@@ -10,7 +10,7 @@ from scipy.stats import tukey_hsd
 
 from rope_mm.data.synthetic.qa_tasks import make_generation, make_motion, make_order, make_sprite
 from rope_mm.data.synthetic.sprites import COLOURS, COLUMNS, MOTIONS, ROWS
-from rope_mm.evaluation.comparison import judge_noise
+from rope_mm.evaluation.comparison import estimate_noise
 from rope_mm.evaluation.qa import generate_answers, place_qa, score_answers
 from rope_mm.evaluation.sprites import classify_sprites, classify_videos
 from rope_mm.training.config import load, run
@@ -59,11 +59,11 @@ def test_a_comparison_leaves_a_table_a_figure_and_all_numbers(toy):
     assert set(report["runs"]) == {"flat", "tv"}
     (run,) = report["runs"]["flat"]
     tasks = {"cell", "neighbour", "needle", "sprite", "motion", "order", "drawing"}
-    assert set(run["marks"]["trained"]) == tasks
-    assert set(run["marks"]["untrained"]) == {"cell", "frame"}
+    assert set(run["metrics"]["trained"]) == tasks
+    assert set(run["metrics"]["untrained"]) == {"cell", "frame"}
     assert run["parameters"] == report["runs"]["tv"][0]["parameters"]
     summary = report["summary"]["trained"]["all"]
-    marks = [sum(forms.values()) / len(forms) for forms in run["marks"]["trained"].values()]
+    marks = [sum(forms.values()) / len(forms) for forms in run["metrics"]["trained"].values()]
     assert summary["mean"]["flat"] == pytest.approx(sum(marks) / len(tasks))
     table = (out / "table.md").read_text()
     assert table.count("| flat |") == table.count("| tv |") == 2
@@ -86,7 +86,7 @@ def test_what_is_done_is_not_run_again_and_more_seeds_go_on(toy, monkeypatch):
     first.unlink()
     start(toy)
     assert trained[2:] == [("tv", 0)]
-    assert json.loads(first.read_text())["marks"] == json.loads(before[first])["marks"]
+    assert json.loads(first.read_text())["metrics"] == json.loads(before[first])["metrics"]
 
 
 def test_a_folder_of_other_runs_is_refused(toy):
@@ -245,20 +245,20 @@ def test_noise_is_tukeys_where_seeds_have_no_effect_and_p_counts_what_shuffling_
     scores = torch.randn(4, 60, dtype=torch.float64) * 0.1
     scores -= scores.mean(0)  # no effect of seeds is left to take away
     scores[0] += 0.02
-    ours = judge_noise(scores)["differ"]
+    ours = estimate_noise(scores)["differ"]
     interval = tukey_hsd(*scores.tolist()).confidence_interval(0.95)
     theirs = float((interval.high - interval.low)[0, 1] / 2)
     assert ours == pytest.approx(theirs * (236 / 177) ** 0.5, rel=0.02)  # 177 degrees of freedom, not 236
 
 
 def test_three_seeds_of_two_schemes_can_never_be_told_apart_by_shuffling():
-    apart = judge_noise(torch.tensor([[0.0, 0.01, 0.02], [0.9, 0.91, 0.92]]))
+    apart = estimate_noise(torch.tensor([[0.0, 0.01, 0.02], [0.9, 0.91, 0.92]]))
     assert apart["p"] == pytest.approx(0.25, abs=0.02)  # 2 of 8 shuffles are as extreme
     assert apart["differ"] == pytest.approx(0.0, abs=1e-6)
-    assert judge_noise(torch.rand(3, 1))["differ"] is None
+    assert estimate_noise(torch.rand(3, 1))["differ"] is None
 
 
 def test_schemes_that_do_not_differ_give_any_p_with_equal_chance():
     torch.manual_seed(1)
-    p = torch.tensor([judge_noise(torch.rand(4, 3))["p"] for _ in range(30)])
+    p = torch.tensor([estimate_noise(torch.rand(4, 3))["p"] for _ in range(30)])
     assert 0.3 < p.mean() < 0.7 and p.min() > 1e-4

@@ -170,7 +170,7 @@ def test_the_same_command_again_trains_nothing_and_says_the_same(tmp_path, capsy
     table = (tmp_path / "all" / "table.md").read_text()
     assert table in capsys.readouterr().out
     found = json.loads((tmp_path / "all" / "lifelong.json").read_text())
-    assert {name: len(marks) for name, marks in found["marks"].items()} == dict.fromkeys(
+    assert {name: len(marks) for name, marks in found["metrics"].items()} == dict.fromkeys(
         ("words", "pictures", "new", "mixed"), 1
     )
     assert (tmp_path / "all" / "lifelong.png").stat().st_size > 2000

@@ -22,7 +22,7 @@ def two_steps(tmp_path, monkeypatch):
     def run(config, **changes):
         out = tmp_path / "run"
         settings = {
-            "config": CONFIGS / config, "out": out, "steps": 2, "batch": 2, "judged": 40, "threads": 1,
+            "config": CONFIGS / config, "out": out, "steps": 2, "batch": 2, "judged": 60, "threads": 1,
             **changes,
         }  # fmt: skip
         flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
@@ -35,16 +35,17 @@ def two_steps(tmp_path, monkeypatch):
 def test_without_captions_modes_are_counted(two_steps):
     marks, sheet = two_steps("stacked-digits.yaml")
     assert set(marks) == {
-        "modes", "held", "kl", "kl_excess", "real_modes", "real_held", "real_kl", "real_recognised",
+        "samples", "modes", "modes_covered", "kl", "kl_excess",
+        "real_modes", "real_modes_covered", "real_kl", "real_accuracy",
     }  # fmt: skip
-    assert 1 <= marks["modes"] <= 40
+    assert 1 <= marks["modes"] <= 60
     assert sheet.exists()
 
 
 @pytest.mark.parametrize("caption", ["number", "caption"])
 def test_with_captions_it_is_also_asked_whether_the_digits_are_those(caption, two_steps):
     marks, _ = two_steps("stacked-digits-captioned.yaml", **{"data.caption": caption})
-    assert {"modes", "recognised"} < set(marks)
+    assert {"modes", "accuracy"} < set(marks)
 
 
 def test_the_same_seed_gives_the_same_marks(two_steps):
