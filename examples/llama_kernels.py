@@ -1,9 +1,9 @@
-"""Llama with our rotation in place of its own function: a fused kernel on a GPU, the definition elsewhere.
+"""Llama with our rotation in the place of its own: a fused kernel on a GPU, plain torch elsewhere.
 
     python examples/llama_kernels.py    # seconds on one core, nothing is downloaded
 
-`use_kernels` runs a small forward before and after, and refuses where they differ; it serves training as well
-as inference, and leaves every other model alone.
+`use_kernels` compares a small forward before and after, and refuses if they differ. It works for training and
+for inference, and changes no other model.
 """
 
 import copy
@@ -23,7 +23,7 @@ SIZES: dict[str, Any] = {
 
 
 def step(model: Any, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """The loss, and the gradient of the first layer's queries."""
+    """The loss, and the gradient of the first layer's query projection."""
     model.zero_grad()
     loss = model(ids, labels=ids).loss
     loss.backward()
@@ -33,7 +33,7 @@ def step(model: Any, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
 
 
 def main() -> None:
-    """One training step of the same weights with and without our op."""
+    """Compare one training step of the same weights with and without our op."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     with torch.device(device):
@@ -47,7 +47,7 @@ def main() -> None:
 
     (loss, grad), (own_loss, own_grad) = step(llama, ids), step(plain, ids)
     print(f"loss {loss:.6f}, with Llama's own function {own_loss:.6f}")
-    print(f"gradients differ by {(grad - own_grad).abs().max():.1e}, at most {grad.abs().max():.1e} large")
+    print(f"gradients differ by {(grad - own_grad).abs().max():.1e}; the largest is {grad.abs().max():.1e}")
     assert torch.allclose(grad, own_grad, atol=1e-6)
     handle.undo()
     assert torch.equal(step(llama, ids)[1], own_grad)

@@ -1,9 +1,9 @@
-"""A scheme of one's own: a layout is a function and an entry, and every tool takes the scheme from there.
+"""A scheme of your own: a layout is one function and one entry; then every tool knows the scheme.
 
     python examples/own_scheme.py    # seconds on one core, nothing is downloaded
 
-Here pictures are read like pages one below the other: rows go on along the first axis, columns along the
-second, which has half as many channels.
+Here images are placed like pages, one below the other: rows continue along the first axis, columns along the
+second, which gets half as many channels.
 """
 
 from typing import Any
@@ -25,29 +25,30 @@ SIZES: dict[str, Any] = {
 }
 
 
-def page(at: Cursor, seen: Segment) -> tuple[torch.Tensor, float]:
-    """Positions (t*y*x, 2) of a picture that starts at the next row, and where the next word stands."""
-    t, y, x = seen.grid
-    rows_and_columns = ((y, 0), (1, 0), (0, 1))  # what a step of t, of y and of x adds
-    return grid_positions((t, y, x), (at.next, at.next), rows_and_columns), at.next + max(t * y, x)
+def page(cursor: Cursor, segment: Segment) -> tuple[torch.Tensor, float]:
+    """Positions (t*y*x, 2) of an image that starts at the next row, and where the next text token stands."""
+    t, y, x = segment.grid
+    rows_and_columns = ((y, 0), (1, 0), (0, 1))  # what a step along t, y and x adds
+    positions = grid_positions((t, y, x), (cursor.next, cursor.next), rows_and_columns)
+    return positions, cursor.next + max(t * y, x)
 
 
 def main() -> None:
-    """Enter it, look at it, check it and let Llama run it."""
+    """Register the layout, print it, check the scheme and run a Llama with it."""
     LAYOUTS["page"] = Layout(("y", "x"), page, "examples/own_scheme.py")
     mine = Scheme(layout="page", ownership="chunk", shares=(2, 1))
 
     positions, _ = place("text:2 image:2x3 text:1", "page")
     print(positions.T)
     print(mine.omega(12))  # radians per step, axes x pairs
-    assert check_rotary(Rotary(12, mine)).ok  # a rotation, of differences of positions alone
+    assert check_rotary(Rotary(12, mine)).ok  # it is a rotation and depends on differences of positions only
 
     llama: Any = LlamaForCausalLM(LlamaConfig(vocab_size=99, **SIZES)).eval()
     set_rope(llama, mine)
-    where = positions_for(llama, ["text:2 image:2x3 text:4"])
+    position_ids = positions_for(llama, ["text:2 image:2x3 text:4"])
     ids = torch.randint(3, 99, (1, 12))
-    out = llama.generate(input_ids=ids, position_ids=where, max_new_tokens=4, do_sample=False)
-    print(f"{out.shape[1] - 12} words after a page")
+    out = llama.generate(input_ids=ids, position_ids=position_ids, max_new_tokens=4, do_sample=False)
+    print(f"{out.shape[1] - 12} tokens after a page")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Qwen2.5-VL (tiny, random) with RoPE-TV learns to name digits, by transformers' Trainer and peft's LoRA.
+"""A tiny random Qwen2.5-VL with RoPE-TV learns to name digits, with transformers' Trainer and peft's LoRA.
 
-    python examples/qwen_vl_rope_tv.py    # a quarter of a minute on one core, nothing is downloaded
+    python examples/qwen_vl_rope_tv.py    # 15 seconds on one core, nothing is downloaded
 
-The scheme places words and pictures inside the model's own forward; nothing else of the training changes.
+The scheme places text and images inside the model's own forward; the training code stays as it is.
 """
 
 import tempfile
@@ -17,16 +17,16 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, T
 from rope_mm.data import captioned_digits
 from rope_mm.hf import explain, set_rope
 
-IMAGE = 130  # characters are the numbers below 128
-PLACES: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": 131, "vision_start_token_id": 132}
+IMAGE = 130  # the token of an image patch; characters are the numbers below 128
+TOKENS: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": 131, "vision_start_token_id": 132}
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-WORDS = {**SIZES, "num_key_value_heads": 2, "vocab_size": 134, "rope_parameters": ROPE}
-EYES = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 2, "out_hidden_size": 64}
+TEXT = {**SIZES, "num_key_value_heads": 2, "vocab_size": 134, "rope_parameters": ROPE}
+VISION = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 2, "out_hidden_size": 64}
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Digits of 8 x 8 pixels as 4 x 4 patches, which become 4 tokens, each before its caption."""
+    """A batch: digits of 8 x 8 pixels, 4 x 4 patches that become 4 tokens, each followed by its caption."""
     captions = [torch.tensor([IMAGE] * 4 + [1, *row["caption"].encode(), 2]) for row in rows]
     ids = pad_sequence(captions, batch_first=True)
     grey = torch.stack([torch.tensor(asarray(row["image"])) for row in rows]) / 255
@@ -41,7 +41,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-config = Qwen2_5_VLConfig(text_config=WORDS, vision_config=EYES, **PLACES)
+config = Qwen2_5_VLConfig(text_config=TEXT, vision_config=VISION, **TOKENS)
 qwen = Qwen2_5_VLForConditionalGeneration(config)
 set_rope(qwen, "rope-tv")
 explain(qwen)

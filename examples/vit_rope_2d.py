@@ -2,8 +2,8 @@
 
     python examples/vit_rope_2d.py    # seconds on one core, nothing is downloaded
 
-The class token in front of the patches is not rotated, and learned position embeddings stay. The scheme
-follows the grid of the image that comes, so other sizes are served where those embeddings are interpolated.
+The class token in front of the patches is not rotated, and the learned position embeddings stay. The scheme
+follows the grid of each image, so other sizes work if those embeddings are interpolated.
 """
 
 from typing import Any
@@ -23,14 +23,14 @@ SIZES: dict[str, Any] = {
 
 @torch.no_grad()
 def main() -> None:
-    """Before, with RoPE-2D on two sizes of image, with frequencies that turn nothing, and after."""
+    """Run the model before, with RoPE-2D on two image sizes, with all angles zero, and after."""
     vit, image = ViTModel(ViTConfig(**SIZES, image_size=32, patch_size=4)).eval(), torch.rand(1, 3, 32, 32)
     before = vit(image).pooler_output
 
     handle = set_rope(vit, "rope-vit-axial")
     explain(vit)
     rotated = vit(image).pooler_output
-    print(f"RoPE-2D moves the output by {(rotated - before).abs().max():.1e}")
+    print(f"RoPE-2D changes the output by {(rotated - before).abs().max():.1e}")
     wide = vit(torch.rand(1, 3, 32, 48), interpolate_pos_encoding=True).last_hidden_state
     print(f"an image of 8 x 12 patches: {wide.shape[1]} tokens")
     handle.undo()
@@ -39,7 +39,7 @@ def main() -> None:
     assert torch.equal(vit(image).pooler_output, before)
     handle.undo()
     assert torch.equal(vit(image).pooler_output, before)
-    print("undone: the output is what it was, bit for bit")
+    print("undone: the output is the same as before, bit for bit")
 
 
 if __name__ == "__main__":
