@@ -51,6 +51,22 @@ def test_every_image_is_shown_somewhere():
         assert f"images/{file.name}" in text, file.name
 
 
+@pytest.mark.parametrize(
+    ("page", "module"),
+    [
+        ("rotary", "rope_mm"),
+        ("hf", "rope_mm.hf"),
+        ("losses", "rope_mm.losses"),
+        ("models", "rope_mm.models"),
+        ("kernels", "rope_mm_kernels"),
+    ],
+)
+def test_the_reference_has_every_public_name_of_a_module_and_no_other(page, module):
+    text = (DOCS / "reference" / f"{page}.md").read_text()
+    names = re.findall(rf"^::: {re.escape(module)}\.(\w+)$", text, re.MULTILINE)
+    assert sorted(names) == sorted(import_module(module).__all__)
+
+
 def test_readme_has_at_most_220_lines():
     assert len(PAGES[0].read_text().splitlines()) <= 220
 
