@@ -1,13 +1,17 @@
-"""Arguments whose names differ between versions of transformers: the only place that knows them.
+"""Arguments whose names differ between versions of transformers, and arguments that a forward refuses.
 
 An argument that is read by one name out of keyword arguments looks absent once a new version renames it. So
 it is read by all of its names, and a cache under any other name is an error.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any, TypeVar
+
+from torch import Tensor
+
+from rope_mm.registry import Registry
 
 ALIASES = {
     # transformers from 5.24; before it; models without attention
@@ -53,6 +57,30 @@ def cache_of(output: Any) -> Any:
     """The cache that a model's output brings, by whichever name; None where it brings none."""
     found = (getattr(output, name, None) for name in ALIASES["cache"])
     return next((cache for cache in found if cache is not None), None)
+
+
+def refuse_unknown(arguments: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuse keyword arguments that a function does not have and would ignore.
+
+    Raises:
+        ValueError: with the nearest of the known names.
+    """
+    names = Registry("argument", dict.fromkeys(known))
+    for name in arguments:
+        names[name]
+
+
+def refuse_arrays(**arguments: Any) -> None:
+    """Refuse lists, tuples and numpy arrays where tensors are meant.
+
+    Raises:
+        ValueError: with the argument's name.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) or not (isinstance(value, list | tuple) or hasattr(value, "__array__")):
+            continue
+        kind = type(value).__name__
+        raise ValueError(f"{name} must be a tensor, not a {kind}; torch.as_tensor makes one of it")
 
 
 def takes_any_name(function: Function) -> Function:

@@ -118,7 +118,7 @@ class LifelongEvaluator:
         """The loss of words and, of a model that draws, the marks of old and of new sprites."""
         marks = {"words": self.predict(teller)}
         for name in self.fresh if drawing else ():
-            marks |= self.mark(teller, name)
+            marks |= self.evaluate(teller, name)
         return marks
 
     def combinations(self, name: str) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,7 @@ class LifelongEvaluator:
         alike = [true[which == number] for number in range(len(combinations))]
         return torch.stack([each.var(0) for each in alike if len(each) > 1]).mean().sqrt().item()
 
-    def mark(self, teller: RopeMMPipeline, name: str) -> Marks:
+    def evaluate(self, teller: RopeMMPipeline, name: str) -> Marks:
         """Shares of old or new sprites: drawn right, drawn right at least once, told right of a picture.
 
         `spread` is the standard deviation of a pixel among drawings of one caption; of true pictures it is 1.

@@ -1,7 +1,9 @@
 """The model's config: what its weights need, in Hugging Face's names."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -85,8 +87,12 @@ class RopeMMConfig(PreTrainedConfig):
 
     @property
     def scheme(self) -> Scheme:
-        """The rotary scheme that `rope_parameters` name."""
-        return read_rope(write_rope(self.rope_parameters or {}))
+        """The rotary scheme that `rope_parameters` name; it is parsed once for the same values."""
+        rope = self.rope_parameters or {}
+        try:
+            return parse_rope(json.dumps(rope))
+        except TypeError:  # assigned after the config was made: a Scheme, or extensions that are no dicts
+            return read_rope(write_rope(rope))
 
     @property
     def patch_width(self) -> int:
@@ -116,6 +122,12 @@ def write_rope(rope_parameters: dict[str, Any] | Scheme) -> dict[str, Any]:
     if "extensions" in rope:
         rope["extensions"] = scheme.to_dict().get("extensions", [])
     return {"rope_theta": scheme.theta, **rope}
+
+
+@lru_cache(maxsize=64)
+def parse_rope(text: str) -> Scheme:
+    """The scheme of `rope_parameters` in JSON."""
+    return read_rope(write_rope(json.loads(text)))
 
 
 def read_rope(rope_parameters: dict[str, Any]) -> Scheme:

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from rope_mm.nn.attention import make_mask_fn
+from rope_mm.nn.patches import has_values
 
 
 def find_document_ids(numbers: Tensor, mask: Tensor | None, ends: Tensor | None) -> Tensor | None:
@@ -23,7 +24,7 @@ def find_document_ids(numbers: Tensor, mask: Tensor | None, ends: Tensor | None)
     if ends is not None:
         tokens = torch.arange(numbers.shape[-1], device=numbers.device)
         return torch.searchsorted(ends.to(tokens), tokens, right=True)[None]
-    if numbers.shape[-1] < 2 or torch.compiler.is_compiling():
+    if numbers.shape[-1] < 2 or not has_values(numbers):
         return None
     begins = numbers.diff(dim=1) != 1
     if mask is not None and mask.dim() == 2:

@@ -1,12 +1,14 @@
 """The small multimodal transformer: text, images and videos in; logits and patches, or a score, out."""
 
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -17,7 +19,15 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from rope_mm.arguments import ALIASES, cache_of, read, spelling, takes_any_name
+from rope_mm.arguments import (
+    ALIASES,
+    cache_of,
+    read,
+    refuse_arrays,
+    refuse_unknown,
+    spelling,
+    takes_any_name,
+)
 from rope_mm.models.masks import find_document_ids, make_mask
 from rope_mm.models.position_ids import default_position_ids, unpack_position_ids
 from rope_mm.nn.attention import Attention, eager_attention
@@ -65,9 +75,12 @@ class RopeMMAttention(Attention):
         cache = kwargs.pop(CACHE, None)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        chosen = self.config._attn_implementation or "sdpa"
-        backend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention)
-        return backend(self, q, k, v, mask, scaling=self.head_dim**-0.5, **kwargs)
+        return backend_of(self.config)(self, q, k, v, mask, scaling=self.head_dim**-0.5, **kwargs)
+
+
+def backend_of(config: PreTrainedConfig) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function of transformers that a config names."""
+    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation or "sdpa", eager_attention)
 
 
 class RopeMMBlock(GradientCheckpointingLayer, Block):
@@ -102,6 +115,15 @@ class RopeMMPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=own or self.config.initializer_range)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def check_arguments(self, arguments: Mapping[str, Any], known: frozenset[str]) -> None:
+        """Refuse arguments that neither transformers nor the attention backend has; they would be ignored.
+
+        Raises:
+            ValueError: with the nearest known name.
+        """
+        if unknown := {name: value for name, value in arguments.items() if name not in known}:
+            refuse_unknown(unknown, known | (names_of(backend_of(self.config)) - BACKEND_INPUTS))
 
 
 class RopeMMModel(RopeMMPreTrainedModel):
@@ -165,9 +187,20 @@ class RopeMMModel(RopeMMPreTrainedModel):
             kwargs: of transformers or the attention backend, such as `cu_seq_lens_q`, ends of documents.
 
         Raises:
-            ValueError: patches that do not fit their image tokens, packed documents with a cache, an Omega
-                that depends on the length with a cache.
+            ValueError: an unknown argument, patches that do not fit their image tokens, packed documents with
+                a cache, an Omega that depends on the length with a cache.
         """
+        self.check_arguments(kwargs, MODEL_ARGUMENTS)
+        refuse_arrays(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            patches=patches,
+            block_ids=block_ids,
+            rope_deltas=rope_deltas,
+            document_ids=document_ids,
+        )
         image_mask = self.image_mask(input_ids, inputs_embeds)
         x = self.embed.tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x = self.embed(x, patches, image_mask)
@@ -344,6 +377,7 @@ class RopeMMForConditionalGeneration(  # pyright: ignore[reportIncompatibleMetho
             return_logits: whether to make logits, which a large vocabulary makes larger than all else.
             logits_to_keep: number of last tokens whose logits are wanted, or their indices; 0 is all.
         """
+        self.check_arguments(kwargs, GENERATION_ARGUMENTS)
         out = self.model(
             input_ids,
             attention_mask,
@@ -363,7 +397,8 @@ class RopeMMForConditionalGeneration(  # pyright: ignore[reportIncompatibleMetho
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         made = None
         if patches is not None:
-            made = self.patch_head(x, self.model.image_mask(input_ids, inputs_embeds))
+            image_mask = self.model.image_mask(input_ids, inputs_embeds)
+            made = self.patch_head(x, image_mask, patches.flatten(0, -2).shape[0])
         return RopeMMOutput(loss, logits, cache_of(out), out.hidden_states, out.attentions, made, x)
 
 
@@ -380,3 +415,23 @@ class RopeMMCritic(RopeMMPreTrainedModel):
         """Scores (b,) of ids (b, s) and patches (b, n, p) or (n, p); see `RopeMMModel.forward` for others."""
         x = self.model(input_ids, patches=patches, **inputs).last_hidden_state
         return self.score_head(x, input_ids == self.config.image_token_id)
+
+
+def names_of(function: Any) -> set[str]:
+    """The names of a function's arguments, without `self` and `**kwargs`."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD}
+
+
+# what transformers gives to a forward for its decorators, its losses and the attention backends
+PASSED_ON = {*TransformersKwargs.__annotations__, "cache_position", "ignore_index", "shift_labels"}
+MODEL_ARGUMENTS = frozenset(PASSED_ON | names_of(RopeMMModel.forward))
+GENERATION_ARGUMENTS = MODEL_ARGUMENTS | names_of(RopeMMForConditionalGeneration.forward)
+BACKEND_INPUTS = {
+    "module",
+    "query",
+    "key",
+    "value",
+    "attention_mask",
+    "scaling",
+}  # which the model gives itself

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from rope_mm.nn.attention import Attention
+from rope_mm.nn.patches import image_index
 from rope_mm.rotary.dispatch import RotaryAngles
 
 
@@ -58,9 +59,18 @@ class PatchHead(nn.Module):
         super().__init__()
         self.out, self.bounded = nn.Linear(width, patch_width), bounded
 
-    def forward(self, x: Tensor, image_mask: Tensor) -> Tensor:
-        """The stream x (b, s, c) and where image tokens are (b, s) -> patches (n, p)."""
-        patches = self.out(x[image_mask])
+    def forward(self, x: Tensor, image_mask: Tensor, count: int) -> Tensor:
+        """Read patches.
+
+        Args:
+            x: the stream (b, s, c).
+            image_mask: (b, s), where image tokens are.
+            count: n, number of image tokens.
+
+        Returns:
+            Patches (n, p), in the order of their tokens.
+        """
+        patches = self.out(x.flatten(0, 1)[image_index(image_mask, count)])
         return patches.tanh() if self.bounded else patches
 
 

@@ -3,6 +3,7 @@
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def to_patches(images: Tensor, size: int) -> Tensor:
@@ -34,6 +35,18 @@ def to_tubelets(frames: Tensor, depth: int) -> Tensor:
 def from_tubelets(tubelets: Tensor, depth: int) -> Tensor:
     """Tubelets (b, t, depth*ch, y, x) -> frames (b, t*depth, ch, y, x): the inverse of `to_tubelets`."""
     return rearrange(tubelets, "b t (u ch) y x -> b (t u) ch y x", u=depth)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor's numbers can be read: not while a graph is recorded, nor of a meta or fake tensor."""
+    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
+
+
+def image_index(image_mask: Tensor, count: int) -> Tensor:
+    """The places (n,), among all b * s, of the `count` image tokens of a mask (b, s)."""
+    ordinals = image_mask.flatten().cumsum(0)
+    wanted = torch.arange(1, count + 1, device=ordinals.device)
+    return torch.searchsorted(ordinals, wanted).clamp(max=ordinals.numel() - 1)
 
 
 class PatchEmbedding(nn.Linear):
@@ -72,11 +85,10 @@ class TokenEmbedding(nn.Module):
             ValueError: another number of patches than of image tokens.
         """
         count = 0 if patches is None else patches.flatten(0, -2).shape[0]
-        if torch.compiler.is_compiling():  # a graph cannot read values while it is recorded
-            torch._assert_async(
-                image_mask.sum() == count, "there are more or fewer patches than image tokens"
-            )
-        elif count != (wanted := int(image_mask.sum())):
+        if torch.compiler.is_compiling():
+            error = "there are more or fewer patches than image tokens"
+            torch._assert_async(image_mask.sum() == count, error)
+        elif has_values(image_mask) and count != (wanted := int(image_mask.sum())):
             raise ValueError(
                 f"{count} patches came for {wanted} image tokens; an image of y x x patches takes y * x"
             )

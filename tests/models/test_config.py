@@ -9,6 +9,7 @@ from rope_mm.models import (
     RopeMMForConditionalGeneration,
     RopeMMProcessor,
     build_batch,
+    configuration_rope_mm,
     load_tokenizer,
     read_config,
 )
@@ -97,3 +98,18 @@ def test_what_no_scheme_has_is_refused(rope, message):
     with pytest.raises(ValueError, match=message) as error:
         read_config(rope_parameters=rope)
     assert "\n" not in str(error.value)
+
+
+def test_a_scheme_is_parsed_once_and_again_after_its_parameters_change(monkeypatch):
+    config = read_config(**TOY, rope_parameters={"scheme": "m-rope", "extensions": [YARN]})
+    first = config.scheme
+    calls = []
+    read = configuration_rope_mm.read_rope
+    monkeypatch.setattr(configuration_rope_mm, "read_rope", lambda rope: calls.append(1) or read(rope))
+    assert config.scheme is first and not calls
+    config.rope_parameters["theta"] = 77.0
+    assert config.scheme == first.change(theta=77.0)
+    config.rope_parameters = {"scheme": SCHEMES["flux2"]}
+    assert config.scheme == SCHEMES["flux2"]
+    config.rope_parameters = SCHEMES["rope-tv"]
+    assert config.scheme == SCHEMES["rope-tv"]

@@ -113,12 +113,16 @@ def test_padding_changes_nothing(config):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_what_is_drawn_does_not_depend_on_where_the_story_begins(scheme):
+def test_the_output_does_not_depend_on_the_position_of_the_first_token(scheme):
     config = read_config(hidden_size=32, intermediate_size=48, rope_parameters={"scheme": scheme})
     model = RopeMMForConditionalGeneration(config).double().eval()
     sequences, patches = inputs(config, EVEN)
-    moved = sequences.inputs() | {"positions": sequences.positions + 1000}
-    here, there = (model(**kwargs, patches=patches.double()) for kwargs in (sequences.inputs(), moved))
+    inputs_here, inputs_there = sequences.inputs(), sequences.inputs()
+    inputs_there["position_ids"][1:] += 777.7  # row 0 numbers the tokens
+    here, there = (model(**kwargs, patches=patches.double()) for kwargs in (inputs_here, inputs_there))
+    inputs_there["position_ids"][1:, :, 5:] += 777.7
+    torn = model(**inputs_there, patches=patches.double())
+    assert not torch.allclose(torn.logits, here.logits, atol=1e-4)  # where the distance changes, so it does
     torch.testing.assert_close(here.logits, there.logits, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(here.patches, there.patches, atol=1e-9, rtol=1e-9)
 
