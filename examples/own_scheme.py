@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rope_mm import Rotary, Scheme, check_rotary, place
 from rope_mm.hf import positions_for, set_rope
-from rope_mm.positions.grids import Cursor, grid_positions
+from rope_mm.positions.cursor import Cursor
+from rope_mm.positions.grids import Raster
 from rope_mm.positions.layouts import LAYOUTS, Layout
 from rope_mm.segments import Segment
 
@@ -25,18 +26,17 @@ SIZES: dict[str, Any] = {
 }
 
 
-def page(cursor: Cursor, segment: Segment) -> tuple[torch.Tensor, float]:
+def page(cursor: Cursor, segment: Segment) -> tuple[Raster, float]:
     """Positions (t*y*x, 2) of an image that starts at the next row, and where the next text token stands."""
     t, y, x = segment.grid
     rows_and_columns = ((y, 0), (1, 0), (0, 1))  # what a step along t, y and x adds
-    positions = grid_positions((t, y, x), (cursor.next, cursor.next), rows_and_columns)
-    return positions, cursor.next + max(t * y, x)
+    return Raster((t, y, x), (cursor.next, cursor.next), rows_and_columns), cursor.next + max(t * y, x)
 
 
 def main() -> None:
     """Register the layout, print it, check the scheme and run a Llama with it."""
     LAYOUTS["page"] = Layout(("y", "x"), page, "examples/own_scheme.py")
-    mine = Scheme(layout="page", ownership="chunk", shares=(2, 1))
+    mine = Scheme(layout="page", ownership="chunk", axis_shares=(2, 1))
 
     positions, _ = place("text:2 image:2x3 text:1", "page")
     print(positions.T)

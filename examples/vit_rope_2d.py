@@ -35,7 +35,7 @@ def main() -> None:
     print(f"an image of 8 x 12 patches: {wide.shape[1]} tokens")
     handle.undo()
 
-    handle = set_rope(vit, "rope-vit-axial", scale=0.0)  # all angles zero
+    handle = set_rope(vit, "rope-vit-axial", freq_scale=0.0)  # all angles zero
     assert torch.equal(vit(image).pooler_output, before)
     handle.undo()
     assert torch.equal(vit(image).pooler_output, before)

@@ -1,31 +1,62 @@
 """Unified rotary position encodings for text, images and videos."""
 
-from rope_mm.analysis.check import RotaryReport as RotaryReport
-from rope_mm.analysis.check import check_rotary as check_rotary
-from rope_mm.analysis.properties import LayoutProperties as LayoutProperties
-from rope_mm.analysis.properties import measure_properties as measure_properties
-from rope_mm.analysis.properties import properties_table as properties_table
-from rope_mm.hf.convert import convert_pairing as convert_pairing
-from rope_mm.hf.rope_parameters import from_hf_config as from_hf_config
-from rope_mm.hf.rope_parameters import to_rope_parameters as to_rope_parameters
-from rope_mm.positions.grids import Cursor as Cursor
-from rope_mm.positions.layouts import LAYOUTS as LAYOUTS
-from rope_mm.positions.place import augment_positions as augment_positions
-from rope_mm.positions.place import pack as pack
-from rope_mm.positions.place import place as place
-from rope_mm.positions.place import place_rows as place_rows
-from rope_mm.rotary.dispatch import rotate as rotate
-from rope_mm.rotary.module import Rotary as Rotary
-from rope_mm.schemes.scheme import Scheme as Scheme
-from rope_mm.schemes.zoo import SCHEMES as SCHEMES
-from rope_mm.segments import Audio as Audio
-from rope_mm.segments import Image as Image
-from rope_mm.segments import MoreFrames as MoreFrames
-from rope_mm.segments import Segment as Segment
-from rope_mm.segments import Text as Text
-from rope_mm.segments import Unrotated as Unrotated
-from rope_mm.segments import Video as Video
-from rope_mm.segments import VideoAudio as VideoAudio
-from rope_mm.segments import interleave_audio as interleave_audio
-from rope_mm.segments import parse_segments as parse_segments
-from rope_mm.segments import timestamped_frames as timestamped_frames
+from rope_mm.analysis.check import RotaryReport, check_rotary
+from rope_mm.analysis.properties import LayoutProperties, measure_properties, properties_table
+from rope_mm.hf.convert import convert_pairing
+from rope_mm.hf.rope_parameters import from_hf_config, to_rope_parameters
+from rope_mm.positions.cursor import Cursor
+from rope_mm.positions.layouts import LAYOUTS, Layout
+from rope_mm.positions.place import PlacedBatch, augment_positions, pack, place, place_rows
+from rope_mm.rotary.dispatch import rotate
+from rope_mm.rotary.module import Rotary
+from rope_mm.schemes.scheme import Scheme
+from rope_mm.schemes.zoo import SCHEMES
+from rope_mm.segments import (
+    Audio,
+    Image,
+    MoreFrames,
+    Segment,
+    Text,
+    Unrotated,
+    Video,
+    VideoAudio,
+    interleave_audio,
+    parse_segments,
+    timestamped_frames,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LAYOUTS",
+    "SCHEMES",
+    "Audio",
+    "Cursor",
+    "Image",
+    "Layout",
+    "LayoutProperties",
+    "MoreFrames",
+    "PlacedBatch",
+    "Rotary",
+    "RotaryReport",
+    "Scheme",
+    "Segment",
+    "Text",
+    "Unrotated",
+    "Video",
+    "VideoAudio",
+    "augment_positions",
+    "check_rotary",
+    "convert_pairing",
+    "from_hf_config",
+    "interleave_audio",
+    "measure_properties",
+    "pack",
+    "parse_segments",
+    "place",
+    "place_rows",
+    "properties_table",
+    "rotate",
+    "timestamped_frames",
+    "to_rope_parameters",
+]

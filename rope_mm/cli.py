@@ -1,4 +1,4 @@
-"""The command rope-mm: what the schemes promise, how one looks, whether it is a rotary encoding.
+"""The command rope-mm: what the schemes promise, what one does, whether it is a rotary encoding.
 
 rope-mm schemes --format markdown
 rope-mm show rope-tv "text:5 image:2x3" --head-dim 64
@@ -9,11 +9,13 @@ rope-mm lens rope-tv "text:5 image:4x6 text:5" --compare m-rope --out pictures
 import argparse
 import json
 import math
+import os
 import sys
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
+from rope_mm import __version__
 from rope_mm.analysis.check import check_rotary
 from rope_mm.analysis.explorer import serve
 from rope_mm.analysis.figures import save_figure
@@ -24,6 +26,8 @@ from rope_mm.schemes.frequencies import ownership_map
 from rope_mm.schemes.zoo import SCHEMES
 from rope_mm.segments import parse_segments
 
+MOST_SHOWN = 100_000  # tokens, a line each
+
 
 def print_schemes(args: argparse.Namespace) -> int:
     """The table of promises."""
@@ -32,19 +36,20 @@ def print_schemes(args: argparse.Namespace) -> int:
 
 
 def wavelengths(rope: Rotary) -> list[str]:
-    """Of each axis the shortest and longest wave, in positions for a full turn, and how many pairs turn."""
+    """The shortest and the longest wave of each axis, in positions for a full turn."""
     lines = []
-    for axis, speeds in zip(rope.scheme.axes, rope.omega.abs().movedim(-2, 0).flatten(1), strict=True):
-        turning = speeds[speeds > 0]
-        waves = math.tau / turning
-        found = f"{waves.min():.4g} to {waves.max():.4g}" if len(turning) else "not turned"
+    for axis, freqs in zip(rope.scheme.axes, rope.omega.abs().movedim(-2, 0).flatten(1), strict=True):
+        waves = math.tau / freqs[freqs > 0]
+        found = f"{waves.min():.4g} to {waves.max():.4g}" if len(waves) else "not rotated"
         lines.append(f"{axis:4}{found}")
     return lines
 
 
-def print_story(args: argparse.Namespace) -> int:
-    """Who owns the pairs, the waves of each axis, and where every token stands."""
-    segments = parse_segments(args.story)
+def print_positions(args: argparse.Namespace) -> int:
+    """The axis of each pair, the waves of each axis, and where every token stands."""
+    segments = parse_segments(args.segments)
+    if (tokens := sum(segment.tokens for segment in segments)) > MOST_SHOWN:
+        raise ValueError(f"{tokens} tokens are too many to show, a line each; {MOST_SHOWN} are the most")
     rope = Rotary(args.head_dim, args.name, heads=args.heads)
     axes = rope.scheme.axes
     positions, cursor = rope.place(segments)
@@ -53,9 +58,9 @@ def print_story(args: argparse.Namespace) -> int:
     print(f"\naxis of each pair, in the order of channels\n{ownership_map(rope.omega, axes)}")
     print("\nwavelengths in positions", *wavelengths(rope), sep="\n")
     print(f"\n{'token':>5}  {'segment':16}{''.join(f'{axis:>10}' for axis in axes)}")
-    for number, (name, place) in enumerate(zip(names, positions.tolist(), strict=True)):
-        print(f"{number:5}  {name:16}{''.join(f'{value:10.6g}' for value in place)}")
-    print(f"{'next':>5}  {'word':16}{cursor.next:10.6g}")
+    for number, (name, position) in enumerate(zip(names, positions.tolist(), strict=True)):
+        print(f"{number:5}  {name:16}{''.join(f'{value:10.6g}' for value in position)}")
+    print(f"{'next':>5}  {'text':16}{cursor.next:10.6g}")
     return 0
 
 
@@ -101,11 +106,12 @@ def show_pictures(args: argparse.Namespace) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Subcommands and their arguments."""
-    parser = argparse.ArgumentParser(prog="rope-mm", description="Rotary position encodings, looked at.")
+    parser = argparse.ArgumentParser(prog="rope-mm", description="Look at rotary position encodings.")
+    parser.add_argument("--version", action="version", version=f"rope-mm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     sizes = argparse.ArgumentParser(add_help=False)
     sizes.add_argument(
-        "name", metavar="NAME", help="a scheme, such as rope-tv; `rope-mm schemes` has them all"
+        "name", metavar="NAME", help="a scheme, such as rope-tv; `rope-mm schemes` lists them all"
     )
     sizes.add_argument("--head-dim", type=int, default=HEAD_DIM, help="channels of a head (%(default)s)")
     sizes.add_argument("--heads", type=int, help="rows of Omega, for schemes that give each head its own")
@@ -115,9 +121,14 @@ def make_parser() -> argparse.ArgumentParser:
     schemes.add_argument("--format", choices=FORMATS, default="text", help="of the table (%(default)s)")
     schemes.set_defaults(run=print_schemes)
 
-    show = commands.add_parser("show", parents=[sizes], help="pairs, waves, and positions of a story")
-    show.add_argument("story", metavar="STORY", help='such as "text:5 image:2x3 video:4x2x2@0.5"')
-    show.set_defaults(run=print_story)
+    show = commands.add_parser("show", parents=[sizes], help="pairs, waves, and positions of tokens")
+    show.add_argument(
+        "segments",
+        metavar="SEGMENTS",
+        help='such as "unrotated:1 text:5 image:2x3 video:4x2x2@2fps": a class token, text, an image of 2 '
+        "rows and 3 columns of patches, and 4 frames at 2 a second",
+    )
+    show.set_defaults(run=print_positions)
 
     check = commands.add_parser("check", parents=[sizes], help="is it a rotation, is it relative?")
     check.set_defaults(run=print_check)
@@ -140,13 +151,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if all is well, 1 if a check failed, 2 for bad input, said in one line."""
+    """Run a command; 0 if all is well, 1 if a check failed, 2 for bad input, said in one line.
+
+    Args:
+        argv: the words of the command; those of this process if None.
+    """
     args = make_parser().parse_args(argv)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
     except ValueError as error:
         print(f"rope-mm: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `rope-mm schemes | head` closed the pipe: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
 
 
 if __name__ == "__main__":

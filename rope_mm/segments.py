@@ -1,12 +1,17 @@
-"""What a sequence holds: text, images, videos and sound, each a raster of tokens on the axes (t, y, x)."""
+"""What a sequence holds: text, images, videos and audio, each a grid of tokens on the axes (t, y, x)."""
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby, pairwise
-from math import ceil
 
+from rope_mm.fields import Count, Positive, check_fields
 from rope_mm.registry import Registry
+
+MOST = 2**31 - 1  # tokens of a segment
+AUDIO_STEP = 0.04  # seconds of an audio token
+FORMS = "text:N, image:YxX, video:TxYxX@2fps or unrotated:N (a class token is unrotated:1)"
 
 
 def type_name(kind: type) -> str:
@@ -16,17 +21,17 @@ def type_name(kind: type) -> str:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens of one kind; its sizes are whole numbers, every one at least 1."""
+    """A run of tokens of one kind; its sizes are whole numbers >= 1."""
 
     def __post_init__(self):
-        for name, size in zip(self.names(), self.sizes, strict=True):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{type(self).__name__}: {name} must be a whole number >= 1, not {size!r}")
+        check_fields(self)
+        if self.tokens > MOST:
+            raise ValueError(f"{type(self).__name__} of {self.tokens} tokens is too long; {MOST} is the most")
 
     @classmethod
     def names(cls) -> list[str]:
         """Names of the sizes."""
-        return [field.name for field in fields(cls) if field.name != "seconds"]
+        return [field.name for field in fields(cls) if field.name != "seconds_per_frame"]
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -41,116 +46,164 @@ class Segment:
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
-        t, y, x = self.grid
-        return t * y * x
+        """How many tokens it has."""
+        return math.prod(self.sizes)
 
     def __str__(self) -> str:
-        name, sizes = type_name(type(self)), "x".join(map(str, self.sizes))
-        pace = getattr(self, "seconds", 1.0)
-        return f"{name}:{sizes}" + (f"@{pace}" if pace != 1.0 else "")
+        return f"{type_name(type(self))}:{'x'.join(map(str, self.sizes))}"
 
 
 @dataclass(frozen=True)
 class Text(Segment):
-    """Words, one after another."""
+    """Text tokens, one after another.
 
-    length: int
+    Attributes:
+        length: number of tokens.
+    """
+
+    length: Count
 
 
 @dataclass(frozen=True)
 class Image(Segment):
-    """One picture of y rows and x columns of patches."""
+    """One image.
 
-    y: int
-    x: int
+    Attributes:
+        y: rows of patches.
+        x: columns of patches.
+    """
+
+    y: Count
+    x: Count
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return 1, self.y, self.x
 
 
 @dataclass(frozen=True)
 class Video(Segment):
-    """t frames of y rows and x columns of patches, `seconds` from one frame to the next."""
+    """Frames of one video.
 
-    t: int
-    y: int
-    x: int
-    seconds: float = 1.0
+    Attributes:
+        t: number of frames.
+        y: rows of patches in a frame.
+        x: columns of patches in a frame.
+        seconds_per_frame: seconds from one frame to the next.
+    """
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 < self.seconds < float("inf"):
-            raise ValueError(f"{type(self).__name__}: seconds must be a number > 0, not {self.seconds!r}")
+    t: Count
+    y: Count
+    x: Count
+    seconds_per_frame: Positive = 1.0
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.t, self.y, self.x
+
+    def __str__(self) -> str:
+        return super().__str__() + rate_text(self.seconds_per_frame)
 
 
 @dataclass(frozen=True)
 class MoreFrames(Video):
-    """t more frames of the video that came just before: what one longer video would have held."""
+    """t more frames of the video just before: what one longer video would have held."""
 
 
 @dataclass(frozen=True)
 class Audio(Segment):
-    """Tokens of sound, 40 ms each."""
+    """Audio tokens of 40 ms each.
 
-    length: int
+    Attributes:
+        length: number of tokens.
+    """
+
+    length: Count
 
 
 @dataclass(frozen=True)
 class VideoAudio(Audio):
-    """Tokens of sound that goes with the video just before, from where its earlier sound stopped."""
+    """Audio tokens that go with the video just before, from where its earlier audio stopped."""
 
 
 @dataclass(frozen=True)
 class Unrotated(Segment):
-    """Tokens that are not rotated and not counted, such as class and register tokens."""
+    """Tokens that are not rotated and not counted, such as class and register tokens.
 
-    length: int
+    Attributes:
+        length: number of tokens.
+    """
+
+    length: Count
 
 
-SEGMENT_TYPES = Registry(
+SEGMENT_TYPES: Registry[type[Segment]] = Registry(
     "segment",
     {type_name(kind): kind for kind in (Text, Image, Video, MoreFrames, Audio, VideoAudio, Unrotated)},
 )
+OTHER_NAMES = {
+    **dict.fromkeys(("still", "cls", "class", "class_token", "register", "registers"), "unrotated"),
+    **dict.fromkeys(("frames", "frame"), "more_frames"),
+    "sound": "video_audio",
+}
 
 
-def timestamped_frames(video: Video, words: int) -> list[Segment]:
-    """A video as pictures, each after the words of its timestamp (Qwen3-VL, GLM-4.1V)."""
-    return [Text(words), Image(video.y, video.x)] * video.t
+def timestamped_frames(video: Video, text_tokens: int) -> list[Segment]:
+    """A video as images, each after the text of its timestamp (Qwen3-VL, GLM-4.1V).
+
+    Args:
+        video: the video.
+        text_tokens: tokens of each timestamp.
+    """
+    return [Text(text_tokens), Image(video.y, video.x)] * video.t
 
 
-def count_before(second: float, pace: float) -> int:
-    """How many of what comes every `pace` seconds have begun before this second, whatever rounding adds."""
-    return ceil(second / pace - 1e-9)
+def count_before(second: float, step: float) -> int:
+    """How many of what comes every `step` seconds have begun before this second, whatever rounding adds."""
+    return math.ceil(second / step - 1e-9)
 
 
-def interleave_audio(video: Video, sound: int, chunk: float = 2.0) -> list[Segment]:
-    """A video and its sound tokens in chunks of seconds, in each the frames first (Qwen2.5-Omni)."""
-    length = max(video.t * video.seconds, sound * 0.04)
-    cuts = [number * chunk for number in range(ceil(length / chunk) + 1)]
-    story: list[Segment] = []
+def interleave_audio(video: Video, audio_tokens: int, chunk: float = 2.0) -> list[Segment]:
+    """A video and its audio tokens in chunks of seconds, the frames of each chunk first (Qwen2.5-Omni).
+
+    Args:
+        video: the video.
+        audio_tokens: tokens of its audio, of 40 ms each.
+        chunk: seconds of a chunk.
+    """
+    every = video.seconds_per_frame
+    length = max(video.t * every, audio_tokens * AUDIO_STEP)
+    cuts = [number * chunk for number in range(math.ceil(length / chunk) + 1)]
+    segments: list[Segment] = []
     for start, end in pairwise(cuts):
-        frames = range(video.t)[count_before(start, video.seconds) : count_before(end, video.seconds)]
-        tokens = range(sound)[count_before(start, 0.04) : count_before(end, 0.04)]
+        frames = range(video.t)[count_before(start, every) : count_before(end, every)]
+        tokens = range(audio_tokens)[count_before(start, AUDIO_STEP) : count_before(end, AUDIO_STEP)]
         kind = MoreFrames if start else Video
-        story += [kind(len(frames), video.y, video.x, video.seconds)] if frames else []
-        story += [VideoAudio(len(tokens))] if tokens else []
-    return story
+        segments += [kind(len(frames), video.y, video.x, every)] if frames else []
+        segments += [VideoAudio(len(tokens))] if tokens else []
+    return segments
 
 
-def segments_from_token_types(kinds: Sequence[int], seen: dict[int, list[Segment]]) -> list[Segment]:
-    """The story of tokens of these kinds: words where 0, elsewhere what was `seen` of the kind, in turn.
+def segments_from_token_types(token_types: Iterable[int], visual: dict[int, list[Segment]]) -> list[Segment]:
+    """The segments of a row of tokens: text where the type is 0, elsewhere the images and videos of the type.
 
-    Pictures are taken out of their lists. A video's frames may have words between them.
+    Segments are taken out of the lists. A video's frames may have text between them.
+
+    Args:
+        token_types: the type of each token, 0 for text.
+        visual: images and videos of each other type, in order.
 
     Raises:
-        ValueError: a run of tokens that pictures do not fill.
+        ValueError: a run of tokens that images and videos do not fill.
     """
-    story: list[Segment] = []
-    for kind, tokens in groupby(kinds):
+    segments: list[Segment] = []
+    for kind, tokens in groupby(map(int, token_types)):
         run = len(list(tokens))
         while run:
-            waiting: list[Segment] = seen[kind] if kind else [Text(run)]
+            waiting: list[Segment] = visual[kind] if kind else [Text(run)]
             now = waiting.pop(0) if waiting else None
             if isinstance(now, Video) and now.y * now.x == run < now.tokens:
-                waiting.insert(0, Video(now.t - 1, now.y, now.x, now.seconds))
+                waiting.insert(0, Video(now.t - 1, now.y, now.x, now.seconds_per_frame))
                 now = Image(now.y, now.x)
             if now is None or now.tokens > run:
                 needed = f"{now} needs {now.tokens}" if now else "no grid is left for them"
@@ -158,41 +211,85 @@ def segments_from_token_types(kinds: Sequence[int], seen: dict[int, list[Segment
                     f"{run} image or video tokens stand in a row, but {needed}; give the grids with which "
                     "the processor laid the tokens out"
                 )
-            story.append(now)
+            segments.append(now)
             run -= now.tokens
-    return story
+    return segments
 
 
-def parse_segments(story: str) -> list[Segment]:
-    """Read "text:5 image:2x3 video:4x2x2@0.5"; `" ".join(map(str, segments))` writes it back.
+def rate_text(seconds: float) -> str:
+    """A frame rate as text: "@2fps", or "@0.7s" where that is not the same; "" for one frame a second."""
+    if seconds == 1:
+        return ""
+    per_second = f"{1 / seconds:g}"
+    return f"@{per_second}fps" if seconds < 1 and 1 / float(per_second) == seconds else f"@{seconds!r}s"
+
+
+def read_rate(word: str, rate: str, kind: type[Segment]) -> dict[str, float]:
+    """Seconds per frame from "2fps" or "0.5s".
+
+    Raises:
+        ValueError: a rate without a unit, of nothing, or of a segment without frames.
+    """
+    if not issubclass(kind, Video):
+        raise ValueError(f"{word!r} has a frame rate, @{rate}, but only a video has frames")
+    match = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?)(fps|s)", rate)
+    if not match:
+        raise ValueError(
+            f"{word!r} needs a unit after {rate!r}; write @2fps for frames per second or @0.5s for seconds "
+            "per frame"
+        )
+    number = float(match[1])
+    if match[2] == "fps" and number:
+        return {"seconds_per_frame": 1 / number}
+    return {"seconds_per_frame": number}
+
+
+def parse_segment(word: str) -> Segment:
+    """Read one segment, such as "video:4x2x2@2fps".
+
+    Raises:
+        ValueError: a word that is no segment, with the form that is.
+    """
+    match = re.fullmatch(r"([a-z_]+):(\d+(?:x\d+)*)(?:@(.*))?", word)
+    if not match:
+        raise ValueError(f"{word!r} is not a segment; write {FORMS}")
+    name, sizes = match[1], match[2].split("x")
+    if name in OTHER_NAMES:
+        raise ValueError(f"{word!r} is not a segment; write {OTHER_NAMES[name]}:{match[2]}")
+    kind = SEGMENT_TYPES[name]
+    if len(sizes) != len(kind.names()):
+        wanted = " x ".join(kind.names())
+        raise ValueError(f"{word!r} has {len(sizes)} sizes, but {name} takes {wanted}")
+    if any(len(size) > 10 for size in sizes):
+        raise ValueError(f"{word!r} is too long; {MOST} tokens are the most")
+    rate = read_rate(word, match[3], kind) if match[3] is not None else {}
+    return kind(*map(int, sizes), **rate)
+
+
+def parse_segments(text: str) -> list[Segment]:
+    """Read "text:5 image:2x3 video:4x2x2@2fps"; `" ".join(map(str, segments))` writes it back.
+
+    After a video's sizes, `@2fps` is its frames per second and `@0.5s` its seconds per frame; without either
+    it has one frame a second. A class token is `unrotated:1`.
 
     Raises:
         ValueError: where a word is no segment, with the form that is.
     """
-    segments = []
-    for word in story.split():
-        match = re.fullmatch(r"([a-z_]+):(\d+(?:x\d+)*)(?:@([\d.e+-]+))?", word)
-        if not match:
-            raise ValueError(f"{word!r} is not a segment; write text:N, image:YxX or video:TxYxX[@SECONDS]")
-        kind, sizes = SEGMENT_TYPES[match[1]], match[2].split("x")
-        if len(sizes) != len(kind.names()):
-            wanted = " x ".join(kind.names())
-            raise ValueError(f"{word!r} has {len(sizes)} sizes, but {match[1]} takes {wanted}")
-        if match[3] and not issubclass(kind, Video):
-            raise ValueError(f"{word!r} has a pace, @{match[3]}, but only a video has frames to pace")
-        pace = {"seconds": float(match[3])} if match[3] else {}
-        segments.append(kind(*map(int, sizes), **pace))
-    return segments
+    return [parse_segment(word) for word in text.split()]
 
 
-def read_segments(story: str | Sequence[Segment]) -> list[Segment]:
+def read_segments(segments: str | Sequence[Segment]) -> list[Segment]:
     """Segments from a list of them or from their text form.
 
     Raises:
         ValueError: where an entry is not a segment.
     """
-    segments = parse_segments(story) if isinstance(story, str) else list(story)
+    if isinstance(segments, str):
+        return parse_segments(segments)
+    if isinstance(segments, Segment):
+        raise ValueError(f"a sequence is a list of segments; write [{segments!r}]")
+    segments = list(segments)
     for entry in segments:
         if not isinstance(entry, Segment):
-            raise ValueError(f"a story holds Text, Image and Video segments, not {entry!r}")
+            raise ValueError(f"a sequence holds segments such as Text(5) and Image(2, 3), not {entry!r}")
     return segments

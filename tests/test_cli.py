@@ -30,7 +30,7 @@ def test_show_prints_owners_waves_and_positions(capsys):
         ["2", "image:1x2", "2.5", "2.5", "2"],
         ["3", "image:1x2", "2.5", "2.5", "3"],
         ["4", "text:1", "4", "4", "4"],
-        ["next", "word", "5"],
+        ["next", "text", "5"],
     ]
 
 
@@ -38,7 +38,7 @@ def test_show_has_a_line_of_owners_for_each_head_and_names_axes_that_do_not_turn
     assert cli.main(["show", "mh-rope", "text:1", "--head-dim", "8", "--heads", "3"]) == 0
     assert capsys.readouterr().out.splitlines()[3:6] == ["tttt", "yyyy", "xxxx"]
     assert cli.main(["show", "hope", "text:1"]) == 0
-    assert "t   not turned" in capsys.readouterr().out
+    assert "t   not rotated" in capsys.readouterr().out
 
 
 def test_check_prints_the_report(capsys):
@@ -56,7 +56,7 @@ def test_check_fails_where_the_encoding_does(capsys, monkeypatch):
     ("words", "said"),
     [
         (["schemes", "rope-tvv"], "did you mean 'rope-tv"),
-        (["show", "rope-tv", "words"], "'words' is not a segment"),
+        (["show", "rope-tv", "text"], "'text' is not a segment"),
         (["check", "rope-tv", "--head-dim", "7"], "head_dim 7"),
         (["show", "qwen2-vl-vision", "image:3x3"], "blocks of 2 x 2"),
     ],

@@ -6,47 +6,63 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rope_mm.fields import Count, Positive, Switch, read_value
 from rope_mm.rotary.module import Rotary
 
 Call = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-Place = tuple[float, ...]
+Position = tuple[float, ...]
+FAR = 2.0**18
+NEAR = (2.0**6, 2.0**8, 2.0**12, 2.0**15)  # where starts and steps are taken from, beside `reach`
 
 
 @dataclass(frozen=True)
 class RotaryReport:
     """The largest error in each thing that a rotary encoding must be, and where it is.
 
-    M is the matrix (d, d) that takes a head of q at position p; `relative` has those of q left, of k right.
+    M(p) is the matrix (d, d) that takes a head of q at position p.
 
     Attributes:
         scale: what rotated channels are multiplied by: the attention factor, 1 for most.
-        rotation: max |M(p)^T M(p) - scale^2|, of q and of k; `token` is the p.
-        relative: max |M(p)^T M(p + delta) - M(0)^T M(delta)|; `pair` is p and p + delta.
-        alike: max |M(p) - M(p) of k|.
-        origin: max |M(0) - scale|: a token there is left alone.
+        rotation: max |M(p)^T M(p) - scale^2|, of q and of k.
+        position: the p of that error.
+        relative: max |M(p)^T M(p + delta) - M(0)^T M(delta)|, the left M of q and the right one of k.
+        pair: p and p + delta of that error.
+        channels: the row and the column of that error.
+        same_for_q_k: max |M(p) - M(p) of k|.
+        linear: max |rotated q - M(p) q| of random heads: the angles do not depend on what q and k hold.
+        linear_at: the p of that error.
+        origin: max |M(0) - scale|: a token at position 0 is not rotated.
         tolerance: how large an error may be.
     """
 
     scale: float
     rotation: float
-    token: Place
+    position: Position
     relative: float
-    pair: tuple[Place, Place]
-    alike: float
+    pair: tuple[Position, Position]
+    channels: tuple[int, int]
+    same_for_q_k: float
+    linear: float
+    linear_at: Position
     origin: float
     tolerance: float
 
     @property
     def ok(self) -> bool:
         """Whether every error is within the tolerance; NaN is not."""
-        return all(x <= self.tolerance for x in (self.rotation, self.relative, self.alike, self.origin))
+        errors = (self.rotation, self.relative, self.same_for_q_k, self.linear, self.origin)
+        return all(error <= self.tolerance for error in errors)
 
     def __str__(self) -> str:
+        between = (
+            f"between {self.pair[0]} and {self.pair[1]} in channels {self.channels[0]} and {self.channels[1]}"
+        )
         answers = (
-            (f"a rotation, times {self.scale:.6g}", self.rotation, f", worst at {self.token}"),
-            ("relative", self.relative, f", worst between {self.pair[0]} and {self.pair[1]}"),
-            ("q and k alike", self.alike, ""),
-            ("origin left alone", self.origin, ""),
+            (f"a rotation, times {self.scale:.6g}", self.rotation, f", worst at {self.position}"),
+            ("relative", self.relative, f", worst {between}"),
+            ("the same for q and k", self.same_for_q_k, ""),
+            ("linear in q and k", self.linear, f", worst at {self.linear_at}"),
+            ("the origin not rotated", self.origin, ""),
         )
         return "\n".join(
             f"{'yes' if error <= self.tolerance else 'NO':3} {what}: error {error:.1e}"
@@ -55,33 +71,76 @@ class RotaryReport:
         )
 
 
+def run(rope: Call, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotated q and k (b, s, h, d) in float64.
+
+    Raises:
+        ValueError: results of another shape.
+    """
+    with torch.no_grad():
+        q_out, k_out = rope(q.clone(), k.clone(), positions)
+    for x, out in ((q, q_out), (k, k_out)):
+        if out.shape != x.shape:
+            raise ValueError(
+                f"q and k (b, s, h, d) = {tuple(x.shape)} must keep their shape, not become "
+                f"{tuple(out.shape)}"
+            )
+    return q_out.double(), k_out.double()
+
+
 def matrices(rope: Call, positions: Tensor, head_dim: int, heads: int, dtype: torch.dtype) -> list[Tensor]:
     """Matrices (s, h, d, d) that take q and k at positions (s, a): what becomes of the unit vectors."""
     unit = torch.eye(head_dim, dtype=dtype)[:, None, None].expand(-1, len(positions), heads, -1)
-    with torch.no_grad():
-        images = rope(unit.clone(), unit.clone(), positions)
-    if wrong := [tuple(image.shape) for image in images if image.shape != unit.shape]:
-        raise ValueError(
-            f"q and k (b, s, h, d) = {tuple(unit.shape)} must keep their shape, not become {wrong}"
-        )
-    return [image.double().permute(1, 2, 3, 0) for image in images]
+    return [out.permute(1, 2, 3, 0) for out in run(rope, unit, unit, positions)]
 
 
 def rotation_error(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The factor (d,) on channels, one for all that are touched, and max |M^T M - factor^2| (s,)."""
+    """The scale (d,) of channels, one for all that are rotated, and max |M^T M - scale^2| (s,)."""
     unit = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
-    touched = (matrix - unit).abs().amax((0, 1, 2)) > 0
-    scale = matrix[..., touched].square().sum(-2).mean().sqrt()
-    factor = torch.where(touched, scale, 1.0)
-    return factor, (matrix.mT @ matrix - factor.square().diag()).abs().amax((1, 2, 3))
+    rotated = (matrix - unit).abs().amax((0, 1, 2)) > 0
+    scale = torch.where(rotated, matrix[..., rotated].square().sum(-2).mean().sqrt(), 1.0)
+    return scale, (matrix.mT @ matrix - scale.square().diag()).abs().amax((1, 2, 3))
 
 
-def probe_positions(axes: int, reach: int) -> Tensor:
-    """Positions (8, axes + 2, axes): eight places, the first 0, and from each single steps and a far one."""
-    draw = torch.Generator().manual_seed(0)
-    starts, far = (torch.randint(1, reach + 1, (n, axes), generator=draw).double() for n in (8, 1))
-    starts[0] = 0
-    return starts[:, None] + torch.cat((torch.zeros_like(far), torch.eye(axes), far))
+def linearity_error(rope: Call, positions: Tensor, of_q: Tensor, of_k: Tensor, dtype: torch.dtype) -> Tensor:
+    """The error (s,) of rotated random heads against their matrices (s, h, d, d).
+
+    Every token has content of its own, so angles that depend on the content, and tokens that mix, are seen.
+    """
+    s, heads, d, _ = of_q.shape
+    seed = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, s, heads, d, generator=seed, dtype=torch.float64).to(dtype) for _ in range(2))
+    errors = []
+    for x, out, matrix in zip((q, k), run(rope, q, k, positions), (of_q, of_k), strict=True):
+        expected = torch.einsum("shij,bshj->bshi", matrix, x.double())
+        errors.append((out - expected).abs().amax((0, 2, 3)))
+    return torch.maximum(*errors)
+
+
+def probe_positions(axes: int, reach: float, whole: bool = False) -> Tensor:
+    """Positions (n, m, axes): n starts, the first 0, and from each the same m steps, the first 0.
+
+    Starts and steps are near and far, fractional and negative. All are multiples of 1/4 below 2 * reach, so
+    their sums are exact, in float32, too, up to a reach of 2**20.
+
+    Args:
+        axes: how many coordinates a position has.
+        reach: starts and steps go up to this.
+        whole: whole numbers >= 0 alone.
+    """
+    seed = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([*(size for size in NEAR if size < reach), reach], dtype=torch.float64)
+
+    def sample(count: int) -> Tensor:
+        numbers = torch.rand(count, len(sizes), axes, generator=seed, dtype=torch.float64)
+        spread = numbers if whole else 2 * numbers - 1
+        grid = 1 if whole else 4
+        return ((spread * sizes[:, None]) * grid).round().flatten(0, 1) / grid
+
+    zero, single = torch.zeros(1, axes).double(), torch.eye(axes).double()
+    starts = torch.cat((zero, sample(2)))
+    steps = torch.cat((zero, single, sample(1)) if whole else (zero, single, single / 4, -single, sample(1)))
+    return starts[:, None] + steps
 
 
 def check_rotary(
@@ -90,42 +149,68 @@ def check_rotary(
     head_dim: int | None = None,
     axes: int | None = None,
     heads: int = 1,
-    reach: int = 64,
+    reach: float = FAR,
+    whole: bool = False,
     dtype: torch.dtype = torch.float64,
     tolerance: float = 1e-9,
 ) -> RotaryReport:
-    """Whether q and k are rotated so that their scores see only how far apart they stand.
+    """Whether q and k are rotated so that their scores depend only on the difference of their positions.
+
+    It is tried at positions near 0 and as far as `reach`, whole and fractional, positive and negative, on
+    unit vectors and on random heads.
 
     Args:
         rope: a Rotary, whose sizes are read from it, or any (q (b, s, h, d), k, p (s, a)) -> (q, k).
         head_dim: channels of a head, for a callable.
         axes: how many coordinates p has, for a callable.
         heads: how many heads q and k have, where a Rotary does not say.
-        reach: p are whole numbers from 0 to 2 * reach, in float64.
-        dtype: of q and k.
-        tolerance: how large an error may be; about 1e-4 for code that makes its angles in float32.
+        reach: how far p goes from 0; lower it for code that makes its angles in float32, whose error grows
+            with p.
+        whole: whether p are whole numbers >= 0 alone, for code that looks angles up in a table.
+        dtype: of q and k; p are float64.
+        tolerance: how large an error may be, beside what float64 rounds off a Rotary's angles; about
+            1e-7 * reach for code that makes its angles in float32.
 
     Raises:
         ValueError: a callable without its sizes, or one that changes the shape of q or k.
     """
+    reach = read_value("check_rotary", "reach", reach, Positive)
+    whole = read_value("check_rotary", "whole", whole, Switch)
+    tolerance = read_value("check_rotary", "tolerance", tolerance, Positive)
     if isinstance(rope, Rotary):
         head_dim, axes, heads = rope.head_dim, len(rope.scheme.axes), rope.heads or heads
+        angle = 4 * reach * rope.omega.detach().abs().sum(-2).max().item()
+        tolerance = max(tolerance, 4 * torch.finfo(torch.float64).eps * angle)
     if head_dim is None or axes is None:
         raise ValueError("a callable does not say its sizes: give head_dim= and axes=")
-    p = probe_positions(axes, reach)
-    q, k = matrices(rope, p.flatten(0, 1), head_dim, heads, dtype)
-    (factor, rotation), (_, of_keys) = rotation_error(q), rotation_error(k)
+    d = read_value("check_rotary", "head_dim", head_dim, Count)
+    heads = read_value("check_rotary", "heads", heads, Count)
+    p = probe_positions(read_value("check_rotary", "axes", axes, Count), reach, whole)
+    return report_errors(rope, p, matrices(rope, p.flatten(0, 1), d, heads, dtype), dtype, tolerance)
+
+
+def report_errors(
+    rope: Call, p: Tensor, of_q_k: list[Tensor], dtype: torch.dtype, tolerance: float
+) -> RotaryReport:
+    """The report of matrices (n*m, h, d, d) of q and of k at positions p (n, m, a)."""
+    of_q, of_k = of_q_k
+    flat = p.flatten(0, 1)
+    (scale, rotation), (_, of_keys) = rotation_error(of_q), rotation_error(of_k)
     rotation = torch.maximum(rotation, of_keys)
-    between = q.unflatten(0, p.shape[:2])[:, :1].mT @ k.unflatten(0, p.shape[:2])
-    relative = (between - between[:1]).abs().amax((2, 3, 4))
-    start, step = divmod(int(relative.argmax()), p.shape[1])
+    linear = linearity_error(rope, flat, of_q, of_k, dtype)
+    between = of_q.unflatten(0, p.shape[:2])[:, :1].mT @ of_k.unflatten(0, p.shape[:2])  # (n, m, h, d, d)
+    error = (between - between[:1]).abs()
+    start, step, _, row, column = (int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     return RotaryReport(
-        scale=factor[(factor - 1).abs().argmax()].item(),
+        scale=scale[(scale - 1).abs().argmax()].item(),
         rotation=rotation.max().item(),
-        token=tuple(p.flatten(0, 1)[rotation.argmax()].tolist()),
-        relative=relative.max().item(),
+        position=tuple(flat[rotation.argmax()].tolist()),
+        relative=error.max().item(),
         pair=(tuple(p[start, 0].tolist()), tuple(p[start, step].tolist())),
-        alike=(q - k).abs().max().item(),
-        origin=(q[0] - factor.diag()).abs().max().item(),
+        channels=(row, column),
+        same_for_q_k=(of_q - of_k).abs().max().item(),
+        linear=linear.max().item(),
+        linear_at=tuple(flat[linear.argmax()].tolist()),
+        origin=(of_q[0] - scale.diag()).abs().max().item(),
         tolerance=tolerance,
     )

@@ -1,4 +1,4 @@
-"""What a scheme promises: measured on fixed pictures and stories, never declared by hand."""
+"""What a scheme promises: measured on fixed images and sequences, never declared by hand."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -20,26 +20,33 @@ from rope_mm.schemes.zoo import SCHEMES, read_scheme
 from rope_mm.segments import Image, Segment, Text, Video, read_segments
 
 HEAD_DIM, HEADS = 64, 4
-WORDS = (1, 6)  # before a picture
+TEXT_BEFORE = (1, 6)  # tokens before an image
 SIDES = ((1, 1), (1, 6), (6, 1), (2, 2), (3, 3), (2, 4), (4, 2), (3, 4), (5, 2))
-PICTURES = [Image(y, x) if t == 1 else Video(t, y, x) for t, (y, x) in product((1, 2, 3, 8), SIDES)]
+IMAGES = [Image(y, x) if t == 1 else Video(t, y, x) for t, (y, x) in product((1, 2, 3, 8), SIDES)]
 SQUARE = Image(16, 16)
-STORY = "text:8 image:4x6 text:4 video:12x2x4 text:8"  # its video is longer than it is wide
+MIXED = "text:8 image:4x6 text:4 video:12x2x4 text:8"  # its video is longer than it is wide
 
 
 @cache
-def turned(scheme: Scheme) -> Tensor:
-    """Which axes (a,) turn any channel: the others a model cannot see."""
+def rotating_axes(scheme: Scheme) -> Tensor:
+    """Which axes (a,) rotate any channel: a model cannot see the others."""
     return scheme.omega(HEAD_DIM, HEADS).abs().amax((0, 2)) > 0
 
 
-def turned_positions(scheme: Scheme, story: str | list[Segment]) -> Tensor:
-    """Positions (s, a) on the axes that are turned."""
-    return scheme.place(story)[0][:, turned(scheme)]
+def rotating_positions(scheme: Scheme, segments: str | list[Segment]) -> Tensor:
+    """Positions (s, a) on the axes that rotate any channel."""
+    return scheme.place(segments)[0][:, rotating_axes(scheme)]
 
 
 class Neighborhood(NamedTuple):
-    """Positions of a picture's patches (n, a), of the words L before and K after it, a word's step (a,)."""
+    """An image or video among text.
+
+    Attributes:
+        before: position L (a,) of the text token before it.
+        patches: positions (n, a) of its patches.
+        after: position K (a,) of the text token after it.
+        step: from one text token to the next (a,).
+    """
 
     before: Tensor
     patches: Tensor
@@ -47,10 +54,10 @@ class Neighborhood(NamedTuple):
     step: Tensor
 
 
-def look(scheme: Scheme, picture: Segment, words: int) -> Neighborhood:
-    """A picture among words, of which so many are before it."""
-    p = turned_positions(scheme, [Text(words), picture, Text(2)])
-    return Neighborhood(p[words - 1], p[words:-2], p[-2], p[-1] - p[-2])
+def image_in_text(scheme: Scheme, image: Segment, before: int) -> Neighborhood:
+    """An image after so many text tokens and before two more."""
+    p = rotating_positions(scheme, [Text(before), image, Text(2)])
+    return Neighborhood(p[before - 1], p[before:-2], p[-2], p[-1] - p[-2])
 
 
 def same(x: Tensor, y: Tensor) -> bool:
@@ -59,102 +66,106 @@ def same(x: Tensor, y: Tensor) -> bool:
 
 
 def compatible(scheme: Scheme) -> bool:
-    """A text alone is rotated as by RoPE-1D of the same theta and pairs: p_n Omega = n theta^(-i / r)."""
+    """Text alone is rotated as by RoPE-1D of the same theta and pairs: p_n Omega = n theta^(-i / r)."""
     everywhere = tuple(extension for extension in scheme.extensions if not extension.axes)
     line = Scheme(
         layout="flat",
         theta=scheme.theta,
         fraction=scheme.fraction,
-        slot=scheme.slot,
-        still=scheme.still,
+        channel_offset=scheme.channel_offset,
+        unrotated_fraction=scheme.unrotated_fraction,
         extensions=everywhere,
     )
     angles, expected = (s.place("text:64")[0] @ s.omega(HEAD_DIM, HEADS) for s in (scheme, line))
     return same(angles, expected)
 
 
-def room(sight: Neighborhood) -> float | None:
-    """Positions that a picture takes on the words' walk: K - L - 1; None where words do not walk."""
-    pace = sight.step @ sight.step
-    return ((sight.after - sight.before) @ sight.step / pace - 1).item() if pace else None
+def span(image: Neighborhood) -> float | None:
+    """Positions that an image takes along the text: K - L - 1; None where text is not counted."""
+    length = image.step @ image.step
+    return ((image.after - image.before) @ image.step / length - 1).item() if length else None
 
 
-def rate(sights: Iterable[Neighborhood]) -> float | None:
-    """Words that a patch counts, (K - L - 1) / n, if that is the same in all pictures."""
-    taken = {(room(sight), len(sight.patches)) for sight in sights}
-    rates = {None if words is None else round(words / patches, 9) for words, patches in taken}
+def rate(images: Iterable[Neighborhood]) -> float | None:
+    """Text tokens that a patch counts as, (K - L - 1) / n, if that is the same in all images."""
+    taken = {(span(image), len(image.patches)) for image in images}
+    rates = {None if tokens is None else round(tokens / patches, 9) for tokens, patches in taken}
     return rates.pop() if len(rates) == 1 else None
 
 
-def symmetric(sight: Neighborhood) -> Tensor:
+def symmetric(image: Neighborhood) -> Tensor:
     """Axes (a,) on which the gap before is the gap after: p_1 - L = K - p_n."""
-    return (sight.patches[0] + sight.patches[-1] - sight.before - sight.after).abs() < 1e-9
+    return (image.patches[0] + image.patches[-1] - image.before - image.after).abs() < 1e-9
 
 
-def central(sight: Neighborhood) -> bool:
+def central(image: Neighborhood) -> bool:
     """Whether every patch has a mirror image: p_k + p_(n + 1 - k) = L + K."""
-    return same(sight.patches + sight.patches.flip(0), sight.before + sight.after)
+    return same(image.patches + image.patches.flip(0), image.before + image.after)
 
 
 def causal(scheme: Scheme, y: int, x: int, frames: int = 6) -> bool:
     """Whether a longer video begins as the shorter one: p_k of t frames = p_k of more."""
-    whole = turned_positions(scheme, [Text(2), Video(frames, y, x)])
-    shorter = (turned_positions(scheme, [Text(2), Video(t, y, x)]) for t in range(1, frames))
+    whole = rotating_positions(scheme, [Text(2), Video(frames, y, x)])
+    shorter = (rotating_positions(scheme, [Text(2), Video(t, y, x)]) for t in range(1, frames))
     return all(same(part, whole[: len(part)]) for part in shorter)
 
 
-def collisions(scheme: Scheme, story: str = STORY) -> tuple[int, int]:
-    """Tokens of a story that share their position with another, and words that stand on a patch."""
-    word = torch.cat([torch.full((s.tokens,), isinstance(s, Text)) for s in read_segments(story)])
-    rounded = turned_positions(scheme, story).round(decimals=9) + 0.0  # no -0
+def collisions(scheme: Scheme, segments: str = MIXED) -> tuple[int, int]:
+    """Tokens that share their position with another one, and text tokens that stand on a patch."""
+    text = torch.cat([torch.full((s.tokens,), isinstance(s, Text)) for s in read_segments(segments)])
+    rounded = rotating_positions(scheme, segments).round(decimals=9) + 0.0  # no -0
     _, place, count = rounded.unique(dim=0, return_inverse=True, return_counts=True)
-    return int((count[place] > 1).sum()), int(torch.isin(place[word], place[~word]).sum())
+    return int((count[place] > 1).sum()), int(torch.isin(place[text], place[~text]).sum())
 
 
 def distance(here: Tensor, there: Tensor) -> float:
-    """Mean |p - q| over tokens and axes, so that neighbours among words are 1 apart."""
+    """Mean |p - q| over tokens and axes, so that neighbours in text are 1 apart."""
     return (here - there).abs().mean().item()
 
 
-def distances(scheme: Scheme, picture: Segment) -> tuple[float, float] | None:
-    """From the word before to the patches and to the word after; None where more words before change it."""
-    few, many = (look(scheme, picture, words) for words in WORDS)
+def distances(scheme: Scheme, image: Segment) -> tuple[float, float] | None:
+    """From the token before to the patches, and from them to the one after; None if more text changes it."""
+    few, many = (image_in_text(scheme, image, before) for before in TEXT_BEFORE)
     (near, far), other = ((distance(s.before, s.patches), distance(s.patches, s.after)) for s in (few, many))
     return (near, far) if same(torch.tensor((near, far)), torch.tensor(other)) else None
 
 
-def inside_text(sight: Neighborhood) -> bool:
-    """Whether the picture lies among its words on every axis: L < p < K."""
-    return bool(((sight.before < sight.patches) & (sight.patches < sight.after)).all())
+def inside_text(image: Neighborhood) -> bool:
+    """Whether the image lies between the text before and after it on every axis: L < p < K."""
+    return bool(((image.before < image.patches) & (image.patches < image.after)).all())
 
 
-def integral(sight: Neighborhood) -> bool:
+def integral(image: Neighborhood) -> bool:
     """Whether all coordinates are whole numbers."""
-    return not (torch.cat((sight.patches, sight.after[None])) % 1).any()
+    return not (torch.cat((image.patches, image.after[None])) % 1).any()
 
 
 @dataclass(frozen=True)
 class LayoutProperties:
-    """What a scheme keeps of RoPE-TV's three principles (kexue.fm 10352) and more, on the axes that it turns.
+    """What a scheme keeps of RoPE-TV's three principles (kexue.fm 10352) and more, on the axes it rotates by.
 
-    Pictures are PICTURES, each among words. Schemes for pictures alone place each from the same origin, so
-    that pictures and words collide there.
+    Images are IMAGES, each between text. Schemes for images alone place each at the same origin, so that
+    images and text collide there.
 
     Attributes:
         scheme: its name.
-        compatible: a text alone is rotated as by RoPE-1D of the same theta.
-        equivalent: n patches count as n words; `rate` is how many words a patch counts where that is the
-            same for all pictures, else None.
-        symmetric: the gap before a picture is the gap after it; `symmetric_on` has the axes where it is.
-        central: the k-th patch stands after the word before as the k-th last before the word after.
+        compatible: text alone is rotated as by RoPE-1D of the same theta.
+        equivalent: n patches count as n text tokens.
+        rate: text tokens that a patch counts as; None where that is not the same for all images.
+        symmetric: the gap before an image is the gap after it.
+        symmetric_on: the axes on which it is.
+        central: the k-th patch stands after the text as the k-th last stands before it.
         causal: a longer video never moves an earlier frame.
-        between: a picture lies past the word before it and short of the word after it on every axis.
-        collisions: tokens of STORY that share their position; `words_on_patches` of its words are on a patch.
+        inside_text: an image lies past the text before it and short of the text after it on every axis.
+        collisions: tokens of MIXED that share their position.
+        text_on_patches: text tokens of MIXED that stand on a patch.
         density: patches of SQUARE per position that it takes; None where it takes none.
-        distances: of its patches, on average, from the word before and from the word after; None where that
-            depends on how many words came before.
+        distances: of its patches, on average, from the text token before and from the one after; None where
+            that depends on how much text came before.
         integral: all coordinates are whole numbers.
-        rotation: error from `check_rotary`; `relative`, too; `rotary` is whether its report is all well.
+        rotation: error from `check_rotary`.
+        relative: error from `check_rotary`.
+        rotary: whether the report of `check_rotary` is all well.
     """
 
     scheme: str
@@ -165,9 +176,9 @@ class LayoutProperties:
     symmetric_on: tuple[str, ...]
     central: bool
     causal: bool
-    between: bool
+    inside_text: bool
     collisions: int
-    words_on_patches: int
+    text_on_patches: int
     density: float | None
     distances: tuple[float, float] | None
     integral: bool
@@ -176,10 +187,10 @@ class LayoutProperties:
     rotary: bool
 
 
-def takes(scheme: Scheme, picture: Segment) -> bool:
+def fits(scheme: Scheme, image: Segment) -> bool:
     """Whether the layout places it at all: blocks of patches want even sides."""
     try:
-        return bool(scheme.place([picture]))
+        return bool(scheme.place([image]))
     except ValueError:
         return False
 
@@ -187,41 +198,44 @@ def takes(scheme: Scheme, picture: Segment) -> bool:
 def measure_properties(scheme: str | Scheme) -> LayoutProperties:
     """What a scheme promises, measured.
 
+    Args:
+        scheme: a key of SCHEMES, or a Scheme.
+
     Raises:
         ValueError: an unknown name.
     """
     chosen = read_scheme(scheme)
-    pictures = [picture for picture in PICTURES if takes(chosen, picture)]
-    sights = [look(chosen, picture, words) for picture, words in product(pictures, WORDS)]
-    everywhere = torch.stack([symmetric(sight) for sight in sights]).all(0)
-    axes = [axis for axis, turns in zip(chosen.axes, turned(chosen), strict=True) if turns]
-    square, words_per_patch = look(chosen, SQUARE, words=8), rate(sights)
-    taken, (shared, on_patches) = room(square), collisions(chosen)
+    fitting = [image for image in IMAGES if fits(chosen, image)]
+    images = [image_in_text(chosen, image, before) for image, before in product(fitting, TEXT_BEFORE)]
+    everywhere = torch.stack([symmetric(image) for image in images]).all(0)
+    axes = [axis for axis, rotates in zip(chosen.axes, rotating_axes(chosen), strict=True) if rotates]
+    square, tokens_per_patch = image_in_text(chosen, SQUARE, before=8), rate(images)
+    taken, (shared, on_patches) = span(square), collisions(chosen)
     report = check_rotary(Rotary(HEAD_DIM, chosen, heads=HEADS))
     return LayoutProperties(
         scheme=scheme if isinstance(scheme, str) else layout_id(chosen.layout, dict(chosen.options)),
         compatible=compatible(chosen),
-        equivalent=words_per_patch == 1,
-        rate=words_per_patch,
+        equivalent=tokens_per_patch == 1,
+        rate=tokens_per_patch,
         symmetric=bool(everywhere.all()),
         symmetric_on=tuple(axis for axis, holds in zip(axes, everywhere, strict=True) if holds),
-        central=all(map(central, sights)),
-        causal=all(causal(chosen, y, x) for y, x in SIDES if takes(chosen, Image(y, x))),
-        between=all(map(inside_text, sights)),
+        central=all(map(central, images)),
+        causal=all(causal(chosen, y, x) for y, x in SIDES if fits(chosen, Image(y, x))),
+        inside_text=all(map(inside_text, images)),
         collisions=shared,
-        words_on_patches=on_patches,
+        text_on_patches=on_patches,
         density=SQUARE.tokens / taken if taken else None,
         distances=distances(chosen, SQUARE),
-        integral=all(map(integral, sights)),
+        integral=all(map(integral, images)),
         rotation=report.rotation,
         relative=report.relative,
         rotary=report.ok,
     )
 
 
-def answer(promised: bool, otherwise: str = "") -> str:
+def answer(holds: bool, otherwise: str = "") -> str:
     """Yes or no, and what holds where it is no."""
-    return "yes" if promised else f"no ({otherwise})" if otherwise else "no"
+    return "yes" if holds else f"no ({otherwise})" if otherwise else "no"
 
 
 def number(value: float | None) -> str:
@@ -235,8 +249,8 @@ COLUMNS: dict[str, Callable[[LayoutProperties], str]] = {
     "symmetric": lambda p: answer(p.symmetric, " ".join(p.symmetric_on)),
     "central": lambda p: answer(p.central),
     "causal": lambda p: answer(p.causal),
-    "between": lambda p: answer(p.between),
-    "collisions": lambda p: f"{p.collisions} ({p.words_on_patches})" if p.collisions else "0",
+    "inside text": lambda p: answer(p.inside_text),
+    "collisions": lambda p: f"{p.collisions} ({p.text_on_patches})" if p.collisions else "0",
     "density": lambda p: number(p.density),
     "distances": lambda p: ", ".join(map(number, p.distances or [None])),
     "integral": lambda p: answer(p.integral),
@@ -269,7 +283,11 @@ FORMATS: Registry[Callable[[list[LayoutProperties]], str]] = Registry(
 
 
 def properties_table(schemes: Iterable[str | Scheme] = SCHEMES, format: str = "text") -> str:
-    """A line for each scheme of what it promises, as "text", "markdown" or "json".
+    """A line for each scheme of what it promises.
+
+    Args:
+        schemes: keys of SCHEMES, or Schemes; all if nothing is given.
+        format: "text", "markdown" or "json".
 
     Raises:
         ValueError: an unknown name or format.

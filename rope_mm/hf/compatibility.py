@@ -62,7 +62,7 @@ def make_rope(
     chosen = read_scheme(spec, **changes)
     if interface:
         check_scheme(chosen, interface, name, read_head_dim(config) if config else width)
-        chosen = chosen.change(fraction=1.0, slot="front")
+        chosen = chosen.replace(fraction=1.0, channel_offset="start")
     heads = config.num_attention_heads if chosen.per_head else None
     return given if made else Rotary(width, chosen, heads=heads)
 
@@ -73,7 +73,7 @@ def check_scheme(scheme: Scheme, interface: ModelRope, name: str, head_dim: int)
     one_table = f"but {name} makes one table for all heads and every length"
     other_part = pairs != interface.pairs or 2 * interface.pairs > head_dim
     of_tokens, walk = interface.call_format in TOKEN_CALLS, ([0.0] * a, [1.0] * a)
-    stays = of_tokens and scheme.word_line != walk
+    stays = of_tokens and scheme.text_line != walk
     off_grid = not of_tokens and interface.call_format != PIXELS and scheme.layout != "grid"
     refusals = {
         f"{scheme} has an Omega for each head, {one_table}": scheme.per_head,

@@ -153,7 +153,7 @@ def check_unhandled(name: str, alike: re.Pattern[str]) -> None:
 def read_both(from_: str | Scheme, to: str | Scheme) -> tuple[Scheme, Scheme]:
     """Both schemes; a pairing's name is the other scheme with that pairing, or "flat" with it."""
     named = [read_scheme(x) for x in (from_, to) if x not in PAIRINGS] or [SCHEMES["flat"]]
-    first, last = (named[0].change(pairing=x) if x in PAIRINGS else read_scheme(x) for x in (from_, to))
+    first, last = (named[0].replace(pairing=x) if x in PAIRINGS else read_scheme(x) for x in (from_, to))
     return first, last
 
 
@@ -169,7 +169,7 @@ def pairs_of(scheme: Scheme, head_dim: int, heads: int | None) -> tuple[Tensor, 
     number = torch.arange(2.0, pairs + 2).view(1, 1, pairs)
     turned = apply_rotary(
         torch.ones(1, 1, 1, head_dim), torch.zeros_like(number), number, scheme.pairing,
-        scheme.blocks(head_dim), scheme.slot == "tail",
+        scheme.blocks(head_dim), scheme.channel_offset == "end",
     ).flatten()  # fmt: skip
     channels = torch.where(turned == 1, torch.inf, 4 * turned.abs() + turned.sign()).argsort(stable=True)
     return pad(columns, (0, 0, 0, head_dim // 2 - pairs)), channels.view(-1, 2)
@@ -190,9 +190,12 @@ def reordering(source: Scheme, target: Scheme, head_dim: int, heads: int | None 
     """
     if source.axes != target.axes:
         raise ValueError(f"{source.axes} cannot become {target.axes}: both schemes need the same axes")
-    if source.factor != target.factor:
-        raise ValueError(f"a factor of {source.factor} on cosine and sine cannot become {target.factor}")
-    if (source.learnable or target.learnable) and source.change(pairing=target.pairing) != target:
+    if source.attention_scaling != target.attention_scaling:
+        raise ValueError(
+            f"a factor of {source.attention_scaling} on cosine and sine cannot become "
+            f"{target.attention_scaling}"
+        )
+    if (source.learnable or target.learnable) and source.replace(pairing=target.pairing) != target:
         raise ValueError(
             "learned frequencies are not the scheme's: of a learnable scheme change the pairing alone"
         )

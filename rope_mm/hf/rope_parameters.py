@@ -16,11 +16,11 @@ from rope_mm.schemes.frequencies import apportion
 from rope_mm.schemes.scheme import Scheme, read_extension
 from rope_mm.schemes.zoo import SCHEMES
 
-HALF, INTERLEAVED = SCHEMES["flat"], SCHEMES["flat"].change(pairing="interleaved")
-QWEN2_VL = SCHEMES["m-rope-qwen2-vl"].change(shares=(16, 24, 24))
-QWEN2_5_VL = SCHEMES["m-rope-qwen2.5-vl"].change(shares=(16, 24, 24), options=(("rate", 2.0),))
-QWEN3_VL = SCHEMES["m-rope-qwen3-vl"].change(shares=(24, 20, 20))
-GLM4V = SCHEMES["m-rope-glm-4.1v"].change(shares=(8, 12, 12), fraction=1.0)
+HALF, INTERLEAVED = SCHEMES["flat"], SCHEMES["flat"].replace(pairing="interleaved")
+QWEN2_VL = SCHEMES["m-rope-qwen2-vl"].replace(axis_shares=(16, 24, 24))
+QWEN2_5_VL = SCHEMES["m-rope-qwen2.5-vl"].replace(axis_shares=(16, 24, 24), options=(("rate", 2.0),))
+QWEN3_VL = SCHEMES["m-rope-qwen3-vl"].replace(axis_shares=(24, 20, 20))
+GLM4V = SCHEMES["m-rope-glm-4.1v"].replace(axis_shares=(8, 12, 12), fraction=1.0)
 TOWER = SCHEMES["qwen2-vl-vision"]
 
 BASES = {
@@ -31,11 +31,11 @@ BASES = {
     "deepseek_v2 deepseek_v3": SCHEMES["deepseek-mla"],
     "qwen2_vl_text": QWEN2_VL,
     "qwen2_5_vl_text": QWEN2_5_VL,
-    "qwen2_5_omni_text": SCHEMES["tm-rope"].change(shares=(16, 24, 24)),
+    "qwen2_5_omni_text": SCHEMES["tm-rope"].replace(axis_shares=(16, 24, 24)),
     "qwen3_vl_text qwen3_vl_moe_text": QWEN3_VL,
     "qwen3_5_text qwen3_5_moe_text": SCHEMES["m-rope-qwen3.5"],
     "glm4v_text": GLM4V,
-    "ernie4_5_vl_moe_text": SCHEMES["m-rope-ernie-4.5-vl"].change(shares=(20, 22, 22)),
+    "ernie4_5_vl_moe_text": SCHEMES["m-rope-ernie-4.5-vl"].replace(axis_shares=(20, 22, 22)),
     "qwen2_vl_vision qwen2_5_vl_vision qwen2_5_omni_vision_encoder qwen3_vl_vision qwen3_vl_moe_vision "
     "qwen3_5_vision qwen3_5_moe_vision glm4v_vision ernie4_5_vl_moe_vision": TOWER,
     "pixtral": SCHEMES["pixtral"],
@@ -51,7 +51,7 @@ FAMILIES: Registry[Scheme] = Registry(
 
 ALIASES = {"su": "longrope", "mrope": "default", "axial": "default"}
 HF_NAMES = {  # our fields in transformers' names
-    "original": "original_max_position_embeddings",
+    "original_max_positions": "original_max_position_embeddings",
     "short": "short_factor",
     "long": "long_factor",
 }
@@ -135,8 +135,8 @@ def from_hf_config(config: Any, layer_type: str | None = None) -> Scheme:
         **read_parts(config, rope, head_dim),
         **family_fields(config, base, rate),
     }
-    scheme = base.change(**changes, extensions=read_rope_type(config, rope))
-    return scheme.change(shares=read_sections(rope, scheme, head_dim))
+    scheme = base.replace(**changes, extensions=read_rope_type(config, rope))
+    return scheme.replace(axis_shares=read_sections(rope, scheme, head_dim))
 
 
 def read_parts(config: Any, rope: dict[str, Any], head_dim: int) -> dict[str, float]:
@@ -147,7 +147,7 @@ def read_parts(config: Any, rope: dict[str, Any], head_dim: int) -> dict[str, fl
     """
     part = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
     if rope.get("rope_type") == "proportional":
-        return {"fraction": 1.0, "still": 1 - part}
+        return {"fraction": 1.0, "unrotated_fraction": 1 - part}
     given = getattr(config, "qk_rope_head_dim", None) or getattr(config, "rotary_dim", None)
     rotated = given or int(head_dim * part)
     if rotated % 2 or not rotated:
@@ -176,8 +176,9 @@ def read_rope_type(config: Any, rope: dict[str, Any]) -> list[Extension]:
     if name == "default":
         return []
     longest = getattr(config, "max_position_embeddings", None)
-    original = getattr(config, "original_max_position_embeddings", None) or rope.get(HF_NAMES["original"])
-    known = {**rope, HF_NAMES["original"]: longest if name == "dynamic" else original or longest}
+    name_of_original = HF_NAMES["original_max_positions"]
+    original = getattr(config, name_of_original, None) or rope.get(name_of_original)
+    known = {**rope, name_of_original: longest if name == "dynamic" else original or longest}
     if longest and original:
         known.setdefault("factor", longest / original)
     numbers = {f.name: known.get(HF_NAMES.get(f.name, f.name)) for f in fields(EXTENSIONS[name])}
@@ -191,11 +192,11 @@ def read_sections(rope: dict[str, Any], scheme: Scheme, head_dim: int) -> tuple[
     Raises:
         ValueError: sections that do not sum to the pairs, or of an ownership that is not the family's.
     """
-    if scheme.shares is None:
+    if scheme.axis_shares is None:
         return None
     section, pairs = rope.get("mrope_section"), scheme.pairs(head_dim)
     order = SECTIONS.get(scheme.ownership, (0, 1, 2))
-    shares = tuple(section[order.index(axis)] for axis in range(3)) if section else scheme.shares
+    shares = tuple(section[order.index(axis)] for axis in range(3)) if section else scheme.axis_shares
     if sum(shares) != pairs:
         raise ValueError(
             f"mrope_section {list(section or shares)} must sum to the {pairs} rotated pairs of a head"
@@ -221,14 +222,17 @@ def to_rope_parameters(scheme: Scheme, head_dim: int | None = None) -> dict[str,
     check_expressible(scheme)
     rope = {"rope_type": "axial" if scheme.ladder != "shared" else "default", "rope_theta": scheme.theta}
     rope |= write_extension(scheme)
-    if scheme.still:
-        rope |= {"rope_type": "proportional", "partial_rotary_factor": round_up(1 - scheme.still)}
-    elif scheme.fraction != 1 and scheme.slot != "tail":  # DeepSeek's is qk_rope_head_dim
+    if scheme.unrotated_fraction:
+        rope |= {
+            "rope_type": "proportional",
+            "partial_rotary_factor": round_up(1 - scheme.unrotated_fraction),
+        }
+    elif scheme.fraction != 1 and scheme.channel_offset != "end":  # DeepSeek's is qk_rope_head_dim
         rope["partial_rotary_factor"] = round_up(scheme.fraction)
-    if scheme.shares is not None:
+    if scheme.axis_shares is not None:
         if head_dim is None:
             raise ValueError("mrope_section counts the pairs of each axis; give head_dim")
-        counts = apportion(scheme.pairs(head_dim), scheme.shares)
+        counts = apportion(scheme.pairs(head_dim), scheme.axis_shares)
         rope["mrope_section"] = [counts[axis] for axis in SECTIONS.get(scheme.ownership, (0, 1, 2))]
     if scheme.ownership == "stride3":
         rope["mrope_interleaved"] = True
@@ -250,12 +254,18 @@ def write_extension(scheme: Scheme) -> dict[str, Any]:
         return {}
     (extension, *more), names = scheme.extensions, {kind: name for name, kind in EXTENSIONS.items()}
     name = names[type(extension)]
-    if more or extension.axes or name in ("ntk", "riflex") or (scheme.still and name != "linear"):
+    if (
+        more
+        or extension.axes
+        or name in ("ntk", "riflex")
+        or (scheme.unrotated_fraction and name != "linear")
+    ):
         raise ValueError(
-            f"rope_parameters cannot express extensions={scheme.extensions} with still={scheme.still}"
+            f"rope_parameters cannot express extensions={scheme.extensions} with "
+            f"unrotated_fraction={scheme.unrotated_fraction}"
         )
     numbers = {HF_NAMES.get(field, field): value for field, value in asdict(extension).items()}
-    own = ("axes", HF_NAMES["original"]) if name == "dynamic" else ("axes",)
+    own = ("axes", HF_NAMES["original_max_positions"]) if name == "dynamic" else ("axes",)
     lists = {key: list(x) if isinstance(x, tuple) else x for key, x in numbers.items() if key not in own}
     return {"rope_type": name, **{key: x for key, x in lists.items() if x is not None}}
 
@@ -281,5 +291,7 @@ def check_expressible(scheme: Scheme) -> None:
 def without_config_fields(scheme: Scheme) -> Scheme:
     """The scheme without the fields that a config holds."""
     options = tuple(option for option in scheme.options if option[0] not in ("merge", "rate"))
-    shares = scheme.shares and (1,) * len(scheme.axes)
-    return scheme.change(theta=1.0, fraction=1.0, still=0.0, extensions=(), options=options, shares=shares)
+    shares = scheme.axis_shares and (1,) * len(scheme.axis_order or scheme.axes)
+    return scheme.replace(
+        theta=1.0, fraction=1.0, unrotated_fraction=0.0, extensions=(), options=options, axis_shares=shares
+    )

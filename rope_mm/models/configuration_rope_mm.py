@@ -23,8 +23,9 @@ class RopeMMConfig(PreTrainedConfig):
     """Sizes of a small multimodal transformer and its rotary scheme.
 
     `rope_parameters` holds the name of a scheme, `{"scheme": "rope-tv"}`, and any of the scheme's fields to
-    change, such as `"extensions": [{"rope_type": "yarn", "factor": 4.0, "original": 512}]`; or it is a
-    Scheme, whose fields are then written out. `theta` is kept under transformers' name, rope_theta.
+    change, such as
+    `"extensions": [{"rope_type": "yarn", "factor": 4.0, "original_max_positions": 512}]`; or it is a Scheme,
+    whose fields are then written out. `theta` is kept under transformers' name, rope_theta.
     `head_dim` is hidden_size / num_attention_heads where it is 0. `bounded_patches` end in tanh, for pixels
     in (-1, 1). `patch_initializer_range` is `initializer_range` where it is 0; at 0.2 / sqrt(p) patches of p
     numbers are as loud as those of 2 x 2. A patch is of `temporal_patch_size` frames, the last or only one

@@ -44,7 +44,7 @@ def unpack_position_ids(
 def text_positions(scheme: Scheme, numbers: Tensor) -> Tensor:
     """Positions (b, s, a) of text tokens with these numbers (b, s) in their row."""
     wide = widest_float(numbers.device)
-    origin, step = (torch.tensor(x, dtype=wide, device=numbers.device) for x in scheme.word_line)
+    origin, step = (torch.tensor(x, dtype=wide, device=numbers.device) for x in scheme.text_line)
     return origin + numbers[..., None].to(wide) * step
 
 

@@ -1,126 +1,230 @@
 """Segments -> positions: where each token stands on the axes of its layout, real numbers, 0-based.
 
-Positions are data, made outside models. A story may come in pieces: a cursor carries on where the last one
-stopped, and the pieces get the numbers that the whole would have got.
+Positions are data, made outside models. A sequence may come in pieces: a cursor goes on where the last piece
+stopped, and the pieces get the numbers that the whole sequence would have got.
 """
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rope_mm.positions.grids import Cursor, diagonal
+from rope_mm.fields import NotNegative, Real, apply_rule, read_value
+from rope_mm.positions.cursor import Cursor, OpenVideo
+from rope_mm.positions.grids import Raster, at_origin, fill, is_finite, same_frames
 from rope_mm.positions.layouts import LAYOUTS, Layout
 from rope_mm.segments import Audio, MoreFrames, Segment, Text, Unrotated, Video, VideoAudio, read_segments
 
+Placed = tuple[Raster | Tensor, float]
+
 
 def place(
-    story: str | Sequence[Segment], layout: str = "rope-tv", cursor: Cursor | None = None, **options: Any
+    segments: str | Sequence[Segment], layout: str = "rope-tv", cursor: Cursor | None = None, **options: Any
 ) -> tuple[Tensor, Cursor]:
-    """Positions (s, a) float64 of a story's tokens, and the cursor from which the story can go on.
+    """Positions (s, a) float64 of the tokens of segments, and the cursor from which the sequence can go on.
 
     Args:
-        story: segments, or their text form "text:5 image:2x3".
+        segments: segments, or their text form "text:5 image:2x3".
         layout: a key of LAYOUTS.
         cursor: where an earlier call stopped; the start if None.
         options: the layout's own numbers, such as `rate` and `drift` of "rope-tv-causal".
 
     Raises:
-        ValueError: an unknown layout or option, a cursor of another layout, frames or sound without their
-            video, or more frames where the layout would have to move those already placed.
+        ValueError: an unknown layout or option, a cursor of another layout, more frames or audio without
+        their
+            video, more frames where the layout would have to move those already placed, or a layout whose
+            rule gives no position for each token.
     """
     chosen = LAYOUTS[layout]
-    name = layout_id(layout, read_options(layout, options))
+    options = read_options(layout, options)
+    name = layout_id(layout, options)
     cursor = cursor or Cursor()
     if cursor.layout not in ("", name):
         raise ValueError(f"this cursor stopped in layout {cursor.layout!r}, so it cannot go on in {name!r}")
-    blocks = [torch.empty(0, len(chosen.axes), dtype=torch.float64)]
-    for segment in read_segments(story):
-        block, cursor = place_segment(segment, chosen, replace(cursor, layout=name), options)
-        blocks.append(block)
-    return torch.cat(blocks), cursor
+    pieces = []
+    with on_cpu():
+        for segment in read_segments(segments):
+            cursor = cursor if cursor.layout else replace(cursor, layout=name)
+            piece, cursor = place_segment(segment, chosen, cursor, options)
+            pieces.append(piece)
+        return join(pieces, len(chosen.axes)), cursor
+
+
+def on_cpu() -> Any:
+    """Positions are data: on the CPU also where models are built on the meta device."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
+def join(pieces: Iterable[Raster | Tensor], a: int) -> Tensor:
+    """Positions (s, a) of pieces; rasters in a row are computed at once."""
+    blocks = [torch.empty(0, a, dtype=torch.float64)]
+    for _, run in groupby(pieces, type):
+        run = list(run)
+        rasters = [piece for piece in run if isinstance(piece, Raster)]
+        blocks += [fill(rasters)] if rasters else [piece for piece in run if isinstance(piece, Tensor)]
+    return torch.cat(blocks)
 
 
 def place_segment(
-    seen: Segment, layout: Layout, at: Cursor, options: dict[str, Any]
-) -> tuple[Tensor, Cursor]:
+    segment: Segment, layout: Layout, cursor: Cursor, options: Mapping[str, Any]
+) -> tuple[Raster | Tensor, Cursor]:
     """Positions of one segment, and the cursor after it."""
-    a, video = len(layout.axes), ()
-    match seen:
+    a, video, images = len(layout.axes), None, cursor.images
+    match segment:
         case Unrotated():
-            block, after, video = torch.zeros(seen.tokens, a, dtype=torch.float64), at.next, at.video
+            block, after, video = at_origin(segment.tokens, a), cursor.next, cursor.video
         case MoreFrames():
-            block, after, video = continue_video(seen, layout, at, options)
+            block, after, video = continue_video(segment, layout, cursor, options)
         case VideoAudio():
-            block, after, video = continue_audio(seen, layout, at)
+            block, after, video = continue_audio(segment, layout, cursor)
         case Text() | Audio():
-            block, after = layout.words(at, seen.tokens, a)
+            block, after = check_answer(layout.text_rule(cursor, segment.tokens, a), segment, layout)
         case _:
-            block, after = layout.picture(at, seen, **options)
-            video = (at.next, *seen.grid, getattr(seen, "seconds", 1.0), 0)
-    pictures = at.pictures + (not isinstance(seen, Unrotated | Text | Audio | MoreFrames))
-    return block, Cursor(after, at.tokens + seen.tokens, pictures, at.layout, video)
+            block, after = place_image(layout, cursor, segment, options)
+            seconds = getattr(segment, "seconds_per_frame", 1.0)
+            video, images = OpenVideo(cursor.next, *segment.grid, seconds), images + 1
+    return block, Cursor(after, cursor.tokens + segment.tokens, images, cursor.layout, video)
 
 
-def continue_video(seen: MoreFrames, layout: Layout, at: Cursor, options: dict[str, Any]):
-    """What a longer video would have had at its end, if it had the same at its beginning."""
-    if not at.video or at.video[2:5] != (seen.y, seen.x, seen.seconds):
-        raise ValueError(f"{seen} must come after a video of the same rows, columns and seconds")
-    start, t, y, x, seconds, sound = at.video
-    begun = replace(at, next=start, pictures=at.pictures - 1)
-    shorter, longer = (Video(int(n), int(y), int(x), seconds) for n in (t, t + seen.t))
-    before, _ = layout.picture(begun, shorter, **options)
-    block, after = layout.picture(begun, longer, **options)
-    if not torch.equal(block[: len(before)], before):
-        raise ValueError(
-            f"layout {at.layout!r} places a frame by the number of all frames, so {seen} would move those "
-            "before it; give the whole video at once, or take a causal layout such as 'rope-tv-causal'"
-        )
-    return block[len(before) :], max(after, at.next), (start, t + seen.t, y, x, seconds, sound)
+def place_image(layout: Layout, cursor: Cursor, segment: Segment, options: Mapping[str, Any]) -> Placed:
+    """What a layout's rule answers for an image or a video, checked."""
+    return check_answer(layout.image_rule(cursor, segment, **options), segment, layout)
 
 
-def continue_audio(seen: VideoAudio, layout: Layout, at: Cursor):
-    """Tokens of 40 ms along the video's own clock, from where its sound stopped."""
-    if not at.video:
-        raise ValueError(f"{seen} must come after the video that it goes with; write audio for sound alone")
-    if layout.clock is None:
-        timed = [name for name, other in LAYOUTS.items() if other.clock]
-        raise ValueError(f"layout {at.layout!r} has no clock for {seen} to keep time with; take {timed}")
-    start, *shape, sound = at.video
-    step = layout.clock / 25
-    block, _ = diagonal(replace(at, next=0.0), seen.tokens, len(layout.axes))
-    block = start + step * (sound + block)
-    after = max(at.next, math.floor(block.max().item()) + 1)
-    return block, after, (start, *shape, sound + seen.tokens)
-
-
-def read_options(layout: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that differ from the layout's own.
+def check_answer(answer: Any, segment: Segment, layout: Layout) -> Placed:
+    """What a rule answered, positions in float64.
 
     Raises:
-        ValueError: an option that the layout does not take.
+        ValueError: what is not a finite position on each axis for each token, and a finite `next`.
     """
-    parameters = inspect.signature(LAYOUTS[layout].picture).parameters.values()
-    known = {p.name: p.default for p in parameters if p.default is not p.empty}
+    who, a = f"the rule of {layout.source!r}", len(layout.axes)
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        raise ValueError(f"{who} must return positions and next, not {answer!r}")
+    positions, after = answer
+    after = apply_rule(who, "next", after, Real())
+    if isinstance(positions, Raster):
+        shape = (positions.tokens, *{len(row) for row in (positions.origin, *positions.steps)})
+        finite = shape == (segment.tokens, a) and is_finite(positions)
+    else:
+        positions = torch.as_tensor(positions).to("cpu", torch.float64)
+        shape, finite = tuple(positions.shape), bool(positions.isfinite().all())
+    if shape != (segment.tokens, a):
+        raise ValueError(f"{who} must place {segment} at positions {(segment.tokens, a)}, not {shape}")
+    if not finite:
+        raise ValueError(f"{who} places {segment} at positions that are not finite")
+    return positions, after
+
+
+def continue_video(
+    segment: MoreFrames, layout: Layout, cursor: Cursor, options: Mapping[str, Any]
+) -> tuple[Raster | Tensor, float, OpenVideo]:
+    """What a longer video would have had at its end, if it had the same at its beginning."""
+    video = cursor.video
+    mine = (segment.y, segment.x, segment.seconds_per_frame)
+    if video is None or (video.y, video.x, video.seconds_per_frame) != mine:
+        raise ValueError(f"{segment} must come after a video of the same rows, columns and frame rate")
+    begin = replace(cursor, next=video.start, images=cursor.images - 1)
+    shorter, longer = (Video(t, *mine) for t in (video.t, video.t + segment.t))
+    before, _ = place_image(layout, begin, shorter, options)
+    whole, after = place_image(layout, begin, longer, options)
+    more = later_frames(before, whole, shorter, segment)
+    if more is None:
+        raise ValueError(
+            f"layout {cursor.layout!r} places a frame by the number of all frames, so {segment} would move "
+            "those before it; give the whole video at once, or take a causal layout such as 'rope-tv-causal'"
+        )
+    return more, max(after, cursor.next), replace(video, t=longer.t)
+
+
+def later_frames(
+    before: Raster | Tensor, whole: Raster | Tensor, shorter: Video, more: MoreFrames
+) -> Raster | Tensor | None:
+    """The frames of the whole video after the shorter one; None where those before them would move.
+
+    Args:
+        before: positions of the shorter video.
+        whole: positions of the whole video.
+        shorter: the frames that stand already.
+        more: the frames after them.
+    """
+    if isinstance(before, Raster) and isinstance(whole, Raster) and before.grid == shorter.grid:
+        window = whole._replace(grid=more.grid, first_frame=shorter.t)
+        return window if same_frames(before, whole) else None
+    before, whole = (fill([x]) if isinstance(x, Raster) else x for x in (before, whole))
+    return whole[len(before) :] if torch.equal(whole[: len(before)], before) else None
+
+
+def continue_audio(segment: VideoAudio, layout: Layout, cursor: Cursor) -> tuple[Raster, float, OpenVideo]:
+    """Tokens of 40 ms in the video's own time, from where its audio stopped."""
+    video, rate = cursor.video, layout.positions_per_second
+    if video is None:
+        raise ValueError(
+            f"{segment} must come after the video that it goes with; write audio for sound alone"
+        )
+    if rate is None:
+        timed = [name for name, other in LAYOUTS.items() if other.positions_per_second]
+        raise ValueError(f"layout {cursor.layout!r} has no time in seconds for {segment}; take {timed}")
+    step, a = rate / 25, len(layout.axes)
+    block = Raster(
+        (segment.tokens, 1, 1), (video.start,) * a, ((step,) * a,) * 3, first_frame=video.audio_tokens
+    )
+    heard = video.audio_tokens + segment.tokens
+    after = max(cursor.next, math.floor(video.start + (heard - 1) * step) + 1)
+    return block, after, replace(video, audio_tokens=heard)
+
+
+def options_of(rule: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The options that a layout's rule takes, beside the cursor and the segment."""
+    parameters = inspect.signature(rule).parameters.values()
+    return {p.name: p for p in parameters if p.default is not p.empty}
+
+
+def read_options(layout: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as the layout's rule declares them.
+
+    Args:
+        layout: a key of LAYOUTS.
+        options: name -> value.
+
+    Raises:
+        ValueError: an option that the layout does not take, or a value that does not fit.
+    """
+    rule = LAYOUTS[layout].image_rule
+    if not options:
+        return {}
+    known = options_of(rule)
     if unknown := set(options) - set(known):
         raise ValueError(f"layout {layout!r} takes {list(known) or 'no options'}, not {sorted(unknown)}")
-    return {name: value for name, value in options.items() if value != known[name]}
+    owner = f"layout {layout!r}"
+    return {name: read_value(owner, name, value, known[name].annotation) for name, value in options.items()}
 
 
-def layout_id(layout: str, options: dict[str, Any]) -> str:
-    """A layout and its options in one word, such as rope-tv-causal(rate=0.5)."""
-    inner = ", ".join(f"{key}={value}" for key, value in sorted(options.items()))
+def layout_id(layout: str, options: Mapping[str, Any]) -> str:
+    """A layout and its options that are not the default in one word, such as rope-tv-causal(rate=0.5)."""
+    if not options:
+        return layout
+    known = options_of(LAYOUTS[layout].image_rule)
+    changed = {name: value for name, value in options.items() if value != known[name].default}
+    inner = ", ".join(f"{key}={value}" for key, value in sorted(changed.items()))
     return f"{layout}({inner})" if inner else layout
 
 
 @dataclass(frozen=True)
 class PlacedBatch:
-    """Stories side by side: positions (b, s, a), which tokens are there (b, s), and a cursor for each row."""
+    """A batch of placed sequences, padded to the longest.
+
+    Attributes:
+        positions: (b, s, a) float64, 0 where a row is padded.
+        mask: (b, s), True where there is a token.
+        cursors: where each row stopped.
+    """
 
     positions: Tensor
     mask: Tensor
@@ -128,63 +232,106 @@ class PlacedBatch:
 
 
 def place_rows(
-    stories: Sequence[str | Sequence[Segment]],
+    rows: Sequence[str | Sequence[Segment]],
     layout: str = "rope-tv",
     cursors: Sequence[Cursor] | None = None,
     padding_side: str = "right",
     **options: Any,
 ) -> PlacedBatch:
-    """Positions of a batch of stories, each counted for itself and padded with zeros to the longest.
+    """Positions of a batch of sequences, each counted by itself and padded with zeros to the longest.
+
+    Args:
+        rows: one sequence of segments, or its text form, for each row.
+        layout: a key of LAYOUTS.
+        cursors: where each row stopped before; the start if None.
+        padding_side: "right" or "left".
+        options: the layout's own numbers.
 
     Raises:
-        ValueError: as `place`, and where there are not as many cursors as stories or no such side.
+        ValueError: as `place`, and where there is no row, not one cursor for each row, or no such side.
     """
-    if isinstance(stories, str):
-        raise ValueError(f"a batch is a list of stories, not one text; write [{stories!r}]")
-    cursors = cursors or [Cursor()] * len(stories)
-    if len(cursors) != len(stories):
-        raise ValueError(f"{len(stories)} stories need as many cursors, not {len(cursors)}")
+    check_rows(rows)
+    cursors = cursors or [Cursor()] * len(rows)
+    if len(cursors) != len(rows):
+        raise ValueError(f"{len(rows)} rows need as many cursors, not {len(cursors)}")
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', not {padding_side!r}")
-    placed = [place(story, layout, at, **options) for story, at in zip(stories, cursors, strict=True)]
-    rows, after = zip(*placed, strict=True)
-    masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    placed = [place(row, layout, cursor, **options) for row, cursor in zip(rows, cursors, strict=True)]
+    blocks, after = zip(*placed, strict=True)
+    masks = [torch.ones(len(block), dtype=torch.bool, device="cpu") for block in blocks]
     positions, mask = (
-        pad_sequence(list(x), batch_first=True, padding_side=padding_side) for x in (rows, masks)
+        pad_sequence(list(x), batch_first=True, padding_side=padding_side) for x in (blocks, masks)
     )
     return PlacedBatch(positions, mask, after)
 
 
+def check_rows(rows: Sequence[str | Sequence[Segment]]) -> None:
+    """Refuse what is no list of sequences.
+
+    Raises:
+        ValueError: one string, or an empty list.
+    """
+    if isinstance(rows, str):
+        raise ValueError(f"a batch is a list of sequences, not one string; write [{rows!r}]")
+    if not len(rows):
+        raise ValueError("a batch needs at least one sequence")
+
+
 def pack(
-    stories: Sequence[str | Sequence[Segment]], layout: str = "rope-tv", **options: Any
+    rows: Sequence[str | Sequence[Segment]], layout: str = "rope-tv", **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Positions (s, a) of stories in one row, each counted from its own start, and their numbers (s,)."""
-    rows = [place(story, layout, **options)[0] for story in stories]
-    return torch.cat(rows), torch.repeat_interleave(torch.tensor([len(row) for row in rows]))
+    """Positions (s, a) of sequences in one row, each counted from its own start, and their numbers (s,).
+
+    Args:
+        rows: sequences of segments, or their text forms.
+        layout: a key of LAYOUTS.
+        options: the layout's own numbers.
+
+    Raises:
+        ValueError: as `place`, and where there is no sequence.
+    """
+    check_rows(rows)
+    blocks = [place(row, layout, **options)[0] for row in rows]
+    lengths = torch.tensor([len(block) for block in blocks], device="cpu")
+    return torch.cat(blocks), torch.repeat_interleave(lengths)
 
 
 def augment_positions(
-    positions: Tensor,
+    positions: Any,
     shift: float = 0.0,
     jitter: float = 1.0,
     rescale: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Positions (..., s, a) moved and scaled at random, for training at other sizes (DINOv3).
+    """Positions moved and scaled at random, for training at other sizes (DINOv3, arXiv 2508.10104).
 
     Every axis is moved by up to `shift` either way, then multiplied by a number between 1 / jitter and
-    jitter; then all are multiplied by one between 1 / rescale and rescale. Factors are even in the logarithm.
+    jitter; then all are multiplied by one number between 1 / rescale and rescale. Factors are uniform in the
+    logarithm.
+
+    Args:
+        positions: (..., s, a), a tensor, an array or lists; whole numbers become float64.
+        shift: the largest move, in positions, >= 0.
+        jitter: the largest factor of an axis by itself, >= 1.
+        rescale: the largest factor of all axes together, >= 1.
+        generator: of the random numbers.
 
     Raises:
         ValueError: a negative shift or a factor below 1.
     """
-    if shift < 0 or min(jitter, rescale) < 1:
-        raise ValueError(f"shift {shift} must be >= 0, jitter {jitter} and rescale {rescale} >= 1")
+    shift = read_value("augment_positions", "shift", shift, NotNegative)
+    largest = {"jitter": jitter, "rescale": rescale}
+    reach = [
+        math.log(apply_rule("augment_positions", name, value, Real(at_least=1)))
+        for name, value in largest.items()
+    ]
+    positions = torch.as_tensor(positions)
+    positions = positions if positions.is_floating_point() else positions.double()
 
-    def draw(n: int, reach: float) -> Tensor:
-        return (2 * torch.rand(n, generator=generator, dtype=torch.float64) - 1) * reach
+    def sample(n: int, most: float) -> Tensor:
+        return (2 * torch.rand(n, generator=generator, dtype=torch.float64) - 1) * most
 
     a = positions.shape[-1]
-    move, stretch, scale = draw(a, shift), draw(a, math.log(jitter)), draw(1, math.log(rescale))
+    move, stretch, scale = sample(a, shift), sample(a, reach[0]), sample(1, reach[1])
     move, factor = (x.to(positions) for x in (move, (stretch + scale).exp()))
     return (positions + move) * factor

@@ -1,80 +1,100 @@
-"""Rules that place a picture by itself, as vision towers and diffusion transformers do: see `layouts`."""
+"""Rules that place an image by itself, as vision towers and diffusion transformers do: see `layouts`."""
 
 import math
+from typing import Annotated
 
-from rope_mm.positions.grids import UNIT, Cursor, grid_positions, merge_order
-from rope_mm.registry import Registry
+from rope_mm.fields import Count, NotNegative, Number, OneOf, Positive, WholeNumber
+from rope_mm.positions.cursor import Cursor
+from rope_mm.positions.grids import UNIT, Raster, check_blocks
 from rope_mm.segments import Segment
 
+NORMS = ("separate", "min", "max")
 
-def grid(at: Cursor, seen: Segment, t=1.0, y=1.0, x=1.0, first=0.0, merge: int = 1):
-    """Every picture starts at `first`, in steps of t, y, x, as in vision towers; words do not count it.
+
+def scaled(t: float, y: float, x: float) -> tuple[tuple[float, ...], ...]:
+    """Steps of t, y and x, each along its own axis."""
+    return (t, 0, 0), (0, y, 0), (0, 0, x)
+
+
+def grid(
+    cursor: Cursor,
+    segment: Segment,
+    t: NotNegative = 1.0,
+    y: Positive = 1.0,
+    x: Positive = 1.0,
+    first: Number = 0.0,
+    merge: Count = 1,
+):
+    """Every image starts at `first`, in steps of t, y, x, as in vision towers; text does not count it.
 
     With `merge` its tokens come in blocks of merge x merge patches, row by row in each (Qwen2-VL's tower).
     """
-    steps = [[step * unit for unit in row] for step, row in zip((t, y, x), UNIT, strict=True)]
-    return merge_order(grid_positions(seen.grid, (first,) * 3, steps), seen, merge), at.next
+    check_blocks(segment, merge)
+    return Raster(segment.grid, (first,) * 3, scaled(t, y, x), merge), cursor.next
 
 
-def fixed_extent(at: Cursor, seen: Segment, t: float | None = None, y: float = 16.0, x: float = 16.0):
+def grid_2d(cursor: Cursor, segment: Segment, y: Positive = 1.0, x: Positive = 1.0, first: Number = 0.0):
+    """Rows and columns of every image, and of every frame, from `first`; text does not count them."""
+    return Raster(segment.grid, (first,) * 2, ((0, 0), (y, 0), (0, x))), cursor.next
+
+
+def fixed_extent(
+    cursor: Cursor, segment: Segment, t: Positive | None = None, y: Positive = 16.0, x: Positive = 16.0
+):
     """Rows span y and columns x whatever their number, and frames t if it is given (CogVideoX, EVA-02)."""
-    rows, columns = seen.grid[1:]
-    return grid(at, seen, 1.0 if t is None else t / seen.grid[0], y / rows, x / columns)
+    frames, rows, columns = segment.grid
+    return grid(cursor, segment, 1.0 if t is None else t / frames, y / rows, x / columns)
 
 
-def normalized_centers(at: Cursor, seen: Segment, norm: str = "separate"):
-    """Centres of patches in a picture from -1 to 1: 2 (i + 1/2) / n - 1, n its own side or a common one."""
-    sides = {"separate": seen.grid[1:], "min": (min(seen.grid[1:]),) * 2, "max": (max(seen.grid[1:]),) * 2}
-    y, x = Registry("norm", sides)[norm]
-    return grid_positions(
-        seen.grid, (0, 1 / y - 1, 1 / x - 1), ((1, 0, 0), (0, 2 / y, 0), (0, 0, 2 / x))
-    ), at.next
+def normalized_centers(cursor: Cursor, segment: Segment, norm: Annotated[str, OneOf(NORMS)] = "separate"):
+    """Centers of patches in an image from -1 to 1: 2 (i + 1/2) / n - 1, n its own side or a common one."""
+    _, y, x = segment.grid
+    y, x = {"separate": (y, x), "min": (min(y, x),) * 2, "max": (max(y, x),) * 2}[norm]
+    return Raster(segment.grid, (0, 1 / y - 1, 1 / x - 1), scaled(1, 2 / y, 2 / x)), cursor.next
 
 
-def normalized_corners(at: Cursor, seen: Segment):
+def normalized_corners(cursor: Cursor, segment: Segment):
     """First and last patch at -1 and 1 on every axis; a single one at -1."""
-    steps = [[2 / max(n - 1, 1) * unit for unit in row] for n, row in zip(seen.grid, UNIT, strict=True)]
-    return grid_positions(seen.grid, (-1,) * 3, steps), at.next
+    t, y, x = (2 / max(n - 1, 1) for n in segment.grid)
+    return Raster(segment.grid, (-1,) * 3, scaled(t, y, x)), cursor.next
 
 
-def mochi(at: Cursor, seen: Segment, area: float = 192.0**2):
-    """Frames counted; rows and columns centred on 0 and scaled so that every picture has the same area."""
-    _, y, x = seen.grid
+def mochi(cursor: Cursor, segment: Segment, area: Positive = 192.0**2):
+    """Frames counted; rows and columns centered on 0 and scaled so that every image has the same area."""
+    _, y, x = segment.grid
     scale = math.sqrt(area / (y * x))
     origin = (0, scale * (1 - y) / 2, scale * (1 - x) / 2)
-    return grid_positions(seen.grid, origin, ((1, 0, 0), (0, scale, 0), (0, 0, scale))), at.next
+    return Raster(segment.grid, origin, scaled(1, scale, scale)), cursor.next
 
 
-def ltx(at: Cursor, seen: Segment, patch: float = 32.0, seconds: float = 8 / 25):
-    """Of 20 seconds and 2048 pixels, each from -1 to 1; `seconds` and `patch` pixels are a step."""
-    steps = ((seconds / 10, 0, 0), (0, patch / 1024, 0), (0, 0, patch / 1024))
-    return grid_positions(seen.grid, (-1,) * 3, steps), at.next
+def ltx(cursor: Cursor, segment: Segment, patch: Positive = 32.0, seconds: Positive = 8 / 25):
+    """20 seconds and 2048 pixels each span -1 to 1; a frame lasts `seconds`, a patch has `patch` pixels."""
+    return Raster(segment.grid, (-1,) * 3, scaled(seconds / 10, patch / 1024, patch / 1024)), cursor.next
 
 
-def flux(at: Cursor, seen: Segment):
-    """Pictures start at the origin, the k-th one at t = k."""
-    return grid_positions(seen.grid, (at.pictures, 0, 0), UNIT), at.next
+def flux(cursor: Cursor, segment: Segment):
+    """Images start at the origin, the k-th one at t = k."""
+    return Raster(segment.grid, (cursor.images, 0, 0), UNIT), cursor.next
 
 
-def flux2(at: Cursor, seen: Segment, apart: float = 10.0):
-    """The k-th picture starts at t = 10 k; words have an axis of their own."""
-    steps = [(*row, 0) for row in UNIT]
-    return grid_positions(seen.grid, (apart * at.pictures, 0, 0, 0), steps), at.next
+def flux2(cursor: Cursor, segment: Segment, step: Positive = 10.0):
+    """The k-th image starts at t = step * k; text has an axis of its own."""
+    return Raster(segment.grid, (step * cursor.images, 0, 0, 0), [(*row, 0) for row in UNIT]), cursor.next
 
 
-def msrope(at: Cursor, seen: Segment):
-    """The k-th picture is centred on row and column 0 at t = k; words start past the largest half side."""
-    _, y, x = seen.grid
-    origin = (at.pictures, y // 2 - y, x // 2 - x)
-    return grid_positions(seen.grid, origin, UNIT), max(at.next, y // 2, x // 2)
+def msrope(cursor: Cursor, segment: Segment):
+    """The k-th image is centered on row and column 0 at t = k; text starts past the largest half side."""
+    _, y, x = segment.grid
+    origin = (cursor.images, y // 2 - y, x // 2 - x)
+    return Raster(segment.grid, origin, UNIT), max(cursor.next, y // 2, x // 2)
 
 
-def lumina(at: Cursor, seen: Segment, multiple: int = 1, first: int = 0):
-    """Rows and columns from 0, at the t of the next word, rounded up to a `multiple`."""
-    start = first + math.ceil(at.next / multiple) * multiple
-    return grid_positions(seen.grid, (start, 0, 0), UNIT), at.next + seen.grid[0]
+def lumina(cursor: Cursor, segment: Segment, multiple: Count = 1, first: WholeNumber = 0):
+    """Rows and columns from 0, at the t of the next text token, rounded up to a `multiple`."""
+    start = first + math.ceil(cursor.next / multiple) * multiple
+    return Raster(segment.grid, (start, 0, 0), UNIT), cursor.next + segment.grid[0]
 
 
-def z_image(at: Cursor, seen: Segment):
+def z_image(cursor: Cursor, segment: Segment):
     """As in Lumina, after a caption padded to a multiple of 32 and counted from 1."""
-    return lumina(at, seen, multiple=32, first=1)
+    return lumina(cursor, segment, multiple=32, first=1)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rope_mm.positions.grids import Cursor
+from rope_mm.positions.cursor import Cursor
 from rope_mm.rotary import definition
 from rope_mm.rotary.dispatch import RotaryAngles, RotarySpec, check, check_heads, check_positions, make_angles
 from rope_mm.schemes.scheme import Scheme
@@ -48,7 +48,9 @@ class Rotary(nn.Module):
         self.head_dim, self.heads = head_dim, heads
         self.scheme = read_scheme(scheme, **changes)
         scheme = self.scheme
-        self.spec = RotarySpec(scheme.pairing, scheme.blocks(head_dim), scheme.slot == "tail", scheme.factor)
+        self.spec = RotarySpec(
+            scheme.pairing, scheme.blocks(head_dim), scheme.channel_offset == "end", scheme.attention_scaling
+        )
         # no buffer: those are cast with a model, averaged over processes, and lost on the meta device
         self.static_omega = scheme.omega(head_dim, heads)
         device = torch.get_default_device()  # the meta device, where a model is built without its weights

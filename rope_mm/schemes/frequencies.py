@@ -1,12 +1,14 @@
-"""Frequencies: Omega (a, r), radians that pair r turns per unit step on axis a; per head (h, a, r).
+"""Frequencies: Omega (a, r), the radians that pair r rotates by per unit step on axis a; per head (h, a, r).
 
-Three choices fill it. An ownership says on which axis, or in which direction across the axes, a pair turns; a
-ladder on which rung it stands; a spacing how fast the rungs turn.
+Three choices fill it. An ownership says by which axis, or along which direction across the axes, a pair
+rotates; a ladder says at which place of how many its frequency stands; a spacing turns places into
+frequencies.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,9 +18,9 @@ from rope_mm.registry import Registry
 
 
 def apportion(pairs: int, shares: Sequence[float]) -> list[int]:
-    """How many pairs each axis gets: in proportion to its share, whole, summing to `pairs`.
+    """How many pairs each axis gets: whole numbers in proportion to the shares, which sum to `pairs`.
 
-    What is left over goes to the largest remainders, earlier axes first: 64 by (1, 1, 1) is 22, 21, 21.
+    The remainder goes to the largest fractions, earlier axes first: 64 pairs by (1, 1, 1) are 22, 21, 21.
     """
     exact = [pairs * share / sum(shares) for share in shares]
     counts = [int(count) for count in exact]
@@ -42,18 +44,17 @@ def stride3(counts: list[int]) -> list[int]:
 
 
 def round_robin(counts: list[int]) -> list[int]:
-    """Axes take turns, one pair each, those already served skipped (RoPE-TV: pair i mod a)."""
-    turns = max(counts)
-    return [axis for turn in range(turns) for axis, count in enumerate(counts) if turn < count]
+    """Each axis gets one pair in every round until it has all its pairs (RoPE-TV: pair i mod a)."""
+    return [axis for done in range(max(counts)) for axis, count in enumerate(counts) if done < count]
 
 
 def yx_then_t(counts: list[int]) -> list[int]:
-    """The later axes take turns on the fast pairs, the first axis owns the slowest (VideoRoPE, Ernie 4.5)."""
+    """The later axes share the high frequencies in rounds, the first axis owns the lowest (VideoRoPE)."""
     return [axis + 1 for axis in round_robin(counts[1:])] + [0] * counts[0]
 
 
 def meta233(counts: list[int]) -> list[int]:
-    """Two pairs of the first axis, three of each other by turns, and again: t t y x y x y x (Lumos-1)."""
+    """Two pairs of the first axis, then three rounds of the others, repeated: t t y x y x y x (Lumos-1)."""
     a = len(counts)
     pattern = [0, 0, *(list(range(1, a)) * 3)]
     return [pattern[pair % len(pattern)] for pair in range(sum(counts))]
@@ -72,7 +73,7 @@ OWNERSHIPS = Registry(
 
 
 class Directions(NamedTuple):
-    """Unit directions (h, a, r) in which pairs turn, and the group (r,) whose ladder a pair stands on."""
+    """Unit directions (h, a, r) along which pairs rotate, and the group of each pair that shares a ladder."""
 
     vectors: Tensor
     groups: list[int]
@@ -85,7 +86,7 @@ def bases(axes: int, heads: int, seed: int) -> Tensor:
 
 
 def dense(axes: int, pairs: int, heads: int, shares: Sequence[float], seed: int) -> Directions:
-    """Each head has axes of its own, at random, each with a run of pairs (RoPE-Mixed, arXiv 2403.13298)."""
+    """Each head has random orthogonal axes, each with a run of pairs (RoPE-Mixed, arXiv 2403.13298)."""
     groups = chunk(apportion(pairs, shares))
     return Directions(bases(axes, heads, seed)[..., groups], groups)
 
@@ -93,7 +94,7 @@ def dense(axes: int, pairs: int, heads: int, shares: Sequence[float], seed: int)
 def golden(axes: int, pairs: int, heads: int, shares: Sequence[float], seed: int) -> Directions:
     """Directions spread evenly over heads and pairs (Golden-gate RoPE, jerryxio.ng/posts/nd-rope).
 
-    On two axes each is a golden angle past the last; on more they are a low-discrepancy sequence made normal.
+    On two axes each is a golden angle past the one before; on more they are a low-discrepancy sequence.
     """
     number = torch.arange(heads * pairs, dtype=torch.float64)
     if axes == 2:
@@ -110,14 +111,14 @@ def golden(axes: int, pairs: int, heads: int, shares: Sequence[float], seed: int
 
 
 def simplex(axes: int, pairs: int, heads: int, shares: Sequence[float], seed: int) -> Directions:
-    """On every rung the a + 1 corners of a regular simplex, turned at random for each head (nD-RoPE).
+    """The a + 1 corners of a regular simplex share each frequency, rotated at random for each head (nD-RoPE).
 
-    Corners are the unit vectors of a + 1 dimensions less their mean, seen in the a dimensions across it.
+    Corners are the unit vectors of a + 1 dimensions minus their mean, in the a dimensions orthogonal to it.
     """
     corners = torch.eye(axes + 1, dtype=torch.float64) - 1 / (axes + 1)
-    across = torch.linalg.svd(corners).Vh[:axes] @ corners
+    projected = torch.linalg.svd(corners).Vh[:axes] @ corners
     groups = round_robin(apportion(pairs, (1,) * (axes + 1)))
-    return Directions(bases(axes, heads, seed) @ (across / across.norm(dim=0))[:, groups], groups)
+    return Directions(bases(axes, heads, seed) @ (projected / projected.norm(dim=0))[:, groups], groups)
 
 
 def headwise(axes: int, pairs: int, heads: int, shares: Sequence[float], seed: int) -> Directions:
@@ -133,47 +134,46 @@ DIRECTIONS = Registry(
 
 
 def shared_ladder(groups: list[int]) -> tuple[list[int], list[int]]:
-    """Pair i of all r stands on rung i of r, whoever owns it, as in RoPE-1D (RoFormer, section 3.2.2)."""
+    """Pair i of all r has place i of r, whoever owns it, as in RoPE-1D (RoFormer, section 3.2.2)."""
     return list(range(len(groups))), [len(groups)] * len(groups)
 
 
 def own_ladder(groups: list[int]) -> tuple[list[int], list[int]]:
-    """Each axis runs down its own whole ladder: the i-th of its n pairs is on rung i of n (axial)."""
+    """Each axis has a whole ladder of its own: the i-th of its n pairs has place i of n (axial rotary)."""
     counted = Counter()
-    rungs = []
+    places = []
     for group in groups:
-        rungs.append(counted[group])
+        places.append(counted[group])
         counted[group] += 1
-    return rungs, [counted[group] for group in groups]
+    return places, [counted[group] for group in groups]
 
 
 def dealt_ladder(groups: list[int]) -> tuple[list[int], list[int]]:
-    """One ladder of r rungs dealt out: the i-th pair of axis k of a is on rung a i + k (Pixtral)."""
+    """One ladder of r places is dealt out: the i-th pair of axis k of a has place a i + k (Pixtral)."""
     names = sorted(set(groups))
-    rungs, _ = own_ladder(groups)
-    return [len(names) * i + names.index(g) for i, g in zip(rungs, groups, strict=True)], [len(groups)] * len(
-        groups
-    )
+    own, _ = own_ladder(groups)
+    places = [len(names) * i + names.index(group) for i, group in zip(own, groups, strict=True)]
+    return places, [len(groups)] * len(groups)
 
 
 LADDERS = Registry("ladder", {"shared": shared_ladder, "own": own_ladder, "dealt": dealt_ladder})
 
 
-def geometric(rung: Tensor, rungs: Tensor, theta: float, band: tuple[float, float]) -> Tensor:
-    """theta ** -(i / n): from 1 down, the last rung one above 1 / theta (RoFormer)."""
-    return theta ** -(rung / rungs)
+def geometric(index: Tensor, count: Tensor, theta: float, freq_range: tuple[float, float]) -> Tensor:
+    """theta ** -(i / n): from 1 down, the last of n one step above 1 / theta (RoFormer)."""
+    return theta ** -(index / count)
 
 
-def logarithmic(rung: Tensor, rungs: Tensor, theta: float, band: tuple[float, float]) -> Tensor:
-    """From first to last of the band in equal ratios, both reached (DINOv3's periods, timm's pixels)."""
-    first, last = band
-    return first * (last / first) ** (rung / (rungs - 1).clamp(min=1))
+def logarithmic(index: Tensor, count: Tensor, theta: float, freq_range: tuple[float, float]) -> Tensor:
+    """From the first to the last frequency of the range in equal ratios (DINOv3's periods, timm's pixels)."""
+    first, last = freq_range
+    return first * (last / first) ** (index / (count - 1).clamp(min=1))
 
 
-def linear(rung: Tensor, rungs: Tensor, theta: float, band: tuple[float, float]) -> Tensor:
-    """From first to last of the band in equal steps, both reached (rotary-embedding-torch's pixels)."""
-    first, last = band
-    return first + (last - first) * rung / (rungs - 1).clamp(min=1)
+def linear(index: Tensor, count: Tensor, theta: float, freq_range: tuple[float, float]) -> Tensor:
+    """From the first to the last frequency of the range in equal steps (rotary-embedding-torch's pixels)."""
+    first, last = freq_range
+    return first + (last - first) * index / (count - 1).clamp(min=1)
 
 
 SPACINGS: Registry[Callable[..., Tensor]] = Registry(
@@ -181,19 +181,38 @@ SPACINGS: Registry[Callable[..., Tensor]] = Registry(
 )
 
 
-class Ladder(NamedTuple):
-    """What extensions read of the pairs: speeds, rungs, how many (r,), theta and directions (h, a, r)."""
+@dataclass(frozen=True)
+class Ladder:
+    """The frequencies of all pairs, as extensions read them.
 
-    speed: Tensor
-    rung: Tensor
-    rungs: Tensor
+    Attributes:
+        freq: frequencies (r,).
+        index: place (r,) of each pair on its ladder, from 0.
+        count: number of places (r,) of that ladder.
+        theta: the base of a geometric ladder.
+        directions: unit directions (h, a, r) along which pairs rotate.
+    """
+
+    freq: Tensor
+    index: Tensor
+    count: Tensor
     theta: float
-    vectors: Tensor
+    directions: Tensor
 
 
 def unextended(ladder: Ladder) -> Tensor:
-    """Speeds as they are: no extension."""
-    return ladder.speed
+    """The frequencies as they are: no extension."""
+    return ladder.freq
+
+
+def check_ownership(ownership: str) -> None:
+    """Refuse an unknown ownership.
+
+    Raises:
+        ValueError: a name that is in neither registry, with all the names there are.
+    """
+    if ownership not in OWNERSHIPS and ownership not in DIRECTIONS:
+        Registry("ownership", OWNERSHIPS | DIRECTIONS)[ownership]
 
 
 def pair_directions(
@@ -204,10 +223,9 @@ def pair_directions(
     Raises:
         ValueError: an unknown ownership.
     """
+    check_ownership(ownership)
     if ownership in DIRECTIONS:
         return DIRECTIONS[ownership](axes, pairs, heads, shares, seed)
-    if ownership not in OWNERSHIPS:
-        Registry("ownership", OWNERSHIPS | DIRECTIONS)[ownership]  # it is in neither: say what there is
     groups = OWNERSHIPS[ownership](apportion(pairs, shares))
     return Directions(torch.eye(axes, dtype=torch.float64)[None, :, groups], groups)
 
@@ -217,34 +235,64 @@ def make_omega(
     pairs: int,
     theta: float = 10_000.0,
     ownership: str = "round-robin",
-    shares: Sequence[float] | None = None,
+    axis_shares: Sequence[float] | None = None,
     ladder: str = "shared",
     spacing: str = "geometric",
-    band: tuple[float, float] = (1.0, 1.0),
+    freq_range: tuple[float, float] = (1.0, 1.0),
     extend: Callable[[Ladder], Tensor] = unextended,
     heads: int = 1,
     seed: int = 0,
 ) -> Tensor:
-    """Omega (h, a, r) in float64: for every pair its speed, times its direction across the axes.
+    """Omega (h, a, r) in float64: the frequency of every pair times its direction across the axes.
+
+    Args:
+        axes: how many axes a positions have.
+        pairs: how many pairs r of channels rotate.
+        theta: the base of the geometric spacing.
+        ownership: a key of OWNERSHIPS or DIRECTIONS.
+        axis_shares: the part of the pairs of each axis, in any unit; None gives equal parts.
+        ladder: a key of LADDERS.
+        spacing: a key of SPACINGS.
+        freq_range: first and last frequency of the spacings "log" and "linear".
+        extend: the frequencies (r,) that replace those of a Ladder.
+        heads: how many rows h Omega has.
+        seed: of random directions.
 
     Raises:
         ValueError: shares that are not one per axis, an unknown ownership, ladder or spacing.
     """
-    shares = shares or (1,) * axes
+    shares = check_shares(axes, axis_shares)
+    directions, groups = pair_directions(ownership, axes, pairs, heads, shares, seed)
+    index, count = (torch.tensor(x, dtype=torch.float64) for x in LADDERS[ladder](groups))
+    freq = SPACINGS[spacing](index, count, theta, freq_range)
+    freq = extend(Ladder(freq, index, count, theta, directions))
+    return (directions * freq).repeat(heads // len(directions), 1, 1)
+
+
+def check_shares(axes: int, shares: Sequence[float] | None) -> Sequence[float]:
+    """The shares of the axes; equal ones for None.
+
+    Raises:
+        ValueError: shares that are not one number >= 0 per axis, or all 0.
+    """
+    shares = (1,) * axes if shares is None else shares
     if len(shares) != axes or min(shares) < 0 or not sum(shares):
-        raise ValueError(f"shares must be {axes} numbers >= 0, one per axis, not all 0, but are {shares}")
-    vectors, groups = pair_directions(ownership, axes, pairs, heads, shares, seed)
-    rung, rungs = (torch.tensor(x, dtype=torch.float64) for x in LADDERS[ladder](groups))
-    speed = SPACINGS[spacing](rung, rungs, theta, band)
-    speed = extend(Ladder(speed, rung, rungs, theta, vectors))
-    return (vectors * speed).repeat(heads // len(vectors), 1, 1)
+        raise ValueError(
+            f"axis_shares must be {axes} numbers >= 0, one per axis, not all 0, but are {shares}"
+        )
+    return shares
 
 
 def ownership_map(omega: Tensor, axes: Sequence[str]) -> str:
-    """A letter for each pair: its axis, "." where none, "*" where several turn it; a line for each head."""
+    """A letter for each pair: its axis, "." where none rotates it, "*" where several do; a line per head.
 
-    def letter(turned: list[bool]) -> str:
-        mine = [axis for axis, turns in zip(axes, turned, strict=True) if turns]
+    Args:
+        omega: frequencies (a, r) or (h, a, r).
+        axes: a letter for each axis.
+    """
+
+    def letter(rotates: list[bool]) -> str:
+        mine = [axis for axis, does in zip(axes, rotates, strict=True) if does]
         return mine[0] if len(mine) == 1 else "*" if mine else "."
 
     heads = omega.reshape(-1, *omega.shape[-2:]) != 0

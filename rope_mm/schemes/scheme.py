@@ -1,75 +1,153 @@
 """Scheme: a layout, frequencies and a pairing of channels in one frozen spec."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from rope_mm.positions.grids import Cursor
+from rope_mm.fields import (
+    Count,
+    Flag,
+    OneOf,
+    Positive,
+    Real,
+    Reals,
+    apply_rule,
+    check_fields,
+    read_value,
+)
+from rope_mm.positions.cursor import Cursor
 from rope_mm.positions.layouts import LAYOUTS
 from rope_mm.positions.place import place, read_options
-from rope_mm.schemes.extensions import EXTENSIONS, Extension
-from rope_mm.schemes.frequencies import Ladder, apportion, make_omega
+from rope_mm.schemes.extensions import EXTENSIONS, Extension, read_extension
+from rope_mm.schemes.frequencies import (
+    LADDERS,
+    SPACINGS,
+    Ladder,
+    apportion,
+    check_ownership,
+    check_shares,
+    make_omega,
+)
 from rope_mm.segments import Segment
+
+PAIRING_NAMES = ("half", "interleaved", "block")
+OFFSETS = ("start", "end", "padded")
+OLD_FIELDS = {
+    "still": "unrotated_fraction",
+    "slot": "channel_offset",
+    "across": "ladder_over_heads",
+    "order": "axis_order",
+    "shares": "axis_shares",
+    "band": "freq_range",
+    "scale": "freq_scale",
+    "attention": "attention_factor",
+}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Scheme:
-    """Where tokens stand and how fast each pair of channels turns; frozen, hashable, printable, JSON.
+    """Where tokens stand and by how much each pair of channels rotates: frozen, hashable, printable, JSON.
+
+    Lists are read as tuples, and dicts as options and extensions.
 
     Attributes:
-        layout: key of LAYOUTS; `options` are its own numbers, as (name, value) pairs.
-        theta: the base of the geometric ladder; `scale` multiplies Omega, one number or one for each axis.
-        ladder: "shared" (RoPE-1D's own), "own" (one for each axis) or "dealt"; `spacing` of its rungs is
-            "geometric", or "log" or "linear" from the first to the last number of `band`.
-        ownership: which axis turns which pair, a key of OWNERSHIPS or DIRECTIONS; `order` names the axes in
-            their order, all of the layout's if empty; `shares` are their parts.
-        pairing: channels that turn together, "half" (i, i + r), "interleaved" (2i, 2i + 1) or "block" (half
-            within each axis' own channels).
-        fraction: part of the head's channels that is rotated. `slot` says which: the "front" or the "tail" of
-            them; "padded" rotates the whole head, the first pairs by nothing. `still` of the slowest pairs
-            stand still.
-        extensions: for longer contexts, from `rope_mm.schemes.extensions`; `attention` multiplies cosine
-            and sine.
-        learnable: whether Omega is a parameter; `per_head`: whether models give each key head its own;
-            `across`: whether one ladder runs over the pairs of all heads.
+        layout: key of LAYOUTS.
+        options: the layout's own numbers, as a dict or as (name, value) pairs.
+        theta: base of the geometric ladder.
+        ladder: "shared" (RoPE-1D's own), "own" (one for each axis) or "dealt", a key of LADDERS.
+        spacing: "geometric" in theta, or "log" or "linear" over `freq_range`, a key of SPACINGS.
+        freq_range: first and last frequency of the spacings "log" and "linear".
+        freq_scale: what Omega is multiplied by, one number or one for each axis of `axis_order`.
+        ownership: which axis rotates which pair, a key of OWNERSHIPS or DIRECTIONS.
+        axis_order: the axes that own pairs, in the order of ownership; () takes all of the layout.
+        axis_shares: the part of the pairs of each axis of `axis_order`, in any unit; None gives equal parts.
+        pairing: the two channels of a pair: "half" (i, i + r), "interleaved" (2i, 2i + 1) or "block" (half
+            within the channels of each axis).
+        fraction: the part of a head's channels that is rotated.
+        channel_offset: where they are: at the "start" or the "end" of the head; "padded" rotates the whole
+            head, its first pairs by nothing.
+        unrotated_fraction: the part of the pairs, those of the lowest frequencies, whose frequency is 0.
+        extensions: for longer contexts, from `rope_mm.schemes.extensions`.
+        attention_factor: what cosine and sine are multiplied by, before the extensions' own factors.
+        learnable: whether Omega is a parameter.
+        per_head: whether models give each key head an Omega of its own.
+        ladder_over_heads: whether one ladder runs over the pairs of all heads.
     """
 
     layout: str
     options: tuple[tuple[str, Any], ...] = ()
-    theta: float = 10_000.0
+    theta: Positive = 10_000.0
     ladder: str = "shared"
     spacing: str = "geometric"
-    band: tuple[float, float] = (1.0, 1.0)
-    scale: float | tuple[float, ...] = 1.0
+    freq_range: Annotated[tuple[float, float], Reals(count=2)] = (1.0, 1.0)
+    freq_scale: float | tuple[float, ...] = 1.0
     ownership: str = "round-robin"
-    order: tuple[str, ...] = ()
-    shares: tuple[float, ...] | None = None
-    pairing: str = "half"
-    fraction: float = 1.0
-    slot: str = "front"
-    still: float = 0.0
+    axis_order: tuple[str, ...] = ()
+    axis_shares: Annotated[tuple[float, ...], Reals(Real(at_least=0))] | None = None
+    pairing: Annotated[str, OneOf(PAIRING_NAMES)] = "half"
+    fraction: Annotated[float, Real(above=0, at_most=1)] = 1.0
+    channel_offset: Annotated[str, OneOf(OFFSETS)] = "start"
+    unrotated_fraction: Annotated[float, Real(at_least=0, below=1)] = 0.0
     extensions: tuple[Extension, ...] = ()
-    attention: float = 1.0
-    learnable: bool = False
-    per_head: bool = False
-    across: bool = False
+    attention_factor: Positive = 1.0
+    learnable: Annotated[bool, Flag()] = False
+    per_head: Annotated[bool, Flag()] = False
+    ladder_over_heads: Annotated[bool, Flag()] = False
 
     def __post_init__(self):
-        read_options(self.layout, dict(self.options))
-        if unknown := set(self.order) - set(self.axes):
-            raise ValueError(f"order names {sorted(unknown)}, but layout {self.layout!r} has {self.axes}")
-        if self.slot not in ("front", "tail", "padded"):
-            raise ValueError(f"slot must be 'front', 'tail' or 'padded', not {self.slot!r}")
+        check_fields(self)
+        options = self.options.items() if isinstance(self.options, Mapping) else self.options
+        options = dict(options)
+        read = {
+            "options": tuple((name, read_options(self.layout, options)[name]) for name in options),
+            "axis_order": tuple(self.axis_order),
+            "freq_scale": read_scale(self.freq_scale),
+            "extensions": tuple(map(read_extension, self.extensions)),
+        }
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
+        self.check_frequencies()
+        self.check_extensions()
+
+    def check_frequencies(self) -> None:
+        """Refuse frequencies that do not fit one another or the layout's axes.
+
+        Raises:
+            ValueError: what does not fit.
+        """
+        if unknown := set(self.axis_order) - set(self.axes):
+            raise ValueError(
+                f"axis_order names {sorted(unknown)}, but layout {self.layout!r} has {self.axes}"
+            )
+        if len(set(self.axis_order)) < len(self.axis_order):
+            raise ValueError(f"axis_order names each axis once, not {self.axis_order}")
+        owners = self.axis_order or self.axes
+        check_shares(len(owners), self.axis_shares)
+        if isinstance(self.freq_scale, tuple) and len(self.freq_scale) != len(owners):
+            raise ValueError(f"freq_scale is one number or one for each of {owners}, not {self.freq_scale}")
+        check_ownership(self.ownership)
+        _ = LADDERS[self.ladder], SPACINGS[self.spacing]
+        if self.spacing == "log" and min(self.freq_range) <= 0:
+            raise ValueError(f"freq_range of the spacing 'log' must be > 0, not {self.freq_range}")
+        if self.pairing == "block" and self.channel_offset == "padded":
+            raise ValueError("pairing 'block' has no padded channels; take channel_offset 'start' or 'end'")
+
+    def check_extensions(self) -> None:
+        """Refuse extensions of axes that the layout has not, or that count text where that is not meant.
+
+        Raises:
+            ValueError: what does not fit.
+        """
         for extension in self.extensions:
             if unknown := set(extension.axes) - set(self.axes):
                 raise ValueError(f"{extension} extends {sorted(unknown)}, but the axes are {self.axes}")
-            walked = self.word_axes & set(extension.axes or self.axes)
-            if walked and not extension.moves_words:
-                raise ValueError(f"{extension} is for frames, but words walk along {sorted(walked)} too")
+            shared = self.text_axes & set(extension.axes or self.axes)
+            if shared and not extension.applies_to_text:
+                raise ValueError(f"{extension} is for frames, but text is counted on {sorted(shared)}, too")
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -77,30 +155,29 @@ class Scheme:
         return LAYOUTS[self.layout].axes
 
     @property
-    def word_line(self) -> tuple[list[float], list[float]]:
-        """Origin and step on each axis: a word at the cursor's `next` n stands at origin + n * step."""
-        with torch.device("cpu"):  # data, also where models are built on the meta device
-            words, _ = LAYOUTS[self.layout].words(Cursor(), 2, len(self.axes))
-        return words[0].tolist(), (words[1] - words[0]).tolist()
+    def text_line(self) -> tuple[list[float], list[float]]:
+        """Origin (a,) and step (a,): text at the cursor's `next` n stands at origin + n * step."""
+        first, second = place("text:2", self.layout, **dict(self.options))[0].tolist()
+        return first, [after - before for before, after in zip(first, second, strict=True)]
 
     @property
-    def word_axes(self) -> set[str]:
-        """Axes along which words are counted."""
-        return {axis for axis, step in zip(self.axes, self.word_line[1], strict=True) if step}
+    def text_axes(self) -> set[str]:
+        """Axes along which text is counted."""
+        return {axis for axis, step in zip(self.axes, self.text_line[1], strict=True) if step}
 
     @property
-    def factor(self) -> float:
-        """What cosine and sine are multiplied by, extensions included."""
-        return math.prod((self.attention, *(extension.attention for extension in self.extensions)))
+    def attention_scaling(self) -> float:
+        """What cosine and sine are multiplied by, extensions included (transformers' name for it)."""
+        return math.prod((self.attention_factor, *(x.attention_scaling for x in self.extensions)))
 
     @property
     def needs_length(self) -> bool:
         """Whether Omega depends on how long the sequence is."""
         return any(extension.needs_length for extension in self.extensions)
 
-    def place(self, story: str | Sequence[Segment], cursor: Cursor | None = None) -> tuple[Tensor, Cursor]:
-        """Positions (s, a) of a story and the cursor after it: `place` with this scheme's layout."""
-        return place(story, self.layout, cursor, **dict(self.options))
+    def place(self, segments: str | Sequence[Segment], cursor: Cursor | None = None) -> tuple[Tensor, Cursor]:
+        """Positions (s, a) of segments and the cursor after them: `place` with this scheme's layout."""
+        return place(segments, self.layout, cursor, **dict(self.options))
 
     def pairs(self, head_dim: int) -> int:
         """How many pairs of a head have a frequency.
@@ -108,6 +185,7 @@ class Scheme:
         Raises:
             ValueError: a head_dim that is odd or leaves no pair to rotate.
         """
+        head_dim = read_value("Scheme", "head_dim", head_dim, Count)
         pairs = floor_int(head_dim * self.fraction) // 2
         if head_dim % 2 or not 0 < pairs <= head_dim // 2:
             raise ValueError(
@@ -118,19 +196,27 @@ class Scheme:
 
     def blocks(self, head_dim: int) -> tuple[int, ...]:
         """Pairs in each block of the pairing "block", an axis each; () for other pairings."""
-        shares = self.shares or (1,) * len(self.order or self.axes)
+        shares = check_shares(len(self.axis_order or self.axes), self.axis_shares)
         return tuple(apportion(self.pairs(head_dim), shares)) if self.pairing == "block" else ()
 
     def omega(self, head_dim: int, heads: int | None = None, length: float | Sequence[float] = 0.0) -> Tensor:
-        """Omega (a, r) float64, or (heads, a, r), for positions below `length`, one number or one per axis.
+        """Omega (a, r) float64, or (heads, a, r), on the CPU.
+
+        Args:
+            head_dim: channels of a head.
+            heads: rows of Omega; None makes one without that axis.
+            length: positions are below it, one number or one per axis; only some extensions read it.
 
         Raises:
-            ValueError: a head_dim that is odd or leaves no pair to rotate.
+            ValueError: a head_dim that is odd or leaves no pair to rotate, or frequencies that overflow.
         """
+        rows = 1 if heads is None else read_value("Scheme", "heads", heads, Count)
         lengths = [length] * len(self.axes) if isinstance(length, int | float) else length
-        with torch.device("cpu"):
-            omega = fill_omega(self, head_dim, heads or 1, lengths)
-        return omega if heads else omega[0]
+        with torch.device("cpu"):  # data, also where models are built on the meta device
+            omega = fill_omega(self, head_dim, rows, lengths)
+        if not omega.isfinite().all():
+            raise ValueError(f"{self} has frequencies that are not finite; take other numbers")
+        return omega[0] if heads is None else omega
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -148,77 +234,81 @@ class Scheme:
         return self.changed | ({"extensions": extensions} if extensions else {})
 
     @classmethod
-    def from_dict(cls, entries: dict[str, Any]) -> "Scheme":
-        """The scheme that `to_dict` wrote, JSON's lists for tuples.
+    def from_dict(cls, entries: Mapping[str, Any]) -> "Scheme":
+        """The scheme that `to_dict` wrote, also after JSON made lists of its tuples.
 
         Raises:
             ValueError: an unknown field or extension.
         """
-        return cls(layout=entries["layout"]).change(**entries)
+        refuse_unknown(entries)
+        return cls(**entries)
 
-    def change(self, **changes: Any) -> "Scheme":
-        """This scheme with some fields changed; lists become tuples, dicts extensions.
+    def replace(self, **changes: Any) -> "Scheme":
+        """This scheme with some fields changed.
 
         Raises:
-            ValueError: an unknown field or extension.
+            ValueError: an unknown field or extension, or a value that does not fit.
         """
-        changes = {field: to_tuple(value) for field, value in changes.items()}
-        if unknown := set(changes) - set(Scheme.__dataclass_fields__):
-            known = ", ".join(Scheme.__dataclass_fields__)
-            raise ValueError(f"a scheme has no {sorted(unknown)}; it has {known}")
-        if "extensions" in changes:
-            changes["extensions"] = tuple(map(read_extension, changes["extensions"]))
+        refuse_unknown(changes)
         return replace(self, **changes)
 
 
+def refuse_unknown(entries: Mapping[str, Any]) -> None:
+    """Refuse fields that a scheme has not, and name the new name of an old one.
+
+    Raises:
+        ValueError: an unknown field.
+    """
+    known = Scheme.__dataclass_fields__
+    if old := [name for name in entries if name in OLD_FIELDS]:
+        raise ValueError(f"a scheme has no {old}; write {[OLD_FIELDS[name] for name in old]}")
+    if unknown := set(entries) - set(known):
+        raise ValueError(f"a scheme has no {sorted(unknown)}; it has {', '.join(known)}")
+
+
+def read_scale(scale: Any) -> float | tuple[float, ...]:
+    """One number, or a tuple of one per axis.
+
+    Raises:
+        ValueError: what is neither.
+    """
+    rule = Reals() if isinstance(scale, list | tuple) else Real()
+    return apply_rule("Scheme", "freq_scale", scale, rule)
+
+
 def fill_omega(scheme: Scheme, head_dim: int, heads: int, lengths: Sequence[float]) -> Tensor:
-    """Omega (heads, a, r) of a scheme; rows of axes that turn no pair are 0."""
-    order = scheme.order or scheme.axes
+    """Omega (heads, a, r) of a scheme; rows of axes that rotate no pair are 0."""
+    order = scheme.axis_order or scheme.axes
     of_order = [scheme.axes.index(axis) for axis in order]
     # one ladder over the pairs of all heads, or one for each
-    rows, columns = (1, heads) if scheme.across else (heads, 1)
+    rows, columns = (1, heads) if scheme.ladder_over_heads else (heads, 1)
     pairs = width = scheme.pairs(head_dim) * columns
-    if scheme.slot == "padded":
+    if scheme.channel_offset == "padded":
         width = head_dim // 2 * columns
         pairs -= pairs % len(order) if scheme.ownership == "round-robin" else 0  # whole rounds only
 
     def extend(ladder: Ladder) -> Tensor:
         for extension in scheme.extensions:
             reach = [lengths[axis] for axis in of_order]
-            ladder = ladder._replace(speed=extension.extend(ladder, reach, order))
-        return ladder.speed
+            ladder = replace(ladder, freq=extension.apply(ladder, reach, order))
+        return ladder.freq
 
-    ladder = scheme.theta, scheme.ownership, scheme.shares, scheme.ladder, scheme.spacing, scheme.band
-    turning = make_omega(len(order), pairs, *ladder, extend, rows)
-    turning *= torch.tensor(scheme.scale, dtype=torch.float64).expand(len(order))[:, None]
-    turning[..., floor_int((1 - scheme.still) * pairs) :] = 0
+    ladder = (
+        scheme.theta,
+        scheme.ownership,
+        scheme.axis_shares,
+        scheme.ladder,
+        scheme.spacing,
+        scheme.freq_range,
+    )
+    rotating = make_omega(len(order), pairs, *ladder, extend, rows)
+    rotating *= torch.tensor(scheme.freq_scale, dtype=torch.float64).expand(len(order))[:, None]
+    rotating[..., floor_int((1 - scheme.unrotated_fraction) * pairs) :] = 0
     omega = torch.zeros(rows, len(scheme.axes), width, dtype=torch.float64)
-    omega[:, of_order, width - pairs :] = turning
-    return omega.view(len(scheme.axes), heads, -1).transpose(0, 1) if scheme.across else omega
-
-
-def read_extension(entries: Extension | dict[str, Any]) -> Extension:
-    """An extension from its dict, such as {"rope_type": "yarn", "factor": 4, "original": 4096}.
-
-    Raises:
-        ValueError: an unknown rope_type or number, or one that is missing.
-    """
-    if isinstance(entries, Extension):
-        return entries
-    numbers = {key: to_tuple(value) for key, value in entries.items() if key != "rope_type"}
-    kind = EXTENSIONS[entries.get("rope_type", "")]
-    try:
-        return kind(**numbers)
-    except TypeError as error:
-        known = ", ".join(f.name for f in fields(kind))
-        raise ValueError(f"{entries['rope_type']} takes {known}, not {sorted(numbers)} ({error})") from error
+    omega[:, of_order, width - pairs :] = rotating
+    return omega.view(len(scheme.axes), heads, -1).transpose(0, 1) if scheme.ladder_over_heads else omega
 
 
 def floor_int(number: float) -> int:
     """The whole part of a number that rounding may have left just below: n / d * d is n."""
     return int(number + 1e-9)
-
-
-def to_tuple(value: Any) -> Any:
-    """Lists, as JSON brings them, as tuples."""
-    return tuple(map(to_tuple, value)) if isinstance(value, list | tuple) else value

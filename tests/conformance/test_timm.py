@@ -121,7 +121,7 @@ def test_dinov3_and_its_three_norms(same, y, x, norm):
 @given(y=SIZES, x=SIZES, periods=st.tuples(st.floats(0.5, 1), st.floats(2, 50)))
 def test_dinov3_between_two_periods(same, y, x, periods):
     band = tuple(1 / period for period in periods)
-    rope = Rotary(32, "dinov3", spacing="log", band=band)
+    rope = Rotary(32, "dinov3", spacing="log", freq_range=band)
     shortest, longest = periods
     original = timm.RotaryEmbeddingDinoV3(32, temperature=None, min_period=shortest, max_period=longest)
     name = "RotaryEmbeddingDinoV3 (periods)"

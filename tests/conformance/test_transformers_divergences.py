@@ -78,7 +78,7 @@ def test_divergence_yarn_ignores_truncate_where_rope_parameters_are_nested(trunc
     right, _ = ROPE_INIT_FUNCTIONS["yarn"](flat)
 
     def ours(truncate: bool) -> Tensor:
-        extension = YaRN(factor=4.0, original=4096, truncate=truncate)
+        extension = YaRN(factor=4.0, original_max_positions=4096, truncate=truncate)
         return Rotary(64, "flat", extensions=(extension,)).omega[0]
 
     torch.testing.assert_close(right.double(), ours(truncate), atol=1e-7, rtol=0)
@@ -94,6 +94,8 @@ def test_divergence_dynamic_ntk_remembers_the_longest_sequence():
     before, _ = rotary(torch.empty(0), short)
     rotary(torch.empty(0), long)
     after, _ = rotary(torch.empty(0), short)
-    ours, _ = Rotary(64, "flat", extensions=(DynamicNTK(factor=4.0, original=32),)).cos_sin(short[0, :, None])
+    ours, _ = Rotary(64, "flat", extensions=(DynamicNTK(factor=4.0, original_max_positions=32),)).cos_sin(
+        short[0, :, None]
+    )
     torch.testing.assert_close(before[0], ours, atol=1e-5, rtol=0)
     assert (after[0] - ours).abs().max() > 0.1

@@ -95,15 +95,15 @@ def parameters(scheme: str, head_dim: int) -> dict:
     """The scheme as transformers writes it."""
     ours = SCHEMES[scheme]
     written = {"rope_type": "default", "rope_theta": ours.theta, "partial_rotary_factor": ours.fraction}
-    if ours.still:
-        written |= {"rope_type": "proportional", "partial_rotary_factor": 1 - ours.still}
+    if ours.unrotated_fraction:
+        written |= {"rope_type": "proportional", "partial_rotary_factor": 1 - ours.unrotated_fraction}
         return {"rope_parameters": {"full_attention": written}, "global_head_dim": head_dim}
-    if ours.slot == "tail":
+    if ours.channel_offset == "end":
         rotated = 2 * ours.pairs(head_dim)
         heads = {"qk_rope_head_dim": rotated, "qk_nope_head_dim": head_dim - rotated, "v_head_dim": rotated}
         return {"rope_parameters": written | {"partial_rotary_factor": 1.0}, "head_dim": rotated, **heads}
-    if ours.shares:
-        t, y, x = apportion(ours.pairs(head_dim), ours.shares)
+    if ours.axis_shares:
+        t, y, x = apportion(ours.pairs(head_dim), ours.axis_shares)
         written["mrope_section"] = [y, x, t] if ours.ownership == "yx-then-t" else [t, y, x]
     return {"rope_parameters": written}
 
@@ -135,12 +135,12 @@ def test_tokens_and_images_are_rotated_as_in(scheme, agree, head_dim, segments):
     ids = positions.T[:, None].long()
     inputs = {"inputs_embeds": torch.randn(1, len(positions), 2 * head_dim), "use_cache": False}
     inputs["position_ids"] = ids[0] if len(ids) == 1 else ids
-    if rope.scheme.shares:
+    if rope.scheme.axis_shares:
         tables = zip(rope.cos_sin(positions), model.rotary_emb(inputs["inputs_embeds"], ids), strict=True)
         original = f"transformers {type(model.rotary_emb).__name__}"
         for ours, theirs in tables:
             agree(scheme, original, ours, theirs[0], 1e-5, "cos, sin")
-    order = interleaved_tail(scheme, head_dim) if rope.scheme.slot == "tail" else (lambda x: x)
+    order = interleaved_tail(scheme, head_dim) if rope.scheme.channel_offset == "end" else (lambda x: x)
     check(agree, scheme, model, "rotary_emb", rope, positions, order, **inputs)
 
 

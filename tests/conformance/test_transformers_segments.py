@@ -117,7 +117,7 @@ def test_videos_given_frame_by_frame_stand_as_in(name, agree, segments, stamp):
 def test_frames_stand_at_their_seconds_as_in_qwen_2_5_vl(agree, segments, seen, rate):
     segments = [*segments, seen]
     model = bare(transformers.Qwen2_5_VLModel, tokens_per_second=rate)
-    theirs, decoded = ids_of(model, segments, second_per_grid_ts=[seen.seconds])
+    theirs, decoded = ids_of(model, segments, second_per_grid_ts=[seen.seconds_per_frame])
     ours, cursor = place(segments, "m-rope-time", rate=float(rate))
     original = "transformers Qwen2_5_VLModel.get_rope_index"
     agree("m-rope-qwen2.5-vl", original, ours, theirs, 0, "positions")
@@ -177,7 +177,7 @@ def omni_ids(segments: list[Segment], ids: list[int], audio: list[int], **more) 
         grids(segments, Video),
         torch.ones(1, len(ids), dtype=torch.long),
         audio_seqlens=torch.tensor([4 * n for n in audio]),  # frames of 10 ms
-        second_per_grids=torch.tensor([seen.seconds for seen in short_videos]),
+        second_per_grids=torch.tensor([seen.seconds_per_frame for seen in short_videos]),
         **more,
     )
     return positions[:, 0].T
@@ -223,7 +223,7 @@ def film_ids(seen: Video, sound: int, words: int) -> tuple[Tensor, Tensor]:
     longer=st.integers(1, 120),
 )
 def test_a_video_whose_sound_ends_last_stands_as_in_qwen_2_5_omni(agree, seen, words, longer):
-    sound = max(int((seen.t - 1) * seen.seconds * 25), seen.y, seen.x) + longer
+    sound = max(int((seen.t - 1) * seen.seconds_per_frame * 25), seen.y, seen.x) + longer
     ours, theirs = film_ids(seen, sound, words)
     agree("tm-rope", f"{OMNI} (use_audio_in_video)", ours, theirs, 0, "positions")
 
@@ -231,7 +231,7 @@ def test_a_video_whose_sound_ends_last_stands_as_in_qwen_2_5_omni(agree, seen, w
 @few
 @given(seen=st.builds(Video, st.integers(10, 20), sizes, sizes, seconds), words=st.integers(1, 4))
 def test_a_video_that_goes_on_in_silence_stands_as_in_qwen_2_5_omni(agree, seen, words):
-    whole_chunks = int((seen.t - 1) * seen.seconds / 2)
+    whole_chunks = int((seen.t - 1) * seen.seconds_per_frame / 2)
     sound = 50 * whole_chunks - 25
     ours, theirs = film_ids(seen, sound, words)
     agree("tm-rope", f"{OMNI} (use_audio_in_video)", ours, theirs, 0, "positions")

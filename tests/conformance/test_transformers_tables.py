@@ -33,7 +33,7 @@ def compare(agree, kind: str, rope: Rotary, original, where: list[int], *layer: 
     positions = torch.tensor(where)
     theirs = original(torch.empty(0), positions[None], *layer)
     ours = rope.cos_sin(positions[:, None].double(), torch.float64)
-    factor = rope.scheme.factor
+    factor = rope.scheme.attention_scaling
     for mine, other in zip(ours, theirs, strict=True):
         name = f"transformers {type(original).__name__} ({kind})"
         agree(scheme, name, mine / factor, other[0] / factor, WITHIN, "cos, sin")
@@ -44,7 +44,7 @@ def check(agree, kind: str, head_dim: int, theta: float, where: list[int], exten
     rope = Rotary(head_dim, "flat", theta=theta, extensions=(extension,))
     original = llama(kind, head_dim, theta, **numbers)
     compare(agree, kind, rope, original, where)
-    assert rope.scheme.factor == original.attention_scaling
+    assert rope.scheme.attention_scaling == original.attention_scaling
 
 
 @few
@@ -63,7 +63,7 @@ def test_linear(agree, head_dim, theta, where, factor):
 @few
 @given(head_dim=head_dims, theta=thetas, where=places, factor=factors, longest=st.integers(8, 63))
 def test_dynamic_shorter_and_longer_than_trained(agree, head_dim, theta, where, factor, longest):
-    extension = DynamicNTK(factor=factor, original=longest)
+    extension = DynamicNTK(factor=factor, original_max_positions=longest)
     check(agree, "dynamic", head_dim, theta, where, extension, factor=factor, longest=longest)
 
 
@@ -90,7 +90,7 @@ def test_yarn(agree, head_dim, theta, where, factor, original, betas, truncate, 
         "beta_slow": betas[1],
         "truncate": truncate,
     } | attention
-    extension = YaRN(original=original, **numbers)
+    extension = YaRN(original_max_positions=original, **numbers)
     more = {"original_max_position_embeddings": original}
     check(agree, "yarn", head_dim, theta, where, extension, **numbers, **more)
 
@@ -106,7 +106,7 @@ def test_yarn(agree, head_dim, theta, where, factor, original, betas, truncate, 
 )
 def test_llama3(agree, head_dim, theta, where, factor, original, ends):
     numbers = {"factor": factor, "low_freq_factor": ends[0], "high_freq_factor": ends[1]}
-    extension = Llama3(original=original, **numbers)
+    extension = Llama3(original_max_positions=original, **numbers)
     more = {"original_max_position_embeddings": original}
     check(agree, "llama3", head_dim, theta, where, extension, **numbers, **more)
 
@@ -124,7 +124,9 @@ def test_llama3(agree, head_dim, theta, where, factor, original, ends):
 def test_longrope_short_and_long(agree, head_dim, theta, where, original, factor, attention, data):
     searched = st.lists(st.floats(1.0, 64.0), min_size=head_dim // 2, max_size=head_dim // 2)
     short, long = data.draw(searched), data.draw(searched)
-    extension = LongRoPE(short=tuple(short), long=tuple(long), original=original, factor=factor, **attention)
+    extension = LongRoPE(
+        short=tuple(short), long=tuple(long), original_max_positions=original, factor=factor, **attention
+    )
     more = {"original_max_position_embeddings": original, "short_factor": short, "long_factor": long}
     check(agree, "longrope", head_dim, theta, where, extension, factor=factor, **attention, **more)
 
@@ -146,6 +148,8 @@ def test_proportional(agree, head_dim, theta, where, part, factor):
     }
     layers = {"layer_types": ["full_attention"], "num_hidden_layers": 1, "global_head_dim": head_dim}
     config = Gemma4TextConfig(rope_parameters={"full_attention": written}, **layers)
-    rope = Rotary(head_dim, "p-rope", theta=theta, still=1 - part, extensions=(Linear(factor=factor),))
+    rope = Rotary(
+        head_dim, "p-rope", theta=theta, unrotated_fraction=1 - part, extensions=(Linear(factor=factor),)
+    )
     original = Gemma4TextRotaryEmbedding(config)
     compare(agree, "proportional", rope, original, where, "full_attention", scheme="p-rope")

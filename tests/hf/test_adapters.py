@@ -143,7 +143,7 @@ def test_of_tokens_too():
     model = adapted(BertModel(BertConfig(**SIZES, vocab_size=99)).eval(), "query", "value")
     with torch.no_grad():
         before = model(IDS)[0]
-        set_rope(model, "flat", scale=0.0)
+        set_rope(model, "flat", freq_scale=0.0)
         assert torch.equal(model(IDS)[0], before)
         unset_rope(model)
         set_rope(model, "flat")

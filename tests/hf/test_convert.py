@@ -92,7 +92,7 @@ def test_logits_stay_when_weights_and_rotation_change_together(monkeypatch, mode
     before = logits(model)
     head_dim = getattr(config, "head_dim", None) or 12
     half = Scheme(layout="flat", fraction={"gpt_neox": 0.5, "qwen3_next": 0.25}.get(model_type, 1.0))
-    interleaved = half.change(pairing="interleaved")
+    interleaved = half.replace(pairing="interleaved")
     converted = convert_pairing(model.state_dict(), half, interleaved, head_dim=head_dim, **how)
     model.load_state_dict(converted)
     assert (logits(model) - before).abs().max() > 1e-3  # rotated as before, the new weights are wrong
@@ -116,7 +116,7 @@ def test_deepseek_goes_from_interleaved_to_half_inside_transformers():
     before, weights = logits(model), model.state_dict()
     mla = SCHEMES["deepseek-mla"]
     weights = convert_pairing(weights, mla, "half", head_dim=12, names=["q_b_proj"])
-    latent = mla.change(fraction=4 / 10)  # the one key of all heads, behind what values are made of
+    latent = mla.replace(fraction=4 / 10)  # the one key of all heads, behind what values are made of
     weights = convert_pairing(weights, latent, "half", head_dim=10, names=["kv_a_proj_with_mqa"])
     config = deepcopy(config)
     config.rope_interleave = False
@@ -129,7 +129,7 @@ def test_gpt_j_becomes_half(monkeypatch):
     sizes = {"n_embd": 48, "n_head": 4, "n_layer": 2, "n_positions": 64, "vocab_size": 32, "n_inner": 32}
     model = random_model(GPTJConfig(**sizes, rotary_dim=8, bos_token_id=None, eos_token_id=None))
     before = logits(model)
-    scheme = SCHEMES["gpt-j"].change(fraction=8 / 12)
+    scheme = SCHEMES["gpt-j"].replace(fraction=8 / 12)
     model.load_state_dict(convert_pairing(model.state_dict(), scheme, "half", head_dim=12))
     assert (logits(model) - before).abs().max() > 1e-3
     rope = Rotary(8, "flat")
@@ -166,16 +166,16 @@ class Attention(nn.Module):
 EQUAL = [
     ("half", "interleaved"),
     ("gpt-neox", "interleaved"),
-    (SCHEMES["gpt-neox"], SCHEMES["gpt-neox"].change(slot="tail", pairing="interleaved")),
+    (SCHEMES["gpt-neox"], SCHEMES["gpt-neox"].replace(channel_offset="end", pairing="interleaved")),
     ("gemma4-vision", "half"),
     ("interleaved", "gemma4-vision"),
     ("moonvit", "kimi-vision"),
     ("sam2", "kimi-vision"),
-    ("grid", SCHEMES["grid"].change(ownership="round-robin", pairing="interleaved")),
+    ("grid", SCHEMES["grid"].replace(ownership="round-robin", pairing="interleaved")),
     ("p-rope", "interleaved"),
     ("m-rope-glm-4.1v", "half"),
     ("minimax-m3-vision", "interleaved"),
-    (SCHEMES["qwen2-vl-vision"].change(options=()), SCHEMES["qwen2-vl-vision"].change(pairing="block")),
+    (SCHEMES["qwen2-vl-vision"].replace(options=()), SCHEMES["qwen2-vl-vision"].replace(pairing="block")),
 ]
 
 
@@ -200,8 +200,10 @@ def test_a_block_of_one_axis_is_half():
 
 @given(st.integers(1, 8), st.sampled_from(["half", "interleaved"]), st.sampled_from(["front", "tail"]))
 def test_channels_that_are_not_rotated_keep_their_order(rotated, pairing, slot):
-    source = Scheme(layout="flat", fraction=2 * rotated / 24, pairing=pairing, slot=slot)
-    (channels,) = reordering(source, source.change(pairing="interleaved", slot="front"), 24).tolist()
+    source = Scheme(layout="flat", fraction=2 * rotated / 24, pairing=pairing, channel_offset=slot)
+    (channels,) = reordering(
+        source, source.replace(pairing="interleaved", channel_offset="start"), 24
+    ).tolist()
     still = range(24)[: -2 * rotated] if slot == "tail" else range(24)[2 * rotated :]
     assert channels[2 * rotated :] == list(still)
     assert sorted(channels) == list(range(24))
@@ -209,7 +211,7 @@ def test_channels_that_are_not_rotated_keep_their_order(rotated, pairing, slot):
 
 def test_a_per_head_scheme_is_converted_head_by_head():
     ltx = SCHEMES["ltx"]  # one ladder over all heads: padded pairs in the first alone
-    rope, half = Rotary(16, ltx, heads=2), Rotary(16, ltx, heads=2, pairing="half", slot="padded")
+    rope, half = Rotary(16, ltx, heads=2), Rotary(16, ltx, heads=2, pairing="half", channel_offset="padded")
     attention = Attention(16, 4, 2, "heads").double()
     x, positions = torch.randn(1, 5, 20).double(), torch.rand(5, 3).double()
     before = attention(x, rope, positions)
@@ -287,11 +289,11 @@ REFUSED = {
         ({"qkv.weight": torch.zeros(48, 4)}, *SWAP),
         {"fused": {"qkv": "stacked"}, "kv_heads": 3},
     ),
-    "no reordering of channels": ((Q, "m-rope", SCHEMES["m-rope"].change(ownership="stride3")), {}),
-    "of frequencies 2 on t": ((Q, "flat", SCHEMES["flat"].change(theta=1e6, scale=2.0)), {}),
+    "no reordering of channels": ((Q, "m-rope", SCHEMES["m-rope"].replace(ownership="stride3")), {}),
+    "of frequencies 2 on t": ((Q, "flat", SCHEMES["flat"].replace(theta=1e6, freq_scale=2.0)), {}),
     "need the same axes": ((Q, "flat", "grid"), {}),
-    "a factor of 1.0": ((Q, "flat", SCHEMES["flat"].change(attention=1.1)), {}),
-    "pairing alone": ((Q, "rope-vit-mixed", SCHEMES["rope-vit-mixed"].change(theta=100.0)), {}),
+    "a factor of 1.0": ((Q, "flat", SCHEMES["flat"].replace(attention_factor=1.1)), {}),
+    "pairing alone": ((Q, "rope-vit-mixed", SCHEMES["rope-vit-mixed"].replace(theta=100.0)), {}),
     "scheme 'halves' is unknown": ((Q, "halves", "interleaved"), {}),
 }
 
@@ -304,7 +306,9 @@ def test_what_cannot_be_converted_is_refused(message):
 
 
 def test_an_extension_that_agrees_only_at_short_lengths_is_refused():
-    dynamic = SCHEMES["flat"].change(extensions=[{"rope_type": "dynamic", "factor": 2.0, "original": 64}])
+    dynamic = SCHEMES["flat"].replace(
+        extensions=[{"rope_type": "dynamic", "factor": 2.0, "original_max_positions": 64}]
+    )
     assert torch.equal(SCHEMES["flat"].omega(8), dynamic.omega(8))
     with pytest.raises(ValueError, match="no reordering"):
         convert_pairing(Q, dynamic, "flat", head_dim=8)

@@ -94,7 +94,7 @@ def test_tokens_alone_are_where_tokens_of_every_axis_are(tiny):
 )
 def test_decoding_from_the_cache_equals_the_full_forward(tiny, scheme, image, before, after):
     model = strong(tiny)
-    set_rope(model, SCHEMES[scheme].change(pairing="half", fraction=1.0, slot="front"))
+    set_rope(model, SCHEMES[scheme].replace(pairing="half", fraction=1.0, channel_offset="start"))
     rows = [f"text:{before} image:{image[0]}x{image[1]} text:{after}", f"text:{after} video:2x2x2 text:1"]
     generate_and_compare(model, rows)
 
@@ -141,7 +141,7 @@ def pairing(model):
 
 def test_the_same_call_twice_gives_the_same(tiny):
     model = strong(tiny)
-    set_rope(model, "m-rope", shares=(2, 3, 3))
+    set_rope(model, "m-rope", axis_shares=(2, 3, 3))
     generate_and_compare(model, SEGMENTS)
     generate_and_compare(model, SEGMENTS[::-1])
     before = logits(model)
@@ -245,7 +245,7 @@ def test_explain_says_what_runs_where(tiny, capsys):
         (
             "depends on the length",
             "flat",
-            {"extensions": [{"rope_type": "dynamic", "factor": 2.0, "original": 64}]},
+            {"extensions": [{"rope_type": "dynamic", "factor": 2.0, "original_max_positions": 64}]},
         ),
     ],
 )
@@ -423,7 +423,7 @@ def test_a_learned_omega_learns(tiny):
 
 def test_an_extension_multiplies_the_tables(tiny):
     model = tiny("llama")
-    yarn = YaRN(factor=4.0, original=64)
+    yarn = YaRN(factor=4.0, original_max_positions=64)
     set_rope(model, "flat", extensions=[yarn])
     cos, _ = model.model.rotary_emb(torch.zeros(1), IDS * 0)
     assert math.isclose(cos.max().item(), yarn.attention, rel_tol=1e-6)
@@ -431,7 +431,7 @@ def test_an_extension_multiplies_the_tables(tiny):
 
 def test_a_second_turn_needs_positions_where_the_first_had_them(tiny, cached):
     model = strong(tiny)
-    set_rope(model, "m-rope", shares=(2, 3, 3))
+    set_rope(model, "m-rope", axis_shares=(2, 3, 3))
     p, ids = positions_for(model, [SEGMENTS[0]]), torch.randint(3, 97, (1, 13))
     full = logits(model, ids, position_ids=p)
     with torch.no_grad():
@@ -484,7 +484,7 @@ def test_layers_may_run_at_their_own_theta(tiny):
     }
     before = logits(model)
     set_rope(
-        model, {layer: SCHEMES["rope-tv"].change(theta=rope.scheme.theta) for layer, rope in own.items()}
+        model, {layer: SCHEMES["rope-tv"].replace(theta=rope.scheme.theta) for layer, rope in own.items()}
     )
     assert positions_for(model, SEGMENTS).shape == (4, 2, 27)
     unset_rope(model)

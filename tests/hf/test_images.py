@@ -401,7 +401,7 @@ def test_class_and_register_tokens_of_dinov3_are_not_rotated_and_patches_turn_as
 
     ALL_ATTENTION_FUNCTIONS.register("watch", watch)
     for off in (0.0, 1.0):
-        set_rope(dinov3, SCHEMES[scheme].change(pairing="half", scale=off * SCHEMES[scheme].scale))
+        set_rope(dinov3, SCHEMES[scheme].replace(pairing="half", freq_scale=off * SCHEMES[scheme].freq_scale))
         dinov3.config._attn_implementation = "watch"
         seen_by(dinov3, (16, 24))
         unset_rope(dinov3)
@@ -560,8 +560,8 @@ def run(model, at=0):
 def test_models_without_rotary_are_not_rotated_at_omega_zero_and_are_undone(cls, config, attention):
     model = bare(cls, config, attention)
     before = run(model)
-    handle = set_rope(model, "rope-vit-axial", scale=0.0) if "image_size" in config.to_dict() else None
-    handle = handle or set_rope(model, "flat", scale=0.0)
+    handle = set_rope(model, "rope-vit-axial", freq_scale=0.0) if "image_size" in config.to_dict() else None
+    handle = handle or set_rope(model, "flat", freq_scale=0.0)
     assert torch.equal(run(model), before)
     handle.undo()
     set_rope(model, "rope-tv")

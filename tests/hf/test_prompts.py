@@ -75,7 +75,7 @@ def test_a_second_turn_goes_on_from_the_cache_that_was_returned(llama, cached, s
 @pytest.mark.parametrize("scheme", SERVED)
 def test_behind_a_image_tokens_go_on_where_the_scheme_says_or_are_refused(tiny, scheme, use_cache):
     model = tiny("llama", initializer_range=0.2)
-    set_rope(model, SCHEMES[scheme].change(pairing="half", fraction=1.0, slot="front"))
+    set_rope(model, SCHEMES[scheme].replace(pairing="half", fraction=1.0, channel_offset="start"))
     for segments in ("text:3 image:2x5", "text:1 image:3x4", "text:5 video:2x2x2"):
         p = positions_for(model, [segments])
         run = {"input_ids": words(1, 13), "position_ids": p, "use_cache": use_cache}

@@ -151,7 +151,7 @@ def their_table(config, y, x):
 def test_cosine_and_sine_are_those_of_the_familys_own_rotary_module(model_type):
     config = make_config(model_type)
     scheme, head_dim = from_hf_config(config), read_head_dim(config)
-    rope = Rotary(head_dim, scheme.change(options=[o for o in scheme.options if o[0] != "merge"]))
+    rope = Rotary(head_dim, scheme.replace(options=[o for o in scheme.options if o[0] != "merge"]))
     positions, _ = rope.place([Image(4, 4)])
     ours, theirs = rope.cos_sin(positions), their_table(config, 4, 4)
     for one, other in zip(ours, theirs, strict=True):
@@ -162,7 +162,7 @@ def test_cosine_and_sine_are_those_of_the_familys_own_rotary_module(model_type):
 def test_a_part_of_n_in_d_is_n_whatever_rounding_leaves(pairs, data):
     n = data.draw(st.integers(1, pairs))
     assert Scheme(layout="flat", fraction=n / pairs).pairs(2 * pairs) == n
-    turning = Scheme(layout="flat", still=1 - n / pairs).omega(2 * pairs)
+    turning = Scheme(layout="flat", unrotated_fraction=1 - n / pairs).omega(2 * pairs)
     assert turning.count_nonzero() == n
 
 
@@ -228,8 +228,8 @@ def test_rope_parameters_say_what_was_read(name):
     scheme = from_hf_config(config)
     config.rope_parameters = json.loads(json.dumps(to_rope_parameters(scheme)))
     again = from_hf_config(config)
-    assert again.change(still=scheme.still) == scheme
-    assert again.still == pytest.approx(scheme.still)
+    assert again.replace(unrotated_fraction=scheme.unrotated_fraction) == scheme
+    assert again.unrotated_fraction == pytest.approx(scheme.unrotated_fraction)
     assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
     torch.testing.assert_close(again.omega(16, length=60), scheme.omega(16, length=60), rtol=0, atol=0)
 
@@ -245,8 +245,8 @@ def test_every_family_comes_back_from_its_own_rope_parameters(model_type, layer_
 
 
 def test_transformers_rotates_by_what_we_say():
-    scheme = SCHEMES["m-rope-qwen2-vl"].change(
-        extensions=[{"rope_type": "yarn", "factor": 4.0, "original": 32.0}]
+    scheme = SCHEMES["m-rope-qwen2-vl"].replace(
+        extensions=[{"rope_type": "yarn", "factor": 4.0, "original_max_positions": 32.0}]
     )
     said = to_rope_parameters(scheme, head_dim=32)
     assert said["mrope_section"] == [4, 6, 6]
@@ -263,9 +263,9 @@ def test_a_composite_config_is_read_for_its_text():
     config = AutoConfig.for_model("qwen2_5_vl", vision_config={"tokens_per_second": 4})
     scheme = from_hf_config(config)
     assert dict(scheme.options) == {"rate": 4.0}
-    assert scheme.change(options=SCHEMES["m-rope-qwen2.5-vl"].options) == SCHEMES["m-rope-qwen2.5-vl"].change(
-        shares=(16, 24, 24)
-    )
+    assert scheme.replace(options=SCHEMES["m-rope-qwen2.5-vl"].options) == SCHEMES[
+        "m-rope-qwen2.5-vl"
+    ].replace(axis_shares=(16, 24, 24))
     assert read_head_dim(config) == 128
     assert from_hf_config(config.vision_config).layout == "grid"
     thinker = AutoConfig.for_model("qwen2_5_omni_thinker")
@@ -278,7 +278,11 @@ def test_a_composite_config_is_read_for_its_text():
 def test_deepseek_without_interleaving_is_half():
     config = AutoConfig.for_model("deepseek_v3", rope_interleave=False)
     scheme = from_hf_config(config)
-    assert (scheme.pairing, scheme.slot, scheme.fraction * read_head_dim(config)) == ("half", "tail", 64)
+    assert (scheme.pairing, scheme.channel_offset, scheme.fraction * read_head_dim(config)) == (
+        "half",
+        "tail",
+        64,
+    )
     q, k = torch.randn(2, 1, 2, 5, 192).double()
     positions = torch.arange(5)[None]
     theirs_q, theirs_k = their_heads(config, q, k, positions, None)
@@ -298,7 +302,7 @@ def test_nobody_needs_transformers_to_be_read():
         original_max_position_embeddings=32,
     )
     (longrope,) = from_hf_config(old).extensions
-    assert (longrope.original, longrope.factor, from_hf_config(old).theta) == (32, 4.0, 5e5)
+    assert (longrope.original_max_positions, longrope.factor, from_hf_config(old).theta) == (32, 4.0, 5e5)
 
 
 def plain(**entries):
@@ -346,13 +350,13 @@ def test_a_config_that_says_too_little_or_too_much_is_refused(message):
 UNSAID = {
     "spacing='log'": SCHEMES["pixel-log"],
     "layout='rope-tv'": SCHEMES["rope-tv"],
-    "attention=1.5": SCHEMES["flat"].change(attention=1.5),
-    "pairing='block'": SCHEMES["pixtral"].change(pairing="block"),
+    "attention_factor=1.5": SCHEMES["flat"].replace(attention_factor=1.5),
+    "pairing='block'": SCHEMES["pixtral"].replace(pairing="block"),
     "give head_dim": SCHEMES["m-rope"],
-    "NTK": SCHEMES["flat"].change(extensions=[{"rope_type": "ntk", "factor": 2.0}]),
-    "axes=": SCHEMES["m-rope"].change(extensions=[{"rope_type": "linear", "factor": 2.0, "axes": ["y"]}]),
-    "still=0.75": SCHEMES["p-rope"].change(
-        extensions=[{"rope_type": "yarn", "factor": 2.0, "original": 8.0}]
+    "NTK": SCHEMES["flat"].replace(extensions=[{"rope_type": "ntk", "factor": 2.0}]),
+    "axes=": SCHEMES["m-rope"].replace(extensions=[{"rope_type": "linear", "factor": 2.0, "axes": ["y"]}]),
+    "unrotated_fraction=0.75": SCHEMES["p-rope"].replace(
+        extensions=[{"rope_type": "yarn", "factor": 2.0, "original_max_positions": 8.0}]
     ),
 }
 

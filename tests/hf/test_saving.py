@@ -113,7 +113,7 @@ def test_a_config_without_a_scheme_is_refused(tiny):
 def test_the_scheme_is_written_in_tokens(tiny):
     model = tiny("llama")
     set_rope(model, SCHEMES["m-rope"])
-    assert model.config.to_dict()["rope_parameters"]["rope_mm"]["shares"] == (2, 3, 3)
+    assert model.config.to_dict()["rope_parameters"]["rope_mm"]["axis_shares"] == (2, 3, 3)
 
 
 def test_the_scheme_and_omega_of_a_model_that_had_none_are_saved_and_brought_back(tmp_path):

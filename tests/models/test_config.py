@@ -15,8 +15,8 @@ from rope_mm.models import (
 )
 from rope_mm.schemes.extensions import EXTENSIONS, YaRN
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original": 64.0}
-NUMBERS = {"factor": 2.0, "original": 16.0, "short": (1.0,) * 4, "long": (2.0,) * 4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_positions": 64.0}
+NUMBERS = {"factor": 2.0, "original_max_positions": 16.0, "short": (1.0,) * 4, "long": (2.0,) * 4}
 TOY = {"hidden_size": 32, "intermediate_size": 48}
 
 
@@ -27,7 +27,7 @@ def back(config, folder):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_goes_through_a_config_by_name_and_written_out(scheme, tmp_path):
-    changed = SCHEMES[scheme].change(theta=77.0)
+    changed = SCHEMES[scheme].replace(theta=77.0)
     named = read_config(**TOY, rope_parameters={"scheme": scheme, "theta": 77.0})
     written = read_config(**TOY, rope_parameters=changed)
     held = read_config(**TOY, rope_parameters={"scheme": SCHEMES[scheme], "theta": 77.0})
@@ -61,7 +61,7 @@ def test_an_extended_model_is_saved_extended_and_decodes_as_it_reads(tmp_path):
     RopeMMProcessor.from_config(model.config, load_tokenizer()).save_pretrained(tmp_path)
     again = RopeMMForConditionalGeneration.from_pretrained(tmp_path).eval()
     processor = RopeMMProcessor.from_pretrained(tmp_path)
-    assert processor.scheme.extensions == (YaRN(factor=4.0, original=64.0),)
+    assert processor.scheme.extensions == (YaRN(factor=4.0, original_max_positions=64.0),)
     inputs = processor(documents=[["abc", torch.rand(1, 4, 4), "de"]])
     logits = model(**inputs).logits
     torch.testing.assert_close(again(**inputs).logits, logits)
@@ -74,7 +74,10 @@ def test_an_extended_model_is_saved_extended_and_decodes_as_it_reads(tmp_path):
 
 
 def test_an_omega_that_depends_on_the_length_is_generated_from_without_a_cache():
-    rope = {"scheme": "rope-tv", "extensions": [{"rope_type": "dynamic", "factor": 2.0, "original": 8.0}]}
+    rope = {
+        "scheme": "rope-tv",
+        "extensions": [{"rope_type": "dynamic", "factor": 2.0, "original_max_positions": 8.0}],
+    }
     model = RopeMMForConditionalGeneration(read_config(**TOY, rope_parameters=rope)).eval()
     inputs = build_batch([["abcdefgh", Image(1, 2)]], load_tokenizer(), model.config.scheme).inputs()
     inputs["patches"] = torch.randn(2, 4)

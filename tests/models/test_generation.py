@@ -161,9 +161,9 @@ def test_what_cannot_go_on_is_refused():
     del inputs["rope_deltas"]
     with pytest.raises(ValueError, match=r"need block_ids .* and rope_deltas"):
         model.generate(**inputs, **GREEDY)
-    yarn = {"rope_type": "dynamic", "factor": 2.0, "original": 8.0}
+    yarn = {"rope_type": "dynamic", "factor": 2.0, "original_max_positions": 8.0}
     longer = make_model()
-    longer.model.rotary.scheme = longer.model.rotary.scheme.change(extensions=[yarn])
+    longer.model.rotary.scheme = longer.model.rotary.scheme.replace(extensions=[yarn])
     with pytest.raises(ValueError, match=r"Omega depends on the length.*use_cache=False"):
         longer.generate(**prompt(model, ["a"]), **GREEDY)
     with pytest.raises(ValueError, match=r"\(2, 1, 3\) must be \(b, s\).*t, y, x"):

@@ -158,7 +158,7 @@ def test_words_are_left_out_on_request(config):
 
 @pytest.mark.parametrize("learnable", [False, True])
 def test_a_saved_model_reads_back_to_the_bit(config, tmp_path, learnable):
-    rope = {"scheme": "m-rope", "theta": 500.0, "shares": [1, 1, 2], "learnable": learnable}
+    rope = {"scheme": "m-rope", "theta": 500.0, "axis_shares": [1, 1, 2], "learnable": learnable}
     config = read_config(hidden_size=32, intermediate_size=48, rope_parameters=rope)
     model = RopeMMForConditionalGeneration(config).eval()
     if learnable:

@@ -29,9 +29,9 @@ SEGMENTS = st.one_of(
     st.builds(Image, SIZES, SIZES),
     st.builds(Video, SIZES, SIZES, SIZES, st.sampled_from([1.0, 0.25, 2.0])),
 )
-STORIES = st.lists(SEGMENTS, min_size=1, max_size=6)
-OWN_WORDS = {
-    "stretched": [[0, 0, 0], [0, 0, 0]],
+SEQUENCES = st.lists(SEGMENTS, min_size=1, max_size=6)
+OWN_TEXT = {
+    "fixed-extent": [[0, 0, 0], [0, 0, 0]],
     "mochi": [[0, 0, 0], [0, 0, 0]],
     "flux": [[0, 0, 0], [0, 0, 0]],
     "flux2": [[0, 0, 0, 0], [0, 0, 0, 1]],
@@ -41,17 +41,17 @@ OWN_WORDS = {
 SYMMETRIC = ("flat", "rope-tie", "rope-tv", "rope-tv-2d", "rope-tv-causal")
 EQUIVALENT = ("flat", "rope-tie-fractional", "rope-tv", "rope-tv-2d", "rope-tv-causal", "hunyuan-image")
 # a longer video leaves earlier frames where they are
-CAUSAL = [name for name in LAYOUTS if name not in ("corners", "rope-tv", "stretched", "v2pe")]
+CAUSAL = [name for name in LAYOUTS if name not in ("normalized-corners", "rope-tv", "fixed-extent", "v2pe")]
 
 
-def one_based(story, layout):
-    """Positions of the picture and of the word after it, counted from 1 as the articles do."""
-    positions, cursor = place(story, layout)
-    return positions[story[0].tokens : -1] + 1, positions[-1] + 1, cursor
+def one_based(segments, layout):
+    """Positions of the image and of the word after it, counted from 1 as the articles do."""
+    positions, cursor = place(segments, layout)
+    return positions[segments[0].tokens : -1] + 1, positions[-1] + 1, cursor
 
 
 @pytest.mark.parametrize(
-    ("layout", "words", "image", "first", "last", "following"),
+    ("layout", "text", "image", "first", "last", "following"),
     [
         ("rope-tv-2d", 4, (3, 4), (9.5, 9), (11.5, 12), 17),
         ("rope-tv-2d", 100, (16, 16), (221, 221), (236, 236), 357),
@@ -65,51 +65,51 @@ def one_based(story, layout):
         ("grid", 4, (3, 4), (1, 1, 1), (1, 3, 4), 5),
     ],
 )
-def test_images_stand_where_the_articles_put_them(layout, words, image, first, last, following):
-    picture, after, _ = one_based([Text(words), Image(*image), Text(1)], layout)
-    assert picture[0].tolist() == list(first)
-    assert picture[-1].tolist() == list(last)
+def test_images_stand_where_the_articles_put_them(layout, text, image, first, last, following):
+    image, after, _ = one_based([Text(text), Image(*image), Text(1)], layout)
+    assert image[0].tolist() == list(first)
+    assert image[-1].tolist() == list(last)
     assert set(after.tolist()) == {following}
 
 
 def test_a_video_stands_where_rope_tv_puts_it():
-    picture, after, _ = one_based([Text(9), Video(4, 3, 5), Text(1)], "rope-tv")
-    assert picture[0].tolist() == [38, 38.5, 37.5]
-    assert picture[-1].tolist() == [41, 40.5, 41.5]
+    image, after, _ = one_based([Text(9), Video(4, 3, 5), Text(1)], "rope-tv")
+    assert image[0].tolist() == [38, 38.5, 37.5]
+    assert image[-1].tolist() == [41, 40.5, 41.5]
     assert after.tolist() == [70, 70, 70]
 
 
-def test_words_after_a_long_video_go_on_past_its_last_frame():
-    # Qwen2-VL as released; some ports advance by the sides alone and put the words inside the video
+def test_text_after_a_long_video_goes_on_past_its_last_frame():
+    # Qwen2-VL as released; some ports advance by the sides alone and put the text inside the video
     positions, cursor = place([Text(3), Video(20, 2, 3), Text(4)], "m-rope")
     assert positions[-4:, 0].tolist() == [23, 24, 25, 26]
     assert cursor.next == 27
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in OWN_WORDS])
-@given(words=st.integers(1, 50))
-def test_text_alone_is_counted_on_every_axis(layout, words):
-    positions, cursor = place([Text(words)], layout)
-    expected = torch.arange(words, dtype=torch.float64)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in OWN_TEXT])
+@given(text=st.integers(1, 50))
+def test_text_alone_is_counted_on_every_axis(layout, text):
+    positions, cursor = place([Text(text)], layout)
+    expected = torch.arange(text, dtype=torch.float64)
     assert torch.equal(positions, expected[:, None].expand(-1, len(LAYOUTS[layout].axes)))
-    assert (cursor.next, cursor.tokens) == (words, words)
+    assert (cursor.next, cursor.tokens) == (text, text)
 
 
-@pytest.mark.parametrize("layout", OWN_WORDS)
-def test_words_of_diffusion_transformers_walk_where_their_models_put_them(layout):
-    assert place([Text(2)], layout)[0].tolist() == OWN_WORDS[layout]
+@pytest.mark.parametrize("layout", OWN_TEXT)
+def test_text_of_diffusion_transformers_stands_where_their_models_put_it(layout):
+    assert place([Text(2)], layout)[0].tolist() == OWN_TEXT[layout]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@given(story=STORIES, cut=st.integers(0, 6), split=st.integers(1, 5))
-def test_a_story_placed_in_pieces_is_the_story_placed_at_once(layout, story, cut, split):
-    pieces = [story[:cut], story[cut:]]
+@given(segments=SEQUENCES, cut=st.integers(0, 6), split=st.integers(1, 5))
+def test_a_sequence_placed_in_pieces_is_the_sequence_placed_at_once(layout, segments, cut, split):
+    pieces = [segments[:cut], segments[cut:]]
     if (
         pieces[1] and isinstance(pieces[1][0], Text) and pieces[1][0].length > split
-    ):  # cut inside the words as well
+    ):  # cut inside the text as well
         rest = pieces[1][0].length - split
         pieces = [[*pieces[0], Text(split)], [Text(rest), *pieces[1][1:]]]
-    whole, end = place(story, layout)
+    whole, end = place(segments, layout)
     cursor, parts = Cursor(), []
     for piece in pieces:
         part, cursor = place(piece, layout, Cursor(**json.loads(json.dumps(asdict(cursor)))))
@@ -119,31 +119,31 @@ def test_a_story_placed_in_pieces_is_the_story_placed_at_once(layout, story, cut
 
 
 @pytest.mark.parametrize("layout", EQUIVALENT)
-@given(story=STORIES)
-def test_an_equivalent_layout_counts_a_patch_as_a_word(layout, story):
-    _, cursor = place(story, layout)
-    assert cursor.tokens == sum(segment.tokens for segment in story)
-    assert cursor.next == sum(segment.tokens for segment in story if not isinstance(segment, Unrotated))
+@given(segments=SEQUENCES)
+def test_an_equivalent_layout_counts_a_patch_as_a_token(layout, segments):
+    _, cursor = place(segments, layout)
+    assert cursor.tokens == sum(segment.tokens for segment in segments)
+    assert cursor.next == sum(segment.tokens for segment in segments if not isinstance(segment, Unrotated))
 
 
-def assert_symmetric(segment, layout, words=3, **options):
-    """Raster token k and its mirror image sum to the words before and after, exactly, on every axis."""
-    positions, _ = place([Text(words), segment, Text(1)], layout, **options)
+def assert_symmetric(segment, layout, text=3, **options):
+    """Raster token k and its mirror image sum to the text before and after, exactly, on every axis."""
+    positions, _ = place([Text(text), segment, Text(1)], layout, **options)
     rows = [[Fraction(x) for x in row] for row in positions.tolist()]
-    around = {before + after for before, after in zip(rows[words - 1], rows[-1], strict=True)}
-    picture = rows[words:-1]
+    around = {before + after for before, after in zip(rows[text - 1], rows[-1], strict=True)}
+    image = rows[text:-1]
     sums = {
         a + b
-        for here, there in zip(picture, reversed(picture), strict=True)
+        for here, there in zip(image, reversed(image), strict=True)
         for a, b in zip(here, there, strict=True)
     }
     assert sums == around
 
 
 @pytest.mark.parametrize("layout", SYMMETRIC)
-@given(picture=st.one_of(st.builds(Image, SIZES, SIZES), st.builds(Video, SIZES, SIZES, SIZES)))
-def test_a_picture_lies_symmetric_between_its_words_in_exact_arithmetic(layout, picture):
-    assert_symmetric(picture, layout)
+@given(image=st.one_of(st.builds(Image, SIZES, SIZES), st.builds(Video, SIZES, SIZES, SIZES)))
+def test_an_image_lies_symmetric_between_its_text_in_exact_arithmetic(layout, image):
+    assert_symmetric(image, layout)
 
 
 @given(
@@ -166,7 +166,7 @@ def test_layouts_that_promise_no_symmetry_have_none(layout):
 
 @pytest.mark.parametrize("layout", CAUSAL)
 @given(t=SIZES, y=SIZES, x=SIZES, more=SIZES)
-def test_a_causal_layout_never_moves_a_frame_that_stands(layout, t, y, x, more):
+def test_a_causal_layout_never_moves_an_earlier_frame(layout, t, y, x, more):
     short, _ = place([Text(2), Video(t, y, x)], layout)
     long, _ = place([Text(2), Video(t + more, y, x)], layout)
     assert torch.equal(long[: len(short)], short)
@@ -174,97 +174,95 @@ def test_a_causal_layout_never_moves_a_frame_that_stands(layout, t, y, x, more):
 
 @pytest.mark.parametrize("layout", CAUSAL)
 @given(counts=st.lists(SIZES, min_size=1, max_size=4), y=SIZES, x=SIZES)
-def test_a_movie_of_unknown_length_is_placed_frame_after_frame_as_if_known(layout, counts, y, x):
+def test_a_video_of_unknown_length_is_placed_frame_by_frame_as_if_known(layout, counts, y, x):
     whole, end = place([Text(2), Video(sum(counts), 2 * y, 2 * x), Text(1)], layout)
     parts, cursor = place([Text(2), Video(counts[0], 2 * y, 2 * x)], layout)
     for count in counts[1:]:
         more, cursor = place([MoreFrames(count, 2 * y, 2 * x)], layout, cursor)
         parts = torch.cat((parts, more))
-    words, cursor = place([Text(1)], layout, cursor)
-    assert torch.equal(torch.cat((parts, words)), whole)
+    text, cursor = place([Text(1)], layout, cursor)
+    assert torch.equal(torch.cat((parts, text)), whole)
     assert cursor == end
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in CAUSAL])
 def test_a_layout_that_would_move_placed_frames_refuses_more_of_them(layout):
-    options = {"t": 4.0} if layout == "stretched" else {}
+    options = {"t": 4.0} if layout == "fixed-extent" else {}
     _, cursor = place([Text(2), Video(2, 3, 2)], layout, **options)
     with pytest.raises(ValueError, match="give the whole video at once, or take a causal layout"):
         place([MoreFrames(1, 3, 2)], layout, cursor, **options)
 
 
-def test_frames_and_sound_need_their_video_and_sound_a_clock():
-    for story in (
+def test_more_frames_and_audio_need_their_video_and_audio_a_time_in_seconds():
+    for segments in (
         "text:2 more_frames:1x2x2",
         "video:2x2x2 text:1 more_frames:1x2x2",
         "video:2x2x2 more_frames:1x2x3",
     ):
         with pytest.raises(ValueError, match="must come after a video of the same rows"):
-            place(story, "flat")
+            place(segments, "flat")
     with pytest.raises(ValueError, match="write audio for sound alone"):
         place("video_audio:3", "tm-rope")
-    with pytest.raises(
-        ValueError, match=r"has no clock for video_audio:3 to keep time with; take \['tm-rope'\]"
-    ):
+    with pytest.raises(ValueError, match=r"has no time in seconds for video_audio:3; take \['tm-rope'\]"):
         place("video:2x2x2 video_audio:3", "m-rope")
 
 
-def test_qwen2_5_vl_counts_frames_by_the_clock_and_rounds_down():
-    positions, cursor = place([Text(3), Video(4, 1, 2, seconds=0.7), Text(1)], "m-rope-time")
+def test_qwen2_5_vl_counts_frames_in_seconds_and_rounds_down():
+    positions, cursor = place([Text(3), Video(4, 1, 2, seconds_per_frame=0.7), Text(1)], "m-rope-time")
     assert positions[3:-1:2, 0].tolist() == [3, 4, 5, 7]  # 0, 1.4, 2.8, 4.2
     assert cursor.next == 9
 
 
-def test_a_film_goes_by_one_clock_for_frames_and_sound():
-    story = interleave_audio(Video(4, 2, 2, seconds=1.0), sound=90)
-    assert " ".join(map(str, story)) == "video:2x2x2 video_audio:50 more_frames:2x2x2 video_audio:40"
-    positions, cursor = place([Text(5), *story, Text(1)], "tm-rope")
+def test_frames_and_audio_of_a_video_share_one_time():
+    segments = interleave_audio(Video(4, 2, 2, seconds_per_frame=1.0), audio_tokens=90)
+    assert " ".join(map(str, segments)) == "video:2x2x2 video_audio:50 more_frames:2x2x2 video_audio:40"
+    positions, cursor = place([Text(5), *segments, Text(1)], "tm-rope")
     frames = torch.cat((positions[5:13], positions[63:71]))
-    sound = torch.cat((positions[13:63], positions[71:111]))
+    audio = torch.cat((positions[13:63], positions[71:111]))
     assert frames[::4, 0].tolist() == [5, 30, 55, 80]
     assert frames[:4, 1:].tolist() == [[5, 5], [5, 6], [6, 5], [6, 6]]
-    assert torch.equal(sound, torch.arange(5, 95.0).double()[:, None].expand(-1, 3))
+    assert torch.equal(audio, torch.arange(5, 95.0).double()[:, None].expand(-1, 3))
     assert cursor.next == 96
 
 
-def test_sound_alone_and_words_are_counted_alike():
+def test_audio_alone_is_counted_as_text_is():
     assert torch.equal(place("audio:7 text:2", "tm-rope")[0], place("text:9", "tm-rope")[0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_tokens_that_stand_still_are_at_the_origin_and_move_nobody(layout):
-    with_still, cursor = place("text:3 unrotated:2 image:2x2 unrotated:1 text:2", layout)
+def test_unrotated_tokens_are_at_the_origin_and_are_not_counted(layout):
+    with_unrotated, cursor = place("text:3 unrotated:2 image:2x2 unrotated:1 text:2", layout)
     without, plain = place("text:3 image:2x2 text:2", layout)
-    still = torch.tensor([3, 4, 9])
-    assert with_still[still].eq(0).all()
-    rest = torch.ones(12, dtype=torch.bool).index_fill(0, still, False)
-    assert torch.equal(with_still[rest], without)
+    unrotated = torch.tensor([3, 4, 9])
+    assert with_unrotated[unrotated].eq(0).all()
+    rest = torch.ones(12, dtype=torch.bool).index_fill(0, unrotated, False)
+    assert torch.equal(with_unrotated[rest], without)
     assert cursor.next == plain.next
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@given(stories=st.lists(STORIES, min_size=1, max_size=4), more=STORIES)
-def test_rows_of_a_batch_are_the_stories_by_themselves_and_go_on_by_themselves(side, stories, more):
-    rows = place_rows(stories, "rope-tv-causal", padding_side=side)
-    assert rows.positions.shape[:2] == rows.mask.shape
-    for story, row, mask, cursor in zip(stories, rows.positions, rows.mask, rows.cursors, strict=True):
-        alone, end = place(story, "rope-tv-causal")
+@given(rows=st.lists(SEQUENCES, min_size=1, max_size=4), more=SEQUENCES)
+def test_rows_of_a_batch_are_placed_and_go_on_as_each_by_itself(side, rows, more):
+    batch = place_rows(rows, "rope-tv-causal", padding_side=side)
+    assert batch.positions.shape[:2] == batch.mask.shape
+    for segments, row, mask, cursor in zip(rows, batch.positions, batch.mask, batch.cursors, strict=True):
+        alone, end = place(segments, "rope-tv-causal")
         assert torch.equal(row[mask], alone)
         assert row[~mask].eq(0).all()
         assert cursor == end
         pads = mask.logical_not().nonzero().flatten().tolist()
         assert pads == (list(range(len(pads))) if side == "left" else list(range(len(alone), len(mask))))
-    after = place_rows([more] * len(stories), "rope-tv-causal", rows.cursors)
-    for story, row in zip(stories, after.positions, strict=True):
-        whole, _ = place([*story, *more], "rope-tv-causal")
+    after = place_rows([more] * len(rows), "rope-tv-causal", batch.cursors)
+    for segments, row in zip(rows, after.positions, strict=True):
+        whole, _ = place([*segments, *more], "rope-tv-causal")
         assert torch.equal(row, whole[len(whole) - len(row) :])
 
 
-@given(stories=st.lists(STORIES, min_size=1, max_size=4), size=st.integers(1, 9))
-def test_packed_stories_restart_and_shards_of_a_row_are_its_parts(stories, size):
-    positions, number = pack(stories, "m-rope")
-    for i, story in enumerate(stories):
-        assert torch.equal(positions[number == i], place(story, "m-rope")[0])
+@given(rows=st.lists(SEQUENCES, min_size=1, max_size=4), size=st.integers(1, 9))
+def test_packed_sequences_restart_and_shards_of_a_row_are_its_parts(rows, size):
+    positions, number = pack(rows, "m-rope")
+    for i, segments in enumerate(rows):
+        assert torch.equal(positions[number == i], place(segments, "m-rope")[0])
     assert torch.equal(torch.cat(positions.split(size)), positions)
     assert number.tolist() == sorted(number.tolist())
 
@@ -285,16 +283,16 @@ def test_augmented_positions_are_moved_and_scaled_within_bounds(seed, shift, jit
     torch.testing.assert_close(one, positions * factor + middle)
 
 
-def test_augmentation_by_nothing_changes_nothing_and_bad_ranges_are_refused():
+def test_augmentation_by_default_changes_nothing_and_bad_ranges_are_refused():
     positions, _ = place("text:2 image:2x2", "rope-tv")
     assert torch.equal(augment_positions(positions), positions)
-    for ranges in ({"shift": -1.0}, {"jitter": 0.5}, {"rescale": 0.9}):
-        with pytest.raises(ValueError, match="must be >= 0"):
-            augment_positions(positions, **ranges)
+    for name, value, least in (("shift", -1.0, 0), ("jitter", 0.5, 1), ("rescale", 0.9, 1)):
+        with pytest.raises(ValueError, match=f"{name} must be a finite number >= {least}, not {value}"):
+            augment_positions(positions, **{name: value})
 
 
 def test_a_batch_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="2 stories need as many cursors, not 1"):
+    with pytest.raises(ValueError, match="2 rows need as many cursors, not 1"):
         place_rows(["text:1", "text:2"], cursors=[Cursor()])
     with pytest.raises(ValueError, match=r"write \['text:1'\]"):
         place_rows("text:1")
@@ -308,7 +306,7 @@ def test_rope_tv_must_know_how_long_a_video_is():
 
 
 @given(y=SIZES, x=SIZES, drift=st.sampled_from([0.5, 1.0, 2.0, 3.0]), t=st.integers(2, 6))
-def test_only_a_drift_of_the_frames_own_room_counts_a_video_as_its_tokens(y, x, drift, t):
+def test_only_a_drift_of_the_frames_own_span_counts_a_video_as_its_tokens(y, x, drift, t):
     _, own = place([Video(t, y, x)], "rope-tv-causal")
     _, other = place([Video(t, y, x)], "rope-tv-causal", drift=drift)
     assert own.next == t * y * x
@@ -323,9 +321,7 @@ def test_coordinates_are_halves_only_where_one_side_is_odd_and_the_other_even(y,
 
 def test_a_video_of_one_frame_is_an_image():
     for layout in LAYOUTS:
-        image, video = (
-            place([Text(2), picture, Text(1)], layout) for picture in (Image(3, 4), Video(1, 3, 4))
-        )
+        image, video = (place([Text(2), image, Text(1)], layout) for image in (Image(3, 4), Video(1, 3, 4)))
         assert torch.equal(image[0], video[0])
         assert image[1] == video[1]
 
@@ -339,7 +335,7 @@ def test_a_cursor_of_another_layout_is_refused():
         place([Text(1)], "rope-tv-causal", cursor)
 
 
-def test_an_unknown_layout_or_option_is_answered_with_those_there_are():
+def test_an_unknown_layout_or_option_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match="did you mean 'rope-tv'"):
         place([Text(1)], "rope-tvv")
     with pytest.raises(ValueError, match=r"takes no options, not \['rate'\]"):
@@ -348,7 +344,7 @@ def test_an_unknown_layout_or_option_is_answered_with_those_there_are():
         place([Text(1)], "rope-tv-causal", speed=2.0)
 
 
-def test_an_empty_story_has_no_positions_and_leaves_the_cursor():
-    positions, cursor = place("", "rope-tv", Cursor(3.0, 3, "rope-tv"))
+def test_an_empty_sequence_has_no_positions_and_leaves_the_cursor():
+    positions, cursor = place("", "rope-tv", Cursor(3.0, 3, layout="rope-tv"))
     assert positions.shape == (0, 3)
-    assert cursor == Cursor(3.0, 3, "rope-tv")
+    assert cursor == Cursor(3.0, 3, layout="rope-tv")

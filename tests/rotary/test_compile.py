@@ -13,7 +13,7 @@ from rope_mm.rotary.dispatch import explain_dispatch
 pytestmark = pytest.mark.compile
 # equal sizes are taken for one, so there are never as many tokens as batch rows, heads, channels or pairs
 STORIES = ("text:3 image:2x4", "text:7", "text:2 image:3x4 text:7")
-LONG = [{"rope_type": "dynamic", "factor": 4, "original": 8}]
+LONG = [{"rope_type": "dynamic", "factor": 4, "original_max_positions": 8}]
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def values_and_gradients(f, q, k, where):
         ("rope-tv", {}),
         ("mixed", {}),
         ("allegro", {}),
-        ("m-rope-qwen2-vl", {"slot": "tail", "fraction": 0.5}),
+        ("m-rope-qwen2-vl", {"channel_offset": "end", "fraction": 0.5}),
     ],
 )
 def test_one_graph_serves_all_positions_and_lengths(scheme, changes):

@@ -16,7 +16,15 @@ COMPATIBLE = [
     for name, s in SCHEMES.items()
     if s.ladder == "shared"
     and s.layout not in ("flux", "flux2", "lumina", "z-image")
-    and s == s.change(fraction=1.0, slot="front", still=0.0, spacing="geometric", pairing="half", scale=1.0)
+    and s
+    == s.replace(
+        fraction=1.0,
+        channel_offset="start",
+        unrotated_fraction=0.0,
+        spacing="geometric",
+        pairing="half",
+        freq_scale=1.0,
+    )
 ]
 
 
@@ -122,7 +130,7 @@ def test_pairings_slices_and_factors_turn_the_channels_that_they_name(d, blocks,
 
 @pytest.mark.parametrize("scheme", ["rope-tv", "gemma4-vision", "deepseek-mla", "mh-rope"])
 def test_the_inverse_takes_a_turn_back_its_factor_included(scheme):
-    rope = Rotary(24, scheme, heads=2 if SCHEMES[scheme].per_head else None, attention=1.3)
+    rope = Rotary(24, scheme, heads=2 if SCHEMES[scheme].per_head else None, attention_factor=1.3)
     positions, _ = rope.place(STORY)
     q, k = heads()
     angles = rope.angles(positions, torch.float64)

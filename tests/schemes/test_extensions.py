@@ -26,16 +26,16 @@ FACTORS = st.floats(1.0, 16.0)
 SOME = {
     "linear": Linear(factor=4.0),
     "ntk": NTK(factor=4.0),
-    "dynamic": DynamicNTK(factor=4.0, original=64.0),
-    "yarn": YaRN(factor=4.0, original=64.0),
-    "llama3": Llama3(factor=4.0, original=64.0),
-    "longrope": LongRoPE(short=(1.0,) * 8, long=(4.0,) * 8, original=64.0, factor=4.0),
-    "riflex": RIFLEx(original=64.0, axes=("t",)),
+    "dynamic": DynamicNTK(factor=4.0, original_max_positions=64.0),
+    "yarn": YaRN(factor=4.0, original_max_positions=64.0),
+    "llama3": Llama3(factor=4.0, original_max_positions=64.0),
+    "longrope": LongRoPE(short=(1.0,) * 8, long=(4.0,) * 8, original_max_positions=64.0, factor=4.0),
+    "riflex": RIFLEx(original_max_positions=64.0, axes=("t",)),
 }
 
 
 def extended(scheme, extension, length=0.0, head_dim=48):
-    return scheme.change(extensions=(extension,)).omega(head_dim, None, length)
+    return scheme.replace(extensions=(extension,)).omega(head_dim, None, length)
 
 
 @given(factor=FACTORS)
@@ -46,7 +46,7 @@ def test_interpolation_is_division_of_the_positions(factor):
 @given(factor=FACTORS, theta=st.floats(10, 1e6), pairs=st.integers(2, 64))
 def test_ntk_is_a_larger_theta(factor, theta, pairs):
     flat = Scheme(layout="flat", theta=theta)
-    larger = flat.change(theta=theta * factor ** (pairs / (pairs - 1)))
+    larger = flat.replace(theta=theta * factor ** (pairs / (pairs - 1)))
     torch.testing.assert_close(
         extended(flat, NTK(factor=factor), head_dim=2 * pairs), larger.omega(2 * pairs)
     )
@@ -54,18 +54,18 @@ def test_ntk_is_a_larger_theta(factor, theta, pairs):
 
 @given(factor=FACTORS, length=st.floats(0, 1000))
 def test_dynamic_ntk_grows_with_the_length_past_the_original_alone(factor, length):
-    dynamic = DynamicNTK(factor=factor, original=100.0)
+    dynamic = DynamicNTK(factor=factor, original_max_positions=100.0)
     ntk = NTK(factor=factor * max(length, 100) / 100 - factor + 1)
     torch.testing.assert_close(extended(AXIAL, dynamic, length), extended(AXIAL, ntk))
 
 
 @given(factor=FACTORS, original=st.floats(8, 1e5))
-def test_yarn_and_llama3_keep_fast_pairs_and_interpolate_slow_ones(factor, original):
+def test_yarn_and_llama3_keep_high_frequencies_and_interpolate_low_ones(factor, original):
     omega = SCHEMES["flat"].omega(128)[0]
     turns = omega * original / math.tau
     for extension, fast, slow in (
-        (YaRN(factor=factor, original=original, truncate=False), 32, 1),
-        (Llama3(factor=factor, original=original), 4, 1),
+        (YaRN(factor=factor, original_max_positions=original, truncate=False), 32, 1),
+        (Llama3(factor=factor, original_max_positions=original), 4, 1),
     ):
         ours = extended(SCHEMES["flat"], extension, head_dim=128)[0]
         torch.testing.assert_close(ours[turns > fast * 1.01], omega[turns > fast * 1.01])
@@ -78,10 +78,14 @@ def test_yarn_and_longrope_scale_cosine_and_sine():
     for extension in (SOME["yarn"], replace(SOME["yarn"], attention_factor=0.7), SOME["longrope"]):
         scheme = Scheme(layout="flat", extensions=(extension,))
         cos, sin = Rotary(16, scheme).cos_sin(positions, torch.float64)
-        torch.testing.assert_close(cos.square() + sin.square(), torch.full_like(cos, extension.attention**2))
+        torch.testing.assert_close(
+            cos.square() + sin.square(), torch.full_like(cos, extension.attention_scaling**2)
+        )
     assert mscale(4.0) == pytest.approx(0.1 * math.log(4) + 1)
-    assert YaRN(factor=40, original=4096, mscale=1.0, mscale_all_dim=1.0).attention == 1.0
-    assert SOME["longrope"].attention == pytest.approx(math.sqrt(1 + math.log(4) / math.log(64)))
+    assert (
+        YaRN(factor=40, original_max_positions=4096, mscale=1.0, mscale_all_dim=1.0).attention_scaling == 1.0
+    )
+    assert SOME["longrope"].attention_scaling == pytest.approx(math.sqrt(1 + math.log(4) / math.log(64)))
 
 
 def test_longrope_takes_its_long_factors_past_the_original_length():
@@ -92,8 +96,8 @@ def test_longrope_takes_its_long_factors_past_the_original_length():
         scheme.omega(32)
 
 
-def test_riflex_slows_one_pair_of_time_and_only_where_the_video_is_longer_than_its_period():
-    omega, riflex = VIDEO.omega(128), RIFLEx(original=60.0, axes=("t",))
+def test_riflex_lowers_one_frequency_and_only_where_the_video_is_longer_than_its_period():
+    omega, riflex = VIDEO.omega(128), RIFLEx(original_max_positions=60.0, axes=("t",))
     period = math.tau / omega[0, :8]
     k = (period - 60).abs().argmin().item()
     assert torch.equal(extended(VIDEO, riflex, period[k].item(), head_dim=128), omega)
@@ -103,11 +107,11 @@ def test_riflex_slows_one_pair_of_time_and_only_where_the_video_is_longer_than_i
     assert long[0, k].item() == pytest.approx(0.9 * math.tau / 400)
 
 
-def test_riflex_refuses_an_axis_along_which_words_are_counted():
-    with pytest.raises(ValueError, match=r"is for frames, but words walk along \['t'\]"):
-        SCHEMES["m-rope"].change(extensions=(RIFLEx(original=60.0, axes=("t",)),))
+def test_riflex_refuses_an_axis_along_which_text_is_counted():
+    with pytest.raises(ValueError, match=r"is for frames, but text is counted on \['t'\], too"):
+        SCHEMES["m-rope"].replace(extensions=(RIFLEx(original_max_positions=60.0, axes=("t",)),))
     with pytest.raises(ValueError, match="is for frames"):
-        SCHEMES["rope-tv"].change(extensions=(RIFLEx(original=60.0),))
+        SCHEMES["rope-tv"].replace(extensions=(RIFLEx(original_max_positions=60.0),))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in EXTENSIONS if kind != "longrope"])
@@ -121,28 +125,30 @@ def test_an_extension_of_one_axis_leaves_the_others_and_counts_in_its_own_units(
     assert not torch.equal(ours[mine], plain[mine])
     # the same numbers as on a ladder of this axis alone
     pairs = int(plain[mine].count_nonzero())
-    alone = Scheme(layout="grid", order=(axis,), ladder="own", theta=VIDEO.theta)
+    alone = Scheme(layout="grid", axis_order=(axis,), ladder="own", theta=VIDEO.theta)
     if kind != "riflex":
         expected = extended(alone, replace(own, axes=()), 500.0, head_dim=2 * pairs)[mine]
         torch.testing.assert_close(ours[mine][plain[mine] != 0], expected)
 
 
 def test_an_extension_of_one_axis_of_a_dense_omega_is_refused():
-    with pytest.raises(ValueError, match="a pair turns on several"):
+    with pytest.raises(ValueError, match="several axes rotate one pair"):
         extended(SCHEMES["mixed"], Linear(factor=2.0, axes=("y",)))
     torch.testing.assert_close(extended(SCHEMES["mixed"], Linear(factor=2.0)) * 2, SCHEMES["mixed"].omega(48))
 
 
 def test_several_extensions_work_one_after_another():
-    both = VIDEO.change(
-        extensions=(RIFLEx(original=60.0, axes=("t",)), NTK(factor=2.0, axes=("y", "x")))
+    both = VIDEO.replace(
+        extensions=(RIFLEx(original_max_positions=60.0, axes=("t",)), NTK(factor=2.0, axes=("y", "x")))
     ).omega(48, None, (300.0, 1.0, 1.0))
-    assert torch.equal(both[0], extended(VIDEO, RIFLEx(original=60.0, axes=("t",)), (300.0, 1.0, 1.0))[0])
+    assert torch.equal(
+        both[0], extended(VIDEO, RIFLEx(original_max_positions=60.0, axes=("t",)), (300.0, 1.0, 1.0))[0]
+    )
     assert torch.equal(both[1:], extended(VIDEO, NTK(factor=2.0, axes=("y", "x")))[1:])
 
 
-def test_the_module_measures_the_length_itself_or_is_told():
-    rope = Rotary(16, Scheme(layout="flat", extensions=(DynamicNTK(factor=2.0, original=8.0),)))
+def test_the_module_finds_the_length_itself_or_takes_it():
+    rope = Rotary(16, Scheme(layout="flat", extensions=(DynamicNTK(factor=2.0, original_max_positions=8.0),)))
     positions, _ = rope.place("text:20")
     q = torch.randn(1, 20, 2, 16, dtype=torch.float64)
     whole = rope(q, q, positions)[0]
@@ -155,16 +161,19 @@ def test_the_module_measures_the_length_itself_or_is_told():
 @pytest.mark.parametrize("kind", EXTENSIONS)
 def test_a_scheme_with_extensions_reads_back_from_json(kind):
     base = VIDEO if kind == "riflex" else SCHEMES["flat"]
-    scheme = base.change(extensions=(SOME[kind],))
+    scheme = base.replace(extensions=(SOME[kind],))
     assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
-    assert hash(scheme) == hash(scheme.change())
+    assert hash(scheme) == hash(scheme.replace())
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
         ({"rope_type": "yarm", "factor": 2.0}, "did you mean 'yarn'"),
-        ({"rope_type": "yarn", "factor": 2.0}, r"yarn takes axes, factor, original.*not \['factor'\]"),
+        (
+            {"rope_type": "yarn", "factor": 2.0},
+            r"yarn takes axes, factor, original_max_positions.*not \['factor'\]",
+        ),
         ({"rope_type": "linear", "factor": 2.0, "speed": 1}, "linear takes axes, factor"),
         ({"factor": 2.0}, "rope_type '' is unknown"),
         ({"rope_type": "linear", "factor": 2.0, "axes": ["z"]}, r"extends \['z'\], but the axes are"),
@@ -172,4 +181,57 @@ def test_a_scheme_with_extensions_reads_back_from_json(kind):
 )
 def test_an_extension_that_makes_no_sense_is_refused(entries, message):
     with pytest.raises(ValueError, match=message):
-        SCHEMES["rope-tv"].change(extensions=[entries])
+        SCHEMES["rope-tv"].replace(extensions=[entries])
+
+
+FLAT = SCHEMES["flat"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Linear(factor=0), "Linear: factor must be a finite number > 0, not 0"),
+        (lambda: NTK(factor=-2.0), "NTK: factor must be a finite number > 0, not -2.0"),
+        (lambda: DynamicNTK(factor=2.0, original_max_positions=0), "original_max_positions must be a finite"),
+        (lambda: YaRN(factor="x", original_max_positions=64), "factor must be a finite number > 0, not 'x'"),
+        (
+            lambda: YaRN(factor=4, original_max_positions=64, beta_fast=1, beta_slow=32),
+            "beta_fast 1 must be >",
+        ),
+        (
+            lambda: YaRN(factor=40, original_max_positions=64, mscale=0.707),
+            "mscale=0.707 with mscale_all_dim=None",
+        ),
+        (lambda: YaRN(factor=40, original_max_positions=64, mscale_all_dim=1.0), "give both of them"),
+        (
+            lambda: Llama3(factor=4, original_max_positions=64, high_freq_factor=1),
+            "high_freq_factor 1 must be >",
+        ),
+        (
+            lambda: LongRoPE(short=(1,), long=(0,), original_max_positions=64, factor=2),
+            "long must be a list of",
+        ),
+        (lambda: LongRoPE(short=(1,), long=(1,), original_max_positions=1, factor=2), "must be > 1"),
+        (
+            lambda: RIFLEx(original_max_positions=float("inf")),
+            "original_max_positions must be a finite number",
+        ),
+        (lambda: extended(FLAT.replace(theta=1.0), SOME["yarn"]), "theta, which must be > 1, not 1"),
+        (
+            lambda: extended(VIDEO.replace(axis_shares=(0, 1, 1)), SOME["riflex"]),
+            r"extends \['t'\], which rotate no pair",
+        ),
+        (
+            lambda: FLAT.replace(extensions=[{"rope_type": "yarn", "factor": 2, "original": 64}]),
+            "yarn: 'original' is called 'original_max_positions'",
+        ),
+    ],
+)
+def test_numbers_of_an_extension_that_make_no_sense_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_an_attention_factor_stands_in_for_one_mscale():
+    yarn = YaRN(factor=40, original_max_positions=64, mscale=0.707, attention_factor=1.2608)
+    assert yarn.attention_scaling == 1.2608
