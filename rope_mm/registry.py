@@ -29,7 +29,7 @@ class Registry(dict[str, Entry]):
         raise ValueError(f"{self.kind} {key!r} is unknown; {hint}there are: {', '.join(sorted(self))}")
 
     def nearest(self, key: str) -> list[str]:
-        """Names and aliases that contain the key, else the nearest in spelling, else those with a word of it."""
+        """Names and aliases that contain the key, else the nearest in spelling, else those sharing a word."""
         names = [*self, *self.aliases]
         containing = [name for name in names if len(key) > 2 and key in name]
         words = [word for word in key.replace("_", "-").split("-") if len(word) > 2]

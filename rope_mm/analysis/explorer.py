@@ -107,12 +107,13 @@ def factor_extensions() -> list[str]:
     wanted = {}
     for name, kind in EXTENSIONS.items():
         required = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
-        wanted[name] = required <= {"factor", "original"} and "factor" in {f.name for f in fields(kind)}
+        enough = required <= {"factor", "original_max_positions"}
+        wanted[name] = enough and "factor" in {f.name for f in fields(kind)}
     return [name for name, fits in wanted.items() if fits]
 
 
 def changes_of(view: View) -> dict[str, Any]:
-    """The fields of the scheme that a view changes, as `Scheme.change` takes them."""
+    """The fields of the scheme that a view changes, as `Scheme.replace` takes them."""
     changes: dict[str, Any] = {}
     if view.theta is not None:
         changes["theta"] = view.theta
@@ -123,7 +124,7 @@ def changes_of(view: View) -> dict[str, Any]:
         if view.extension not in (known := factor_extensions()):
             raise ValueError(f"extension {view.extension!r} is unknown here; there are: {', '.join(known)}")
         takes = {f.name for f in fields(EXTENSIONS[view.extension])}
-        numbers = {"factor": view.factor, "original": view.original}
+        numbers = {"factor": view.factor, "original_max_positions": view.original}
         chosen = {name: value for name, value in numbers.items() if name in takes}
         changes["extensions"] = ({"rope_type": view.extension, **chosen},)
     return changes
@@ -161,7 +162,7 @@ def describe(view: View) -> dict[str, Any]:
         ValueError: what `Scheme`, `place` and the bounds of the page refuse.
     """
     segments = check_size(view)
-    scheme = SCHEMES[view.scheme].change(**changes_of(view))
+    scheme = SCHEMES[view.scheme].replace(**changes_of(view))
     positions, _ = scheme.place(segments)
     omega = scheme.omega(view.head_dim, heads=1, length=float(positions.max()) + 1)[0]
     span = (positions.amax(0) - positions.amin(0)).tolist()
@@ -213,7 +214,7 @@ def promises_of(scheme: Scheme) -> dict[str, str]:
 
 def layout_options(scheme: Scheme) -> dict[str, float]:
     """The numbers that the scheme's layout takes, with their present values."""
-    parameters = signature(LAYOUTS[scheme.layout].picture).parameters.values()
+    parameters = signature(LAYOUTS[scheme.layout].image_rule).parameters.values()
     own: dict[str, float] = {
         p.name: p.default for p in parameters if isinstance(p.default, float) or type(p.default) is int
     }
@@ -237,7 +238,7 @@ def python_lines(view: View) -> str:
 
 def hugging_face_lines(view: View) -> str:
     """Python that gives the scheme of a view to a model of transformers."""
-    changed = f".change({arguments(view)[2:]})" if changes_of(view) else ""
+    changed = f".replace({arguments(view)[2:]})" if changes_of(view) else ""
     return (
         "from rope_mm import SCHEMES\nfrom rope_mm.hf import set_rope, unset_rope\n\n"
         f"handle = set_rope(model, SCHEMES[{view.scheme!r}]{changed})\n"
