@@ -12,3 +12,18 @@ from rope_mm.losses.gradients import input_gradients as input_gradients
 from rope_mm.losses.gradients import twice_differentiable as twice_differentiable
 from rope_mm.losses.penalties import PENALTIES as PENALTIES
 from rope_mm.losses.penalties import gamma as gamma
+
+__all__ = [
+    "DISTANCES",
+    "F_DIVERGENCES",
+    "GAN_LOSSES",
+    "METHODS",
+    "MONOTONE",
+    "PENALTIES",
+    "GanLoss",
+    "energy_score",
+    "gamma",
+    "input_gradients",
+    "transport_cost",
+    "twice_differentiable",
+]

@@ -34,6 +34,22 @@ AutoModelForCausalLM.register(RopeMMConfig, RopeMMForConditionalGeneration)
 AutoModelForImageTextToText.register(RopeMMConfig, RopeMMForConditionalGeneration)
 AutoProcessor.register(RopeMMConfig, RopeMMProcessor)
 
+__all__ = [
+    "IMAGE_TOKEN",
+    "GenerationSpec",
+    "ImageBatcher",
+    "RopeMMConfig",
+    "RopeMMCritic",
+    "RopeMMForConditionalGeneration",
+    "RopeMMModel",
+    "RopeMMPipeline",
+    "RopeMMProcessor",
+    "SequenceBatch",
+    "build_batch",
+    "load_tokenizer",
+    "read_config",
+]
+
 
 def __getattr__(name: str) -> Any:
     if name not in NEED_DATA:
@@ -41,3 +57,7 @@ def __getattr__(name: str) -> Any:
     from rope_mm.models import pipeline
 
     return getattr(pipeline, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *NEED_DATA})

@@ -13,6 +13,7 @@ from rope_mm import (
     Cursor,
     Image,
     MoreFrames,
+    PlacedBatch,
     Text,
     Unrotated,
     Video,
@@ -244,6 +245,7 @@ def test_unrotated_tokens_are_at_the_origin_and_are_not_counted(layout):
 @given(rows=st.lists(SEQUENCES, min_size=1, max_size=4), more=SEQUENCES)
 def test_rows_of_a_batch_are_placed_and_go_on_as_each_by_itself(side, rows, more):
     batch = place_rows(rows, "rope-tv-causal", padding_side=side)
+    assert isinstance(batch, PlacedBatch)
     assert batch.positions.shape[:2] == batch.mask.shape
     for segments, row, mask, cursor in zip(rows, batch.positions, batch.mask, batch.cursors, strict=True):
         alone, end = place(segments, "rope-tv-causal")
