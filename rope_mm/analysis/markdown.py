@@ -9,13 +9,25 @@ import torch
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[Any]], rule: str = "---") -> str:
-    """Rows below their titles; `rule` is "---:" where all columns but the first are right-aligned."""
+    """A table.
+
+    Args:
+        titles: of the columns.
+        rows: of cells.
+        rule: below the titles of all columns but the first; "---:" aligns these columns to the right.
+    """
     lines = [titles, ["---", *[rule] * (len(titles) - 1)], *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def spread(values: Sequence[float], form: str, of_spread: str = "") -> str:
-    """Mean ± standard deviation, in this format or one of its own; of one value, the value."""
+    """Mean ± standard deviation of a sample; of one value, the value.
+
+    Args:
+        values: of the sample.
+        form: format of the mean, such as ".1f".
+        of_spread: format of the deviation; that of the mean if empty.
+    """
     numbers = torch.tensor(values, dtype=torch.float64)
     deviation = f" ± {numbers.std():{of_spread or form}}" if len(values) > 1 else ""
     return f"{numbers.mean():{form}}{deviation}"
@@ -53,6 +65,15 @@ def read_table(page: Path, name: str) -> list[list[str]]:
 
 
 def write_table(page: Path, name: str, text: str) -> None:
-    """Put a table in the place of the page's table of that name; nothing else changes."""
+    """Put a table in the place of a page's table; nothing else changes.
+
+    Args:
+        page: a Markdown file.
+        name: of the table, in the comments around it.
+        text: of the new table.
+
+    Raises:
+        ValueError: a page without these comments.
+    """
     before, _, after = split_page(page, name)
     page.write_text(f"{before}\n\n{text}\n\n{after}", encoding="utf-8")

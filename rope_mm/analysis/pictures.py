@@ -61,6 +61,11 @@ def read_subject(
 ) -> Subject:
     """A scheme with a sequence, placed.
 
+    Args:
+        scheme: a key of SCHEMES, or a Scheme.
+        segments: segments, or their text form.
+        head_dim: channels of a head.
+
     Raises:
         ValueError: an unknown scheme, what is no segment, no token or more than a picture can show.
     """
@@ -130,7 +135,13 @@ def draw_plane(panel: Any, subject: Subject) -> None:
 
 
 def xy(points: Tensor, row: int, column: int) -> tuple[list[float], list[float]]:
-    """The columns and rows of points (n, a), as matplotlib takes them."""
+    """The columns and rows of points, as matplotlib takes them.
+
+    Args:
+        points: (n, a).
+        row: index of the axis that runs down.
+        column: index of the axis that runs across.
+    """
     return points[:, column].tolist(), points[:, row].tolist()
 
 

@@ -71,6 +71,16 @@ def test_readme_has_at_most_220_lines():
     assert len(PAGES[0].read_text().splitlines()) <= 220
 
 
+def test_readme_counts_schemes_and_originals_as_they_are():
+    text = PAGES[0].read_text()
+    rows = markdown.read_table(DOCS / "conformance.md", "originals")
+    schemes, originals = {row[0] for row in rows}, {row[1] for row in rows}
+    assert f"{len(SCHEMES)} schemes" in text
+    assert f"All {len(SCHEMES)} with what each promises" in text
+    assert (len(schemes), len(originals)) == (49, 96)
+    assert "49 agree with 96 original implementations" in text
+
+
 def schema(script: Path):
     """The configuration class of a script in train/, named after it: compare_losses.py, CompareLosses."""
     return getattr(import_module(script.stem), script.stem.title().replace("_", ""))
