@@ -38,8 +38,7 @@ def place(
 
     Raises:
         ValueError: an unknown layout or option, a cursor of another layout, more frames or audio without
-        their
-            video, more frames where the layout would have to move those already placed, or a layout whose
+            their video, more frames where the layout would have to move those already placed, or a layout whose
             rule gives no position for each token.
     """
     chosen = LAYOUTS[layout]
