@@ -37,8 +37,8 @@ def place(
         options: the layout's own numbers, such as `rate` and `drift` of "rope-tv-causal".
 
     Raises:
-        ValueError: an unknown layout or option, a cursor of another layout, more frames or audio without their
-            video, more frames where the layout would have to move those already placed, or a layout whose
+        ValueError: an unknown layout or option, a cursor of another layout, frames or audio without their
+            video, further frames where the layout would have to move those already placed, or a layout whose
             rule gives no position for each token.
     """
     chosen = LAYOUTS[layout]
