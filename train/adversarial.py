@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data import batch_indices, draw_augmentation, load_images, make_generator
+from rope_mm.data import draw_augmentation, load_images, make_generator
 from rope_mm.evaluation.image_grid import save_sheet
 from rope_mm.evaluation.images import IMAGE_EVALUATORS
 from rope_mm.models import ImageBatcher, load_tokenizer
@@ -42,7 +42,8 @@ class Data:
     label: str = ""  # "" where there is none; then drawn images are shown but not judged
     size: int = 8
     channels: int = 1
-    keep: bool = False  # decode all images at the start and hold them
+    cache_in_memory: bool = False  # decode all images at the start and keep their bytes
+    background: str = "white"  # the colour under what is transparent, where channels is 1 or 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +102,10 @@ class Training:
         """This process's share of the turn-th batch; its random numbers come from (seed, turn, process)."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         size, seed, device = self.config.batch, self.config.seed, self.accelerator.device
-        rows = batch_indices(len(self.images), size * world, seed, turn)[rank::world]
-        sequences = self.canvas.sequences([self.images.captions[row] for row in rows])
+        rows = self.images.order.batch(seed, turn, size * world)[rank::world]
+        sequences = self.canvas.sequences(
+            self.images.draw_captions(rows, make_generator(seed, "captions", turn, rank))
+        )
         noise = self.canvas.noise(make_generator(seed, "noise", turn, rank), size)
         real = self.canvas.to_patches(self.images.images(rows))
         probes = make_generator(seed, "probes", turn, rank, device=device)

@@ -57,6 +57,7 @@ class Data:
     where: dict[str, list[Any]] = field(default_factory=dict)  # column -> its values in the rows to take
     size: int = 8
     channels: int = 1
+    background: str = "white"  # the colour under what is transparent, where channels is 1 or 3
     join: int = 1  # rows in a document
     streaming: bool = False  # read rows as they come, and hold only some
     shuffle: int = 1_000  # rows of streams that are shuffled together; 0 leaves them as they are

@@ -1,4 +1,4 @@
-"""Captioned images and clips, of its own or anything that `datasets` loads, and documents made of them."""
+"""Captioned images and videos, embedded or anything that `datasets` loads, and documents made of them."""
 
 from rope_mm.data.augmentation import AUGMENTATIONS as AUGMENTATIONS
 from rope_mm.data.augmentation import draw_augmentation as draw_augmentation
@@ -8,6 +8,7 @@ from rope_mm.data.images import CaptionedImages as CaptionedImages
 from rope_mm.data.images import load_images as load_images
 from rope_mm.data.images import load_splits as load_splits
 from rope_mm.data.images import select_rows as select_rows
+from rope_mm.data.seeding import ShuffledOrder as ShuffledOrder
 from rope_mm.data.seeding import batch_indices as batch_indices
 from rope_mm.data.seeding import make_generator as make_generator
 from rope_mm.data.streaming import StreamingDocuments as StreamingDocuments

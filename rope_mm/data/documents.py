@@ -1,4 +1,4 @@
-"""Rows of data sets told by templates as documents of words, pictures and clips; which row packs which."""
+"""Rows of data sets, put in templates: documents of text, images and videos; and which fit one row."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,22 +13,41 @@ from datasets import Dataset, IterableDataset
 from PIL import Image as Picture
 from torch import Tensor
 
-from rope_mm.data.images import MODES, UNREADABLE, open_image, resize_center_crop
-from rope_mm.data.seeding import batch_indices
+from rope_mm.data.images import is_text
+from rope_mm.data.pixels import (
+    BACKGROUND,
+    MODES,
+    UNREADABLE,
+    check_background,
+    open_image,
+    resize_center_crop,
+)
+from rope_mm.data.seeding import ShuffledOrder
 from rope_mm.data.templates import Column, Task, Template, read_template
 from rope_mm.data.videos import Reader, choose_reader, take_all
 
 
 @dataclass(frozen=True)
 class Visual:
-    """A picture (ch, y, x) or clip (t, ch, y, x) in [-1, 1], which the model reads and may have to draw."""
+    """An image or a video in a document.
+
+    Attributes:
+        pixels: (ch, y, x) of an image or (t, ch, y, x) of a video, in [-1, 1].
+        generate: whether the model learns to generate it, and does not only read it.
+    """
 
     pixels: Tensor
     generate: bool = False
 
 
 class Record(NamedTuple):
-    """A row as stored: the source that it is of, what it is called, and what its columns hold."""
+    """A row as stored.
+
+    Attributes:
+        source: the number of its source.
+        name: what messages call it.
+        values: column -> what it holds.
+    """
 
     source: int
     name: str
@@ -44,12 +63,16 @@ Read = Callable[[Any], Any]  # which workers that are spawned must be able to pi
 
 
 def too_long_message(length: int, room: int) -> str:
-    """What is said of a document that is longer than a row."""
+    """What is said of a document that is longer than a row; both in tokens."""
     return f"a document of {length} tokens does not fit a row of {room}; raise the length and begin anew"
 
 
 def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Numbers of the documents in each row: every one, in order, goes into the first row that has room.
+
+    Args:
+        lengths: of the documents, in tokens.
+        room: of a row, in tokens.
 
     Raises:
         ValueError: a document that is longer than a row.
@@ -71,8 +94,16 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
 class DocumentDataset(ABC):
     """Rows of sources as documents, wherever the rows are.
 
-    A row is told by one of the templates whose columns it has, chosen at random; `join` rows make a document.
-    Pictures are cropped to a centred square and resized.
+    A row is put in one of the templates whose columns it has, chosen at random. A column of lists of texts
+    gives one of them at random. Images are cropped around the centre and resized.
+
+    Args:
+        sources: rows of `datasets`, at hand or streamed.
+        templates: see `read_template`.
+        size: y and x of images in pixels, or the side of a square.
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+        join: rows that are joined in a document.
+        background: the colour under what is transparent, where channels is 1 or 3.
 
     Raises:
         ValueError: a source that no template fits, a template that fits no source, a column of no use.
@@ -84,17 +115,20 @@ class DocumentDataset(ABC):
         self,
         sources: Sequence[Dataset | IterableDataset],
         templates: Sequence[str],
-        size: int,
+        size: int | tuple[int, int],
         channels: int,
         join: int = 1,
+        background: str = BACKGROUND,
     ):
+        check_background(background)
         if channels not in MODES:
             raise ValueError(f"images have {', '.join(map(str, MODES))} channels, not {channels}")
-        self.size, self.channels, self.join = size, channels, join
-        self.templates = told = [read_template(template) for template in templates]
-        columns = [{part.column for part in template if isinstance(part, Column)} for template in told]
+        self.size, self.channels, self.background = size, channels, background
+        self.rows_per_document = join
+        self.templates = parsed = [read_template(template) for template in templates]
+        columns = [{part.column for part in template if isinstance(part, Column)} for template in parsed]
         here = [set(rows.column_names or ()) for rows in sources]
-        pairs = list(zip(told, columns, strict=True))
+        pairs = list(zip(parsed, columns, strict=True))
         self.fits = [[template for template, wanted in pairs if wanted <= names] for names in here]
         for template, wanted in zip(templates, columns, strict=True):
             if not any(wanted <= names for names in here):
@@ -107,15 +141,13 @@ class DocumentDataset(ABC):
         kinds = {name: choose_kind(feature, name) for name, feature in chosen.items()}
         self.kinds = {name: kind for name, (kind, _) in kinds.items()}
         self.readers = {name: read for name, (_, read) in kinds.items()}
-        drawn = {
-            part.column
-            for template in told
-            for part in template
-            if isinstance(part, Column) and part.generate
-        }
-        if words := [name for name in sorted(drawn) if self.kinds[name] == "text"]:
-            raise ValueError(f"column {words[0]!r} holds words, which are written; only pictures are drawn")
-        # as stored, so that a picture which cannot be read is named by its row
+        parts = [part for template in parsed for part in template if isinstance(part, Column)]
+        generated = {part.column for part in parts if part.generate}
+        if texts := [name for name in sorted(generated) if self.kinds[name] == "text"]:
+            raise ValueError(
+                f"column {texts[0]!r} holds text, which is always generated; write {{{texts[0]}}}"
+            )
+        # as stored, so that an image which cannot be read is named by its row
         self.sources = [
             rows.select_columns([name for name in used if name in names]).with_format("arrow")
             for rows, names in zip(sources, here, strict=True)
@@ -123,51 +155,69 @@ class DocumentDataset(ABC):
 
     @abstractmethod
     def batch(self, seed: int, step: int, batch: int) -> list[list[Any]]:
-        """The rows of each document of a step's batch."""
+        """The rows of each document of a step's batch.
+
+        Args:
+            seed: of the order of rows.
+            step: 0, 1, ...
+            batch: how many documents.
+        """
 
     @abstractmethod
     def find(self, row: Any) -> Record:
         """A row of the last batch asked for."""
 
     def texts(self) -> Iterator[str]:
-        """All words, those of the templates first."""
+        """All texts, those of the templates first."""
         for template in self.templates:
             yield from (part for part in template if isinstance(part, str))
 
     def document(self, rows: Sequence[Any], generator: torch.Generator) -> Document:
         """The document of these rows.
 
+        Args:
+            rows: as `batch` gives them.
+            generator: of the templates, and of captions where a row has several.
+
         Raises:
-            Unreadable: a row that holds no picture or words where it should.
+            Unreadable: a row that holds no image or text where it should.
         """
         document: Document = []
         for row in map(self.find, rows):
             fitting = self.fits[row.source]
-            document += self.fill(fitting[int(torch.randint(len(fitting), (), generator=generator))], row)
+            template = fitting[int(torch.randint(len(fitting), (), generator=generator))]
+            document += self.fill(template, row, generator)
         return document
 
-    def fill(self, template: Template, row: Record) -> Document:
-        """A template with what a row holds."""
+    def fill(self, template: Template, row: Record, generator: torch.Generator | None = None) -> Document:
+        """A template with what a row holds.
+
+        Args:
+            template: whose columns the row has.
+            row: as stored.
+            generator: of captions where a row has several; without it the first one.
+        """
         parts: Document = []
         for part in template:
             if isinstance(part, str):
                 parts.append(part)
                 continue
             try:
-                parts.append(self.read(part, row.values[part.column]))
+                parts.append(self.read(part, row.values[part.column], generator))
             except (*UNREADABLE, RuntimeError) as error:  # torchcodec raises the latter
                 reason = str(error).splitlines()[0]
                 raise Unreadable(f"{row.name}, column {part.column!r} cannot be read: {reason}") from error
         return parts
 
-    def read(self, part: Column, stored: Any) -> str | Visual:
+    def read(self, part: Column, stored: Any, generator: torch.Generator | None) -> str | Visual:
         """What a row has in a column."""
-        held = self.readers[part.column](stored)
-        if self.kinds[part.column] == "text":
-            return held
-        frames = [resize_center_crop(frame, self.size, self.channels) for frame in held]
+        kind, held = self.kinds[part.column], self.readers[part.column](stored)
+        if kind == "text":
+            several = len(held) > 1 and generator is not None
+            return held[int(torch.randint(len(held), (), generator=generator)) if several else 0]
+        frames = [resize_center_crop(frame, self.size, self.channels, self.background) for frame in held]
         pixels = torch.stack(frames) / 127.5 - 1
-        return Visual(pixels[0] if self.kinds[part.column] == "image" else pixels, part.generate)
+        return Visual(pixels[0] if kind == "image" else pixels, part.generate)
 
 
 class MapDocuments(DocumentDataset):
@@ -180,22 +230,28 @@ class MapDocuments(DocumentDataset):
         """Numbers after the last row of each source."""
         return torch.tensor([len(rows) for rows in self.sources]).cumsum(0).tolist()
 
+    @cached_property
+    def order(self) -> ShuffledOrder:
+        """In which rows are trained on."""
+        return ShuffledOrder(len(self))
+
     def __len__(self) -> int:
         return self.ends[-1]
 
     def texts(self) -> Iterator[str]:
-        """All words: those of the templates, then those of every row, column by column."""
+        """All texts: those of the templates, then those of every row, column by column."""
         yield from super().texts()
         for rows in self.sources:
             for name in rows.column_names:
                 if self.kinds[name] == "text":
                     for stored in rows[name].to_pylist():
                         with suppress(*UNREADABLE):
-                            yield self.readers[name](stored)
+                            yield from self.readers[name](stored)
 
     def batch(self, seed: int, step: int, batch: int) -> list[list[int]]:
         """Numbers of the rows in each document of a step's batch, each row once in an epoch."""
-        return batch_indices(len(self), batch * self.join, seed, step).view(batch, self.join).tolist()
+        rows = self.order.batch(seed, step, batch * self.rows_per_document)
+        return rows.view(batch, self.rows_per_document).tolist()
 
     def find(self, row: int) -> Record:
         """The row of a number."""
@@ -209,9 +265,13 @@ class MapDocuments(DocumentDataset):
         return Record(source, name, values)
 
     def eval_prompts(self, task: Task, count: int) -> list[tuple[Document, str | Visual]]:
-        """What is before a task and what fulfils it, at rows spread over the first source that fits.
+        """Prompts of a task and what should follow them, of rows spread over the first source that fits.
 
-        Rows that cannot be read are passed over.
+        Rows that cannot be read are skipped.
+
+        Args:
+            task: see `find_tasks`.
+            count: how many rows at most.
 
         Raises:
             ValueError: rows of which none can be read.
@@ -220,49 +280,59 @@ class MapDocuments(DocumentDataset):
         source = next(place for place, rows in enumerate(self.sources) if wanted <= set(rows.column_names))
         size = len(self.sources[source])
         rows = [i * size // min(count, size) for i in range(min(count, size))]
-        told = []
+        filled = []
         for row in rows:
             with suppress(Unreadable):
-                told.append(self.fill((*task.before, Column(task.column)), self.at(source, row)))
-        if not told:
+                filled.append(self.fill((*task.before, Column(task.column)), self.at(source, row)))
+        if not filled:
             raise ValueError(f"none of {len(rows)} rows with column {task.column!r} can be read")
-        return [(document[:-1], document[-1]) for document in told]
+        return [(document[:-1], document[-1]) for document in filled]
 
 
-def choose_kind(feature: object, column: str) -> tuple[str, Read]:
-    """What a column holds, words, a picture or a clip, and how these words or frames are read.
+def choose_kind(feature: Any, column: str) -> tuple[str, Read]:
+    """What a column holds, "text", "image" or "video", and how its texts or frames are read.
 
     A label is read as its name.
+
+    Args:
+        feature: of `datasets`.
+        column: its name, for messages.
 
     Raises:
         ValueError: a column of anything else.
     """
-    if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
-        return "text", read_words
+    if is_text(feature) or is_text(getattr(feature, "feature", None)):
+        return "text", read_texts
     if isinstance(feature, datasets.ClassLabel):
-        return "text", feature.int2str
+        return "text", partial(read_label, feature)
     if isinstance(feature, datasets.Image):
         return "image", read_image
     read, _ = choose_reader(feature, column)
     return "video", partial(read_video, read)
 
 
-def read_words(stored: Any) -> str:
-    """Words as stored.
+def read_texts(stored: Any) -> list[str]:
+    """The texts of a row, one or several.
 
     Raises:
-        ValueError: no text.
+        ValueError: none, or something else.
     """
-    if not isinstance(stored, str):
-        raise ValueError(f"words are text, not {stored!r}")
-    return stored
+    texts = stored if isinstance(stored, list) else [stored]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a text is expected, not {stored!r}")
+    return texts
+
+
+def read_label(feature: datasets.ClassLabel, stored: Any) -> list[str]:
+    """The name of a label."""
+    return [cast(str, feature.int2str(stored))]
 
 
 def read_image(stored: dict) -> list[Picture.Image]:
-    """The one frame of a picture."""
+    """The one frame of an image."""
     return [open_image(stored)]
 
 
 def read_video(read: Reader, stored: Any) -> list[Picture.Image]:
-    """All frames of a clip."""
+    """All frames of a video."""
     return read(stored, take_all)

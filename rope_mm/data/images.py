@@ -1,68 +1,104 @@
 """Anything that `datasets` loads -> captioned images as tensors."""
 
-import os
+import csv
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
-import fsspec
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image as Picture
-from PIL import ImageOps
 from torch import Tensor
 
+from rope_mm.data.pixels import (
+    BACKGROUND,
+    MODES,
+    UNREADABLE,
+    check_background,
+    open_image,
+    resize_center_crop,
+)
+from rope_mm.data.seeding import ShuffledOrder
 from rope_mm.data.synthetic.captioned_sprites import captioned_sprites, captioned_videos
 from rope_mm.data.synthetic.digits import captioned_digits
 from rope_mm.data.synthetic.stacked import read_npz, stack_digits, stacked_digits
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-
 
 class CaptionedImages:
-    """Rows of a split as images in [-1, 1] (b, ch, size, size), captions, and labels where there is a column.
+    """Rows of a split as images in [-1, 1], captions, and labels where there is a column.
 
-    An image of another shape is cropped to a centred square and resized. Without a caption column all
-    captions are empty. `keep` decodes all images at once and holds their bytes, for small data read often.
+    An image of another shape is cropped around its centre and resized. A caption column holds text, labels,
+    which are read as their names, or lists of texts, of which `draw_captions` takes one at random.
+
+    Args:
+        rows: of `datasets`.
+        size: y and x in pixels, or the side of a square.
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+        image: name of the column of images.
+        caption: name of the column of captions; "" leaves all captions empty.
+        label: name of the column of labels, if any.
+        cache_in_memory: decode all images at once and keep their bytes, for small data that is read often.
+        background: the colour under what is transparent, where channels is 1 or 3.
+
+    Attributes:
+        captions: of each row, the first one where there are several.
+        choices: all captions of the rows that have several.
+        labels: (n,), or None.
+        order: in which rows are trained on.
 
     Raises:
-        ValueError: a column that is missing, with those there are.
+        ValueError: a column that is missing, with those there are; columns that hold something else.
     """
 
     def __init__(
         self,
         rows: Dataset,
-        size: int,
+        size: int | tuple[int, int],
         channels: int,
         image: str = "image",
         caption: str = "caption",
         label: str = "",
-        keep: bool = False,
+        cache_in_memory: bool = False,
+        background: str = BACKGROUND,
     ):
         check_rows(rows, channels, image, caption, label)
-        self.captions = read_captions(rows[caption], caption) if caption else [""] * len(rows)
+        check_background(background)
+        choices = read_captions(rows, caption) if caption else [[""]] * len(rows)
+        self.captions = [texts[0] for texts in choices]
+        self.choices = {row: texts for row, texts in enumerate(choices) if len(texts) > 1}
         self.labels = read_labels(rows[label], label) if label else None
         if not isinstance(rows.features[image], datasets.Image):
             raise ValueError(f"column {image!r} holds {rows.features[image]}, not images")
         # undecoded, so that an image which cannot be read is named by its row
         self.rows = rows.cast_column(image, datasets.Image(decode=False))
-        self.size, self.channels = size, channels
-        self.image = image
-        self.kept = self.decode(range(len(rows))) if keep else None
+        self.size, self.channels, self.background = size, channels, background
+        self.image, self.order = image, ShuffledOrder(len(rows))
+        self.cache = self.decode(range(len(rows))) if cache_in_memory else None
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def draw_captions(self, rows: Sequence[int] | Tensor, generator: torch.Generator) -> list[str]:
+        """A caption of each of the rows, at random where there are several.
+
+        Args:
+            rows: their numbers.
+            generator: of the choices; one number is drawn for each row.
+        """
+        drawn = torch.rand(len(rows), generator=generator).tolist()
+        choices = [self.choices.get(int(row)) or [self.captions[int(row)]] for row in rows]
+        return [texts[int(u * len(texts))] for texts, u in zip(choices, drawn, strict=True)]
+
     def images(self, indices: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Images (b, ch, size, size) in [-1, 1]; all of them if no indices are given.
+        """Images (b, ch, y, x) in [-1, 1]; all of them if no indices are given.
 
         Raises:
             ValueError: an image that cannot be decoded, with its row.
         """
         wanted = range(len(self)) if indices is None else [int(i) for i in indices]
-        pixels = self.decode(wanted) if self.kept is None else self.kept[list(wanted)]
+        pixels = self.decode(wanted) if self.cache is None else self.cache[list(wanted)]
         return pixels / 127.5 - 1
 
     def examples(self, count: int) -> list[str]:
@@ -74,14 +110,14 @@ class CaptionedImages:
         return [first[sorted(first)[i * len(first) // shown]] for i in range(shown)]
 
     def decode(self, rows: Sequence[int]) -> Tensor:
-        """Pixels (b, ch, size, size) of rows, uint8."""
+        """Pixels (b, ch, y, x) of rows, uint8."""
         stored = self.rows[list(rows)][self.image]
         return torch.stack([self.decode_one(row, file) for row, file in zip(rows, stored, strict=True)])
 
     def decode_one(self, row: int, stored: dict) -> Tensor:
-        """Pixels (ch, size, size) from what `datasets` stores: bytes or a path."""
+        """Pixels (ch, y, x) from what `datasets` stores: bytes or a path."""
         try:
-            return resize_center_crop(open_image(stored), self.size, self.channels)
+            return resize_center_crop(open_image(stored), self.size, self.channels, self.background)
         except UNREADABLE as error:
             message = f"row {row}, column {self.image!r}: the image does not decode ({error})"
             raise ValueError(message) from error
@@ -102,46 +138,21 @@ def check_rows(rows: Dataset, channels: int, *columns: str) -> None:
         raise ValueError("the data has no rows")
 
 
-# what opening and fitting a picture raise if its bytes are none
-UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, Picture.DecompressionBombError)
-
-
-def open_image(stored: dict) -> Picture.Image:
-    """A picture from what `datasets` stores: bytes or a path, in a stream perhaps to a file elsewhere.
+def read_captions(rows: Dataset, column: str) -> list[list[str]]:
+    """The captions of each row: a text, the name of a label, or several texts.
 
     Raises:
-        ValueError: what does not decode, with its path where there is one.
+        ValueError: the first row that holds something else.
     """
-    content, path = stored["bytes"], stored["path"]
-    if not content:
-        with cast(Any, fsspec.open(os.fspath(path))) as file:
-            content = file.read()
-    try:
-        picture = Picture.open(BytesIO(content))
-        picture.load()  # here, where its path is known
-    except UNREADABLE as error:
-        reason = str(error).partition(" <_io.BytesIO")[0]
-        raise ValueError(f"{reason}: {path}" if path else reason) from error
-    return picture
-
-
-def resize_center_crop(picture: Picture.Image, size: int, channels: int) -> Tensor:
-    """Pixels (ch, size, size), uint8, of a picture cropped to a centred square and resized."""
-    fitted = ImageOps.fit(picture.convert(MODES[channels]), (size, size), Picture.Resampling.BOX)
-    pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
-    return pixels.view(size, size, channels).permute(2, 0, 1)
-
-
-def read_captions(column: Sequence, name: str) -> list[str]:
-    """The captions of a column, all of them text.
-
-    Raises:
-        ValueError: the first row that is not.
-    """
-    captions = list(column)
-    for row, caption in enumerate(captions):
-        if not isinstance(caption, str):
-            raise ValueError(f"row {row}, column {name!r}: a caption is text, not {caption!r}")
+    feature, stored = rows.features[column], list(rows[column])
+    if isinstance(feature, ClassLabel):
+        stored = [label if label is None else feature.int2str(label) for label in stored]
+    captions = []
+    for row, held in enumerate(stored):
+        texts = held if isinstance(held, list) else [held]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"row {row}, column {column!r}: a caption is text, not {held!r}")
+        captions.append(texts)
     return captions
 
 
@@ -166,16 +177,21 @@ EMBEDDED: dict[str, Callable[[], DatasetDict]] = {
 }
 
 
-BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json"}  # of files, by how their names end
+# of files, by how their names end
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json", ".csv": "csv"}
+IMAGE_ENDS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def load_splits(path: str) -> DatasetDict:
-    """Splits train and test of an embedded source, a folder, a hub name, or parquet, tar, jsonl or npz files.
+    """Splits train and test of a source.
 
-    Several files of one kind, but npz, are named by a pattern such as "shards/*.tar".
+    Where there is no test or validation split, a fifth of the rows is held out. Columns of bytes or paths
+    become images, see `find_images`; texts that a metadata.csv has as NA or null stay texts.
 
-    Where there is no test or validation split, a fifth of the rows is held out. "stacked:PATH" stacks the
-    digits of any of them, as `stack_digits` does.
+    Args:
+        path: an embedded source, a folder, a hub name, or files: parquet, tar, jsonl, csv or npz. Several
+            files of one kind, but npz, are named by a pattern such as "shards/*.tar". "stacked:PATH" stacks
+            the digits of any of them, as `stack_digits` does.
 
     Raises:
         ValueError: what `datasets` cannot load, stacks of what are no digits.
@@ -186,7 +202,10 @@ def load_splits(path: str) -> DatasetDict:
         return stack_digits(load_splits(path.removeprefix("stacked:")))
     if Path(path).suffix == ".npz":
         return read_npz(path)
-    train, test = choose_splits(load(path))
+    loaded = {
+        name: restore_texts(find_images(rows, Path(path).parent), path) for name, rows in load(path).items()
+    }
+    train, test = choose_splits(loaded)
     if test is None:
         return train.train_test_split(test_size=0.2, seed=0)
     return DatasetDict({"train": train, "test": test})
@@ -195,10 +214,16 @@ def load_splits(path: str) -> DatasetDict:
 def load(path: str, **how: Any) -> Any:
     """All splits of a path, as `datasets` loads it.
 
+    Args:
+        path: a folder, a hub name, or files.
+        how: further arguments of `datasets.load_dataset`.
+
     Raises:
         ValueError: what it cannot load.
     """
     builder = BUILDERS.get(Path(path).suffix)
+    if builder == "csv":
+        how["keep_default_na"] = False  # "NA" and "null" are captions like any other
     try:
         if builder:
             return datasets.load_dataset(builder, data_files=path, **how)
@@ -208,6 +233,85 @@ def load(path: str, **how: Any) -> Any:
         raise ValueError(f"`datasets` cannot load {path!r}: {error}".splitlines()[0]) from error
 
 
+def find_images(rows: Any, folder: Path) -> Any:
+    """The rows with columns of image bytes, {bytes, path} or image paths as columns of images.
+
+    What a column holds is told by its type and its first row; paths are as seen from `folder`, or from here.
+
+    Args:
+        rows: a Dataset or IterableDataset.
+        folder: where the file lies that names the paths.
+    """
+    if rows.features is None:
+        return rows
+    plain = {name: feature for name, feature in rows.features.items() if may_be_image(feature)}
+    first = next(iter(rows.select_columns(list(plain)).take(1)), {}) if plain else {}
+    for name in plain:
+        held = first.get(name)
+        if isinstance(held, str) and held.lower().endswith(IMAGE_ENDS):
+            if (folder / held).is_file() and not Path(held).is_file():
+                rows = rows.map(lambda row, name=name: {name: row[name] and str(folder / row[name])})
+            elif not Path(held).is_file():
+                continue
+        elif not is_image(held["bytes"] if isinstance(held, dict) else held):
+            continue
+        rows = rows.cast_column(name, datasets.Image())
+    return rows
+
+
+def may_be_image(feature: Any) -> bool:
+    """Whether a column that is not marked as images may hold some: bytes, paths, or both in a struct."""
+    if isinstance(feature, dict):
+        return feature.keys() == {"bytes", "path"}
+    kinds = ("binary", "large_binary", "string", "large_string")
+    return isinstance(feature, datasets.Value) and feature.dtype in kinds
+
+
+def is_image(content: Any) -> bool:
+    """Whether these are the bytes of an image."""
+    try:
+        Picture.open(BytesIO(content))
+    except UNREADABLE:
+        return False
+    return True
+
+
+def restore_texts(rows: Dataset, path: str) -> Dataset:
+    """The rows with texts of a folder's metadata.csv that were read as missing, such as NA, null or nothing.
+
+    Args:
+        rows: of `datasets`.
+        path: what they were loaded from.
+    """
+    images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    texts = [name for name, feature in rows.features.items() if is_text(feature)]
+    lacking = [name for name in texts if None in rows.select_columns([name])[name]]
+    files = list(Path(path).rglob("metadata.csv")) if lacking and images and Path(path).is_dir() else []
+    written: dict[str, dict[str, str]] = {}
+    for file in files:
+        with file.open(newline="", encoding="utf-8") as lines:
+            written |= {str(file.parent / row["file_name"]): row for row in csv.DictReader(lines)}
+    if not written:
+        return rows
+    paths = [
+        str((held or {}).get("path"))
+        for held in rows.cast_column(images[0], datasets.Image(decode=False))[images[0]]
+    ]
+    for name in lacking:
+        restored = [
+            written.get(path, {}).get(name) if text is None else text
+            for path, text in zip(paths, rows[name], strict=True)
+        ]
+        columns, feature = rows.column_names, rows.features[name]
+        rows = rows.remove_columns([name]).add_column(name, restored, feature=feature).select_columns(columns)
+    return rows
+
+
+def is_text(feature: Any) -> bool:
+    """Whether a column holds text."""
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
 def choose_splits(loaded: Mapping[str, Any]) -> tuple[Any, Any]:
     """The split to train on, and the one to test on or None."""
     train = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
@@ -215,15 +319,19 @@ def choose_splits(loaded: Mapping[str, Any]) -> tuple[Any, Any]:
     return train, next((rows for rows in others if rows is not train), None)
 
 
-def select_rows(splits: DatasetDict, where: Mapping[str, Sequence[Any]]) -> DatasetDict:
-    """The rows of each split that hold one of the values named, column by column; labels by name or number.
+def select_rows(splits: DatasetDict, wanted: Mapping[str, Sequence[Any]]) -> DatasetDict:
+    """The rows of each split that hold one of the values named, column by column.
 
         select_rows(load_splits("sprites"), {"shape": ["circle", "ring"], "row": [0]})
+
+    Args:
+        splits: name -> rows.
+        wanted: column -> values; labels by name or number.
 
     Raises:
         ValueError: a column or a label that the data lacks, values that leave a split without rows.
     """
-    for column, values in where.items():
+    for column, values in wanted.items():
         found = {name: rows.select(find_rows(rows, column, values)) for name, rows in splits.items()}
         if empty := [name for name, rows in found.items() if not len(rows)]:
             raise ValueError(f"no row of {empty[0]} holds one of {list(values)} in column {column!r}")
@@ -244,15 +352,30 @@ def find_rows(rows: Dataset, column: str, values: Sequence[Any]) -> list[int]:
 
 def load_images(
     path: str = "digits",
-    size: int = 8,
+    size: int | tuple[int, int] = 8,
     channels: int = 1,
     image: str = "image",
     caption: str = "caption",
     label: str = "",
-    keep: bool = False,
+    cache_in_memory: bool = False,
+    background: str = BACKGROUND,
 ) -> tuple[CaptionedImages, CaptionedImages]:
-    """Train and test images of a source; see `load_splits` and `CaptionedImages`."""
-    splits, columns = load_splits(path), (image, caption, label, keep)
+    """Train and test images of a source.
+
+    Args:
+        path: see `load_splits`; all else as of `CaptionedImages`.
+        size: y and x in pixels, or the side of a square.
+        channels: 1, 3 or 4.
+        image: name of the column of images.
+        caption: name of the column of captions, "" for none.
+        label: name of the column of labels, if any.
+        cache_in_memory: decode all images at once.
+        background: the colour under what is transparent.
+
+    Raises:
+        ValueError: as from `load_splits` and `CaptionedImages`.
+    """
+    splits, columns = load_splits(path), (image, caption, label, cache_in_memory, background)
     return (
         CaptionedImages(splits["train"], size, channels, *columns),
         CaptionedImages(splits["test"], size, channels, *columns),

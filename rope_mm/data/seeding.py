@@ -7,16 +7,62 @@ from torch import Tensor
 
 
 def make_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose numbers depend on device and key alone, such as (seed, "noise", step, rank)."""
+    """A generator whose numbers depend on device and key alone.
+
+    Args:
+        key: such as (seed, "noise", step, rank).
+        device: of the generator.
+    """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+class ShuffledOrder:
+    """Batches of indices through one shuffle of range(size) after another, each index once an epoch.
+
+    What a batch holds depends on seed, step and batch size alone. The shuffles of the last batch's epochs are
+    kept, so that an epoch is shuffled once and not at every step.
+
+    Args:
+        size: how many indices.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    def __init__(self, size: int):
+        if size < 1:
+            raise ValueError(f"an order needs 1 row or more, not {size}")
+        self.size = size
+        self.epochs: dict[tuple[int, int], Tensor] = {}  # (seed, epoch) -> its shuffle (size,)
+
+    def batch(self, seed: int, step: int, batch: int) -> Tensor:
+        """Indices (batch,) of a step.
+
+        Args:
+            seed: of all shuffles.
+            step: 0, 1, ...
+            batch: how many indices a step takes.
+        """
+        first = step * batch
+        epochs = range(first // self.size, (first + batch - 1) // self.size + 1)
+        self.epochs = {(seed, epoch): self.shuffle(seed, epoch) for epoch in epochs}
+        return torch.cat(list(self.epochs.values()))[first % self.size :][:batch]
+
+    def shuffle(self, seed: int, epoch: int) -> Tensor:
+        """The order (size,) of an epoch."""
+        if (kept := self.epochs.get((seed, epoch))) is not None:
+            return kept
+        return torch.randperm(self.size, generator=make_generator(seed, "order", epoch))
+
+
 def batch_indices(size: int, batch: int, seed: int, step: int) -> Tensor:
-    """Indices (batch,) of step 0, 1, ... through one shuffle of range(size) after another, each seen once."""
-    first = step * batch
-    epochs = range(first // size, (first + batch - 1) // size + 1)
-    order = torch.cat(
-        [torch.randperm(size, generator=make_generator(seed, "order", epoch)) for epoch in epochs]
-    )
-    return order[first % size :][:batch]
+    """Indices (batch,) of one step alone; `ShuffledOrder` gives the same for many steps and is faster.
+
+    Args:
+        size: indices are those of range(size).
+        batch: how many indices a step takes.
+        seed: of all shuffles.
+        step: 0, 1, ...
+    """
+    return ShuffledOrder(size).batch(seed, step, batch)

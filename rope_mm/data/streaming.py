@@ -2,16 +2,158 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import datasets
+import torch
 from datasets import Dataset, IterableDataset
 
 from rope_mm.data.documents import DocumentDataset, MapDocuments, Record
-from rope_mm.data.images import EMBEDDED, choose_splits, load, load_splits, select_rows
-from rope_mm.data.shuffle_buffer import RowId, ShardOffset, ShuffleBuffer, StreamState, read_rows
+from rope_mm.data.images import EMBEDDED, choose_splits, find_images, load, load_splits, select_rows
+from rope_mm.data.pixels import BACKGROUND
+from rope_mm.data.seeding import make_generator
+
+RowId = tuple[int, int, int]  # where a row is stored: a source, a shard (file) of it, a row of that
+
+
+class ShardOffset(NamedTuple):
+    """How far a source is read in an epoch.
+
+    Attributes:
+        rows: read in all.
+        shards: read to their ends.
+        row: rows read of the next shard.
+    """
+
+    rows: int = 0
+    shards: int = 0
+    row: int = 0
+
+
+class StreamState(NamedTuple):
+    """Where a block begins.
+
+    Attributes:
+        seed: of the order.
+        rows: read before it, over all epochs.
+        epoch: which one it is of.
+        block: its number in the epoch.
+        reached: how much of each source was read before it in the epoch.
+    """
+
+    seed: int
+    rows: int = 0
+    epoch: int = 0
+    block: int = 0
+    reached: Sequence[ShardOffset] = ()
+
+
+@dataclass(frozen=True)
+class ShuffleBuffer:
+    """Rows of sources, epoch after epoch, each row once in each.
+
+    The sources take turns until each is read, shard after shard in a new random order. Blocks of rows are
+    shuffled, the first of an epoch being of any size up to that of the others.
+
+    Attributes:
+        sources: streams.
+        shuffle: rows of a block; 1 leaves all rows as they come.
+        apart: how many rows, the first ones of each source, are skipped.
+    """
+
+    sources: Sequence[IterableDataset]
+    shuffle: int
+    apart: Sequence[int]
+
+    def rows(self, state: StreamState) -> Iterator[tuple[StreamState, RowId, Any]]:
+        """Every row from a state on, without end: the state at its block's start, its id, what it holds.
+
+        Raises:
+            ValueError: sources without rows, or that cannot be read.
+        """
+        while True:
+            reached = list(state.reached) or [ShardOffset()] * len(self.sources)
+            rows = self.epoch(state.seed, state.epoch, reached)
+            while True:
+                generator = make_generator(state.seed, "block", state.epoch, state.block)
+                size = self.shuffle
+                if not state.block:  # else rows would have the same neighbours in every epoch
+                    size = int(torch.randint(1, size + 1, (), generator=generator))
+                if not (block := list(islice(rows, size))):
+                    break
+                for number in torch.randperm(len(block), generator=generator).tolist():
+                    yield state, *block[number]
+                state = StreamState(
+                    state.seed, state.rows + len(block), state.epoch, state.block + 1, tuple(reached)
+                )
+            if not state.block:
+                raise ValueError("the streams have no rows to train on")
+            state = StreamState(state.seed, state.rows, state.epoch + 1)
+
+    def epoch(self, seed: int, epoch: int, reached: list[ShardOffset]) -> Iterator[tuple[RowId, Any]]:
+        """The rest of an epoch's rows; `reached` is updated with each of them."""
+        rest = {}
+        for source, rows in enumerate(self.sources):
+            order = torch.arange(rows.num_shards)
+            if self.shuffle > 1:
+                order = torch.randperm(len(order), generator=make_generator(seed, "shards", epoch, source))
+            rest[source] = self.source(source, order.tolist(), reached[source])
+        while rest:
+            source = min(rest, key=lambda source: reached[source].rows)
+            if (row := next(rest[source], None)) is None:
+                del rest[source]
+                continue
+            reached[source], place, table = row
+            yield place, table
+
+    def source(
+        self, source: int, order: Sequence[int], begun: ShardOffset
+    ) -> Iterator[tuple[ShardOffset, RowId, Any]]:
+        """The rest of a source, shard by shard, and how far it is read after each row.
+
+        Raises:
+            ValueError: where it cannot be read.
+        """
+        rows, (total, done, first) = self.sources[source], begun
+        for number, shard in enumerate(order[done:], done):
+            first = max(first, self.apart[source] if shard == 0 else 0)
+            name = self.name(source, shard)
+            for row, table in read_rows(rows.shard(rows.num_shards, shard), name, first):
+                total += 1
+                yield ShardOffset(total, number, row + 1), (source, shard, row), table
+            first = 0
+
+    def name(self, source: int, shard: int) -> str:
+        """What a shard is called, as far as there are several."""
+        several = self.sources[source].num_shards > 1, len(self.sources) > 1
+        names = f"shard {shard}", f"source {source}"
+        return "".join(f" of {name}" for name, more in zip(names, several, strict=True) if more)
+
+
+def read_rows(rows: IterableDataset, name: str, first: int = 0) -> Iterator[tuple[int, Any]]:
+    """Numbers of a stream's rows, and each as a table.
+
+    Args:
+        rows: a stream.
+        name: what messages call it, after " of ".
+        first: where to begin.
+
+    Raises:
+        ValueError: where it cannot be read.
+    """
+    number = first
+    try:
+        # by `iter`, as a worker of a DataLoader would else be given some shards only
+        for table in cast(Any, rows).skip(first).with_format("arrow").iter(1):
+            yield number, table
+            number += 1
+    # what a source of any format may raise is for `datasets` to know
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"row {number}{name} cannot be read, nor what follows: {reason}") from error
 
 
 class StreamingDocuments(DocumentDataset):
@@ -20,8 +162,18 @@ class StreamingDocuments(DocumentDataset):
     Which rows a step has is a function of (seed, step), by the order of `ShuffleBuffer`; to know them, all
     rows before are read, from `mark` on. Every process and worker reads all rows, and decodes its own.
 
+    Args:
+        sources: streams of `datasets`.
+        templates: see `read_template`.
+        size: y and x of images in pixels, or the side of a square.
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+        join: rows that are joined in a document.
+        background: the colour under what is transparent, where channels is 1 or 3.
+        shuffle: rows that are shuffled together.
+        apart: how many rows, the first ones of each source, are skipped.
+
     Raises:
-        ValueError: as from `DocumentDataset`; later, as from `Blocks.rows`.
+        ValueError: as from `DocumentDataset`; later, as from `ShuffleBuffer.rows`.
     """
 
     mark: StreamState | None = None
@@ -30,13 +182,14 @@ class StreamingDocuments(DocumentDataset):
         self,
         sources: Sequence[IterableDataset],
         templates: Sequence[str],
-        size: int,
+        size: int | tuple[int, int],
         channels: int,
         join: int = 1,
+        background: str = BACKGROUND,
         shuffle: int = 0,
         apart: Sequence[int] = (),
     ):
-        super().__init__(sources, templates, size, channels, join)
+        super().__init__(sources, templates, size, channels, join, background)
         self.blocks = ShuffleBuffer(cast(Any, self.sources), max(shuffle, 1), apart or [0] * len(sources))
         self.reader: Iterator[tuple[StreamState, RowId, Any]] = iter(())
         self.owner: tuple[int, int] | None = None
@@ -46,7 +199,7 @@ class StreamingDocuments(DocumentDataset):
         self.held: dict[RowId, Any] = {}
 
     def texts(self) -> Iterator[str]:
-        """The words of the templates only.
+        """The texts of the templates only.
 
         Raises:
             ValueError: on asking for more, as those of a stream are not known before it is read.
@@ -55,11 +208,14 @@ class StreamingDocuments(DocumentDataset):
         raise ValueError("the words of a stream are not known before it is read; name another tokenizer")
 
     def batch(self, seed: int, step: int, batch: int) -> list[list[RowId]]:
-        """Places of the rows in each document of a step's batch, each row once in an epoch."""
+        """Ids of the rows in each document of a step's batch, each row once in an epoch."""
         if self.asked != (seed, step, batch):
-            self.hold(seed, step * batch * self.join, batch * self.join)
+            self.hold(seed, step * batch * self.rows_per_document, batch * self.rows_per_document)
             self.asked = seed, step, batch
-        return [self.places[first : first + self.join] for first in range(0, len(self.places), self.join)]
+        return [
+            self.places[first : first + self.rows_per_document]
+            for first in range(0, len(self.places), self.rows_per_document)
+        ]
 
     def find(self, row: RowId) -> Record:
         """A row of the last batch asked for."""
@@ -68,7 +224,7 @@ class StreamingDocuments(DocumentDataset):
         return Record(source, f"row {number}{self.blocks.name(source, shard)}", values)
 
     def hold(self, seed: int, first: int, count: int) -> None:
-        """Read on to a row, counted over epochs, and keep so many; from the mark or anew if it is past."""
+        """Read on to row `first`, counted over epochs, and keep `count` rows of it; anew if it is past."""
         mark = self.mark
         if not mark or mark.seed != seed or mark.rows > first:
             mark = StreamState(seed)
@@ -94,7 +250,13 @@ class StreamingDocuments(DocumentDataset):
 
 
 class Source(NamedTuple):
-    """A stream to train on, rows held out of it, and how many of these are its own first ones."""
+    """A stream to train on and rows held out of it.
+
+    Attributes:
+        train: the stream.
+        test: rows at hand.
+        apart: how many of them are the stream's own first ones.
+    """
 
     train: IterableDataset
     test: Dataset
@@ -105,6 +267,10 @@ def load_stream(path: str, held_out: int) -> Source:
     """What `load_splits` loads, as a stream, and the first rows of its test or validation split.
 
     Where there is none, they are the first rows of the first shard, at most all of it.
+
+    Args:
+        path: see `load_splits`.
+        held_out: how many rows to hold out.
 
     Raises:
         ValueError: as from `load_splits`; a stream that cannot be read, or of which nothing is left.
@@ -138,10 +304,10 @@ def load_documents(
     Args:
         paths: sources, see `load_splits`.
         where: which of their rows, see `select_rows`; not of streams.
-        streaming: whether they are a `StreamingDocuments`, of which only some rows are held at a time.
+        streaming: whether they become `StreamingDocuments`, which keep only some rows in memory.
         shuffle: how many of its rows are shuffled together.
         held_out: how many rows of each stream are for the held-out ones.
-        how: templates, size, channels and join of both, see `DocumentDataset`.
+        how: templates, size, channels, join and background of both, see `DocumentDataset`.
 
     Raises:
         ValueError: as from `load_splits`, `select_rows`, `DocumentDataset` and `StreamingDocuments`; a choice
@@ -154,7 +320,7 @@ def load_documents(
         )
     if where:
         raise ValueError(
-            f"rows of a stream are not chosen by where, here {dict(where)}; give it no other rows"
+            f"rows of a stream cannot be filtered, here by {dict(where)}; do not stream, or do not filter"
         )
     sources = [load_stream(path, held_out) for path in paths]
     apart = [source.apart for source in sources]
@@ -163,11 +329,11 @@ def load_documents(
 
 
 def with_features(rows: IterableDataset, path: str) -> IterableDataset:
-    """A stream whose columns are known, from its first row where nothing tells."""
+    """A stream whose columns are known, from its first row where nothing tells, with images as images."""
     if rows.features is not None:
-        return rows
+        return find_images(rows, Path(path).parent)
     for _, first in read_rows(rows, f" of {path}"):
-        return rows.cast(datasets.Features.from_arrow_schema(first.schema))
+        return find_images(rows.cast(datasets.Features.from_arrow_schema(first.schema)), Path(path).parent)
     raise ValueError(f"{path!r} has no rows")
 
 

@@ -1,4 +1,4 @@
-"""Anything that `datasets` loads -> captioned clips as tensors."""
+"""Anything that `datasets` loads -> captioned videos as tensors."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,14 +12,13 @@ from datasets import Dataset
 from PIL import Image as Picture
 from torch import Tensor
 
-from rope_mm.data.images import (
+from rope_mm.data.images import check_rows, load_splits, read_captions, read_labels
+from rope_mm.data.pixels import (
+    BACKGROUND,
     MODES,
     UNREADABLE,
-    check_rows,
-    load_splits,
+    check_background,
     open_image,
-    read_captions,
-    read_labels,
     resize_center_crop,
 )
 
@@ -28,79 +27,90 @@ Reader = Callable[[Any, Pick], list[Picture.Image]]
 
 
 class CaptionedVideos:
-    """Rows of a split as clips in [-1, 1] (b, t, ch, size, size), captions, labels where there is a column.
+    """Rows of a split as videos in [-1, 1], captions, and labels where there is a column.
 
-    A column holds lists of images, arrays (t, ch, y, x) of 0 to 255, or video files, which torchcodec reads.
-    `frames` are taken of each, evenly from the first to the last; 0 takes all. A frame of another shape is
-    cropped to a centred square and resized.
+    A frame of another shape is cropped around its centre and resized.
+
+    Args:
+        rows: of `datasets`.
+        size: y and x in pixels, or the side of a square.
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+        frames: how many of each video, evenly from the first to the last; 0 takes all.
+        video: name of the column of lists of images, arrays (t, ch, y, x) of 0 to 255, or video files, which
+            torchcodec reads.
+        caption: name of the column of captions.
+        label: name of the column of labels, if any.
+        background: the colour under what is transparent, where channels is 1 or 3.
 
     Raises:
-        ValueError: a column that is missing, with those there are, or that holds no clips.
+        ValueError: a column that is missing, with those there are, or that holds no videos.
     """
 
     def __init__(
         self,
         rows: Dataset,
-        size: int,
+        size: int | tuple[int, int],
         channels: int,
         frames: int = 4,
-        clip: str = "frames",
+        video: str = "frames",
         caption: str = "caption",
         label: str = "",
+        background: str = BACKGROUND,
     ):
-        check_rows(rows, channels, clip, caption, label)
+        check_rows(rows, channels, video, caption, label)
+        check_background(background)
         if frames < 0:
             raise ValueError(f"frames must be 0 (all) or more, not {frames}")
-        self.captions = read_captions(rows[caption], caption)
+        self.captions = [texts[0] for texts in read_captions(rows, caption)]
         self.labels = read_labels(rows[label], label) if label else None
-        self.read, stored = choose_reader(rows.features[clip], clip)
-        # undecoded, so that a clip which cannot be read is named by its row
-        self.rows = rows.cast_column(clip, stored)
-        self.size, self.channels, self.frames = size, channels, frames
-        self.clip = clip
+        self.read, stored = choose_reader(rows.features[video], video)
+        # undecoded, so that a video which cannot be read is named by its row
+        self.rows = rows.cast_column(video, stored)
+        self.size, self.channels, self.background = size, channels, background
+        self.frames, self.video = frames, video
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def clips(self, indices: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Clips (b, t, ch, size, size) in [-1, 1]; all of them if no indices are given.
+    def videos(self, indices: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Videos (b, t, ch, y, x) in [-1, 1]; all of them if no indices are given.
 
         Raises:
-            ValueError: a clip that cannot be decoded or is too short, with its row; different lengths.
+            ValueError: a video that cannot be decoded or is too short, with its row; different lengths.
         """
         wanted = list(range(len(self))) if indices is None else [int(i) for i in indices]
-        stored = self.rows[wanted][self.clip]
-        clips = [self.decode(row, clip) for row, clip in zip(wanted, stored, strict=True)]
-        lengths = sorted({len(clip) for clip in clips})
+        stored = self.rows[wanted][self.video]
+        videos = [self.decode(row, video) for row, video in zip(wanted, stored, strict=True)]
+        lengths = sorted({len(video) for video in videos})
         if len(lengths) > 1:
             few, many = lengths[0], lengths[-1]
-            raise ValueError(f"these clips have {few} to {many} frames; take the same number of each")
-        return torch.stack(clips) / 127.5 - 1
+            raise ValueError(f"these videos have {few} to {many} frames; take the same number of each")
+        return torch.stack(videos) / 127.5 - 1
 
     def decode(self, row: int, stored: Any) -> Tensor:
-        """Pixels (t, ch, size, size) of one clip, uint8."""
+        """Pixels (t, ch, y, x) of one video, uint8."""
         try:
-            pictures = self.read(stored, self.pick)
+            frames = self.read(stored, self.pick)
             return torch.stack(
-                [resize_center_crop(picture, self.size, self.channels) for picture in pictures]
+                [resize_center_crop(frame, self.size, self.channels, self.background) for frame in frames]
             )
         # torchcodec raises RuntimeError
         except (*UNREADABLE, RuntimeError) as error:
-            message = f"row {row}, column {self.clip!r}: the clip does not decode ({error})"
+            message = f"row {row}, column {self.video!r}: the video does not decode ({error})"
             raise ValueError(message.splitlines()[0]) from error
 
     def pick(self, total: int) -> list[int]:
-        """Which of a clip's frames are taken."""
+        """Which of a video's frames are taken."""
         if total < max(self.frames, 1):
             raise ValueError(f"it has {total} frames, not the {max(self.frames, 1)} to take")
         return torch.linspace(0, total - 1, self.frames or total).round().long().tolist()
 
 
 def choose_reader(feature: Any, column: str) -> tuple[Reader, Any]:
-    """How to read the clips of a column, and the column's type when its files are left undecoded.
+    """How to read the videos of a column, and the column's type when its files are left undecoded.
 
     Raises:
-        ValueError: a column without clips, or video files without torchcodec.
+        ValueError: a column without videos, or video files without torchcodec.
     """
     if isinstance(feature, datasets.Video):
         return video_reader(column), datasets.Video(decode=False)
@@ -160,21 +170,36 @@ def read_video(decoder: Callable[[Any], Any], stored: dict, pick: Pick) -> list[
 
 
 def take_all(total: int) -> list[int]:
-    """All of a clip's frames."""
+    """All of a video's frames."""
     return list(range(total))
 
 
 def load_videos(
     path: str = "videos",
-    size: int = 16,
+    size: int | tuple[int, int] = 16,
     channels: int = 3,
     frames: int = 4,
-    clip: str = "frames",
+    video: str = "frames",
     caption: str = "caption",
     label: str = "",
+    background: str = BACKGROUND,
 ) -> tuple[CaptionedVideos, CaptionedVideos]:
-    """Train and test clips of a source; see `load_splits` and `CaptionedVideos`."""
-    splits, columns = load_splits(path), (frames, clip, caption, label)
+    """Train and test videos of a source.
+
+    Args:
+        path: see `load_splits`; all else as of `CaptionedVideos`.
+        size: y and x in pixels, or the side of a square.
+        channels: 1, 3 or 4.
+        frames: how many of each video; 0 takes all.
+        video: name of the column of videos.
+        caption: name of the column of captions.
+        label: name of the column of labels, if any.
+        background: the colour under what is transparent.
+
+    Raises:
+        ValueError: as from `load_splits` and `CaptionedVideos`.
+    """
+    splits, columns = load_splits(path), (frames, video, caption, label, background)
     return (
         CaptionedVideos(splits["train"], size, channels, *columns),
         CaptionedVideos(splits["test"], size, channels, *columns),

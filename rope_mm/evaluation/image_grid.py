@@ -1,37 +1,75 @@
-"""A contact sheet: rows of pictures, each with its caption, as a PNG that a person can judge."""
+"""An image grid: rows of images, each with its caption, as a PNG file."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
+from typing import Any
 
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
+from rope_mm.data.pixels import to_image
 from rope_mm.files import write_file
 
-GAP, TEXT, TILE = 4, 14, 48  # pixels between pictures, of a letter, and of a picture at least
+GAP, TEXT, TILE = 4, 14, 48  # pixels between images, of a letter, and of an image at least
+MARGIN = 320  # pixels of a caption's line at most
+MORE = "…"
 
 
-def save_sheet(path: Path, pictures: Tensor, captions: Sequence[str]) -> None:
-    """Write pictures (n, ch, y, x) in [-1, 1], n / len(captions) in a row, the caption beside it.
+def save_sheet(path: Path, images: Tensor, captions: Sequence[str]) -> None:
+    """Write images, as many in each row, with the row's caption beside them.
+
+    A caption is wrapped, and cut where it is taller than its row.
+
+    Args:
+        path: of the PNG file.
+        images: (n, ch, y, x) in [-1, 1], n a multiple of the captions; alpha is composited on white.
+        captions: one for each row.
 
     Raises:
-        ValueError: pictures that do not fill the rows.
+        ValueError: images that do not fill the rows.
     """
-    columns, rest = divmod(len(pictures), len(captions))
+    columns, rest = divmod(len(images), len(captions)) if captions else (0, 1)
     if rest or not columns:
-        raise ValueError(f"{len(pictures)} pictures do not fill {len(captions)} rows of equal length")
-    zoom = -(-TILE // max(pictures.shape[-2:]))
-    height, width = (size * zoom for size in pictures.shape[-2:])
-    font = ImageFont.load_default(TEXT)
-    margin = int(max(font.getlength(caption) for caption in captions)) + 2 * GAP
+        raise ValueError(f"{len(images)} images do not fill {len(captions)} rows of equal length")
+    zoom = -(-TILE // max(images.shape[-2:]))
+    height, width = (size * zoom for size in images.shape[-2:])
+    font: Any = ImageFont.load_default(TEXT)
+    texts = [fit_caption(caption, font, height) for caption in captions]
+    margin = int(max(font.getlength(line) for lines in texts for line in lines)) + 2 * GAP
     sheet = Picture.new("RGB", (margin + columns * (width + GAP), len(captions) * (height + GAP)), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, caption in enumerate(captions):
-        draw.text((GAP, row * (height + GAP) + (height - TEXT) // 2), caption, fill="black", font=font)
-    grey = pictures.float().cpu().clamp(-1, 1).add(1).mul(127.5).round().byte()
-    for place, pixels in enumerate(grey.permute(0, 2, 3, 1).squeeze(-1).numpy()):
+    for row, lines in enumerate(texts):
+        top = row * (height + GAP) + (height - len(lines) * TEXT) // 2
+        for number, line in enumerate(lines):
+            draw.text((GAP, top + number * TEXT), line, fill="black", font=font)
+    for place, pixels in enumerate(images):
         row, column = divmod(place, columns)
-        picture = Picture.fromarray(pixels).resize((width, height), Picture.Resampling.NEAREST)
-        sheet.paste(picture, (margin + column * (width + GAP), row * (height + GAP)))
+        tile = to_image(pixels).resize((width, height), Picture.Resampling.NEAREST)
+        sheet.paste(tile, (margin + column * (width + GAP), row * (height + GAP)))
     write_file(path, lambda part: sheet.save(part, format="PNG"))
+
+
+def fit_caption(caption: str, font: Any, height: int) -> list[str]:
+    """The lines of a caption, as many as fit a row; the last one tells by three dots that there is more.
+
+    Args:
+        caption: of any length.
+        font: what lines are written in.
+        height: of the row, in pixels.
+    """
+    text, most = " ".join(caption.split()), max(height // TEXT, 1)
+    if font.getlength(text) <= MARGIN:
+        return [text]
+    letters = max(int(MARGIN / font.getlength("n")), 1)
+    lines = wrap(text, letters, max_lines=most, placeholder=MORE)
+    return [shorten(line, font) for line in lines]
+
+
+def shorten(line: str, font: Any) -> str:
+    """The line, or as much of it as the margin has room for."""
+    if font.getlength(line) <= MARGIN:
+        return line
+    fits = next(n for n in range(len(line) - 1, -1, -1) if not n or font.getlength(line[:n] + MORE) <= MARGIN)
+    return line[:fits] + MORE

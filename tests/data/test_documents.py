@@ -160,8 +160,8 @@ def test_a_label_is_read_as_its_name(streamed):
                 told.document([row], make_generator(0))
 
 
-def test_words_are_not_drawn(sources):
-    with pytest.raises(ValueError, match="column 'caption' holds words, which are written"):
+def test_text_is_generated_without_being_marked(sources):
+    with pytest.raises(ValueError, match="column 'caption' holds text, which is always generated"):
         MapDocuments(sources, ["{caption:generate}{image}", "{frames}"], 4, 1)
 
 
@@ -187,7 +187,9 @@ def test_what_cannot_be_read_is_named_by_its_row_and_file(content, reason, tmp_p
     rows = Dataset.from_list([{"image": {"bytes": content, "path": None}, "caption": None}], rows.features)
     with pytest.raises(ValueError, match=f"row 0, column 'image' cannot be read: {reason}$"):
         MapDocuments([rows], ["{image}"], 4, 1).document([0], make_generator(0))
-    with pytest.raises(ValueError, match="row 0, column 'caption' cannot be read: words are text, not None"):
+    with pytest.raises(
+        ValueError, match="row 0, column 'caption' cannot be read: a text is expected, not None"
+    ):
         MapDocuments([rows], ["{caption}"], 4, 1).document([0], make_generator(0))
 
 

@@ -91,7 +91,8 @@ def test_an_npz_of_digits_is_stacked_by_its_path(tmp_path, monkeypatch):
 
 def test_kept_images_are_those_that_are_read_one_by_one(splits):
     kept, read = (
-        CaptionedImages(splits["test"].select(range(50)), 8, 3, keep=keep) for keep in (True, False)
+        CaptionedImages(splits["test"].select(range(50)), 8, 3, cache_in_memory=cache)
+        for cache in (True, False)
     )
     assert torch.equal(kept.images(), read.images())
     assert torch.equal(kept.images(torch.tensor([7, 3])), read.images([7, 3]))

@@ -73,9 +73,9 @@ def torchcodec(monkeypatch):
 )
 def test_a_clip_has_the_same_pixels_from_every_kind_of_column(make, torchcodec):
     clips = CaptionedVideos(make(), 8, 3, frames=0)
-    torch.testing.assert_close(clips.clips(), FRAMES / 127.5 - 1, atol=0, rtol=0)
+    torch.testing.assert_close(clips.videos(), FRAMES / 127.5 - 1, atol=0, rtol=0)
     assert (len(clips), clips.captions, clips.labels) == (2, CAPTIONS, None)
-    thinned = CaptionedVideos(make(), 8, 3, frames=3).clips([1])
+    thinned = CaptionedVideos(make(), 8, 3, frames=3).videos([1])
     torch.testing.assert_close(thinned, FRAMES[1:, [0, 2, 4]] / 127.5 - 1, atol=0, rtol=0)
 
 
@@ -88,7 +88,7 @@ def test_a_reader_of_videos_goes_to_a_process_that_is_spawned(torchcodec):
 
 
 def test_frames_are_cropped_resized_and_made_grey():
-    clips = CaptionedVideos(as_images(), 4, 1, frames=2).clips()
+    clips = CaptionedVideos(as_images(), 4, 1, frames=2).videos()
     assert clips.shape == (2, 2, 1, 4, 4)
 
 
@@ -96,7 +96,7 @@ def test_drawn_clips_are_loaded_with_what_they_show():
     train, test = load_videos(label="motion")
     assert (len(train), len(test)) == (2048, 512)
     rows = captioned_videos()["test"]
-    verdict = classify_videos(test.clips(range(100)))
+    verdict = classify_videos(test.videos(range(100)))
     for name in VIDEO_FACTORS:
         assert verdict[name].tolist() == rows[name][:100]
     assert test.labels.tolist() == rows["motion"]
@@ -117,8 +117,8 @@ def test_a_video_that_does_not_decode_is_named_by_its_row(torchcodec):
         },
         Features(frames=Video(decode=False), caption=Value("string")),
     )
-    with pytest.raises(ValueError, match="row 1, column 'frames': the clip does not decode") as error:
-        CaptionedVideos(rows.cast_column("frames", Video()), 8, 3).clips()
+    with pytest.raises(ValueError, match="row 1, column 'frames': the video does not decode") as error:
+        CaptionedVideos(rows.cast_column("frames", Video()), 8, 3).videos()
     assert "\n" not in str(error.value)
 
 
@@ -138,7 +138,7 @@ def rows_of(frames):
 )
 def test_an_array_that_is_no_clip_is_named_by_its_row(frames, words):
     with pytest.raises(ValueError, match=words):
-        CaptionedVideos(rows_of(frames), 8, 3).clips()
+        CaptionedVideos(rows_of(frames), 8, 3).videos()
 
 
 def test_columns_without_clips_and_numbers_of_no_frames_are_refused():
@@ -147,7 +147,7 @@ def test_columns_without_clips_and_numbers_of_no_frames_are_refused():
     with pytest.raises(ValueError, match=r"column 'frames' holds .*, not lists of images"):
         CaptionedVideos(rows_of(numpy.zeros((3, 8, 8), int).tolist()), 8, 3)
     with pytest.raises(ValueError, match="no column 'clip'; it has frames, caption"):
-        CaptionedVideos(rows_of(1), 8, 3, clip="clip")
+        CaptionedVideos(rows_of(1), 8, 3, video="clip")
     with pytest.raises(ValueError, match=r"frames must be 0 \(all\) or more, not -1"):
         CaptionedVideos(as_images(), 8, 3, frames=-1)
 
@@ -155,6 +155,6 @@ def test_columns_without_clips_and_numbers_of_no_frames_are_refused():
 def test_clips_of_different_lengths_make_no_batch():
     columns = {"frames": [FRAMES[0].tolist(), FRAMES[1, :3].tolist()], "caption": CAPTIONS}
     clips = CaptionedVideos(Dataset.from_dict(columns), 8, 3, frames=0)
-    assert clips.clips([1]).shape[1] == 3
-    with pytest.raises(ValueError, match="these clips have 3 to 5 frames"):
-        clips.clips()
+    assert clips.videos([1]).shape[1] == 3
+    with pytest.raises(ValueError, match="these videos have 3 to 5 frames"):
+        clips.videos()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image as Picture
 
-from rope_mm.evaluation.image_grid import GAP, save_sheet
+from rope_mm.evaluation.image_grid import GAP, MARGIN, save_sheet
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -18,5 +18,28 @@ def test_every_picture_stands_in_the_row_of_its_caption(channels, tmp_path):
 
 
 def test_pictures_that_do_not_fill_the_rows_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="5 pictures do not fill 2 rows"):
+    with pytest.raises(ValueError, match="5 images do not fill 2 rows"):
         save_sheet(tmp_path / "sheet.png", torch.zeros(5, 1, 8, 8), ["a", "b"])
+
+
+def test_a_grid_honours_alpha(tmp_path):
+    images = torch.cat([torch.full((1, 3, 8, 8), -1.0), torch.full((1, 1, 8, 8), -1.0)], 1)  # invisible black
+    save_sheet(tmp_path / "sheet.png", images, ["a"])
+    sheet = Picture.open(tmp_path / "sheet.png").convert("L")
+    assert sheet.getpixel((sheet.width - GAP - 24, 24)) == 255
+
+
+def test_a_long_caption_is_wrapped_and_then_cut(tmp_path):
+    captions = ["a short one", "a caption of many words " * 200, "x" * 3000]
+    save_sheet(tmp_path / "sheet.png", torch.zeros(3, 1, 8, 8), captions)
+    sheet = Picture.open(tmp_path / "sheet.png").convert("L")
+    assert sheet.width <= MARGIN + 2 * GAP + 48 + GAP + 1
+    assert sheet.height == 3 * (48 + GAP)
+    rows = [sheet.crop((0, 52 * row, sheet.width - 48 - GAP, 52 * row + 48)) for row in range(3)]
+    inked = [sum(row.crop((0, y, row.width, y + 1)).getextrema()[0] < 128 for y in range(48)) for row in rows]
+    assert inked[1] > 2 * inked[0] > 0 and inked[2] > 0  # several lines beside one
+
+
+def test_no_captions_make_no_grid(tmp_path):
+    with pytest.raises(ValueError, match="1 images do not fill 0 rows"):
+        save_sheet(tmp_path / "sheet.png", torch.zeros(1, 1, 8, 8), [])

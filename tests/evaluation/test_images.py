@@ -64,7 +64,7 @@ def test_metrics_say_how_many_samples_they_rest_on_and_are_left_out_below_a_mini
 
 @pytest.fixture(scope="module")
 def stacks():
-    return load_images("stacked-digits", 8, 3, label="label", keep=True)
+    return load_images("stacked-digits", 8, 3, label="label", cache_in_memory=True)
 
 
 @pytest.fixture(scope="module")

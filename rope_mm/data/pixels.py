@@ -1,0 +1,158 @@
+"""A stored image -> pixels, in one way for training, evaluation and image grids.
+
+Upright by its EXIF orientation; the first frame of an animation; 16- and 32-bit grey scaled to 8 bits; alpha
+composited on a background where the model has no channel for it; cropped to the centre and resized.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from io import BytesIO
+from typing import Any, cast
+
+import fsspec
+import numpy
+import torch
+from PIL import Image as Picture
+from PIL import ImageColor, ImageOps
+from torch import Tensor
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+BACKGROUND = "white"
+ORIENTATION = 0x0112  # the EXIF tag that says how to turn an image upright
+GREY_RANGES = 255, 65_535, 2**31 - 1  # of whole numbers of more than 8 bits, where the file does not say
+
+# what opening and fitting an image raise if its bytes are none
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, Picture.DecompressionBombError)
+
+
+class Once(logging.Filter):
+    """Lets each message through once: an image is read again in every epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether this message is new."""
+        new = record.getMessage() not in self.said
+        self.said.add(record.getMessage())
+        return new
+
+
+LOG = logging.getLogger(__name__)
+LOG.addFilter(Once())
+
+
+def open_image(stored: Mapping[str, Any]) -> Picture.Image:
+    """An image from what `datasets` stores, upright; of an animation the first frame, with a word in the log.
+
+    Args:
+        stored: {"bytes", "path"}; without bytes the path is read, here or wherever fsspec reaches.
+
+    Raises:
+        ValueError: what does not decode, with its path where there is one.
+    """
+    content, path = stored["bytes"], stored["path"]
+    if not content:
+        with cast(Any, fsspec.open(os.fspath(path))) as file:
+            content = file.read()
+    try:
+        image = Picture.open(BytesIO(content))
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            LOG.warning("%s is an animation of %d frames; the first one is read", path or "an image", frames)
+            image.seek(0)
+        image.load()  # here, where its path is known
+        return upright(image)
+    except UNREADABLE as error:
+        reason = str(error).partition(" <_io.BytesIO")[0]
+        raise ValueError(f"{reason}: {path}" if path else reason) from error
+
+
+def upright(image: Picture.Image) -> Picture.Image:
+    """The image turned and flipped as its EXIF orientation says."""
+    try:
+        turned = image.getexif().get(ORIENTATION, 1) != 1
+    except (*UNREADABLE, KeyError, AttributeError):  # a damaged block beside a good image
+        return image
+    return ImageOps.exif_transpose(image) if turned else image
+
+
+def resize_center_crop(
+    image: Picture.Image, size: int | tuple[int, int], channels: int, background: str = BACKGROUND
+) -> Tensor:
+    """Pixels (ch, y, x), uint8, of an image cropped around its centre and resized.
+
+    Args:
+        image: of any mode.
+        size: y and x in pixels, or the side of a square.
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+        background: the colour under what is transparent, where channels is 1 or 3.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    flat = to_channels(image, channels, background)
+    fitted = ImageOps.fit(flat, (width, height), Picture.Resampling.BOX)
+    pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
+    return pixels.view(height, width, channels).permute(2, 0, 1)
+
+
+def to_channels(image: Picture.Image, channels: int, background: str = BACKGROUND) -> Picture.Image:
+    """The image in grey, RGB or RGBA of 8 bits.
+
+    Args:
+        image: of any mode.
+        channels: 1, 3 or 4.
+        background: the colour under what is transparent, where channels is 1 or 3.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = eight_bits(image)
+    if not image.has_transparency_data or channels == 4:
+        return image.convert(MODES[channels])
+    colours = image.convert("RGBA")
+    ground = Picture.new("RGBA", colours.size, check_background(background))
+    return Picture.alpha_composite(ground, colours).convert(MODES[channels])
+
+
+def check_background(background: str) -> tuple[int, ...]:
+    """The colour (red, green, blue, 255) of a name or a number such as "#808080".
+
+    Raises:
+        ValueError: no colour.
+    """
+    try:
+        return (*ImageColor.getrgb(background)[:3], 255)
+    except ValueError:
+        raise ValueError(
+            f"background must be a colour such as white or '#808080', not {background!r}"
+        ) from None
+
+
+def eight_bits(image: Picture.Image) -> Picture.Image:
+    """A grey image of 16 or 32 bits or of real numbers, scaled to 0 to 255.
+
+    16 bits reach to 65,535. 32 bits reach to 65,535 or to 2^31 - 1, whichever holds the image; real numbers
+    to 1, 255 or 65,535.
+
+    Raises:
+        ValueError: values that are negative, beyond these or not finite.
+    """
+    values = numpy.asarray(image).astype("float64")
+    low, high = float(values.min()), float(values.max())
+    ranges = (1, *GREY_RANGES[:2]) if image.mode == "F" else GREY_RANGES[1:]
+    top = 65_535 if image.mode.startswith("I;16") else next((top for top in ranges if high <= top), math.inf)
+    if not low >= 0 or not math.isfinite(top):
+        raise ValueError(f"grey values of {low:g} to {high:g} have no meaning; save them as 0 to 65,535")
+    return Picture.fromarray((values * (255 / top)).round().astype("uint8"))
+
+
+def to_image(pixels: Tensor, background: str = BACKGROUND) -> Picture.Image:
+    """An image that a file or a grid can hold: grey or RGB, what is transparent composited.
+
+    Args:
+        pixels: (ch, y, x) in [-1, 1], ch 1, 3 or 4; what lies outside is clipped.
+        background: the colour under what is transparent.
+    """
+    scaled = pixels.float().cpu().clamp(-1, 1).add(1).mul(127.5).round().byte()
+    image = Picture.fromarray(scaled.permute(1, 2, 0).squeeze(-1).numpy())
+    return to_channels(image, 1 if len(pixels) == 1 else 3, background)
