@@ -386,6 +386,36 @@ def test_symmetry_equivalence_and_unknown_length_leave_no_other_drift_on_any_axi
     assert kept["causal"] == (drift == (span,) * 3)
 
 
+def congruent(cursor, segment, offsets=(), steps=()):
+    """Frames of one shape with any steps between them, the first centred: causal and equivalent."""
+    t, y, x = segment.grid
+    shape = torch.tensor(offsets, dtype=torch.float64)[: y * x]
+    moved = torch.tensor([(0.0, 0.0, 0.0), *steps], dtype=torch.float64)[:t].cumsum(0)
+    start = cursor.next + (y * x - 1 - shape[0] - shape[-1]) / 2
+    return (start + moved[:, None] + shape).flatten(0, 1), cursor.next + segment.tokens
+
+
+@given(data=st.data(), y=SIZES, x=SIZES)
+def test_causal_symmetric_equivalent_frames_of_any_shape_drift_by_their_number_of_patches(data, y, x):
+    # The theorem of docs/theory.md. L is the last text position, R(t) = L + y x t + 1 the next one after t
+    # frames. Symmetric: first - L = R(t) - last(t) for every t, with one first, by causality. The difference
+    # of two such equations is last(t + 1) - last(t) = R(t + 1) - R(t) = y x, whatever a frame's shape is.
+    span = float(y * x)
+    near = st.one_of(st.just(span), st.sampled_from([0.0, 1.0, span + 1]))
+    steps = data.draw(
+        st.one_of(st.just([(span,) * 3] * 7), st.lists(st.tuples(near, near, near), min_size=7))
+    )
+    whole = st.integers(-20, 20).map(float)
+    offsets = data.draw(st.lists(st.tuples(whole, whole, whole), min_size=y * x, max_size=y * x))
+    options = (("offsets", tuple(offsets)), ("steps", tuple(steps)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LAYOUTS, "congruent", Layout(TYX, congruent, "this test"))
+        kept = principles(Scheme(layout="congruent", options=options), y, x, frames=range(1, 6))
+    assert kept["equivalent"]
+    assert kept["causal"]
+    assert kept["symmetric"] == all(step == (span,) * 3 for step in steps[:4])
+
+
 def test_text_need_not_surround_the_image():
     scheme = SCHEMES["rope-tv"]
     assert measure.collisions(scheme, "image:2x2 image:2x2") == (0, 0)
