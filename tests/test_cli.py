@@ -1,9 +1,15 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+import rope_mm
 from rope_mm import Rotary, check_rotary, cli, properties_table
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_schemes_prints_the_table_of_those_named(capsys):
@@ -58,6 +64,12 @@ def test_check_fails_where_the_encoding_does(capsys, monkeypatch):
         (["schemes", "rope-tvv"], "did you mean 'rope-tv"),
         (["show", "rope-tv", "text"], "'text' is not a segment"),
         (["check", "rope-tv", "--head-dim", "7"], "head_dim 7"),
+        (["check", "mixed", "--heads", "-1"], "heads must be a whole number >= 1, not -1"),
+        (["check", "rope-tv", "--heads", "0"], "heads must be a whole number >= 1, not 0"),
+        (["show", "rope-tv", "still:1"], "write unrotated:1"),
+        (["show", "rope-tv", "video:2x2x2@0.5"], "write @2fps for frames per second"),
+        (["show", "rope-tv", "text:9999999999999999"], "too long"),
+        (["show", "rope-tv", "image:40000x40000"], "1600000000 tokens are too many to show"),
         (["show", "qwen2-vl-vision", "image:3x3"], "blocks of 2 x 2"),
     ],
 )
@@ -75,3 +87,30 @@ def test_help_says_what_a_command_takes(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])
     assert "NAME" in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"rope-mm {rope_mm.__version__}\n"
+
+
+def test_the_version_is_written_once():
+    project = (ROOT / "pyproject.toml").read_text()
+    assert '[tool.hatch.version]\npath = "rope_mm/__init__.py"' in project
+    assert rope_mm.__version__ not in project
+
+
+def test_the_package_runs_as_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "rope_mm", "show", "rope-2d", "image:1x2"],
+        capture_output=True, text=True, cwd=ROOT, check=True,
+    )  # fmt: skip
+    assert '{"layout": "grid-2d"' in done.stdout
+
+
+def test_a_reader_that_stops_is_no_error():
+    command = f"{sys.executable} -m rope_mm show rope-tv text:50000 | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == '{"layout": "rope-tv"}\n'

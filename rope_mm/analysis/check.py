@@ -132,10 +132,10 @@ def probe_positions(axes: int, reach: float, whole: bool = False) -> Tensor:
     sizes = torch.tensor([*(size for size in NEAR if size < reach), reach], dtype=torch.float64)
 
     def sample(count: int) -> Tensor:
-        numbers = torch.rand(count, len(sizes), axes, generator=seed, dtype=torch.float64)
-        spread = numbers if whole else 2 * numbers - 1
-        grid = 1 if whole else 4
-        return ((spread * sizes[:, None]) * grid).round().flatten(0, 1) / grid
+        shape = (count, len(sizes), axes)
+        numbers = (1 + torch.rand(shape, generator=seed, dtype=torch.float64)) / 2 * sizes[:, None]
+        signs = torch.randint(2, shape, generator=seed) * 2 - 1
+        return (numbers.round() if whole else (numbers * signs * 4).round() / 4).flatten(0, 1)
 
     zero, single = torch.zeros(1, axes).double(), torch.eye(axes).double()
     starts = torch.cat((zero, sample(2)))

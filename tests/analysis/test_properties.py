@@ -23,6 +23,7 @@ from rope_mm import (
     rotate,
 )
 from rope_mm.analysis import properties as measure
+from rope_mm.analysis.check import probe_positions
 from rope_mm.positions.grids import grid_positions
 from rope_mm.positions.layouts import TYX, Layout
 from rope_mm.rotary.definition import PAIRINGS
@@ -198,6 +199,99 @@ def test_a_callable_must_say_its_sizes_and_keep_its_shape():
         check_rotary(plain, head_dim=16)
     with pytest.raises(ValueError, match="must keep their shape"):
         check(lambda q, k, p: (q[..., :4], k))
+
+
+def moved(change):
+    """The encoding of models at positions that are changed on the way."""
+    return lambda q, k, p: plain(q, k, change(p))
+
+
+def beyond_200(q, k, p):
+    return plain(q, k, torch.where(p.abs() > 200, p + 1, p))
+
+
+def by_content(q, k, p):
+    return plain(q, k, p * (1 + q[..., :1].mean() / 100))
+
+
+def mixing_tokens(q, k, p):
+    q, k = plain(q, k, p)
+    return q + q.roll(1, 1) / 100, k + k.roll(1, 1) / 100
+
+
+MISTAKES = {
+    "cut to whole numbers": moved(torch.floor),
+    "cast to int": moved(lambda p: p.long().double()),
+    "cast to bfloat16": moved(lambda p: p.bfloat16().double()),
+    "cast to float16": moved(lambda p: p.half().double()),
+    "clamped at 0": moved(lambda p: p.clamp(min=0)),
+    "clamped at 128": moved(lambda p: p.clamp(max=128)),
+    "clamped at 2048": moved(lambda p: p.clamp(-2048, 2048)),
+    "clamped at 131072": moved(lambda p: p.clamp(-131072, 131072)),
+    "absolute": moved(torch.abs),
+    "repeating after 4096": moved(lambda p: p % 4096),
+    "wrong beyond 200": beyond_200,
+    "angles of the content": by_content,
+    "tokens mixed": mixing_tokens,
+    "queries squared": lambda q, k, p: plain(q * q.abs(), k, p),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_common_mistakes_are_caught(mistake):
+    report = check(MISTAKES[mistake])
+    assert not report.ok
+    assert "NO" in str(report)
+
+
+@pytest.mark.parametrize("mistake", ["cut to whole numbers", "clamped at 128", "wrong beyond 200"])
+def test_the_pair_and_channels_that_a_report_names_fail(mistake):
+    wrong = MISTAKES[mistake]
+    report = check(wrong)
+    (here, there), (row, column) = report.pair, report.channels
+    unit = torch.eye(16, dtype=torch.float64)[:, None, None]
+
+    def between(start, end):
+        p = torch.tensor([start, end], dtype=torch.float64)
+        q, k = wrong(unit.expand(-1, 2, -1, -1), unit.expand(-1, 2, -1, -1), p)
+        return q[row, 0, 0] @ k[column, 1, 0]
+
+    origin = (0.0,)
+    delta = tuple(b - a for a, b in zip(here, there, strict=True))
+    assert abs(between(here, there) - between(origin, delta)).item() == pytest.approx(report.relative)
+
+
+def test_content_that_changes_the_angles_is_named_with_its_position():
+    report = check(by_content)
+    assert report.linear > 1e-3
+    assert f"NO  linear in q and k: error {report.linear:.1e}, worst at {report.linear_at}" in str(report)
+
+
+def test_a_table_is_checked_at_whole_positions_below_its_length():
+    table = torch.arange(512.0, dtype=torch.float64)[:, None]
+
+    def by_table(q, k, p):
+        return plain(q, k, table[p[:, 0].long()])
+
+    assert check(by_table, whole=True, reach=200).ok
+    assert not check(by_table, reach=200).ok
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("axes", [1, 3])
+def test_probes_are_exact_in_float32_and_reach_where_they_should(axes, whole):
+    p = probe_positions(axes, 2.0**18, whole)
+    assert torch.equal(p.float().double(), p)
+    assert p[0, 0].eq(0).all()
+    assert torch.equal(p - p[:, :1], (p - p[:, :1])[:1].expand_as(p)), "the steps are the same at every start"
+    assert p.abs().max() > 2**17 and (p.abs() > 2048).any()
+    assert bool((p % 1).any()) != whole and bool((p < 0).any()) != whole
+
+
+def test_numbers_of_the_check_are_checked():
+    for name, value in (("reach", 0), ("tolerance", -1.0), ("head_dim", 1.5), ("heads", 0)):
+        with pytest.raises(ValueError, match=f"check_rotary: {name} must be"):
+            check_rotary(plain, **{"head_dim": 16, "axes": 1, name: value})
 
 
 @pytest.fixture(scope="module")

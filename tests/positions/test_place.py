@@ -1,7 +1,10 @@
+import importlib
 import json
+import math
 from dataclasses import asdict
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +15,7 @@ from rope_mm import (
     Audio,
     Cursor,
     Image,
+    Layout,
     MoreFrames,
     PlacedBatch,
     Text,
@@ -23,7 +27,9 @@ from rope_mm import (
     place,
     place_rows,
 )
+from rope_mm.positions.grids import Raster, fill
 
+place_module = importlib.import_module("rope_mm.positions.place")
 SIZES = st.integers(1, 6)
 SEGMENTS = st.one_of(
     *(st.builds(kind, SIZES) for kind in (Text, Audio, Unrotated)),
@@ -350,3 +356,143 @@ def test_an_empty_sequence_has_no_positions_and_leaves_the_cursor():
     positions, cursor = place("", "rope-tv", Cursor(3.0, 3, layout="rope-tv"))
     assert positions.shape == (0, 3)
     assert cursor == Cursor(3.0, 3, layout="rope-tv")
+
+
+@pytest.mark.parametrize(
+    "positions", [torch.arange(6).view(3, 2), np.arange(6).reshape(3, 2), [[0, 1], [2, 3], [4, 5]]]
+)
+def test_whole_positions_are_augmented_as_real_numbers(positions):
+    seed = torch.Generator().manual_seed(1)
+    augmented = augment_positions(positions, shift=0.5, jitter=1.5, generator=seed)
+    real = torch.arange(6, dtype=torch.float64).view(3, 2)
+    expected = augment_positions(real, shift=0.5, jitter=1.5, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(augmented, expected)
+    assert (augmented % 1).all(), "nothing is rounded"
+
+
+def test_augmentation_keeps_the_floating_type():
+    assert augment_positions(torch.zeros(2, 3), shift=1.0).dtype == torch.float32
+
+
+def test_positions_are_data_where_models_are_built_on_the_meta_device():
+    expected, end = place("text:2 image:2x3 video:2x2x2 text:1", "rope-tv-causal")
+    with torch.device("meta"):
+        placed, cursor = place("text:2 image:2x3 video:2x2x2 text:1", "rope-tv-causal")
+        batch = place_rows(["text:2", "image:2x2"], "circle")
+        packed, number = pack(["text:2", "image:2x2"], "circle")
+    assert torch.equal(placed, expected) and cursor == end
+    assert {x.device.type for x in (batch.positions, batch.mask, packed, number)} == {"cpu"}
+
+
+def counted(cursor, segment):
+    return [[cursor.next + k, 0] for k in range(segment.tokens)], cursor.next + segment.tokens
+
+
+WRONG = {
+    "no pair": (lambda cursor, segment: torch.zeros(6, 2), "must return positions and next, not tensor"),
+    "a row too few": (
+        lambda cursor, segment: (torch.zeros(segment.tokens - 1, 2), 0.0),
+        r"must place image:2x3 at positions \(6, 2\), not \(5, 2\)",
+    ),
+    "an axis too many": (lambda cursor, segment: (torch.zeros(segment.tokens, 3), 0.0), r"not \(6, 3\)"),
+    "nan": (lambda cursor, segment: (torch.full((6, 2), math.nan), 0.0), "positions that are not finite"),
+    "next of nan": (
+        lambda cursor, segment: (torch.zeros(6, 2), math.nan),
+        "next must be a finite number, not nan",
+    ),
+    "no next": (lambda cursor, segment: (torch.zeros(6, 2), None), "next must be a finite number, not None"),
+    "a raster of one axis": (
+        lambda cursor, segment: (Raster(segment.grid, (0,), ((0,),) * 3), 0.0),
+        r"not \(6, 1\)",
+    ),
+    "a raster of unequal steps": (
+        lambda cursor, segment: (Raster(segment.grid, (0, 0), ((0, 0), (0,), (0, 0))), 0.0),
+        r"not \(6, ",
+    ),
+    "a raster of infinity": (
+        lambda cursor, segment: (Raster(segment.grid, (math.inf, 0), ((0, 0),) * 3), 0.0),
+        "not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_layout_whose_rule_does_not_place_each_token_is_refused(monkeypatch, name):
+    rule, message = WRONG[name]
+    monkeypatch.setitem(LAYOUTS, "mine", Layout(("y", "x"), rule, "this test"))
+    with pytest.raises(ValueError, match=f"the rule of 'this test'.* {message}"):
+        place("text:1 image:2x3", "mine")
+
+
+def test_a_rule_for_text_is_checked_as_well(monkeypatch):
+    text_rule = lambda cursor, n, a: (torch.zeros(n + 1, a), cursor.next)  # noqa: E731
+    monkeypatch.setitem(LAYOUTS, "mine", Layout(("y", "x"), counted, "this test", text_rule))
+    with pytest.raises(ValueError, match=r"must place text:2 at positions \(2, 2\), not \(3, 2\)"):
+        place("text:2", "mine")
+
+
+def test_a_rule_may_answer_with_lists_and_go_on_with_a_video(monkeypatch):
+    monkeypatch.setitem(LAYOUTS, "mine", Layout(("y", "x"), counted, "this test"))
+    positions, _ = place("text:1 video:2x1x2 text:1", "mine")
+    assert positions.tolist() == [[0, 0], [1, 0], [2, 0], [3, 0], [4, 0], [5, 5]]
+    parts, _ = place("text:1 video:1x1x2 more_frames:1x1x2 text:1", "mine")
+    assert torch.equal(parts, positions)
+
+
+@pytest.mark.parametrize("layout", CAUSAL)
+def test_more_frames_are_computed_without_those_before_them(monkeypatch, layout):
+    tokens = []
+
+    def count(rasters):
+        tokens.extend(raster.tokens for raster in rasters)
+        return fill(rasters)
+
+    monkeypatch.setattr(place_module, "fill", count)
+    _, cursor = place([Video(1, 2, 2)], layout)
+    for _ in range(20):
+        _, cursor = place([MoreFrames(1, 2, 2)], layout, cursor)
+    assert tokens == [4] * 21
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"next": math.nan}, "Cursor: next must be a finite number, not nan"),
+        ({"tokens": -1}, "Cursor: tokens must be a whole number >= 0, not -1"),
+        ({"images": 1.5}, "Cursor: images must be a whole number >= 0, not 1.5"),
+        ({"video": {"start": 0, "t": 0, "y": 1, "x": 1}}, "OpenVideo: t must be a whole number >= 1, not 0"),
+    ],
+)
+def test_numbers_of_a_cursor_are_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Cursor(**fields)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "message"),
+    [
+        ("v2pe", {"stride": 0}, "layout 'v2pe': stride must be a finite number > 0, not 0"),
+        ("videorope", {"step": math.nan}, "step must be a finite number > 0, not nan"),
+        ("m-rope-time", {"rate": "2"}, "rate must be a finite number > 0, not '2'"),
+        ("grid", {"merge": 1.5}, "merge must be a whole number >= 1, not 1.5"),
+        ("circle", {"alpha": 2}, "alpha must be a finite number >= 0 and <= 1, not 2"),
+        ("normalized-centers", {"norm": "mix"}, "norm must be 'separate', 'min' or 'max', not 'mix'"),
+        ("rope-tv-causal", {"drift": -1}, "drift must be a finite number >= 0, not -1"),
+    ],
+)
+def test_options_of_a_layout_are_checked(layout, options, message):
+    with pytest.raises(ValueError, match=message):
+        place("image:2x2", layout, **options)
+
+
+def test_options_of_numpy_and_defaults_make_the_same_cursor():
+    _, cursor = place("image:2x2", "rope-tv-causal", rate=np.float64(0.5))
+    assert cursor.layout == "rope-tv-causal(rate=0.5)"
+    _, cursor = place("image:2x2", "rope-tv-causal", rate=1, drift=None)
+    assert cursor.layout == "rope-tv-causal"
+
+
+def test_an_empty_batch_is_refused():
+    for function in (place_rows, pack):
+        with pytest.raises(ValueError, match="at least one sequence"):
+            function([])
