@@ -274,6 +274,10 @@ def parse_segments(text: str) -> list[Segment]:
 
     Raises:
         ValueError: where a word is no segment, with the form that is.
+
+    Examples:
+        >>> parse_segments("text:5 image:2x3")
+        [Text(length=5), Image(y=2, x=3)]
     """
     return [parse_segment(word) for word in text.split()]
 

@@ -173,6 +173,12 @@ def check_rotary(
 
     Raises:
         ValueError: a callable without its sizes, or one that changes the shape of q or k.
+
+    Examples:
+        >>> check_rotary(Rotary(64, "m-rope")).ok
+        True
+        >>> check_rotary(lambda q, k, p: (q + p[:, None], k), head_dim=2, axes=1).ok
+        False
     """
     reach = read_value("check_rotary", "reach", reach, Positive)
     whole = read_value("check_rotary", "whole", whole, Switch)

@@ -203,6 +203,10 @@ def measure_properties(scheme: str | Scheme) -> LayoutProperties:
 
     Raises:
         ValueError: an unknown name.
+
+    Examples:
+        >>> measure_properties("rope-tv").causal, measure_properties("rope-tv-causal").causal
+        (False, True)
     """
     chosen = read_scheme(scheme)
     fitting = [image for image in IMAGES if fits(chosen, image)]

@@ -91,6 +91,11 @@ def convert_pairing(
     Raises:
         ValueError: no such reordering exists, no weight has such a name, rows that are not whole heads, or
             a fused projection that `fused` does not name.
+
+    Examples:
+        >>> weights = {"q_proj.weight": torch.arange(4.0)[:, None]}
+        >>> convert_pairing(weights, "half", "interleaved", head_dim=4)["q_proj.weight"].flatten().tolist()
+        [0.0, 2.0, 1.0, 3.0]
     """
     source = reordering(*read_both(from_, to), head_dim, heads)
     orders = dict(fused or {})

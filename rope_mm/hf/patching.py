@@ -124,6 +124,15 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
 
     Raises:
         ValueError: what the model cannot run, with the reason; the model is as it was.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+        >>> llama = LlamaForCausalLM(config)
+        >>> handle = set_rope(llama, "rope-tv")
+        >>> rope_of(llama).scheme.layout
+        'rope-tv'
+        >>> handle.undo()
     """
     changes |= {"layout": layout} if layout else {}
     slots = rotary_slots(model) or [attention_slot(model)]

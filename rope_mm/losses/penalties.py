@@ -184,5 +184,9 @@ def gamma(weight: float, convention: str, sigma: float = 1.0) -> float:
 
     Raises:
         ValueError: an unknown convention.
+
+    Examples:
+        >>> gamma(10.0, "whole")  # w ‖∇D‖² is (2 w / 2) ‖∇D‖²
+        20.0
     """
     return CONVENTIONS[convention](weight, sigma)

@@ -40,6 +40,13 @@ def place(
         ValueError: an unknown layout or option, a cursor of another layout, frames or audio without their
             video, further frames where the layout would have to move those already placed, or a layout whose
             rule gives no position for each token.
+
+    Examples:
+        >>> positions, cursor = place("text:2 image:1x2", "rope-tv")
+        >>> positions.tolist()
+        [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [2.5, 2.5, 2.0], [2.5, 2.5, 3.0]]
+        >>> place("text:1", "rope-tv", cursor)[0].tolist()
+        [[4.0, 4.0, 4.0]]
     """
     chosen = LAYOUTS[layout]
     options = read_options(layout, options)

@@ -76,6 +76,13 @@ class Scheme:
         learnable: whether Omega is a parameter.
         per_head: whether models give each key head an Omega of its own.
         ladder_over_heads: whether one ladder runs over the pairs of all heads.
+
+    Examples:
+        >>> scheme = Scheme(layout="rope-tv", theta=100.0)
+        >>> scheme.axes
+        ('t', 'y', 'x')
+        >>> scheme.omega(8).shape
+        torch.Size([3, 4])
     """
 
     layout: str
