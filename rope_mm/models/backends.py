@@ -1,44 +1,32 @@
-"""Attention backends of transformers that models here train with."""
-
-from typing import NamedTuple
+"""Attention backends of transformers that the models here train with."""
 
 import torch
 
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.registry import Registry
 
+NOT_ON_CPU = "cpu", "mps"
 
-class Backend(NamedTuple):
-    """Whether it heeds a mask of any form, and the devices on which torch has no backward of it."""
-
-    masked: bool = True
-    backwardless: tuple[str, ...] = ()
-
-
-ATTENTIONS = Registry(
+# name -> the devices on which it has no backward
+ATTENTIONS: Registry[tuple[str, ...]] = Registry(
     "attention",
     {
-        "sdpa": Backend(),
-        "eager": Backend(),
-        "flex_attention": Backend(backwardless=("cpu", "mps")),
-        "flash_attention_2": Backend(masked=False),
+        "sdpa": (),
+        "eager": (),
+        "flex_attention": NOT_ON_CPU,
+        "flash_attention_2": NOT_ON_CPU,
+        "flash_attention_3": NOT_ON_CPU,
     },
 )
 
 
 def with_attention(config: RopeMMConfig, attention: str, device: torch.device) -> RopeMMConfig:
-    """The config, whose models are to train on a device with a backend of ATTENTIONS.
+    """The config of models that train on a device with a backend of ATTENTIONS.
 
     Raises:
-        ValueError: an unknown backend, and one that cannot train there or on pictures and packed documents.
+        ValueError: an unknown backend, or one that has no backward there.
     """
-    backend = ATTENTIONS[attention]
-    if not backend.masked:
-        raise ValueError(
-            f"attention {attention} takes no mask, by which patches see each other and packed documents do "
-            "not; take sdpa, eager or flex_attention"
-        )
-    if device.type in backend.backwardless:
+    if device.type in ATTENTIONS[attention]:
         raise ValueError(f"attention {attention} has no backward on {device.type}; take sdpa or eager")
     config._attn_implementation = attention
     return config

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
+from rope_mm.models.varlen import make_varlen_mask
 from rope_mm.nn.attention import make_mask_fn
 from rope_mm.nn.patches import has_values
 
@@ -33,6 +34,11 @@ def find_document_ids(numbers: Tensor, mask: Tensor | None, ends: Tensor | None)
     return pad(begins.cumsum(1), (1, 0)) if begins.any() else None
 
 
+def is_flash(config: PreTrainedConfig) -> bool:
+    """Whether a config names a flash attention backend, a package's or a hub kernel's."""
+    return "flash" in (config._attn_implementation or "")
+
+
 def make_mask(
     config: PreTrainedConfig,
     x: Tensor,
@@ -52,9 +58,14 @@ def make_mask(
         document_ids: (b, s), or None where each row is one document.
 
     Raises:
-        ValueError: a mask without the cached tokens; images for a backend that only looks back.
+        ValueError: a mask without the cached tokens, a mask of another form for flash attention.
     """
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        if is_flash(config):
+            raise ValueError(
+                f"{config._attn_implementation} takes no attention_mask of another form than (b, s); take "
+                "flex_attention"
+            )
         return mask  # the caller has made it already
     past, size, start = 0, x.shape[1], 0
     if cache is not None:
@@ -67,10 +78,10 @@ def make_mask(
         )
     backend = config._attn_implementation or "sdpa"
     causal = block_ids is None and document_ids is None
-    if "flash" in backend and block_ids is not None and bool((block_ids.diff(dim=1) == 0).any()):
-        raise ValueError(f"{backend} cannot let patches see each other; take sdpa, eager or flex_attention")
     blocks = torch.arange(x.shape[1], device=x.device)[None] if block_ids is None else block_ids
     rows = [ids.expand(len(x), -1) for ids in (blocks, document_ids) if ids is not None]
+    if is_flash(config) and not causal:
+        return make_varlen_mask(rows[0], (*rows[1:], None)[0], mask, int(past), size)
     return ALL_MASK_ATTENTION_FUNCTIONS[backend](
         batch_size=len(x),
         q_length=x.shape[1],

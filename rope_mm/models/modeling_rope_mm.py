@@ -30,6 +30,7 @@ from rope_mm.arguments import (
 )
 from rope_mm.models.masks import find_document_ids, make_mask
 from rope_mm.models.position_ids import default_position_ids, unpack_position_ids
+from rope_mm.models.varlen import VarlenMask
 from rope_mm.nn.attention import Attention, eager_attention
 from rope_mm.nn.blocks import Block, PatchHead, ScoreHead
 from rope_mm.nn.patches import PatchEmbedding, TokenEmbedding
@@ -75,7 +76,10 @@ class RopeMMAttention(Attention):
         cache = kwargs.pop(CACHE, None)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        return backend_of(self.config)(self, q, k, v, mask, scaling=self.head_dim**-0.5, **kwargs)
+        backend, kwargs = backend_of(self.config), kwargs | {"scaling": self.head_dim**-0.5}
+        if isinstance(mask, VarlenMask):
+            return mask.attend(backend, self, q, k, v, **kwargs)
+        return backend(self, q, k, v, mask, **kwargs)
 
 
 def backend_of(config: PreTrainedConfig) -> Callable[..., tuple[Tensor, Tensor | None]]:

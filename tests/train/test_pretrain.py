@@ -280,7 +280,7 @@ def test_what_a_model_was_not_taught_is_refused(data, tmp_path):
         ),
         (
             {"attention": "flash_attention_2"},
-            "flash_attention_2 takes no mask, by which patches see each other",
+            "attention flash_attention_2 has no backward on cpu; take sdpa or eager",
         ),
         ({"data.size": 5}, "5 x 5 pixels do not divide into patches of 2 x 2"),
     ],
