@@ -30,7 +30,14 @@ CRITICS = Registry(
 
 @dataclass(frozen=True, kw_only=True)
 class Dirac:
-    """The game: a key of GAN_LOSSES, gammas of PENALTIES, weight decay of the critic, lambda of gan-qp.
+    """The Dirac-GAN: reals at 0, fakes at theta, a critic phi.
+
+    Attributes:
+        loss: a key of GAN_LOSSES.
+        penalties: name -> gamma, of those of PENALTIES that are of gradients.
+        decay: weight decay of the critic.
+        critic: a key of CRITICS.
+        qp_lambda: lambda of gan-qp.
 
     Raises:
         ValueError: an unknown loss or critic, or no gradient penalty, when the field is asked for.
@@ -66,7 +73,13 @@ class Dirac:
 
 
 def flow(velocity: Field, start: Tensor, times: Sequence[float] | Tensor, tolerance: float = 1e-8) -> Tensor:
-    """States (t, 2, n) at the given times from `start` at the first, by an eighth-order Runge-Kutta method.
+    """States (t, 2, n) at the given times, by an eighth-order Runge-Kutta method.
+
+    Args:
+        velocity: state (2, n) -> its derivative (2, n).
+        start: the state (2, n) at the first of the times.
+        times: (t,), rising.
+        tolerance: absolute and relative error of a step.
 
     Raises:
         ValueError: a state that leaves the finite.
@@ -88,9 +101,12 @@ def flow(velocity: Field, start: Tensor, times: Sequence[float] | Tensor, tolera
 
 @dataclass(frozen=True, kw_only=True)
 class Descent:
-    """Discrete play at step size `rate`: together, or in turns of so many critic and generator steps.
+    """Gradient descent of both players, with heavy-ball momentum: v = momentum v + rate field moves a player.
 
-    With heavy-ball `momentum` each player's velocity v = momentum v + rate field is what moves it.
+    Attributes:
+        rate: step size.
+        turns: critic and generator steps in a turn; None: both players move at once.
+        momentum: of each player.
     """
 
     rate: float
@@ -114,7 +130,14 @@ class Descent:
 
 
 def walk(descent: Descent, velocity: Field, start: Tensor, steps: int) -> Iterator[Tensor]:
-    """The players (2, n) after each of the steps, from rest."""
+    """The players (2, n) after each of the steps, from rest.
+
+    Args:
+        descent: how they move.
+        velocity: state (2, n) -> its derivative (2, n).
+        start: the players (2, n).
+        steps: how many.
+    """
     state = torch.stack([start, torch.zeros_like(start)])
     step = make_fx(lambda state: descent(velocity, state))(state)
     for _ in range(steps):
@@ -133,7 +156,13 @@ def eigenvalues(function: Field, state: Tensor) -> Tensor:
 
 
 def growth(descent: Descent, velocity: Field, equilibrium: Tensor) -> float:
-    """Spectral radius of one step at the equilibrium (2, n): below 1 the players come back to it."""
+    """Spectral radius of one step at an equilibrium: below 1 the players come back to it.
+
+    Args:
+        descent: how the players move.
+        velocity: state (2, n) -> its derivative (2, n).
+        equilibrium: (2, n).
+    """
     state = torch.stack([equilibrium, torch.zeros_like(equilibrium)])
     return eigenvalues(lambda state: descent(velocity, state), state).abs().max().item()
 

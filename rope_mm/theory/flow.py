@@ -5,6 +5,7 @@ identity is the Wasserstein gradient flow of KL(q‖p), whose other faces are La
 scheme. Su, kexue.fm/archives/9660 and 9662; MonoFlow, arXiv 2302.01075.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,6 +17,7 @@ from rope_mm.losses import GAN_LOSSES
 from rope_mm.losses.divergences import Curve, FDivergence
 
 LogRatio = Callable[[Tensor], Tensor]  # particles (n, d) -> log p/q (n,)
+NEWTON_STEPS, HALVINGS = 200, 60  # of `jko`, at most
 Fit = Callable[[Tensor], LogRatio]  # from what q is at the moment, its particles (n, d)
 
 
@@ -31,7 +33,13 @@ def raw(divergence: FDivergence) -> Curve:
 
 
 def velocity(log_ratio: LogRatio, h: Curve, particles: Tensor) -> Tensor:
-    """∇ h(log p/q) (n, d) at the particles."""
+    """∇ h(log p/q) (n, d) at the particles.
+
+    Args:
+        log_ratio: particles (n, d) -> log p/q (n,).
+        h: an increasing curve.
+        particles: (n, d).
+    """
     return grad(lambda x: h(log_ratio(x)).sum())(particles)
 
 
@@ -58,7 +66,12 @@ def quadratic(x: Tensor) -> Tensor:
 
 
 def learned_ratio(real: Tensor, features: Callable[[Tensor], Tensor] = quadratic) -> Fit:
-    """Particles -> log p/q as a critic linear in features (n, k) learns it from samples of p."""
+    """Particles -> log p/q as a critic linear in features learns it from samples of p.
+
+    Args:
+        real: samples (n, d) of p.
+        features: samples (n, d) -> (n, k).
+    """
 
     def fit(particles: Tensor) -> LogRatio:
         of_real, of_fake = features(real), features(particles)
@@ -79,7 +92,15 @@ def learned_ratio(real: Tensor, features: Callable[[Tensor], Tensor] = quadratic
 
 
 def transport(particles: Tensor, fit: Fit, h: Curve, time: float, steps: int) -> Iterator[Tensor]:
-    """Particles (n, d) after each of the steps along dx/dt = ∇ h(log p/q), by Heun's method."""
+    """Particles (n, d) after each of the steps along dx/dt = ∇ h(log p/q), by Heun's method.
+
+    Args:
+        particles: (n, d) at the start.
+        fit: how log p/q is found from particles.
+        h: an increasing curve; the identity descends KL(q‖p).
+        time: from start to end.
+        steps: how many.
+    """
     rate = time / steps
     for _ in range(steps):
         first = velocity(fit(particles), h, particles)
@@ -91,7 +112,15 @@ def transport(particles: Tensor, fit: Fit, h: Curve, time: float, steps: int) ->
 def langevin(
     particles: Tensor, p: Distribution, time: float, steps: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """Particles (n, d) after each of the steps of dx = ∇ log p dt + sqrt 2 dw, by Heun's method."""
+    """Particles (n, d) after each of the steps of dx = ∇ log p dt + sqrt 2 dw, by Heun's method.
+
+    Args:
+        particles: (n, d) at the start.
+        p: the distribution that they come to.
+        time: from start to end.
+        steps: how many.
+        generator: of the noise.
+    """
     rate, score = time / steps, grad(lambda x: p.log_prob(x).sum())
     for _ in range(steps):
         noise = torch.randn(particles.shape, generator=generator, dtype=particles.dtype)
@@ -102,30 +131,48 @@ def langevin(
 
 
 def jko(particles: Tensor, p: Distribution, rate: float) -> Tensor:
-    """argmin over q of W2²(q, q_t) / (2 rate) + KL(q‖p), on the line: sorted particles (n,), equally likely.
+    """argmin over q of W2²(q, q_t) / (2 rate) + KL(q‖p), on the line: one step of the JKO scheme.
 
     There W2 is the distance of the sorted particles, and the entropy the mean logarithm of their gaps: a
     convex function, minimised by Newton's method with steps halved as long as they do not descend.
 
+    Args:
+        particles: (n,), equally likely, in rising order.
+        p: a distribution of (1,) vectors.
+        rate: the length of the step, positive.
+
     Raises:
-        ValueError: particles that are not sorted.
+        ValueError: a rate that is no positive number; particles that are not finite and rising, or where p
+            has no density; a minimum that Newton's method does not reach.
     """
-    if not (particles.diff() > 0).all():
-        raise ValueError("jko wants particles in rising order, no two the same; sort them")
+    if not 0 < rate < math.inf:
+        raise ValueError(f"jko needs a positive rate, not {rate}")
+    if particles.dim() != 1 or not particles.isfinite().all() or not (particles.diff() > 0).all():
+        raise ValueError("jko needs finite particles (n,) in rising order, no two the same; sort them")
 
     def objective(x: Tensor) -> Tensor:
         move = (x - particles).square().mean() / (2 * rate)
         return move - p.log_prob(x[:, None]).mean() - x.diff().log().sum() / len(x)
 
     x, value = particles, objective(particles)
-    while True:
+    if not value.isfinite():
+        raise ValueError("jko needs particles where p has a density, and some have none")
+    for _ in range(NEWTON_STEPS):
         step = torch.linalg.solve(hessian(objective)(x), grad(objective)(x))
-        while not (lower := objective(x - step)) <= value:  # a nan, of gaps that close, is not below either
+        if not step.isfinite().all():
+            raise ValueError("jko finds no finite step; take a larger rate, or particles further apart")
+        for _ in range(HALVINGS):
+            lower = objective(x - step)
+            if lower <= value:  # a nan, of gaps that close, is not below either
+                break
             step = step / 2
+        else:
+            return x  # no step is left that descends: rounding is all that moves
         x = x - step
         if value - lower < 1e-12:
             return x
         value = lower
+    raise ValueError(f"jko has not reached the minimum in {NEWTON_STEPS} steps; take a rate below {rate}")
 
 
 def projection(x: Tensor, moved: Tensor) -> Tensor:
@@ -149,6 +196,16 @@ def follow(
     A round holds the exact ratio log p/q fixed and takes `inner` steps of Adam. Without `push` they descend
     the usual loss -E h(log p/q). With it they descend the projection on the particles moved by push · v, over
     2 push; its gradient is at first that of the usual loss: one step is the same, many are not.
+
+    Args:
+        p: a normal distribution on the plane.
+        h: an increasing curve.
+        rounds: how many.
+        rate: of Adam.
+        inner: steps in a round.
+        push: how far particles are moved along their velocity, or None.
+        batch: samples of z in a round.
+        seed: of z.
     """
     generator = torch.Generator().manual_seed(seed)
     mean = torch.ones(2, requires_grad=True)

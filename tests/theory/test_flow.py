@@ -84,9 +84,37 @@ def test_jko_follows_the_closed_form_as_its_steps_shrink():
             assert found == pytest.approx(kl(rate * step), rel=0.02)
 
 
-def test_jko_wants_sorted_particles():
-    with pytest.raises(ValueError, match="sort them"):
-        jko(torch.tensor([1.0, 0.0]), P, 0.1)
+@pytest.mark.parametrize(
+    "particles", [[1.0, 0.0], [0.0, 0.0], [0.0, math.inf], [-math.inf, 0.0], [math.nan, 0.0]]
+)
+def test_jko_refuses_particles_that_are_not_finite_and_rising(particles):
+    with pytest.raises(ValueError, match=r"jko needs finite particles .* sort them"):
+        jko(torch.tensor(particles), P, 0.1)
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, math.nan, math.inf])
+def test_jko_refuses_a_rate_at_which_it_would_never_end(rate):
+    with pytest.raises(ValueError, match="jko needs a positive rate"):
+        jko(torch.tensor([0.0, 1.0]), P, rate)
+
+
+@pytest.mark.parametrize("rate", [1e-300, 1e-12, 1e12])
+def test_jko_ends_at_any_rate(rate):
+    start = torch.tensor([-0.5, 0.1, 1.0], dtype=torch.float64)
+    try:
+        found = jko(start, P, rate)
+    except ValueError as error:
+        assert "jko" in str(error)
+    else:
+        assert found.isfinite().all() and (found.diff() > 0).all()
+
+
+def test_jko_refuses_particles_where_the_target_has_no_density():
+    from torch.distributions import Independent, Uniform
+
+    box = Independent(Uniform(torch.zeros(1), torch.ones(1), validate_args=False), 1)
+    with pytest.raises(ValueError, match="where p has a density"):
+        jko(torch.tensor([0.5, 2.0]), box, 0.1)
 
 
 def test_the_kl_falls_at_the_rate_of_the_fisher_divergence():
