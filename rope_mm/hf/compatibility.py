@@ -59,6 +59,8 @@ def make_rope(
         )
         refuse({why: changes or given.head_dim != width})
     spec: Any = getattr(given, "scheme", given)
+    if isinstance(spec, str) and interface:  # the pairing belongs to the weights
+        changes = {"pairing": interface.pairing} | changes
     chosen = read_scheme(spec, **changes)
     if interface:
         check_scheme(chosen, interface, name, read_head_dim(config) if config else width)

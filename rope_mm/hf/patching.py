@@ -26,7 +26,9 @@ from rope_mm.hf.config_io import (
     scheme_entries,
     waits_for_scheme,
 )
+from rope_mm.hf.image_grids import parameters_of
 from rope_mm.hf.inspection import APPLY_FUNCTION, TOKEN_CALLS, modules_using, read_module
+from rope_mm.hf.position_hooks import PositionHooks
 from rope_mm.hf.position_ids import METHODS, position_methods
 from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding, RotarySlot, describe, rotary_slots
 from rope_mm.hf.vision_positions import PIXELS
@@ -148,9 +150,7 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
     with all_or_nothing(handle, f"{type(model).__name__} cannot run what set_rope gave it"):
         for site, rotary in swaps:
             install(site, rotary)
-            rotary.text_only = bool(rotary.learned) and not position_methods(model)
-            for part, name in position_methods(model) if rotary.learned else ():
-                rotary.set_attr(part, name, MethodType(METHODS[name], part))
+        hook_positions(model, [swap for swap in swaps if swap[0].module])
     return handle
 
 
@@ -178,9 +178,33 @@ def install(site: RotarySlot, rotary: RopeMMRotaryEmbedding) -> None:
     if waited:
         activate(owner)
     if not site.module:
-        return rotate_in_attention(owner, rotary)
-    rotary.undo.append(owner.register_forward_pre_hook(rotary.split_positions, with_kwargs=True).remove)
-    rotary.undo.append(owner.register_forward_hook(rotary.mark_cache, with_kwargs=True).remove)
+        rotate_in_attention(owner, rotary)
+
+
+def hook_positions(model: nn.Module, swaps: list[tuple[RotarySlot, RopeMMRotaryEmbedding]]) -> None:
+    """Put hooks around the forwards that pass positions to our rotary modules, and set our methods.
+
+    One stack of layers has one set of positions; an encoder and its decoder have one each.
+    """
+    apart = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    stacks = [[swap] for swap in swaps] if apart else [swaps] if swaps else []
+    for stack in stacks:
+        rotary = stack[0][1]
+        scheme = rotary.first.scheme if rotary.learned else None
+        methods = position_methods(model) if scheme else []
+        modules = {id(part): part for site, _ in stack for part in forwards_above(model, site, apart)}
+        hooks = PositionHooks([one for _, one in stack], scheme, bool(scheme) and not methods)
+        hooks.install(list(modules.values()), rotary)
+        for part, name in methods:
+            rotary.set_attr(part, name, MethodType(METHODS[name], part))
+
+
+def forwards_above(model: nn.Module, site: RotarySlot, apart: bool) -> list[nn.Module]:
+    """The modules from the model to a slot's owner whose forward takes position_ids, and the owner."""
+    path = site.name.split(".")[:-1]
+    above = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
+    takers = [part for part in above if "position_ids" in parameters_of(type(part))]
+    return [*([] if apart else takers), site.owner]
 
 
 def unset_rope(model: nn.Module) -> None:

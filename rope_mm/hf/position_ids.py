@@ -1,18 +1,54 @@
 """position_ids (1 + a, b, s) as transformers takes them: token positions first, then one row per axis."""
 
+import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
-from rope_mm.hf.rotary_embedding import ENDS_IN_IMAGE, scheme_of
+from rope_mm.arguments import ALIASES, read
+from rope_mm.hf.image_grids import IMAGES, PACES, VIDEOS, parameters_of, read_grids, takes_images, token_kinds
+from rope_mm.hf.rotary_embedding import scheme_of
+from rope_mm.positions.grids import Cursor
 from rope_mm.positions.place import place_rows
 from rope_mm.rotary.definition import widest_float
 from rope_mm.schemes.scheme import Scheme
-from rope_mm.segments import Image, Segment, Video, segments_from_token_types
+from rope_mm.segments import Segment, segments_from_token_types
 
-IMAGES, VIDEOS = 1, 2  # kinds of tokens, as processors number them
+ENDS_IN_IMAGE = (
+    "the prompt ends in an image, and the token behind it does not stand one step further on; end it with a "
+    "text token, such as the one that closes an image"
+)
+# arguments of get_rope_index that say nothing about positions of ours: audio stands as text does
+HARMLESS = {"audio_seqlens", "audio_feature_lengths", *ALIASES["cache"]}
+
+
+class Conversation(NamedTuple):
+    """Where a cache's rows go on; it belongs to the cache, for one model may hold several.
+
+    Attributes:
+        next: the position of each row's next token (b,); NaN where that is not known, behind an image.
+        tokens: how many tokens the cache held then.
+    """
+
+    next: Tensor
+    tokens: int
+
+
+class Placed(NamedTuple):
+    """Tokens that were placed.
+
+    Attributes:
+        positions: (b, s, a).
+        mask: (b, s), which tokens are no padding.
+        next: (b,), the position of each row's next token.
+    """
+
+    positions: Tensor
+    mask: Tensor
+    next: Tensor
 
 
 def positions_for(
@@ -35,21 +71,20 @@ def positions_for(
         (1 + a, b, s): token positions, then the position on each axis.
 
     Raises:
-        ValueError: a model without a scheme of ours, or tokens that do not match their grids.
+        ValueError: a model without a scheme of ours, tokens that do not match their grids, or an argument
+            that the model does not take.
     """
     scheme = scheme_of(model)
-    if (
-        "input_ids" not in inputs
-        if isinstance(inputs, Mapping)
-        else any(isinstance(x, Segment) for x in inputs)
-    ):
+    if isinstance(inputs, Mapping) and "input_ids" in inputs:
+        known = {*parameters_of(type(model)), "mm_token_type_ids", *PACES}
+        refuse_unknown(inputs, known, type(model).__name__)
+        placed = place_inputs(getattr(model, "config", None), scheme, **inputs)
+        positions, mask, after = placed.positions, placed.mask, placed.next[:, None]
+    elif isinstance(inputs, Mapping) or any(isinstance(x, Segment) for x in inputs):
         raise ValueError(
             f"{inputs!r} is neither a list of rows of segments, as [[Text(3), Image(2, 2)]], nor what a "
             "processor makes, which has input_ids"
         )
-    if isinstance(inputs, Mapping):
-        positions, mask, ahead = place_inputs(model.config, scheme, **inputs)
-        after = ahead.to(positions) + mask.sum(-1, keepdim=True)
     else:
         rows = place_rows(inputs, scheme.layout, padding_side=padding_side, **dict(scheme.options))
         positions, mask = rows.positions, rows.mask
@@ -61,79 +96,248 @@ def positions_for(
 
 def off_text_step(step: Tensor, after: Tensor) -> Tensor:
     """Whether one step (b, a) leads elsewhere than to the next token (b, 1), for each row."""
-    return ~torch.isclose(step, after, rtol=0, atol=1e-6).all(-1)
+    return ~torch.isclose(step, after.to(step), rtol=0, atol=1e-6).all(-1)
 
 
-def get_rope_index(self: Any, input_ids: Tensor, *_args: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+def refuse_unknown(arguments: Mapping[str, Any], known: set[str], name: str) -> None:
+    """Refuse arguments with a value that are not known.
+
+    Raises:
+        ValueError: with their names.
+    """
+    given = {key for key, value in arguments.items() if value is not None and value is not False}
+    if unknown := sorted(given - known):
+        raise ValueError(f"{name} does not take {', '.join(unknown)}; it takes {', '.join(sorted(known))}")
+
+
+def place_inputs(
+    config: Any,
+    scheme: Scheme,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    starts: Sequence[float] | None = None,
+    **inputs: Any,
+) -> Placed:
+    """Place what a processor made.
+
+    Args:
+        config: the model's config, which names the tokens of images.
+        scheme: its layout places them.
+        input_ids: (b, s); None where mm_token_type_ids say what stands where.
+        attention_mask: (b, s), 0 at padding.
+        starts: where each row's first token stands; 0 if None.
+        inputs: mm_token_type_ids, image_grid_thw, video_grid_thw, the seconds of a video's grid.
+
+    Raises:
+        ValueError: tokens of images that do not match their grids.
+    """
+    kinds = token_kinds(config, input_ids, inputs.get("mm_token_type_ids"))
+    if kinds is None:
+        raise ValueError(
+            "embeddings alone do not say which of them are of an image; give mm_token_type_ids (b, s), "
+            "0 for text, 1 for an image, 2 for a video, or position_ids"
+        )
+    mask = (torch.ones_like(kinds) if getattr(attention_mask, "ndim", 0) != 2 else attention_mask).bool()  # pyright: ignore
+    if mask.shape != kinds.shape:
+        raise ValueError(f"attention_mask {tuple(mask.shape)} does not fit tokens {tuple(kinds.shape)}")
+    seen = read_grids(config, inputs, kinds * mask)
+    if starts is not None:
+        seen = {kind: newest(seen[kind], int((kinds[mask] == kind).sum())) for kind in seen}
+    positions = torch.zeros(*kinds.shape, len(scheme.axes), dtype=torch.float64)
+    after = torch.zeros(len(kinds), dtype=torch.float64)
+    for row, (kind, there) in enumerate(zip(kinds.cpu(), mask.cpu(), strict=True)):
+        start = Cursor(next=float(starts[row])) if starts is not None else None
+        placed, cursor = scheme.place(segments_from_token_types(kind[there].tolist(), seen), start)
+        positions[row, there], after[row] = placed, cursor.next
+    if left := [str(visual) for visuals in seen.values() for visual in visuals]:
+        came = ", ".join(left)
+        raise ValueError(f"grids came for {came}, but there are no tokens left for them to stand on")
+    device, dtype = kinds.device, widest_float(kinds.device)
+    return Placed(positions.to(device, dtype), mask, after.to(device, dtype))
+
+
+def newest(seen: list[Segment], tokens: int) -> list[Segment]:
+    """The last images that fill so many tokens; those before them are in the cache."""
+    for first in range(len(seen) + 1):
+        if sum(x.tokens for x in seen[first:]) <= tokens:
+            return seen[first:]
+    return []
+
+
+def place_forward(
+    module: Any, scheme: Any, kwargs: dict[str, Any], cache: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """position_ids of a forward that was given none, and where each row's next token stands (b,).
+
+    Args:
+        module: the model, whose config names the tokens of images.
+        scheme: its layout places them.
+        kwargs: the forward's arguments.
+        cache: the forward's cache, None without one.
+
+    Returns:
+        (1 + a, b, s) and (b,); None twice where the model's own counting will do.
+
+    Raises:
+        ValueError: an image whose place or size is not known, or a cache that was filled elsewhere.
+    """
+    images = [name for name in kwargs if name.startswith("pixel_values") and kwargs[name] is not None]
+    if scheme.layout == "flat" and not parameters_of(type(module)):
+        return None, None
+    if torch.compiler.is_compiling() and not images:
+        return None, None
+    given = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    tokens = next((x for x in given if x is not None), None)
+    if tokens is None:
+        return None, None
+    s, past = tokens.shape[1], int(cache.get_seq_length()) if cache is not None else 0
+    starts = conversation_starts(cache, past, len(tokens)) if past else None
+    inputs = {name: kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw", *PACES)}
+    inputs["mm_token_type_ids"] = last_columns(kwargs.get("mm_token_type_ids"), s)
+    mask = kwargs.get("attention_mask")
+    if padded := getattr(mask, "ndim", 0) == 2:
+        check_mask(mask, past, s)
+    placed = place_inputs(
+        module.config,
+        scheme,
+        kwargs.get("input_ids"),
+        last_columns(mask if padded else None, s),
+        starts,
+        **inputs,
+    )
+    kinds = token_kinds(module.config, kwargs.get("input_ids"), inputs["mm_token_type_ids"])
+    if images and kinds is not None and not kinds.any():
+        raise ValueError(
+            f"{' and '.join(images)} came, but no token says where the image stands; give input_ids with the "
+            "config's image tokens, or position_ids"
+        )
+    count = token_numbers(mask if padded else None, past, tokens)
+    return torch.cat((count[None].to(placed.positions), placed.positions.movedim(-1, 0))), placed.next
+
+
+def check_mask(mask: Any, past: int, s: int) -> None:
+    """Refuse a mask that does not cover the cache and the new tokens.
+
+    Raises:
+        ValueError: with both lengths.
+    """
+    if mask.shape[1] != past + s:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns, but the cache holds {past} tokens and {s} are new; "
+            f"give (b, {past + s})"
+        )
+
+
+def conversation_starts(cache: Any, past: int, rows: int) -> list[float]:
+    """Where each row goes on from a cache.
+
+    Raises:
+        ValueError: a cache that our hooks did not see filled, or that ends in an image behind which nothing is known.
+    """
+    talk = getattr(cache, "rope_mm_conversation", None)
+    if talk is None or talk.tokens != past:
+        raise ValueError(
+            f"this cache holds {past} tokens whose positions are not known, as where another model filled it; "
+            "give position_ids, as `positions_for` makes them for the whole sequence"
+        )
+    starts = talk.next.repeat_interleave(rows // len(talk.next)).tolist()
+    if any(start != start for start in starts):
+        raise ValueError(ENDS_IN_IMAGE)
+    return starts
+
+
+def last_columns(x: Tensor | None, s: int) -> Tensor | None:
+    """The columns of the new tokens."""
+    return None if x is None else x[:, -s:]
+
+
+def token_numbers(mask: Tensor | None, past: int, tokens: Tensor) -> Tensor:
+    """Numbers (b, s) of tokens in their rows, padding not counted."""
+    b, s = tokens.shape[:2]
+    if mask is None:
+        return torch.arange(past, past + s, device=tokens.device).expand(b, -1)
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -s:]
+
+
+def next_positions(positions: Tensor, marks: Tensor, mask: Any) -> Tensor:
+    """Where each row's next token stands (b,), NaN if that is unknown.
+
+    Args:
+        positions: (b, s, a), as they were given.
+        marks: (b, s), whether the next token is not one step behind a token, as `positions_for` marks it.
+        mask: (b, s) or wider, 0 at padding; any other mask counts as none.
+    """
+    b, s, _ = positions.shape
+    padded = getattr(mask, "ndim", 0) == 2
+    there = mask[:, -s:].long() if padded else torch.ones(1, s, dtype=torch.long, device=positions.device)
+    last = (there * torch.arange(1, s + 1, device=positions.device)).argmax(-1).expand(b)
+    rows = torch.arange(b, device=positions.device)
+    after = positions[rows, last].amax(-1).to(widest_float(positions.device)) + 1
+    return after.where(~marks.expand(b, s)[rows, last], torch.nan)
+
+
+def get_rope_index(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Replaces a model's own method: positions (a, b, s) by our layout, and the rope delta (b, 1)."""
-    positions, _, ahead = place_inputs(self.config, scheme_of(self), input_ids, **inputs)
-    return positions.movedim(-1, 0), ahead
+    method = type(self).get_rope_index
+    bound = inspect.signature(method).bind(self, *args, **kwargs).arguments
+    inputs = {**bound, **bound.pop("kwargs", {})}
+    del inputs["self"]
+    known = {"input_ids", "mm_token_type_ids", "attention_mask", "image_grid_thw", "video_grid_thw", *PACES}
+    extra = {name: value for name, value in inputs.items() if name not in known}
+    named = {
+        name: value for name, value in extra.items() if name in parameters_of(type(self), "get_rope_index")
+    }
+    refuse_unknown(named, HARMLESS, "positions by our layout")
+    placed = place_inputs(
+        self.config, scheme_of(self), **{name: inputs[name] for name in inputs if name in known}
+    )
+    count = placed.mask.sum(-1, keepdim=True).to(placed.next)
+    return placed.positions.movedim(-1, 0), placed.next[:, None] - count
 
 
 def prepare_positions(self: Any, inputs: Tensor, given: dict[str, Any]) -> Tensor:
-    """Replaces a model's own method: its positions of a prompt, if `generate` can go on from them."""
-    ids = type(self)._prepare_position_ids_for_generation(self, inputs, given)
-    if len(ids) > 1 and ids.dim() == 3:
-        tokens, last = ids[0, :, -1:], ids[1:, :, -1].T
-        if off_text_step(last, tokens + self.model.rope_deltas.to(tokens)).any():
-            raise ValueError(ENDS_IN_IMAGE)
-    return ids
+    """Replaces a model's own method: positions of a prompt, if `generate` can go on from them."""
+    count = GenerationMixin._prepare_position_ids_for_generation(self, inputs, given)
+    tokens = given.get("input_ids")
+    tokens = inputs if tokens is None or not tokens.shape[1] else tokens
+    cache, scheme = read(given, "cache"), scheme_of(self)
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    named = {name: given.get(name) for name in ("image_grid_thw", "video_grid_thw", *PACES)}
+    kinds = given.get("mm_token_type_ids")
+    ids = tokens if tokens.ndim == 2 else None
+    whole = tokens.shape[1] > past
+    new = tokens.shape[1] - past * whole
+    mask = given.get("attention_mask")
+    if past and not grids_cover(self.config, named, token_kinds(self.config, ids, kinds)):
+        starts = conversation_starts(cache, past, len(tokens))
+        ids, kinds, mask = (last_columns(x, new) for x in (ids, kinds, mask))
+    else:
+        starts, kinds = None, last_columns(kinds, tokens.shape[1])
+    placed = place_inputs(self.config, scheme, ids, mask, starts, mm_token_type_ids=kinds, **named)
+    if off_text_step(placed.positions[:, -1] + 1, placed.next[:, None]).any():
+        raise ValueError(ENDS_IN_IMAGE)
+    positions = placed.positions.movedim(-1, 0)
+    count = count.expand(positions.shape[1], -1)
+    filled = positions.new_zeros(len(positions), *count.shape)
+    filled[..., -positions.shape[-1] :] = positions
+    return torch.cat((count[None].to(positions), filled))
+
+
+def grids_cover(config: Any, inputs: Mapping[str, Any], kinds: Tensor | None) -> bool:
+    """Whether grids came for all image and video tokens, those in the cache too."""
+    if kinds is None or not kinds.any():
+        return False
+    try:
+        seen = read_grids(config, inputs, kinds)
+    except ValueError:
+        return False
+    return all(sum(x.tokens for x in seen[kind]) == int((kinds == kind).sum()) for kind in (IMAGES, VIDEOS))
 
 
 METHODS = {"get_rope_index": get_rope_index, "_prepare_position_ids_for_generation": prepare_positions}
 
 
 def position_methods(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Parts of a model that places images itself, and the methods with which they do."""
+    """Parts of a model that takes images beside text, and the methods with which they place them."""
     found = [(part, name) for part in model.modules() for name in METHODS if hasattr(type(part), name)]
-    return found if "get_rope_index" in {name for _, name in found} else []
-
-
-def place_inputs(
-    config: Any, scheme: Scheme, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Place what a processor made.
-
-    Args:
-        config: the model's config, which names the tokens of images.
-        scheme: its layout places them.
-        input_ids: (b, s).
-        attention_mask: (b, s), 0 at padding.
-        inputs: mm_token_type_ids, image_grid_thw, video_grid_thw, second_per_grid_ts.
-
-    Returns:
-        Positions (b, s, a), which tokens are no padding (b, s), and how far the next token's position is
-        ahead of its number (b, 1).
-
-    Raises:
-        ValueError: tokens of images that do not match their grids.
-    """
-    mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
-    kinds, seen = inputs.get("mm_token_type_ids"), read_grids(config, inputs)
-    if kinds is None:
-        kinds = torch.zeros_like(input_ids)
-        for kind, name in ((IMAGES, "image_token_id"), (VIDEOS, "video_token_id")):
-            kinds[input_ids == getattr(config, name, None)] = kind
-    positions = torch.zeros(*input_ids.shape, len(scheme.axes), dtype=torch.float64)
-    ahead = torch.zeros(len(input_ids), 1)
-    for row, (kind, there) in enumerate(zip(kinds.cpu(), mask.cpu(), strict=True)):
-        placed, cursor = scheme.place(segments_from_token_types(kind[there].tolist(), seen))
-        positions[row, there], ahead[row] = placed, cursor.next - cursor.tokens
-    if left := [str(visual) for visuals in seen.values() for visual in visuals]:
-        came = ", ".join(left)
-        raise ValueError(f"grids came for {came}, but there are no tokens left for them to stand on")
-    return positions.to(input_ids.device, widest_float(input_ids.device)), mask, ahead.to(input_ids.device)
-
-
-def read_grids(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[Segment]]:
-    """Images and videos in their order, in merged patches."""
-    side = getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1)
-    merge = torch.tensor((1, side, side))
-    grids = [inputs.get(f"{kind}_grid_thw") for kind in ("image", "video")]
-    images, videos = ([] if x is None else (torch.as_tensor(x).cpu() // merge).tolist() for x in grids)
-    paces = inputs.get("second_per_grid_ts")
-    paces = [1.0] * len(videos) if paces is None else map(float, paces)
-    return {
-        IMAGES: [Video(t, y, x) if t > 1 else Image(y, x) for t, y, x in images],
-        VIDEOS: [Video(t, y, x, pace) for (t, y, x), pace in zip(videos, paces, strict=True)],
-    }
+    return [(part, name) for part, name in found if name == "get_rope_index" or takes_images(part)]

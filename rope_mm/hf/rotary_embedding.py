@@ -1,14 +1,13 @@
 """The module that replaces a model's rotary module, and the hooks around its owner's forward."""
 
-import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rope_mm.arguments import cache_of, read, refuse_unknown_cache
 from rope_mm.hf.inspection import TOKEN_CALLS, ModelRope, frequencies
 from rope_mm.hf.vision_positions import centres_in_radians, place_patches
 from rope_mm.rotary import definition as rotation
@@ -17,10 +16,13 @@ from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.scheme import Scheme
 
 Rope = Rotary | ModelRope
-ENDS_IN_IMAGE = (
-    "the prompt ends in an image, and the token behind it does not stand one step further on; end it with a "
-    "text token, such as the one that closes an image"
-)
+
+
+@dataclass
+class PositionState:
+    """Positions (b, s, a) of the forward that is under way, where the model was given them."""
+
+    positions: Tensor | None = None
 
 
 class RopeMMRotaryEmbedding(nn.Module):
@@ -35,8 +37,7 @@ class RopeMMRotaryEmbedding(nn.Module):
         original: the module that it replaces, None where there was none.
         use_op: whether attention rotates by our op, and gets RotaryAngles in place of tables.
         undo: calls that, the last one first, make the model what it was; a copy of the model copies them.
-        coordinates: positions (b, s, a) of the forward that is under way, where the model was given them.
-        text_only: whether `set_rope` was given a text part alone, whose positions the whole model makes.
+        position_state: positions of the forward that is under way, shared with the hooks that set them.
     """
 
     def __init__(self, ropes: dict[Any, Rope], interfaces: dict[Any, ModelRope], original: Any, config: Any):
@@ -45,8 +46,7 @@ class RopeMMRotaryEmbedding(nn.Module):
         self.learned = nn.ModuleList(rope for rope in ropes.values() if isinstance(rope, Rotary))
         self.config, self.use_op = config, not interfaces
         self.undo: list[Callable[[], Any]] = []
-        self.coordinates: Tensor | None = None
-        self.text_only = False
+        self.position_state = PositionState()
         self.call_format = next((rope.call_format for rope in interfaces.values()), "")
         self.axes = len(self.first.omega)
 
@@ -93,8 +93,8 @@ class RopeMMRotaryEmbedding(nn.Module):
                 return centres_in_radians(*image)
             return place_patches(rope.scheme, *image)
         if self.call_format in TOKEN_CALLS:
-            if self.coordinates is not None:
-                return self.coordinates
+            if self.position_state.positions is not None:
+                return self.position_state.positions
             if ids.dim() == 3 and len(ids) == self.axes:
                 return ids.movedim(0, -1)
             return (ids if ids.dim() == 2 else ids[0])[..., None].expand(-1, -1, self.axes)
@@ -103,101 +103,8 @@ class RopeMMRotaryEmbedding(nn.Module):
         at = dict(zip(interface.axes, ids.unbind(-1), strict=True))
         return torch.stack([at.get(axis, torch.zeros_like(ids[..., 0])) for axis in rope.scheme.axes], -1)
 
-    def split_positions(self, owner: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        """Before the owner's forward: (1 + a, b, s) position_ids become token positions and coordinates."""
-        self.coordinates, a = None, self.axes
-        kwargs = bind_positional(owner, args) | kwargs if args else kwargs
-        refuse_unknown_cache(kwargs)
-        ids, cache = kwargs.get("position_ids"), read(kwargs, "cache")
-        check_position_shape(ids, kwargs)
-        if ids is None or ids.dim() != 3:
-            if hasattr(cache, "rope_mm_ends_in_image"):
-                raise ValueError(
-                    "this cache was filled at given positions, so what follows needs its own: position_ids "
-                    f"(1 + {a}, b, s), as `positions_for` makes them for the whole sequence"
-                )
-            if ids is not None and self.learned:
-                refuse_packing_leak(owner, ids, kwargs)
-            return None
-        rows, native = len(ids), self.call_format == "mrope"
-        if rows != 1 + a and not (native and rows in (1, 3, 4, a)):
-            raise ValueError(
-                f"position_ids {tuple(ids.shape)} have {rows} rows, but {a} axes need (1 + {a}, b, s), the "
-                "token positions first; `positions_for` makes them"
-            )
-        if self.text_only and native and rows > 1 and not ids.is_floating_point():
-            raise ValueError(
-                "these position_ids are whole numbers, as M-RoPE around a text makes, not by our layout; "
-                "give set_rope the whole model, or this part what `positions_for` makes"
-            )
-        if rows in (a, 1 + a):
-            self.coordinates = ids[-a:].movedim(0, -1)
-        kept, counted = ids[0].long(), rows == 1 + a or rows == 4 != a
-        if counted:
-            refuse_packing_leak(owner, kept, kwargs)
-        if rows == 1 + a:
-            refuse_image_end(ids[0], cache)
-        if native:  # such models split four rows themselves, and three have no token positions
-            kept = kept.expand(4 if counted else 3, -1, -1)
-        return (), {**kwargs, "position_ids": kept}
-
-    def mark_cache(self, _owner: nn.Module, _args: tuple, _kwargs: dict[str, Any], out: Any) -> None:
-        """After the owner's forward: note on its cache that positions were given."""
-        cache = cache_of(out)
-        if self.coordinates is not None and cache is not None and not torch.compiler.is_compiling():
-            vars(cache).setdefault("rope_mm_ends_in_image", False)
-        self.coordinates = None
-
     def extra_repr(self) -> str:
         return ", ".join(f"{layer or 'all layers'}: {describe(rope)}" for layer, rope in self.ropes.items())
-
-
-def bind_positional(owner: nn.Module, args: tuple) -> dict[str, Any]:
-    """Positional arguments of a forward, by their names."""
-    names = list(inspect.signature(type(owner).forward).parameters)[1:]
-    return dict(zip(names, args, strict=False))
-
-
-def check_position_shape(ids: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Refuse position_ids that do not give each token one position."""
-    tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-    if ids is None or tokens is None:
-        return
-    b, s = tokens.shape[:2]
-    if tuple(ids.shape[-2:]) not in ((1, s), (b, s)):
-        raise ValueError(
-            f"position_ids {tuple(ids.shape)} do not fit {b} rows of {s} tokens; give (b, s), or "
-            "(1 + axes, b, s) as `positions_for` makes them"
-        )
-
-
-def refuse_packing_leak(owner: Any, tokens: Tensor, kwargs: dict[str, Any]) -> None:
-    """Refuse packed rows where transformers would let documents see one another."""
-    if tokens.shape[-1] == 1 or torch.compiler.is_compiling():
-        return
-    mask: Any = kwargs.get("attention_mask")
-    use_cache = kwargs.get("use_cache")
-    cached = getattr(owner.config, "use_cache", False) if use_cache is None else use_cache
-    padded = getattr(mask, "ndim", 0) == 2  # one of more axes says itself what sees what
-    there = mask[:, -tokens.shape[-1] :].bool() if padded else torch.ones_like(tokens, dtype=torch.bool)
-    leaks = cached if mask is None else padded or read(kwargs, "cache") is not None
-    count = tokens.where(there, -1)
-    if leaks and (there & (count < count.cummax(-1).values)).any():
-        raise ValueError(
-            "token positions start again within a row, and with a cache or a mask (b, s) transformers "
-            "lets the documents see one another; pass use_cache=False and no mask"
-        )
-
-
-def refuse_image_end(counts: Tensor, cache: Any) -> None:
-    """Refuse a step of one where the next token is not one ahead, as `positions_for` marks by a quarter."""
-    ended, compiling = getattr(cache, "rope_mm_ends_in_image", False), torch.compiler.is_compiling()
-    marks = None if compiling else counts % 1 > 0
-    within = marks is not None and (marks[:, 1:] & (counts.diff() == 1) & marks[:, :-1]).any()
-    if within or (ended and (marks is None or marks[:, 0].any())):
-        raise ValueError(ENDS_IN_IMAGE)
-    if cache is not None and marks is not None:
-        cache.rope_mm_ends_in_image = bool(marks[:, -1].any())
 
 
 def describe(rope: Rope) -> str:

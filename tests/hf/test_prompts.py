@@ -13,7 +13,7 @@ from rope_mm.schemes.zoo import MULTIMODAL
 
 STORY = "text:3 image:2x3 text:4"
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-ATTENTION_FIELD = {"output_logits": True, "return_dict_in_generate": True}
+ASK = {"output_logits": True, "return_dict_in_generate": True}
 SERVED = [name for name in MULTIMODAL if not SCHEMES[name].per_head]
 
 
@@ -59,9 +59,9 @@ def test_tokens_drafted_by_another_model_do_not_change_the_answer(tiny, llama):
 def test_a_second_turn_goes_on_from_the_cache_that_was_returned(llama, cached, static):
     p, ids = positions_for(llama, [STORY]), words(1, 13)
     cache = cached(StaticCache(config=llama.config, max_cache_len=32)) if static else {}
-    first = llama.generate(input_ids=ids, position_ids=p, **cache, **GREEDY, **ATTENTION_FIELD)
+    first = llama.generate(input_ids=ids, position_ids=p, **cache, **GREEDY, **ASK)
     ids = torch.cat((first.sequences, words(1, 3)), 1)
-    turn = {"input_ids": ids, **GREEDY, **ATTENTION_FIELD}
+    turn = {"input_ids": ids, **GREEDY, **ASK}
     kept = copy.deepcopy(cache_of(first))
     with pytest.raises(ValueError, match="needs its own: position_ids"):
         llama.generate(**turn, **cached(kept))
@@ -81,7 +81,7 @@ def test_behind_a_image_tokens_go_on_where_the_scheme_says_or_are_refused(tiny, 
         run = {"input_ids": words(1, 13), "position_ids": p, "use_cache": use_cache}
         whole = positions_for(model, [segments + " text:4"])
         if torch.allclose(longer(p, 4)[1:], whole[1:], atol=1e-9):
-            out = model.generate(**run, **GREEDY, **ATTENTION_FIELD)
+            out = model.generate(**run, **GREEDY, **ASK)
             with torch.no_grad():
                 full = model(out.sequences, position_ids=whole, use_cache=False).logits[:, 12:-1]
             assert (logits_of(out) - full).abs().max() < 3e-5

@@ -1,0 +1,111 @@
+"""The grids of the images and videos that a model's processor laid out as tokens."""
+
+import inspect
+import math
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rope_mm.segments import Image, Segment, Video
+
+IMAGES, VIDEOS = 1, 2  # kinds of tokens, as processors number them
+TOKEN_IDS = {  # the fields of a config with the token of each kind
+    IMAGES: ("image_token_id", "image_token_index"),
+    VIDEOS: ("video_token_id", "video_token_index"),
+}
+PACES = ("second_per_grid_ts", "second_per_grids", "video_second_per_grid")  # one argument, by family
+SHRINK = {"scale_factor": 1.0, "spatial_merge_size": 1.0, "downsample_ratio": -1.0}  # and its exponent
+
+
+@cache
+def parameters_of(cls: type, method: str = "forward") -> tuple[str, ...]:
+    """Names of a method's parameters, without self."""
+    return tuple(inspect.signature(getattr(cls, method)).parameters)[1:]
+
+
+def takes_images(module: nn.Module) -> bool:
+    """Whether a module's forward takes an image or a video beside text."""
+    names = parameters_of(type(module))
+    return "input_ids" in names and any(re.match("pixel_values|(image|video)_grid", name) for name in names)
+
+
+def token_kinds(config: Any, input_ids: Tensor | None, given: Tensor | None) -> Tensor | None:
+    """The kind of each token (b, s): 0 text, 1 image, 2 video; None where nothing says it."""
+    if given is not None:
+        return given.long() * (given < 3)  # audio stands as text does
+    if input_ids is None:
+        return None
+    kinds = torch.zeros_like(input_ids)
+    for kind, names in TOKEN_IDS.items():
+        for number in {getattr(config, name, None) for name in names} - {None}:
+            kinds[input_ids == number] = kind
+    return kinds
+
+
+def read_grids(config: Any, inputs: Mapping[str, Any], kinds: Tensor) -> dict[int, list[Segment]]:
+    """Images and videos in their order, in merged patches.
+
+    Args:
+        config: the model's config.
+        inputs: image_grid_thw and video_grid_thw (n, 3), and the seconds of a video's grid, where there are.
+        kinds: (b, s), the kinds of the tokens to place.
+
+    Raises:
+        ValueError: image tokens without grids, where the config's size of images does not explain them.
+    """
+    vision = getattr(config, "vision_config", None)
+    side, frames = (getattr(vision, f"{axis}_merge_size", 1) or 1 for axis in ("spatial", "temporal"))
+    grids = [inputs.get(f"{kind}_grid_thw") for kind in ("image", "video")]
+    images, videos = ([] if x is None else torch.as_tensor(x).cpu().tolist() for x in grids)
+    images = [(t, y // side, x // side) for t, y, x in images]
+    videos = [(max(t // frames, 1), y // side, x // side) for t, y, x in videos]
+    if not images and (kinds == IMAGES).any():
+        images = square_images(config, kinds)
+    paces = next((inputs[name] for name in PACES if inputs.get(name) is not None), None)
+    paces = [1.0] * len(videos) if paces is None else [float(pace) for pace in paces]
+    if len(paces) != len(videos):
+        raise ValueError(f"{len(videos)} videos need a pace each, but {len(paces)} came")
+    return {
+        IMAGES: [Video(t, y, x) if t > 1 else Image(y, x) for t, y, x in images],
+        VIDEOS: [Video(t, y, x, pace) for (t, y, x), pace in zip(videos, paces, strict=True)],
+    }
+
+
+def square_images(config: Any, kinds: Tensor) -> list[tuple[int, int, int]]:
+    """Grids of the runs of image tokens in kinds (b, s), each of whole images of the config's one size.
+
+    Raises:
+        ValueError: a run that is not such images.
+    """
+    side, images = square_side(config), 0
+    for row in kinds.tolist():
+        for kind, run in groupby(row):
+            tokens = len(list(run)) if kind == IMAGES else 0
+            if not side or tokens % side**2:
+                size = f"images of {side} x {side} tokens" if side else "an image of a size that is known"
+                raise ValueError(
+                    f"{tokens or 'some'} image tokens stand in a row without a grid and are not {size}; give"
+                    " position_ids, as positions_for(model, [[Text(3), Image(2, 3), Text(4)]]) makes them"
+                )
+            images += tokens // side**2
+    return [(1, side, side)] * images
+
+
+def square_side(config: Any) -> int:
+    """Tokens along a side of an image, where the config gives all images one size; else 0."""
+    vision = getattr(config, "vision_config", None)
+    if tokens := getattr(config, "mm_tokens_per_image", None):
+        return math.isqrt(tokens) if math.isqrt(tokens) ** 2 == tokens else 0
+    sizes: list[Any] = [getattr(vision, name, None) for name in ("image_size", "patch_size")]
+    sizes = [set(x) if isinstance(x, Iterable) else {x} for x in sizes]
+    if any(len(x) != 1 or None in x for x in sizes):
+        return 0
+    side = sizes[0].pop() / sizes[1].pop()
+    for name, power in SHRINK.items():
+        side /= (getattr(config, name, None) or 1) ** power
+    return int(side) if side == int(side) else 0
