@@ -232,12 +232,12 @@ def conversation_starts(cache: Any, past: int, rows: int) -> list[float]:
     """Where each row goes on from a cache.
 
     Raises:
-        ValueError: a cache that our hooks did not see filled, or that ends in an image behind which nothing is known.
+        ValueError: a cache that our hooks did not see filled, or that ends in an image of unknown place.
     """
     talk = getattr(cache, "rope_mm_conversation", None)
     if talk is None or talk.tokens != past:
         raise ValueError(
-            f"this cache holds {past} tokens whose positions are not known, as where another model filled it; "
+            f"this cache holds {past} tokens of unknown positions, as where another model filled it; "
             "give position_ids, as `positions_for` makes them for the whole sequence"
         )
     starts = talk.next.repeat_interleave(rows // len(talk.next)).tolist()
@@ -280,17 +280,13 @@ def get_rope_index(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor
     """Replaces a model's own method: positions (a, b, s) by our layout, and the rope delta (b, 1)."""
     method = type(self).get_rope_index
     bound = inspect.signature(method).bind(self, *args, **kwargs).arguments
-    inputs = {**bound, **bound.pop("kwargs", {})}
-    del inputs["self"]
+    more = bound.pop("kwargs", {})
+    inputs = {name: value for name, value in {**bound, **more}.items() if name != "self"}
     known = {"input_ids", "mm_token_type_ids", "attention_mask", "image_grid_thw", "video_grid_thw", *PACES}
-    extra = {name: value for name, value in inputs.items() if name not in known}
-    named = {
-        name: value for name, value in extra.items() if name in parameters_of(type(self), "get_rope_index")
-    }
-    refuse_unknown(named, HARMLESS, "positions by our layout")
-    placed = place_inputs(
-        self.config, scheme_of(self), **{name: inputs[name] for name in inputs if name in known}
-    )
+    ignored = HARMLESS | set(parameters_of(type(self))) - set(parameters_of(type(self), "get_rope_index"))
+    refuse_unknown(inputs, known | ignored, f"get_rope_index of {type(self).__name__} under our layout")
+    named = {name: value for name, value in inputs.items() if name in known}
+    placed = place_inputs(self.config, scheme_of(self), **named)
     count = placed.mask.sum(-1, keepdim=True).to(placed.next)
     return placed.positions.movedim(-1, 0), placed.next[:, None] - count
 
