@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rope_mm.hf.config_io import holds_scheme, read, waits_for_scheme
+from rope_mm.hf.config_io import scheme_entries
 from rope_mm.hf.inspection import TOKEN_CALLS, ModelRope, read_module
 from rope_mm.hf.rope_parameters import read_head_dim
 from rope_mm.hf.rotary_embedding import Rope, RopeMMRotaryEmbedding, RotarySlot
@@ -20,15 +20,12 @@ def refuse(refusals: dict[str, Any]) -> None:
 
 
 def make_rotary(site: RotarySlot, scheme: Any, changes: dict[str, Any]) -> RopeMMRotaryEmbedding:
-    """The checked module for a slot; without a scheme, by the one in its config."""
+    """The checked module for a slot."""
     original, config = site.module, getattr(site.module or site.owner, "config", None)
     interfaces = read_module(original, site.owner) if original else {}
     layers = list(interfaces) or [None]
     shared = "its config holds the scheme of another model; give each model copy.deepcopy(config)"
-    waiting = waits_for_scheme(original or site.owner, getattr(site.owner, "config", None))
-    refuse({shared: holds_scheme(config) and not waiting})
-    if scheme is None:
-        scheme = {layer: read(config, layer) for layer in layers}
+    refuse({shared: scheme_entries(config)})
     given = scheme if isinstance(scheme, Mapping) else dict.fromkeys(layers, scheme)
     unlike = f"layers are of the types {layers}, but schemes came for {list(given)}"
     refuse({unlike: set(given) != set(layers)})

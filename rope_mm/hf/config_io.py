@@ -1,18 +1,30 @@
-"""A scheme in `config.rope_parameters`: saved with the model, and read again."""
+"""A scheme in a model's config: saved with the model, and read again.
+
+A saved config has the rope type "rope_mm", a name that this module adds to transformers' registries of rope
+types and of attentions; where it is not known, the model does not load. A loaded model waits for
+`set_rope(model)`: until then its rotary module raises, or its attention, where the rotary module asks no
+registry. An attention that waits must do so also where `from_pretrained` is given another one: configs get a
+property for that when such a config is read or written, and lose it with the last model of this kind.
+"""
 
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RotaryEmbeddingConfigMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rope_mm.hf.inspection import layer_types
 from rope_mm.schemes.scheme import Scheme
 
 NAME, ATTENTION_FIELD = "rope_mm", "_attn_implementation_internal"
+COUNT = "rope_mm_frequencies"  # beside a scheme: how many frequencies the model's own module has
+OWN = "rope_mm_own_type"  # beside a scheme: the rope type of the model's own
+WAITS = "rope_mm_waits"  # beside a scheme: the attention waits for it, and not the rotary module
 PENDING_MESSAGE = (
     "this model was saved with a scheme; call rope_mm.hf.set_rope(model) first, of a part of a model with "
     "that part"
@@ -30,16 +42,22 @@ class PendingScheme:
 def pending_frequencies(
     config: Any, *_: Any, layer_type: str | None = None, **__: Any
 ) -> tuple[Tensor, PendingScheme]:
-    """What transformers gets for a saved scheme: as many frequencies as it has, and a factor that refuses."""
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = config.rope_parameters.get(layer_type, config.rope_parameters)
-    pairs = int(width * (rope.get("partial_rotary_factor") or 1.0)) // 2
-    return torch.linspace(1, 0.1, pairs), PendingScheme()
+    """What transformers gets for a saved scheme: as many frequencies as it had, and a factor that refuses."""
+    return torch.linspace(1, 0.1, scheme_entry(config, layer_type)[COUNT]), PendingScheme()
 
 
 def mark_pending(*_: Any, **__: Any) -> None:
     """The attention of a model that waits for its saved scheme."""
     raise ValueError(PENDING_MESSAGE)
+
+
+def validate_saved(config: Any, rope: dict[str, Any], ignore_keys: Any = None) -> None:
+    """What transformers calls when it reads a config with the rope type "rope_mm"."""
+    if WAITS in rope and not is_running(config):
+        guard_attention()
+        rope["rope_type"] = rope[OWN]
+        known = set(config.ignore_keys_at_rope_validation or ())
+        config.ignore_keys_at_rope_validation = known | {NAME, COUNT, OWN, WAITS}
 
 
 class Running(str):
@@ -49,17 +67,31 @@ class Running(str):
         return self if any(isinstance(copied, nn.Module) for copied in memo.values()) else str(self)
 
 
-def holds_scheme(config: Any) -> bool:
-    """Whether a config holds a scheme, for all layers or by their types."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return any(NAME in entry for entry in (rope, *rope.values()) if isinstance(entry, dict))
+def scheme_entry(config: Any, layer: str | None) -> dict[str, Any]:
+    """What a config holds of the scheme of layers of this type; empty if it holds none."""
+    for field in ("rope_parameters", NAME):
+        rope: Any = getattr(config, field, None) or {}
+        entry = rope.get(layer) if isinstance(rope.get(layer), dict) else rope
+        if NAME in entry:
+            return entry
+    return {}
+
+
+def scheme_entries(config: Any) -> list[dict[str, Any]]:
+    """All that a config holds of schemes, of all layers or by their types."""
+    fields: list[Any] = [getattr(config, field, None) or {} for field in ("rope_parameters", NAME)]
+    held = [entry for field in fields for entry in (field, *field.values()) if isinstance(entry, dict)]
+    return [entry for entry in held if NAME in entry]
 
 
 def is_pending(config: Any) -> bool:
-    """Whether a config holds a scheme that `rope_type` does not name and its model does not run yet."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    silent = NAME in rope and rope.get("rope_type") != NAME
-    return silent and not isinstance(vars(config).get("attn_implementation"), Running)
+    """Whether a config makes its attention wait for a saved scheme that its model does not run yet."""
+    return any(WAITS in entry for entry in scheme_entries(config)) and not is_running(config)
+
+
+def is_running(config: Any) -> bool:
+    """Whether a config's model runs the scheme for which its attention would wait."""
+    return isinstance(vars(config).get("attn_implementation"), Running)
 
 
 def waits_for_scheme(module: Any, config: Any) -> bool:
@@ -78,44 +110,160 @@ def set_attention(config: Any, name: Any) -> None:
         vars(config)[ATTENTION_FIELD] = name
 
 
+PATCHED: WeakSet[Any] = WeakSet()  # our modules in models whose saved attention would wait
+
+
+def guard_attention() -> None:
+    """Keep the attention of configs that wait, also where another one is asked for."""
+    setattr(PreTrainedConfig, ATTENTION_FIELD, property(get_attention, set_attention))
+
+
+def release_guard(rotary: Any) -> None:
+    """Undo `guard_attention` after the last of these models."""
+    PATCHED.discard(rotary)
+    if not PATCHED and ATTENTION_FIELD in vars(PreTrainedConfig):
+        delattr(PreTrainedConfig, ATTENTION_FIELD)
+
+
 ROPE_INIT_FUNCTIONS[NAME] = pending_frequencies  # pyright: ignore[reportArgumentType]
 ALL_ATTENTION_FUNCTIONS.register(NAME, mark_pending)
-setattr(PreTrainedConfig, ATTENTION_FIELD, property(get_attention, set_attention))
+setattr(RotaryEmbeddingConfigMixin, f"_validate_{NAME}_rope_parameters", validate_saved)
 
 
-def scheme_entries(config: Any, schemes: dict[str | None, Scheme], by_rope: bool) -> dict[str, Any]:
-    """The fields of a config that holds schemes by layer type; models loaded from it wait for `set_rope`.
+def save_schemes(rotary: Any, schemes: dict[str | None, Scheme], counts: dict[str | None, int]) -> None:
+    """Write schemes into the config of a model that runs them; models that are loaded from it wait.
 
-    Where `rope_type` cannot make them wait, for towers know one and others none, their attention does.
+    Args:
+        rotary: our module, which records how to undo this.
+        schemes: by layer type.
+        counts: how many frequencies the model's own module has, by layer type; empty if its rotary does not
+            look up the rope type, so that its attention must wait.
     """
+    config, checked = rotary.config, is_valid(rotary.config)
     old: Any = getattr(config, "rope_parameters", None) or {}
-    kind = {"rope_type": NAME} if by_rope else {}
-    new = {
-        layer: {**(old.get(layer) if layer else old), **kind, NAME: scheme.to_dict()}
+    own = {layer: (old.get(layer) or {}) if layer else old for layer in schemes}
+    held = {
+        layer: {NAME: scheme.to_dict(), OWN: own[layer].get(OWN) or own[layer].get("rope_type", "default")}
         for layer, scheme in schemes.items()
     }
-    rope = {"rope_parameters": new.get(None) or {**old, **new}}
-    return rope if by_rope else {**rope, "attn_implementation": Running(NAME)}
+    by_rope = {layer: {**entry, COUNT: counts.get(layer)} for layer, entry in held.items()}
+    if counts and write_fields(rotary, checked, {"rope_parameters": by_layer(old, own, by_rope)}):
+        return
+    waiting = {layer: {**entry, WAITS: True} for layer, entry in held.items()}
+    guarded = {"attn_implementation": Running(NAME)}
+    if not write_fields(rotary, checked, {"rope_parameters": by_layer(old, own, waiting), **guarded}):
+        write_fields(rotary, False, {NAME: waiting.get(None) or waiting, **guarded})
+    guard_attention()
+    PATCHED.add(rotary)
+    rotary.undo.append(Release(rotary))
 
 
-def activate(model: Any) -> None:
-    """Give a model that waited the attention that was asked for, or else its default."""
-    asked = vars(model.config).get(ATTENTION_FIELD)
-    model.set_attn_implementation(
-        model._check_and_adjust_attn_implementation(asked if asked != NAME else None)
+def by_layer(old: dict[str, Any], own: dict[Any, Any], held: dict[Any, Any]) -> dict[str, Any]:
+    """rope_parameters of the rope type "rope_mm" with what is held, for all layers or by their types."""
+    new = {layer: {**own[layer], **entry, "rope_type": NAME} for layer, entry in held.items()}
+    return new.get(None) or {**old, **new}
+
+
+def write_fields(rotary: Any, checked: bool, fields: dict[str, Any]) -> bool:
+    """Set fields of a config; where that is checked, none if transformers would not save and load it then."""
+    older = len(rotary.undo)
+    for name, value in fields.items():
+        rotary.set_attr(rotary.config, name, value)
+    if checked and not is_valid(rotary.config):
+        rotary.restore(older)
+        return False
+    return True
+
+
+class Release:
+    """`release_guard` of one module, to be called when it is undone."""
+
+    def __init__(self, rotary: Any):
+        self.rotary = rotary
+
+    def __call__(self) -> None:
+        release_guard(self.rotary)
+
+
+def is_valid(config: Any) -> bool:
+    """Whether transformers would save and load this config."""
+    try:
+        config.validate()
+        type(config)(**config.to_dict())
+    except Exception:  # whatever its validators raise
+        return False
+    return True
+
+
+def saved_schemes(site: Any) -> dict[str | None, Scheme]:
+    """The schemes with which a slot's model was saved, by layer type.
+
+    Raises:
+        ValueError: a config that holds none.
+    """
+    config, layers = config_of(site), layer_types(site.module)
+    entries = {layer: scheme_entry(config, layer) for layer in layers}
+    if all(entries.values()):
+        return {layer: Scheme.from_dict(entry[NAME]) for layer, entry in entries.items()}
+    raise ValueError(
+        f"{type(config).__name__} holds no scheme of ours; give set_rope one, or load a model that was "
+        "saved after set_rope"
     )
 
 
-def read(config: Any, layer: str | None) -> Scheme:
-    """The scheme that a config holds for layers of this type."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    entry = (rope.get(layer) or {}) if layer else rope
-    if NAME not in entry:
-        raise ValueError(
-            f"{type(config).__name__} holds no scheme of ours; give set_rope one, or load a model that was "
-            "saved after set_rope"
-        )
-    return Scheme.from_dict(entry[NAME])
+def config_of(site: Any) -> Any:
+    """The config that a slot's rotary module reads, or would read."""
+    return getattr(site.module or site.owner, "config", None)
+
+
+def wake_slots(sites: list[Any], changes: Any) -> list[Any]:
+    """Make slots that wait for a saved scheme what they would be without one.
+
+    Args:
+        sites: RotarySlots.
+        changes: records how to undo it.
+
+    Returns:
+        The slots, with the rotary modules that they have now.
+    """
+    owners = [getattr(site.owner, "config", None) for site in sites]
+    waiting = [waits_for_scheme(site.module or site.owner, x) for site, x in zip(sites, owners, strict=True)]
+    attentions = [is_pending(config) for config in owners]
+    for site, waits in zip(sites, waiting, strict=True):
+        if waits:
+            remove_schemes(config_of(site), changes)
+    for n, site in enumerate(sites):
+        if attentions[n]:
+            choose_attention(site.owner, changes)
+        elif waiting[n]:
+            module = type(site.module)(config_of(site)).to(next(site.module.buffers()).device)
+            changes.set_attr(site.owner, site.leaf, module.train(site.module.training))
+            sites = [*sites[:n], site._replace(module=module), *sites[n + 1 :]]
+    return sites
+
+
+def remove_schemes(config: Any, changes: Any) -> None:
+    """Give a config its own rope parameters back."""
+
+    def own(entry: Any) -> Any:
+        if not isinstance(entry, dict):
+            return entry
+        kept = {key: own(x) for key, x in entry.items() if key not in (NAME, COUNT, OWN, WAITS)}
+        return kept | ({"rope_type": entry[OWN]} if OWN in entry else {})
+
+    if hasattr(config, NAME):
+        changes.set_attr(config, NAME, None)
+    if rope := getattr(config, "rope_parameters", None):
+        changes.set_attr(config, "rope_parameters", own(rope))
+
+
+def choose_attention(model: Any, changes: Any) -> None:
+    """Give a model that waited the attention that was asked for, or else its default."""
+    asked = vars(model.config).get(ATTENTION_FIELD)
+    changes.set_attr(model.config, ATTENTION_FIELD, asked)
+    model.set_attn_implementation(
+        model._check_and_adjust_attn_implementation(asked if asked != NAME else None)
+    )
 
 
 def load_learned_omega(learned: Tensor, folder: str, name: str, end: str) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rope_mm.hf.config_io import PendingScheme
 from rope_mm.hf.cos_sin_tables import fill_tables, find_pairing, read_tables, split_tables
 from rope_mm.hf.rope_parameters import from_hf_config, read_head_dim
 from rope_mm.hf.vision_positions import PIXELS, centres_in_radians, image_size
@@ -87,6 +86,27 @@ def frequencies(module: nn.Module) -> list[Tensor]:
     return [x for name, x in named if name.endswith("inv_freq") and not list(module.children())]
 
 
+def frequency_counts(module: Any) -> dict[str | None, int]:
+    """How many frequencies a module looks up by its rope type, by layer type; empty if it looks none up."""
+    if module is None or not frequencies_by_type(type(module)):
+        return {}
+    named, layers = dict(module.named_buffers(recurse=False)), layer_types(module)
+    buffers = {layer: named.get(f"{layer}_inv_freq" if layer else "inv_freq") for layer in layers}
+    counts = {layer: x.numel() for layer, x in buffers.items() if x is not None}
+    return counts if len(counts) == len(layers) else {}
+
+
+def layer_types(module: Any) -> dict[str | None, Any]:
+    """The rope type of each layer type that a rotary module tells apart; None is the key of one for all."""
+    kinds = getattr(module, "rope_type", None)
+    return kinds if isinstance(kinds, dict) and kinds else {None: kinds}
+
+
+def frequencies_by_type(kind: type) -> bool:
+    """Whether a rotary module asks transformers' registry for the frequencies of its rope type."""
+    return "ROPE_INIT_FUNCTIONS" in kind.__init__.__code__.co_names
+
+
 def read_module(module: nn.Module, owner: nn.Module) -> dict[str | None, ModelRope]:
     """What a rotary module does, by layer type.
 
@@ -100,11 +120,10 @@ def read_module(module: nn.Module, owner: nn.Module) -> dict[str | None, ModelRo
     Raises:
         ValueError: a module that takes positions or gives tables in no known way.
     """
-    kinds, config = getattr(module, "rope_type", None), getattr(module, "config", None)
-    layers = kinds if isinstance(kinds, dict) else {None: kinds}
+    config = getattr(module, "config", None)
     return {
         layer: attach_scheme(read_layer(module, owner, layer, str(kind)), owner, config, layer)
-        for layer, kind in layers.items()
+        for layer, kind in layer_types(module).items()
     }
 
 
@@ -114,7 +133,6 @@ def probe_copy(module: nn.Module) -> nn.Module:
     with torch.device("cpu"):
         lost = any(buffer.is_meta for buffer in module.buffers())
         made = type(module)(config) if lost else copy.deepcopy(module, {id(config): config})
-    vars(made).update({name: 1.0 for name, value in vars(made).items() if isinstance(value, PendingScheme)})
     return made.eval()
 
 

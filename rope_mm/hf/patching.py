@@ -20,17 +20,17 @@ from rope_mm.hf.attention_patch import (
 from rope_mm.hf.compatibility import make_rotary, refuse
 from rope_mm.hf.config_io import (
     PENDING_MESSAGE,
-    activate,
-    is_pending,
     load_learned_omega,
-    scheme_entries,
+    save_schemes,
+    saved_schemes,
     waits_for_scheme,
+    wake_slots,
 )
 from rope_mm.hf.image_grids import parameters_of
-from rope_mm.hf.inspection import APPLY_FUNCTION, TOKEN_CALLS, modules_using, read_module
+from rope_mm.hf.inspection import APPLY_FUNCTION, TOKEN_CALLS, frequency_counts, modules_using, read_module
 from rope_mm.hf.position_hooks import PositionHooks
 from rope_mm.hf.position_ids import METHODS, position_methods
-from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding, RotarySlot, describe, rotary_slots
+from rope_mm.hf.rotary_embedding import Changes, RopeMMRotaryEmbedding, RotarySlot, describe, rotary_slots
 from rope_mm.hf.vision_positions import PIXELS
 
 
@@ -140,17 +140,28 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
     slots = rotary_slots(model) or [attention_slot(model)]
     if any(site.ours for site in slots):
         raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
-    swaps = [(site, make_rotary(site, scheme, changes)) for site in slots]
-    check_learned(model, swaps)
-    for site, rotary in swaps if scheme is None else ():
-        for key, learned in rotary.learned.named_parameters("learned"):
-            folder = getattr(model, "name_or_path", "")
-            load_learned_omega(learned, folder, f"{site.name}.{key}", f"{site.leaf}.{key}")
-    handle = Handle(model, [(rotary, 0) for _, rotary in swaps])
-    with all_or_nothing(handle, f"{type(model).__name__} cannot run what set_rope gave it"):
-        for site, rotary in swaps:
-            install(site, rotary)
-        hook_positions(model, [swap for swap in swaps if swap[0].module])
+    given = [saved_schemes(site) if scheme is None else scheme for site in slots]
+    handle, woken = Handle(model, []), Changes()
+    try:
+        slots = wake_slots(slots, woken)
+        swaps = [(site, make_rotary(site, one, changes)) for site, one in zip(slots, given, strict=True)]
+        check_learned(model, swaps)
+        for site, rotary in swaps if scheme is None else ():
+            for key, learned in rotary.learned.named_parameters("learned"):
+                folder = getattr(model, "name_or_path", "")
+                load_learned_omega(learned, folder, f"{site.name}.{key}", f"{site.leaf}.{key}")
+        handle.slots.extend((rotary, 0) for _, rotary in swaps)
+        with all_or_nothing(handle, f"{type(model).__name__} cannot run what set_rope gave it"):
+            for site, rotary in swaps:
+                install(site, rotary)
+            hook_positions(model, [swap for swap in swaps if swap[0].module])
+    except ValueError:
+        woken.restore()
+        raise
+    except Exception as error:
+        woken.restore()
+        cannot = f"{type(model).__name__} cannot run what set_rope gave it"
+        raise ValueError(f"{cannot} ({type(error).__name__}: {error}); the model is as it was") from error
     return handle
 
 
@@ -169,14 +180,10 @@ def check_learned(model: nn.Module, swaps: list[tuple[RotarySlot, RopeMMRotaryEm
 def install(site: RotarySlot, rotary: RopeMMRotaryEmbedding) -> None:
     """Put our module in its slot, its scheme in the config, and hooks around the owner's forward."""
     owner, config = site.owner, rotary.config
-    waited = is_pending(getattr(owner, "config", None))
     rotary.set_attr(owner, site.leaf, rotary)
     if config and len(rotary.learned) == len(rotary.ropes):
         schemes: Any = {layer: rope.scheme for layer, rope in rotary.ropes.items()}
-        for name, value in scheme_entries(config, schemes, by_rope=rotary.call_format in TOKEN_CALLS).items():
-            rotary.set_attr(config, name, value)
-    if waited:
-        activate(owner)
+        save_schemes(rotary, schemes, frequency_counts(site.module))
     if not site.module:
         rotate_in_attention(owner, rotary)
 

@@ -25,7 +25,33 @@ class PositionState:
     positions: Tensor | None = None
 
 
-class RopeMMRotaryEmbedding(nn.Module):
+class Changes:
+    """Changes of attributes that can be undone.
+
+    Attributes:
+        undo: calls that, the last one first, make everything what it was.
+    """
+
+    undo: list[Callable[[], Any]]
+
+    def __init__(self):
+        self.undo = []
+
+    def set_attr(self, target: Any, name: str, value: Any) -> None:
+        """Set an attribute of a module or a config, and record how to undo it."""
+        had = {**vars(target), **getattr(target, "_modules", {})}
+        self.undo.append(
+            partial(setattr, target, name, had[name]) if name in had else partial(delattr, target, name)
+        )
+        setattr(target, name, value)
+
+    def restore(self, older: int = 0) -> None:
+        """Undo all changes but the first `older` ones."""
+        while len(self.undo) > older:
+            self.undo.pop()()
+
+
+class RopeMMRotaryEmbedding(nn.Module, Changes):
     """Replaces a model's rotary module, is called as it was, and keeps it for `unset_rope`.
 
     A model that had none gets one beside its layers, and its attention rotates by it. No buffers: Omega is
@@ -41,11 +67,11 @@ class RopeMMRotaryEmbedding(nn.Module):
     """
 
     def __init__(self, ropes: dict[Any, Rope], interfaces: dict[Any, ModelRope], original: Any, config: Any):
-        super().__init__()
+        nn.Module.__init__(self)
         self.ropes, self.interfaces, self.original = ropes, interfaces, original
         self.learned = nn.ModuleList(rope for rope in ropes.values() if isinstance(rope, Rotary))
         self.config, self.use_op = config, not interfaces
-        self.undo: list[Callable[[], Any]] = []
+        self.undo = []
         self.position_state = PositionState()
         self.call_format = next((rope.call_format for rope in interfaces.values()), "")
         self.axes = len(self.first.omega)
@@ -54,19 +80,6 @@ class RopeMMRotaryEmbedding(nn.Module):
     def first(self) -> Rope:
         """What it runs in layers of the first type; positions are the same for all types."""
         return next(iter(self.ropes.values()))
-
-    def set_attr(self, target: Any, name: str, value: Any) -> None:
-        """Set an attribute of a module or a config, and record how to undo it."""
-        had = {**vars(target), **getattr(target, "_modules", {})}
-        self.undo.append(
-            partial(setattr, target, name, had[name]) if name in had else partial(delattr, target, name)
-        )
-        setattr(target, name, value)
-
-    def restore(self, older: int = 0) -> None:
-        """Undo all changes but the first `older` ones."""
-        while len(self.undo) > older:
-            self.undo.pop()()
 
     def forward(self, x: Tensor, position_ids: Tensor | None = None, layer_type: str | None = None):
         layer = layer_type if layer_type in self.ropes else None

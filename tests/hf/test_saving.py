@@ -1,20 +1,26 @@
 import copy
 import gc
+import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MoonshineConfig,
     MoonshineModel,
+    Phi3Config,
+    Phi3ForCausalLM,
     PixtralVisionConfig,
     PixtralVisionModel,
     Qwen2VLConfig,
@@ -342,8 +348,8 @@ def test_who_asks_for_an_attention_gets_it_once_the_scheme_is_set(tmp_path, atte
     assert loaded.config._attn_implementation == (attention or "sdpa")
     assert torch.allclose(loaded.eval()(pixels)[0], model.eval()(pixels)[0], atol=1e-5)
     unset_rope(loaded)
-    with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
-        loaded(pixels)
+    unset_rope(model)
+    assert torch.allclose(loaded(pixels)[0], model(pixels)[0], atol=1e-5)
 
 
 def test_the_package_lists_its_names_and_a_handle_prints_in_a_line(tiny):
@@ -362,9 +368,94 @@ def test_the_package_lists_its_names_and_a_handle_prints_in_a_line(tiny):
 
 
 def test_an_undone_model_leaves_no_clone_of_its_attention_behind(tiny):
-    before, model = set(sys.modules), tiny("llama")
-    handle = use_kernels(model)
-    assert set(sys.modules) - before
+    def clones():
+        return [name for name in sys.modules if ".LlamaAttention.forward." in name]
+
+    gc.collect()
+    before, handle = len(clones()), use_kernels(tiny("llama"))
+    assert len(clones()) > before
     handle.undo()
     gc.collect()
-    assert not set(sys.modules) - before
+    assert len(clones()) == before
+
+
+def test_a_loaded_model_that_is_undone_has_its_own_rope(tiny, tmp_path):
+    model = tiny("llama")
+    before, config = logits(model), model.config.to_dict()
+    set_rope(model, "rope-tv")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    set_rope(loaded)
+    unset_rope(loaded)
+    assert torch.equal(logits(loaded), before)
+    assert loaded.config.rope_parameters == config["rope_parameters"]
+
+
+def gpt_neox():
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+    config = GPTNeoXConfig(**sizes, vocab_size=97, rope_parameters=rope, initializer_range=0.2)
+    return GPTNeoXForCausalLM(config).eval()
+
+
+def test_as_many_pairs_are_rotated_after_loading_as_before(tmp_path):
+    model = gpt_neox()
+    set_rope(model, "rope-tv")
+    omega = rope_of(model).omega.shape
+    model.save_pretrained(tmp_path)
+    loaded = GPTNeoXForCausalLM.from_pretrained(tmp_path).eval()
+    set_rope(loaded)
+    assert rope_of(loaded).omega.shape == omega
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def phi3():
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
+    ids = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return Phi3ForCausalLM(Phi3Config(**sizes, **ids, max_position_embeddings=64)).eval()
+
+
+def test_a_scheme_that_the_config_class_refuses_is_saved_beside_its_rope_parameters(tmp_path):
+    model = phi3()
+    model.save_pretrained(tmp_path)
+    before = model.config.to_dict()
+    handle = set_rope(model, "rope-tv")
+    model.save_pretrained(tmp_path)
+    loaded = Phi3ForCausalLM.from_pretrained(tmp_path).eval()
+    with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
+        logits(loaded)
+    set_rope(loaded)
+    assert torch.equal(logits(loaded), logits(model))
+    handle.undo()
+    assert model.config.to_dict() == before
+
+
+def test_saving_and_loading_a_scheme_logs_no_warning(tiny, tmp_path, caplog):
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.enable_propagation()
+    try:
+        for model in (tiny("llama"), ViTModel(ViTConfig(hidden_size=32, num_attention_heads=2))):
+            set_rope(model, "rope-tv" if model.config.model_type == "llama" else "rope-vit-axial")
+            model.save_pretrained(tmp_path)
+            set_rope(type(model).from_pretrained(tmp_path))
+    finally:
+        transformers.logging.disable_propagation()
+        transformers.logging.set_verbosity_error()
+    assert "rope" not in caplog.text
+
+
+TRACES = """
+from transformers import PreTrainedConfig, ViTConfig, ViTModel
+before = dict(vars(PreTrainedConfig))
+import rope_mm.hf
+assert dict(vars(PreTrainedConfig)) == before
+model = ViTModel(ViTConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=32))
+handle = rope_mm.hf.set_rope(model, "rope-vit-axial")
+assert dict(vars(PreTrainedConfig)) != before
+handle.undo()
+assert dict(vars(PreTrainedConfig)) == before
+"""
+
+
+def test_configs_of_other_models_do_not_change_at_import_and_after_the_last_undo():
+    subprocess.run([sys.executable, "-c", TRACES], check=True)
