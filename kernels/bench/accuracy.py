@@ -15,7 +15,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are decorated
 
 from rope_mm_kernels import rotate  # noqa: E402
-from rope_mm_kernels.angles import MODES  # noqa: E402
+from rope_mm_kernels.checks import MODES  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 

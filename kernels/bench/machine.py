@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 import triton
-from rope_mm_kernels import form
+from rope_mm_kernels import plan
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -70,7 +70,7 @@ def compiling(target: GPUTarget) -> Iterator[list[Launch]]:
     driver.set_active(Driver(target))
     with (
         patch.object(JITFunction, "run", compile_only),
-        patch.object(form, "lanes_of_a_warp", lambda x: target.warp_size),
+        patch.object(plan, "lanes_of_a_warp", lambda x: target.warp_size),
         patch.object(torch.cuda, "device", lambda index: nullcontext()),
     ):
         yield launches

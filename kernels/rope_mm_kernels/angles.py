@@ -1,6 +1,6 @@
-"""Cosine and sine (L, V) of V pairs of L lanes: made of positions and Omega, or read from tables.
+"""Cosine and sine (L, V) of V pairs of L lanes: made of positions and Omega, of angles, or read from tables.
 
-All three take the same arguments; positions and Omega are (data, *strides), tables views as those of q.
+All take the same arguments: positions, Omega and angles are (data, *strides), tables views as those of q.
 """
 
 import triton
@@ -67,14 +67,31 @@ def table(
 
 
 @triton.jit
+def given(
+    angles, omega, batch, step, row, pair,
+    A: tl.constexpr, r: tl.constexpr, BLOCKS: tl.constexpr, UNIT: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Of angles (b, s, n, r) in radians."""
+    data, b, s, n, stride = angles
+    column = pair[:, None] + tl.arange(0, V)[None, :]
+    angle = tl.load(data + (batch * b + step * s + row * n)[:, None] + column.to(tl.int64) * stride)
+    turn, low = turns(angle, tl.full(angle.shape, 1.0, tl.float32))
+    return cos_sin(turn, low)
+
+
+@triton.jit
 def store_angle_gradients(
     grad, positions, omega, omega_grad, position_grad,
     program, block, part, tokens, batch, step, row, pair,
     A: tl.constexpr, r: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """A program's part of the gradients of omega (A, r) and of its tokens' positions (T, A)."""
+    """A program's part of the gradients of omega (A, r) and of positions (T, A), or angles (T, r)."""
     T: tl.constexpr = L // CHUNKS
     column, place = tl.arange(0, CHUNKS * V), part.to(tl.int64) * T + tl.arange(0, T)
+    if A == 0 and position_grad is not None:
+        goal = position_grad + (block.to(tl.int64) * tokens + place[:, None]) * r + column[None, :]
+        share = tl.reshape(grad, (T, CHUNKS * V))
+        tl.store(goal, share, (place[:, None] < tokens) & (column[None, :] < r))
     for axis in tl.static_range(A):
         if omega_grad is not None:
             share = grad * load_position(positions, axis, batch, step).to(tl.float32)
@@ -86,5 +103,5 @@ def store_angle_gradients(
             tl.store(position_grad + (block.to(tl.int64) * tokens + place) * A + axis, share, place < tokens)
 
 
-MODES = {"exact": exact, "hf": hf}
-ANGLES = {**MODES, "table": table}
+# "exact" and "hf" make angles of positions and Omega
+ANGLES = {"exact": exact, "hf": hf, "given": given, "table": table}

@@ -3,7 +3,7 @@
     n = x rsqrt(mean(x^2) + eps) weight        y = R n        in float32 throughout, rounded once at the end
 
 as torch.nn.RMSNorm over the channels of a head. Qwen3 (modeling_qwen3.py, q_norm and k_norm) also rounds n to
-the dtype of x before the turn. A model with 1 + weight (Gemma) hands that over.
+the dtype of x before the rotation. A model with 1 + weight (Gemma) hands that over.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,19 @@ from torch import Tensor
 
 from rope_mm_kernels import definition
 from rope_mm_kernels.angles import store_angle_gradients
-from rope_mm_kernels.form import Form, form_of, plan, source, view
 from rope_mm_kernels.ops import differentiate, register
-from rope_mm_kernels.pairs import address, channels, load_pairs, locate, pick, reach, store_pairs
-from rope_mm_kernels.rotary import ROTATE, Rotate, along, empty_parts, like, total
+from rope_mm_kernels.pairs import address, load_pairs, locate, pair_channels, pick, reach, store_pairs
+from rope_mm_kernels.plan import DTYPES, KernelSpec, make_spec, plan, source, view
+from rope_mm_kernels.rotary import (
+    ROTATE,
+    Rotate,
+    empty_gradients,
+    empty_parts,
+    expand_inputs,
+    launchable,
+    refuse_tangents,
+    sum_parts,
+)
 
 
 @triton.jit
@@ -72,7 +81,7 @@ def norm_rotate_kernel(
     start, goal = address(x, batch, step, head, UNIT), address(out, batch, step, head, UNIT)
     loaded = ()
     for i in tl.static_range(H):
-        inside = known & (head + i < end)
+        inside = tl.where(head + i < end, known, False)
         loaded += (load_pairs(start + i * x[3] * UNIT + FRONT * x[4], x[4], inside, pair, BLOCKS, V),)
     weight = tl.where(of_q, q_weight, k_weight) + step * 0
     w1, w2 = load_pairs(weight + FRONT, 1, None, pair, BLOCKS, V)
@@ -84,7 +93,7 @@ def norm_rotate_kernel(
         w = load_rest(weight, channel, 1, known, REST, W, PAST)
         dw = tl.zeros((L, W), tl.float32)
     for i in tl.static_range(H):
-        inside = known & (head + i < end)
+        inside = tl.where(head + i < end, known, False)
         here, there = start + i * x[3] * UNIT, goal + i * out[3] * UNIT
         x1, x2 = loaded[i]
         square = tl.sum(x1 * x1 + x2 * x2, 1)
@@ -134,42 +143,42 @@ def norm_rotate_kernel(
             store_sum(dw, weight_grad + 2 * r, CHUNKS, REST)
 
 
-def launch(q, k, positions, omega, weights, eps: float, form: Form, grads=(), needs=(False, False)):
+def launch(q, k, positions, omega, weights, eps: float, spec: KernelSpec, grads=(), needs=(False, False)):
     """q' and k'; or, given their gradients, those of q, k, positions, omega and the weights."""
     (b, s, h, _), g = q.shape, k.shape[2]
     made = torch.empty_like(q), torch.empty_like(k)
     big = (q, k, *made, *grads)
     sources = positions, omega
-    parts, blocks, constants = plan(q, k, sources, form, big, whole=True, most=4 if grads else 8)
-    dpositions, domega = empty_parts(q, form, parts, blocks, needs)
+    parts, blocks, constants = plan(q, k, sources, spec, big, whole=True, most=4 if grads else 8)
+    dpositions, domega = empty_parts(q, spec, parts, blocks, needs)
     dweights = torch.empty((parts, sum(blocks), q.shape[3]), device=q.device) if grads else None
     with torch.cuda.device_of(q):
         norm_rotate_kernel[(parts * sum(blocks),)](
             *[view(x, constants["UNIT"]) for x in big], *[None] * (6 - len(big)), *weights,
-            *[source(x, form, constants["UNIT"]) for x in sources], dweights, domega, dpositions,
-            b * s, s, h, g, form.n, eps, **constants,
+            *[source(x, spec, constants["UNIT"]) for x in sources], dweights, domega, dpositions,
+            b * s, s, h, g, spec.n, eps, **constants,
         )  # fmt: skip
     if dweights is None:
         return made
-    first, second = (form.front + x for x in channels(form.r, form.blocks, q.device))
-    past = torch.arange(q.shape[3] - 2 * form.r, device=q.device) + (0 if form.front else 2 * form.r)
+    first, second = (spec.front + x for x in pair_channels(spec.r, spec.blocks, q.device))
+    past = torch.arange(q.shape[3] - 2 * spec.r, device=q.device) + (0 if spec.front else 2 * spec.r)
     order = torch.cat((first, second, past))
     of_q, of_k = dweights.sum(0, dtype=torch.float64).split(blocks)
     found = (
         torch.empty_like(w).index_copy_(0, order, x.sum(0).to(w.dtype))
         for x, w in zip((of_q, of_k), weights, strict=True)
     )
-    return *made, *total(dpositions, domega, blocks, positions, omega), *found
+    return *made, *sum_parts(dpositions, domega, blocks, positions, omega), *found
 
 
-def rotated(q, k, positions, omega, q_weight, k_weight, eps: float, form: Form):
+def launch_forward(q, k, positions, omega, q_weight, k_weight, eps: float, spec: KernelSpec):
     """q' and k'."""
-    return launch(q, k, positions, omega, (q_weight, k_weight), eps, form)
+    return launch(q, k, positions, omega, (q_weight, k_weight), eps, spec)
 
 
-def rotated_back(q, k, positions, omega, q_weight, k_weight, dq, dk, needs, eps: float, form: Form):
+def launch_backward(q, k, positions, omega, q_weight, k_weight, dq, dk, needs, eps: float, spec: KernelSpec):
     """The gradients of all six tensors, those of positions and omega empty where not needed."""
-    return launch(q, k, positions, omega, (q_weight, k_weight), eps, form, (dq, dk), needs)
+    return launch(q, k, positions, omega, (q_weight, k_weight), eps, spec, (dq, dk), needs)
 
 
 TENSORS = "Tensor q, Tensor k, Tensor positions, Tensor omega, Tensor q_weight, Tensor k_weight"
@@ -177,7 +186,7 @@ NORM_ROTATE = register(
     "norm_rotate",
     f"{TENSORS}, float eps",
     "(Tensor, Tensor)",
-    rotated,
+    launch_forward,
     definition.norm_rotate,
     lambda q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
 )
@@ -185,62 +194,58 @@ NORM_ROTATE_BACKWARD = register(
     "norm_rotate_backward",
     f"{TENSORS}, Tensor dq, Tensor dk, bool[] needs, float eps",
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    rotated_back,
+    launch_backward,
     definition.norm_rotate_backward,
-    lambda q, k, positions, omega, q_weight, k_weight, dq, dk, needs, eps, form: (
+    lambda q, k, positions, omega, q_weight, k_weight, dq, dk, needs, eps, spec: (
         *(torch.empty_like(q), torch.empty_like(k)),
-        *like(positions, omega, needs),
+        *empty_gradients(positions, omega, needs),
         *(torch.empty_like(q_weight), torch.empty_like(k_weight)),
     ),
 )
 
 
-def in_two_steps(turn: Callable, q, k, positions, omega, q_weight, k_weight, eps: float, form: Form):
-    """RMSNorm, then `turn`, which can be differentiated twice."""
-    q1, k1 = (definition.unit(x, eps)[0] * w.float() for x, w in ((q, q_weight), (k, k_weight)))
-    turned = turn(q1, k1, positions, omega, form)
-    return tuple(x.to(given.dtype) for x, given in zip(turned, (q, k), strict=True))
+def in_two_steps(rotate: Callable, q, k, positions, omega, q_weight, k_weight, eps: float, spec: KernelSpec):
+    """RMSNorm, then `rotate`, which can be differentiated twice."""
+    q1, k1 = (definition.rms_normalize(x, eps)[0] * w.float() for x, w in ((q, q_weight), (k, k_weight)))
+    rotated = rotate(q1, k1, positions, omega, spec)
+    return tuple(x.to(given.dtype) for x, given in zip(rotated, (q, k), strict=True))
 
 
-def keep(ctx: Any, inputs, output) -> None:
+def save_for_backward(ctx: Any, inputs, output) -> None:
     """Keep the inputs: what lies between is made again."""
-    *tensors, ctx.eps, ctx.form = inputs
+    *tensors, ctx.eps, ctx.spec = inputs
     ctx.save_for_backward(*tensors)
 
 
-def gradients(turn: Callable, turn_back: Callable, ctx: Any, *grads):
-    """Those of all six tensors: by `turn_back`, or open to autograd by `turn` of what is normalised."""
+def gradients(forward: Callable, backward: Callable, ctx: Any, *grads):
+    """Those of all six tensors: by `backward`, or open to autograd by `forward` of what is normalised."""
     saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:6]
     if torch.is_grad_enabled():
         # someone will differentiate the gradient, as penalties of a critic do
         wanted = [x for x, need in zip(saved, needs, strict=True) if need]
-        out = in_two_steps(turn, *saved, ctx.eps, ctx.form)
+        out = in_two_steps(forward, *saved, ctx.eps, ctx.spec)
         found = iter(torch.autograd.grad(out, wanted, grads, create_graph=True))
         return *(next(found) if need else None for need in needs), None, None
-    made = turn_back(*saved, *grads, needs[2:4], ctx.eps, ctx.form)
+    made = backward(*saved, *grads, needs[2:4], ctx.eps, ctx.spec)
     return *(x if need else None for x, need in zip(made, needs, strict=True)), None, None
 
 
 class NormRotate(torch.autograd.Function):
     """q and k normalised, weighed and rotated by positions (b, s, a) @ Omega (n, a, r)."""
 
-    forward, setup_context = staticmethod(rotated), staticmethod(keep)
+    forward, setup_context = staticmethod(launch_forward), staticmethod(save_for_backward)
+    jvp = staticmethod(refuse_tangents)
 
     @staticmethod
     def backward(ctx: Any, *grads):
         """The gradients of all six tensors."""
-        return gradients(Rotate.apply, rotated_back, ctx, *grads)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents):
-        """Refuse: without this, tangents would be lost in silence."""
-        raise NotImplementedError("the rotary kernel has no forward-mode derivative; use plain torch there")
+        return gradients(Rotate.apply, launch_backward, ctx, *grads)
 
 
-differentiate("norm_rotate", keep, partial(gradients, ROTATE, NORM_ROTATE_BACKWARD))
+differentiate("norm_rotate", save_for_backward, partial(gradients, ROTATE, NORM_ROTATE_BACKWARD))
 
 
-def turn(q, k, positions, omega, q_weight: Tensor, k_weight: Tensor, eps: float, form: Form):
+def apply(q, k, positions, omega, q_weight: Tensor, k_weight: Tensor, eps: float, spec: KernelSpec):
     """q' and k', by a launch, or by the op where a graph is recorded; refuses unfit weights and eps."""
     if q_weight.shape != q.shape[3:] or k_weight.shape != q.shape[3:] or q_weight.dtype != k_weight.dtype:
         got = f"{q_weight.dtype} {(*q_weight.shape,)} and {k_weight.dtype} {(*k_weight.shape,)}"
@@ -248,8 +253,10 @@ def turn(q, k, positions, omega, q_weight: Tensor, k_weight: Tensor, eps: float,
     if not eps > 0:
         raise ValueError(f"eps is {eps}, but heads of zeros need a positive one")
     weights = q_weight.contiguous(), k_weight.contiguous()
-    call = NORM_ROTATE if torch.compiler.is_compiling() else NormRotate.apply
-    return call(q, k, positions, omega, *weights, float(eps), form)
+    inputs = (q, k, positions, omega, *weights, float(eps), spec)
+    if torch.compiler.is_compiling() and q.dtype in DTYPES:
+        return NORM_ROTATE(*inputs)
+    return NormRotate.apply(*inputs) if launchable(q) else in_two_steps(definition.rotate_plain, *inputs)
 
 
 def norm_rotate(
@@ -267,5 +274,5 @@ def norm_rotate(
     Raises:
         ValueError: as `rotate`, weights of another shape, an eps that is not positive.
     """
-    form = form_of(q, k, positions, omega, pairing, blocks, tail, factor, mode)
-    return turn(q, k, *along(q, positions, omega), q_weight, k_weight, eps, form)
+    spec = make_spec(q, k, positions, omega, pairing, blocks, tail, factor, mode)
+    return apply(q, k, *expand_inputs(q, positions, omega), q_weight, k_weight, eps, spec)

@@ -1,6 +1,6 @@
 """The kernels as ops of PyTorch, for graphs: torch.compile, torch.export and who looks at what is called.
 
-Here a function takes tensors and numbers, and last a Form; its op takes the fields of the form one by one.
+Here a function takes tensors and numbers, and last a KernelSpec; its op takes the fields one by one.
 An op costs some microseconds more than a function, so without a graph nobody comes through here.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from rope_mm_kernels.form import Form
+from rope_mm_kernels.plan import KernelSpec
 from rope_mm_kernels.trig import cos_sin
 
 # a copy of this package under another name, as the Kernel Hub makes, has ops of its own
@@ -21,13 +21,13 @@ INTERPRETED = not isinstance(cos_sin, JITFunction)
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 # torch has a `mode` of its own where it makes functions of ops that write, so ours is called otherwise
 FIELDS = "SymInt n, SymInt a, SymInt r, SymInt[] blocks, SymInt front, str angles, float factor, bool inverse"
-COUNT = len(Form._fields)
+COUNT = len(KernelSpec._fields)
 
 
-def folded(args: tuple) -> tuple:
-    """The arguments of an op, the fields of the form in one; blocks come as a list."""
+def fold_spec(args: tuple) -> tuple:
+    """The arguments of an op, the fields of the spec in one; blocks come as a list."""
     n, a, r, blocks, *rest = args[-COUNT:]
-    return *args[:-COUNT], Form(n, a, r, tuple(blocks), *rest)
+    return *args[:-COUNT], KernelSpec(n, a, r, tuple(blocks), *rest)
 
 
 def register(name: str, inputs: str, outputs: str, kernel: Callable, definition: Callable, fake: Callable):
@@ -37,19 +37,19 @@ def register(name: str, inputs: str, outputs: str, kernel: Callable, definition:
     """
     _library.define(f"{name}({inputs}, {FIELDS}) -> {outputs}")
     for backend in ("CUDA", "XPU"):  # AMD's is CUDA, too
-        _library.impl(name, lambda *args: kernel(*folded(args)), backend)
+        _library.impl(name, lambda *args: kernel(*fold_spec(args)), backend)
     runs = kernel if INTERPRETED else definition
-    _library.impl(name, lambda *args: runs(*folded(args)), "CPU")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: fake(*folded(args)), lib=_library)
+    _library.impl(name, lambda *args: runs(*fold_spec(args)), "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: fake(*fold_spec(args)), lib=_library)
     op = getattr(getattr(torch.ops, NAMESPACE), name)
     return lambda *args: op(*args[:-1], *args[-1])
 
 
-def differentiate(name: str, keep: Callable, backward: Callable) -> None:
-    """Give an op its gradient: `keep` and `backward` of a torch.autograd.Function with its arguments."""
+def differentiate(name: str, save: Callable, backward: Callable) -> None:
+    """Give an op its gradient: `save` and `backward` of a torch.autograd.Function with its arguments."""
 
     def setup_context(ctx: Any, inputs, output):
-        keep(ctx, folded(inputs), output)
+        save(ctx, fold_spec(inputs), output)
 
     def gradients(ctx: Any, *grads):
         return *backward(ctx, *grads), *[None] * (COUNT - 1)

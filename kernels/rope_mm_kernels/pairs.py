@@ -9,14 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PAIRINGS = {
-    "half": lambda r, blocks: (r,),
-    "interleaved": lambda r, blocks: (1,),
-    "block": lambda r, blocks: blocks[:1] if len(set(blocks)) == 1 else blocks,
-}
+
+def block_sizes(pairing: str, r: int, blocks: tuple[int, ...]) -> tuple[int, ...]:
+    """The block sizes of a pairing of r pairs; one size where all are alike."""
+    if pairing == "block":
+        return blocks[:1] if len(set(blocks)) == 1 else blocks
+    return (r,) if pairing == "half" else (1,)
 
 
-def channels(r: int, blocks: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def pair_channels(r: int, blocks: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """The first and the second channel (r,) of every pair, counted from the first of all."""
     # counted on the device: a copy from the host would make it wait, and cannot be in a CUDA graph
     pair = torch.arange(r, device=device)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from rope_mm_kernels import definition
 from rope_mm_kernels.angles import store_angle_gradients
-from rope_mm_kernels.form import Form, form_of, plan, source, view
-from rope_mm_kernels.ops import differentiate, register
-from rope_mm_kernels.pairs import address, copy_rest, load_pairs, locate, pick, store_pairs
+from rope_mm_kernels.checks import check_angle_rotation, check_in_place
+from rope_mm_kernels.ops import INTERPRETED, differentiate, register
+from rope_mm_kernels.pairs import address, block_sizes, copy_rest, load_pairs, locate, pick, store_pairs
+from rope_mm_kernels.plan import DTYPES, KernelSpec, make_spec, plan, source, view
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def rotate_kernel(
         sin = -sin
     grad = tl.zeros((L, V), tl.float32)
     for i in tl.static_range(H):
-        inside = known & (head + i < end)
+        inside = tl.where(head + i < end, known, False)
         x1, x2 = pairs[i]
         if q_rotated is not None:
             y = pick(of_q, q_rotated, k_rotated)
@@ -78,7 +79,7 @@ def rotate_kernel(
         )  # fmt: skip
 
 
-def launch(q, k, positions, omega, form, rotated=(), needs=(False, False), out=None):
+def launch(q, k, positions, omega, spec, rotated=(), needs=(False, False), out=None):
     """q and k rotated; with `rotated`, what forward made, also the gradients of positions and omega needed.
 
     Shapes: positions (b, s, a), omega (n, a, r); or tables, both (b, s, 1, 2r).
@@ -87,57 +88,62 @@ def launch(q, k, positions, omega, form, rotated=(), needs=(False, False), out=N
     made = (torch.empty_like(q), torch.empty_like(k)) if out is None else out
     big = (q, k, *made, *rotated)
     sources = positions, omega
-    parts, blocks, constants = plan(q, k, sources, form, big, whole=bool(rotated))
+    parts, blocks, constants = plan(q, k, sources, spec, big, whole=bool(rotated))
     if out is not None:
         constants["W"] = 0  # what is not rotated is there already
-    dpositions, domega = empty_parts(q, form, parts, blocks, needs)
+    dpositions, domega = empty_parts(q, spec, parts, blocks, needs)
     with torch.cuda.device_of(q):
         rotate_kernel[(parts * sum(blocks),)](
             *[view(x, constants["UNIT"]) for x in big], *[None] * (6 - len(big)),
-            *[source(x, form, constants["UNIT"]) for x in sources], domega, dpositions,
-            b * s, s, h, g, form.n, **constants,
+            *[source(x, spec, constants["UNIT"]) for x in sources], domega, dpositions,
+            b * s, s, h, g, spec.n, **constants,
         )  # fmt: skip
-    return *made, *(total(dpositions, domega, blocks, positions, omega) if rotated else ())
+    return *made, *(sum_parts(dpositions, domega, blocks, positions, omega) if rotated else ())
 
 
-def empty_parts(q: Tensor, form: Form, parts: int, blocks: tuple[int, int], needs):
+def empty_parts(q: Tensor, spec: KernelSpec, parts: int, blocks: tuple[int, int], needs):
     """Room for the programs' parts of the gradients of positions and of omega, of those needed."""
-    shapes = (sum(blocks), *q.shape[:2], form.a), (parts, sum(blocks), form.a, form.r)
+    width = spec.r if spec.mode == "given" else spec.a
+    shapes = (sum(blocks), *q.shape[:2], width), (parts, sum(blocks), spec.a, spec.r)
     return tuple(
         torch.empty(shape, dtype=torch.float32, device=q.device) if need else None
         for shape, need in zip(shapes, needs, strict=True)
     )
 
 
-def total(dpositions, domega, blocks: tuple[int, int], positions: Tensor, omega: Tensor):
+def sum_parts(dpositions, domega, blocks: tuple[int, int], positions: Tensor, omega: Tensor):
     """The programs' parts of the gradients of positions and of omega, added in one order, always the same."""
-    made = like(positions, omega, (dpositions is not None, domega is not None))
-    if dpositions is not None:
+    made = empty_gradients(positions, omega, (dpositions is not None, domega is not None))
+    if dpositions is not None and positions.dim() == 4:  # angles, of each row of heads
+        of_q, of_k = dpositions.double().split(blocks)
+        n = positions.shape[2]
+        made[0].copy_((definition.sum_heads(of_q, 0, n) + definition.sum_heads(of_k, 0, n)).movedim(0, 2))
+    elif dpositions is not None:
         made[0].copy_(dpositions.sum(0, dtype=torch.float64))
     if domega is not None:
         of_q, of_k = domega.sum(0, dtype=torch.float64).split(blocks)
-        made[1].copy_(definition.of_rows(of_q, 0, len(omega)) + definition.of_rows(of_k, 0, len(omega)))
+        made[1].copy_(definition.sum_heads(of_q, 0, len(omega)) + definition.sum_heads(of_k, 0, len(omega)))
     return made
 
 
-def rotated(q, k, positions, omega, form: Form):
+def launch_forward(q, k, positions, omega, spec: KernelSpec):
     """q' and k'."""
-    return launch(q, k, positions, omega, form)
+    return launch(q, k, positions, omega, spec)
 
 
-def rotated_in_place(q, k, positions, omega, form: Form) -> None:
+def launch_in_place(q, k, positions, omega, spec: KernelSpec) -> None:
     """Write q' and k' into q and k."""
-    launch(q, k, positions, omega, form, out=(q, k))
+    launch(q, k, positions, omega, spec, out=(q, k))
     torch.autograd.graph.increment_version((q, k))
 
 
-def rotated_back(dq, dk, positions, omega, rotated, needs, form: Form):
-    """The gradients of q, k, positions and omega, empty where not needed; the form is that of forward."""
-    made = launch(dq, dk, positions, omega, form.back(), rotated, needs)
-    return made if rotated else (*made, *like(positions, omega, needs))
+def launch_backward(dq, dk, positions, omega, rotated, needs, spec: KernelSpec):
+    """The gradients of q, k, positions and omega, empty where not needed; the spec is that of forward."""
+    made = launch(dq, dk, positions, omega, spec.back(), rotated, needs)
+    return made if rotated else (*made, *empty_gradients(positions, omega, needs))
 
 
-def like(positions: Tensor, omega: Tensor, needs) -> tuple[Tensor, ...]:
+def empty_gradients(positions: Tensor, omega: Tensor, needs) -> tuple[Tensor, ...]:
     """Room for the gradients of positions and omega, none where they are not needed."""
     both = zip((positions, omega), needs, strict=True)
     return tuple(x.new_empty(x.shape if need else 0) for x, need in both)
@@ -147,7 +153,7 @@ ROTATE = register(
     "rotate",
     "Tensor q, Tensor k, Tensor positions, Tensor omega",
     "(Tensor, Tensor)",
-    rotated,
+    launch_forward,
     definition.rotate,
     lambda q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
 )
@@ -155,7 +161,7 @@ ROTATE_IN_PLACE = register(
     "rotate_",
     "Tensor(a!) q, Tensor(b!) k, Tensor positions, Tensor omega",
     "()",
-    rotated_in_place,
+    launch_in_place,
     definition.rotate_,
     lambda *_: None,
 )
@@ -163,61 +169,111 @@ ROTATE_BACKWARD = register(
     "rotate_backward",
     "Tensor dq, Tensor dk, Tensor positions, Tensor omega, Tensor[] rotated, bool[] needs",
     "(Tensor, Tensor, Tensor, Tensor)",
-    rotated_back,
+    launch_backward,
     definition.rotate_backward,
-    lambda dq, dk, positions, omega, rotated, needs, form: (
+    lambda dq, dk, positions, omega, rotated, needs, spec: (
         *(torch.empty_like(dq), torch.empty_like(dk)),
-        *like(positions, omega, needs),
+        *empty_gradients(positions, omega, needs),
     ),
 )
 
 
-def keep(ctx: Any, inputs, output) -> None:
+def save_for_backward(ctx: Any, inputs, output) -> None:
     """Keep what gradients need."""
-    _, _, positions, omega, ctx.form = inputs
+    _, _, positions, omega, ctx.spec = inputs
     # attention keeps the rotated q and k anyway, so keeping them here costs nothing
     ctx.save_for_backward(positions, omega, *(output if any(ctx.needs_input_grad[2:4]) else ()))
 
 
-def gradients(turn: Callable, turn_back: Callable, ctx: Any, *grads):
-    """Those of q, k, positions and omega: by `turn_back`, or open to autograd by `turn`."""
+def gradients(forward: Callable, backward: Callable, ctx: Any, *grads):
+    """Those of q, k, positions and omega: by `backward`, or open to autograd by `forward`."""
     positions, omega, *rotated = ctx.saved_tensors
-    form, needs = ctx.form, ctx.needs_input_grad[2:4]
-    if torch.is_grad_enabled():
+    spec, needs = ctx.spec, ctx.needs_input_grad[2:4]
+    if torch._C._are_functorch_transforms_active():
+        # batched gradients, into which no kernel can look
+        forward = definition.rotate_plain
+    if torch.is_grad_enabled() or forward is definition.rotate_plain:
         # someone will differentiate the gradient, as penalties of a critic do
-        back = turn(*grads, positions, omega, form.back())
-        angles = definition.angle_gradients(rotated, grads, positions, omega, form) if rotated else needs
+        back = forward(*grads, positions, omega, spec.back())
+        angles = definition.angle_gradients(rotated, grads, positions, omega, spec) if rotated else needs
     else:
-        *back, dpositions, domega = turn_back(*grads, positions, omega, rotated, needs, form)
+        *back, dpositions, domega = backward(*grads, positions, omega, rotated, needs, spec)
         angles = dpositions, domega
     return *back, *(x if need else None for x, need in zip(angles, needs, strict=True)), None
 
 
-class Rotate(torch.autograd.Function):
-    """q and k rotated, or back, by positions (b, s, a) @ Omega (n, a, r), or by tables without gradients."""
+def refuse_tangents(ctx: Any, *tangents):
+    """Refuse forward-mode derivatives: without this, tangents would be lost in silence."""
+    raise NotImplementedError("the rotary kernel has no forward-mode derivative; use plain torch there")
 
-    forward, setup_context = staticmethod(rotated), staticmethod(keep)
+
+class Rotate(torch.autograd.Function):
+    """q and k rotated, or back, by positions (b, s, a) @ Omega (n, a, r), by angles, or by tables."""
+
+    forward, setup_context = staticmethod(launch_forward), staticmethod(save_for_backward)
+    jvp = staticmethod(refuse_tangents)
 
     @staticmethod
     def backward(ctx: Any, *grads):
         """The gradients of q, k, positions and omega."""
-        return gradients(Rotate.apply, rotated_back, ctx, *grads)
+        return gradients(Rotate.apply, launch_backward, ctx, *grads)
+
+
+class RotateInPlace(torch.autograd.Function):
+    """`Rotate` that writes its results into q and k."""
+
+    jvp = staticmethod(refuse_tangents)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents):
-        """Refuse: without this, tangents would be lost in silence."""
-        raise NotImplementedError("the rotary kernel has no forward-mode derivative; use plain torch there")
+    def forward(q, k, positions, omega, spec):
+        """q and k, which hold the results."""
+        launch_in_place(q, k, positions, omega, spec)
+        return q, k
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output):
+        """Keep what gradients need, and say what was written."""
+        ctx.mark_dirty(*inputs[:2])
+        save_for_backward(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads):
+        """The gradients of q, k, positions and omega."""
+        return gradients(Rotate.apply, launch_backward, ctx, *grads)
 
 
-differentiate("rotate", keep, partial(gradients, ROTATE, ROTATE_BACKWARD))
+differentiate("rotate", save_for_backward, partial(gradients, ROTATE, ROTATE_BACKWARD))
 
 
-def turn(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """q' and k', by a launch, or by the op where a graph is recorded."""
-    return (ROTATE if torch.compiler.is_compiling() else Rotate.apply)(q, k, positions, omega, form)
+def launchable(x: Tensor) -> bool:
+    """Whether the kernel itself can rotate heads of this device and dtype."""
+    return x.dtype in DTYPES and (
+        x.device.type in ("cuda", "xpu") or (INTERPRETED and x.device.type == "cpu")
+    )
 
 
-def along(q: Tensor, positions: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
+def apply(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor, spec: KernelSpec) -> tuple[Tensor, Tensor]:
+    """q' and k': by the op where a graph is recorded, by a launch, or by plain torch where neither serves."""
+    if torch.compiler.is_compiling() and q.dtype in DTYPES:
+        return ROTATE(q, k, positions, omega, spec)
+    if launchable(q):
+        return Rotate.apply(q, k, positions, omega, spec)
+    return definition.rotate_plain(q, k, positions, omega, spec)
+
+
+def apply_(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor, spec: KernelSpec) -> None:
+    """`apply` that writes its results into q and k."""
+    inputs = (q, k, positions, omega)
+    if torch.compiler.is_compiling() and not any(x.requires_grad for x in inputs) and q.dtype in DTYPES:
+        ROTATE_IN_PLACE(*inputs, spec)
+    elif launchable(q) and not torch.compiler.is_compiling():
+        RotateInPlace.apply(*inputs, spec)
+    else:
+        for x, rotated in zip((q, k), apply(*inputs, spec), strict=True):
+            x.copy_(rotated)
+
+
+def expand_inputs(q: Tensor, positions: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
     """Positions (b, s, a) and contiguous Omega (n, a, r) on the device of q."""
     positions = positions.to(q.device).expand(*q.shape[:2], -1)
     return positions, omega.to(q.device).reshape(-1, *omega.shape[-2:]).contiguous()
@@ -229,8 +285,10 @@ def rotate(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q (b, s, h, d) and k (b, s, g, d) rotated by positions @ Omega, with gradients to all four.
 
+    On a CPU, and for float64, plain torch computes the same.
+
     Args:
-        q: queries in bfloat16, float16 or float32, of any strides.
+        q: queries, floating point, of any strides.
         k: keys of the same dtype; they may have fewer heads, or none.
         positions: (s, a) or (b, s, a), float or int.
         omega: radians per step (a, r), or (n, a, r) with n dividing g; head j follows row j * n // heads.
@@ -241,26 +299,49 @@ def rotate(
         mode: "exact", or "hf" for the angles of transformers, rounded to float32.
 
     Raises:
-        ValueError: what does not fit together, an unknown pairing or mode.
+        ValueError: what does not fit together, by `checks.check_rotation`.
     """
-    form = form_of(q, k, positions, omega, pairing, blocks, tail, factor, mode)
-    return turn(q, k, *along(q, positions, omega), form)
+    spec = make_spec(q, k, positions, omega, pairing, blocks, tail, factor, mode)
+    return apply(q, k, *expand_inputs(q, positions, omega), spec)
 
 
 def rotate_(
     q: Tensor, k: Tensor, positions: Tensor, omega: Tensor, pairing: str = "half", *,
     blocks: tuple[int, ...] = (), tail: bool = False, factor: float = 1.0, mode: str = "exact",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`rotate` in place and without gradients; returns q and k.
+    """`rotate` that writes its results into q and k, with the same gradients; returns q and k.
+
+    Args:
+        q, k, positions, omega, pairing, blocks, tail, factor, mode: as in `rotate`.
 
     Raises:
-        ValueError: as `rotate`, and where something requires grad, or elements of q or k share memory.
+        ValueError: as `rotate`, and by `checks.check_in_place`.
     """
-    form = form_of(q, k, positions, omega, pairing, blocks, tail, factor, mode)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, positions, omega)):
-        raise ValueError("rotate_ makes no gradients, and one of its tensors requires them; call rotate")
-    if any(size > 1 and not stride for x in (q, k) for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise ValueError("q or k is expanded, so that one element stands for many; call rotate")
-    turn_ = ROTATE_IN_PLACE if torch.compiler.is_compiling() else rotated_in_place
-    turn_(q, k, *along(q, positions, omega), form)
+    spec = make_spec(q, k, positions, omega, pairing, blocks, tail, factor, mode)
+    check_in_place(q, k)
+    apply_(q, k, *expand_inputs(q, positions, omega), spec)
     return q, k
+
+
+def rotate_by_angles(
+    q: Tensor, k: Tensor, angles: Tensor, pairing: str = "half", *,
+    blocks: tuple[int, ...] = (), tail: bool = False, factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q (b, s, h, d) and k (b, s, g, d) rotated by given angles, with gradients to all three.
+
+    Angles that depend on the content are made by a model (Selective RoPE, arXiv 2511.17388).
+
+    Args:
+        q, k, pairing, blocks, tail, factor: as in `rotate`.
+        angles: radians (s, r), (b, s, r), or (b, s, n, r) with n dividing g.
+
+    Raises:
+        ValueError: what does not fit together, by `checks.check_angle_rotation`.
+    """
+    check_angle_rotation(q, k, angles, pairing, blocks, factor)
+    angles = (angles if angles.dim() == 4 else angles.unsqueeze(-2)).to(q.device)
+    n, r = angles.shape[-2:]
+    angles = angles.expand(*q.shape[:2], -1, -1)
+    front = q.shape[3] - 2 * r if tail else 0
+    spec = KernelSpec(n, 0, r, block_sizes(pairing, r, tuple(blocks)), front, "given", float(factor))
+    return apply(q, k, angles, angles.new_empty(n, 0, r), spec)

@@ -4,25 +4,23 @@ import torch
 from torch import Tensor
 
 from rope_mm_kernels import norm_rotary, rotary
-from rope_mm_kernels.form import Form, blocks_of, check_heads
+from rope_mm_kernels.checks import check_table_rotation
+from rope_mm_kernels.pairs import block_sizes
+from rope_mm_kernels.plan import KernelSpec
 
 
-def fitting(
+def table_inputs(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairing: str, blocks: tuple[int, ...], tail: bool
-) -> tuple[Tensor, Tensor, Form]:
-    """Tables (b, s, 1, 2r) on the device of q, and their form; refuses what does not fit together."""
-    check_heads(q, k)
-    (b, s, _, d), width = q.shape, cos.shape[-1]
-    if cos.shape != sin.shape or tuple(cos.shape[:-1]) not in ((1, s), (b, s)) or width > d or width % 2:
-        shapes = f"cos {(*cos.shape,)}, sin {(*sin.shape,)}, q {(*q.shape,)}"
-        raise ValueError(
-            f"cos and sin must be (1, s, 2r) or (b, s, 2r) with 2r of the d channels of q: {shapes}"
-        )
+) -> tuple[Tensor, Tensor, KernelSpec]:
+    """Tables (b, s, 1, 2r) on the device of q, and their spec; refuses what does not fit together."""
+    check_table_rotation(q, k, cos, sin, pairing, blocks)
+    (b, _, _, d), width = q.shape, cos.shape[-1]
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         raise ValueError("tables get no gradient here; call rotate for the gradient of omega, or detach them")
-    form = Form(1, 0, width // 2, blocks_of(pairing, width // 2, blocks), d - width if tail else 0, "table")
+    sizes = block_sizes(pairing, width // 2, tuple(blocks))
+    spec = KernelSpec(1, 0, width // 2, sizes, d - width if tail else 0, "table")
     cos, sin = (x.to(q.device).expand(b, -1, -1).unsqueeze(2) for x in (cos, sin))
-    return cos, sin, form
+    return cos, sin, spec
 
 
 def rotate_by_table(
@@ -39,7 +37,7 @@ def rotate_by_table(
     Raises:
         ValueError: what does not fit together, an unknown pairing, a table that requires grad.
     """
-    return rotary.turn(q, k, *fitting(q, k, cos, sin, pairing, blocks, tail))
+    return rotary.apply(q, k, *table_inputs(q, k, cos, sin, pairing, blocks, tail))
 
 
 def norm_rotate_by_table(
@@ -57,5 +55,5 @@ def norm_rotate_by_table(
     Raises:
         ValueError: as `rotate_by_table`, and of weights and eps as `norm_rotate`.
     """
-    cos, sin, form = fitting(q, k, cos, sin, pairing, blocks, tail)
-    return norm_rotary.turn(q, k, cos, sin, q_weight, k_weight, eps, form)
+    cos, sin, spec = table_inputs(q, k, cos, sin, pairing, blocks, tail)
+    return norm_rotary.apply(q, k, cos, sin, q_weight, k_weight, eps, spec)

@@ -155,7 +155,7 @@ def rotate_both(
     """
     axes = (1, 2) if unsqueeze_dim == 1 else (1, 1)
     q, k = (x.transpose(*axes) for x in (q, k))
-    still = q.shape[1] - angles.positions.shape[-2]
+    still = q.shape[1] - angles.tokens
     turned = angles.rotate(q[:, still:], k[:, still:])
     if still:
         turned = (torch.cat((x[:, :still], y), 1) for x, y in zip((q, k), turned, strict=True))

@@ -1,146 +1,215 @@
-"""The definition on a CPU, in fewer passes over memory: parts that fit the cache, written in place.
+"""The definition in fewer passes over memory: y = x cos + swap(x) sin.
 
-`apply_rotary` has the arguments and results of `rotation.apply_rotary`, and its derivatives of every kind.
+`swap` exchanges the two channels of each pair. Tables are wide here, (..., s, n, 2r): cosines on both
+channels of a pair, sines negated on the first. Few heads are rotated by three functions of torch
+(`rotate_plain`), which autograd and torch.func can look into. Many heads on a CPU are rotated in parts that
+fit the cache, written in place (`rotate_in_parts`).
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rope_mm.rotary import definition as rotation
+from rope_mm.rotary.definition import PAIRINGS, cos_sin_of
 
+FEW = 1 << 17  # numbers that three functions of torch rotate faster than a loop over parts
 PART = 1 << 18  # numbers that are rotated at a time: a megabyte in float32, and few enough calls of torch
 
 
-def pair_views(x: Tensor, pairing: str) -> tuple[Tensor, ...]:
-    """First and second channels of the pairs, as views; within one block where they come in blocks."""
-    return rotation.PAIRINGS["half" if pairing == "block" else pairing][0](x)
+class Slot(NamedTuple):
+    """Which channels are rotated, and which two make a pair."""
+
+    pairing: str
+    blocks: Sequence[int] = ()
+    tail: bool = False
 
 
-def block_views(x: Tensor, out: Tensor, pairing: str, blocks: Sequence[int]) -> list[tuple[Tensor, ...]]:
-    """Of every block the first and second channels of x, and of out, as views."""
-    if not blocks:
-        return [(*pair_views(x, pairing), *pair_views(out, pairing))]
-    channels = [2 * n for n in blocks]
-    both = zip(x.split(channels, -1), out.split(channels, -1), strict=True)
-    return [(*pair_views(here, pairing), *pair_views(there, pairing)) for here, there in both]
+class WideTables(NamedTuple):
+    """Tables (..., s, n, 2r) of one rotation."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def inverse(self, scale: float = 1.0) -> "WideTables":
+        """Those of the rotation back, times `scale`."""
+        if scale == 1:
+            return WideTables(self.cos, -self.sin)
+        return WideTables(self.cos * scale, self.sin * -scale)
 
 
-def rotate_into(
-    out: Tensor, x: Tensor, views: list, both: Tensor, sin: Tensor, blocks: Sequence[int]
-) -> None:
-    """Write the channels x (..., 2r), rotated, into out, given their `block_views` and all cosines."""
-    torch.mul(x, both, out=out)
-    for (x1, x2, y1, y2), s in zip(views, sin.split(blocks, -1) if blocks else (sin,), strict=True):
-        y1.addcmul_(x2, s, value=-1)
-        y2.addcmul_(x1, s)
+def widen(cos: Tensor, sin: Tensor, slot: Slot) -> WideTables:
+    """The wide tables of cosines and sines (..., s, n, r)."""
+    _, join = PAIRINGS[slot.pairing]
+    return WideTables(join(cos, cos, slot.blocks), join(-sin, sin, slot.blocks))
 
 
-def rotate_chunks(
-    x: Tensor, cos: Tensor, sin: Tensor, pairing: str, blocks: Sequence[int], tail: bool
-) -> Tensor:
-    """Heads x (b, s, h, d) rotated, token by token within a part."""
-    (h, d), (n, r) = x.shape[-2:], cos.shape[-2:]
+def swap(x: Tensor, slot: Slot) -> Tensor:
+    """The channels (..., 2r) of x with the two of each pair exchanged."""
+    if slot.pairing == "half":
+        return x.roll(x.shape[-1] // 2, -1)
+    split, join = PAIRINGS[slot.pairing]
+    first, second = split(x, slot.blocks)
+    return join(second, first, slot.blocks)
+
+
+def rotate_plain(x: Tensor, tables: WideTables, slot: Slot) -> Tensor:
+    """Heads x (b, s, h, d), rotated, by functions that can be differentiated in every way."""
+    d, (n, width), (cos, sin) = x.shape[-1], tables.cos.shape[-2:], tables
+    rotated = x if width == d else x.narrow(-1, d - width if slot.tail else 0, width)
+    rotated = rotated if x.dtype == cos.dtype else rotated.to(torch.promote_types(x.dtype, cos.dtype))
     if n > 1:
-        cos, sin = cos.repeat_interleave(h // n, dim=-2), sin.repeat_interleave(h // n, dim=-2)
-    both = rotation.PAIRINGS[pairing][1](cos, cos, blocks)
-    start = d - 2 * r if tail else 0
-    out = torch.empty_like(x)
-    if 2 * r < d:
+        rotated, cos, sin = by_rows(rotated, n), cos.unsqueeze(-2), sin.unsqueeze(-2)
+    y = torch.addcmul(rotated * cos, swap(rotated, slot), sin)
+    y = (y.flatten(-3, -2) if n > 1 else y).to(x.dtype)
+    if width == d:
+        return y
+    return torch.cat((x[..., : d - width], y) if slot.tail else (y, x[..., width:]), -1)
+
+
+def pair_views(x: Tensor, slot: Slot) -> list[tuple[Tensor, ...]]:
+    """First and second channels of the pairs, as views, of every block."""
+    if slot.pairing == "block":
+        return [part.chunk(2, -1) for part in x.split([2 * n for n in slot.blocks], -1)]
+    return [PAIRINGS[slot.pairing][0](x)]
+
+
+def add_swapped(out: Tensor, x: Tensor, sin: Tensor, slot: Slot, value: float) -> None:
+    """Add value * swap(x) * sin to out."""
+    for (y1, y2), (x1, x2), (s1, s2) in zip(*(pair_views(z, slot) for z in (out, x, sin)), strict=True):
+        y1.addcmul_(x2, s1, value=value)
+        y2.addcmul_(x1, s2, value=value)
+
+
+def by_rows(x: Tensor, n: int) -> Tensor:
+    """Heads (b, s, h, c) grouped by the row of Omega that they follow: (b, s, n, h // n, c)."""
+    return x.reshape(*x.shape[:-2], n, x.shape[-2] // n, x.shape[-1])
+
+
+def parts_of(x: Tensor, tables: WideTables, slot: Slot, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of the rotated channels of x and others, by rows, and of the cosines and sines."""
+    (b, _, h, d), (n, width) = x.shape, tables.cos.shape[-2:]
+    step = max(1, PART // max(1, b * h * d))
+    start = d - width if slot.tail else 0
+    heads = (by_rows(y.narrow(-1, start, width), n).split(step, 1) for y in (x, *others))
+    return zip(*heads, *(y.unsqueeze(-2).split(step, -4) for y in tables), strict=True)
+
+
+def rotate_in_parts(
+    x: Tensor, tables: WideTables, slot: Slot, inverse: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """Heads x (b, s, h, d) rotated, or rotated back by the transpose, part by part; out may be x itself."""
+    in_place, sign = out is x, -1.0 if inverse else 1.0
+    if out is None:
+        out = torch.empty_like(x)
+    if not x.numel():
+        return out
+    if tables.cos.shape[-1] < x.shape[-1] and not in_place:
         out.copy_(x)
-    step = max(1, PART // max(1, x.shape[0] * h * d))
-    rows = x.narrow(-1, start, 2 * r), out.narrow(-1, start, 2 * r)
-    parts = *(y.split(step, 1) for y in rows), *(y.split(step, -3) for y in (both, sin))
-    source, goal, views = x[:0], x[:0], []
-    for here, there, c, s in zip(*parts, strict=True):
-        if x.dtype == cos.dtype:
-            rotate_into(there, here, block_views(here, there, pairing, blocks), c, s, blocks)
+    buffered = in_place or x.dtype != tables.cos.dtype
+    source = goal = x[:0]
+    for here, there, cos, sin in parts_of(x, tables, slot, out):
+        if not buffered:
+            torch.mul(here, cos, out=there)
+            add_swapped(there, here, sin, slot, sign)
             continue
         if source.shape != here.shape:  # at the first part, and at the last where it is shorter
             source, goal = torch.empty(2, *here.shape, dtype=cos.dtype)
-            views = block_views(source, goal, pairing, blocks)
-        rotate_into(goal, source.copy_(here), views, c, s, blocks)
+        torch.mul(source.copy_(here), cos, out=goal)
+        add_swapped(goal, source, sin, slot, sign)
         there.copy_(goal)
     return out
 
 
-def pairs(x: Tensor, cos: Tensor, pairing: str, blocks: Sequence[int], tail: bool) -> tuple[Tensor, ...]:
-    """First and second channels (b, s, h, r) of the rotated pairs, in the dtype of the angles."""
-    r = cos.shape[-1]
-    rotated = x.narrow(-1, x.shape[-1] - 2 * r if tail else 0, 2 * r)
-    return rotation.PAIRINGS[pairing][0](rotated.to(cos.dtype), blocks)
+def rotate_values(x: Tensor, tables: WideTables, slot: Slot, out: Tensor | None = None) -> Tensor:
+    """Heads x (b, s, h, d) rotated the faster way, without a graph, into out where it is given."""
+    if x.device.type == "cpu" and x.numel() > FEW:
+        return rotate_in_parts(x, tables, slot, out=out)
+    rotated = rotate_plain(x, tables, slot)
+    return rotated if out is None else out.copy_(rotated)
 
 
-def over_heads(x: Tensor, cos: Tensor) -> Tensor:
-    """x (b, s, h, r) summed over what shares an angle: heads of a row of (..., s, n, r), and the batch."""
-    return x.unflatten(-2, (cos.shape[-2], -1)).sum(-2).sum_to_size(cos.shape)
+def cross(y: Tensor, grad: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:
+    """y1 grad2 - y2 grad1 (..., r) of pairs: what the gradient of an angle sums over heads."""
+    split = PAIRINGS[slot.pairing][0]
+    (y1, y2), (g1, g2) = (split(z.to(dtype), slot.blocks) for z in (y, grad))
+    return torch.addcmul(y1 * g2, y2, g1, value=-1)
 
 
-class ApplyRotary(torch.autograd.Function):
-    """`rotate_chunks` with its derivatives: the gradient of a rotation is the rotation back."""
+def angle_gradient(y: Tensor, grad: Tensor, angle: Tensor, slot: Slot) -> Tensor:
+    """The gradient of angles (..., s, n, r), of rotated heads y (b, s, h, d) and their gradient."""
+    n, r = angle.shape[-2:]
+    wide = torch.promote_types(y.dtype, torch.float32)
+    start = y.shape[-1] - 2 * r if slot.tail else 0
+    y, grad = (by_rows(z.narrow(-1, start, 2 * r), n) for z in (y, grad))
+    step = max(1, PART // max(1, y[:, :1].numel()))
+    if torch.is_grad_enabled() or not y.numel():
+        step = max(1, y.shape[1])
+    parts = [
+        cross(y_part, g_part, slot, wide).sum(-2)
+        for y_part, g_part in zip(y.split(step, 1), grad.split(step, 1), strict=True)
+    ]
+    return torch.cat(parts, 1).to(angle.dtype).sum_to_size(angle.shape)
 
+
+def is_batched(x: Tensor) -> bool:
+    """Whether x stands for many, as in torch.vmap and `is_grads_batched`: nothing can be written into it."""
+    batched = torch._C._are_functorch_transforms_active()
+    return batched or torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Those of heads and of angles, open to autograd where it records."""
+    cos, sin, angle, y = ctx.saved_tensors
+    tables = WideTables(cos, sin)
+    to_x, to_angle = ctx.needs_input_grad[:2]
+    dx = None
+    if to_x and (torch.is_grad_enabled() or is_batched(grad)):
+        if to_angle:
+            tables = widen(*cos_sin_of(angle, cos.dtype, ctx.factor), ctx.slot)
+        dx = rotate_plain(grad, tables.inverse(), ctx.slot)
+    elif to_x:
+        dx = rotate_in_parts(grad, tables, ctx.slot, inverse=True)
+    return dx, angle_gradient(y, grad, angle, ctx.slot) if to_angle else None
+
+
+class RotateInParts(torch.autograd.Function):
+    """`rotate_in_parts`: the gradient of a rotation is the rotation back."""
+
+    # `setup_context` would bind a signature at every call; what torch.func sees goes to `rotate_plain`
     @staticmethod
-    def forward(x, cos, sin, pairing, blocks, tail):
+    def forward(
+        ctx: Any, x: Tensor, angle: Tensor | None, cos: Tensor, sin: Tensor, factor: float, slot: Slot
+    ):
         """The rotated heads."""
-        return rotate_chunks(x, cos, sin, pairing, blocks, tail)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs, output):
-        """Keep the angles, and the heads where a gradient reaches the angles."""
-        x, cos, sin, *ctx.form = inputs
-        ctx.save_for_backward(cos, sin, x if any(ctx.needs_input_grad[1:3]) else None)
-        ctx.save_for_forward(cos, sin, x)
+        y = rotate_in_parts(x, WideTables(cos, sin), slot)
+        ctx.factor, ctx.slot = factor, slot
+        # attention keeps rotated heads anyway, so keeping them for the gradient of angles costs no memory
+        ctx.save_for_backward(cos, sin, angle, y if ctx.needs_input_grad[1] else None)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads):
-        """Gradients of x, cos and sin."""
-        (grad,) = grads
-        cos, sin, x = ctx.saved_tensors
-        dx = dcos = dsin = None
-        if ctx.needs_input_grad[0]:
-            dx = ApplyRotary.apply(grad, cos, -sin, *ctx.form)
-        if x is not None:
-            (x1, x2), (g1, g2) = (pairs(y, cos, *ctx.form) for y in (x, grad))
-            dcos, dsin = (over_heads(y, cos) for y in (g1 * x1 + g2 * x2, g2 * x1 - g1 * x2))
-        return dx, dcos, dsin, None, None, None
+        """Gradients of heads and angles."""
+        return *gradients(ctx, *grads), None, None, None, None
+
+
+class RotateInPlace(torch.autograd.Function):
+    """Heads overwritten by the rotated ones."""
 
     @staticmethod
-    def jvp(ctx: Any, *tangents):
-        """The tangent: the rotation is linear in the heads, and in cosine and sine."""
-        dx, dcos, dsin, *_ = tangents
-        cos, sin, x = ctx.saved_tensors
-        zero = torch.zeros_like(cos)
-        moved = rotation.apply_rotary(torch.zeros_like(x) if dx is None else dx, cos, sin, *ctx.form)
-        if dcos is None and dsin is None:
-            return moved
-        dcos, dsin = (zero if change is None else change for change in (dcos, dsin))
-        untouched = rotation.apply_rotary(x, zero, zero, *ctx.form)
-        return moved + rotation.apply_rotary(x, dcos, dsin, *ctx.form) - untouched
+    def forward(
+        ctx: Any, x: Tensor, angle: Tensor | None, cos: Tensor, sin: Tensor, factor: float, slot: Slot
+    ):
+        """The same heads, rotated."""
+        rotate_values(x, WideTables(cos, sin), slot, out=x)
+        ctx.factor, ctx.slot = factor, slot
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(cos, sin, angle, x if ctx.needs_input_grad[1] else None)
+        return x
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any):
-        """The definition, which torch.vmap can look into."""
-
-        def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            return rotation.apply_rotary(x, cos, sin, *args[3:])
-
-        return torch.vmap(turn, in_dims[:3])(*args[:3]), 0
-
-
-def apply_rotary(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    pairing: str = "half",
-    blocks: Sequence[int] = (),
-    tail: bool = False,
-) -> Tensor:
-    """Heads x (b, s, h, d) with their first 2r channels, or last, rotated by cos, sin (..., s, n, r).
-
-    Raises:
-        ValueError: what does not fit together, as `rotation.apply_rotary`.
-    """
-    rotation.check_fit(x, cos, pairing, blocks)
-    return ApplyRotary.apply(x, cos, sin, pairing, tuple(blocks), tail)
+    def backward(ctx: Any, *grads):
+        """Gradients of heads and angles."""
+        return *gradients(ctx, *grads), None, None, None, None

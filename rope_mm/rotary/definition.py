@@ -1,12 +1,13 @@
-"""The definition: angles = positions @ Omega, and pairs of channels turned by them.
+"""The definition: angles = positions @ Omega, and pairs of channels rotated by them.
 
-Layouts of q and k are (b, s, h, d). Angles are made in float64 (float32 where a device has no other), the
-rotation runs in float32 or wider, and the result has the input's dtype.
+Heads are (b, s, h, d). Angles are made in float64 (float32 where a device has no other), the rotation runs in
+float32 or wider, and the result has the input's dtype.
 """
 
 from collections.abc import Sequence
 
 import torch
+from rope_mm_kernels.checks import check_choice, check_pairs
 from torch import Tensor
 
 from rope_mm.registry import Registry
@@ -17,20 +18,60 @@ def widest_float(device: torch.device | str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
-def angles(positions: Tensor, omega: Tensor) -> Tensor:
-    """Radians (..., s, n, r) from positions (..., s, a) and Omega (a, r), n = 1, or (n, a, r)."""
+def angles(positions: Tensor, omega: Tensor, mode: str = "exact") -> Tensor:
+    """Radians (..., s, n, r) by which pairs are rotated.
+
+    Args:
+        positions: (..., s, a).
+        omega: radians per step (a, r), which makes n = 1, or (n, a, r).
+        mode: "exact" in the widest float, or "hf" rounded to float32 product by product, as in transformers.
+    """
+    omega = omega.reshape(-1, *omega.shape[-2:])
+    if mode == "hf":
+        omega = omega.to(positions.device, torch.float32)
+        products = positions.float()[..., None, :, None] * omega
+        return sum(products.unbind(-2), products.new_zeros(()))
     wide = widest_float(positions.device)
-    omega = omega.reshape(-1, *omega.shape[-2:]).to(positions.device, wide)
+    positions, omega = positions.to(wide), omega.to(positions.device, wide)
+    if wide == torch.float64:  # which autocast leaves alone
+        return product(positions, omega)
     with torch.autocast(positions.device.type, enabled=False):
-        return torch.einsum("...sa,nar->...snr", positions.to(wide), omega)
+        return product(positions, omega)
+
+
+def product(positions: Tensor, omega: Tensor) -> Tensor:
+    """positions (..., s, a) @ Omega (n, a, r): (..., s, n, r)."""
+    if len(omega) == 1:
+        return (positions @ omega[0]).unsqueeze(-2)
+    return torch.einsum("...sa,nar->...snr", positions, omega)
+
+
+def cos_sin_of(angle: Tensor, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of angles, times `factor`, rounded to `dtype` at the end."""
+    angle = angle.to(torch.promote_types(angle.dtype, dtype))
+    cos, sin = angle.cos(), angle.sin()
+    if torch.compiler.is_compiling() or factor != 1:  # a graph would be traced again to know its value
+        cos, sin = factor * cos, factor * sin
+    return cos.to(dtype), sin.to(dtype)
 
 
 def cos_sin(
-    positions: Tensor, omega: Tensor, dtype: torch.dtype = torch.float32, factor: float = 1.0
+    positions: Tensor,
+    omega: Tensor,
+    dtype: torch.dtype = torch.float32,
+    factor: float = 1.0,
+    mode: str = "exact",
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (..., s, n, r) of the angles, times `factor` (YaRN's attention factor)."""
-    angle = angles(positions, omega)
-    return (factor * angle.cos()).to(dtype), (factor * angle.sin()).to(dtype)
+    """Cosine and sine (..., s, n, r) of the angles.
+
+    Args:
+        positions: (..., s, a).
+        omega: (a, r) or (n, a, r).
+        dtype: of the results.
+        factor: what both are multiplied by (YaRN's attention factor).
+        mode: as in `angles`.
+    """
+    return cos_sin_of(angles(positions, omega, mode), dtype, factor)
 
 
 def split_half(x: Tensor, blocks: Sequence[int] = ()) -> tuple[Tensor, ...]:
@@ -76,19 +117,13 @@ PAIRINGS = Registry(
 
 
 def check_fit(x: Tensor, cos: Tensor, pairing: str, blocks: Sequence[int]) -> None:
-    """Refuse other rows, too many pairs, heads that n does not divide, blocks that do not sum to r."""
-    (h, d), (n, r) = x.shape[-2:], cos.shape[-2:]
-    PAIRINGS[pairing]
+    """Refuse tables (..., s, n, r) of other rows or pairs than those of heads x (b, s, h, d)."""
+    check_choice("pairing", pairing, tuple(PAIRINGS))
     if cos.dim() == 4 and cos.shape[0] != 1 and cos.shape[0] != x.shape[0]:
         raise ValueError(
             f"positions are of {cos.shape[0]} rows, but heads of {x.shape[0]}; give as many, or one for all"
         )
-    if 2 * r > d:
-        raise ValueError(f"{r} pairs need {2 * r} channels, but a head has {d}; take a smaller Omega")
-    if h % n:
-        raise ValueError(f"Omega has {n} heads, which must divide the {h} heads of q and of k")
-    if pairing == "block" and sum(blocks) != r:
-        raise ValueError(f"blocks {tuple(blocks)} must sum to the {r} pairs of Omega")
+    check_pairs(x, *cos.shape[-2:], pairing, blocks)
 
 
 def apply_rotary(
@@ -99,9 +134,17 @@ def apply_rotary(
     blocks: Sequence[int] = (),
     tail: bool = False,
 ) -> Tensor:
-    """Heads x (b, s, h, d) with their first 2r channels, or last, rotated by cos, sin (..., s, n, r).
+    """Heads with their first 2r channels, or last, rotated; head j follows row j * n // h of the n rows.
 
-    Head j follows row j * n // h of the n rows (RoFormer, equation 34).
+    Equation 34 of RoFormer (arXiv 2104.09864).
+
+    Args:
+        x: heads (b, s, h, d).
+        cos: cosines (..., s, n, r).
+        sin: sines (..., s, n, r).
+        pairing: a key of PAIRINGS.
+        blocks: pairs in each block, for "block".
+        tail: whether the last 2r channels are rotated, not the first.
 
     Raises:
         ValueError: other rows, more pairs than channels, heads that n does not divide, blocks that do not sum
@@ -115,5 +158,5 @@ def apply_rotary(
     wide = x.to(torch.promote_types(x.dtype, cos.dtype))
     before, rotated, after = wide.split((d - 2 * r, 2 * r, 0) if tail else (0, 2 * r, d - 2 * r), dim=-1)
     first, second = split(rotated, blocks)
-    turned = join(first * cos - second * sin, first * sin + second * cos, blocks)
-    return torch.cat((before, turned, after), dim=-1).to(x.dtype)
+    rotated = join(first * cos - second * sin, first * sin + second * cos, blocks)
+    return torch.cat((before, rotated, after), dim=-1).to(x.dtype)

@@ -1,7 +1,8 @@
 """The one door to rotation: the Triton kernel where it runs, the definition elsewhere; same arguments.
 
-`explain_dispatch` says which it is and why. Under torch.compile the graph holds the kernel's op or, on a
-CPU, the definition, of which the compiler makes one pass over memory.
+Every function here refuses by the one list in `rope_mm_kernels.checks`. `explain_dispatch` says which way is
+taken and why. Under torch.compile the graph holds the kernel's op or, on a CPU, the definition, of which the
+compiler makes one pass over memory.
 """
 
 from collections.abc import Sequence
@@ -9,10 +10,13 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
+from rope_mm_kernels import checks
+from rope_mm_kernels.checks import check_heads as check_heads
+from rope_mm_kernels.checks import check_positions as check_positions
 from torch import Tensor
 
-from rope_mm.rotary import cpu
-from rope_mm.rotary import definition as rotation
+from rope_mm.rotary import cpu, definition
+from rope_mm.rotary.cpu import Slot, WideTables
 
 TRITON = find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of the kernel
@@ -20,15 +24,32 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of the kernel
 
 @dataclass(frozen=True)
 class RotarySpec:
-    """How angles meet channels: pairing, its blocks, whether the last channels are rotated, and a factor."""
+    """How angles are made and how they meet channels.
+
+    Attributes:
+        pairing: "half" (i, i + r), "interleaved" (2i, 2i + 1) or "block" (half within each block).
+        blocks: pairs in each block, for "block".
+        tail: whether the last 2r channels of a head are rotated, not the first.
+        factor: what cosine and sine are multiplied by.
+        mode: "exact", or "hf" for angles rounded to float32 as in transformers.
+
+    Raises:
+        ValueError: an unknown pairing or mode, blocks of another pairing, a factor of 0 or not finite.
+    """
 
     pairing: str = "half"
     blocks: tuple[int, ...] = ()
     tail: bool = False
     factor: float = 1.0
+    mode: str = "exact"
 
     def __post_init__(self):
-        rotation.PAIRINGS[self.pairing]  # an unknown one is refused here, not at the first forward
+        checks.check_spec(self.pairing, self.blocks, self.factor, self.mode)
+
+    @property
+    def slot(self) -> Slot:
+        """The channels alone."""
+        return Slot(self.pairing, self.blocks, self.tail)
 
 
 def unsupported_reason(device: torch.device | str, dtype: torch.dtype) -> str:
@@ -45,139 +66,258 @@ def kernel_supports(device: torch.device | str, dtype: torch.dtype) -> bool:
     return not unsupported_reason(device, dtype)
 
 
-def explain_dispatch(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor) -> str:
+def uses_parts(x: Tensor) -> bool:
+    """Whether heads are rotated part by part: many of them, on a CPU, in eager mode and first derivatives."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and x.numel() > cpu.FEW
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def explain_dispatch(q: Tensor, k: Tensor | None, positions: Tensor, omega: Tensor) -> str:
     """Which way `rotate` takes with these tensors, and why, in a line.
+
+    Args:
+        q, k, positions, omega: as in `rotate`.
 
     Raises:
         ValueError: what `rotate` refuses.
     """
-    check(q, k, positions, omega)
+    checks.check_rotation(q, keys_or_none(q, k), positions, omega)
     recorded = torch.compiler.is_compiling()
     if not (why := unsupported_reason(q.device, q.dtype)):
         way = "Triton's kernel, as an op of the graph" if recorded else "Triton's kernel"
         why = f"q is {q.dtype} on {q.device}"
     elif recorded:
         way = "the definition, for the compiler to fuse"
-    elif uses_cpu_path(q):
+    elif uses_parts(q):
         way = "the definition in parts that fit the CPU's cache (torch.compile makes one pass of it)"
     else:
-        way = "the definition, a dozen passes over memory (torch.compile makes one of them)"
+        way = "the definition in three passes over memory (torch.compile makes one of them)"
+        why += f"; few heads, {q.numel()} numbers" * (q.device.type == "cpu" and q.numel() <= cpu.FEW)
     copied = [name for name, x in (("positions", positions), ("Omega", omega)) if x.device != q.device]
     return f"{way}: {why}" + (f"; copied to it at every call: {', '.join(copied)}" if copied else "")
 
 
-def uses_cpu_path(x: Tensor) -> bool:
-    """Whether heads are rotated part by part; a compiler fuses the definition."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def check_heads(q: Tensor, k: Tensor) -> None:
-    """Refuse q and k that differ in more than their heads, or are spread over processes."""
-    # a DTensor is known by this method: to import the class would cost a second
-    if any(hasattr(x, "full_tensor") for x in (q, k)):
-        raise ValueError(
-            "q or k is a DTensor, but every process rotates its own heads; give `to_local()` of both and, "
-            "of an Omega per head, the rows of these heads"
-        )
-    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
-        shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
-        raise ValueError(f"q and k must be (b, s, heads, d), alike but for the heads, not {shapes}")
-
-
-def check(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor) -> None:
-    """Refuse what does not fit together, before anything is computed."""
-    check_heads(q, k)
-    check_positions(positions, omega)
-    if positions.shape[-2] != q.shape[1] or (positions.dim() == 3 and len(positions) not in (1, len(q))):
-        shapes = f"positions {tuple(positions.shape)} do not fit q {tuple(q.shape)}"
-        raise ValueError(f"{shapes}; give one position for each token, (s, a) or (b, s, a)")
-
-
-def check_positions(positions: Tensor, omega: Tensor) -> None:
-    """Refuse positions that are not finite, too coarse to count or lack the axes of Omega."""
-    if omega.dim() not in (2, 3) or not omega.numel():
-        raise ValueError(
-            f"Omega must be (a, r) or (heads, a, r) and hold something, not {tuple(omega.shape)}"
-        )
-    if positions.dim() not in (2, 3) or positions.shape[-1] != omega.shape[-2]:
-        raise ValueError(
-            f"positions {tuple(positions.shape)} must be (s, a) or (b, s, a), "
-            f"with the a = {omega.shape[-2]} axes of Omega"
-        )
-    if positions.dtype in (torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"positions in {positions.dtype} cannot count past 256 or 2048; give whole numbers, float32 or "
-            "float64 (FSDP casts a module's inputs unless cast_forward_inputs=False)"
-        )
-    # an accelerator would make the host wait for the answer, and a traced graph cannot ask
-    if positions.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if not positions.isfinite().all():
-        raise ValueError("positions hold NaN or infinity; every token needs a finite place")
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, spec: RotarySpec) -> Tensor:
-    """Heads x (b, s, h, d) rotated by tables: on a CPU in place by parts, the definition elsewhere."""
-    rotate = cpu.apply_rotary if uses_cpu_path(x) else rotation.apply_rotary
-    return rotate(x, cos, sin, spec.pairing, spec.blocks, spec.tail)
-
-
 @dataclass(frozen=True, eq=False)
 class RotaryAngles:
-    """The work of one forward, done once for every layer.
+    """The work of one forward, done once for all layers.
 
-    That is cos and sin (..., s, n, r) where the definition runs; the kernel makes its angles itself.
+    The kernel makes its angles itself, of positions and Omega; for the definition there are tables.
+
+    Attributes:
+        positions: (s, a) or (b, s, a); None where angles or tables were given.
+        omega: (a, r) or (n, a, r); None with the positions.
+        spec: how angles meet channels.
+        angle: radians (..., s, n, r), where they were given or a gradient reaches them.
+        cos: cosines (..., s, n, r); None for the kernel.
+        sin: sines (..., s, n, r); None for the kernel.
+        wide: both tables on every channel, for eager mode.
     """
 
-    positions: Tensor
-    omega: Tensor
+    positions: Tensor | None
+    omega: Tensor | None
     spec: RotarySpec
-    cos: Tensor | None
-    sin: Tensor | None
+    angle: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    wide: WideTables | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens s the angles are made for."""
+        for x, dim in ((self.cos, -3), (self.positions, -2), (self.angle, -3)):
+            if x is not None:
+                return x.shape[dim]
+        raise ValueError("angles without positions and tables are of no tokens")
+
+    def check_fit(self, x: Tensor) -> None:
+        """Refuse heads x (b, s, h, d) of other tokens or sizes."""
+        if self.cos is None:
+            return
+        if self.tokens != x.shape[1]:
+            raise ValueError(f"these angles were made for {self.tokens} tokens, but heads are {(*x.shape,)}")
+        definition.check_fit(x, self.cos, self.spec.pairing, self.spec.blocks)
 
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q (b, s, h, d) and k (b, s, g, d), rotated."""
-        if self.cos is None or self.sin is None:
-            return rotate(q, k, self.positions, self.omega, **vars(self.spec))
+        """Rotated queries and keys.
+
+        Args:
+            q: queries (b, s, h, d).
+            k: keys (b, s, g, d).
+
+        Raises:
+            ValueError: heads that do not fit the angles.
+        """
         check_heads(q, k)
-        return self.rotate_one(q), self.rotate_one(k)
+        if self.cos is None:
+            return self.launch(q, k)
+        return self.rotate_checked(q), self.rotate_checked(k)
 
     def rotate_one(self, x: Tensor) -> Tensor:
-        """Heads x (b, s, h, d) of one kind, rotated: keys of other tokens than the queries, or outputs."""
-        if self.cos is None or self.sin is None:
-            return rotate(x, x[:, :, :0], self.positions, self.omega, **vars(self.spec))[0]
+        """Rotated heads of one kind: keys of other tokens than the queries, or outputs.
+
+        Args:
+            x: heads (b, s, h, d).
+
+        Raises:
+            ValueError: heads that do not fit the angles.
+        """
         check_heads(x, x)
-        if self.cos.shape[-3] != x.shape[1]:
-            raise ValueError(
-                f"these angles were made for {self.cos.shape[-3]} tokens, but heads are {(*x.shape,)}"
-            )
-        return apply_rotary(x, self.cos, self.sin, self.spec)
+        return self.launch(x, x[:, :, :0])[0] if self.cos is None else self.rotate_checked(x)
+
+    def rotate_(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """`rotate` that overwrites q and k, with the same gradients, and returns them.
+
+        Raises:
+            ValueError: as `rotate`, and leaves that require grad, or expanded tensors.
+        """
+        check_heads(q, k)
+        checks.check_in_place(q, k)
+        if self.cos is None:
+            return self.launch(q, k, in_place=True)
+        for x in (q, k):
+            self.check_fit(x)
+            self.overwrite(x)
+        return q, k
+
+    def launch(self, q: Tensor, k: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+        """q and k rotated by the Triton kernel."""
+        from rope_mm_kernels import rotary  # triton is optional
+
+        how = {name: value for name, value in vars(self.spec).items() if name != "mode"}
+        if self.positions is None:
+            rotated = rotary.rotate_by_angles(q, k, self.angle, **how)
+            return (q.copy_(rotated[0]), k.copy_(rotated[1])) if in_place else rotated
+        function = rotary.rotate_ if in_place else rotary.rotate
+        return function(q, k, self.positions, self.omega, mode=self.spec.mode, **how)
+
+    def rotate_checked(self, x: Tensor) -> Tensor:
+        """Heads x (b, s, h, d) rotated by tables, the way that `explain_dispatch` names."""
+        self.check_fit(x)
+        if self.wide is None:
+            spec = self.spec
+            return definition.apply_rotary(x, self.cos, self.sin, spec.pairing, spec.blocks, spec.tail)
+        slot = self.spec.slot
+        if not uses_parts(x):
+            return cpu.rotate_plain(x, self.wide, slot)
+        cos, sin = self.wide
+        learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+        if learned and self.angle is None:
+            return cpu.rotate_plain(x, self.wide, slot)  # tables with a gradient of their own
+        if learned or (torch.is_grad_enabled() and x.requires_grad):
+            inputs = (self.angle if learned else None, cos.detach(), sin.detach(), self.spec.factor, slot)
+            return cpu.RotateInParts.apply(x, *inputs)
+        return cpu.rotate_in_parts(x, self.wide, slot)
+
+    def overwrite(self, x: Tensor) -> None:
+        """Write rotated heads over x (b, s, h, d)."""
+        if self.wide is None or torch._C._are_functorch_transforms_active():
+            x.copy_(self.rotate_checked(x.clone()))
+            return
+        cos, sin = self.wide
+        learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+        if learned and self.angle is None:
+            x.copy_(self.rotate_checked(x.clone()))
+            return
+        angle = self.angle if learned else None
+        cpu.RotateInPlace.apply(x, angle, cos.detach(), sin.detach(), self.spec.factor, self.spec.slot)
 
     @property
     def inverse(self) -> "RotaryAngles":
         """The angles that rotate back, their factor included."""
-        spec = replace(self.spec, factor=1 / self.spec.factor)
-        back = None if self.cos is None else self.cos / self.spec.factor**2
-        sine = None if self.sin is None else -self.sin / self.spec.factor**2
-        return RotaryAngles(self.positions, -self.omega, spec, back, sine)
+        spec, scale = replace(self.spec, factor=1 / self.spec.factor), 1 / self.spec.factor**2
+        return RotaryAngles(
+            self.positions,
+            None if self.omega is None else -self.omega,
+            spec,
+            None if self.angle is None else -self.angle,
+            None if self.cos is None else self.cos * scale,
+            None if self.sin is None else self.sin * -scale,
+            None if self.wide is None else self.wide.inverse(scale),
+        )
+
+
+def tables_of(
+    angle: Tensor, spec: RotarySpec, dtype: torch.dtype, positions: Tensor | None, omega: Tensor | None
+) -> RotaryAngles:
+    """Angles (..., s, n, r) with tables for heads of this dtype."""
+    cos, sin = definition.cos_sin_of(angle, torch.promote_types(dtype, torch.float32), spec.factor)
+    if torch.compiler.is_compiling():
+        # what is stacked is stored; otherwise the compiler would make the same angles anew for every head
+        cos, sin = torch.stack((cos, sin)).unbind()
+        return RotaryAngles(positions, omega, spec, angle, cos, sin)
+    wide = cpu.widen(cos, sin, spec.slot)
+    return RotaryAngles(positions, omega, spec, angle if angle.requires_grad else None, cos, sin, wide)
 
 
 def make_angles(
     positions: Tensor, omega: Tensor, spec: RotarySpec | str = "half", dtype: torch.dtype = torch.float32
 ) -> RotaryAngles:
-    """What rotating by positions @ Omega needs, on the device of the positions, for heads of this dtype."""
+    """What rotating by positions @ Omega needs, on the device of the positions.
+
+    Args:
+        positions: (s, a) or (b, s, a).
+        omega: (a, r) or (n, a, r).
+        spec: how angles meet channels, or a pairing.
+        dtype: of the heads that will be rotated.
+
+    Raises:
+        ValueError: positions or an Omega that are refused.
+    """
     check_positions(positions, omega)
     spec = RotarySpec(spec) if isinstance(spec, str) else spec
     if kernel_supports(positions.device, dtype):
-        return RotaryAngles(positions, omega.to(positions.device), spec, None, None)
-    cos, sin = rotation.cos_sin(positions, omega, torch.promote_types(dtype, torch.float32), spec.factor)
-    if torch.compiler.is_compiling():
-        # what is stacked is stored; otherwise the compiler would make the same angles anew for every head
-        cos, sin = torch.stack((cos, sin)).unbind()
-    return RotaryAngles(positions, omega, spec, cos, sin)
+        return RotaryAngles(positions, omega.to(positions.device), spec)
+    angle = definition.angles(positions, omega, spec.mode)
+    return tables_of(angle, spec, dtype, positions, omega)
+
+
+def keys_or_none(q: Tensor, k: Tensor | None) -> Tensor:
+    """The keys, or where there are none, keys of no heads."""
+    return q[:, :, :0] if k is None and isinstance(q, Tensor) and q.dim() == 4 else k
 
 
 def rotate(
+    q: Tensor,
+    k: Tensor | None,
+    positions: Tensor,
+    omega: Tensor,
+    pairing: str = "half",
+    *,
+    blocks: Sequence[int] = (),
+    tail: bool = False,
+    factor: float = 1.0,
+    mode: str = "exact",
+) -> tuple[Tensor, Tensor | None]:
+    """q (b, s, h, d) and k (b, s, g, d) rotated by positions @ Omega, with gradients to all four.
+
+    Args:
+        q: queries, floating point.
+        k: keys of the same dtype; they may have fewer heads. None: there are none, and None is returned.
+        positions: (s, a) or (b, s, a), whole numbers, float32 or float64.
+        omega: radians per step (a, r), or (n, a, r) with n dividing g; head j follows row j * n // heads.
+        pairing: "half" (i, i + r), "interleaved" (2i, 2i + 1) or "block" (half within each block).
+        blocks: pairs in each block, for "block".
+        tail: whether the last 2r channels are rotated, not the first.
+        factor: what cosine and sine are multiplied by.
+        mode: "exact", or "hf" for the angles of transformers, rounded to float32.
+
+    Raises:
+        ValueError: what does not fit together, by `rope_mm_kernels.checks.check_rotation`.
+    """
+    keys = keys_or_none(q, k)
+    checks.check_rotation(q, keys, positions, omega, pairing, blocks, factor, mode)
+    angles = make_angles_for(q, positions, omega, RotarySpec(pairing, tuple(blocks), tail, factor, mode))
+    return (angles.rotate_one(q), None) if k is None else angles.rotate(q, k)
+
+
+def rotate_(
     q: Tensor,
     k: Tensor,
     positions: Tensor,
@@ -187,26 +327,105 @@ def rotate(
     blocks: Sequence[int] = (),
     tail: bool = False,
     factor: float = 1.0,
+    mode: str = "exact",
 ) -> tuple[Tensor, Tensor]:
-    """q (b, s, h, d) and k (b, s, g, d) rotated by positions @ Omega, with gradients to all four.
+    """`rotate` that overwrites q and k, with the same gradients, and returns them.
 
     Args:
-        q: queries.
-        k: keys; they may have fewer heads.
-        positions: (s, a) or (b, s, a), real numbers.
-        omega: radians per step (a, r), or (n, a, r) with n dividing g; head j follows row j * n // heads.
-        pairing: "half" (i, i + r), "interleaved" (2i, 2i + 1) or "block" (half within each block).
-        blocks: pairs in each block, for "block".
-        tail: whether the last 2r channels are rotated, not the first.
-        factor: what cosine and sine are multiplied by.
+        q, k, positions, omega, pairing, blocks, tail, factor, mode: as in `rotate`.
 
     Raises:
-        ValueError: shapes that do not fit, positions that are not finite, an unknown pairing.
+        ValueError: as `rotate`, and a q or k that is a leaf that requires grad, or expanded.
     """
-    check(q, k, positions, omega)
-    spec = RotarySpec(pairing, tuple(blocks), tail, factor)
-    if kernel_supports(q.device, q.dtype):
-        from rope_mm_kernels.rotary import rotate as triton_rotate  # triton is optional
+    checks.check_rotation(q, k, positions, omega, pairing, blocks, factor, mode)
+    spec = RotarySpec(pairing, tuple(blocks), tail, factor, mode)
+    return make_angles_for(q, positions, omega, spec).rotate_(q, k)
 
-        return triton_rotate(q, k, positions, omega, **vars(spec))
-    return make_angles(positions.to(q.device), omega, spec, q.dtype).rotate(q, k)
+
+def make_angles_for(q: Tensor, positions: Tensor, omega: Tensor, spec: RotarySpec) -> RotaryAngles:
+    """The angles for heads q (b, s, h, d) and what was checked with them, on the device of q."""
+    positions = positions.to(q.device)
+    if kernel_supports(q.device, q.dtype):
+        return RotaryAngles(positions, omega.to(q.device), spec)
+    return tables_of(definition.angles(positions, omega, spec.mode), spec, q.dtype, positions, omega)
+
+
+def angles_from(q: Tensor, angles: Tensor, spec: RotarySpec) -> RotaryAngles:
+    """Given angles (s, r), (b, s, r) or (b, s, n, r), ready for heads q (b, s, h, d)."""
+    angle = (angles if angles.dim() == 4 else angles.unsqueeze(-2)).to(q.device)
+    if kernel_supports(q.device, q.dtype):
+        return RotaryAngles(None, None, spec, angle if angle.dim() == 4 else angle[None])
+    return tables_of(angle, spec, q.dtype, None, None)
+
+
+def rotate_by_angles(
+    q: Tensor,
+    k: Tensor | None,
+    angles: Tensor,
+    pairing: str = "half",
+    *,
+    blocks: Sequence[int] = (),
+    tail: bool = False,
+    factor: float = 1.0,
+) -> tuple[Tensor, Tensor | None]:
+    """q and k rotated by given angles, with gradients to all three.
+
+    For angles that depend on the content, such as those of Selective RoPE (arXiv 2511.17388) and Mamba-3.
+
+    Args:
+        q: queries (b, s, h, d).
+        k: keys (b, s, g, d), or None.
+        angles: radians (s, r), (b, s, r), or (b, s, n, r) with n dividing g, in float32 or float64.
+        pairing, blocks, tail, factor: as in `rotate`.
+
+    Raises:
+        ValueError: what does not fit together.
+    """
+    keys = keys_or_none(q, k)
+    checks.check_angle_rotation(q, keys, angles, pairing, blocks, factor)
+    made = angles_from(q, angles, RotarySpec(pairing, tuple(blocks), tail, factor))
+    return (made.rotate_one(q), None) if k is None else made.rotate(q, k)
+
+
+def rotate_by_table(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    pairing: str = "half",
+    *,
+    blocks: Sequence[int] = (),
+    tail: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """q and k rotated by given cosines and sines, with gradients to q and k and, without the kernel, to both.
+
+    Args:
+        q: queries (b, s, h, d).
+        k: keys (b, s, g, d), or None.
+        cos: (1, s, 2r) or (b, s, 2r) as in transformers; of a pair, the first channel's entry is read.
+        sin: as cos.
+        pairing, blocks, tail: as in `rotate`.
+
+    Raises:
+        ValueError: what does not fit together.
+    """
+    keys = keys_or_none(q, k)
+    checks.check_table_rotation(q, keys, cos, sin, pairing, blocks)
+    spec = RotarySpec(pairing, tuple(blocks), tail)
+    learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    if kernel_supports(q.device, q.dtype) and not learned:
+        from rope_mm_kernels.table import rotate_by_table as launch  # triton is optional
+
+        rotated, rotated_keys = launch(q, keys, cos, sin, pairing, blocks=spec.blocks, tail=tail)
+        return rotated, None if k is None else rotated_keys
+    made = angles_from_tables(q, cos, sin, spec)
+    return (made.rotate_one(q), None) if k is None else made.rotate(q, k)
+
+
+def angles_from_tables(q: Tensor, cos: Tensor, sin: Tensor, spec: RotarySpec) -> RotaryAngles:
+    """Given tables (1 or b, s, 2r), ready for heads q (b, s, h, d)."""
+    split, _ = definition.PAIRINGS[spec.pairing]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    cos, sin = (split(x.to(q.device, wide), spec.blocks)[0].unsqueeze(-2) for x in (cos, sin))
+    tables = None if torch.compiler.is_compiling() else cpu.widen(cos, sin, spec.slot)
+    return RotaryAngles(None, None, spec, None, cos, sin, tables)

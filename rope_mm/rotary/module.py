@@ -4,11 +4,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from rope_mm_kernels import checks
 from torch import Tensor, nn
 
 from rope_mm.positions.cursor import Cursor
 from rope_mm.rotary import definition
-from rope_mm.rotary.dispatch import RotaryAngles, RotarySpec, check, check_heads, check_positions, make_angles
+from rope_mm.rotary.dispatch import (
+    RotaryAngles,
+    RotarySpec,
+    check_heads,
+    check_positions,
+    make_angles,
+    make_angles_for,
+)
 from rope_mm.schemes.scheme import Scheme
 from rope_mm.schemes.zoo import read_scheme
 from rope_mm.segments import Segment
@@ -30,6 +38,7 @@ class Rotary(nn.Module):
         head_dim: channels of a head.
         scheme: a key of SCHEMES, or a Scheme.
         heads: number of rows of a per-head Omega; it must divide the heads of k. None: one Omega for all.
+        mode: "exact", or "hf" for angles rounded to float32 as in transformers.
         changes: fields of the scheme to replace, such as theta=, learnable=, fraction=, pairing=.
 
     Attributes:
@@ -42,15 +51,20 @@ class Rotary(nn.Module):
     """
 
     def __init__(
-        self, head_dim: int, scheme: str | Scheme = "rope-tv", *, heads: int | None = None, **changes: Any
+        self,
+        head_dim: int,
+        scheme: str | Scheme = "rope-tv",
+        *,
+        heads: int | None = None,
+        mode: str = "exact",
+        **changes: Any,
     ):
         super().__init__()
         self.head_dim, self.heads = head_dim, heads
         self.scheme = read_scheme(scheme, **changes)
         scheme = self.scheme
-        self.spec = RotarySpec(
-            scheme.pairing, scheme.blocks(head_dim), scheme.channel_offset == "end", scheme.attention_scaling
-        )
+        blocks, tail = scheme.blocks(head_dim), scheme.channel_offset == "end"
+        self.spec = RotarySpec(scheme.pairing, blocks, tail, scheme.attention_scaling, mode)
         # no buffer: those are cast with a model, averaged over processes, and lost on the meta device
         self.static_omega = scheme.omega(head_dim, heads)
         device = torch.get_default_device()  # the meta device, where a model is built without its weights
@@ -143,7 +157,7 @@ class Rotary(nn.Module):
         """
         omega = self.omega_for(positions, length)
         check_positions(positions, omega)
-        cos, sin = definition.cos_sin(positions, omega, dtype, self.spec.factor)
+        cos, sin = definition.cos_sin(positions, omega, dtype, self.spec.factor, self.spec.mode)
         if cos.shape[-2] != 1:
             raise ValueError(
                 f"a table is shared by all heads, but this Omega has {cos.shape[-2]}; call the module"
@@ -155,19 +169,21 @@ class Rotary(nn.Module):
     def forward(
         self,
         q: Tensor,
-        k: Tensor,
+        k: Tensor | None,
         positions: Tensor | RotaryAngles,
         k_positions: Tensor | RotaryAngles | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Rotated queries and keys.
 
         Args:
             q: queries (b, s, h, d).
-            k: keys (b, s, g, d).
+            k: keys (b, s, g, d), or None, which is returned as it is.
             positions: (s, a) or (b, s, a), or the angles made of them.
             k_positions: those of the keys where they are other tokens than the queries, as in
                 cross-attention; the number of keys may differ, too.
         """
+        if k is None:
+            return self.rotate_one(q, positions), None
         if k_positions is not None:
             return self.rotate_one(q, positions), self.rotate_one(k, k_positions)
         if isinstance(positions, RotaryAngles):
@@ -188,8 +204,8 @@ class Rotary(nn.Module):
     def angles_for(self, x: Tensor, positions: Tensor) -> RotaryAngles:
         """The angles that rotate heads x (b, s, h, d) at positions (s, a) or (b, s, a), checked."""
         omega = self.omega_for(positions)
-        check(x, x, positions, omega)
-        return make_angles(positions.to(x.device), omega, self.spec, x.dtype)
+        checks.check_rotation(x, x, positions, omega, self.spec.pairing, self.spec.blocks)
+        return make_angles_for(x, positions, omega, self.spec)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         # `.to(bfloat16)` would cost a learned Omega 0.7 rad at position 4095, so it moves but is never cast

@@ -15,8 +15,8 @@ from rope_mm_kernels import (
     rotate_,
     rotate_by_table,
 )
-from rope_mm_kernels.form import form_of
-from rope_mm_kernels.table import fitting
+from rope_mm_kernels.plan import make_spec
+from rope_mm_kernels.table import table_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from truth import Case, agree, cotangents, results
@@ -43,40 +43,40 @@ def forget_graphs() -> None:
 
 
 def arguments(case: Case, device: str):
-    """What `rotate`'s ops are given: q, k, positions and Omega without heads shared, weights; the form."""
+    """What `rotate`'s ops are given: q, k, positions and Omega without heads shared, weights; the spec."""
     q, k, positions, omega, *weights = (x.detach() for x in case.make(device, normed=True))
-    form = form_of(q, k, positions, omega, **case.how)
-    positions, omega = (x.contiguous() for x in rotary.along(q, positions, omega))
-    return [q, k, positions, omega, *weights], form
+    spec = make_spec(q, k, positions, omega, **case.how)
+    positions, omega = (x.contiguous() for x in rotary.expand_inputs(q, positions, omega))
+    return [q, k, positions, omega, *weights], spec
 
 
 def by_table(case: Case, device: str):
     """The same by tables of a batch."""
     q, k, _, _, *weights = (x.detach() for x in case.make(device, normed=True))
     tables = torch.rand(2, case.b, case.s, 2 * case.r, device=device)
-    *tables, form = fitting(q, k, *tables, case.pairing, case.blocks, case.tail)
-    return [q, k, *tables, *weights], form
+    *tables, spec = table_inputs(q, k, *tables, case.pairing, case.blocks, case.tail)
+    return [q, k, *tables, *weights], spec
 
 
 @EACH
 @pytest.mark.parametrize("given", [arguments, by_table])
 def test_a_cpu_without_the_interpreter_computes_what_the_kernels_do(case: Case, given, device: str) -> None:
-    inputs, form = given(case, device)
-    needs = (form.mode != "table",) * 2
-    out = definition.rotate(*inputs[:4], form)
+    inputs, spec = given(case, device)
+    needs = (spec.mode != "table",) * 2
+    out = definition.rotate(*inputs[:4], spec)
     grads = cotangents(out, torch.float32)
-    back = (*grads, *inputs[2:4], out, needs, form)
-    normed = (*inputs, *grads, needs, 1e-6, form)
+    back = (*grads, *inputs[2:4], out, needs, spec)
+    normed = (*inputs, *grads, needs, 1e-6, spec)
     for plain, launched in (
-        (out, rotary.rotated(*inputs[:4], form)),
-        (definition.rotate_backward(*back), rotary.rotated_back(*back)),
-        (definition.norm_rotate(*inputs, 1e-6, form), norm_rotary.rotated(*inputs, 1e-6, form)),
-        (definition.norm_rotate_backward(*normed), norm_rotary.rotated_back(*normed)),
+        (out, rotary.launch_forward(*inputs[:4], spec)),
+        (definition.rotate_backward(*back), rotary.launch_backward(*back)),
+        (definition.norm_rotate(*inputs, 1e-6, spec), norm_rotary.launch_forward(*inputs, 1e-6, spec)),
+        (definition.norm_rotate_backward(*normed), norm_rotary.launch_backward(*normed)),
     ):
         agree(plain, launched, units=16)
         assert [x.stride() for x in plain] == [x.stride() for x in launched]
     q, k = (x.clone() for x in inputs[:2])
-    definition.rotate_(q, k, *inputs[2:4], form)
+    definition.rotate_(q, k, *inputs[2:4], spec)
     assert torch.equal(q, out[0]) and torch.equal(k, out[1])
 
 
@@ -85,19 +85,19 @@ def test_a_cpu_without_the_interpreter_computes_what_the_kernels_do(case: Case, 
 @CHECKS
 def test_ops_keep_what_torch_asks_of_them(device: str) -> None:
     case = Case(b=1, s=2, h=2, n=2, d=20, pairing="block", blocks=(3, 5), tail=True)
-    inputs, form = arguments(case, device)
+    inputs, spec = arguments(case, device)
     q, k, positions, omega = inputs[:4]
     asking = [x.clone().requires_grad_() for x in inputs]
-    torch.library.opcheck(OPS.rotate.default, (*asking[:4], *form))
-    torch.library.opcheck(OPS.norm_rotate.default, (*asking, 1e-6, *form))
-    torch.library.opcheck(OPS.rotate_.default, (q.clone(), k.clone(), positions, omega, *form))
+    torch.library.opcheck(OPS.rotate.default, (*asking[:4], *spec))
+    torch.library.opcheck(OPS.norm_rotate.default, (*asking, 1e-6, *spec))
+    torch.library.opcheck(OPS.rotate_.default, (q.clone(), k.clone(), positions, omega, *spec))
     needs = [False, True]
-    torch.library.opcheck(OPS.rotate_backward.default, (q, k, positions, omega, [q, k], needs, *form))
-    torch.library.opcheck(OPS.norm_rotate_backward.default, (*inputs, q, k, needs, 1e-6, *form))
-    (q, k, *tables_and_weights), form = by_table(case, device)
+    torch.library.opcheck(OPS.rotate_backward.default, (q, k, positions, omega, [q, k], needs, *spec))
+    torch.library.opcheck(OPS.norm_rotate_backward.default, (*inputs, q, k, needs, 1e-6, *spec))
+    (q, k, *tables_and_weights), spec = by_table(case, device)
     asking = q.requires_grad_(), k, *tables_and_weights
-    torch.library.opcheck(OPS.rotate.default, (*asking[:4], *form))
-    torch.library.opcheck(OPS.norm_rotate.default, (*asking, 1e-6, *form))
+    torch.library.opcheck(OPS.rotate.default, (*asking[:4], *spec))
+    torch.library.opcheck(OPS.norm_rotate.default, (*asking, 1e-6, *spec))
 
 
 def normed(*inputs, **how):
@@ -150,6 +150,18 @@ def test_tables_and_rotation_in_place_go_through_a_graph(device: str) -> None:
     wanted = rotate(q, k, positions, omega)
     found = torch.compile(rotate_, fullgraph=True, backend="aot_eager")(q, k, positions, omega)
     assert all(torch.equal(x, y) for x, y in zip((q, k, *found), (*wanted, *wanted), strict=True))
+
+
+@pytest.mark.compile
+def test_rotation_in_place_with_gradients_goes_through_a_graph(device: str) -> None:
+    inputs = Case(n=2, batched=True).make(device)
+
+    def in_place(q, k, positions, omega):
+        return rotate_(q * 1.0, k * 1.0, positions, omega)
+
+    compiled = torch.compile(in_place, fullgraph=True, backend="aot_eager")
+    for x, y in zip(results(compiled, inputs, {}), results(rotate, inputs, {}), strict=True):
+        assert torch.equal(x, y)
 
 
 class Layer(torch.nn.Module):

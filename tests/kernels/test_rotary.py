@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import pytest
-import rope_mm_kernels.form
+import rope_mm_kernels.plan
 import torch
 from conftest import INTERPRETED
 from hypothesis import given, settings
 from hypothesis import strategies as some
-from rope_mm_kernels import rotate, rotate_
+from rope_mm_kernels import rotate, rotate_, rotate_by_angles
 from torch import Tensor
 from truth import Case, Inputs, agree, channel_pairs, cotangents, eager, penalty, results, truth, wider
 
@@ -222,6 +222,27 @@ def test_results_are_kept_for_backward_only_where_angles_are_learned(device: str
     assert len(rotate(q, k, positions.detach(), omega.detach())[0].grad_fn.saved_tensors) == 2
 
 
+@pytest.mark.parametrize("pairing", BOTH)
+@pytest.mark.parametrize("n", [1, 2])
+def test_given_angles_rotate_as_positions_do_with_gradients(pairing: str, n: int, device: str) -> None:
+    case = Case(n=n, batched=True, d=24, r=9, pairing=pairing, tail=True, factor=1.5)
+    q, k, positions, omega = case.make(device)
+    angles = torch.einsum("bsa,nar->bsnr", positions.double(), omega.double()).detach().float()
+    inputs = q, k, angles.requires_grad_()
+    how = {name: case.how[name] for name in ("pairing", "tail", "factor")}
+    # r axes of which each turns its own pair, of every row of heads
+    eye = torch.eye(n * 9, device=device).view(n * 9, n, 9).movedim(0, 1).contiguous()
+
+    def as_positions(q, k, angles, **how):
+        return truth(q, k, angles.flatten(-2), eye, **how)
+
+    right = results(as_positions, wider(inputs), how)
+    agree(results(rotate_by_angles, inputs, how), right, units=32)
+    agree(penalty(rotate_by_angles, inputs, how), penalty(as_positions, wider(inputs), how), units=32)
+    shared = q, k, angles.detach()[0, :, 0].requires_grad_()
+    assert results(rotate_by_angles, shared, how)[-1].shape == shared[2].shape
+
+
 def test_inputs_are_left_alone(device: str) -> None:
     inputs = Case().make(device)
     before = [x.detach().clone() for x in inputs]
@@ -239,10 +260,22 @@ def test_in_place_is_the_same_and_tells_autograd(device: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("case", [Case(), Case(n=2, batched=True, d=24, r=9, tail=True, factor=1.5)], ids=str)
+def test_in_place_has_the_gradients_of_rotate(case: Case, device: str) -> None:
+    inputs = case.make(device)
+
+    def in_place(q, k, positions, omega, **how):
+        return rotate_(q * 1.0, k * 1.0, positions, omega, **how)
+
+    wanted, found = (results(turn, inputs, case.how) for turn in (rotate, in_place))
+    assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+    agree(penalty(in_place, inputs, case.how), penalty(truth, wider(inputs), case.how), units=32)
+
+
 def test_in_place_refuses_what_it_would_corrupt(device: str) -> None:
     q, k, positions, omega = (x.detach() for x in Case().make(device))
-    with pytest.raises(ValueError, match="makes no gradients"):
-        rotate_(q, k, positions, omega.clone().requires_grad_())
+    with pytest.raises(ValueError, match="leaf that requires grad"):
+        rotate_(q.clone().requires_grad_(), k, positions, omega)
     with pytest.raises(ValueError, match="one element stands for many"):
         rotate_(q[:, :, :1].expand_as(q), k, positions, omega)
 
@@ -267,9 +300,9 @@ def test_offsets_beyond_2_31_elements_are_right(device: str, monkeypatch: pytest
 
 def test_many_lanes_need_wide_counters() -> None:
     q = torch.empty(1, dtype=torch.float16).as_strided((2**20, 2**9, 1, 64), (0, 0, 0, 0))
-    form = rope_mm_kernels.form.Form(1, 1, 32, (32,), 0, "exact")
+    spec = rope_mm_kernels.plan.KernelSpec(1, 1, 32, (32,), 0, "exact")
     for whole, wide in ((q, True), (q[: 2**18], False)):
-        plan = rope_mm_kernels.form.plan(whole, whole, (whole, whole), form, (whole,), whole=False)
+        plan = rope_mm_kernels.plan.plan(whole, whole, (whole, whole), spec, (whole,), whole=False)
         assert plan.constants["WIDE"] == wide and plan.parts * sum(plan.blocks) < 2**31
 
 
@@ -284,23 +317,23 @@ def test_forward_mode_derivatives_are_refused(device: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"pairing": "thirds"}, "pairing must be one of"),
-        ({"pairing": "block"}, "add up to 8"),
-        ({"pairing": "block", "blocks": (4, 5)}, "add up to 8"),
-        ({"pairing": "block", "blocks": (9, -1)}, "add up to 8"),
-        ({"blocks": (4, 4)}, "leave them out"),
-        ({"mode": "fast"}, "mode must be one of"),
+        ({"pairing": "thirds"}, "pairing 'thirds' is unknown"),
+        ({"pairing": "block"}, "sum to the 8 pairs"),
+        ({"pairing": "block", "blocks": (4, 5)}, "sum to the 8 pairs"),
+        ({"pairing": "block", "blocks": (9, -1)}, "must be positive"),
+        ({"blocks": (4, 4)}, "omit them"),
+        ({"mode": "fast"}, "mode 'fast' is unknown"),
         ({"omega": torch.ones(3, 9)}, "9 pairs need 18 channels"),
-        ({"omega": torch.ones(3, 3, 8)}, "the 3 heads of omega must divide"),
-        ({"omega": torch.ones(4, 3, 8)}, "the 4 heads of omega must divide"),
-        ({"omega": torch.ones(3, 0)}, "omega must be"),
-        ({"omega": torch.ones(2, 8)}, "positions must be"),
+        ({"omega": torch.ones(3, 3, 8)}, "Omega has 3 heads, which must divide"),
+        ({"omega": torch.ones(4, 3, 8)}, "Omega has 4 heads, which must divide"),
+        ({"omega": torch.ones(3, 0)}, "Omega must be"),
+        ({"omega": torch.ones(2, 8)}, "axes of Omega"),
         ({"omega": torch.ones(3, 8, dtype=torch.bfloat16)}, "keep it in float32 or float64"),
-        ({"positions": torch.ones(4, 3)}, "positions must be"),
-        ({"positions": torch.ones(3, 5, 3)}, "positions must be"),
-        ({"k": torch.ones(2, 4, 2, 16)}, "differ in heads only"),
-        ({"k": torch.ones(2, 5, 2, 16, dtype=torch.float16)}, "use plain torch"),
-        ({"q": torch.ones(2, 5, 4, 16, dtype=torch.float64)}, "use plain torch"),
+        ({"positions": torch.ones(7, 3)}, "one position for each token"),
+        ({"positions": torch.ones(4, 3)}, "give q.transpose"),
+        ({"positions": torch.ones(3, 5, 3)}, "one position for each token"),
+        ({"k": torch.ones(2, 4, 2, 16)}, "alike but for the heads"),
+        ({"k": torch.ones(2, 5, 2, 16, dtype=torch.float16)}, "give both in one dtype"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(change: dict[str, object], words: str) -> None:
@@ -318,9 +351,9 @@ def test_the_door_of_the_library_opens_to_the_kernel(
     tables = rotation.cos_sin(positions, omega)
     defined = tuple(rotation.apply_rotary(x, *tables, pairing) for x in (q, k))
     agree(defined, truth(*wider(inputs), pairing=pairing))
-    monkeypatch.setattr(rope_mm.rotary.dispatch, "served", lambda device, dtype: True)
-    turn = rope_mm.rotary.dispatch.make_angles(positions, omega, pairing)
-    for opened in (rope_mm.rotary.dispatch.rotate(q, k, positions, omega, pairing), turn(q, k)):
+    monkeypatch.setattr(rope_mm.rotary.dispatch, "kernel_supports", lambda device, dtype: True)
+    angles = rope_mm.rotary.dispatch.make_angles(positions, omega, pairing)
+    for opened in (rope_mm.rotary.dispatch.rotate(q, k, positions, omega, pairing), angles.rotate(q, k)):
         for x, y in zip(opened, rotate(q, k, positions, omega, pairing), strict=True):
             assert torch.equal(x, y)
             assert x.grad_fn.name() == "RotateBackward"

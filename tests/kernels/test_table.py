@@ -70,8 +70,8 @@ def test_tables_may_have_16_bits_and_strides(device: str) -> None:
         ({"cos": torch.ones(1, 5, 8)}, "cos and sin must be"),
         ({"cos": torch.ones(1, 5, 18), "sin": torch.ones(1, 5, 18)}, "of the d channels"),
         ({"cos": torch.ones(1, 5, 16, requires_grad=True)}, "call rotate"),
-        ({"pairing": "block"}, "add up to 8"),
-        ({"k": torch.ones(2, 4, 2, 16)}, "differ in heads only"),
+        ({"pairing": "block"}, "sum to the 8 pairs"),
+        ({"k": torch.ones(2, 4, 2, 16)}, "alike but for the heads"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(change: dict[str, object], words: str) -> None:

@@ -324,7 +324,10 @@ def test_a_module_without_learned_omega_has_nothing_to_save():
         ),
         (lambda q, k, p, o: rotate(q, k, p, torch.ones(3, 3, 4)), "Omega has 3 heads, which must divide"),
         (lambda q, k, p, o: rotate(q, k, p, o, "halves"), "did you mean 'half'"),
-        (lambda q, k, p, o: rotate(q, k, p, o, "block", blocks=(5, 6)), "must sum to the 12 pairs"),
+        (
+            lambda q, k, p, o: rotate(q, k, p, o, "block", blocks=(5, 6)),
+            "sum to the 12 pairs",
+        ),
         (lambda q, k, p, o: Rotary(24, "rope-vt"), "scheme 'rope-vt' is unknown; did you mean"),
         (lambda q, k, p, o: Rotary(25), "head_dim 25"),
         (lambda q, k, p, o: Rotary(24, pairing="halves"), "did you mean 'half'"),

@@ -1,0 +1,259 @@
+"""What a rotation takes and what it refuses: one list for every path.
+
+The definition, compiled graphs and the kernels all refuse by this list. It needs torch alone, so that it also
+serves where triton is not installed.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+HEAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+OMEGA_DTYPES = (torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+POSITION_DTYPES = (*INTEGERS, *OMEGA_DTYPES)
+PAIRINGS = ("half", "interleaved", "block")
+MODES = ("exact", "hf")
+FARTHEST = 2**24  # beyond it float32 cannot count by one
+
+
+def shape_of(x: Tensor) -> str:
+    """The shape of a tensor as messages print it."""
+    return str(tuple(x.shape))
+
+
+def check_tensors(**tensors: object) -> None:
+    """Refuse lists, arrays and numbers where a tensor is meant."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}; give a tensor, torch.as_tensor({name})")
+
+
+def check_choice(kind: str, given: object, known: Sequence[str]) -> None:
+    """Refuse an unknown pairing or mode, with the nearest known one."""
+    if given in known:
+        return
+    near = difflib.get_close_matches(str(given), known, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"{kind} {given!r} is unknown; {hint}It is one of {', '.join(map(repr, known))}")
+
+
+def check_heads(q: Tensor, k: Tensor) -> None:
+    """Refuse q (b, s, h, d) and k (b, s, g, d) of other dtypes or shapes, or spread over processes."""
+    check_tensors(q=q, k=k)
+    # a DTensor is known by this method: to import the class would cost a second
+    if hasattr(q, "full_tensor") or hasattr(k, "full_tensor"):
+        raise ValueError(
+            "q or k is a DTensor, but every process rotates its own heads; give `to_local()` of both and, "
+            "of an Omega per head, the rows of these heads"
+        )
+    if q.dtype not in HEAD_DTYPES:
+        raise ValueError(
+            f"heads are {q.dtype}, but bfloat16, float16, float32 or float64 are rotated; convert them"
+        )
+    if q.dtype != k.dtype:
+        raise ValueError(f"q is {q.dtype} and k is {k.dtype}; give both in one dtype")
+    if q.device != k.device:
+        raise ValueError(f"q is on {q.device} and k on {k.device}; give both on one device")
+    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        shapes = f"{shape_of(q)} and {shape_of(k)}"
+        swapped = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
+        hint = ". These look like (b, heads, s, d): give q.transpose(1, 2) and k.transpose(1, 2)" * swapped
+        raise ValueError(f"q and k must be (b, s, heads, d), alike but for the heads, not {shapes}{hint}")
+
+
+def check_omega(omega: Tensor) -> None:
+    """Refuse an Omega that is not (a, r) or (n, a, r) in float32 or float64."""
+    check_tensors(omega=omega)
+    if omega.dim() not in (2, 3) or not omega.numel():
+        raise ValueError(f"Omega must be (a, r) or (heads, a, r) and not empty, but is {shape_of(omega)}")
+    if omega.dtype not in OMEGA_DTYPES:
+        raise ValueError(f"Omega is {omega.dtype}, which loses angles; keep it in float32 or float64")
+
+
+def check_positions(positions: Tensor, omega: Tensor) -> None:
+    """Refuse positions that are not (s, a) or (b, s, a), cannot count, are not finite or too far."""
+    check_omega(omega)
+    check_tensors(positions=positions)
+    a = omega.shape[-2]
+    if positions.dim() not in (2, 3) or positions.shape[-1] != a:
+        swapped = positions.dim() == 3 and positions.shape[0] == a
+        hint = ". These look like Hugging Face's order (a, b, s): give positions.permute(1, 2, 0)" * swapped
+        raise ValueError(
+            f"positions {shape_of(positions)} must be (s, a) or (b, s, a), "
+            f"with the a = {a} axes of Omega{hint}"
+        )
+    if positions.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"positions in {positions.dtype} cannot count past 256 or 2048; give whole numbers, float32 or "
+            "float64 (FSDP casts a module's inputs unless cast_forward_inputs=False)"
+        )
+    if positions.dtype not in POSITION_DTYPES:
+        raise ValueError(f"positions are {positions.dtype}; give whole numbers, float32 or float64")
+    check_position_values(positions)
+
+
+def has_readable_values(x: Tensor) -> bool:
+    """Whether the host may look at the numbers: an accelerator would make it wait, a traced graph cannot."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def check_position_values(positions: Tensor) -> None:
+    """Refuse numbers that are not finite, that float32 cannot count, or that stand in another order.
+
+    On a CPU alone: elsewhere the host would wait for the numbers. A recorded graph looks when it runs.
+    """
+    finite = "positions hold NaN or infinity; every token needs a finite position"
+    near = "positions in float32 cannot count past 2**24; give them in float64 or as whole numbers"
+    is_float32 = positions.dtype == torch.float32
+    if torch.compiler.is_compiling() and positions.device.type == "cpu" and positions.is_floating_point():
+        reached = positions.abs() <= FARTHEST if is_float32 else positions.isfinite()
+        torch._assert_async(reached.all(), f"{finite}; {near}" if is_float32 else finite)
+    if not has_readable_values(positions) or not positions.numel():
+        return
+    if positions.is_floating_point() and not positions.isfinite().all():
+        raise ValueError(finite)
+    if is_float32 and positions.abs().max() > FARTHEST:
+        raise ValueError(near)
+    cube = positions.dim() == 3 and positions.shape[0] == positions.shape[1] == positions.shape[2] > 1
+    # three rows of three tokens on three axes fit both orders; in ours no token counts up over its axes
+    if cube and (positions.diff(dim=-1) == 1).all():
+        raise ValueError(
+            f"positions {shape_of(positions)} hold Hugging Face's order (a, b, s), not (b, s, a): "
+            "give positions.permute(1, 2, 0)"
+        )
+
+
+def check_spec(pairing: str, blocks: Sequence[int], factor: float = 1.0, mode: str = "exact") -> None:
+    """Refuse an unknown pairing or mode, blocks of another pairing, a factor that no rotation has."""
+    check_choice("pairing", pairing, PAIRINGS)
+    check_choice("mode", mode, MODES)
+    if blocks and pairing != "block":
+        raise ValueError(f"blocks {tuple(blocks)} belong to pairing 'block'; omit them with {pairing!r}")
+    # a graph may hold a factor without its value
+    if not torch.compiler.is_compiling() and not (math.isfinite(factor) and factor):
+        raise ValueError(f"factor is {factor}; give a finite number other than 0")
+
+
+def check_pairs(x: Tensor, n: int, r: int, pairing: str, blocks: Sequence[int]) -> None:
+    """Refuse heads x (b, s, h, d) too small for r pairs, n that does not divide h, blocks without sum r."""
+    h, d = x.shape[-2:]
+    if 2 * r > d:
+        raise ValueError(f"{r} pairs need {2 * r} channels, but a head has {d}; take a smaller Omega")
+    if h % n:
+        raise ValueError(f"Omega has {n} heads, which must divide the {h} heads of q and of k")
+    if pairing == "block" and (sum(blocks) != r or min(blocks) < 1):
+        raise ValueError(f"blocks {tuple(blocks)} must be positive and sum to the {r} pairs of Omega")
+
+
+def check_tokens(x: Tensor, positions: Tensor) -> None:
+    """Refuse positions (s, a) or (b, s, a) of other tokens or rows than those of heads x (b, s, h, d)."""
+    if positions.shape[-2] == x.shape[1] and (positions.dim() == 2 or len(positions) in (1, len(x))):
+        return
+    message = f"positions {shape_of(positions)} do not fit q {shape_of(x)}"
+    if positions.shape[-2] == x.shape[2]:
+        raise ValueError(f"{message}, which looks like (b, heads, s, d); give q.transpose(1, 2), so too k")
+    raise ValueError(f"{message}; give one position for each token, (s, a) or (b, s, a)")
+
+
+def check_rotation(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    omega: Tensor,
+    pairing: str = "half",
+    blocks: Sequence[int] = (),
+    factor: float = 1.0,
+    mode: str = "exact",
+) -> None:
+    """Refuse what does not fit together, before anything is computed.
+
+    Args:
+        q: queries (b, s, h, d).
+        k: keys (b, s, g, d).
+        positions: (s, a) or (b, s, a).
+        omega: (a, r) or (n, a, r), n dividing h and g.
+        pairing: a key of PAIRINGS.
+        blocks: pairs in each block, for "block".
+        factor: what cosine and sine are multiplied by.
+        mode: a key of MODES.
+
+    Raises:
+        ValueError: what is refused, in one sentence.
+    """
+    check_heads(q, k)
+    check_spec(pairing, blocks, factor, mode)
+    check_positions(positions, omega)
+    check_tokens(q, positions)
+    n = omega.shape[0] if omega.dim() == 3 else 1
+    for x in (q, k):
+        check_pairs(x, n, omega.shape[-1], pairing, blocks)
+
+
+def check_in_place(q: Tensor, k: Tensor) -> None:
+    """Refuse q and k that rotation in place would corrupt."""
+    if torch.is_grad_enabled() and any(x.requires_grad and x.is_leaf for x in (q, k)):
+        raise ValueError("q or k is a leaf that requires grad, which must not be overwritten; call rotate")
+    if any(size > 1 and not stride for x in (q, k) for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError("q or k is expanded, so that one element stands for many; call rotate")
+
+
+def check_tables(q: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Refuse tables that are not (1 or b, s, 2r) for heads q (b, s, h, d)."""
+    check_tensors(cos=cos, sin=sin)
+    (b, s, _, d), width = q.shape, cos.shape[-1] if cos.dim() else 0
+    fits = cos.shape == sin.shape and tuple(cos.shape[:-1]) in ((1, s), (b, s))
+    if not fits or width > d or width % 2 or not width:
+        shapes = f"cos {shape_of(cos)}, sin {shape_of(sin)}, q {shape_of(q)}"
+        raise ValueError(
+            f"cos and sin must be (1, s, 2r) or (b, s, 2r) with 2r of the d channels of q: {shapes}"
+        )
+    if not cos.is_floating_point() or not sin.is_floating_point():
+        raise ValueError(f"cos is {cos.dtype} and sin {sin.dtype}; give tables of floating point numbers")
+
+
+def check_table_rotation(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairing: str, blocks: Sequence[int]
+) -> None:
+    """Refuse what does not fit together for q (b, s, h, d) and k (b, s, g, d) rotated by given tables."""
+    check_heads(q, k)
+    check_spec(pairing, blocks)
+    check_tables(q, cos, sin)
+    for x in (q, k):
+        check_pairs(x, 1, cos.shape[-1] // 2, pairing, blocks)
+
+
+def check_angles(q: Tensor, angle: Tensor) -> None:
+    """Refuse angles that are not (s, r), (b, s, r) or (b, s, n, r), of floats, for q (b, s, h, d)."""
+    check_tensors(angles=angle)
+    if angle.dtype not in OMEGA_DTYPES:
+        raise ValueError(f"angles are {angle.dtype}; give radians in float32 or float64")
+    b, s = q.shape[:2]
+    rows = angle.shape[:-1] if angle.dim() < 4 else angle.shape[:2]
+    if angle.dim() not in (2, 3, 4) or tuple(rows) not in ((s,), (1, s), (b, s)) or not angle.shape[-1]:
+        raise ValueError(
+            f"angles {shape_of(angle)} must be (s, r), (b, s, r) or (b, s, heads, r) for q {shape_of(q)}"
+        )
+    if has_readable_values(angle) and not angle.isfinite().all():
+        raise ValueError("angles hold NaN or infinity; every token needs finite angles")
+
+
+def check_angle_rotation(
+    q: Tensor, k: Tensor, angle: Tensor, pairing: str, blocks: Sequence[int], factor: float
+) -> None:
+    """Refuse what does not fit together for q (b, s, h, d) and k (b, s, g, d) rotated by given angles."""
+    check_heads(q, k)
+    check_spec(pairing, blocks, factor)
+    check_angles(q, angle)
+    for x in (q, k):
+        check_pairs(x, angle.shape[2] if angle.dim() == 4 else 1, angle.shape[-1], pairing, blocks)

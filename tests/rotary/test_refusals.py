@@ -1,0 +1,219 @@
+"""One table of refusals, the same on a CPU, in a recorded graph and by the kernel."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rope_mm import Rotary, rotate
+from rope_mm.rotary.dispatch import rotate_, rotate_by_angles, rotate_by_table
+
+B, S, H, G, D, A, R = 2, 5, 4, 2, 16, 3, 8
+FIT = {
+    "q": torch.ones(B, S, H, D),
+    "k": torch.ones(B, S, G, D),
+    "positions": torch.arange(S)[:, None].expand(-1, A),
+    "omega": torch.ones(A, R),
+}
+FORMS = {
+    "other tokens": ({"k": torch.ones(B, S - 1, G, D)}, "alike but for the heads"),
+    "other rows": ({"k": torch.ones(1, S, G, D)}, "alike but for the heads"),
+    "three dimensions": ({"q": torch.ones(S, H, D), "k": torch.ones(S, G, D)}, "alike but for the heads"),
+    "heads before tokens": (
+        {"q": torch.ones(B, H, S, D), "k": torch.ones(B, G, S, D)},
+        r"These look like \(b, heads, s, d\): give q.transpose\(1, 2\)",
+    ),
+    "as many heads before tokens": (
+        {"q": torch.ones(B, H, S, D), "k": torch.ones(B, H, S, D)},
+        r"looks like \(b, heads, s, d\); give q.transpose\(1, 2\)",
+    ),
+    "dtypes of their own": ({"q": torch.ones(B, S, H, D).bfloat16()}, "give both in one dtype"),
+    "integer heads": (
+        {"q": torch.ones(B, S, H, D).int(), "k": torch.ones(B, S, G, D).int()},
+        "heads are torch.int32",
+    ),
+    "complex heads": (
+        {"q": torch.ones(B, S, H, D, dtype=torch.cfloat), "k": torch.ones(B, S, G, D, dtype=torch.cfloat)},
+        "heads are torch.complex64",
+    ),
+    "a list of positions": ({"positions": [[0.0] * A] * S}, r"positions is a list; give a tensor"),
+    "an array of positions": ({"positions": np.zeros((S, A))}, "positions is a ndarray; give a tensor"),
+    "an array of queries": ({"q": np.zeros((B, S, H, D))}, "q is a ndarray; give a tensor"),
+    "a number as Omega": ({"omega": 1.0}, "omega is a float; give a tensor"),
+    "complex positions": ({"positions": torch.ones(S, A, dtype=torch.cfloat)}, "are torch.complex64"),
+    "positions that are true or false": ({"positions": torch.ones(S, A) > 0}, "are torch.bool"),
+    "positions in bfloat16": ({"positions": torch.ones(S, A).bfloat16()}, "cannot count past 256"),
+    "positions in float16": ({"positions": torch.ones(S, A).half()}, "cannot count past 256"),
+    "too few axes": ({"positions": torch.ones(S, A - 1)}, "with the a = 3 axes of Omega$"),
+    "axes first": ({"positions": torch.ones(A, B, S)}, r"Hugging Face's order .*permute\(1, 2, 0\)"),
+    "too many tokens": ({"positions": torch.ones(S + 2, A)}, "one position for each token"),
+    "too many rows": ({"positions": torch.ones(B + 1, S, A)}, "one position for each token"),
+    "Omega in bfloat16": ({"omega": torch.ones(A, R).bfloat16()}, "keep it in float32 or float64"),
+    "Omega in float16": ({"omega": torch.ones(A, R).half()}, "keep it in float32 or float64"),
+    "an empty Omega": ({"omega": torch.ones(A, 0)}, "and not empty"),
+    "too many pairs": ({"omega": torch.ones(A, R + 1)}, "9 pairs need 18 channels"),
+    "rows that do not divide q": ({"omega": torch.ones(3, A, R)}, "Omega has 3 heads, which must divide"),
+    "rows that do not divide k": ({"omega": torch.ones(4, A, R)}, "Omega has 4 heads, which must divide"),
+    "an unknown pairing": ({"pairing": "halves"}, "did you mean 'half'"),
+    "an unknown mode": ({"mode": "exakt"}, "did you mean 'exact'"),
+    "blocks of halves": ({"blocks": (4, 4)}, "omit them with 'half'"),
+    "blocks of neighbours": ({"blocks": (8,), "pairing": "interleaved"}, "omit them with 'interleaved'"),
+    "no blocks": ({"pairing": "block"}, "sum to the 8 pairs"),
+    "blocks that are too large": ({"pairing": "block", "blocks": (4, 5)}, "sum to the 8 pairs"),
+    "a negative block": ({"pairing": "block", "blocks": (9, -1)}, "must be positive"),
+}
+VALUES = {
+    "positions that are not finite": ({"positions": torch.full((S, A), torch.nan)}, "NaN or infinity"),
+    "infinite positions in float64": (
+        {"positions": torch.full((S, A), torch.inf, dtype=torch.float64)},
+        "NaN or infinity",
+    ),
+    "positions that float32 cannot count": (
+        {"positions": torch.full((S, A), 2.0**24 + 2)},
+        r"cannot count past 2\*\*24",
+    ),
+}
+FACTORS = {
+    "a factor of nothing": ({"factor": 0.0}, "factor is 0.0"),
+    "a factor that is no number": ({"factor": torch.nan}, "factor is nan"),
+}
+REFUSED = {**FORMS, **VALUES, **FACTORS}
+
+
+def by_kernel(q, k, positions, omega, **how):
+    """The kernel, interpreted where there is no GPU."""
+    return pytest.importorskip("rope_mm_kernels.rotary").rotate(q, k, positions, omega, **how)
+
+
+class Layer(nn.Module):
+    """A rotation to record."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, *tensors):
+        return rotate(*tensors, **self.how)
+
+
+def recorded(q, k, positions, omega, **how):
+    """A graph that is recorded and run."""
+    module = torch.export.export(Layer(how), (q, k, positions, omega)).module()
+    return module(q, k, positions, omega)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_path_refuses_the_same_in_the_same_words(name):
+    change, words = REFUSED[name]
+    said = []
+    for function in (rotate, rotate_, by_kernel):
+        with pytest.raises(ValueError, match=words) as error:
+            function(**{**FIT, **change})
+        said.append(str(error.value))
+    assert len(set(said)) == 1 and "\n" not in said[0]
+
+
+# torch.export takes no arrays at all
+@pytest.mark.parametrize("name", [name for name in FORMS if not name.startswith("an array")])
+def test_a_graph_refuses_the_same_when_it_is_recorded(name):
+    change, words = FORMS[name]
+    with pytest.raises(ValueError, match=words):
+        recorded(**{**FIT, **change})
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_graph_refuses_values_when_it_runs(name):
+    change, words = VALUES[name]
+    with pytest.raises(RuntimeError, match=words):
+        recorded(**{**FIT, **change})
+
+
+@pytest.mark.parametrize("mode", ["exact", "hf"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "kind", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64]
+)
+def test_every_path_takes_the_same(dtype, kind, mode):
+    inputs = {**FIT, "q": torch.randn(B, S, H, D).to(dtype), "k": torch.randn(B, S, G, D).to(dtype)}
+    inputs["positions"] = inputs["positions"].to(kind)
+    wanted = rotate(**inputs, mode=mode)
+    for other in (by_kernel(**inputs, mode=mode), recorded(**inputs, mode=mode)):
+        for x, y in zip(other, wanted, strict=True):
+            assert x.dtype == dtype
+            # the kernel's cosines on three axes are 8e-7 off, and heads here reach 5
+            atol, rtol = (4e-6, 0) if dtype == torch.float32 else [2 * torch.finfo(dtype).eps] * 2
+            torch.testing.assert_close(x, y, atol=atol, rtol=rtol)
+
+
+def test_the_order_of_hugging_face_is_known_even_where_all_sizes_agree():
+    rope, text = Rotary(24), torch.arange(3.0).expand(3, 3, 3)  # (a, b, s)
+    q = torch.randn(3, 3, 2, 24)
+    with pytest.raises(ValueError, match=r"\(a, b, s\), not \(b, s, a\).*permute\(1, 2, 0\)"):
+        rope(q, q, text)
+    torch.testing.assert_close(rope(q, q, text.permute(1, 2, 0)), rope(q, q, rope.place("text:3")[0]))
+
+
+def test_whole_numbers_and_float64_reach_beyond_what_float32_counts():
+    q = torch.randn(1, 2, 1, 8)
+    far = torch.tensor([[2**24 + 1], [2**24 + 3]])
+    whole, real = (rotate(q, None, p, torch.ones(1, 4))[0] for p in (far, far.double()))
+    assert torch.equal(whole, real)
+    assert not torch.equal(whole, rotate(q, None, far - 1, torch.ones(1, 4))[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"cos": torch.ones(3, S, D)}, "cos and sin must be"),
+        ({"cos": torch.ones(1, S, D + 2), "sin": torch.ones(1, S, D + 2)}, "of the d channels"),
+        ({"cos": torch.ones(1, S, D).int()}, "give tables of floating point numbers"),
+        ({"cos": [1.0]}, "cos is a list"),
+        ({"k": torch.ones(B, S - 1, G, D)}, "alike but for the heads"),
+        ({"pairing": "block"}, "sum to the 8 pairs"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused_alike(change, words):
+    kernel = pytest.importorskip("rope_mm_kernels.table").rotate_by_table
+    fit = {"q": FIT["q"], "k": FIT["k"], "cos": torch.ones(1, S, D), "sin": torch.ones(1, S, D)}
+    said = []
+    for function in (rotate_by_table, kernel):
+        with pytest.raises(ValueError, match=words) as error:
+            function(**{**fit, **change})
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"angles": torch.ones(S + 1, R)}, "angles .* must be"),
+        ({"angles": torch.ones(B + 1, S, R)}, "angles .* must be"),
+        ({"angles": torch.ones(R)}, "angles .* must be"),
+        ({"angles": torch.ones(S, R + 1)}, "9 pairs need 18 channels"),
+        ({"angles": torch.ones(B, S, 3, R)}, "Omega has 3 heads"),
+        ({"angles": torch.ones(S, R).half()}, "in float32 or float64"),
+        ({"angles": torch.full((S, R), torch.nan)}, "NaN or infinity"),
+        ({"pairing": "thirds"}, "pairing 'thirds' is unknown"),
+    ],
+)
+def test_angles_that_do_not_fit_are_refused_alike(change, words):
+    kernel = pytest.importorskip("rope_mm_kernels.rotary").rotate_by_angles
+    fit = {"q": FIT["q"], "k": FIT["k"], "angles": torch.ones(S, R)}
+    said = []
+    for function in (rotate_by_angles, kernel):
+        with pytest.raises(ValueError, match=words) as error:
+            function(**{**fit, **change})
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
+def test_in_place_refuses_what_it_would_corrupt():
+    q, k, positions, omega = FIT.values()
+    with pytest.raises(ValueError, match="leaf that requires grad"):
+        rotate_(q.clone().requires_grad_(), k.clone(), positions, omega)
+    with pytest.raises(ValueError, match="one element stands for many"):
+        rotate_(q[:, :, :1].expand_as(q), k.clone(), positions, omega)
+
+
+def test_numbers_of_numpy_are_taken_as_numbers():
+    assert torch.equal(Rotary(np.int64(24), heads=np.int64(2)).omega, Rotary(24, heads=2).omega)
