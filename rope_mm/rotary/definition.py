@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from rope_mm_kernels.checks import check_choice, check_pairs
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from rope_mm.registry import Registry
 
@@ -26,6 +27,9 @@ def angles(positions: Tensor, omega: Tensor, mode: str = "exact") -> Tensor:
         omega: radians per step (a, r), which makes n = 1, or (n, a, r).
         mode: "exact" in the widest float, or "hf" rounded to float32 product by product, as in transformers.
     """
+    is_fake = isinstance(positions, FakeTensor) and not torch.compiler.is_compiling()
+    if is_fake and not isinstance(omega, FakeTensor):
+        omega = positions.fake_mode.from_tensor(omega)
     omega = omega.reshape(-1, *omega.shape[-2:])
     if mode == "hf":
         omega = omega.to(positions.device, torch.float32)

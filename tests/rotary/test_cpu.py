@@ -182,11 +182,13 @@ def test_meta_and_fake_tensors_have_the_shapes_of_real_ones(learnable):
         for positions in (torch.empty(7, 3), torch.empty(2, 7, 3, dtype=torch.float64)):
             assert [(x.shape, x.dtype) for x in rope(q, q, positions)] == [(shape, torch.bfloat16)] * 2
     outside = Rotary(24, learnable=learnable)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        inside = Rotary(24, learnable=learnable)
-        for rope in (outside, inside):
-            q = torch.empty(shape, dtype=torch.bfloat16)
-            assert [x.shape for x in rope(q, q, torch.zeros(7, 3))] == [shape] * 2
+    for allowed in (False, True):
+        with FakeTensorMode(allow_non_fake_inputs=allowed):
+            inside = Rotary(24, learnable=learnable)
+            for rope in (outside, inside):
+                q = torch.empty(shape, dtype=torch.bfloat16)
+                assert [x.shape for x in rope(q, q, torch.zeros(7, 3))] == [shape] * 2
+    assert torch.equal(inside.static_omega, outside.static_omega)
 
 
 @pytest.mark.parametrize(
