@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
 
 HEAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 OMEGA_DTYPES = (torch.float32, torch.float64)
@@ -103,7 +104,7 @@ def has_readable_values(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not is_functorch_wrapped_tensor(x)
         and not torch._C._len_torch_dispatch_stack()
     )
 

@@ -44,7 +44,7 @@ def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, spec: KernelSpec) -> Tenso
 def rotate_plain(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor, spec: KernelSpec):
     """q' and k' by functions that autograd and torch.func can look into."""
     tables = cos_sin(positions, omega, spec)
-    return tuple(rotate_heads(x, *tables, spec).to(x.dtype) for x in (q, k))
+    return rotate_heads(q, *tables, spec).to(q.dtype), rotate_heads(k, *tables, spec).to(k.dtype)
 
 
 def rotate(q: Tensor, k: Tensor, positions: Tensor, omega: Tensor, spec: KernelSpec) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
 
 from rope_mm.rotary.definition import PAIRINGS, cos_sin_of
 
@@ -156,7 +157,7 @@ def angle_gradient(y: Tensor, grad: Tensor, angle: Tensor, slot: Slot) -> Tensor
 def is_batched(x: Tensor) -> bool:
     """Whether x stands for many, as in torch.vmap and `is_grads_batched`: nothing can be written into it."""
     batched = torch._C._are_functorch_transforms_active()
-    return batched or torch._C._functorch.is_legacy_batchedtensor(x)
+    return batched or is_legacy_batchedtensor(x)
 
 
 def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

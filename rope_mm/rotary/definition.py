@@ -27,8 +27,8 @@ def angles(positions: Tensor, omega: Tensor, mode: str = "exact") -> Tensor:
         omega: radians per step (a, r), which makes n = 1, or (n, a, r).
         mode: "exact" in the widest float, or "hf" rounded to float32 product by product, as in transformers.
     """
-    is_fake = isinstance(positions, FakeTensor) and not torch.compiler.is_compiling()
-    if is_fake and not isinstance(omega, FakeTensor):
+    recorded = torch.compiler.is_compiling()
+    if isinstance(positions, FakeTensor) and not isinstance(omega, FakeTensor) and not recorded:
         omega = positions.fake_mode.from_tensor(omega)
     omega = omega.reshape(-1, *omega.shape[-2:])
     if mode == "hf":
@@ -127,7 +127,8 @@ def check_fit(x: Tensor, cos: Tensor, pairing: str, blocks: Sequence[int]) -> No
         raise ValueError(
             f"positions are of {cos.shape[0]} rows, but heads of {x.shape[0]}; give as many, or one for all"
         )
-    check_pairs(x, *cos.shape[-2:], pairing, blocks)
+    n, r = cos.shape[-2:]
+    check_pairs(x, n, r, pairing, blocks)
 
 
 def apply_rotary(

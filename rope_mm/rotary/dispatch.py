@@ -88,7 +88,7 @@ def explain_dispatch(q: Tensor, k: Tensor | None, positions: Tensor, omega: Tens
     Raises:
         ValueError: what `rotate` refuses.
     """
-    checks.check_rotation(q, keys_or_none(q, k), positions, omega)
+    checks.check_rotation(q, keys_or_empty(q, k), positions, omega)
     recorded = torch.compiler.is_compiling()
     if not (why := unsupported_reason(q.device, q.dtype)):
         way = "Triton's kernel, as an op of the graph" if recorded else "Triton's kernel"
@@ -191,9 +191,10 @@ class RotaryAngles:
         from rope_mm_kernels import rotary  # triton is optional
 
         how = {name: value for name, value in vars(self.spec).items() if name != "mode"}
-        if self.positions is None:
+        if self.angle is not None:
             rotated = rotary.rotate_by_angles(q, k, self.angle, **how)
             return (q.copy_(rotated[0]), k.copy_(rotated[1])) if in_place else rotated
+        assert self.positions is not None and self.omega is not None
         function = rotary.rotate_ if in_place else rotary.rotate
         return function(q, k, self.positions, self.omega, mode=self.spec.mode, **how)
 
@@ -201,6 +202,7 @@ class RotaryAngles:
         """Heads x (b, s, h, d) rotated by tables, the way that `explain_dispatch` names."""
         self.check_fit(x)
         if self.wide is None:
+            assert self.cos is not None and self.sin is not None
             spec = self.spec
             return definition.apply_rotary(x, self.cos, self.sin, spec.pairing, spec.blocks, spec.tail)
         slot = self.spec.slot
@@ -278,9 +280,11 @@ def make_angles(
     return tables_of(angle, spec, dtype, positions, omega)
 
 
-def keys_or_none(q: Tensor, k: Tensor | None) -> Tensor:
+def keys_or_empty(q: Tensor, k: Tensor | None) -> Tensor:
     """The keys, or where there are none, keys of no heads."""
-    return q[:, :, :0] if k is None and isinstance(q, Tensor) and q.dim() == 4 else k
+    if k is not None:
+        return k
+    return q[:, :, :0] if isinstance(q, Tensor) and q.dim() == 4 else q
 
 
 def rotate(
@@ -311,7 +315,7 @@ def rotate(
     Raises:
         ValueError: what does not fit together, by `rope_mm_kernels.checks.check_rotation`.
     """
-    keys = keys_or_none(q, k)
+    keys = keys_or_empty(q, k)
     checks.check_rotation(q, keys, positions, omega, pairing, blocks, factor, mode)
     angles = make_angles_for(q, positions, omega, RotarySpec(pairing, tuple(blocks), tail, factor, mode))
     return (angles.rotate_one(q), None) if k is None else angles.rotate(q, k)
@@ -381,7 +385,7 @@ def rotate_by_angles(
     Raises:
         ValueError: what does not fit together.
     """
-    keys = keys_or_none(q, k)
+    keys = keys_or_empty(q, k)
     checks.check_angle_rotation(q, keys, angles, pairing, blocks, factor)
     made = angles_from(q, angles, RotarySpec(pairing, tuple(blocks), tail, factor))
     return (made.rotate_one(q), None) if k is None else made.rotate(q, k)
@@ -409,7 +413,7 @@ def rotate_by_table(
     Raises:
         ValueError: what does not fit together.
     """
-    keys = keys_or_none(q, k)
+    keys = keys_or_empty(q, k)
     checks.check_table_rotation(q, keys, cos, sin, pairing, blocks)
     spec = RotarySpec(pairing, tuple(blocks), tail)
     learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
