@@ -28,13 +28,13 @@ def test_the_answer_is_the_cell_of_the_colour_asked_for(seed, rows, columns, cel
     assert answer == f"row {y + 1} column {x + 1}"
 
 
-@given(seed=SEEDS, pictures=st.integers(1, 5), words=st.integers(1, 4))
-def test_the_answer_is_the_word_beside_the_picture_asked_for(seed, pictures, words):
-    document, question, answer = make_neighbour(make_generator(seed), pictures, words, (16, 24))
+@given(seed=SEEDS, images=st.integers(1, 5), words=st.integers(1, 4))
+def test_the_answer_is_the_word_beside_the_picture_asked_for(seed, images, words):
+    document, question, answer = make_neighbour(make_generator(seed), images, words, (16, 24))
     gaps, shown = document[::2], document[1::2]
-    assert [len(gap.split()) for gap in gaps] == [words] * (pictures + 1)
+    assert [len(gap.split()) for gap in gaps] == [words] * (images + 1)
     names = [named(classify_sprites(picture[None])) for picture in shown]
-    assert len(set(names)) == pictures
+    assert len(set(names)) == images
     side, sought = re.fullmatch(r"which word stands right (\w+) the (.+)\?", question).groups()
     at = names.index(sought)
     assert answer == (gaps[at].split()[-1] if side == "before" else gaps[at + 1].split()[0])
@@ -69,7 +69,7 @@ def test_the_generator_alone_decides(ask):
     [
         (lambda g: make_cell(g, rows=0), "rows must be 1 or more, not 0"),
         (lambda g: make_neighbour(g, words=0), "words must be 1 or more, not 0"),
-        (lambda g: make_neighbour(g, pictures=65), "64 different sprites, not 65"),
+        (lambda g: make_neighbour(g, images=65), "64 different sprites, not 65"),
         (lambda g: make_frame(g, frames=1), "2 or more"),
         (lambda g: make_frame(g, period=0), "period must be 1 or more, not 0"),
     ],

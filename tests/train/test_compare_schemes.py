@@ -34,8 +34,8 @@ trained:
   needle: {3 of 1x1: {ask: frame, frames: 3, size: 8}}
   sprite: {1x1: {size: 8}}
   motion: {2 of 1x1: {frames: 2, size: 8}}
-  order: {2 of 1x1: {pictures: 2, size: 8}}
-  drawing: {1x2: {size: [8, 16]}}
+  order: {2 of 1x1: {images: 2, size: 8}}
+  generation: {1x2: {size: [8, 16]}}
 untrained: {cell: {3x2: {rows: 3, columns: 2, cell: 8}}, frame: {2 of 1x2: {frames: 2, size: [8, 16]}}}
 """
 
@@ -58,7 +58,7 @@ def test_a_comparison_leaves_a_table_a_figure_and_all_numbers(toy):
     report = json.loads((out / "compare.json").read_text())
     assert set(report["runs"]) == {"flat", "tv"}
     (run,) = report["runs"]["flat"]
-    tasks = {"cell", "neighbour", "needle", "sprite", "motion", "order", "drawing"}
+    tasks = {"cell", "neighbour", "needle", "sprite", "motion", "order", "generation"}
     assert set(run["metrics"]["trained"]) == tasks
     assert set(run["metrics"]["untrained"]) == {"cell", "frame"}
     assert run["parameters"] == report["runs"]["tv"][0]["parameters"]
@@ -100,7 +100,7 @@ def test_a_folder_of_other_runs_is_refused(toy):
     [
         ([], "two or more"),
         (["--config", str(SMALL), "--steps", "0"], "steps must be at least 1"),
-        (["--config", str(SMALL), "--trained.room.small.rows", "2"], "quiz 'room' is unknown"),
+        (["--config", str(SMALL), "--trained.room.small.rows", "2"], "question 'room' is unknown"),
         (["--config", str(SMALL), "--trained.cell.small.row", "2"], "task 'cell'"),
         (["--config", str(SMALL), "--schemes.flat.scheme", "flatt"], "flatt"),
     ],
@@ -190,7 +190,7 @@ def test_an_answer_is_right_if_and_only_if_greedy_decoding_writes_it(asked):
 @torch.no_grad()
 def test_a_drawing_is_right_if_it_shows_what_was_asked_whatever_else_is_asked_beside_it(asked):
     model, tasks = asked
-    drawings, mixed = tasks["drawing"], [*tasks["drawing"], *tasks["cell"]]
+    drawings, mixed = tasks["generation"], [*tasks["generation"], *tasks["cell"]]
     found = generate_answers(model, mixed)
     assert (
         found.image_loss > 0 and len(found.patches) == sum(quiz.answer_patches for _, quiz in drawings) == 8
@@ -208,7 +208,7 @@ def test_a_drawing_is_right_if_it_shows_what_was_asked_whatever_else_is_asked_be
 
 def test_what_is_to_be_drawn_is_never_shown(asked):
     model, tasks = asked
-    one = tasks["drawing"][:1]
+    one = tasks["generation"][:1]
     before = generate_answers(model, one).patches
     one[0].sample.patches.zero_()
     assert torch.equal(generate_answers(model, one).patches, before)
@@ -233,7 +233,7 @@ def test_captions_say_what_the_judge_of_sprites_sees():
 
 def test_the_picture_of_a_number_has_the_colour_that_is_the_answer():
     for number in range(20):
-        quiz = make_order(torch.Generator().manual_seed(number), pictures=4, words=2)
+        quiz = make_order(torch.Generator().manual_seed(number), images=4, words=2)
         pictures = torch.stack([part for part in quiz.document if not isinstance(part, str)])
         colours = [list(COLOURS)[index] for index in classify_sprites(pictures)["colour"]]
         assert colours[int(quiz.question.split()[-1][:-1]) - 1] == quiz.answer

@@ -1,6 +1,6 @@
-"""Sprites and clips of them with captions: drawn, not downloaded, and the same for the same seed.
+"""Sprites and videos of them with captions: rendered, not downloaded, and the same for the same seed.
 
-A picture shows one of 576 combinations of shape, colour and place. Held out are those where shape + colour +
+An image shows one of 576 combinations of shape, colour and place. Held out are those where shape + colour +
 place is a multiple of 9: one place for each shape and colour; every value and every pair is in training.
 """
 
@@ -49,8 +49,8 @@ def captioned_sprites(
     Combinations come in shuffled rounds, each as often as any other; test has none of train.
 
     Args:
-        count: pictures to train on; 512 show every combination that is not held out.
-        held_out: pictures of the other 64.
+        count: images to train on; 512 show every combination that is not held out.
+        held_out: images of the other 64.
         size: of a canvas, y and x in pixels; a sprite grows with it.
         seed: of their order, their place to a pixel, and their phrasing.
         phrases: to choose captions from.
@@ -75,14 +75,22 @@ def captioned_videos(
 ) -> DatasetDict:
     """Splits train and test with columns frames, caption, shape, colour, row, column and motion.
 
-    Row and column are those of the first frame. Held out is a clip whose way crosses a held-out place, even
-    if it ends before: no frame of train shows a held-out combination. See `captioned_sprites`.
+    Row and column are those of the first frame. Held out is a video whose way crosses a held-out place, even
+    if it ends before: no frame of train shows a held-out combination.
+
+    Args:
+        count: videos to train on.
+        held_out: videos to test on.
+        frames: of a video.
+        size: of a canvas, y and x in pixels; a sprite grows with it.
+        seed: of their order, their place to a pixel, and their phrasing.
+        phrases: to choose captions from.
     """
 
     def draw(factors: Factors, nudge: Tensor) -> list[list[dict]]:
-        clips = render_videos(factors, frames, size, nudge)
-        pictures = encode_images(clips.flatten(0, 1))
-        return [pictures[first : first + frames] for first in range(0, len(pictures), frames)]
+        videos = render_videos(factors, frames, size, nudge)
+        images = encode_images(videos.flatten(0, 1))
+        return [images[first : first + frames] for first in range(0, len(images), frames)]
 
     combinations = all_combinations(VIDEO_FACTORS)
     way = trajectory(combinations, max(len(ROWS), len(COLUMNS)))
@@ -99,7 +107,7 @@ def all_combinations(names: Mapping[str, Sequence]) -> dict[str, Tensor]:
 
 
 def is_held_out(factors: Factors) -> Tensor:
-    """Whether a combination of shape, colour and place is in no training picture."""
+    """Whether a combination of shape, colour and place is in no training image."""
     place = factors["row"] * len(COLUMNS) + factors["column"]
     return (factors["shape"] + factors["colour"] + place) % (len(ROWS) * len(COLUMNS)) == 0
 
@@ -111,9 +119,18 @@ def build_splits(
     seed: int,
     phrases: Sequence[str],
     draw: Callable[[Factors, Tensor], list],
-    pictures: Features,
+    visuals: Features,
 ) -> DatasetDict:
-    """Splits of captioned drawings; test from the combinations set apart, train from the others.
+    """Splits of captioned images or videos; test from the combinations set apart, train from the others.
+
+    Args:
+        combinations: of factors, (n,) each.
+        apart: which of them (n,) are for test.
+        counts: rows of each split.
+        seed: of the order, the places to a pixel, and the phrasing.
+        phrases: to choose captions from.
+        draw: factors and nudges (n, 2) -> what the column of images or videos holds.
+        visuals: that column and its type.
 
     Raises:
         ValueError: a split without rows, or no phrases.
@@ -128,25 +145,31 @@ def build_splits(
         nudge = torch.randint(-1, 2, (count, 2), generator=make_generator(seed, "nudge", split))
         said = torch.randint(len(phrases), (count,), generator=make_generator(seed, "phrase", split))
         columns = {
-            next(iter(pictures)): draw(factors, nudge),
+            next(iter(visuals)): draw(factors, nudge),
             "caption": write_captions(factors, phrases, said.tolist()),
             **{name: factor.tolist() for name, factor in factors.items()},
         }
         labels = {name: ClassLabel(names=list(VIDEO_FACTORS[name])) for name in factors}
-        features = Features(**pictures, caption=Value("string"), **labels)
+        features = Features(**visuals, caption=Value("string"), **labels)
         splits[split] = Dataset.from_dict(columns, features=features)
     return DatasetDict(splits)
 
 
-def encode_images(pictures: Tensor) -> list[dict]:
-    """Pictures (n, 3, y, x), uint8, as `datasets` stores them: in Netpbm, pixels after a header."""
-    header = f"P6 {pictures.shape[3]} {pictures.shape[2]} 255\n".encode()
-    pixels = pictures.permute(0, 2, 3, 1).contiguous().numpy()
-    return [{"bytes": header + picture.tobytes(), "path": None} for picture in pixels]
+def encode_images(images: Tensor) -> list[dict]:
+    """Images (n, 3, y, x), uint8, as `datasets` stores them: in Netpbm, pixels after a header."""
+    header = f"P6 {images.shape[3]} {images.shape[2]} 255\n".encode()
+    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+    return [{"bytes": header + image.tobytes(), "path": None} for image in pixels]
 
 
 def write_captions(factors: Factors, phrases: Sequence[str], said: Sequence[int]) -> list[str]:
-    """What the factors (n,) say, each in the phrase of its index."""
+    """What the factors say, in words.
+
+    Args:
+        factors: (n,) each.
+        phrases: to choose from.
+        said: the index of the phrase of each.
+    """
     words = [[VIDEO_FACTORS[name][i] for i in factor.tolist()] for name, factor in factors.items()]
     return [
         phrases[index].format(**dict(zip(factors, row, strict=True)))

@@ -1,7 +1,7 @@
-"""Sprites, drawn from what they show: a shape of one colour at one of nine places, and how it moves.
+"""Sprites, rendered from what they show: a shape of one colour at one of nine places, and how it moves.
 
-What a picture shows is a dict of `FACTORS`, each a tensor (n,) of indices into the names; with "motion" it is
-a clip. Shape -1 is an empty canvas.
+What an image shows is a dict of `FACTORS`, each a tensor (n,) of indices into the names; with "motion" it is
+a video. Shape -1 is an empty canvas.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,7 +40,13 @@ COLUMNS = ("left", "centre", "right")
 
 
 class Motion(NamedTuple):
-    """Places down and right from one frame to the next; who blinks is away in every second frame."""
+    """How a sprite moves.
+
+    Attributes:
+        down: places from one frame to the next.
+        right: places from one frame to the next.
+        blinks: whether it is away in every second frame.
+    """
 
     down: int = 0
     right: int = 0
@@ -92,7 +98,12 @@ def sprite_masks(factors: Factors, size: tuple[int, int], nudge: Tensor | None =
 
 
 def render_sprites(factors: Factors, size: int | tuple[int, int] = 16, nudge: Tensor | None = None) -> Tensor:
-    """Pictures (n, 3, y, x) in 0 to 255, uint8, of what the factors say; see `sprite_masks`.
+    """Images (n, 3, y, x) in 0 to 255, uint8, of what the factors say.
+
+    Args:
+        factors: of FACTORS, (n,) each.
+        size: y and x in pixels, or the side of a square.
+        nudge: steps of a sixteenth of the canvas down and right, (n, 2).
 
     Raises:
         ValueError: a factor that is missing or has no such name, or a canvas too small.
@@ -107,14 +118,20 @@ def render_sprites(factors: Factors, size: int | tuple[int, int] = 16, nudge: Te
 def render_videos(
     factors: Factors, frames: int = 4, size: int | tuple[int, int] = 16, nudge: Tensor | None = None
 ) -> Tensor:
-    """Clips (n, t, 3, y, x) in 0 to 255, uint8; row and column say where the sprite is in the first frame.
+    """Videos (n, t, 3, y, x) in 0 to 255, uint8.
+
+    Args:
+        factors: of VIDEO_FACTORS, (n,) each; row and column are those of the first frame.
+        frames: of a video.
+        size: y and x in pixels, or the side of a square.
+        nudge: steps of a sixteenth of the canvas down and right, (n, 2).
 
     Raises:
         ValueError: as `render_sprites`, or less than two frames.
     """
     check_factors(factors, VIDEO_FACTORS)
     if frames < 2:
-        raise ValueError(f"a clip needs 2 frames or more to show a motion, not {frames}")
+        raise ValueError(f"a video needs 2 frames or more to show a motion, not {frames}")
     seen = {name: factor.flatten() for name, factor in trajectory(factors, frames).items()}
     steps = None if nudge is None else nudge.repeat_interleave(frames, 0)
     return render_sprites(seen, size, steps).unflatten(0, (-1, frames))
@@ -137,7 +154,7 @@ def canvas(size: int | tuple[int, int]) -> tuple[int, int]:
     """The sizes (y, x) of a canvas.
 
     Raises:
-        ValueError: a side on which shapes cannot be told apart.
+        ValueError: a side too short to show different shapes.
     """
     y, x = (size, size) if isinstance(size, int) else size
     if min(y, x) < 8:

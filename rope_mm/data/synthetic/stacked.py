@@ -1,4 +1,4 @@
-"""A thousand modes that can be counted: three digits, drawn at random, in the colours of one image."""
+"""A thousand modes that can be counted: three random digits in the colours of one image."""
 
 from io import BytesIO
 from typing import Any
@@ -25,6 +25,11 @@ def stack_digits(splits: DatasetDict, train: int = TRAIN, test: int = TEST) -> D
 
     Columns: image (RGB), caption ("seven zero three"), number ("703") and label (703).
 
+    Args:
+        splits: train and test with columns image and label.
+        train: how many stacks to train on.
+        test: how many to test on.
+
     Raises:
         ValueError: data without columns image and label, or with a label that is no digit.
     """
@@ -33,7 +38,13 @@ def stack_digits(splits: DatasetDict, train: int = TRAIN, test: int = TEST) -> D
 
 
 def stack(digits: Dataset, split: str, count: int) -> Dataset:
-    """That many stacks of the rows of a split."""
+    """Stacks of the rows of a split.
+
+    Args:
+        digits: rows with columns image and label.
+        split: its name, which is part of the seed.
+        count: how many stacks.
+    """
     if missing := {"image", "label"} - set(digits.column_names):
         raise ValueError(f"stacks are made of columns image and label; the data has no {min(missing)!r}")
     labels = numpy.asarray(list(digits["label"]))
