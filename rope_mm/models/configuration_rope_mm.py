@@ -20,17 +20,22 @@ IGNORED_KEYS = ("rope_type",)  # transformers writes it into every rope_paramete
 
 @strict
 class RopeMMConfig(PreTrainedConfig):
-    """Sizes of a small multimodal transformer and its rotary scheme.
+    """Sizes of a small multimodal transformer and its rotary scheme; fields not listed are transformers'.
 
-    `rope_parameters` holds the name of a scheme, `{"scheme": "rope-tv"}`, and any of the scheme's fields to
-    change, such as
-    `"extensions": [{"rope_type": "yarn", "factor": 4.0, "original_max_positions": 512}]`; or it is a Scheme,
-    whose fields are then written out. `theta` is kept under transformers' name, rope_theta.
-    `head_dim` is hidden_size / num_attention_heads where it is 0. `bounded_patches` end in tanh, for pixels
-    in (-1, 1). `patch_initializer_range` is `initializer_range` where it is 0; at 0.2 / sqrt(p) patches of p
-    numbers are as loud as those of 2 x 2. A patch is of `temporal_patch_size` frames, the last or only one
-    repeated where they do not divide. By `video_attention` "causal" a frame sees those before it, and clips
-    are drawn frame after frame; by "full" all frames see each other, and clips are drawn at once.
+    Attributes:
+        head_dim: channels of a head; 0 for hidden_size / num_attention_heads.
+        patch_size: pixels of a patch's side.
+        temporal_patch_size: frames of a patch; the last or only frame is repeated where they do not divide.
+        video_attention: "causal", a frame sees those before it and videos are generated frame by frame; or
+            "full", all frames see each other and a video is generated in one pass.
+        num_channels: channels of an image.
+        bounded_patches: whether patches end in tanh, for pixels in (-1, 1).
+        patch_initializer_range: standard deviation of the patch embedding's initial weights; 0 for
+            initializer_range. At 0.2 / sqrt(p), patches of p numbers are embedded as large as those of 2 x 2.
+        image_token_id: the token that stands where a patch is.
+        rope_parameters: `{"scheme": "rope-tv"}`, the name of a scheme, with any of its fields to change, such
+            as `"extensions": [{"rope_type": "yarn", "factor": 4.0, "original_max_positions": 512}]`; or a
+            Scheme, whose fields are then written out. `theta` is kept under transformers' name, rope_theta.
     """
 
     model_type = "rope_mm"

@@ -373,13 +373,24 @@ class RopeMMForConditionalGeneration(  # pyright: ignore[reportIncompatibleMetho
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RopeMMOutput:
-        """Logits and patches of a batch; see `RopeMMModel.forward` for the other arguments.
+        """Logits and patches of a batch.
 
         Args:
-            patches: as there; they may be noise.
+            input_ids: (b, s); see `RopeMMModel.forward` for this and the next ones.
+            attention_mask: (b, past + s).
+            position_ids: (1 + a, b, s) or (b, s).
+            cache: a cache to read and to fill.
+            inputs_embeds: (b, s, c).
+            patches: (b, n, p) or (n, p); they may be noise.
+            block_ids: (b, s).
+            rope_deltas: (b,).
             labels: (b, s), -100 where none; for the loss of the next text token.
             return_logits: whether to make logits, which a large vocabulary makes larger than all else.
             logits_to_keep: number of last tokens whose logits are wanted, or their indices; 0 is all.
+            kwargs: other arguments of `RopeMMModel.forward` and of transformers' loss.
+
+        Raises:
+            ValueError: as `RopeMMModel.forward`.
         """
         self.check_arguments(kwargs, GENERATION_ARGUMENTS)
         out = self.model(

@@ -17,7 +17,7 @@ from rope_mm.models.position_ids import pack_position_ids, unpack_position_ids
 from rope_mm.nn.attention import Attention, make_block_ids, make_mask_fn
 from rope_mm.positions.place import pack
 
-STORY = ["see ", Image(2, 3), " and ", Video(2, 2, 2), "."]
+SEQUENCE = ["see ", Image(2, 3), " and ", Video(2, 2, 2), "."]
 ANEW = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"  # before 5.23
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -28,8 +28,8 @@ def make(scheme="rope-tv", **settings):
     return RopeMMForConditionalGeneration(config)
 
 
-def inputs_of(model, *stories, side="left"):
-    inputs = build_batch(stories, load_tokenizer(), model.config.scheme, side).inputs()
+def inputs_of(model, *sequences, side="left"):
+    inputs = build_batch(sequences, load_tokenizer(), model.config.scheme, side).inputs()
     places = int((inputs["input_ids"] == model.config.image_token_id).sum())
     torch.manual_seed(1)
     return inputs | {"patches": torch.randn(places, model.config.patch_width)}
@@ -40,7 +40,7 @@ def inputs_of(model, *stories, side="left"):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_backends_agree(backend, side, uncompiled):
     model = make().eval()
-    inputs = inputs_of(model, STORY, ["ab", Image(1, 2)], side=side)
+    inputs = inputs_of(model, SEQUENCE, ["ab", Image(1, 2)], side=side)
     there = inputs["attention_mask"].bool()
     with torch.no_grad():
         plain = model(**inputs)
@@ -65,10 +65,10 @@ def test_the_definition_of_attention_is_what_the_model_computes():
     assert torch.equal(mine, plain)
 
 
-def test_eager_shows_weights_that_follow_the_ranks():
+def test_eager_attention_returns_weights_that_follow_the_blocks():
     model = make().eval()
     model.set_attn_implementation("eager")
-    out = model(**inputs_of(model, STORY), output_attentions=True, output_hidden_states=True)
+    out = model(**inputs_of(model, SEQUENCE), output_attentions=True, output_hidden_states=True)
     blocks = make_block_ids([Text(4), Image(2, 3), Text(5), Video(2, 2, 2), Text(1)])
     assert len(out.attentions) == 2
     assert len(out.hidden_states) == 3
@@ -81,22 +81,22 @@ def test_flash_attention_that_is_not_installed_is_refused():
 
 
 @pytest.mark.parametrize("scheme", ["rope-tv", "mixed"])
-def test_layers_computed_anew_have_the_same_gradients(scheme):
+def test_gradient_checkpointing_gives_the_same_gradients(scheme):
     gradients = []
     for anew in (False, True):
         model = make(scheme).train()
         if anew:
             getattr(model, f"{ANEW}_checkpointing_enable")()
-        one, two = inputs_of(model, STORY), inputs_of(model, ["ab", Image(3, 2)])
+        one, two = inputs_of(model, SEQUENCE), inputs_of(model, ["ab", Image(3, 2)])
         outs = [model(**one), model(**two)]  # two forwards before one backward, as a GAN has them
         sum(out.patches.square().mean() + out.logits.square().mean() for out in outs).backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
-def packed(model, *stories):
-    """Stories in one row, each placed for itself."""
-    rows = [build_batch([story], load_tokenizer(), model.config.scheme).inputs() for story in stories]
+def packed(model, *sequences):
+    """Sequences packed in one row, each with positions of its own."""
+    rows = [build_batch([sequence], load_tokenizer(), model.config.scheme).inputs() for sequence in sequences]
     keys = "input_ids", "position_ids", "block_ids"
     return {key: torch.cat([row[key] for row in rows], -1) for key in keys}
 
@@ -104,7 +104,7 @@ def packed(model, *stories):
 @pytest.mark.parametrize("scheme", ["rope-tv", "m-rope", "flux2"])
 def test_packed_documents_do_not_see_each_other(scheme):
     model = make(scheme).eval()
-    first, second = ["one ", Image(2, 2)], [Image(2, 3), "two"]  # both meet in a picture
+    first, second = ["one ", Image(2, 2)], [Image(2, 3), "two"]  # two images meet
     inputs = packed(model, first, second)
     patches = torch.randn(10, 4)
     out = model(**inputs, patches=patches)
@@ -115,8 +115,10 @@ def test_packed_documents_do_not_see_each_other(scheme):
     other = model(**changed, patches=noisy)
     assert torch.equal(out.logits[0, 8:], other.logits[0, 8:])
     assert not torch.equal(out.logits[0, :8], other.logits[0, :8])
-    for story, tokens, shown in ((first, slice(0, 8), patches[:4]), (second, slice(8, None), patches[4:])):
-        alone = model(**build_batch([story], load_tokenizer(), model.config.scheme).inputs(), patches=shown)
+    for sequence, tokens, shown in ((first, slice(0, 8), patches[:4]), (second, slice(8, None), patches[4:])):
+        alone = model(
+            **build_batch([sequence], load_tokenizer(), model.config.scheme).inputs(), patches=shown
+        )
         torch.testing.assert_close(out.logits[:, tokens], alone.logits, **CLOSE)
     positions, number = pack([[Text(4), Image(2, 2)], [Image(2, 3), Text(3)]], model.config.scheme.layout)
     assert torch.equal(inputs["position_ids"][1:, 0].T, positions)
@@ -125,7 +127,7 @@ def test_packed_documents_do_not_see_each_other(scheme):
 
 @pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("mask", [False, True])
-def test_the_collator_of_transformers_packs_as_well(ends, mask):
+def test_the_flattening_collator_of_transformers_packs_as_well(ends, mask):
     model = make().eval()
     rows = [{"input_ids": list(range(5, 5 + n)), "labels": list(range(5, 5 + n))} for n in (1, 4, 6)]
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=ends)
@@ -139,14 +141,14 @@ def test_the_collator_of_transformers_packs_as_well(ends, mask):
         model(**batch, use_cache=True)
 
 
-def test_words_that_go_on_after_padding_are_one_document():
+def test_text_that_continues_after_padding_is_one_document():
     count = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
     assert find_document_ids(count, mask, None) is None
     assert find_document_ids(count, None, None) is not None
 
 
-def test_the_border_is_crossed_and_crossed_back():
+def test_unpacked_position_ids_are_the_positions_that_were_packed():
     positions, mask = torch.rand(2, 5, 3, dtype=torch.float64), torch.ones(2, 5, dtype=torch.bool)
     mask[1, :2] = False
     ids = pack_position_ids(positions, mask)
@@ -155,7 +157,7 @@ def test_the_border_is_crossed_and_crossed_back():
     assert count.tolist() == [[0, 1, 2, 3, 4], [-2, -1, 0, 1, 2]]
 
 
-def test_the_trainer_of_transformers_learns_words_after_pictures(tmp_path):
+def test_the_trainer_of_transformers_learns_text_after_images(tmp_path):
     model = make()
     processor = RopeMMProcessor.from_config(model.config, load_tokenizer())
     black, white = torch.full((1, 2, 4), -1.0), torch.full((1, 2, 4), 1.0)
@@ -184,7 +186,7 @@ def test_the_trainer_of_transformers_learns_words_after_pictures(tmp_path):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.05 < losses[0]
     model.eval()
-    said = model.generate(
+    generated = model.generate(
         **processor(documents=[[black, "n"], [white, "d"]]), max_new_tokens=2, do_sample=False
     )
-    assert processor.batch_decode(said[:, -2:]) == ["ig", "ay"]
+    assert processor.batch_decode(generated[:, -2:]) == ["ig", "ay"]

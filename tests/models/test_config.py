@@ -26,7 +26,7 @@ def back(config, folder):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_scheme_goes_through_a_config_by_name_and_written_out(scheme, tmp_path):
+def test_every_scheme_is_saved_and_loaded_by_a_config_as_a_name_and_as_fields(scheme, tmp_path):
     changed = SCHEMES[scheme].replace(theta=77.0)
     named = read_config(**TOY, rope_parameters={"scheme": scheme, "theta": 77.0})
     written = read_config(**TOY, rope_parameters=changed)
@@ -38,7 +38,7 @@ def test_every_scheme_goes_through_a_config_by_name_and_written_out(scheme, tmp_
 
 
 @pytest.mark.parametrize("kind", EXTENSIONS)
-def test_every_extension_goes_through_a_config(kind, tmp_path):
+def test_every_extension_is_saved_and_loaded_by_a_config(kind, tmp_path):
     taken = {name: NUMBERS[name] for name in EXTENSIONS[kind].__dataclass_fields__ if name in NUMBERS}
     entry = {"rope_type": kind, **taken}
     scheme = "flux" if kind == "riflex" else "rope-tv"  # where words do not walk along time
@@ -51,7 +51,7 @@ def test_every_extension_goes_through_a_config(kind, tmp_path):
     assert again.scheme.extensions == (EXTENSIONS[kind](**taken),)
 
 
-def test_an_extended_model_is_saved_extended_and_decodes_as_it_reads(tmp_path):
+def test_a_model_with_an_extension_is_saved_with_it_and_decodes_as_its_full_forward(tmp_path):
     rope = {"scheme": "rope-tv", "extensions": [YARN]}
     torch.manual_seed(0)
     model = RopeMMForConditionalGeneration(read_config(**TOY, rope_parameters=rope)).eval()
@@ -73,7 +73,7 @@ def test_an_extended_model_is_saved_extended_and_decodes_as_it_reads(tmp_path):
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), atol=1e-5, rtol=1e-5)
 
 
-def test_an_omega_that_depends_on_the_length_is_generated_from_without_a_cache():
+def test_an_omega_that_depends_on_the_length_generates_without_a_cache():
     rope = {
         "scheme": "rope-tv",
         "extensions": [{"rope_type": "dynamic", "factor": 2.0, "original_max_positions": 8.0}],
@@ -81,8 +81,8 @@ def test_an_omega_that_depends_on_the_length_is_generated_from_without_a_cache()
     model = RopeMMForConditionalGeneration(read_config(**TOY, rope_parameters=rope)).eval()
     inputs = build_batch([["abcdefgh", Image(1, 2)]], load_tokenizer(), model.config.scheme).inputs()
     inputs["patches"] = torch.randn(2, 4)
-    said = model.generate(**inputs, max_new_tokens=2, do_sample=False, use_cache=False)
-    assert said.shape == (1, 12)
+    generated = model.generate(**inputs, max_new_tokens=2, do_sample=False, use_cache=False)
+    assert generated.shape == (1, 12)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_an_omega_that_depends_on_the_length_is_generated_from_without_a_cache()
         ({"factor": 4.0}, r"a scheme has no \['factor'\]"),
     ],
 )
-def test_what_no_scheme_has_is_refused(rope, message):
+def test_unknown_rope_parameters_are_refused(rope, message):
     with pytest.raises(ValueError, match=message) as error:
         read_config(rope_parameters=rope)
     assert "\n" not in str(error.value)
@@ -111,7 +111,7 @@ def test_a_scheme_is_parsed_once_and_again_after_its_parameters_change(monkeypat
     monkeypatch.setattr(configuration_rope_mm, "read_rope", lambda rope: calls.append(1) or read(rope))
     assert config.scheme is first and not calls
     config.rope_parameters["theta"] = 77.0
-    assert config.scheme == first.change(theta=77.0)
+    assert config.scheme == first.replace(theta=77.0)
     config.rope_parameters = {"scheme": SCHEMES["flux2"]}
     assert config.scheme == SCHEMES["flux2"]
     config.rope_parameters = SCHEMES["rope-tv"]

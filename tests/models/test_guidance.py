@@ -1,4 +1,4 @@
-"""Drawing guided by words: from what is drawn without them, through what is drawn with them, and beyond."""
+"""Guidance: from unconditional images to conditional ones, and beyond."""
 
 import pytest
 import torch
@@ -20,63 +20,71 @@ def model(request):
     return RopeMMForConditionalGeneration(read_config(**sizes)).eval()
 
 
-def draw(model, prompts, guidance, steps=1, grid=GRID, **more):
+def generate(model, prompts, guidance, steps=1, grid=GRID, **more):
     processor = RopeMMProcessor.from_config(model.config, load_tokenizer())
     generator = torch.Generator().manual_seed(1)
     return processor.generate_images(model, prompts, grid, generator, steps, guidance_scale=guidance, **more)
 
 
-WORDS = ["a", "some words"]  # of unequal length, to be padded
-SILENT = [[], []]
+CAPTIONS = ["a", "some words"]  # of unequal length, to be padded
+NO_TEXT = [[], []]
 
 
 @pytest.mark.parametrize(("steps", "grid"), [(1, GRID), (3, GRID), (2, Video(3, 2, 2))])
-def test_guidance_of_1_is_to_draw_by_the_words_and_of_0_without_them(model, steps, grid):
-    plain = draw(model, WORDS, 1.0, steps, grid)
-    assert (plain - draw(model, SILENT, 1.0, steps, grid)).abs().max() > 1e-2
-    torch.testing.assert_close(draw(model, WORDS, 1 + 1e-7, steps, grid), plain, **CLOSE)
+def test_a_guidance_scale_of_1_is_conditional_and_of_0_unconditional(model, steps, grid):
+    plain = generate(model, CAPTIONS, 1.0, steps, grid)
+    assert (plain - generate(model, NO_TEXT, 1.0, steps, grid)).abs().max() > 1e-2
+    torch.testing.assert_close(generate(model, CAPTIONS, 1 + 1e-7, steps, grid), plain, **CLOSE)
     torch.testing.assert_close(
-        draw(model, WORDS, 0.0, steps, grid), draw(model, SILENT, 1.0, steps, grid), **CLOSE
+        generate(model, CAPTIONS, 0.0, steps, grid), generate(model, NO_TEXT, 1.0, steps, grid), **CLOSE
     )
 
 
-def test_in_one_step_guidance_goes_on_along_the_line_from_silence_to_words(model):
-    told, untold = draw(model, WORDS, 1.0), draw(model, SILENT, 1.0)
-    torch.testing.assert_close(draw(model, WORDS, 2.5), untold + 2.5 * (told - untold), **CLOSE)
+def test_in_one_step_guidance_extrapolates_from_unconditional_to_conditional(model):
+    conditional, unconditional = generate(model, CAPTIONS, 1.0), generate(model, NO_TEXT, 1.0)
+    torch.testing.assert_close(
+        generate(model, CAPTIONS, 2.5), unconditional + 2.5 * (conditional - unconditional), **CLOSE
+    )
 
 
-def test_steps_are_guided_one_by_one_and_both_halves_go_on_from_the_same(model):
-    told, untold = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).unbind()
-    guided = classifier_free_guidance(torch.cat([told, untold]), 3.0)
+def test_each_step_is_guided_and_both_halves_continue_from_the_result(model):
+    conditional, unconditional = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).unbind()
+    guided = classifier_free_guidance(torch.cat([conditional, unconditional]), 3.0)
     assert torch.equal(guided[:3], guided[3:])
-    torch.testing.assert_close(guided[:3], 3 * told - 2 * untold)
-    drawn = draw(model, WORDS, 3.0, 2)
-    line = draw(model, SILENT, 1.0, 2) + 3 * (draw(model, WORDS, 1.0, 2) - draw(model, SILENT, 1.0, 2))
-    assert (drawn - line).abs().max() > 1e-3  # no guidance of what came out at the end
+    torch.testing.assert_close(guided[:3], 3 * conditional - 2 * unconditional)
+    made = generate(model, CAPTIONS, 3.0, 2)
+    line = generate(model, NO_TEXT, 1.0, 2) + 3 * (
+        generate(model, CAPTIONS, 1.0, 2) - generate(model, NO_TEXT, 1.0, 2)
+    )
+    assert (made - line).abs().max() > 1e-3  # no guidance of what came out at the end
 
 
-def test_pictures_and_frames_stay_where_words_are_left_out(model):
+def test_unconditional_rows_keep_the_images_and_frames_of_the_prompt(model):
     seen = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(2))
-    prompts, silent = [[picture, " as words"] for picture in seen], [[picture] for picture in seen]
-    torch.testing.assert_close(draw(model, prompts, 0.0), draw(model, silent, 1.0), **CLOSE)
-    begun = list(seen[:, None])
-    clip = draw(model, prompts, 0.0, 2, Video(3, 2, 2), context=begun)
-    torch.testing.assert_close(clip, draw(model, silent, 1.0, 2, Video(3, 2, 2), context=begun), **CLOSE)
-    assert torch.equal(clip[:, 0], seen)
+    prompts, no_text = [[image, " as words"] for image in seen], [[image] for image in seen]
+    torch.testing.assert_close(generate(model, prompts, 0.0), generate(model, no_text, 1.0), **CLOSE)
+    context = list(seen[:, None])
+    video = generate(model, prompts, 0.0, 2, Video(3, 2, 2), context=context)
+    torch.testing.assert_close(
+        video, generate(model, no_text, 1.0, 2, Video(3, 2, 2), context=context), **CLOSE
+    )
+    assert torch.equal(video[:, 0], seen)
 
 
 @pytest.mark.parametrize("window", [None, 2])
-def test_a_document_without_words_is_not_guided(model, window):
-    film = [draw(model, SILENT, guidance, 2, Video(4, 2, 2), window_frames=window) for guidance in (1.0, 3.0)]
-    assert torch.equal(*film)
+def test_a_document_without_text_is_not_guided(model, window):
+    videos = [
+        generate(model, NO_TEXT, guidance, 2, Video(4, 2, 2), window_frames=window) for guidance in (1.0, 3.0)
+    ]
+    assert torch.equal(*videos)
 
 
-def test_a_guided_clip_rolls_on_from_one_that_fits_its_window(model):
+def test_a_guided_video_in_a_window_begins_as_one_that_fits_the_window(model):
     whole, rolling = (
-        draw(model, WORDS[:1], 2.0, 2, Video(3, 2, 2), window_frames=window) for window in (3, 2)
+        generate(model, CAPTIONS[:1], 2.0, 2, Video(3, 2, 2), window_frames=window) for window in (3, 2)
     )
-    assert torch.equal(whole, draw(model, WORDS[:1], 2.0, 2, Video(3, 2, 2)))
-    torch.testing.assert_close(rolling[:, :2], draw(model, WORDS[:1], 2.0, 2, Video(2, 2, 2)), **CLOSE)
+    assert torch.equal(whole, generate(model, CAPTIONS[:1], 2.0, 2, Video(3, 2, 2)))
+    torch.testing.assert_close(rolling[:, :2], generate(model, CAPTIONS[:1], 2.0, 2, Video(2, 2, 2)), **CLOSE)
 
 
 def test_a_pipeline_generates_with_the_guidance_it_was_saved_with(model, tmp_path):
@@ -86,13 +94,13 @@ def test_a_pipeline_generates_with_the_guidance_it_was_saved_with(model, tmp_pat
     pipeline = RopeMMPipeline.from_pretrained(tmp_path)
     prompt = pipeline.prompt("text2image", "some")
     image = pipeline.generate_image([prompt], torch.Generator().manual_seed(1))
-    torch.testing.assert_close(image, draw(model, ["some"], 2.0, 2), **CLOSE)
+    torch.testing.assert_close(image, generate(model, ["some"], 2.0, 2), **CLOSE)
     image = pipeline.generate_image([prompt], torch.Generator().manual_seed(1), guidance_scale=1.0)
-    torch.testing.assert_close(image, draw(model, ["some"], 1.0, 2), **CLOSE)
+    torch.testing.assert_close(image, generate(model, ["some"], 1.0, 2), **CLOSE)
 
 
 @pytest.mark.parametrize(
-    ("template", "untold"),
+    ("template", "unconditional"),
     [
         ("{image:generate}{words}", True),
         ("{image}{image:generate} so", True),
@@ -101,6 +109,8 @@ def test_a_pipeline_generates_with_the_guidance_it_was_saved_with(model, tmp_pat
         ("{image}{words}", False),
     ],
 )
-def test_a_template_draws_untold_where_something_is_drawn_before_its_first_words(template, untold):
+def test_a_template_is_unconditional_if_an_image_to_generate_comes_before_its_first_text(
+    template, unconditional
+):
     kinds = {"words": "text", "image": "image"}
-    assert generates_unconditionally(read_template(template), kinds) is untold
+    assert generates_unconditionally(read_template(template), kinds) is unconditional

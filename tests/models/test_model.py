@@ -22,12 +22,12 @@ from rope_mm.models import (
 )
 from rope_mm.nn.attention import make_block_ids, make_mask_fn
 
-STORY = ["see ", Image(2, 3), " and ", Video(2, 2, 2), "."]
+SEQUENCE = ["see ", Image(2, 3), " and ", Video(2, 2, 2), "."]
 EVEN = ["see ", Image(2, 4), " and ", Video(2, 2, 2), "."]  # what blocks of 2 x 2 patches tile, too
 
 
-def inputs(config, *stories):
-    sequences = build_batch(stories, load_tokenizer(), config.scheme)
+def inputs(config, *sequences):
+    sequences = build_batch(sequences, load_tokenizer(), config.scheme)
     places = int((sequences.input_ids == config.image_token_id).sum())
     return sequences, torch.randn(places, config.patch_width)
 
@@ -37,7 +37,7 @@ def config():
     return read_config(hidden_size=32, intermediate_size=48)
 
 
-def test_a_word_sees_what_came_before_and_a_patch_its_whole_frame():
+def test_a_text_token_sees_what_comes_before_it_and_a_patch_its_whole_frame():
     blocks, token = make_block_ids([Text(2), Image(1, 2), Text(1), Video(2, 1, 2)])[None], torch.arange(9)
     seen = make_mask_fn(blocks)(torch.tensor(0), torch.tensor(0), token[:, None], token)
     assert seen.int().tolist() == [
@@ -53,9 +53,9 @@ def test_a_word_sees_what_came_before_and_a_patch_its_whole_frame():
     ]
 
 
-def test_a_story_becomes_words_image_tokens_and_their_positions(config):
+def test_a_sequence_becomes_text_tokens_image_tokens_and_their_positions(config):
     tokenizer = load_tokenizer()
-    sequences = build_batch([STORY, ["ab"]], tokenizer, config.scheme)
+    sequences = build_batch([SEQUENCE, ["ab"]], tokenizer, config.scheme)
     shape = [Text(4), Image(2, 3), Text(5), Video(2, 2, 2), Text(1)]
     assert torch.equal(sequences.positions[0], place(shape, "rope-tv")[0])
     assert torch.equal(sequences.block_ids[0], make_block_ids(shape))
@@ -67,7 +67,7 @@ def test_a_story_becomes_words_image_tokens_and_their_positions(config):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_scheme_runs_in_the_model_and_reaches_every_weight(scheme):
+def test_every_scheme_runs_in_the_model_and_gives_every_weight_a_gradient(scheme):
     config = read_config(hidden_size=32, intermediate_size=48, rope_parameters={"scheme": scheme})
     model = RopeMMForConditionalGeneration(config)
     sequences, patches = inputs(config, EVEN, EVEN[:2])
@@ -78,9 +78,9 @@ def test_every_scheme_runs_in_the_model_and_reaches_every_weight(scheme):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_a_word_is_predicted_from_the_words_and_pictures_before_it_alone(config):
+def test_a_token_is_predicted_from_the_text_and_images_before_it_alone(config):
     model = RopeMMForConditionalGeneration(config).eval()
-    sequences, patches = inputs(config, STORY)
+    sequences, patches = inputs(config, SEQUENCE)
     changed = sequences.inputs() | {"input_ids": sequences.input_ids.clone()}
     changed["input_ids"][0, 12] += 1  # a word between the image and the video
     before, after = model(**sequences.inputs(), patches=patches), model(**changed, patches=patches)
@@ -90,7 +90,7 @@ def test_a_word_is_predicted_from_the_words_and_pictures_before_it_alone(config)
 
 def test_a_patch_sees_the_other_patches_of_its_image_but_not_a_later_frame(config):
     model = RopeMMForConditionalGeneration(config).eval()
-    sequences, patches = inputs(config, STORY)
+    sequences, patches = inputs(config, SEQUENCE)
     changed = patches.clone()
     changed[5] += 1  # the image's last patch
     before, after = (model(**sequences.inputs(), patches=p).patches for p in (patches, changed))
@@ -104,8 +104,8 @@ def test_a_patch_sees_the_other_patches_of_its_image_but_not_a_later_frame(confi
 
 def test_padding_changes_nothing(config):
     model = RopeMMForConditionalGeneration(config).eval()
-    alone, patches = inputs(config, STORY)
-    padded = build_batch([STORY, [STORY[0] * 9]], load_tokenizer(), config.scheme)
+    alone, patches = inputs(config, SEQUENCE)
+    padded = build_batch([SEQUENCE, [SEQUENCE[0] * 9]], load_tokenizer(), config.scheme)
     assert padded.input_ids.shape[1] > alone.input_ids.shape[1]
     one, two = model(**alone.inputs(), patches=patches), model(**padded.inputs(), patches=patches)
     torch.testing.assert_close(two.logits[:1, : one.logits.shape[1]], one.logits, atol=1e-5, rtol=1e-5)
@@ -127,7 +127,7 @@ def test_the_output_does_not_depend_on_the_position_of_the_first_token(scheme):
     torch.testing.assert_close(here.patches, there.patches, atol=1e-9, rtol=1e-9)
 
 
-def test_words_are_learned(config):
+def test_text_is_learned(config):
     model, tokenizer = RopeMMForConditionalGeneration(config), load_tokenizer()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     sequences = build_batch([["to be or not to be"]], tokenizer, config.scheme)
@@ -141,7 +141,7 @@ def test_words_are_learned(config):
 
 
 def test_bounded_patches_are_pixels(config):
-    sequences, patches = inputs(config, STORY)
+    sequences, patches = inputs(config, SEQUENCE)
     settings = {"hidden_size": 32, "intermediate_size": 48, "initializer_range": 2.0}
     free, bounded = (
         RopeMMForConditionalGeneration(read_config(**settings, bounded_patches=b)) for b in (False, True)
@@ -150,8 +150,8 @@ def test_bounded_patches_are_pixels(config):
     assert bounded(**sequences.inputs(), patches=patches).patches.abs().max() <= 1
 
 
-def test_words_are_left_out_on_request(config):
-    sequences, patches = inputs(config, STORY)
+def test_logits_are_skipped_on_request(config):
+    sequences, patches = inputs(config, SEQUENCE)
     model = RopeMMForConditionalGeneration(config)
     assert model(**sequences.inputs(), patches=patches, return_logits=False).logits is None
 
@@ -167,19 +167,19 @@ def test_a_saved_model_reads_back_to_the_bit(config, tmp_path, learnable):
     again = RopeMMForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert again.config.scheme == config.scheme
     assert again.config.rope_parameters["rope_theta"] == 500.0
-    sequences, patches = inputs(config, STORY)
+    sequences, patches = inputs(config, SEQUENCE)
     one, two = (m(**sequences.inputs(), patches=patches) for m in (model, again))
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     torch.testing.assert_close(one.logits, two.logits)
     torch.testing.assert_close(one.patches, two.patches)
 
 
-def test_the_critic_reads_back_too_and_auto_classes_know_the_backbone(config, tmp_path):
+def test_a_saved_critic_reads_back_and_auto_classes_know_the_backbone(config, tmp_path):
     from transformers import AutoConfig, AutoModel
 
     critic = RopeMMCritic(config).eval()
     critic.save_pretrained(tmp_path)
-    sequences, patches = inputs(config, STORY, STORY)
+    sequences, patches = inputs(config, SEQUENCE, SEQUENCE)
     again = RopeMMCritic.from_pretrained(tmp_path).eval()
     scores = critic(**sequences.inputs(), patches=patches)
     assert scores.shape == (2,)
@@ -191,12 +191,12 @@ def test_the_critic_reads_back_too_and_auto_classes_know_the_backbone(config, tm
     assert isinstance(AutoModel.from_config(config), RopeMMModel)
 
 
-def test_a_caption_that_names_the_image_token_is_spelt_out(config):
+def test_the_image_token_in_a_caption_is_read_as_text(config):
     sequences = build_batch([["an <image> here", Image(1, 2)]], load_tokenizer(), config.scheme)
     assert int((sequences.input_ids == config.image_token_id).sum()) == 2
 
 
-def test_a_word_level_tokenizer_serves_as_well(tmp_path):
+def test_a_word_level_tokenizer_of_transformers_serves_as_well(tmp_path):
     words = Tokenizer(WordLevel({"[UNK]": 0, "a": 1, "seven": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)
@@ -209,7 +209,7 @@ def test_a_word_level_tokenizer_serves_as_well(tmp_path):
     assert out.logits.shape == (1, 4, 4)
 
 
-def test_a_tokenizer_of_ones_own_is_loaded_by_folder(tmp_path):
+def test_a_saved_tokenizer_is_loaded_by_its_folder(tmp_path):
     load_tokenizer().save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path))("seven").input_ids == load_tokenizer()("seven").input_ids
     with pytest.raises(ValueError, match="no tokenizer"):
@@ -218,7 +218,7 @@ def test_a_tokenizer_of_ones_own_is_loaded_by_folder(tmp_path):
 
 def test_the_critics_penalty_trains_every_weight_and_agrees_with_finite_differences(config):
     critic = RopeMMCritic(config).double()
-    sequences, patches = inputs(config, STORY[:2], STORY[:2])
+    sequences, patches = inputs(config, SEQUENCE[:2], SEQUENCE[:2])
     patches = patches.double().view(2, 6, -1).requires_grad_()
     with twice_differentiable():
         scores = critic(**sequences.inputs(), patches=patches)
@@ -241,14 +241,14 @@ def test_the_critics_penalty_trains_every_weight_and_agrees_with_finite_differen
         ({"hidden_size": "wide"}, "hidden_size"),
     ],
 )
-def test_a_config_that_makes_no_sense_is_refused_in_one_sentence(settings, message):
+def test_a_config_with_wrong_settings_is_refused_in_one_sentence(settings, message):
     with pytest.raises(ValueError, match=message) as error:
         read_config(**settings)
     assert "\n" not in str(error.value)
 
 
-def test_patches_must_be_as_many_as_their_places(config):
-    sequences, patches = inputs(config, STORY)
+def test_another_number_of_patches_than_image_tokens_is_refused(config):
+    sequences, patches = inputs(config, SEQUENCE)
     with pytest.raises(ValueError, match="13 patches came for 14 image tokens"):
         RopeMMModel(config)(**sequences.inputs(), patches=patches[:-1])
     with pytest.raises(ValueError, match="9 x 9 pixels do not divide into patches of 2 x 2"):
@@ -256,7 +256,7 @@ def test_patches_must_be_as_many_as_their_places(config):
 
 
 @pytest.mark.parametrize("patch_size", [2, 8])
-def test_patches_begin_as_loud_as_the_config_says(patch_size):
+def test_patch_embeddings_have_the_initial_scale_of_the_config(patch_size):
     config = read_config(hidden_size=512, patch_size=patch_size, num_channels=3)
     for own, loudness in ((0.0, 0.1), (0.02, 0.02)):
         config.patch_initializer_range = own

@@ -1,4 +1,4 @@
-"""Clips longer than anything trained: a window whose keys are rotated afresh."""
+"""Videos longer than those of training: a window whose keys are rotated again when they move."""
 
 import pytest
 import torch
@@ -26,9 +26,9 @@ def make(scheme, layers=2, **rope):
 
 
 def place(model, frames):
-    """Two prompts of unequal length and a clip."""
-    stories = [[words, Video(frames, *GRID)] for words in ("a", "some")]
-    return build_batch(stories, load_tokenizer(), model.config.scheme, "left")
+    """Two prompts of unequal length and a video."""
+    sequences = [[words, Video(frames, *GRID)] for words in ("a", "some")]
+    return build_batch(sequences, load_tokenizer(), model.config.scheme, "left")
 
 
 def noise_of(model, frames, start=0):
@@ -37,7 +37,7 @@ def noise_of(model, frames, start=0):
 
 
 @pytest.mark.parametrize("scheme", [name for name, scheme in SCHEMES.items() if not scheme.needs_length])
-def test_until_it_is_full_a_window_is_a_cache_like_any_other(scheme):
+def test_until_it_is_full_a_window_is_an_ordinary_cache(scheme):
     model = make(scheme)
     sequences, noise = place(model, 3), noise_of(model, 3)
     whole, rolling = (sample_frames(model, sequences, noise, 2, window=window) for window in (None, 3))
@@ -46,28 +46,28 @@ def test_until_it_is_full_a_window_is_a_cache_like_any_other(scheme):
 
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("scheme", ["rope-tv-causal", "m-rope", "flat", "mixed"])
-def test_a_full_window_draws_as_if_the_clip_began_in_it(scheme, steps):
+def test_in_a_full_window_a_frame_is_generated_as_if_the_video_began_there(scheme, steps):
     model, window = make(scheme, layers=1), 3  # of one layer, whose keys know their own token alone
-    drawn = sample_frames(model, place(model, window), noise_of(model, 7), steps, window=window)
+    made = sample_frames(model, place(model, window), noise_of(model, 7), steps, window=window)
     for frame in range(window, 7):
-        before = drawn[:, frame - window + 1 : frame].flatten(1, 2)
+        before = made[:, frame - window + 1 : frame].flatten(1, 2)
         alone = sample_frames(model, place(model, window), noise_of(model, 1, frame), steps, before)
-        torch.testing.assert_close(drawn[:, frame], alone[:, 0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(made[:, frame], alone[:, 0], atol=1e-5, rtol=1e-5)
 
 
-def test_keys_that_move_up_are_rotated_to_where_they_now_stand():
+def test_keys_that_move_up_are_rotated_to_their_new_positions():
     model, window = make("rope-tv-causal", layers=1, theta=10.0), 3
-    drawn = sample_frames(model, place(model, window), noise_of(model, 5), window=window)
+    made = sample_frames(model, place(model, window), noise_of(model, 5), window=window)
     changed = noise_of(model, 5).clone()
     changed[:, 0] += 1  # forgotten by the fourth frame, but for what the second and third made of it
     other = sample_frames(model, place(model, window), changed, window=window)
-    assert not torch.equal(drawn[:, 1], other[:, 1])
+    assert not torch.equal(made[:, 1], other[:, 1])
     whole = sample_frames(model, place(model, 5), noise_of(model, 5))
-    torch.testing.assert_close(drawn[:, :3], whole[:, :3], atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(drawn[:, 3], whole[:, 3], atol=1e-3)
+    torch.testing.assert_close(made[:, :3], whole[:, :3], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(made[:, 3], whole[:, 3], atol=1e-3)
 
 
-def test_a_full_window_grows_no_more(monkeypatch):
+def test_a_full_window_keeps_its_size(monkeypatch):
     lengths, update = [], UnrotatedKeyCache.update
 
     def record(self, *args, **kwargs):
@@ -81,20 +81,22 @@ def test_a_full_window_grows_no_more(monkeypatch):
     assert lengths == [8, 12, *[16] * 6]  # a prompt of four, then one, two and three frames of four
 
 
-def test_a_processor_goes_on_with_a_clip_in_a_window():
+def test_a_processor_continues_a_video_in_a_window():
     model = make("rope-tv-causal")
     processor = RopeMMProcessor.from_config(model.config, load_tokenizer())
-    begun = [torch.rand(4, 1, 4, 4), torch.rand(4, 1, 4, 4)]
+    context = [torch.rand(4, 1, 4, 4), torch.rand(4, 1, 4, 4)]
 
-    def draw(frames, window, begun=begun):
+    def generate(frames, window, context=context):
         generator = torch.Generator().manual_seed(0)
-        return processor.generate_images(model, ["a", "b"], Video(frames, *GRID), generator, 1, begun, window)
+        return processor.generate_images(
+            model, ["a", "b"], Video(frames, *GRID), generator, 1, context, window
+        )
 
-    clips = draw(9, 3)
-    assert clips.shape == (2, 9, 1, 4, 4)
-    torch.testing.assert_close(clips[:, :4], torch.stack(begun))
-    late = draw(9, 3, [torch.cat([1 - clip[:2], clip[2:]]) for clip in begun])
-    assert torch.equal(clips[:, 4:], late[:, 4:])  # of what began only two frames are in the window
-    assert torch.equal(draw(6, 6), draw(6, None))
+    videos = generate(9, 3)
+    assert videos.shape == (2, 9, 1, 4, 4)
+    torch.testing.assert_close(videos[:, :4], torch.stack(context))
+    late = generate(9, 3, [torch.cat([1 - video[:2], video[2:]]) for video in context])
+    assert torch.equal(videos[:, 4:], late[:, 4:])  # of what began only two frames are in the window
+    assert torch.equal(generate(6, 6), generate(6, None))
     with pytest.raises(ValueError, match="window must be at least 2 frames"):
-        draw(9, 1)
+        generate(9, 1)

@@ -1,4 +1,4 @@
-"""Patches of several frames, and clips whose frames see each other."""
+"""Patches of several frames, and videos whose frames see each other."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from rope_mm.models import (
 from rope_mm.nn.attention import make_block_ids
 from rope_mm.nn.patches import from_tubelets, to_tubelets
 
-CLIP = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+VIDEO = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def make(**settings):
@@ -31,71 +31,71 @@ def seed(number=0):
 
 
 @given(frames=st.integers(1, 7), depth=st.integers(1, 4))
-def test_tubes_hold_every_frame_in_order_and_then_the_last_one_again(frames, depth):
-    clip = torch.rand(frames, 2, 3, 5)
-    tubes = to_tubelets(clip, depth)
+def test_tubelets_hold_every_frame_in_order_and_then_repeat_the_last(frames, depth):
+    video = torch.rand(frames, 2, 3, 5)
+    tubes = to_tubelets(video, depth)
     assert tubes.shape == (-(-frames // depth), depth * 2, 3, 5)
     back = from_tubelets(tubes[None], depth)[0]
-    assert torch.equal(back[:frames], clip)
-    assert all(torch.equal(frame, clip[-1]) for frame in back[frames:])
+    assert torch.equal(back[:frames], video)
+    assert all(torch.equal(frame, video[-1]) for frame in back[frames:])
 
 
-def test_a_patch_of_two_frames_is_a_token_for_twice_the_time():
+def test_a_patch_of_two_frames_is_one_token_for_twice_the_time():
     processor, model = make(temporal_patch_size=2)
-    story, (shown,) = processor.split_document(["a", CLIP], seconds=0.5)
-    assert story[1] == Video(2, 2, 2, 1.0) and shown.shape == (8, 8)
-    first = torch.cat([CLIP[frame, :, :2, :2].flatten() for frame in (0, 1)])
+    sequence, (shown,) = processor.split_document(["a", VIDEO], seconds=0.5)
+    assert sequence[1] == Video(2, 2, 2, 1.0) and shown.shape == (8, 8)
+    first = torch.cat([VIDEO[frame, :, :2, :2].flatten() for frame in (0, 1)])
     assert torch.equal(shown[0], first)
-    picture, (patches,) = processor.split_document([CLIP[0]])
-    assert picture == [Image(2, 2)] and torch.equal(patches[:, :4], patches[:, 4:])
-    inputs = processor(documents=[["a", CLIP, CLIP[0]]])
+    image, (patches,) = processor.split_document([VIDEO[0]])
+    assert image == [Image(2, 2)] and torch.equal(patches[:, :4], patches[:, 4:])
+    inputs = processor(documents=[["a", VIDEO, VIDEO[0]]])
     assert model(**inputs).patches.shape == (12, 8)
 
 
-def test_clips_of_any_length_and_pictures_are_drawn_in_patches_of_two_frames():
+def test_videos_of_any_length_and_images_are_generated_in_patches_of_two_frames():
     processor, model = make(temporal_patch_size=2)
-    clips = processor.generate_images(model, ["a", "bc"], Video(5, 2, 2), seed())
-    assert clips.shape == (2, 5, 1, 4, 4)
+    videos = processor.generate_images(model, ["a", "bc"], Video(5, 2, 2), seed())
+    assert videos.shape == (2, 5, 1, 4, 4)
     whole = processor.generate_images(model, ["a", "bc"], Video(6, 2, 2), seed())
-    torch.testing.assert_close(whole[:, :4], clips[:, :4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole[:, :4], videos[:, :4], rtol=1e-4, atol=1e-5)
     assert processor.generate_images(model, ["a"], Image(2, 2), seed()).shape == (1, 1, 4, 4)
-    on = processor.generate_images(model, ["a"], Video(6, 2, 2), seed(), context=[CLIP])
-    assert on.shape == (1, 6, 1, 4, 4) and torch.equal(on[0, :4], CLIP)
+    on = processor.generate_images(model, ["a"], Video(6, 2, 2), seed(), context=[VIDEO])
+    assert on.shape == (1, 6, 1, 4, 4) and torch.equal(on[0, :4], VIDEO)
     with pytest.raises(ValueError, match="a video of 3 frames ends within a patch of 2"):
-        processor.generate_images(model, ["a"], Video(6, 2, 2), context=[CLIP[:3]])
+        processor.generate_images(model, ["a"], Video(6, 2, 2), context=[VIDEO[:3]])
 
 
 def test_frames_see_later_ones_if_and_only_if_attention_is_full():
-    changed = CLIP.clone()
+    changed = VIDEO.clone()
     changed[-1] += 1
     for attention, seen in (("causal", False), ("full", True)):
         processor, model = make(video_attention=attention)
         outs = [
-            model(**processor(documents=[["ab", clip, "c"]])).last_hidden_state for clip in (CLIP, changed)
+            model(**processor(documents=[["ab", video, "c"]])).last_hidden_state for video in (VIDEO, changed)
         ]
         words, first, last = (outs[0] != outs[1])[0].any(-1).split([2, 12, 5])
         assert not words.any() and first.any() == seen and last.all()
 
 
-def test_ranks_of_a_full_clip_are_those_of_one_picture():
-    story = [Text(2), Video(3, 1, 2), Text(1), Image(1, 2)]
-    assert make_block_ids(story, full_video=True).tolist() == [1, 2, 3, 3, 3, 3, 3, 3, 4, 5, 5]
-    assert make_block_ids(story).tolist() == [1, 2, 3, 3, 4, 4, 5, 5, 6, 7, 7]
+def test_a_video_with_full_attention_is_one_block():
+    sequence = [Text(2), Video(3, 1, 2), Text(1), Image(1, 2)]
+    assert make_block_ids(sequence, full_video=True).tolist() == [1, 2, 3, 3, 3, 3, 3, 3, 4, 5, 5]
+    assert make_block_ids(sequence).tolist() == [1, 2, 3, 3, 4, 4, 5, 5, 6, 7, 7]
 
 
-def test_a_full_clip_is_drawn_in_one_pass_and_neither_gone_on_with_nor_in_a_window():
+def test_a_video_with_full_attention_takes_one_pass_and_has_no_context_or_window():
     processor, model = make(video_attention="full")
-    clips = processor.generate_images(model, ["a"], Video(3, 2, 2), seed())
+    videos = processor.generate_images(model, ["a"], Video(3, 2, 2), seed())
     inputs = processor(documents=[["a", torch.zeros(3, 1, 4, 4)]])
     noise = torch.randn(1, 3, 4, 4, generator=seed()).view(12, 4)
-    drawn = model(**inputs | {"patches": noise}).patches
-    assert torch.allclose(processor.encode_visual(clips[0], 1.0)[1], drawn, atol=1e-5)
-    for how in ({"context": [CLIP]}, {"window_frames": 2}):
+    made = model(**inputs | {"patches": noise}).patches
+    assert torch.allclose(processor.encode_visual(videos[0], 1.0)[1], made, atol=1e-5)
+    for options in ({"context": [VIDEO]}, {"window_frames": 2}):
         with pytest.raises(ValueError, match="frames see each other here, so a video is generated whole"):
-            processor.generate_images(model, ["a"], Video(6, 2, 2), seed(), **how)
+            processor.generate_images(model, ["a"], Video(6, 2, 2), seed(), **options)
 
 
-def test_both_are_saved_with_model_and_processor(tmp_path):
+def test_both_settings_are_saved_with_model_and_processor(tmp_path):
     processor, model = make(temporal_patch_size=2, video_attention="full")
     processor.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
@@ -106,7 +106,7 @@ def test_both_are_saved_with_model_and_processor(tmp_path):
     )
 
 
-def test_what_cannot_be_is_refused():
+def test_wrong_settings_of_videos_are_refused():
     with pytest.raises(ValueError, match="video_attention must be one of causal, full, not 'both'"):
         read_config(video_attention="both")
     with pytest.raises(ValueError, match="temporal_patch_size must be at least 1, not 0"):

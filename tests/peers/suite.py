@@ -31,7 +31,7 @@ modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["rope_mm"] = "RopeMMFor
 
 
 class RopeMMTester:
-    """A model of toy size, and a caption before a picture for it."""
+    """A model of toy size, and a caption before an image for it."""
 
     causal_lm_class = RopeMMForConditionalGeneration
     base_model_class = RopeMMModel
@@ -50,15 +50,15 @@ class RopeMMTester:
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=2,
             initializer_range=0.02,
-            image_token_id=20,  # no word of the mixins, and left where they make the vocabulary smaller
+            image_token_id=20,  # no token of the mixins, and below their smaller vocabularies
         )
 
     def prepare_config_and_inputs_for_common(self):
         config = self.get_config()
-        stories = [["a pic", Image(1, 5), "ture"]] * self.batch_size
-        inputs = build_batch(stories, load_tokenizer(), config.scheme).inputs()
-        words = ids_tensor([self.batch_size, self.seq_length], 200) + 21
-        inputs["input_ids"] = words.index_fill(1, torch.arange(5, 10), config.image_token_id)
+        sequences = [["a pic", Image(1, 5), "ture"]] * self.batch_size
+        inputs = build_batch(sequences, load_tokenizer(), config.scheme).inputs()
+        tokens = ids_tensor([self.batch_size, self.seq_length], 200) + 21
+        inputs["input_ids"] = tokens.index_fill(1, torch.arange(5, 10), config.image_token_id)
         return config, inputs | {"patches": torch.randn(self.batch_size, 5, config.patch_width)}
 
     def prepare_config_and_inputs_for_model_class(self, model_class):
@@ -72,7 +72,7 @@ class RopeMMModelTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMix
     all_model_classes = (RopeMMModel, RopeMMForConditionalGeneration)
     model_tester = None
     additional_model_inputs = ("patches", "block_ids")
-    test_all_params_have_gradient = False  # the loss of words leaves the head of patches alone
+    test_all_params_have_gradient = False  # the loss of text does not reach the patch head
 
     def setUp(self):
         self.model_tester = RopeMMTester(self)
@@ -94,7 +94,9 @@ class RopeMMProcessorTest(ProcessorTesterMixin, unittest.TestCase):
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
         return tokenizer
 
-    @unittest.skip("a story is spelt part by part, so no offsets tell where the assistant spoke")
+    @unittest.skip(
+        "parts of a document are tokenized one by one, so there are no offsets of the assistant's text"
+    )
     def test_apply_chat_template_assistant_mask(self):
         pass
 
