@@ -267,8 +267,17 @@ def norm_rotate(
     """`rotate` of q and k whose heads are divided by their root mean square and weighed first.
 
     Args:
-        q, k, positions, omega, pairing, blocks, tail, factor, mode: as in `rotate`.
-        q_weight, k_weight: (d,), for all heads of q and of k; they get gradients, too.
+        q: queries (b, s, h, d).
+        k: keys (b, s, g, d).
+        positions: (s, a) or (b, s, a).
+        omega: radians per step (a, r), or (n, a, r) with n dividing g.
+        pairing: "half" (i, i + r), "interleaved" (2i, 2i + 1) or "block" (half within each block).
+        blocks: pairs in each block, for "block".
+        tail: whether the last 2r channels are rotated, not the first.
+        factor: what cosine and sine are multiplied by.
+        mode: "exact", or "hf" for the angles of transformers, rounded to float32.
+        q_weight: (d,), for all heads of q; it gets a gradient.
+        k_weight: (d,), for all heads of k; it gets a gradient.
         eps: added to the mean square, positive.
 
     Raises:

@@ -312,7 +312,15 @@ def rotate_(
     """`rotate` that writes its results into q and k, with the same gradients; returns q and k.
 
     Args:
-        q, k, positions, omega, pairing, blocks, tail, factor, mode: as in `rotate`.
+        q: queries (b, s, h, d).
+        k: keys (b, s, g, d).
+        positions: (s, a) or (b, s, a).
+        omega: radians per step (a, r), or (n, a, r) with n dividing g.
+        pairing: "half" (i, i + r), "interleaved" (2i, 2i + 1) or "block" (half within each block).
+        blocks: pairs in each block, for "block".
+        tail: whether the last 2r channels are rotated, not the first.
+        factor: what cosine and sine are multiplied by.
+        mode: "exact", or "hf" for the angles of transformers, rounded to float32.
 
     Raises:
         ValueError: as `rotate`, and by `checks.check_in_place`.
@@ -332,7 +340,12 @@ def rotate_by_angles(
     Angles that depend on the content are made by a model (Selective RoPE, arXiv 2511.17388).
 
     Args:
-        q, k, pairing, blocks, tail, factor: as in `rotate`.
+        q: queries (b, s, h, d).
+        k: keys (b, s, g, d).
+        pairing: "half" (i, i + r), "interleaved" (2i, 2i + 1) or "block" (half within each block).
+        blocks: pairs in each block, for "block".
+        tail: whether the last 2r channels are rotated, not the first.
+        factor: what cosine and sine are multiplied by.
         angles: radians (s, r), (b, s, r), or (b, s, n, r) with n dividing g.
 
     Raises:

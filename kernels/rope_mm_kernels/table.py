@@ -30,9 +30,13 @@ def rotate_by_table(
     """q (b, s, h, d) and k (b, s, g, d) rotated by given cosines and sines, with gradients to q and k.
 
     Args:
-        q, k: as in `rotate`.
-        cos, sin: (1, s, 2r) or (b, s, 2r) as in transformers; of a pair, the first channel's entry is read.
-        pairing, blocks, tail: as in `rotate`.
+        q: queries (b, s, h, d).
+        k: keys (b, s, g, d).
+        cos: (1, s, 2r) or (b, s, 2r) as in transformers; of a pair, the first channel's entry is read.
+        sin: as cos.
+        pairing: "half" (i, i + r), "interleaved" (2i, 2i + 1) or "block" (half within each block).
+        blocks: pairs in each block, for "block".
+        tail: whether the last 2r channels are rotated, not the first.
 
     Raises:
         ValueError: what does not fit together, an unknown pairing, a table that requires grad.
@@ -49,8 +53,16 @@ def norm_rotate_by_table(
     Gradients go to q, k and the weights.
 
     Args:
-        q, k, cos, sin, pairing, blocks, tail: as in `rotate_by_table`.
-        q_weight, k_weight, eps: as in `norm_rotate`.
+        q: queries (b, s, h, d).
+        k: keys (b, s, g, d).
+        cos: (1, s, 2r) or (b, s, 2r) as in transformers; of a pair, the first channel's entry is read.
+        sin: as cos.
+        pairing: "half" (i, i + r), "interleaved" (2i, 2i + 1) or "block" (half within each block).
+        blocks: pairs in each block, for "block".
+        tail: whether the last 2r channels are rotated, not the first.
+        q_weight: (d,), for all heads of q; it gets a gradient.
+        k_weight: (d,), for all heads of k; it gets a gradient.
+        eps: added to the mean square, positive.
 
     Raises:
         ValueError: as `rotate_by_table`, and of weights and eps as `norm_rotate`.

@@ -314,6 +314,13 @@ def rotate(
 
     Raises:
         ValueError: what does not fit together, by `rope_mm_kernels.checks.check_rotation`.
+
+    Examples:
+        >>> x = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
+        >>> quarter = torch.tensor([[torch.pi / 2]], dtype=torch.float64)
+        >>> q, k = rotate(x, x, torch.ones(1, 1), quarter)
+        >>> [round(value, 6) + 0.0 for value in q.flatten().tolist()]
+        [0.0, 1.0]
     """
     keys = keys_or_empty(q, k)
     checks.check_rotation(q, keys, positions, omega, pairing, blocks, factor, mode)

@@ -50,6 +50,14 @@ class Rotary(nn.Module):
 
     Raises:
         ValueError: an unknown scheme or field, a head_dim without whole pairs.
+
+    Examples:
+        >>> rope = Rotary(64, "rope-tv")
+        >>> positions, cursor = rope.place("text:2 image:2x3")
+        >>> q, k = torch.ones(1, 8, 4, 64), torch.ones(1, 8, 2, 64)
+        >>> q, k = rope(q, k, positions)
+        >>> q.shape, k.shape
+        (torch.Size([1, 8, 4, 64]), torch.Size([1, 8, 2, 64]))
     """
 
     def __init__(

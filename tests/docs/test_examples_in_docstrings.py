@@ -7,17 +7,20 @@ from inspect import getmodule
 import pytest
 
 from rope_mm import (
+    Rotary,
     Scheme,
     check_rotary,
     convert_pairing,
     measure_properties,
     parse_segments,
     place,
+    rotate,
 )
 from rope_mm.hf import set_rope
 from rope_mm.losses import gamma
 
 MOST_USED = [
+    Rotary,
     Scheme,
     check_rotary,
     convert_pairing,
@@ -25,6 +28,7 @@ MOST_USED = [
     measure_properties,
     parse_segments,
     place,
+    rotate,
     set_rope,
 ]
 
