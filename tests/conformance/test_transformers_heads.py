@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import AttentionInterface
-from transformers.models.gptj.modeling_gptj import GPTJAttention
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from rope_mm import SCHEMES, Rotary
@@ -30,12 +29,13 @@ def watch(module, query, key, value, *_, **__):
     return query.transpose(1, 2)[..., : value.shape[-1]], None
 
 
-AttentionInterface.register("watch", watch)
+WATCH = "conformance_watch"
+AttentionInterface.register(WATCH, watch)
 
 
 def make(kind, **sizes):
     """A model of one layer whose q and k are of order 1; its attention is watched."""
-    model = kind(kind.config_class(num_hidden_layers=1, attn_implementation="watch", **sizes)).eval()
+    model = kind(kind.config_class(num_hidden_layers=1, attn_implementation=WATCH, **sizes)).eval()
     for weight in model.parameters():
         if weight.ndim > 1:
             nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
@@ -147,11 +147,15 @@ def test_tokens_and_images_are_rotated_as_in(scheme, agree, head_dim, segments):
 @few
 @given(rotary_dim=st.sampled_from((4, 8, 16, 64)), places=st.lists(st.integers(0, 60), min_size=1))
 def test_some_channels_are_rotated_as_in_gpt_j(agree, rotary_dim, places):
-    config = transformers.GPTJConfig(n_embd=128, n_head=2, n_positions=64, rotary_dim=rotary_dim)
-    attention = GPTJAttention(config, layer_idx=0)
-    attention._attn = lambda q, k, v, mask: (q, SEEN.append((q, k)))
+    model = transformers.GPTJModel(
+        transformers.GPTJConfig(
+            n_embd=128, n_head=2, n_layer=1, vocab_size=8, n_positions=64, rotary_dim=rotary_dim
+        )
+    ).eval()
+    model.config._attn_implementation = WATCH  # which its attention asks from transformers 5.24 on
+    model.h[0].attn._attn = lambda q, k, v, mask: (q, SEEN.append((q, k)))
     x, p = torch.randn(1, len(places), 128), torch.tensor([places])
-    before, after = (heads(attention, x, position_ids=ids) for ids in (0 * p, p))
+    before, after = (heads(model, inputs_embeds=x, position_ids=ids, use_cache=False) for ids in (0 * p, p))
     rope = Rotary(64, "gpt-j", fraction=rotary_dim / 64)
     compare(agree, "gpt-j", "transformers GPTJAttention", rope, p[0, :, None].double(), before, after)
 
