@@ -109,7 +109,9 @@ class RopeMMPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, Rotary):
-            module.reset_parameters()
+            # transformers before 5.13 also asks this for weights that it has just loaded, and marks them
+            if not any(getattr(weight, "_is_hf_initialized", False) for weight in module.parameters()):
+                module.reset_parameters()
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, nn.Embedding):
