@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from rope_mm.extras import extra
 from rope_mm.files import write_file
 
 
@@ -10,12 +11,10 @@ def new_figure(width: float, height: float) -> Any:
     """An empty figure of so many inches.
 
     Raises:
-        ValueError: no matplotlib.
+        MissingPackage: no matplotlib.
     """
-    try:
+    with extra("plots"):
         from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("figures want matplotlib: pip install rope-mm[plots]") from None
     return Figure((width, height), layout="constrained")
 
 

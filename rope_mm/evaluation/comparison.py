@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import studentized_range
 from torch import Tensor
 
 from rope_mm.analysis import markdown
 from rope_mm.analysis.figures import new_figure, save_figure
+from rope_mm.extras import extra
 
 SHUFFLES = 10_000
 Summary = dict[str, dict[str, dict[str, Any]]]  # kind -> task -> what `describe` gives
@@ -31,6 +31,8 @@ def estimate_noise(scores: Tensor) -> dict[str, float | None]:
     freedom = (schemes - 1) * (seeds - 1)
     differ = None
     if freedom:
+        with extra("train"):
+            from scipy.stats import studentized_range
         variance = (centred - centred.mean(1, keepdim=True)).square().sum().item() / freedom
         differ = float(studentized_range.ppf(0.95, schemes, freedom)) * (variance / seeds) ** 0.5
     shuffle = torch.rand(SHUFFLES, schemes, seeds, generator=torch.Generator().manual_seed(0)).argsort(1)

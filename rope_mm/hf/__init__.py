@@ -7,9 +7,14 @@
 - `use_kernels(model)` rotates queries and keys by this library's kernels.
 """
 
-from rope_mm.hf.inspection import ModelRope
-from rope_mm.hf.patching import Handle, explain, rope_of, set_rope, unset_rope, use_kernels
-from rope_mm.hf.position_ids import positions_for
+from typing import TYPE_CHECKING, Any
+
+from rope_mm.extras import import_name
+
+if TYPE_CHECKING:
+    from rope_mm.hf.inspection import ModelRope
+    from rope_mm.hf.patching import Handle, explain, rope_of, set_rope, unset_rope, use_kernels
+    from rope_mm.hf.position_ids import positions_for
 
 __all__ = [
     "Handle",
@@ -21,3 +26,20 @@ __all__ = [
     "unset_rope",
     "use_kernels",
 ]
+
+HOMES = {
+    "Handle": "patching",
+    "ModelRope": "inspection",
+    "explain": "patching",
+    "positions_for": "position_ids",
+    "rope_of": "patching",
+    "set_rope": "patching",
+    "unset_rope": "patching",
+    "use_kernels": "patching",
+}
+
+
+def __getattr__(
+    name: str,
+) -> Any:  # so that the core, which reads configs by this package, needs no transformers
+    return import_name(__name__, HOMES, name, "hf")

@@ -1,7 +1,6 @@
 """Images and videos <-> patches, and the embedding of tokens and patches into the stream (b, s, c)."""
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -15,12 +14,15 @@ def to_patches(images: Tensor, size: int) -> Tensor:
     *_, rows, columns = images.shape
     if rows % size or columns % size:
         raise ValueError(f"images of {rows} x {columns} pixels do not divide into patches of {size} x {size}")
-    return rearrange(images, "b ch (y p) (x q) -> b (y x) (ch p q)", p=size, q=size)
+    b, ch = images.shape[:2]
+    tiled = images.reshape(b, ch, rows // size, size, columns // size, size)
+    return tiled.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, ch * size * size)
 
 
 def to_images(patches: Tensor, y: int, x: int, size: int) -> Tensor:
     """Patches (b, y*x, ch*size*size) -> images (b, ch, size*y, size*x): the inverse of `to_patches`."""
-    return rearrange(patches, "b (y x) (ch p q) -> b ch (y p) (x q)", y=y, x=x, p=size, q=size)
+    tiled = patches.reshape(len(patches), y, x, -1, size, size)
+    return tiled.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), -1, y * size, x * size)
 
 
 def to_tubelets(frames: Tensor, depth: int) -> Tensor:
@@ -29,12 +31,12 @@ def to_tubelets(frames: Tensor, depth: int) -> Tensor:
     The last frame is repeated where they do not divide; so an image is repeated `depth` times.
     """
     last = frames[-1:].expand(-len(frames) % depth, -1, -1, -1)
-    return rearrange(torch.cat([frames, last]), "(t u) ch y x -> t (u ch) y x", u=depth)
+    return torch.cat([frames, last]).unflatten(0, (-1, depth)).flatten(1, 2)
 
 
 def from_tubelets(tubelets: Tensor, depth: int) -> Tensor:
     """Tubelets (b, t, depth*ch, y, x) -> frames (b, t*depth, ch, y, x): the inverse of `to_tubelets`."""
-    return rearrange(tubelets, "b t (u ch) y x -> b (t u) ch y x", u=depth)
+    return tubelets.unflatten(2, (depth, -1)).flatten(1, 2)
 
 
 def has_values(x: Tensor) -> bool:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor
 from torch.func import grad, jacrev
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from rope_mm.extras import extra
 from rope_mm.losses import GAN_LOSSES, PENALTIES
 from rope_mm.losses.penalties import POINTS, GradientPenalty
 from rope_mm.registry import Registry
@@ -84,6 +84,8 @@ def flow(velocity: Field, start: Tensor, times: Sequence[float] | Tensor, tolera
     Raises:
         ValueError: a state that leaves the finite.
     """
+    with extra("train"):
+        from scipy.integrate import solve_ivp
     traced = make_fx(lambda state: velocity(state))(start)  # thrice as fast as calling it
     solution = solve_ivp(
         lambda _, y: traced(torch.from_numpy(y).view_as(start)).flatten().numpy(),
