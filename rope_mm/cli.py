@@ -14,6 +14,7 @@ import sys
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rope_mm import __version__
 from rope_mm.analysis.check import check_rotary
@@ -104,6 +105,19 @@ def show_pictures(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_lens(commands: Any) -> None:
+    """The subcommand lens."""
+    lens = commands.add_parser("lens", help="pictures of a scheme, or of two side by side")
+    lens.add_argument("name", metavar="NAME", help="a scheme, such as rope-tv")
+    lens.add_argument(
+        "segments", metavar="SEGMENTS", nargs="?", default=EXAMPLE, help='"%(default)s" if omitted'
+    )
+    lens.add_argument("--compare", metavar="NAME", help="a second scheme")
+    lens.add_argument("--head-dim", type=int, default=HEAD_DIM, help="channels of a head (%(default)s)")
+    lens.add_argument("--out", type=Path, metavar="DIR", help="write PNG files there (needs rope-mm[plots])")
+    lens.set_defaults(run=show_pictures)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Subcommands and their arguments."""
     parser = argparse.ArgumentParser(prog="rope-mm", description="Look at rotary position encodings.")
@@ -133,16 +147,7 @@ def make_parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", parents=[sizes], help="is it a rotation, is it relative?")
     check.set_defaults(run=print_check)
 
-    lens = commands.add_parser("lens", help="pictures of a scheme, or of two side by side")
-    lens.add_argument("name", metavar="NAME", help="a scheme, such as rope-tv")
-    lens.add_argument(
-        "segments", metavar="SEGMENTS", nargs="?", default=EXAMPLE, help='"%(default)s" if omitted'
-    )
-    lens.add_argument("--compare", metavar="NAME", help="a second scheme")
-    lens.add_argument("--head-dim", type=int, default=HEAD_DIM, help="channels of a head (%(default)s)")
-    lens.add_argument("--out", type=Path, metavar="DIR", help="write PNG files there (needs rope-mm[plots])")
-    lens.set_defaults(run=show_pictures)
-
+    add_lens(commands)
     page = commands.add_parser("explore", help="a local page: positions, frequencies, promises")
     page.add_argument("--port", type=int, default=8137, help="of the page; 0 takes any (%(default)s)")
     page.add_argument("--no-browser", action="store_true", help="do not open a browser")
