@@ -7,7 +7,6 @@ import torch
 from rope_mm_kernels import checks
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from rope_mm.positions.cursor import Cursor
 from rope_mm.rotary import definition
@@ -76,8 +75,7 @@ class Rotary(nn.Module):
         blocks, tail = scheme.blocks(head_dim), scheme.channel_offset == "end"
         self.spec = RotarySpec(scheme.pairing, blocks, tail, scheme.attention_scaling, mode)
         # no buffer: those are cast with a model, averaged over processes, and lost on the meta device
-        with unset_fake_temporarily():  # numbers are needed even where a model is built of fake tensors
-            self.static_omega = scheme.omega(head_dim, heads)
+        self.static_omega = scheme.omega(head_dim, heads)
         device = torch.get_default_device()  # the meta device, where a model is built without its weights
         fake = detect_fake_mode()
         initial = fake.from_tensor(self.static_omega) if fake else self.static_omega

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from rope_mm.fields import (
     Count,
@@ -219,11 +220,12 @@ class Scheme:
         """
         rows = 1 if heads is None else read_value("Scheme", "heads", heads, Count)
         lengths = [length] * len(self.axes) if isinstance(length, int | float) else length
-        with torch.device("cpu"):  # data, also where models are built on the meta device
+        # numbers, also where models are built on the meta device or of fake tensors
+        with torch.device("cpu"), unset_fake_temporarily():
             omega = fill_omega(self, head_dim, rows, lengths)
-        if not omega.isfinite().all():
-            raise ValueError(f"{self} has frequencies that are not finite; take other numbers")
-        return omega[0] if heads is None else omega
+            if not omega.isfinite().all():
+                raise ValueError(f"{self} has frequencies that are not finite; take other numbers")
+            return omega[0] if heads is None else omega
 
     @property
     def changed(self) -> dict[str, Any]:
