@@ -340,7 +340,13 @@ def select_rows(splits: DatasetDict, wanted: Mapping[str, Sequence[Any]]) -> Dat
 
 
 def find_rows(rows: Dataset, column: str, values: Sequence[Any]) -> list[int]:
-    """Numbers of the rows that hold one of the values in a column."""
+    """Numbers of the rows that hold one of the values in a column.
+
+    Args:
+        rows: of `datasets`.
+        column: its name.
+        values: labels by name or number.
+    """
     check_rows(rows, next(iter(MODES)), column)
     label = rows.features[column]
     names = label.names if isinstance(label, ClassLabel) else []

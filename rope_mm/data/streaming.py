@@ -338,6 +338,12 @@ def with_features(rows: IterableDataset, path: str) -> IterableDataset:
 
 
 def head(rows: IterableDataset, count: int, path: str) -> Dataset:
-    """The first rows of a stream, as stored."""
+    """The first rows of a stream, as stored.
+
+    Args:
+        rows: the stream.
+        count: how many rows at most.
+        path: what messages call it.
+    """
     stored = [row for _, table in read_rows(rows.take(count), f" of {path}") for row in table.to_pylist()]
     return Dataset.from_list(stored, features=rows.features)

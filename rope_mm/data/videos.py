@@ -164,7 +164,13 @@ def video_reader(column: str) -> Reader:
 
 
 def read_video(decoder: Callable[[Any], Any], stored: dict, pick: Pick) -> list[Picture.Image]:
-    """Frames of a video file."""
+    """Frames of a video file.
+
+    Args:
+        decoder: torchcodec's, of bytes or a path.
+        stored: {"bytes", "path"}.
+        pick: which frames of how many.
+    """
     video = decoder(stored["bytes"] or stored["path"])
     return read_array(video.get_frames_at(pick(len(video))).data, take_all)
 

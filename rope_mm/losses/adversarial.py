@@ -65,7 +65,15 @@ def checked(equation: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def separable(on_real: Curve, on_fake: Curve, generator: Curve, source: str, divergence: str) -> GanLoss:
-    """E on_real(real) + E on_fake(fake) against E generator(fake): each score by itself."""
+    """E on_real(real) + E on_fake(fake) against E generator(fake): each score by itself.
+
+    Args:
+        on_real: what the critic loses on a real's score.
+        on_fake: what the critic loses on a fake's score.
+        generator: what the generator loses on a fake's score.
+        source: paper and equation.
+        divergence: what the best critic measures.
+    """
     return GanLoss(
         lambda real, fake: (on_real(real) + on_fake(fake)).mean(),
         lambda real, fake: generator(fake).mean(),
@@ -75,7 +83,13 @@ def separable(on_real: Curve, on_fake: Curve, generator: Curve, source: str, div
 
 
 def paired(f: Curve, source: str, divergence: str) -> GanLoss:
-    """RpGAN: E f(real - fake) against E f(fake - real), f falling where its argument should grow."""
+    """RpGAN: E f(real - fake) against E f(fake - real).
+
+    Args:
+        f: a curve that falls where its argument should grow.
+        source: paper and equation.
+        divergence: what the best critic measures.
+    """
     return GanLoss(
         lambda real, fake: f(real - fake).mean(),
         lambda real, fake: f(fake - real).mean(),
@@ -86,7 +100,13 @@ def paired(f: Curve, source: str, divergence: str) -> GanLoss:
 
 
 def averaged(f: Curve, source: str, divergence: str) -> GanLoss:
-    """RaGAN: each score against the mean of the other side in the batch, half of both terms."""
+    """RaGAN: each score against the mean of the other side in the batch, half of both terms.
+
+    Args:
+        f: a curve that falls where its argument should grow.
+        source: paper and equation.
+        divergence: what the best critic measures.
+    """
 
     def critic(real: Tensor, fake: Tensor) -> Tensor:
         return (f(real - fake.mean()) + f(real.mean() - fake)).mean() / 2

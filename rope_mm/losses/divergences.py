@@ -17,8 +17,12 @@ Curve = Callable[[Tensor], Tensor]
 class FDivergence:
     """D_f(p‖q) = E_q f(p/q) = max over v of E_p activation(v) - E_q conjugate(v), v any real score.
 
-    `conjugate` is f* ∘ activation; both increase, and at the best v the activation is f'(p/q)
-    (f-GAN, arXiv 1606.00709, equation 4 and table 6).
+    At the best v the activation is f'(p/q) (f-GAN, arXiv 1606.00709, equation 4 and table 6).
+
+    Attributes:
+        f: convex, f(1) = 0.
+        activation: any real score v -> the domain of f*; it increases.
+        conjugate: f* ∘ activation; it increases.
     """
 
     f: Curve
@@ -62,6 +66,10 @@ class Monotone:
 
     The flow descends the D_f with f''(r) = h'(log r) / r² (MonoFlow, arXiv 2302.01075): convex, as h
     increases.
+
+    Attributes:
+        h: the curve, of scores of any shape.
+        divergence: D_f in words.
     """
 
     h: Curve

@@ -59,6 +59,11 @@ class GradientPenalty:
     def check(self, method: str, fraction: float, sigma: float) -> None:
         """Refuse what `of` refuses of these.
 
+        Args:
+            method: a key of METHODS.
+            fraction: of the pairs.
+            sigma: the step of "fd".
+
         Raises:
             ValueError: a fraction outside (0, 1], a sigma that is no positive number, a method that estimates
                 only ‖∇D‖² for a penalty that is a curve of it.
@@ -143,7 +148,14 @@ def centring(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def lecam(real: Tensor, fake: Tensor, real_anchor: Tensor | float, fake_anchor: Tensor | float) -> Tensor:
-    """½ [E relu(D(real) - fake_anchor)² + E relu(real_anchor - D(fake))²], anchors running mean scores."""
+    """½ [E relu(D(real) - fake_anchor)² + E relu(real_anchor - D(fake))²].
+
+    Args:
+        real: scores (b,).
+        fake: scores (b,).
+        real_anchor: a running mean of the scores of reals.
+        fake_anchor: a running mean of the scores of fakes.
+    """
     return ((real - fake_anchor).relu().square() + (real_anchor - fake).relu().square()).mean() / 2
 
 

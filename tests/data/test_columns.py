@@ -127,7 +127,7 @@ def several():
     return Dataset.from_dict(rows, features=Features(image=Image(), caption=List(Value("string"))))
 
 
-def test_of_several_captions_one_is_drawn_at_random():
+def test_of_several_captions_one_is_chosen_at_random():
     images = CaptionedImages(several(), 4, 1)
     assert images.captions[3] == "grey 60"
     drawn = Counter(

@@ -46,7 +46,7 @@ def test_the_older_form_of_a_column_to_generate_is_refused_with_the_new_one():
         read_template("{caption}{image:draw}")
 
 
-def test_a_template_is_words_and_columns_in_braces():
+def test_a_template_is_text_and_columns_in_braces():
     assert read_template("{caption}: {image:generate}") == (CAPTION, ": ", DRAWN)
     assert read_template("see {{it}}") == ("see {", "it}")
     for wrong in ("{caption", "{}", "{image:paint}", "{image!r}"):
@@ -72,7 +72,7 @@ def test_a_row_longer_than_the_room_is_refused():
         first_fit([3, 9], 8)
 
 
-def test_rows_are_told_by_the_templates_whose_columns_they_have(sources):
+def test_rows_fill_the_templates_whose_columns_they_have(sources):
     documents = MapDocuments(sources, TEMPLATES, 4, 1)
     assert len(documents) == 10
     assert documents.kinds == {"caption": "text", "image": "image", "frames": "video"}

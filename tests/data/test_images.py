@@ -31,7 +31,7 @@ def squares(folder: Path, count: int = 10, side: int = 12) -> Path:
     return folder
 
 
-def test_the_embedded_digits_say_in_words_what_they_show():
+def test_captions_of_the_embedded_digits_name_what_they_show():
     digits = captioned_digits()
     assert (len(digits["train"]), len(digits["test"])) == (1437, 360)
     for part in digits.values():

@@ -18,22 +18,22 @@ def named(verdict, index=0):
 
 @given(seed=SEEDS, rows=st.integers(1, 9), columns=st.integers(1, 9), cell=st.integers(1, 5))
 def test_the_answer_is_the_cell_of_the_colour_asked_for(seed, rows, columns, cell):
-    (picture,), question, answer = make_cell(make_generator(seed), rows, columns, cell)
-    assert picture.shape == (3, rows * cell, columns * cell)
-    assert picture.dtype == torch.uint8
+    (image,), question, answer = make_cell(make_generator(seed), rows, columns, cell)
+    assert image.shape == (3, rows * cell, columns * cell)
+    assert image.dtype == torch.uint8
     colour = COLOURS[re.fullmatch(r"which cell is (\w+)\?", question)[1]]
-    hit = (picture.permute(1, 2, 0) == torch.tensor(colour)).all(2)
+    hit = (image.permute(1, 2, 0) == torch.tensor(colour)).all(2)
     assert hit.sum() == cell**2
     y, x = (int(part) for part in hit.nonzero()[0] // cell)
     assert answer == f"row {y + 1} column {x + 1}"
 
 
 @given(seed=SEEDS, images=st.integers(1, 5), words=st.integers(1, 4))
-def test_the_answer_is_the_word_beside_the_picture_asked_for(seed, images, words):
+def test_the_answer_is_the_word_beside_the_image_asked_for(seed, images, words):
     document, question, answer = make_neighbour(make_generator(seed), images, words, (16, 24))
     gaps, shown = document[::2], document[1::2]
     assert [len(gap.split()) for gap in gaps] == [words] * (images + 1)
-    names = [named(classify_sprites(picture[None])) for picture in shown]
+    names = [named(classify_sprites(image[None])) for image in shown]
     assert len(set(names)) == images
     side, sought = re.fullmatch(r"which word stands right (\w+) the (.+)\?", question).groups()
     at = names.index(sought)
@@ -42,9 +42,9 @@ def test_the_answer_is_the_word_beside_the_picture_asked_for(seed, images, words
 
 @given(seed=SEEDS, frames=st.integers(2, 40), period=st.integers(1, 9))
 def test_one_frame_has_the_sprite_asked_for_and_periodic_ones_a_look_alike(seed, frames, period):
-    (clip,), question, answer = make_frame(make_generator(seed), frames, period, (12, 20))
-    assert clip.shape == (frames, 3, 12, 20)
-    verdict = classify_sprites(clip)
+    (video,), question, answer = make_frame(make_generator(seed), frames, period, (12, 20))
+    assert video.shape == (frames, 3, 12, 20)
+    verdict = classify_sprites(video)
     needle = int(answer.removeprefix("frame ")) - 1
     assert question == f"which frame shows the {named(verdict, needle)}?"
     like = (torch.arange(frames) - needle) % period == 0

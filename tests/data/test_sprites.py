@@ -76,7 +76,7 @@ def test_training_has_every_value_and_every_pair_of_values(make, names, request)
         assert len(pairs) == len(names[one]) * len(names[other]), (one, other)
 
 
-def test_no_frame_of_a_training_clip_shows_what_is_held_out(videos):
+def test_no_frame_of_a_training_video_shows_what_is_held_out(videos):
     train, test = (factors_of(videos[split], VIDEO_FACTORS) for split in ("train", "test"))
     for factors, wanted in ((train, 0), (test, 1)):
         seen = classify_sprites(render_videos(factors, frames=3).flatten(0, 1))
@@ -86,7 +86,7 @@ def test_no_frame_of_a_training_clip_shows_what_is_held_out(videos):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_picture_shows_what_its_caption_and_its_columns_say(split, sprites):
+def test_an_image_shows_what_its_caption_and_its_columns_say(split, sprites):
     rows = sprites[split]
     factors = factors_of(rows, FACTORS)
     assert_says(classify_sprites(CaptionedImages(rows, 16, 3).images()), factors)
@@ -95,7 +95,7 @@ def test_a_picture_shows_what_its_caption_and_its_columns_say(split, sprites):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_clip_shows_what_its_caption_and_its_columns_say(split, videos):
+def test_a_video_shows_what_its_caption_and_its_columns_say(split, videos):
     rows = videos[split].select(range(200))
     factors = factors_of(rows, VIDEO_FACTORS)
     shown = torch.stack(
@@ -110,15 +110,15 @@ def test_a_clip_shows_what_its_caption_and_its_columns_say(split, videos):
     assert_says({name: torch.tensor([row[name] for row in read]) for name in VIDEO_FACTORS}, factors)
 
 
-def test_the_stored_pixels_are_the_drawn_ones():
+def test_the_stored_pixels_are_the_rendered_ones():
     rows = captioned_sprites(count=1, held_out=1, size=(12, 20), seed=3)["test"]
-    picture = rows[0]["image"]
-    assert picture.size == (20, 12)
+    image = rows[0]["image"]
+    assert image.size == (20, 12)
     factors = factors_of(rows, FACTORS)
     drawn = [
         render_sprites(factors, (12, 20), torch.tensor([[y, x]])) for y in (-1, 0, 1) for x in (-1, 0, 1)
     ]
-    assert picture.tobytes() in [image[0].permute(1, 2, 0).numpy().tobytes() for image in drawn]
+    assert image.tobytes() in [image[0].permute(1, 2, 0).numpy().tobytes() for image in drawn]
 
 
 @pytest.mark.parametrize("phrase", SPRITE_PHRASES + VIDEO_PHRASES)
@@ -138,7 +138,7 @@ def test_what_a_caption_leaves_open_is_minus_one():
 
 
 @pytest.mark.parametrize("size", [(8, 8), 16, (16, 33), (40, 12), 64])
-def test_every_drawing_is_judged_right_at_any_size_and_nudge(size):
+def test_every_sprite_is_classified_right_at_any_size_and_nudge(size):
     for down, right in ((0, 0), (-1, 1), (1, -1)):
         nudge = torch.tensor([[down, right]]).expand(len(EVERY["shape"]), -1)
         drawn = render_sprites(EVERY, size, nudge)
@@ -149,7 +149,7 @@ def test_every_drawing_is_judged_right_at_any_size_and_nudge(size):
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.2])
-def test_the_judge_is_right_under_noise(sigma):
+def test_the_classifier_is_right_under_noise(sigma):
     drawn = render_sprites(EVERY, 16, nudges(576)) / 127.5 - 1
     noise = sigma * torch.randn(drawn.shape, generator=make_generator("noise"))
     verdict = classify_sprites(drawn + noise)
@@ -157,7 +157,7 @@ def test_the_judge_is_right_under_noise(sigma):
     torch.testing.assert_close(verdict["distance"].mean(), torch.tensor(sigma), rtol=0.02, atol=0)
 
 
-def test_the_judge_sees_nothing_on_an_empty_canvas():
+def test_the_classifier_sees_nothing_on_an_empty_canvas():
     empty = torch.tensor(BACKGROUND, dtype=torch.uint8)[None, :, None, None].expand(2, 3, 16, 16)
     verdict = classify_sprites(empty)
     assert all((verdict[name] == -1).all() for name in FACTORS)
@@ -166,16 +166,16 @@ def test_the_judge_sees_nothing_on_an_empty_canvas():
     assert {len(part) for part in classify_sprites(empty[:0]).values()} == {0}
 
 
-def test_the_judge_finds_the_nearest_of_all_drawings_by_brute_force():
-    pictures = torch.rand(5, 3, 16, 16, generator=make_generator("any")) * 2 - 1
+def test_the_classifier_finds_the_nearest_of_all_sprites_by_brute_force():
+    images = torch.rand(5, 3, 16, 16, generator=make_generator("any")) * 2 - 1
     drawn = [
         (render_sprites(EVERY, 16, torch.tensor([[y, x]]).expand(576, -1)) / 127.5 - 1)
         for y in (-1, 0, 1)
         for x in (-1, 0, 1)
     ]
-    distance = torch.stack([torch.cdist(pictures.flatten(1), part.flatten(1)) for part in drawn]).amin(0)
+    distance = torch.stack([torch.cdist(images.flatten(1), part.flatten(1)) for part in drawn]).amin(0)
     assert_says(
-        classify_sprites(pictures), {name: factor[distance.argmin(1)] for name, factor in EVERY.items()}
+        classify_sprites(images), {name: factor[distance.argmin(1)] for name, factor in EVERY.items()}
     )
 
 
@@ -187,7 +187,7 @@ def test_a_sprite_is_of_its_colour_on_the_background():
     assert torch.equal(colour, torch.tensor(list(COLOURS.values()))[EVERY["colour"]])
 
 
-def test_a_larger_canvas_shows_the_same_picture():
+def test_a_larger_canvas_shows_the_same_image():
     nudge = nudges(len(EVERY["shape"]))
     small, large = (render_sprites(EVERY, size, nudge).float() for size in (16, 64))
     pooled = torch.nn.functional.avg_pool2d(large, 4)
@@ -212,7 +212,7 @@ def test_every_motion_goes_where_it_says_and_enters_again_opposite(frames, seed)
     assert_says(classify_videos(videos), factors)
 
 
-def test_a_clip_that_keeps_to_no_motion_has_none():
+def test_a_video_that_follows_no_motion_has_none():
     factors = {name: torch.zeros(1, dtype=torch.long) for name in VIDEO_FACTORS}
     video = render_videos(factors, 4)
     there = render_sprites({**factors, "column": torch.tensor([2])})
@@ -224,7 +224,7 @@ def test_a_clip_that_keeps_to_no_motion_has_none():
     assert (int(verdict["motion"]), int(verdict["colour"])) == (0, -1)
 
 
-def test_sprites_and_clips_are_sources_by_name():
+def test_sprites_and_videos_are_sources_by_name():
     train, test = load_images("sprites", size=16, channels=3, label="shape")
     assert (len(train), len(test)) == (8192, 512)
     assert train.images([0]).shape == (1, 3, 16, 16)
@@ -261,7 +261,7 @@ ZERO = {name: torch.zeros(1, dtype=torch.long) for name in VIDEO_FACTORS}
         (lambda: classify_videos(torch.zeros(1, 1, 3, 16, 16)), "2 frames or more"),
     ],
 )
-def test_what_cannot_be_drawn_or_judged_is_refused_in_one_sentence(call, words):
+def test_what_cannot_be_rendered_or_classified_is_refused_in_one_sentence(call, words):
     with pytest.raises(ValueError, match=words) as error:
         call()
     assert "\n" not in str(error.value)

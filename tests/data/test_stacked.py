@@ -38,7 +38,7 @@ def test_stacks_are_the_same_at_every_call():
         assert one[name].data.table.equals(two[name].data.table)
 
 
-def test_every_name_of_a_stack_tells_its_three_digits(splits):
+def test_every_caption_of_a_stack_names_its_three_digits(splits):
     for row in splits["test"].remove_columns("image"):
         digits = [DIGIT_NAMES.index(name) for name in row["caption"].split()]
         assert row["number"] == "".join(map(str, digits))
@@ -53,7 +53,7 @@ def test_each_colour_is_the_digit_that_the_number_says():
     assert torch.equal((read @ torch.tensor([100.0, 10.0, 1.0])).long(), grey.labels)
 
 
-def test_the_digits_of_a_stack_are_drawn_each_by_itself(splits):
+def test_the_digits_of_a_stack_are_independent(splits):
     labels = torch.tensor(list(splits["train"]["label"]))
     digits = labels[:, None] // torch.tensor([100, 10, 1]) % 10
     share = torch.stack([column.bincount(minlength=10) for column in digits.T]) / len(labels)
@@ -89,7 +89,7 @@ def test_an_npz_of_digits_is_stacked_by_its_path(tmp_path, monkeypatch):
     assert load_splits(f"stacked:{tmp_path}/digits.npz")["test"][:]["number"] == ["999"] * 10
 
 
-def test_kept_images_are_those_that_are_read_one_by_one(splits):
+def test_cached_images_are_those_that_are_read_one_by_one(splits):
     kept, read = (
         CaptionedImages(splits["test"].select(range(50)), 8, 3, cache_in_memory=cache)
         for cache in (True, False)

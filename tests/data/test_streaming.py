@@ -128,7 +128,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert len(firsts) == 4  # rows have other neighbours in every epoch
 
 
-def test_a_mark_is_where_a_stream_is_read_on_without_the_shards_before_it():
+def test_from_a_stream_state_reading_resumes_without_the_shards_before_it():
     opened = []
 
     def read(shards):
@@ -205,7 +205,7 @@ def test_streams_of_which_nothing_is_left_are_refused(tmp_path):
         load_documents([str(tmp_path / "none.parquet")], streaming=True, **HOW)
 
 
-def test_the_words_of_a_stream_are_refused_as_a_vocabulary():
+def test_the_texts_of_a_stream_are_refused_as_a_vocabulary():
     with pytest.raises(ValueError, match=r"words of a stream are not known .* another tokenizer"):
         list(of_words([numbered(3)]).texts())
 
@@ -239,7 +239,7 @@ def tars(path):
 
 
 @pytest.mark.parametrize("source", [folder, lines, tars])
-def test_what_datasets_streams_is_told_as_it_is_from_files_at_hand(source, tmp_path):
+def test_documents_of_a_stream_are_those_of_the_same_files_loaded_whole(source, tmp_path):
     path, template = source(tmp_path)
     how = {"templates": [template], "size": 4, "channels": 1}
     stream, held_out = load_documents([str(path)], streaming=True, held_out=3, **how)
@@ -283,7 +283,7 @@ def torchcodec(monkeypatch):
     ],
     ids=["pictures", "array", "any length", "lists", "videos"],
 )
-def test_clips_of_every_kind_of_column_are_documents_streamed_or_not(feature, column, torchcodec):
+def test_videos_of_every_kind_of_column_are_documents_streamed_or_not(feature, column, torchcodec):
     clips = torch.randint(256, (2, 3, 1, 4, 4), dtype=torch.uint8, generator=make_generator("clips"))
     stored = Dataset.from_dict({"clip": [column(clip) for clip in clips]}, Features(clip=feature))
     stream = StreamingDocuments([stored.to_iterable_dataset()], ["{clip:generate}"], 4, 1)
@@ -347,7 +347,7 @@ def test_every_process_reads_its_documents_of_the_same_step(shards, rank):
         assert all(equal(*documents) for documents in zip(mine[step].pack, share, strict=True))
 
 
-def test_pictures_of_a_stream_are_opened_where_they_are():
+def test_images_of_a_stream_are_opened_where_they_are():
     fsspec.filesystem("memory").pipe("/far.png", png(7))
     picture = open_image({"bytes": None, "path": "memory://far.png"})
     assert picture.getpixel((0, 0)) == 7

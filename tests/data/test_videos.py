@@ -71,7 +71,7 @@ def torchcodec(monkeypatch):
     ],
     ids=["images", "lists", "array", "any length", "videos"],
 )
-def test_a_clip_has_the_same_pixels_from_every_kind_of_column(make, torchcodec):
+def test_a_video_has_the_same_pixels_from_every_kind_of_column(make, torchcodec):
     clips = CaptionedVideos(make(), 8, 3, frames=0)
     torch.testing.assert_close(clips.videos(), FRAMES / 127.5 - 1, atol=0, rtol=0)
     assert (len(clips), clips.captions, clips.labels) == (2, CAPTIONS, None)
@@ -92,7 +92,7 @@ def test_frames_are_cropped_resized_and_made_grey():
     assert clips.shape == (2, 2, 1, 4, 4)
 
 
-def test_drawn_clips_are_loaded_with_what_they_show():
+def test_rendered_videos_are_loaded_with_what_they_show():
     train, test = load_videos(label="motion")
     assert (len(train), len(test)) == (2048, 512)
     rows = captioned_videos()["test"]
@@ -136,12 +136,12 @@ def rows_of(frames):
     ],
     ids=["short", "channels", "range", "fractions"],
 )
-def test_an_array_that_is_no_clip_is_named_by_its_row(frames, words):
+def test_an_array_that_is_no_video_is_named_by_its_row(frames, words):
     with pytest.raises(ValueError, match=words):
         CaptionedVideos(rows_of(frames), 8, 3).videos()
 
 
-def test_columns_without_clips_and_numbers_of_no_frames_are_refused():
+def test_columns_without_videos_and_numbers_of_no_frames_are_refused():
     with pytest.raises(ValueError, match=r"column 'frames' holds .*, not lists of images"):
         CaptionedVideos(rows_of(1), 8, 3)
     with pytest.raises(ValueError, match=r"column 'frames' holds .*, not lists of images"):
@@ -152,7 +152,7 @@ def test_columns_without_clips_and_numbers_of_no_frames_are_refused():
         CaptionedVideos(as_images(), 8, 3, frames=-1)
 
 
-def test_clips_of_different_lengths_make_no_batch():
+def test_videos_of_different_lengths_make_no_batch():
     columns = {"frames": [FRAMES[0].tolist(), FRAMES[1, :3].tolist()], "caption": CAPTIONS}
     clips = CaptionedVideos(Dataset.from_dict(columns), 8, 3, frames=0)
     assert clips.videos([1]).shape[1] == 3

@@ -6,7 +6,7 @@ from rope_mm.evaluation.image_grid import GAP, MARGIN, save_sheet
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_picture_stands_in_the_row_of_its_caption(channels, tmp_path):
+def test_every_image_stands_in_the_row_of_its_caption(channels, tmp_path):
     pictures = torch.linspace(-1, 1, 6).view(6, 1, 1, 1).expand(6, channels, 8, 8)
     save_sheet(tmp_path / "sheet.png", pictures, ["a dark one", "a light one"])
     sheet = Picture.open(tmp_path / "sheet.png").convert("L")
@@ -17,7 +17,7 @@ def test_every_picture_stands_in_the_row_of_its_caption(channels, tmp_path):
     assert words.getextrema()[0] < 100
 
 
-def test_pictures_that_do_not_fill_the_rows_are_refused(tmp_path):
+def test_images_that_do_not_fill_the_rows_are_refused(tmp_path):
     with pytest.raises(ValueError, match="5 images do not fill 2 rows"):
         save_sheet(tmp_path / "sheet.png", torch.zeros(5, 1, 8, 8), ["a", "b"])
 

@@ -226,7 +226,7 @@ def test_captions_say_what_the_judge_of_sprites_sees():
             quiz = make_generation(torch.Generator().manual_seed(number), size)
             seen = {name: int(index) for name, index in classify_sprites(quiz.answer[None]).items()}
             told = f"{list(COLOURS)[seen['colour']]} at the {ROWS[seen['row']]} {COLUMNS[seen['column']]}"
-            assert quiz.question == f"draw {told}"
+            assert quiz.question == f"generate {told}"
         quiz = make_motion(torch.Generator().manual_seed(number), 4, 16)
         assert list(MOTIONS)[classify_videos(quiz.document[0][None])["motion"]] in quiz.answer
 
