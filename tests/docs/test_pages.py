@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rope_mm import SCHEMES, place
+from rope_mm import SCHEMES, parse_segments, place
 from rope_mm.analysis import markdown
 from rope_mm.losses import GAN_LOSSES, PENALTIES
+from rope_mm.segments import SEGMENT_TYPES
 from rope_mm.training.config import load
 
 ROOT = Path(__file__).parents[2]
@@ -147,6 +148,13 @@ def test_writing_a_table_of_a_page_again_leaves_the_page_as_it_is(page, name, tm
     _, body, _ = markdown.split_page(copy, name)
     markdown.write_table(copy, name, body.strip())
     assert copy.read_text(encoding="utf-8") == text
+
+
+def test_the_text_forms_of_segments_in_the_page_of_schemes_are_read():
+    section = (DOCS / "schemes.md").read_text().partition("### Segments in text")[2].partition("###")[0]
+    forms = re.findall(r"`([a-z_]+:[^`]+)`", section)
+    assert {form.partition(":")[0] for form in forms} == set(SEGMENT_TYPES)
+    assert [str(segment) for form in forms for segment in parse_segments(form)] == forms
 
 
 def test_the_positions_in_the_page_of_schemes_are_what_place_gives():
