@@ -126,6 +126,7 @@ def test_every_scheme_loss_and_penalty_has_a_row(name, page):
     assert any(f"`{name}`" in row.split("|")[1] for row in rows)
 
 
+@pytest.mark.slow
 def test_the_promises_are_those_that_are_measured(promises):
     assert list(promises) == ["promises", "vision-promises"]
     for name, table in promises.items():
