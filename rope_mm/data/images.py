@@ -283,12 +283,14 @@ def restore_texts(rows: Dataset, path: str) -> Dataset:
         rows: of `datasets`.
         path: what they were loaded from.
     """
+    files = list(Path(path).rglob("metadata.csv")) if Path(path).is_dir() else []
     images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    if not files or not images:
+        return rows
     texts = [name for name, feature in rows.features.items() if is_text(feature)]
     lacking = [name for name in texts if None in rows.select_columns([name])[name]]
-    files = list(Path(path).rglob("metadata.csv")) if lacking and images and Path(path).is_dir() else []
     written: dict[str, dict[str, str]] = {}
-    for file in files:
+    for file in files if lacking else ():
         with file.open(newline="", encoding="utf-8") as lines:
             written |= {str(file.parent / row["file_name"]): row for row in csv.DictReader(lines)}
     if not written:

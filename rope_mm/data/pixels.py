@@ -45,8 +45,8 @@ LOG = logging.getLogger(__name__)
 LOG.addFilter(Once())
 
 
-def open_image(stored: Mapping[str, Any]) -> Picture.Image:
-    """An image from what `datasets` stores, upright; of an animation the first frame, with a word in the log.
+def open_file(stored: Mapping[str, Any]) -> Picture.Image:
+    """An image file from what `datasets` stores, its first frame loaded.
 
     Args:
         stored: {"bytes", "path"}; without bytes the path is read, here or wherever fsspec reaches.
@@ -60,14 +60,28 @@ def open_image(stored: Mapping[str, Any]) -> Picture.Image:
             content = file.read()
     try:
         image = Picture.open(BytesIO(content))
-        if (frames := getattr(image, "n_frames", 1)) > 1:
-            LOG.warning("%s is an animation of %d frames; the first one is read", path or "an image", frames)
-            image.seek(0)
         image.load()  # here, where its path is known
-        return upright(image)
+        return image
     except UNREADABLE as error:
         reason = str(error).partition(" <_io.BytesIO")[0]
         raise ValueError(f"{reason}: {path}" if path else reason) from error
+
+
+def open_image(stored: Mapping[str, Any]) -> Picture.Image:
+    """An image from what `datasets` stores, upright; of several frames the first one, with a word in the log.
+
+    Args:
+        stored: see `open_file`.
+
+    Raises:
+        ValueError: as from `open_file`.
+    """
+    image = open_file(stored)
+    if (frames := getattr(image, "n_frames", 1)) > 1:
+        LOG.warning("%s holds %d frames; the first one is read", stored["path"] or "an image", frames)
+        image.seek(0)  # counting them may have moved on
+        image.load()
+    return upright(image)
 
 
 def upright(image: Picture.Image) -> Picture.Image:

@@ -18,6 +18,7 @@ from rope_mm.data.pixels import (
     MODES,
     UNREADABLE,
     check_background,
+    open_file,
     open_image,
     resize_center_crop,
 )
@@ -36,8 +37,8 @@ class CaptionedVideos:
         size: y and x in pixels, or the side of a square.
         channels: 1 (grey), 3 (RGB) or 4 (RGBA).
         frames: how many of each video, evenly from the first to the last; 0 takes all.
-        video: name of the column of lists of images, arrays (t, ch, y, x) of 0 to 255, or video files, which
-            torchcodec reads.
+        video: name of the column of lists of images, animated images, arrays (t, ch, y, x) of 0 to 255, or
+            video files, which torchcodec reads.
         caption: name of the column of captions.
         label: name of the column of labels, if any.
         background: the colour under what is transparent, where channels is 1 or 3.
@@ -112,6 +113,8 @@ def choose_reader(feature: Any, column: str) -> tuple[Reader, Any]:
     Raises:
         ValueError: a column without videos, or video files without torchcodec.
     """
+    if isinstance(feature, datasets.Image):
+        return read_animation, datasets.Image(decode=False)
     if isinstance(feature, datasets.Video):
         return video_reader(column), datasets.Video(decode=False)
     within = getattr(feature, "feature", None)
@@ -123,13 +126,22 @@ def choose_reader(feature: Any, column: str) -> tuple[Reader, Any]:
     if isinstance(feature, datasets.Array4D) or (depth == 3 and isinstance(within, datasets.Value)):
         return read_array, feature
     raise ValueError(
-        f"column {column!r} holds {feature}, not lists of images, arrays (t, ch, y, x) or videos"
+        f"column {column!r} holds {feature}, not lists of images, animations, arrays (t, ch, y, x) or videos"
     )
 
 
 def read_images(stored: list[dict], pick: Pick) -> list[Picture.Image]:
     """Frames of a list of images."""
     return [open_image(stored[frame]) for frame in pick(len(stored))]
+
+
+def read_animation(stored: dict, pick: Pick) -> list[Picture.Image]:
+    """Frames of an animated image."""
+    image, frames = open_file(stored), []
+    for frame in pick(getattr(image, "n_frames", 1)):
+        image.seek(frame)
+        frames.append(image.copy())
+    return frames
 
 
 def read_array(stored: Any, pick: Pick) -> list[Picture.Image]:

@@ -119,7 +119,7 @@ def test_of_an_animation_the_first_frame_is_read_and_said_so_once(caplog):
         for _ in range(2):
             assert (resize_center_crop(open_image(held), 4, 1) == 10).all()
     said = [record.getMessage() for record in caplog.records]
-    assert said == ["test-of-an-animation.gif is an animation of 3 frames; the first one is read"]
+    assert said == ["test-of-an-animation.gif holds 3 frames; the first one is read"]
 
 
 def test_an_image_is_cropped_around_its_centre_to_any_shape():

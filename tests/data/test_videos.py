@@ -1,3 +1,4 @@
+import io
 import pickle
 import sys
 from types import ModuleType, SimpleNamespace
@@ -16,13 +17,13 @@ FRAMES = torch.arange(2 * 5 * 3 * 8 * 8).remainder(251).to(torch.uint8).view(2, 
 CAPTIONS = ["one", "two"]
 
 
-def pictures(clip):
-    return [Picture.fromarray(frame.permute(1, 2, 0).numpy()) for frame in clip]
+def images_of(video):
+    return [Picture.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video]
 
 
 def as_images():
     features = Features(frames=List(Image()), caption=Value("string"))
-    return Dataset.from_dict({"frames": [pictures(clip) for clip in FRAMES], "caption": CAPTIONS}, features)
+    return Dataset.from_dict({"frames": [images_of(clip) for clip in FRAMES], "caption": CAPTIONS}, features)
 
 
 def as_array(kind=None):
@@ -72,9 +73,9 @@ def torchcodec(monkeypatch):
     ids=["images", "lists", "array", "any length", "videos"],
 )
 def test_a_video_has_the_same_pixels_from_every_kind_of_column(make, torchcodec):
-    clips = CaptionedVideos(make(), 8, 3, frames=0)
-    torch.testing.assert_close(clips.videos(), FRAMES / 127.5 - 1, atol=0, rtol=0)
-    assert (len(clips), clips.captions, clips.labels) == (2, CAPTIONS, None)
+    loaded = CaptionedVideos(make(), 8, 3, frames=0)
+    torch.testing.assert_close(loaded.videos(), FRAMES / 127.5 - 1, atol=0, rtol=0)
+    assert (len(loaded), loaded.captions, loaded.labels) == (2, CAPTIONS, None)
     thinned = CaptionedVideos(make(), 8, 3, frames=3).videos([1])
     torch.testing.assert_close(thinned, FRAMES[1:, [0, 2, 4]] / 127.5 - 1, atol=0, rtol=0)
 
@@ -88,8 +89,8 @@ def test_a_reader_of_videos_goes_to_a_process_that_is_spawned(torchcodec):
 
 
 def test_frames_are_cropped_resized_and_made_grey():
-    clips = CaptionedVideos(as_images(), 4, 1, frames=2).videos()
-    assert clips.shape == (2, 2, 1, 4, 4)
+    loaded = CaptionedVideos(as_images(), 4, 1, frames=2).videos()
+    assert loaded.shape == (2, 2, 1, 4, 4)
 
 
 def test_rendered_videos_are_loaded_with_what_they_show():
@@ -141,6 +142,16 @@ def test_an_array_that_is_no_video_is_named_by_its_row(frames, words):
         CaptionedVideos(rows_of(frames), 8, 3).videos()
 
 
+def test_frames_of_animated_images_make_videos():
+    content = io.BytesIO()
+    frames = [Picture.new("L", (8, 8), grey) for grey in (0, 100, 200)]
+    frames[0].save(content, "gif", save_all=True, append_images=frames[1:])
+    held = {"frames": [{"bytes": content.getvalue(), "path": None}], "caption": ["one"]}
+    rows = Dataset.from_dict(held, features=Features(frames=Image(), caption=Value("string")))
+    loaded = CaptionedVideos(rows, 8, 1, frames=0).videos()
+    assert ((loaded[0, :, 0, 0, 0] + 1) * 127.5).round().tolist() == [0, 100, 200]
+
+
 def test_columns_without_videos_and_numbers_of_no_frames_are_refused():
     with pytest.raises(ValueError, match=r"column 'frames' holds .*, not lists of images"):
         CaptionedVideos(rows_of(1), 8, 3)
@@ -154,7 +165,7 @@ def test_columns_without_videos_and_numbers_of_no_frames_are_refused():
 
 def test_videos_of_different_lengths_make_no_batch():
     columns = {"frames": [FRAMES[0].tolist(), FRAMES[1, :3].tolist()], "caption": CAPTIONS}
-    clips = CaptionedVideos(Dataset.from_dict(columns), 8, 3, frames=0)
-    assert clips.videos([1]).shape[1] == 3
+    loaded = CaptionedVideos(Dataset.from_dict(columns), 8, 3, frames=0)
+    assert loaded.videos([1]).shape[1] == 3
     with pytest.raises(ValueError, match="these videos have 3 to 5 frames"):
-        clips.videos()
+        loaded.videos()
