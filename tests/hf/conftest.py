@@ -87,6 +87,12 @@ def families() -> dict[str, tuple[float, float, float, str]]:
     return ROWS
 
 
+@pytest.fixture
+def families_page() -> list[list[str]]:
+    """The rows of the table as docs/models.md has them."""
+    return markdown.read_table(PAGE, "families")
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if session.config.getoption("--write-families", default=False):
         titles = (

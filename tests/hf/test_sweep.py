@@ -135,6 +135,17 @@ def test_a_family_by_name(tiny, families, model_type):
     assert (op == "yes") == (model_type not in COMPLEX), op
 
 
+def test_the_page_of_families_has_a_row_for_each_within_these_bounds(families_page):
+    rows = {
+        name: (float(own), float(far), float(compiled), op) for name, own, far, compiled, op in families_page
+    }
+    assert list(rows) == sorted(FAMILIES), "write it anew: pytest tests/hf --write-families"
+    for name, (own, far, compiled, op) in rows.items():
+        assert own == 0
+        assert max(far, compiled) < 1e-4
+        assert op == ("refused" if name in COMPLEX else "yes")
+
+
 @pytest.mark.slow
 def test_every_causal_model_with_rotary_is_unchanged_by_its_own(tiny):
     served, refused = {}, {}
