@@ -18,7 +18,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """A file made by `write(path)`, such as a picture's `save`: the old one or the new one, never a part.
+    """A file made by `write(path)`, such as an image's `save`: the old one or the new one, never a part.
 
     Raises:
         OSError: what could not be written.
@@ -84,7 +84,7 @@ def reason(error: Exception) -> str:
 
 
 def hidden(path: Path) -> Path:
-    """The sibling in which a file or folder is prepared; its suffix tells writers the format."""
+    """The sibling in which a file or folder is prepared; its suffix gives writers the format."""
     return path.with_name(f".{path.stem}.partial{path.suffix}")
 
 

@@ -12,6 +12,8 @@ from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.scheme import Scheme
 from rope_mm.schemes.zoo import read_scheme
 
+GRIDS = "grid", "grid-2d"  # layouts of rows and columns as towers count them
+
 
 def refuse(refusals: dict[str, Any]) -> None:
     """Raise a ValueError with the first sentence that holds."""
@@ -73,7 +75,7 @@ def check_scheme(scheme: Scheme, interface: ModelRope, name: str, head_dim: int)
     other_part = pairs != interface.pairs or 2 * interface.pairs > head_dim
     of_tokens, walk = interface.call_format in TOKEN_CALLS, ([0.0] * a, [1.0] * a)
     stays = of_tokens and scheme.text_line != walk
-    off_grid = not of_tokens and interface.call_format != PIXELS and scheme.layout != "grid"
+    off_grid = not of_tokens and interface.call_format != PIXELS and scheme.layout not in GRIDS
     refusals = {
         f"{scheme} has an Omega for each head, {one_table}": scheme.per_head,
         f"{scheme} has an Omega that depends on the length, {one_table}": scheme.needs_length,
@@ -83,6 +85,6 @@ def check_scheme(scheme: Scheme, interface: ModelRope, name: str, head_dim: int)
         f"fraction {scheme.fraction} of head_dim {head_dim} makes {pairs} pairs, but {name} rotates "
         f"{interface.pairs}; leave the fraction at 1 to take the model's": other_part,
         f"layout {scheme.layout!r} does not count text tokens along all of its axes, as decoding does": stays,
-        f"{name} is given rows and columns alone, which layout 'grid' takes, not {scheme.layout!r}": off_grid,
+        f"{name} is given rows and columns alone, for layouts {GRIDS}, not {scheme.layout!r}": off_grid,
     }
     refuse(refusals)

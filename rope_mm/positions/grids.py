@@ -152,16 +152,16 @@ def text_on_diagonal(cursor: Cursor, n: int, a: int) -> tuple[Raster, float]:
     return diagonal(cursor.next, n, a), cursor.next + n
 
 
-def text_along_axis(axis: int, first: float = 0.0) -> TextRule:
-    """Text is counted along one axis from `first`, and stays at 0 on the others.
+def text_along_axes(*axes: int, first: float = 0.0) -> TextRule:
+    """Text is counted along some axes from `first`, and stays at 0 on the others.
 
     Args:
-        axis: the number of the axis.
+        axes: the numbers of the axes.
         first: where the first text token of a sequence stands.
     """
 
     def rule(cursor: Cursor, n: int, a: int) -> tuple[Raster, float]:
-        unit = tuple(float(k == axis) for k in range(a))
+        unit = tuple(float(k in axes) for k in range(a))
         origin = [(first + cursor.next) * along for along in unit]
         return Raster((n, 1, 1), origin, (unit,) * 3), cursor.next + n
 

@@ -24,7 +24,7 @@ from rope_mm.positions.grids import (
     TextRule,
     centred,
     diagonal,
-    text_along_axis,
+    text_along_axes,
     text_at_origin,
     text_on_diagonal,
 )
@@ -197,6 +197,23 @@ def causal(cursor: Cursor, segment: Segment, rate: NotNegative = 1.0, drift: Not
     return raster, cursor.next + span + drift * (t - 1)
 
 
+def local(cursor: Cursor, segment: Segment):
+    """Rows and columns from the image's own corner, time goes on; an image takes the span of its tokens."""
+    return Raster(segment.grid, (cursor.next, 0, 0), UNIT), cursor.next + segment.tokens
+
+
+def compact(cursor: Cursor, segment: Segment):
+    """Rows and columns from the image's own corner, time goes on; a frame takes one step of time."""
+    return Raster(segment.grid, (cursor.next, 0, 0), UNIT), cursor.next + segment.grid[0]
+
+
+def dual(cursor: Cursor, segment: Segment):
+    """RoPE-TV on t, y and x, and rows i and columns j from the image's own corner."""
+    origin = (*centred(cursor.next, segment.tokens, segment.grid), 0, 0)
+    steps = ((1, 0, 0, 0, 0), (0, 1, 0, 1, 0), (0, 0, 1, 0, 1))
+    return Raster(segment.grid, origin, steps), cursor.next + segment.tokens
+
+
 LAYOUTS: Registry[Layout] = Registry(
     "layout",
     {
@@ -231,6 +248,9 @@ LAYOUTS: Registry[Layout] = Registry(
         "rope-tv": Layout(TYX, rope_tv, "kexue.fm 10352"),
         "rope-tv-2d": Layout(YX, rope_tv_2d, "kexue.fm 10352"),
         "rope-tv-causal": Layout(TYX, causal, "kexue.fm 10352, made causal: see `causal`"),
+        "local": Layout(TYX, local, "this library", text_rule=text_along_axes(0)),
+        "compact": Layout(TYX, compact, "this library", text_rule=text_along_axes(0)),
+        "dual": Layout((*TYX, "i", "j"), dual, "this library", text_rule=text_along_axes(0, 1, 2)),
         "hunyuan-image": Layout(YX, hunyuan_image, "HunyuanImage-3.0, build_2d_rope"),
         "flux": Layout(
             TYX, vision.flux, "FLUX.1; HunyuanVideo, Wan and Cosmos in a row", text_rule=text_at_origin
@@ -239,14 +259,14 @@ LAYOUTS: Registry[Layout] = Registry(
             (*TYX, "l"),
             vision.flux2,
             "FLUX.2, Flux2Pipeline._prepare_image_ids",
-            text_rule=text_along_axis(3),
+            text_rule=text_along_axes(3),
         ),
         "msrope": Layout(TYX, vision.msrope, "Qwen-Image, arXiv 2508.02324"),
         "lumina": Layout(
-            TYX, vision.lumina, "Lumina-Image 2.0, arXiv 2503.21758", text_rule=text_along_axis(0)
+            TYX, vision.lumina, "Lumina-Image 2.0, arXiv 2503.21758", text_rule=text_along_axes(0)
         ),
         "z-image": Layout(
-            TYX, vision.z_image, "Z-Image, arXiv 2511.22699", text_rule=text_along_axis(0, first=1.0)
+            TYX, vision.z_image, "Z-Image, arXiv 2511.22699", text_rule=text_along_axes(0, first=1.0)
         ),
     },
 )

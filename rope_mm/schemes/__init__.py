@@ -1,1 +1,1 @@
-"""How fast each pair of channels turns: frequencies, extensions and every scheme the field ships."""
+"""By how much each pair of channels rotates: frequencies, extensions and every scheme the field ships."""

@@ -55,6 +55,9 @@ MULTIMODAL = {
     "rope-tv": Scheme(layout="rope-tv"),
     "rope-tv-2d": Scheme(layout="rope-tv-2d"),
     "rope-tv-causal": Scheme(layout="rope-tv-causal"),
+    "local": axial(layout="local"),
+    "compact": axial(layout="compact"),
+    "dual": axial(layout="dual"),
     "hunyuan-image": Scheme(layout="hunyuan-image"),
     "mixed": Scheme(layout="rope-tv", ownership="dense", ladder="own", learnable=True, per_head=True),
 }

@@ -50,7 +50,7 @@ def plain(q, k, p):
 
 
 def v_jepa2(q, k, p):
-    """Angles repeated as half-split pairs want them, channels turned as neighbours."""
+    """Angles repeated as half-split pairs want them, channels rotated as neighbours."""
     angle = p @ OMEGA[None]
     twice = torch.cat((angle, angle), -1)
     return on(twice.cos(), twice.sin(), "interleaved")(q, k)
@@ -84,7 +84,7 @@ def test_every_scheme_is_rotary(scheme, heads):
     assert report.ok, report
     assert max(report.rotation, report.same_for_q_k, report.origin) < 1e-14
     assert report.scale == 1
-    # LTX turns by 15708 radians a step: an angle is rounded in proportion to its size
+    # LTX rotates by 15708 radians a step: an angle is rounded in proportion to its size
     angle = 4 * 64 * rope.omega.detach().abs().sum(-2).max().item()
     assert report.relative < 2 * torch.finfo(torch.float64).eps * (1 + angle)
 
@@ -349,6 +349,9 @@ PRINCIPLES = ("compatible", "equivalent", "symmetric", "causal")
         ("shared-id", {"compatible", "symmetric", "causal"}),
         ("v2pe", {"compatible"}),
         ("mh-rope", {"compatible", "causal"}),
+        ("local", {"equivalent", "causal"}),
+        ("compact", {"causal"}),
+        ("dual", {"equivalent"}),
         ("flux", {"causal"}),
         ("pixtral", {"causal"}),
     ],

@@ -318,6 +318,12 @@ def test_pixtral_is_unchanged_by_its_own_rope_and_takes_another():
     set_rope(model, "pixtral")
     assert 0 < (run() - before).abs().max() < 1e-5
     unset_rope(model)
+    set_rope(model, "rope-2d")
+    in_two_axes = run()
+    unset_rope(model)
+    set_rope(model, SCHEMES["grid"].replace(axis_order=("y", "x")))
+    assert torch.equal(run(), in_two_axes) and not torch.allclose(in_two_axes, before)
+    unset_rope(model)
     with pytest.raises(ValueError, match="given rows and columns alone"):
         set_rope(model, "eva-02", pairing="half")
     assert torch.equal(run(), before)

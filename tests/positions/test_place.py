@@ -38,6 +38,9 @@ SEGMENTS = st.one_of(
 )
 SEQUENCES = st.lists(SEGMENTS, min_size=1, max_size=6)
 OWN_TEXT = {
+    "local": [[0, 0, 0], [1, 0, 0]],
+    "compact": [[0, 0, 0], [1, 0, 0]],
+    "dual": [[0, 0, 0, 0, 0], [1, 1, 1, 0, 0]],
     "fixed-extent": [[0, 0, 0], [0, 0, 0]],
     "mochi": [[0, 0, 0], [0, 0, 0]],
     "flux": [[0, 0, 0], [0, 0, 0]],
@@ -46,13 +49,23 @@ OWN_TEXT = {
     "z-image": [[1, 0, 0], [2, 0, 0]],
 }
 SYMMETRIC = ("flat", "rope-tie", "rope-tv", "rope-tv-2d", "rope-tv-causal")
-EQUIVALENT = ("flat", "rope-tie-fractional", "rope-tv", "rope-tv-2d", "rope-tv-causal", "hunyuan-image")
+EQUIVALENT = (
+    "local",
+    "dual",
+    "flat",
+    "rope-tie-fractional",
+    "rope-tv",
+    "rope-tv-2d",
+    "rope-tv-causal",
+    "hunyuan-image",
+)
 # a longer video leaves earlier frames where they are
-CAUSAL = [name for name in LAYOUTS if name not in ("normalized-corners", "rope-tv", "fixed-extent", "v2pe")]
+MOVING = ("normalized-corners", "rope-tv", "fixed-extent", "v2pe", "dual")
+CAUSAL = [name for name in LAYOUTS if name not in MOVING]
 
 
 def one_based(segments, layout):
-    """Positions of the image and of the word after it, counted from 1 as the articles do."""
+    """Positions of the image and of the text token after it, counted from 1 as the articles do."""
     positions, cursor = place(segments, layout)
     return positions[segments[0].tokens : -1] + 1, positions[-1] + 1, cursor
 
@@ -86,6 +99,23 @@ def test_a_video_stands_where_rope_tv_puts_it():
     assert after.tolist() == [70, 70, 70]
 
 
+@pytest.mark.parametrize(
+    ("layout", "first", "last", "following"),
+    [
+        ("local", (3, 0, 0), (4, 1, 2), (15, 0, 0)),
+        ("compact", (3, 0, 0), (4, 1, 2), (5, 0, 0)),
+        ("dual", (8, 8, 7.5, 0, 0), (9, 9, 9.5, 1, 2), (15, 15, 15, 0, 0)),
+    ],
+)
+def test_layouts_with_rows_and_columns_of_the_image_itself(layout, first, last, following):
+    positions, cursor = place("text:3 video:2x2x3 text:1", layout)
+    assert [tuple(row) for row in positions[[3, -2, -1]].tolist()] == [first, last, following]
+    assert cursor.next == following[0] + 1
+    again, _ = place("text:3 image:2x3 text:1 image:2x3", layout)
+    own = again[:, -2:]
+    assert torch.equal(own[3:9], own[-6:]), "rows and columns do not depend on what stands before"
+
+
 def test_text_after_a_long_video_goes_on_past_its_last_frame():
     # Qwen2-VL as released; some ports advance by the sides alone and put the text inside the video
     positions, cursor = place([Text(3), Video(20, 2, 3), Text(4)], "m-rope")
@@ -103,7 +133,7 @@ def test_text_alone_is_counted_on_every_axis(layout, text):
 
 
 @pytest.mark.parametrize("layout", OWN_TEXT)
-def test_text_of_diffusion_transformers_stands_where_their_models_put_it(layout):
+def test_text_that_is_not_on_the_diagonal_stands_where_its_layout_puts_it(layout):
     assert place([Text(2)], layout)[0].tolist() == OWN_TEXT[layout]
 
 

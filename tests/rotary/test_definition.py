@@ -56,7 +56,7 @@ def by_complex(x, positions, omega, pairing="half"):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@given(shift=st.lists(st.floats(-50, 50), min_size=4, max_size=4))
+@given(shift=st.lists(st.floats(-50, 50), min_size=5, max_size=5))
 def test_scores_depend_only_on_relative_position(scheme, shift):
     rope = Rotary(24, scheme, heads=2 if SCHEMES[scheme].per_head else None)
     positions, _ = rope.place(STORY)

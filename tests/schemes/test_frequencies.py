@@ -14,7 +14,7 @@ from rope_mm.schemes.zoo import read_scheme
 
 
 def owners(omega):
-    """Which axis turns each pair."""
+    """Which axis rotates each pair."""
     assert (omega.count_nonzero(0) == 1).all()
     return omega.abs().argmax(0).tolist()
 
@@ -80,6 +80,7 @@ def test_an_own_ladder_starts_at_one_radian_on_every_axis():
         ("p-rope", 32, "tttt............"),
         ("mixed", 16, "********"),
         ("flux2", 16, "ttyyxxll"),
+        ("dual", 20, "ttyyxxiijj"),
     ],
 )
 def test_one_line_says_which_axis_owns_which_pair(scheme, head_dim, owned):

@@ -7,7 +7,7 @@ from rope_mm.data import AUGMENTATIONS, draw_augmentation
 STRONG = {"brightness": 0.5, "contrast": 0.5, "saturation": 1.0, "translation": 0.25, "cutout": 0.5}
 
 
-def pictures(count=4, channels=3):
+def images(count=4, channels=3):
     return torch.randn(count, channels, 8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -16,22 +16,22 @@ def change(strengths, count=4, seed=1):
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_real_and_drawn_pictures_undergo_the_same_and_each_pair_its_own(name):
-    changed = change({name: STRONG[name]}, 2)(pictures(1).repeat(4, 1, 1, 1))  # two pairs, real above drawn
+def test_real_and_generated_images_change_in_the_same_way_and_each_pair_in_its_own(name):
+    changed = change({name: STRONG[name]}, 2)(images(1).repeat(4, 1, 1, 1))  # two pairs, real above generated
     assert torch.equal(changed[:2], changed[2:])
     assert not torch.equal(changed[0], changed[1])
     assert changed.shape == (4, 3, 8, 6)
     part = change({name: STRONG[name]}, 4)
-    assert torch.equal(part(pictures())[:3], part(pictures()[:3]))
+    assert torch.equal(part(images())[:3], part(images()[:3]))
 
 
 def test_strength_zero_and_no_augmentation_change_nothing():
-    assert torch.equal(change(dict.fromkeys(AUGMENTATIONS, 0.0))(pictures()), pictures())
-    assert torch.equal(change({})(pictures()), pictures())
+    assert torch.equal(change(dict.fromkeys(AUGMENTATIONS, 0.0))(images()), images())
+    assert torch.equal(change({})(images()), images())
 
 
 def test_gradients_flow_through_all_of_them_twice():
-    small = pictures(2, 2)[:, :, :4, :4].requires_grad_()
+    small = images(2, 2)[:, :, :4, :4].requires_grad_()
     assert gradcheck(change(STRONG, 2), small)
     assert torch.autograd.gradgradcheck(lambda x: change(STRONG, 2)(x).square(), small)
 
@@ -50,7 +50,7 @@ def test_a_translation_moves_whole_pixels_and_lets_zeros_in():
     assert {abs(y) for y, _ in moves} == {0, 1, 2} and {x for _, x in moves} <= {-2, -1, 0, 1, 2}
 
 
-def test_a_cutout_is_at_most_its_part_of_the_sides_and_often_all_of_it():
+def test_a_cutout_is_at_most_its_fraction_of_the_sides_and_often_all_of_it():
     holes = [
         (change({"cutout": 0.5}, 1, seed)(torch.ones(1, 1, 8, 6)) == 0).sum().item() for seed in range(60)
     ]
@@ -58,11 +58,11 @@ def test_a_cutout_is_at_most_its_part_of_the_sides_and_often_all_of_it():
     assert min(holes) >= 2 * 1  # at a corner a quarter of it lies inside
 
 
-def test_contrast_and_saturation_keep_the_means_that_they_turn_about():
-    images = pictures()
-    torch.testing.assert_close(change({"contrast": 0.9})(images).mean((1, 2, 3)), images.mean((1, 2, 3)))
-    torch.testing.assert_close(change({"saturation": 0.9})(images).mean(1), images.mean(1))
-    moved = change({"brightness": 0.5})(images) - images
+def test_contrast_and_saturation_keep_their_means():
+    batch = images()
+    torch.testing.assert_close(change({"contrast": 0.9})(batch).mean((1, 2, 3)), batch.mean((1, 2, 3)))
+    torch.testing.assert_close(change({"saturation": 0.9})(batch).mean(1), batch.mean(1))
+    moved = change({"brightness": 0.5})(batch) - batch
     torch.testing.assert_close(moved, moved[:, :1, :1, :1].expand_as(moved))
     assert moved.abs().max() <= 0.5
 
@@ -74,6 +74,6 @@ def test_contrast_and_saturation_keep_the_means_that_they_turn_about():
         ({"cutout": 1.5}, "not 1.5"),
     ],
 )
-def test_a_wrong_augmentation_is_answered_in_one_sentence(wrong, message):
+def test_a_wrong_augmentation_is_refused_in_one_sentence(wrong, message):
     with pytest.raises(ValueError, match=message):
         change(wrong)
