@@ -5,209 +5,306 @@
     accelerate launch train/adversarial.py --config ...
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train/adversarial.py --config ...
 
-The same command again resumes where the last checkpoint stopped; --restart begins anew, --dry-run prints the
-resolved configuration, Ctrl-C and SIGTERM save and stop.
+The same command again resumes from the last checkpoint, on any number of processes; --restart starts anew,
+--dry-run checks and prints the configuration, Ctrl-C and SIGTERM save and stop.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data import draw_augmentation, load_images, make_generator
+from rope_mm.data import CaptionedImages, draw_augmentation, load_images, make_generator
+from rope_mm.data.augmentation import AUGMENTATIONS
 from rope_mm.evaluation.image_grid import save_sheet
-from rope_mm.evaluation.images import IMAGE_EVALUATORS
+from rope_mm.evaluation.images import IMAGE_EVALUATORS, ImageEvaluator
 from rope_mm.models import ImageBatcher, load_tokenizer
 from rope_mm.models.backends import with_attention
 from rope_mm.models.configuration_rope_mm import config_for
 from rope_mm.training.adversarial import AdversarialBatch, AdversarialOptim, AdversarialTrainer
-from rope_mm.training.config import at_least, run
+from rope_mm.training.checkpoint import Stateful
+from rope_mm.training.config import check_options, option, run
+from rope_mm.training.distributed import all_reduce_sum
 from rope_mm.training.ema import Ema
-from rope_mm.training.gan import GANConfig
+from rope_mm.training.fingerprint import fingerprint_rows
+from rope_mm.training.gan import GANConfig, as_it_is
 from rope_mm.training.loop import Run, fingerprint, launch
+from rope_mm.training.run_dir import Identity
+
+CLASSIFIER_SAMPLES = 10_000  # images of each split, at most, that the evaluator's classifier sees
+SHEET = 10  # captions on a contact sheet, and images of each
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Which images, as `load_splits` finds them, and the names of their columns."""
+    """Captioned images, as `load_splits` finds them, and the names of their columns."""
 
-    path: str = "digits"
-    image: str = "image"
-    caption: str = "caption"  # "" to draw without captions
-    label: str = ""  # "" where there is none; then drawn images are shown but not judged
-    size: int = 8
-    channels: int = 1
-    cache_in_memory: bool = False  # decode all images at the start and keep their bytes
-    background: str = "white"  # the colour under what is transparent, where channels is 1 or 3
+    path: str = option("digits", "an embedded source, a folder, files, or a hub name")
+    image: str = option("image", "column of images")
+    caption: str = option("caption", "column of captions; empty: none, the model is unconditional")
+    label: str = option("", "column of classes, by which images are evaluated; empty: none")
+    size: int = option(8, "pixels of a side", minimum=1)
+    channels: int = option(1, "1 grey, 3 RGB, 4 RGBA")
+    cache_in_memory: bool = option(False, "decode all images at the start and keep their bytes")
+    background: str = option("white", "colour under what is transparent, where channels is 1 or 3")
+    max_caption_length: int = option(256, "tokens of a caption", minimum=1)
+    long_captions: Literal["cut", "refuse"] = option("cut", "what becomes of longer captions")
+    changed: bool = option(False, "resume although the data has changed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adversarial(Run):
-    """Train an image head against a critic; the same command again resumes, --restart begins anew."""
+    """Train an image head against a critic; the same command again resumes, --restart starts anew."""
 
-    out: str = "runs/adversarial"
-    batch: int = 64  # images a process and step
-    accumulate: int = 1  # batches whose gradients make a step
-    critic_steps: int = 1
-    tokenizer: str = "bytes"
-    data: Data = field(default_factory=Data)
-    rope: dict[str, Any] = field(default_factory=lambda: {"scheme": "rope-tv"})
-    model: dict[str, Any] = field(default_factory=dict)  # fields of RopeMMConfig, for both players
-    loss: GANConfig = field(default_factory=GANConfig)
-    optim: AdversarialOptim = field(default_factory=AdversarialOptim)
-    augment: dict[str, float] = field(default_factory=dict)  # strengths of AUGMENTATIONS, for real and drawn
-    attention: str = "sdpa"  # or eager, or on GPUs flex_attention
-    compile: str = ""  # a backend of torch.compile, such as inductor; "" compiles nothing
-    checkpointing: bool = False  # blocks computed anew in the backward, to save memory
-    ema: float = 0.995
-    exam: str = "caption"  # of IMAGE_EXAMS
-    judged: int = 1_000  # images drawn for an evaluation
+    output_dir: str = option("runs/adversarial", "the run's folder; the same command resumes the run in it")
+    global_batch_size: int = option(64, "images of a step, of all processes together", minimum=1)
+    gradient_accumulation_steps: int = option(
+        1, "parts of a batch that a process computes in turn", minimum=1
+    )
+    critic_steps: int = option(1, "steps of the critic before each of the generator", minimum=1)
+    tokenizer: str = option("bytes", "bytes, a folder or a hub name")
+    data: Data = option(Data(), "what to train on")
+    rope: dict[str, Any] = option({}, "the scheme and its fields", fill={"scheme": "rope-tv"})
+    model: dict[str, Any] = option({}, "fields of RopeMMConfig, of generator and critic")
+    loss: GANConfig = option(GANConfig(), "the objective")
+    optim: AdversarialOptim = option(AdversarialOptim(), "the optimizers")
+    augment: dict[str, float] = option(
+        {}, "strengths, of real and of generated images", keys=AUGMENTATIONS, minimum=0, maximum=1
+    )
+    attn_implementation: str = option("sdpa", "or eager, or on GPUs flex_attention")
+    compile: str = option("", "a backend of torch.compile, such as inductor; empty: none")
+    gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass, to save memory")
+    ema_decay: float = option(0.995, "of the average of the generator's weights", minimum=0, below=1)
+    evaluator: str = option("caption", "metrics of generated images", choices=IMAGE_EVALUATORS)
+    eval_samples: int = option(1_000, "images generated for an evaluation", minimum=1)
 
-
-EXAMPLES = 10_000  # images of each split, at most, that the judge sees
+    resumable_keys: ClassVar[tuple[str, ...]] = (*Run.resumable_keys, "data.changed", "data.cache_in_memory")
 
 
 class Training:
-    """Both players, what they learn from and what they are judged by."""
+    """Generator and critic, their data, and the metrics of what is generated.
+
+    Args:
+        config: of the run.
+        accelerator: devices and processes.
+
+    Raises:
+        ValueError: a configuration or data that cannot be used.
+    """
 
     def __init__(self, config: Adversarial, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
+        self.batch_size = divide_batch(config, accelerator.num_processes)
         tokenizer = load_tokenizer(config.tokenizer)
         torch.manual_seed(config.seed)
         model = config_for(tokenizer, config.data.channels, config.rope, config.model)
-        model = with_attention(model, config.attention, accelerator.device)
-        self.canvas = ImageBatcher(model, tokenizer, config.data.size)
-        self.images, self.held_out = load_images(**asdict(config.data))
-        self.duel = AdversarialTrainer(
-            model, config.loss, config.optim, accelerator, config.compile, config.checkpointing
+        model = with_attention(model, config.attn_implementation, accelerator.device)
+        self.batcher = ImageBatcher(model, tokenizer, config.data.size)
+        self.patches = self.batcher.grid.tokens  # refuses a size that whole patches do not tile
+        self.images, self.held_out = load_data(config.data)
+        self.long_captions = sum(
+            limit_captions(s, tokenizer, config.data) for s in (self.images, self.held_out)
         )
-        self.average = Ema(self.duel.unwrapped_generator, config.ema)
-        accelerator.register_for_checkpointing(self.average)
-        self.pipeline = self.canvas.pipeline(self.average.model, captioned=bool(config.data.caption))
-        self.exam, self.tokens, self.flops = None, 0, 0.0
-        labels, asked = self.images.labels, self.held_out.labels
-        if labels is not None and asked is not None and accelerator.is_main_process:
-            most = max(EXAMPLES, config.judged)
-            known, unknown = range(min(len(labels), most)), range(min(len(asked), EXAMPLES))
-            train = self.images.images(known), labels[: len(known)]
-            test = self.held_out.images(unknown), asked[: len(unknown)]
-            self.exam = IMAGE_EVALUATORS[config.exam](train, test, config.judged, config.seed)
+        self.trainer = AdversarialTrainer(
+            model, config.loss, config.optim, accelerator, config.compile, config.gradient_checkpointing
+        )
+        self.average = Ema(self.trainer.unwrapped_generator, config.ema_decay)
+        self.pipeline = self.batcher.pipeline(self.average.model, captioned=bool(config.data.caption))
+        self.tokens, self.generated, self.flops = 0, 0, 0.0
 
-    def batch(self, turn: int) -> AdversarialBatch:
-        """This process's share of the turn-th batch; its random numbers come from (seed, turn, process)."""
+    @cached_property
+    def evaluator(self) -> ImageEvaluator | None:
+        """Metrics of generated images, None without labels; its classifier is trained at the first use."""
+        config, labels, test_labels = self.config, self.images.labels, self.held_out.labels
+        if labels is None or test_labels is None or not self.accelerator.is_main_process:
+            return None
+        most = max(CLASSIFIER_SAMPLES, config.eval_samples)
+        known, unknown = range(min(len(labels), most)), range(min(len(test_labels), CLASSIFIER_SAMPLES))
+        train = self.images.images(known), labels[: len(known)]
+        test = self.held_out.images(unknown), test_labels[: len(unknown)]
+        return IMAGE_EVALUATORS[config.evaluator](train, test, config.eval_samples, config.seed)
+
+    def micro_batch(self, update: int, part: int = 0) -> AdversarialBatch:
+        """This process's share of a part of the batch of the critic's update-th step.
+
+        All images and noise depend on (seed, update) and their number in the batch, whichever process reads
+        them.
+        """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size, seed, device = self.config.batch, self.config.seed, self.accelerator.device
-        rows = self.images.order.batch(seed, turn, size * world)[rank::world]
-        sequences = self.canvas.sequences(
-            self.images.draw_captions(rows, make_generator(seed, "captions", turn, rank))
-        )
-        noise = self.canvas.noise(make_generator(seed, "noise", turn, rank), size)
-        real = self.canvas.to_patches(self.images.images(rows))
-        probes = make_generator(seed, "probes", turn, rank, device=device)
+        size, seed, device = self.config.global_batch_size, self.config.seed, self.accelerator.device
+        mine = slice(part * world + rank, None, world * self.config.gradient_accumulation_steps)
+        rows = self.images.order.batch(seed, update, size)
+        captions = self.images.draw_captions(rows, make_generator(seed, "captions", update))[mine]
+        noise = self.batcher.noise(make_generator(seed, "noise", update, 0), size)[mine]
+        real = self.batcher.to_patches(self.images.images(rows[mine]))
+        number = update * self.config.gradient_accumulation_steps + part
         return AdversarialBatch(
-            sequences.to(device), real.to(device), noise.to(device), self.augmentation(turn), probes
+            self.batcher.sequences(captions).to(device),
+            real.to(device),
+            augment=self.augmentation(number),
+            generator=make_generator(seed, "probes", number, rank, device=device),
+            noise=noise.to(device),
         )
 
-    def augmentation(self, turn: int) -> Callable[[Tensor], Tensor]:
-        """How patches of the turn-th batch are changed before the critic sees them."""
+    def augmentation(self, number: int) -> Callable[[Tensor], Tensor]:
+        """How the patches of a micro-batch are changed before the critic sees them."""
         config, process = self.config, self.accelerator
-        draws = make_generator(config.seed, "augment", turn, process.process_index)
-        change = draw_augmentation(config.augment, config.batch, draws, process.device)
         if not config.augment:
-            return change
-        return lambda patches: self.canvas.to_patches(change(self.canvas.to_images(patches)))
+            return as_it_is
+        random = make_generator(config.seed, "augment", number, process.process_index)
+        change = draw_augmentation(config.augment, self.batch_size, random, process.device)
+        return lambda patches: self.batcher.to_patches(change(self.batcher.to_images(patches)))
 
-    def identity(self) -> str:
-        """All that the run depends on; a batch is of a process, so that their number, too."""
-        return f"# processes: {self.accelerator.num_processes}\n{fingerprint(self.config)}"
+    def identity(self) -> Identity:
+        """All that the run depends on."""
+        splits = {"train": self.images, "held_out": self.held_out}
+        data = {name: fingerprint_rows([images.rows]) for name, images in splits.items()}
+        return Identity(fingerprint(self.config), data, self.config.optim.constant)
+
+    def describe(self) -> str:
+        """Scheme, model and data, for a dry run."""
+        scheme, weights = self.batcher.config.scheme, self.average.model.num_parameters()
+        rows = f"{len(self.images)} rows, {len(self.held_out)} held out"
+        return f"scheme: {scheme}\ngenerator: {weights} weights\ndata: {rows}"
+
+    def states(self) -> dict[str, Stateful]:
+        """What a checkpoint holds beside models and optimizers."""
+        return {"ema": self.average, "lecam": self.trainer.critic.loss.lecam}
 
     def begin(self, step: int) -> None:
-        """Nothing: what a step reads is made when it begins."""
+        """Report cut captions; batches are made when their step begins."""
+        if self.long_captions and self.accelerator.is_main_process:
+            length = self.config.data.max_caption_length
+            print(f"cut: {self.long_captions} captions of more than {length} tokens", flush=True)
 
-    def rounds(self, step: int) -> list[list[AdversarialBatch]]:
-        """The batches of a step: `accumulate` for each of `critic_steps` updates."""
-        parts, turns = self.config.accumulate, self.config.critic_steps
+    def critic_batches(self, step: int) -> list[list[AdversarialBatch]]:
+        """The micro-batches of each of a step's `critic_steps`."""
+        parts, updates = self.config.gradient_accumulation_steps, self.config.critic_steps
         return [
-            [self.batch(turn * parts + part) for part in range(parts)]
-            for turn in range(step * turns, (step + 1) * turns)
+            [self.micro_batch(update, part) for part in range(parts)]
+            for update in range(step * updates, (step + 1) * updates)
         ]
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """`critic_steps` updates of the critic, then one of the generator; what they lost."""
-        self.duel.set_rates(step / self.config.steps)
-        rounds = self.rounds(step)
-        own = sum(int(batch.sequences.mask.sum()) for parts in rounds for batch in parts)
-        self.tokens += own * self.accelerator.num_processes  # about: their captions differ
-        terms = self.duel.play(rounds)
-        self.average.update(self.duel.unwrapped_generator)
-        return terms
+        """`critic_steps` steps of the critic, then one of the generator; their losses."""
+        self.trainer.update_schedules(step / self.config.steps)
+        batches = self.critic_batches(step)
+        mine = sum(int(batch.sequences.mask.sum()) for parts in batches for batch in parts)
+        self.tokens += int(all_reduce_sum(self.accelerator, torch.tensor(mine)))
+        self.generated += self.config.global_batch_size * self.config.critic_steps
+        terms = self.trainer.train_step(batches)
+        self.average.update(self.trainer.unwrapped_generator)
+        return terms | {"lr": torch.tensor(self.trainer.optimizer.param_groups[0]["lr"], dtype=torch.float64)}
 
     def batches(self, step: int) -> list[dict[str, Tensor]]:
-        """What this process reads in a step, as it is kept where a number is not finite."""
-        read = [batch for parts in self.rounds(step) for batch in parts]
+        """What this process reads in a step."""
+        read = [batch for parts in self.critic_batches(step) for batch in parts]
         return [vars(batch.sequences) | {"real": batch.real, "noise": batch.noise} for batch in read]
 
-    def look(self, path: Path) -> dict[str, float]:
-        """Draw a contact sheet with the averaged generator; its marks, if there is an exam."""
+    def evaluate(self, path: Path) -> dict[str, float]:
+        """Write a contact sheet of the averaged generator; its metrics, where there are labels."""
         if not self.accelerator.is_main_process:
             return {}
-        rows = self.held_out.examples(10)
-        captions = [caption for caption in rows for _ in range(10)]
-        save_sheet(
-            path.with_suffix(".png"),
-            self.generate(captions, make_generator("sheet")),
-            rows,
-        )
-        if self.exam is None:
+        shown = self.held_out.examples(SHEET)
+        captions = [caption for caption in shown for _ in range(SHEET)]
+        save_sheet(path.with_suffix(".png"), self.generate(captions, "sheet"), shown)
+        if self.evaluator is None:
             return {}
-        asked = [self.held_out.captions[row] for row in self.exam.rows]
-        return self.exam.evaluate(self.generate(asked, make_generator("exam")))
+        captions = [self.held_out.captions[row] for row in self.evaluator.rows]
+        return self.evaluator.evaluate(self.generate(captions, "exam"))
 
-    def generate(self, captions: list[str], generator: torch.Generator) -> Tensor:
-        """Images (n, ch, y, x) of captions, by the averaged generator."""
-        return self.pipeline(captions, generator=generator, output_type="pt").images
+    def generate(self, captions: list[str], key: str) -> Tensor:
+        """Images (n, ch, y, x) of captions by the averaged generator; the noise depends on the key."""
+        return self.pipeline(captions, generator=make_generator(key), output_type="pt").images
 
     def save_model(self, path: Path) -> None:
         """Write the averaged generator, as `RopeMMPipeline.from_pretrained` reads it."""
         if self.accelerator.is_main_process:
             self.pipeline.save_pretrained(path)
 
-    def remarks(self) -> dict[str, float]:
-        """What real images score in the same exam."""
-        floor = self.exam.real_reference if self.exam else {}
-        return {f"real_{name}": mark for name, mark in floor.items()}
+    def extra_results(self) -> dict[str, float]:
+        """The same metrics of real images."""
+        real = self.evaluator.real_reference if self.evaluator else {}
+        return {f"real_{name}": value for name, value in real.items()}
+
+
+def divide_batch(config: Adversarial, processes: int) -> int:
+    """Images of a micro-batch of each process.
+
+    Raises:
+        ValueError: a batch that they do not divide.
+    """
+    parts = processes * config.gradient_accumulation_steps
+    size, rest = divmod(config.global_batch_size, parts)
+    if rest:
+        raise ValueError(
+            f"global_batch_size {config.global_batch_size} does not divide into {parts} equal parts, of "
+            f"{processes} processes by gradient_accumulation_steps {config.gradient_accumulation_steps}"
+        )
+    return size
+
+
+def load_data(data: Data) -> tuple[CaptionedImages, CaptionedImages]:
+    """Images to train on, and held-out ones."""
+    columns = data.image, data.caption, data.label
+    return load_images(data.path, data.size, data.channels, *columns, data.cache_in_memory, data.background)
+
+
+def limit_captions(images: CaptionedImages, tokenizer: PreTrainedTokenizerBase, data: Data) -> int:
+    """Cut the captions that are too long; how many there were.
+
+    Raises:
+        ValueError: one that is too long, where `data.long_captions` refuses it.
+    """
+    most, cut = data.max_caption_length, {}
+    # a token stands for a byte or more
+    texts = chain(images.captions, *images.choices.values())
+    for caption in {text for text in texts if len(text.encode()) > most}:
+        tokens = tokenizer(caption, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if len(tokens) > most:
+            cut[caption] = str(tokenizer.decode(tokens[:most])).rstrip("\ufffd")
+    if cut and data.long_captions == "refuse":
+        row = next(row for row, text in enumerate(images.captions) if text in cut)
+        raise ValueError(
+            f"row {row}: a caption has more than {most} tokens; shorten it, raise "
+            "data.max_caption_length, or give data.long_captions cut"
+        )
+    count = sum(text in cut for text in images.captions)
+    images.captions = [cut.get(text, text) for text in images.captions]
+    images.choices = {row: [cut.get(t, t) for t in texts] for row, texts in images.choices.items()}
+    return count
 
 
 def check(config: Adversarial) -> None:
-    """Refuse numbers that make no run.
+    """Refuse values that do not fit together.
 
     Raises:
         ValueError: with the key and its value.
     """
-    at_least(1, config, "batch", "accumulate", "critic_steps", "judged")
-    draw_augmentation(config.augment, 1, torch.Generator())
+    check_options(config)
     if config.loss.penalties.get("consistency") and not any(config.augment.values()):
         raise ValueError(
             "consistency compares images with augmented ones: give augment, such as {cutout: 0.5}"
         )
-    if not 0 < config.optim.until <= 1:
-        raise ValueError(f"optim.until must be in (0, 1], not {config.optim.until}")
 
 
 def main(config: Adversarial) -> None:
-    """Train, resume or print, as the configuration says.
+    """Train, resume or check, as the configuration says.
 
     Raises:
         ValueError: a configuration, data or a checkpoint that cannot be used.
     """
     check(config)
     disable_progress_bar()
-    launch(Training, config, gradient_accumulation_steps=config.accumulate)
+    launch(Training, config)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     PYTHONPATH=kernels/bench python train/bench.py            all tables
     PYTHONPATH=kernels/bench python train/bench.py --quick    small sizes and few rounds
-    PYTHONPATH=kernels/bench python train/bench.py --out F    writes the tables to F as well
+    PYTHONPATH=kernels/bench python train/bench.py --output F writes the tables to F as well
 
 A step is forward, backward and AdamW, in one thread. Contenders take turns in one process, and a time is the
 thread's own. A ratio is the median over the rounds of (median of one's turn) / (median of the other's); the
@@ -242,14 +242,14 @@ def make_tables(sizes: list[Size], rounds: int, lengths: list[int]) -> dict[str,
     }
 
 
-def publish(parts: Iterable[str], out: Path | None) -> None:
+def publish(parts: Iterable[str], output: Path | None) -> None:
     """Print each part when it is made, and write all so far to a file, if one is given."""
     said: list[str] = []
     for part in parts:
         print(part, flush=True)
         said.append(part + "\n")
-        if out:
-            write_text(out, "".join(said))
+        if output:
+            write_text(output, "".join(said))
 
 
 def main() -> None:
@@ -258,7 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(**text)
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--out", type=Path, help="a file for the tables")
+    parser.add_argument("--output", type=Path, help="a file for the tables")
     flags = parser.parse_args()
     if flags.rounds < 2:
         parser.error(f"--rounds must be at least 2, which have quartiles, not {flags.rounds}")
@@ -269,7 +269,7 @@ def main() -> None:
     found = report.provenance(("torch", "transformers"))
     where = "\n".join(f"- {key}: {value}" for key, value in found.items())
     tables = make_tables(sizes, rounds, lengths).items()
-    publish(chain([where], (f"\n## {title}\n\n{make()}" for title, make in tables)), flags.out)
+    publish(chain([where], (f"\n## {title}\n\n{make()}" for title, make in tables)), flags.output)
 
 
 if __name__ == "__main__":

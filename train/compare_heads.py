@@ -1,27 +1,25 @@
-"""Which head draws best for the same training? Distances, flows and critics, and how many passes each takes.
+"""Which image head generates best for the same training? Squared error, flow and critic, by sampling passes.
 
     python train/compare_heads.py --config configs/heads/digits.yaml
 
-Every head trains the same model on the same pictures, in steps that its entry in `heads` names: so many that
-all do as many floating-point operations, which OUT/table.md prints beside CPU time. Each run is one of
-`train/pretrain.py` in OUT/<head>-<seed>: the same command again resumes the one that was interrupted and does
-not train again what is done. OUT/heads.json holds the numbers, OUT/heads.png is a figure of them, and
-OUT/drawn.png shows pictures. The figure wants matplotlib: pip install rope-mm[plots].
+Every head trains the same model on the same images, for the number of steps in its entry of `heads`, such
+that all take as many floating-point operations; OUTPUT_DIR/table.md shows these beside CPU time. Each run is
+one of `train/pretrain.py` in OUTPUT_DIR/<head>-<seed>: the same command again resumes the one that was
+interrupted and skips those that are finished. heads.json holds the numbers, heads.png is a figure of them,
+and samples.png shows images. The figure needs matplotlib: pip install rope-mm[plots].
 """
 
 import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pretrain import Pretrain, Training
 from pretrain import check as check_run
 from pretrain import main as train
@@ -37,37 +35,37 @@ from rope_mm.evaluation.quality import COSTS, REAL, Runs, draw_figure, write_tab
 from rope_mm.files import write_text
 from rope_mm.losses import twice_differentiable
 from rope_mm.models.pipeline import RopeMMPipeline
-from rope_mm.training.config import at_least, dump, run
+from rope_mm.training.checkpoint import Stateful
+from rope_mm.training.config import check_options, dump, option, override, run
 from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.loop import fingerprint
 from rope_mm.training.run_dir import is_done
 
-FREE = "out", "restart", "dry_run", "on_nan", "trackers", "profile"  # on which no result depends
-PART = 250  # pictures that are drawn together
+FREE = "output_dir", "restart", "dry_run", "on_nan", "trackers", "profile"  # on which no result depends
 SHOWN = 2  # of each class on the sheet
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareHeads(Pretrain):
-    """Train every head with every seed; the configuration is that of `train/pretrain.py`.
+    """Train every head with every seed; the other keys are those of `train/pretrain.py`.
 
-    A head changes what its entry names, such as {head: flow, steps: 2000}. A caption asks for the first of
-    the classes that stands in it; held-out pictures of none are not judged. Half of the others at most are
-    drawn again, by their captions, and compared with the rest.
+    An entry of `heads` replaces keys, such as {image_head: flow, steps: 2000}. An image's class is the first
+    of `classes` in its caption; held-out images without one are not used. At most half of the others are
+    generated from their captions and compared with the rest.
     """
 
-    out: str = "runs/heads"
-    seeds: int = 1
-    heads: dict[str, dict[str, Any]] = field(default_factory=dict)
-    classes: list[str] = field(default_factory=list)
-    passes: list[int] = field(default_factory=lambda: [1, 2, 4, 16, 32])  # of heads that draw in several
-    judged: int = 1_000  # pictures drawn
-    examples: int = 10_000  # training pictures, at most, that teach the judge
-    epochs: int = 20  # of the judge
+    output_dir: str = option("runs/heads", "folder of all runs and of the table")
+    seeds: int = option(1, "runs of each head, from seed on", minimum=1)
+    heads: dict[str, dict[str, Any]] = option({}, "name of a row -> the keys that it changes")
+    classes: list[str] = option([], "words in captions, by which images are classified")
+    passes: list[int] = option([1, 2, 4, 16, 32], "of sampling, of heads that take several", minimum=1)
+    eval_samples: int = option(1_000, "images generated", minimum=1)
+    classifier_samples: int = option(10_000, "training images, at most, of the classifier", minimum=1)
+    classifier_epochs: int = option(20, "of the classifier", minimum=1)
 
 
 class CostMeter:
-    """What training took, over all its interruptions: FLOPs of the first step, CPU seconds of all."""
+    """The cost of a training, interruptions included: FLOPs of the first step, CPU seconds of all."""
 
     def __init__(self):
         self.flops, self.seconds = 0.0, 0.0
@@ -77,120 +75,142 @@ class CostMeter:
         return vars(self).copy()
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from them."""
+        """Continue from what `state_dict` returned."""
         vars(self).update(state)
 
 
 class MeteredTraining(Training):
-    """A training that counts what it takes, making ready the batches included in the time."""
+    """A training that measures its cost; the time includes the preparation of batches."""
 
     def __init__(self, config: Pretrain, accelerator: Accelerator):
         super().__init__(config, accelerator)
-        self.spent = CostMeter()
-        accelerator.register_for_checkpointing(self.spent)
+        self.cost = CostMeter()
+
+    def states(self) -> dict[str, Stateful]:
+        """What a checkpoint holds beside models and optimizers."""
+        return super().states() | {"cost": self.cost}
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """A step as ever; the first one's operations are counted."""
+        """A step; the first one's operations are counted."""
         began = time.process_time()
         if step:
             terms = super().step(step)
-        else:  # attention in one piece would not be counted
+        else:  # fused attention would not be counted
             with twice_differentiable(), FlopCounterMode(display=False) as counter:
                 terms = super().step(step)
-            self.spent.flops = float(counter.get_total_flops())
-        self.spent.seconds += time.process_time() - began
+            self.cost.flops = float(counter.get_total_flops())
+        self.cost.seconds += time.process_time() - began
         return terms
 
-    def remarks(self) -> dict[str, float]:
-        """What the training took, and how many weights it trained, those of a critic included."""
-        models = [self.learner.model, *([self.learner.rival.critic] if self.learner.rival else [])]
-        return super().remarks() | {
+    def extra_results(self) -> dict[str, float]:
+        """The cost of the training, and the number of weights trained, a critic's included."""
+        models = [self.trainer.model, *([self.trainer.critic.critic] if self.trainer.critic else [])]
+        return super().extra_results() | {
             "steps": self.config.steps,
-            "TFLOP": self.spent.flops * self.config.steps / 1e12,
-            "CPU minutes": self.spent.seconds / 60,
+            "TFLOP": self.cost.flops * self.config.steps / 1e12,
+            "CPU minutes": self.cost.seconds / 60,
             "weights": sum(weight.numel() for model in models for weight in model.parameters()),
         }
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Captions to draw, their real pictures (n, ch, y, x), columns of the sheet, and who judges."""
+    """What heads are compared by.
 
-    exam: CaptionEvaluator
+    Attributes:
+        evaluator: metrics of images.
+        captions: to generate images of.
+        real: the images (n, ch, y, x) of the captions.
+        shown: numbers of the captions on the sheet.
+    """
+
+    evaluator: CaptionEvaluator
     captions: list[str]
     real: Tensor
     shown: list[int]
 
-    def draw(self, teller: RopeMMPipeline, passes: int) -> Tensor:
-        """A picture for every caption, in so many passes; the same noise for every head."""
-        teller, noise = replace(teller, spec=replace(teller.spec, steps=passes)), make_generator("heads")
-        prompts = [teller.prompt("text2image", caption) for caption in self.captions]
-        parts = [prompts[start : start + PART] for start in range(0, len(prompts), PART)]
-        return torch.cat([teller.generate_image(part, noise).cpu() for part in parts])
+    def generate(self, pipeline: RopeMMPipeline, passes: int) -> Tensor:
+        """An image for every caption; the noise is the same for every head."""
+        prompts = [pipeline.prompt("text2image", caption) for caption in self.captions]
+        return pipeline.generate_image(prompts, make_generator("heads"), steps=passes)
 
 
-def find_classes(pictures: CaptionedImages, classes: Sequence[str], most: int) -> tuple[list[int], Tensor]:
-    """The first rows whose captions have one of the classes as a word, and its number (n,) in the list."""
+def find_classes(images: CaptionedImages, classes: Sequence[str], most: int) -> tuple[list[int], Tensor]:
+    """The first rows whose captions contain a class as a word, and the numbers (n,) of their classes.
+
+    Args:
+        images: their captions are searched.
+        classes: the words.
+        most: rows at most.
+    """
     word = re.compile(rf"\b({'|'.join(map(re.escape, classes))})\b", re.IGNORECASE)
-    found = {row: match for row, text in enumerate(pictures.captions) if (match := word.search(text))}
+    found = {row: match for row, text in enumerate(images.captions) if (match := word.search(text))}
     rows, number = list(found)[:most], {name.lower(): i for i, name in enumerate(classes)}
     return rows, torch.tensor([number[found[row][0].lower()] for row in rows], dtype=torch.long)
 
 
-def prepare(config: CompareHeads) -> EvalSet:
-    """The questions, and a judge who has seen none of the pictures that they are compared with.
+def make_eval_set(config: CompareHeads) -> EvalSet:
+    """Captions and real images, and a classifier trained on none of these.
 
     Raises:
-        ValueError: fewer pictures of the classes than have neighbours.
+        ValueError: fewer images of the classes than the metrics need.
     """
     known, held_out = load_images(config.data.paths[0], config.data.size, config.data.channels)
-    rows, labels = find_classes(known, config.classes, config.examples)
-    unseen, asked = find_classes(held_out, config.classes, len(held_out))
-    judged = min(config.judged, len(unseen) // 2)
-    if judged < (least := MIN_SAMPLES["accuracy"]) or not rows:
+    rows, labels = find_classes(known, config.classes, config.classifier_samples)
+    unseen, targets = find_classes(held_out, config.classes, len(held_out))
+    count = min(config.eval_samples, len(unseen) // 2)
+    if count < (least := MIN_SAMPLES["accuracy"]) or not rows:
         raise ValueError(
-            f"{judged} images would be evaluated, after {len(rows)} that train the classifier; accuracy "
-            f"needs {least}; raise judged, or name classes that stand in captions"
+            f"{count} images would be generated, after {len(rows)} that train the classifier; accuracy "
+            f"needs {least}; raise eval_samples, or give classes that captions contain"
         )
-    report_skipped(judged, len(unseen) - judged)
-    judge = train_classifier(known.images(rows), labels, config.seed, config.epochs)
-    real, asked = held_out.images(unseen), asked[:judged]
+    report_skipped(count, len(unseen) - count)
+    classifier = train_classifier(known.images(rows), labels, config.seed, config.classifier_epochs)
+    real, targets = held_out.images(unseen), targets[:count]
     with torch.no_grad():
-        exam = CaptionEvaluator(judge, judge.features(real[judged:]), unseen[:judged], asked, {})
-    shown = [int(i) for label in asked.unique() for i in (asked == label).nonzero()[:SHOWN, 0]]
-    return EvalSet(exam, [held_out.captions[row] for row in exam.rows], real[:judged], shown)
+        features = classifier.features(real[count:])
+    evaluator = CaptionEvaluator(classifier, features, unseen[:count], targets, {})
+    shown = [int(i) for label in targets.unique() for i in (targets == label).nonzero()[:SHOWN, 0]]
+    return EvalSet(evaluator, [held_out.captions[row] for row in evaluator.rows], real[:count], shown)
 
 
 def configure(config: CompareHeads, head: str, seed: int) -> Pretrain:
     """The run of a head and a seed.
 
+    Args:
+        config: of the comparison.
+        head: a key of `heads`.
+        seed: of the run.
+
     Raises:
-        ValueError: an entry that changes what is not there, or makes no run.
+        ValueError: an entry with an unknown key, or one that makes no run.
     """
     common = {f.name: getattr(config, f.name) for f in fields(Pretrain)}
-    own = Pretrain(**common | {"out": f"{config.out}/{head}-{seed}", "seed": seed})
-    try:
-        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(own), config.heads[head]))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"heads.{head}: {str(error).splitlines()[0]}") from None
-    chosen = cast(Pretrain, merged)
+    run_config = Pretrain(**common | {"output_dir": f"{config.output_dir}/{head}-{seed}", "seed": seed})
+    chosen = override(run_config, config.heads[head], f"heads.{head}")
     check_run(chosen)
-    IMAGE_HEADS[chosen.head]
     return chosen
 
 
-def take(config: Pretrain, passes: Sequence[int], questions: EvalSet, samples: dict[str, Tensor]) -> Any:
-    """Marks of a run by passes, trained as far as it is not yet; pictures for the sheet go to `samples`."""
-    out = Path(config.out)
-    if config.restart or not is_done(out, fingerprint(config)):
+def run_head(config: Pretrain, passes: Sequence[int], eval_set: EvalSet, samples: dict[str, Tensor]) -> Any:
+    """The cost of a run, trained as far as it is not yet, and its metrics by passes.
+
+    Args:
+        config: of the run.
+        passes: of sampling.
+        eval_set: what is generated.
+        samples: images for the sheet are added to it.
+    """
+    output_dir = Path(config.output_dir)
+    if config.restart or not is_done(output_dir, fingerprint(config)):
         train(config, MeteredTraining)
-    teller, marks = RopeMMPipeline.from_pretrained(out / "model"), {}
-    for count in passes if IMAGE_HEADS[config.head].steps > 1 else [1]:
-        drawn = questions.draw(teller, count)
-        samples[f"{out.name}, {count}"] = drawn[questions.shown]
-        marks[str(count)] = questions.exam.evaluate(drawn)
-    result = json.loads((out / "result.json").read_text())
-    return {name: result[name] for name in COSTS} | {"metrics": marks}
+    pipeline, metrics = RopeMMPipeline.from_pretrained(output_dir / "model"), {}
+    for count in passes if IMAGE_HEADS[config.image_head].steps > 1 else [1]:
+        images = eval_set.generate(pipeline, count)
+        samples[f"{output_dir.name}, {count}"] = images[eval_set.shown]
+        metrics[str(count)] = eval_set.evaluator.evaluate(images)
+    result = json.loads((output_dir / "result.json").read_text())
+    return {name: result[name] for name in COSTS} | {"metrics": metrics}
 
 
 def check(config: CompareHeads) -> None:
@@ -199,17 +219,17 @@ def check(config: CompareHeads) -> None:
     Raises:
         ValueError: with the key and its value.
     """
+    check_options(config)
     if not config.heads or not config.classes:
         raise ValueError("heads and classes must name something; give --config configs/heads/digits.yaml")
     if len(config.data.paths) != 1:
-        raise ValueError(f"pictures are those of one source, not of data.paths {config.data.paths}")
-    at_least(1, config, "seeds", "judged", "examples", "epochs")
-    if min(config.passes, default=0) < 1:
-        raise ValueError(f"passes must be some numbers from 1, not {config.passes}")
+        raise ValueError(f"data.paths must name one source of images, not {config.data.paths}")
+    if not config.passes:
+        raise ValueError("passes must name at least one number, not []")
 
 
 def main(config: CompareHeads) -> None:
-    """Run what is not yet done; table, figure and sheet after each run.
+    """Run what is not finished; table, figure and sheet after each run.
 
     Raises:
         ValueError: as `train/pretrain.py`; nothing to compare; no matplotlib.
@@ -223,18 +243,19 @@ def main(config: CompareHeads) -> None:
     disable_progress_bar()
     plan = list(product(range(config.seed, config.seed + config.seeds), config.heads))
     each = [(head, configure(config, head, seed)) for seed, head in plan]
-    questions, out, runs = prepare(config), Path(config.out), cast(Runs, {})
+    eval_set, runs = make_eval_set(config), cast(Runs, {})
+    output_dir = Path(config.output_dir)
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
-    real, samples = questions.exam.evaluate(questions.real), {REAL: questions.real[questions.shown]}
+    real, samples = eval_set.evaluator.evaluate(eval_set.real), {REAL: eval_set.real[eval_set.shown]}
     for head, own in (bar := tqdm(each, desc="heads")):
-        bar.set_postfix_str(own.out)
-        runs.setdefault(head, []).append(take(own, config.passes, questions, samples))
+        bar.set_postfix_str(own.output_dir)
+        runs.setdefault(head, []).append(run_head(own, config.passes, eval_set, samples))
         report = {"settings": settings, "real": real, "heads": runs}
-        write_text(out / "heads.json", json.dumps(report, indent=1))
-        write_text(out / "table.md", write_table(real, runs))
-        draw_figure(out / "heads.png", real, runs)
-        save_sheet(out / "drawn.png", torch.cat(list(samples.values())), list(samples))
-    print(f"\n{write_table(real, runs)}\n{out}/table.md   {out}/heads.png   {out}/drawn.png")
+        write_text(output_dir / "heads.json", json.dumps(report, indent=1))
+        write_text(output_dir / "table.md", write_table(real, runs))
+        draw_figure(output_dir / "heads.png", real, runs)
+        save_sheet(output_dir / "samples.png", torch.cat(list(samples.values())), list(samples))
+    print(f"\n{write_table(real, runs)}\n{output_dir}/table.md, heads.png, samples.png")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""The same training under several losses and seeds: a table, mean +- spread, and a picture.
+"""The same training under several losses and seeds: a table, mean ± standard deviation, and a figure.
 
     make bench-gan
-    python train/compare_losses.py --config configs/adversarial/stacked-digits.yaml --out runs/losses
+    python train/compare_losses.py --config configs/adversarial/stacked-digits.yaml --output_dir runs/losses
 
-Each run is one of `train/adversarial.py` in OUT/<loss>-<seed>: the same command again resumes the one that
-was interrupted and does not train again what is done. The picture wants matplotlib:
-pip install rope-mm[plots].
+Each run is one of `train/adversarial.py` in OUTPUT_DIR/<loss>-<seed>: the same command again resumes the one
+that was interrupted and skips those that are finished. The figure needs matplotlib: pip install
+rope-mm[plots].
 """
 
 import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from rope_mm.analysis import markdown
 from rope_mm.analysis.figures import new_figure, save_figure
 from rope_mm.files import write_text
-from rope_mm.training.config import run
+from rope_mm.training.config import option, run
 from rope_mm.training.gan import GANConfig
 from rope_mm.training.log import read_metrics
 from rope_mm.training.loop import fingerprint
@@ -31,20 +31,20 @@ Runs = dict[str, list[dict[str, float]]]
 
 @dataclass(frozen=True, kw_only=True)
 class CompareLosses(Adversarial):
-    """Train under every loss with every seed; the configuration is that of `train/adversarial.py`.
+    """Train with every loss and every seed; the other keys are those of `train/adversarial.py`.
 
     A row is a loss and its penalties, "rpgan+r1+r2", whose gammas are those of `loss.penalties`.
-    OUT/table.md, OUT/losses.json and OUT/losses.png are written as runs end.
+    OUTPUT_DIR/table.md, losses.json and losses.png are written after each run.
     """
 
-    out: str = "runs/losses"
-    seeds: int = 3
-    losses: list[str] = field(default_factory=lambda: ["ns", "rsgan", "rpgan+r1+r2", "gan-qp"])
-    mark: str = "kl"  # what the picture shows over the steps
+    output_dir: str = option("runs/losses", "folder of all runs and of the table")
+    seeds: int = option(3, "runs of each loss, from seed on", minimum=1)
+    losses: list[str] = option(["ns", "rsgan", "rpgan+r1+r2", "gan-qp"], "rows of the table")
+    metric: str = option("kl", "what the figure shows over the steps")
 
 
-def objective(row: str, loss: GANConfig) -> GANConfig:
-    """The loss of a row such as "rpgan+r1+r2".
+def loss_of(row: str, loss: GANConfig) -> GANConfig:
+    """The loss of a row such as "rpgan+r1+r2", with the gammas of `loss`.
 
     Raises:
         ValueError: a penalty without a gamma.
@@ -56,81 +56,87 @@ def objective(row: str, loss: GANConfig) -> GANConfig:
 
 
 def runs(config: CompareLosses) -> list[tuple[str, Adversarial]]:
-    """Every run with its row; all rows of one seed before the next, so that each has a number early.
+    """Every run with its row, all rows of one seed before the next seed.
 
     Raises:
         ValueError: nothing to compare.
     """
-    if config.seeds < 1 or not config.losses:
-        raise ValueError(f"there is nothing to compare: {config.seeds} seeds, {len(config.losses)} losses")
+    if not config.losses:
+        raise ValueError("losses must name at least one, not []")
     common = {f.name: getattr(config, f.name) for f in fields(Adversarial)}
     found = []
     for seed, row in product(range(config.seed, config.seed + config.seeds), config.losses):
-        own = {"out": f"{config.out}/{row}-{seed}", "seed": seed, "loss": objective(row, config.loss)}
+        folder = f"{config.output_dir}/{row}-{seed}"
+        own = {"output_dir": folder, "seed": seed, "loss": loss_of(row, config.loss)}
         found.append((row, Adversarial(**common | own)))
     return found
 
 
 def result(config: Adversarial) -> dict[str, float]:
-    """The marks of a run, trained as far as it is not yet; none of a dry run."""
-    out = Path(config.out)
-    if config.restart or not is_done(out, fingerprint(config)):
+    """The metrics of a run, trained as far as it is not yet; none of a dry run."""
+    output_dir = Path(config.output_dir)
+    if config.dry_run or config.restart or not is_done(output_dir, fingerprint(config)):
         train(config)
     if config.dry_run:
         return {}
-    return json.loads((out / "result.json").read_text())
+    return json.loads((output_dir / "result.json").read_text())
 
 
 def table(rows: Runs) -> str:
-    """Markdown: a row for each loss, mean ± standard deviation of every mark over the seeds."""
+    """Markdown: a row for each loss, mean ± standard deviation of every metric over the seeds."""
     names = list(next(iter(rows.values()))[0])
     cells = {
-        loss: [markdown.spread([mark[name] for mark in marks], ".4g", ".2g") for name in names]
-        for loss, marks in rows.items()
+        loss: [markdown.spread([result[name] for result in results], ".4g", ".2g") for name in names]
+        for loss, results in rows.items()
     }
     lines = [[loss, len(rows[loss]), *row] for loss, row in cells.items()]
     return markdown.table(["loss", "seeds", *names], lines) + "\n"
 
 
-def draw(path: Path, curves: dict[str, list[list[dict]]], mark: str) -> None:
-    """A mark over the steps, a colour for each loss and a line for each seed.
+def draw_figure(path: Path, curves: dict[str, list[list[dict]]], metric: str) -> None:
+    """A metric over the steps, a colour for each loss and a line for each seed.
+
+    Args:
+        path: the file.
+        curves: loss -> for each seed the lines of its metrics.jsonl.
+        metric: its name.
 
     Raises:
-        ValueError: no matplotlib, no such mark.
+        ValueError: no matplotlib, no such metric.
     """
     figure = new_figure(7, 5)
     axes = figure.subplots()
     for number, (loss, seeds) in enumerate(curves.items()):
         for seed, metrics in enumerate(seeds):
-            seen = [(line["step"], line[mark]) for line in metrics if mark in line]
-            if not seen:
-                raise ValueError(f"the runs have no mark {mark!r}")
+            points = [(line["step"], line[metric]) for line in metrics if metric in line]
+            if not points:
+                raise ValueError(f"the runs have no metric {metric!r}")
             label = loss if seed == 0 else None
-            axes.plot(*zip(*seen, strict=True), f"C{number}.-", linewidth=0.8, label=label)
-    axes.set(xlabel="step", ylabel=mark, yscale="log")
+            axes.plot(*zip(*points, strict=True), f"C{number}.-", linewidth=0.8, label=label)
+    axes.set(xlabel="step", ylabel=metric, yscale="log")
     axes.legend()
     save_figure(path, figure, dpi=120)
 
 
 def main(config: CompareLosses) -> None:
-    """Run what is not yet done; table and picture after each run.
+    """Run what is not finished; table and figure after each run.
 
     Raises:
         ValueError: as `train/adversarial.py`; no matplotlib.
     """
-    out, rows, curves = Path(config.out), {}, {}
+    output_dir, rows, curves = Path(config.output_dir), {}, {}
     for name, each in (bar := tqdm(runs(config), desc="losses")):
-        bar.set_postfix_str(each.out)
-        marks = result(each)
-        if not marks:
+        bar.set_postfix_str(each.output_dir)
+        metrics = result(each)
+        if not metrics:
             continue
-        rows.setdefault(name, []).append(marks)
-        curves.setdefault(name, []).append(read_metrics(Path(each.out)))
-        write_text(out / "losses.json", json.dumps(rows, indent=1))
-        write_text(out / "table.md", table(rows))
-        draw(out / "losses.png", curves, config.mark)
+        rows.setdefault(name, []).append(metrics)
+        curves.setdefault(name, []).append(read_metrics(Path(each.output_dir)))
+        write_text(output_dir / "losses.json", json.dumps(rows, indent=1))
+        write_text(output_dir / "table.md", table(rows))
+        draw_figure(output_dir / "losses.png", curves, config.metric)
     if rows:
-        print(f"\n{table(rows)}\n{out}/table.md   {out}/losses.png")
+        print(f"\n{table(rows)}\n{output_dir}/table.md   {output_dir}/losses.png")
 
 
 if __name__ == "__main__":

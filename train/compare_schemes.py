@@ -1,16 +1,17 @@
-"""Do rotary schemes matter? One small model for each scheme and seed, all else equal, asked about places.
+"""Do rotary schemes matter? One small model for each scheme and seed, all else equal, asked about positions.
 
     python train/compare_schemes.py --config configs/compare/small.yaml
 
-The same command again goes on: a run that is done is not run again. OUT/table.md, OUT/compare.json and
-OUT/compare.png tell how often answers are right at trained and untrained sizes, and what is inside the noise.
-The figure wants matplotlib: pip install rope-mm[plots].
+The same command again resumes, and skips runs that are finished. table.md, compare.json and compare.png in
+OUTPUT_DIR tell how many answers are right at trained and at untrained sizes, and which differences are within
+the noise. The figure needs matplotlib: pip install rope-mm[plots].
 """
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,75 +32,80 @@ from rope_mm.evaluation.qa import (
 )
 from rope_mm.files import write_text
 from rope_mm.models import IMAGE_TOKEN, RopeMMForConditionalGeneration, read_config
-from rope_mm.training.config import at_least, run
+from rope_mm.training.config import check_options, option, run
 
-FREE = "out", "schemes", "seeds", "threads", "device"  # may change from one start to the next
+FREE = "output_dir", "schemes", "seeds", "threads", "device"  # may change when the command is repeated
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSchemes:
-    """Compare schemes on questions of place; the same command again goes on, runs that are done stay."""
+    """Compare schemes by questions about positions; the same command again resumes."""
 
-    out: str = "runs/compare"
-    schemes: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> fields of rope_parameters
-    theta: float = 100.0  # of every scheme that names none
-    seeds: int = 3
-    steps: int = 1000
-    batch: int = 64
-    documents: int = 16384  # to train on, in equal parts of the trained forms
-    questions: int = 200  # of every form, to judge by
-    picture_weight: float = 10.0  # of squared errors of what is drawn, beside the loss of words
-    lr: float = 3e-3
-    warm_up: int = 50
-    model: dict[str, Any] = field(default_factory=dict)  # fields of RopeMMConfig
-    trained: dict[str, dict[str, Any]] = field(default_factory=dict)  # task -> form -> sizes
-    untrained: dict[str, dict[str, Any]] = field(default_factory=dict)
-    threads: int = 0  # of torch on the CPU; 0 leaves them to torch
-    device: str = "cpu"
+    output_dir: str = option("runs/compare", "folder of all runs and of the table")
+    schemes: dict[str, dict[str, Any]] = option({}, "name of a row -> fields of rope_parameters")
+    theta: float = option(100.0, "of every scheme that names none", above=0)
+    seeds: int = option(3, "runs of each scheme", minimum=1)
+    steps: int = option(1000, "of the optimizer", minimum=1)
+    global_batch_size: int = option(64, "documents of a step", minimum=1)
+    documents: int = option(16384, "to train on, in equal parts of the trained forms", minimum=1)
+    eval_samples: int = option(200, "questions of every form", minimum=1)
+    image_loss_weight: float = option(10.0, "of the image loss, that of the text loss being 1", minimum=0)
+    lr: float = option(3e-3, "learning rate", minimum=0)
+    warmup_steps: int = option(50, "over which the rate rises from 0", minimum=1)
+    model: dict[str, Any] = option({}, "fields of RopeMMConfig")
+    trained: dict[str, dict[str, Any]] = option({}, "task -> form -> sizes, to train and to evaluate on")
+    untrained: dict[str, dict[str, Any]] = option({}, "task -> form -> sizes, to evaluate on only")
+    threads: int = option(0, "of torch on the CPU; 0: torch decides", minimum=0)
+    device: str = option("cpu", "of torch")
 
 
 class Benchmark:
-    """Documents to train on and questions to judge by; the same for every scheme, the questions for all."""
+    """Documents to train on, which depend on the seed, and questions, the same for all."""
 
     def __init__(self, config: CompareSchemes):
         self.config, self.size = config, config.model.get("patch_size", 2)
         self.trained = [(task, sizes) for task, forms in config.trained.items() for sizes in forms.values()]
-        exams = {
-            (kind, task, form): make_qa_samples(task, sizes, config.questions, "exam")
+        questions = {
+            (kind, task, form): make_qa_samples(task, sizes, config.eval_samples, "exam")
             for kind, tasks in (("trained", config.trained), ("untrained", config.untrained))
             for task, forms in tasks.items()
             for form, sizes in forms.items()
         }
-        sample = [quiz for form in self.trained for quiz in make_qa_samples(*form, 16, "words")]
-        self.tokenizer = load_qa_tokenizer(
-            [*sample, *(quiz for quizzes in exams.values() for quiz in quizzes)]
-        )
-        self.exams = {
-            form: [encode_qa(quiz, self.size, self.tokenizer) for quiz in quizzes]
-            for form, quizzes in exams.items()
+        samples = [sample for form in self.trained for sample in make_qa_samples(*form, 16, "words")]
+        self.tokenizer = load_qa_tokenizer([*samples, *chain(*questions.values())])
+        self.questions = {
+            form: [encode_qa(sample, self.size, self.tokenizer) for sample in samples]
+            for form, samples in questions.items()
         }
-        self.lessons = lru_cache(maxsize=1)(self.write_lessons)
+        self.train_set = lru_cache(maxsize=1)(self.make_train_set)
 
-    def write_lessons(self, seed: int) -> list[EncodedQA]:
+    def make_train_set(self, seed: int) -> list[EncodedQA]:
         """The documents of a seed."""
         each = -(-self.config.documents // len(self.trained))
-        told = [quiz for form in self.trained for quiz in make_qa_samples(*form, each, "lesson", seed)]
-        return [encode_qa(quiz, self.size, self.tokenizer) for quiz in told]
+        samples = [s for form in self.trained for s in make_qa_samples(*form, each, "lesson", seed)]
+        return [encode_qa(sample, self.size, self.tokenizer) for sample in samples]
 
-    def judge(self, model: RopeMMForConditionalGeneration) -> dict[str, dict[str, dict[str, float]]]:
+    def evaluate(self, model: RopeMMForConditionalGeneration) -> dict[str, dict[str, dict[str, float]]]:
         """The share of right answers: trained or untrained -> task -> form."""
-        marks: dict[str, dict[str, dict[str, float]]] = {}
-        for (kind, task, form), told in self.exams.items():
-            asked = place_qa(told, self.tokenizer, model.config.scheme)
-            right = [score_answers(model, asked[i : i + 100]) for i in range(0, len(asked), 100)]
-            marks.setdefault(kind, {}).setdefault(task, {})[form] = torch.cat(right).float().mean().item()
-        return marks
+        metrics: dict[str, dict[str, dict[str, float]]] = {}
+        for (kind, task, form), samples in self.questions.items():
+            placed = place_qa(samples, self.tokenizer, model.config.scheme)
+            right = [score_answers(model, placed[i : i + 100]) for i in range(0, len(placed), 100)]
+            metrics.setdefault(kind, {}).setdefault(task, {})[form] = torch.cat(right).float().mean().item()
+        return metrics
 
 
 def make_model(
     config: CompareSchemes, tokenizer: PreTrainedTokenizerBase, scheme: str, seed: int
 ) -> RopeMMForConditionalGeneration:
-    """The model of a scheme; what is random depends on the seed alone."""
+    """The model of a scheme; all that is random depends on the seed alone.
+
+    Args:
+        config: of the comparison.
+        tokenizer: of the questions.
+        scheme: a key of `schemes`.
+        seed: of the weights.
+    """
     torch.manual_seed(seed)
     settings = read_config(
         **{"num_channels": 3, **config.model},
@@ -111,22 +117,30 @@ def make_model(
     return RopeMMForConditionalGeneration(settings).to(config.device)  # pyright: ignore[reportArgumentType]
 
 
-def train(config: CompareSchemes, school: Benchmark, scheme: str, seed: int, bar: tqdm) -> dict[str, Any]:
-    """One run: the marks of a scheme's model, its parameters, what it took."""
+def train(config: CompareSchemes, benchmark: Benchmark, scheme: str, seed: int, bar: tqdm) -> dict[str, Any]:
+    """One run: the metrics of a scheme's model, its parameters, its cost.
+
+    Args:
+        config: of the comparison.
+        benchmark: data and questions.
+        scheme: a key of `schemes`.
+        seed: of the run.
+        bar: shows the losses.
+    """
     began = time.process_time()
-    lessons = school.lessons(seed)
-    taught = time.process_time()
-    model = make_model(config, school.tokenizer, scheme, seed)
-    asked = place_qa(lessons, school.tokenizer, model.config.scheme)
+    samples = benchmark.train_set(seed)
+    made = time.process_time()
+    model = make_model(config, benchmark.tokenizer, scheme, seed)
+    placed = place_qa(samples, benchmark.tokenizer, model.config.scheme)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.99), weight_decay=0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / config.warm_up, 1.25 * (1 - step / config.steps))
+        optimizer, lambda step: min(1, (step + 1) / config.warmup_steps, 1.25 * (1 - step / config.steps))
     )
     loss = torch.zeros(())
     for step in range(config.steps):
-        chosen = batch_indices(len(asked), config.batch, seed, step).tolist()
-        found = generate_answers(model, [asked[i] for i in chosen])
-        loss = found.text_loss + config.picture_weight * found.image_loss
+        chosen = batch_indices(len(placed), config.global_batch_size, seed, step).tolist()
+        found = generate_answers(model, [placed[i] for i in chosen])
+        loss = found.text_loss + config.image_loss_weight * found.image_loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -138,9 +152,9 @@ def train(config: CompareSchemes, school: Benchmark, scheme: str, seed: int, bar
             )
     if not loss.isfinite():
         raise ValueError(f"the loss of {scheme}, seed {seed}, is not finite; give a lower --lr")
-    marks = school.judge(model.eval())
-    cost = {"lessons_cpu_s": taught - began, "cpu_s": time.process_time() - taught}
-    return {"metrics": marks, "parameters": model.num_parameters(), "loss": loss.item(), **cost}
+    metrics = benchmark.evaluate(model.eval())
+    cost = {"data_cpu_s": made - began, "cpu_s": time.process_time() - made}
+    return {"metrics": metrics, "parameters": model.num_parameters(), "loss": loss.item(), **cost}
 
 
 def check(config: CompareSchemes) -> None:
@@ -149,18 +163,18 @@ def check(config: CompareSchemes) -> None:
     Raises:
         ValueError: with the key and its value.
     """
+    check_options(config)
     if len(config.schemes) < 2 or not config.trained:
         raise ValueError(
-            f"schemes {list(config.schemes)} must be two or more, and trained name tasks; "
+            f"schemes must name two or more, not {list(config.schemes)}, and trained some tasks; "
             "give --config configs/compare/small.yaml"
         )
-    at_least(1, config, "seeds", "steps", "batch", "documents", "questions", "warm_up")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {config.device!r} is not here; give --device cpu")
+        raise ValueError(f"device {config.device!r} is not available; give --device cpu")
 
 
 def read_run(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What a run that is done has left, None where there is none.
+    """The result of a finished run, None where there is none.
 
     Raises:
         ValueError: one of other settings, or one that cannot be read.
@@ -171,14 +185,14 @@ def read_run(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         done = json.loads(path.read_text(encoding="utf-8"))
         differs = [name for name, value in settings.items() if done["settings"].get(name) != value]
     except (ValueError, KeyError, AttributeError):
-        raise ValueError(f"{path} is no run of this script; delete it") from None
+        raise ValueError(f"{path} is not a run of this script; delete it") from None
     if differs:
-        raise ValueError(f"{path} has another {', '.join(differs)}; delete it, or give another --out")
+        raise ValueError(f"{path} has another {', '.join(differs)}; delete it, or give another --output_dir")
     return done
 
 
 def main(config: CompareSchemes) -> None:
-    """Run what is not done yet, then tell what all runs say.
+    """Run what is not finished; the table of all runs.
 
     Raises:
         ValueError: a configuration that makes no comparison, runs of another one in its folder.
@@ -186,27 +200,27 @@ def main(config: CompareSchemes) -> None:
     check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    out, school = Path(config.out), Benchmark(config)
+    output_dir, benchmark = Path(config.output_dir), Benchmark(config)
     whole = {name: value for name, value in asdict(config).items() if name not in FREE}
     plan = [(seed, scheme) for seed in range(config.seeds) for scheme in config.schemes]
     runs: dict[str, list[dict[str, Any]]] = {scheme: [] for scheme in config.schemes}
     with tqdm(plan, desc="runs") as bar:
         for seed, scheme in bar:
-            path = out / "runs" / f"{scheme}-{seed}.json"
+            path = output_dir / "runs" / f"{scheme}-{seed}.json"
             settings = {**whole, "scheme": config.schemes[scheme]}
             bar.set_description(f"{scheme}, seed {seed}")
             done = read_run(path, settings)
             if done is None:
-                done = {"settings": settings, **train(config, school, scheme, seed, bar)}
+                done = {"settings": settings, **train(config, benchmark, scheme, seed, bar)}
                 write_text(path, json.dumps(done, indent=1))
             runs[scheme].append({name: value for name, value in done.items() if name != "settings"})
     summary = summarise(runs)
     table = write_table(summary)
     report = {"settings": {**whole, "schemes": config.schemes}, "summary": summary, "runs": runs}
-    write_text(out / "compare.json", json.dumps(report, indent=1))
-    write_text(out / "table.md", table)
-    draw_figure(out / "compare.png", summary)
-    print(f"{table}\n{out}/table.md, compare.json, compare.png")
+    write_text(output_dir / "compare.json", json.dumps(report, indent=1))
+    write_text(output_dir / "table.md", table)
+    draw_figure(output_dir / "compare.png", summary)
+    print(f"{table}\n{output_dir}/table.md, compare.json, compare.png")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""25 Gaussians on a grid: which modes small players find under each loss and penalty, over several seeds.
+"""25 Gaussians on a grid: which modes small networks find with each loss and penalty, over several seeds.
 
     python train/gaussians.py --config configs/adversarial/gaussians.yaml
-    python train/gaussians.py --rows.mine "{loss: hinge, penalties: {r1: 0.1}, method: fd}" --out runs/mine
+    python train/gaussians.py --output_dir runs/mine --rows.mine "{loss: hinge, penalties: {r1: 0.1}}"
 
-Finished rows are kept: the same command again goes on with the others. Wants matplotlib: pip install
-rope-mm[plots].
+Finished rows are kept: the same command again trains only the others. The figure needs matplotlib: pip
+install rope-mm[plots].
 """
 
 import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,54 +26,54 @@ from rope_mm.analysis.figures import new_figure, save_figure
 from rope_mm.data import make_generator
 from rope_mm.evaluation.metrics import gaussian_modes
 from rope_mm.files import write_file, write_text
-from rope_mm.losses import DISTANCES, GAN_LOSSES, PENALTIES
+from rope_mm.losses import DISTANCES, GAN_LOSSES, METHODS, PENALTIES
 from rope_mm.losses.divergences import Curve
 from rope_mm.losses.penalties import GradientPenalty
-from rope_mm.training.config import run
+from rope_mm.training.config import check_options, option, run
 from rope_mm.training.ema import Ema
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of the table: a loss, the gammas of gradient penalties and how their gradients are found."""
+    """A row of the table: a loss, and gradient penalties."""
 
-    loss: str = "rpgan"
-    penalties: dict[str, float] = field(default_factory=dict)
-    method: str = "autograd"
-    distance: str = "l2"  # of gan-qp
-    critic_steps: int = 1  # before each step of the generator
+    loss: str = option("rpgan", "adversarial loss", choices=GAN_LOSSES)
+    penalties: dict[str, float] = option({}, "gradient penalty -> gamma", keys=PENALTIES, minimum=0)
+    method: str = option("autograd", "estimator of gradient penalties", choices=METHODS)
+    distance: str = option("l2", "of gan-qp", choices=DISTANCES)
+    critic_steps: int = option(1, "before each step of the generator", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all rows share: networks of three hidden layers; Adam's rate is a cosine in the second half."""
+    """What all rows share: networks of three hidden layers; Adam's rate falls in the second half."""
 
-    steps: int = 6_000
-    batch: int = 256
-    width: int = 96
-    noise: int = 16
-    rate: float = 1e-3
-    betas: tuple[float, float] = (0.0, 0.99)
-    ema: float = 0.999
-    samples: int = 10_000
+    steps: int = option(6_000, "of the generator", minimum=1)
+    batch_size: int = option(256, "samples of a step", minimum=1)
+    width: int = option(96, "of hidden layers", minimum=1)
+    noise: int = option(16, "inputs of the generator", minimum=1)
+    lr: float = option(1e-3, "learning rate of both networks", minimum=0)
+    betas: tuple[float, float] = option((0.0, 0.99), "of Adam", minimum=0, below=1)
+    ema_decay: float = option(0.999, "of the average of the generator's weights", minimum=0, below=1)
+    samples: int = option(10_000, "of each seed, for the metrics", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussians:
-    """Train every row on every seed, all seeds at once, and draw the table of what they reach.
+    """Train every row on every seed, all seeds at once, and print a table of their metrics.
 
-    Writes OUT/<row>.pt as each row is done, OUT/gaussians.json and OUT/gaussians.png with all of them.
+    Writes OUTPUT_DIR/<row>.pt after each row, and gaussians.json and gaussians.png with all of them.
     """
 
-    out: str = "runs/gaussians"
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    rows: dict[str, Row] = field(default_factory=dict)
-    settings: Settings = field(default_factory=Settings)
+    output_dir: str = option("runs/gaussians", "folder of the results")
+    seeds: list[int] = option([0, 1, 2], "of each row")
+    rows: dict[str, Row] = option({}, "rows of the table")
+    settings: Settings = option(Settings(), "what all rows share")
 
 
 SIGMA = 0.05
 CENTRES = torch.cartesian_prod(torch.arange(-4.0, 5, 2), torch.arange(-4.0, 5, 2))  # PacGAN, 1712.04086
-SCALE = 8.0025**0.5  # deviation of either coordinate; the players see data of unit spread
+SCALE = 8.0025**0.5  # deviation of either coordinate; networks see data of unit deviation
 
 
 def true_samples(count: int, generator: torch.Generator) -> Tensor:
@@ -83,7 +83,13 @@ def true_samples(count: int, generator: torch.Generator) -> Tensor:
 
 
 class Perceptrons(nn.Module):
-    """A perceptron for each generator of random numbers, which draws its weights: (s, b, i) -> (s, b, o)."""
+    """A perceptron for each seed: (s, b, i) -> (s, b, o).
+
+    Args:
+        widths: of its layers.
+        activation: after each but the last.
+        generators: of the weights, one for each seed.
+    """
 
     def __init__(self, widths: Sequence[int], activation: Curve, generators: Sequence[torch.Generator]):
         super().__init__()
@@ -97,7 +103,7 @@ class Perceptrons(nn.Module):
         self.biases = nn.ParameterList(uniform(1, i, o) for i, o in pairs)
 
     def forward(self, x: Tensor, seeds: slice = slice(None)) -> Tensor:
-        """The outputs of all, or of these."""
+        """The outputs of all seeds, or of these."""
         *inner, last = zip(self.biases, self.weights, strict=True)
         for bias, weight in inner:
             x = self.activation(torch.baddbmm(bias[seeds], x, weight[seeds]))
@@ -105,23 +111,23 @@ class Perceptrons(nn.Module):
 
 
 class GanExperiment:
-    """Both players of a row on several seeds at once: nothing of one seed reaches another.
+    """Generator and critic of a row on several seeds at once; seeds do not influence one another.
 
-    Raises:
-        ValueError: no critic steps; from `step`, whatever else of a row cannot be trained.
+    Args:
+        row: loss and penalties.
+        settings: what all rows share.
+        seeds: of random numbers.
     """
 
     def __init__(self, row: Row, settings: Settings, seeds: Sequence[int]):
-        if row.critic_steps < 1:
-            raise ValueError(f"critic_steps must be at least 1, not {row.critic_steps}")
         self.row, self.settings = row, settings
         self.random, hidden = [make_generator(seed, "gaussians") for seed in seeds], [settings.width] * 3
         self.generator = Perceptrons([settings.noise, *hidden, 2], relu, self.random)
         self.critic = Perceptrons([2, *hidden, 1], lambda x: leaky_relu(x, 0.2), self.random)
-        self.average = Ema(self.generator, settings.ema)
+        self.average = Ema(self.generator, settings.ema_decay)
         self.optimizers = [
-            torch.optim.Adam(player.parameters(), settings.rate, settings.betas, fused=True)
-            for player in (self.generator, self.critic)
+            torch.optim.Adam(network.parameters(), settings.lr, settings.betas, fused=True)
+            for network in (self.generator, self.critic)
         ]
 
     def noise(self, count: int) -> Tensor:
@@ -134,7 +140,7 @@ class GanExperiment:
         for name, gamma in self.row.penalties.items():
             penalty = PENALTIES[name]
             if not isinstance(penalty, GradientPenalty):
-                raise ValueError(f"a row takes penalties of gradients, and {name!r} is one of scores")
+                raise ValueError(f"a row takes gradient penalties, and {name!r} is one of scores")
             for seed, generator in enumerate(self.random):
                 critic = lambda x, mine=slice(seed, seed + 1): self.critic(x[None], mine)[0, :, 0]  # noqa: E731
                 term = penalty.of(critic, real[seed], fake[seed], method=self.row.method, generator=generator)
@@ -158,14 +164,14 @@ class GanExperiment:
         self.optimizers[1].step()
 
     def step(self, progress: float) -> None:
-        """The critic's steps and one of the generator, when this part of the training is behind them."""
+        """The critic's steps and one of the generator, at a part, from 0 to 1, of the training."""
         for optimizer in self.optimizers:
             late = max(0.0, 2 * progress - 1)
-            optimizer.param_groups[0]["lr"] = self.settings.rate * (1 + math.cos(math.pi * late)) / 2
+            optimizer.param_groups[0]["lr"] = self.settings.lr * (1 + math.cos(math.pi * late)) / 2
         real = fake = torch.empty(0)
         for _ in range(self.row.critic_steps):
-            real = torch.stack([true_samples(self.settings.batch, r) for r in self.random]) / SCALE
-            fake = self.generator(self.noise(self.settings.batch))
+            real = torch.stack([true_samples(self.settings.batch_size, r) for r in self.random]) / SCALE
+            fake = self.generator(self.noise(self.settings.batch_size))
             self.update_critic(real, fake.detach())
         value = torch.vmap(GAN_LOSSES[self.row.loss].generator)(*self.scores(real, fake)).sum()
         self.optimizers[0].zero_grad()
@@ -175,34 +181,40 @@ class GanExperiment:
 
     @torch.no_grad()
     def samples(self) -> Tensor:
-        """What the averaged generators draw (s, samples, 2)."""
+        """Samples (s, samples, 2) of the averaged generators."""
         return SCALE * self.average.model(self.noise(self.settings.samples))
 
 
-def play(row: Row, settings: Settings, seeds: Sequence[int]) -> dict[str, Any]:
-    """Train a row; the samples (s, n, 2) of its seeds and the time that they took together."""
+def train_row(row: Row, settings: Settings, seeds: Sequence[int]) -> dict[str, Any]:
+    """Train a row; the samples (s, n, 2) of its seeds and the time that they took together.
+
+    Args:
+        row: loss and penalties.
+        settings: what all rows share.
+        seeds: of random numbers.
+    """
     began, worked = time.perf_counter(), time.process_time()
-    game = GanExperiment(row, settings, seeds)
+    experiment = GanExperiment(row, settings, seeds)
     for step in trange(settings.steps, leave=False):
-        game.step(step / settings.steps)
+        experiment.step(step / settings.steps)
     return {
-        "samples": game.samples(),
+        "samples": experiment.samples(),
         "seconds": round(time.perf_counter() - began, 1),
         "cpu_seconds": round(time.process_time() - worked, 1),
     }
 
 
 def finished(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """What a file holds of a row, if it is of this one."""
+    """The result in a file, if it is of this row."""
     if not path.exists():
         return None
     result = torch.load(path, weights_only=True)
     return result if result["of"] == identity else None
 
 
-def marks(samples: Tensor) -> dict[str, list[float]]:
-    """Every mark of samples (s, n, 2), seed by seed."""
-    of_seeds = [gaussian_modes(drawn, CENTRES, SIGMA) for drawn in samples]
+def metrics_of(samples: Tensor) -> dict[str, list[float]]:
+    """Every metric of samples (s, n, 2), seed by seed."""
+    of_seeds = [gaussian_modes(of_one, CENTRES, SIGMA) for of_one in samples]
     return {name: [of_seed[name] for of_seed in of_seeds] for name in of_seeds[0]}
 
 
@@ -229,8 +241,8 @@ def table(numbers: dict[str, dict[str, Any]]) -> str:
     return markdown.table(["row", *COLUMNS, "CPU s"], lines)
 
 
-def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Samples of every row's first seed, beside true ones."""
+def draw_figure(path: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Write a figure of samples of every row's first seed, beside true ones."""
     columns = min(5, len(results))
     rows = -(-len(results) // columns)
     figure = new_figure(2.2 * columns, 2.4 * rows)
@@ -245,42 +257,45 @@ def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
 
 
 def truth(settings: Settings, seeds: Sequence[int]) -> dict[str, Any]:
-    """The row of true samples, which no generator should beat."""
+    """The row of true samples, the best that a generator can do."""
     samples = [true_samples(settings.samples, make_generator(seed, "truth")) for seed in seeds]
     return {"samples": torch.stack(samples), "seconds": 0.0, "cpu_seconds": 0.0}
 
 
 def main(config: Gaussians) -> None:
-    """Train the rows that are not finished; the table, its numbers and its picture.
+    """Train the rows that are not finished; the table, its numbers and its figure.
 
     Raises:
         ValueError: no rows or seeds, a row that cannot be trained, no matplotlib.
     """
+    check_options(config)
     if not config.rows or not config.seeds:
-        raise ValueError("there is nothing to train: take --config configs/adversarial/gaussians.yaml")
+        raise ValueError(
+            "rows and seeds must name something; give --config configs/adversarial/gaussians.yaml"
+        )
     for row in config.rows.values():
         GanExperiment(row, config.settings, config.seeds).step(
             0.0
-        )  # refuses what cannot be trained before any is
-    new_figure(1, 1)  # what it lacks is said before anything is trained
-    out, results = Path(config.out), {"true samples": truth(config.settings, config.seeds)}
+        )  # refuses what cannot be trained before any row is trained
+    new_figure(1, 1)  # refuses a missing matplotlib before any row is trained
+    output_dir, results = Path(config.output_dir), {"true samples": truth(config.settings, config.seeds)}
     for name in (bar := tqdm(config.rows, desc="gaussians")):
         bar.set_postfix_str(name)
         row = config.rows[name]
         identity = json.loads(json.dumps([asdict(row), asdict(config.settings), config.seeds]))
-        result = finished(out / f"{name}.pt", identity)
+        result = finished(output_dir / f"{name}.pt", identity)
         if result is None:
-            result = {"of": identity} | play(row, config.settings, config.seeds)
-            write_file(out / f"{name}.pt", lambda part, r=result: torch.save(r, part))
+            result = {"of": identity} | train_row(row, config.settings, config.seeds)
+            write_file(output_dir / f"{name}.pt", lambda part, r=result: torch.save(r, part))
         results[name] = result
     numbers = {
-        name: marks(result["samples"]) | {key: result[key] for key in ("seconds", "cpu_seconds")}
+        name: metrics_of(result["samples"]) | {key: result[key] for key in ("seconds", "cpu_seconds")}
         for name, result in results.items()
     }
-    write_text(out / "gaussians.json", json.dumps(numbers, indent=1))
-    draw(out / "gaussians.png", results)
+    write_text(output_dir / "gaussians.json", json.dumps(numbers, indent=1))
+    draw_figure(output_dir / "gaussians.png", results)
     print(table(numbers))
-    print(f"numbers of every seed: {out}/gaussians.json   samples: {out}/gaussians.png")
+    print(f"numbers of every seed: {output_dir}/gaussians.json   samples: {output_dir}/gaussians.png")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Words beside an adversarial head, and a model that goes on with other pictures: what is lost, what is kept.
+"""Does an adversarial image head cost text loss, and does a model keep what it learned when its data changes?
 
     python train/lifelong.py --config configs/lifelong/sprites.yaml
 
-Four runs of `train/pretrain.py` for each seed, in OUT/<name>-<seed>: "words" and "pictures" read the same
-documents, rows of data.where, and the first learns no pictures; "new" and "mixed" begin where "pictures"
-ended, with rows of `new` alone and with those of both. The same command again goes on. OUT/table.md,
-OUT/lifelong.json and OUT/lifelong.png tell how words are predicted, and what is drawn and captioned right.
+Four runs of `train/pretrain.py` for each seed, in OUTPUT_DIR/<name>-<seed>: "text" and "images" read the same
+documents, rows of data.filter, and the first has no image loss; "new" and "mixed" start from the end of
+"images", with rows of `new` alone and with those of both. The same command again resumes. table.md,
+lifelong.json and lifelong.png in OUTPUT_DIR tell the text loss, and how many images and captions are right.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, cast
@@ -29,7 +29,7 @@ from rope_mm.evaluation.image_grid import save_sheet
 from rope_mm.evaluation.sprites import classify_sprites
 from rope_mm.files import write_text
 from rope_mm.models.pipeline import RopeMMPipeline
-from rope_mm.training.config import run
+from rope_mm.training.config import check_options, option, run
 from rope_mm.training.dataset import PackedDocumentDataset
 from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.loop import fingerprint
@@ -37,29 +37,29 @@ from rope_mm.training.packing import Packer
 from rope_mm.training.run_dir import is_done
 
 PHASES = {
-    "pictures": "phase one: old sprites",
+    "images": "phase one: old sprites",
     "new": "then new ones alone",
     "mixed": "then new and old ones",
 }
-Where = Mapping[str, Sequence[Any]]
-Marks = dict[str, float]
+Filter = Mapping[str, Sequence[Any]]
+Metrics = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lifelong(Pretrain):
-    """Words with and without pictures, then other pictures; all else is as in `train/pretrain.py`."""
+    """Text with and without images, then other images; the other keys are those of `train/pretrain.py`."""
 
-    out: str = "runs/lifelong"
-    seeds: int = 3
-    new: dict[str, list[Any]] = field(default_factory=dict)  # rows of phase two, as data.where of phase one
-    more: int = 500  # steps of phase two
-    later: int = 3  # seeds that go on to it
-    draws: int = 8  # pictures of each combination
-    fresh: int = 4096  # sprites dealt anew, for the exams; words are predicted of those of data.where
-    captions: int = 128  # of old pictures, and of new ones
+    output_dir: str = option("runs/lifelong", "folder of all runs and of the table")
+    seeds: int = option(3, "runs of phase one, from seed on", minimum=1)
+    new: dict[str, list[Any]] = option({}, "rows of phase two, as data.filter of phase one")
+    phase_two_steps: int = option(500, "steps of phase two", minimum=1)
+    phase_two_seeds: int = option(3, "seeds that continue to it", minimum=1)
+    images_per_combination: int = option(8, "images generated of each combination of factors", minimum=1)
+    eval_rows: int = option(4096, "new sprites for the evaluation", minimum=1)
+    eval_captions: int = option(128, "captions generated of old images, and of new ones", minimum=1)
 
 
-def both(old: Where, new: Where) -> dict[str, list[Any]]:
+def both(old: Filter, new: Filter) -> dict[str, list[Any]]:
     """Rows of either, where they differ in one column."""
     return {name: list(dict.fromkeys([*old[name], *new[name]])) for name in old if name in new}
 
@@ -70,175 +70,194 @@ def runs(config: Lifelong) -> dict[str, list[Pretrain]]:
     Raises:
         ValueError: data of no use here.
     """
-    if min(config.seeds, config.later) < 1 or not config.new or config.data.paths != ["sprites"]:
-        raise ValueError("give 1 seed or more, data.paths [sprites], and in new the rows of phase two")
+    check_options(config)
+    if not config.new or config.data.paths != ["sprites"]:
+        raise ValueError("give data.paths [sprites], and in new the rows of phase two")
     common = Pretrain(**{f.name: getattr(config, f.name) for f in fields(Pretrain)})
-    later = {"new": config.new, "mixed": both(config.data.where, config.new)}
-    found: dict[str, list[Pretrain]] = {"pictures": [], "words": [], **{name: [] for name in later}}
+    phase_two = {"new": config.new, "mixed": both(config.data.filter, config.new)}
+    found: dict[str, list[Pretrain]] = {"images": [], "text": [], **{name: [] for name in phase_two}}
     for seed in range(config.seed, config.seed + config.seeds):
-        one = replace(common, seed=seed, out=f"{config.out}/pictures-{seed}")
-        found["words"].append(replace(one, out=f"{config.out}/words-{seed}", head="mse", picture_weight=0.0))
-        found["pictures"].append(one)
-        for name, where in later.items() if seed < config.seed + config.later else ():
-            own = {"out": f"{config.out}/{name}-{seed}", "start": one.out, "steps": config.more}
-            found[name].append(replace(one, **own, data=replace(config.data, where=where)))
+        one = replace(common, seed=seed, output_dir=f"{config.output_dir}/images-{seed}")
+        text = {"output_dir": f"{config.output_dir}/text-{seed}", "image_head": "mse"}
+        found["text"].append(replace(one, **text, image_loss_weight=0.0))
+        found["images"].append(one)
+        for name, chosen in phase_two.items() if seed < config.seed + config.phase_two_seeds else ():
+            own = {"output_dir": f"{config.output_dir}/{name}-{seed}", "init_from": one.output_dir}
+            data = replace(config.data, filter=chosen)
+            found[name].append(replace(one, **own, steps=config.phase_two_steps, data=data))
     return found
 
 
 def trained(config: Pretrain) -> RopeMMPipeline:
     """The model of a run, trained as far as it is not yet."""
-    out = Path(config.out)
-    if config.restart or not is_done(out, fingerprint(config)):
+    output_dir = Path(config.output_dir)
+    if config.restart or not is_done(output_dir, fingerprint(config)):
         pretrain.main(config)
-    return RopeMMPipeline.from_pretrained(out / "model")
+    return RopeMMPipeline.from_pretrained(output_dir / "model")
 
 
 class LifelongEvaluator:
-    """What is asked of a model of old and of new sprites."""
+    """Metrics of a model on old and on new sprites."""
 
     def __init__(self, config: Lifelong):
         self.config = config
-        wheres = {"old": config.data.where, "new": config.new}
-        splits = captioned_sprites(config.fresh, seed=-1)
-        self.fresh = {name: select_rows(splits, where)["train"] for name, where in wheres.items()}
+        filters = {"old": config.data.filter, "new": config.new}
+        splits = captioned_sprites(config.eval_rows, seed=-1)
+        self.rows = {name: select_rows(splits, chosen)["train"] for name, chosen in filters.items()}
 
     @torch.no_grad()
-    def predict(self, teller: RopeMMPipeline) -> float:
-        """The loss of the words of fresh old documents, each told once."""
-        config, rows = self.config, self.fresh["old"]
-        told = MapDocuments([rows], config.data.templates, config.data.size, config.data.channels)
-        feed = PackedDocumentDataset(
-            told, Packer(teller.processor, config.length, IMAGE_HEADS["mse"].times), 0, config.batch
-        )
-        packs = [feed[turn].pack for turn in range(-(-len(rows) // config.batch))]
-        lost = [float(teller.model(**p.inputs(), labels=p.labels).loss) * p.words for p in packs]
-        return sum(lost) / sum(pack.words for pack in packs)
+    def text_loss(self, pipeline: RopeMMPipeline) -> float:
+        """The text loss on new documents of old sprites, each row once."""
+        config, rows = self.config, self.rows["old"]
+        documents = MapDocuments([rows], config.data.templates, config.data.size, config.data.channels)
+        packer = Packer(pipeline.processor, config.max_length, IMAGE_HEADS["mse"].sample_time)
+        dataset = PackedDocumentDataset(documents, packer, 0, config.global_batch_size)
+        batches = [dataset[number] for number in range(-(-len(rows) // config.global_batch_size))]
+        losses = [float(pipeline.model(**b.inputs(), labels=b.labels).loss) * b.predicted for b in batches]
+        return sum(losses) / sum(batch.predicted for batch in batches)
 
-    def examine(self, teller: RopeMMPipeline, drawing: bool) -> Marks:
-        """The loss of words and, of a model that draws, the marks of old and of new sprites."""
-        marks = {"words": self.predict(teller)}
-        for name in self.fresh if drawing else ():
-            marks |= self.evaluate(teller, name)
-        return marks
+    def evaluate(self, pipeline: RopeMMPipeline, images: bool) -> Metrics:
+        """The text loss and, of a model that generates images, the metrics of old and of new sprites."""
+        metrics = {"text loss": self.text_loss(pipeline)}
+        for name in self.rows if images else ():
+            metrics |= self.image_metrics(pipeline, name)
+        return metrics
 
     def combinations(self, name: str) -> tuple[Tensor, Tensor]:
         """The factors (n, f) of every combination among the rows, and which each row (r,) shows."""
-        factors = torch.tensor([list(self.fresh[name][factor]) for factor in FACTORS]).T
+        factors = torch.tensor([list(self.rows[name][factor]) for factor in FACTORS]).T
         return factors.unique(dim=0, return_inverse=True)
 
-    def draw(self, teller: RopeMMPipeline, name: str) -> tuple[list[str], Tensor, Tensor]:
-        """A caption of each combination, its factors (n, f), and pictures of it (n, draws, ch, y, x)."""
+    def generate(self, pipeline: RopeMMPipeline, name: str) -> tuple[list[str], Tensor, Tensor]:
+        """A caption of each combination, its factors (n, f), and images of it (n, images, ch, y, x)."""
         combinations, which = self.combinations(name)
         first = [which.tolist().index(number) for number in range(len(combinations))]
-        said = [cast(str, self.fresh[name][row]["caption"]) for row in first]
-        prompts = [teller.prompt("text2image", words) for words in said for _ in range(self.config.draws)]
-        drawn = teller.generate_image(prompts, make_generator("lifelong")).unflatten(0, (len(said), -1))
-        return said, combinations, drawn
+        captions = [cast(str, self.rows[name][row]["caption"]) for row in first]
+        each = self.config.images_per_combination
+        prompts = [pipeline.prompt("text2image", caption) for caption in captions for _ in range(each)]
+        images = pipeline.generate_image(prompts, make_generator("lifelong"))
+        return captions, combinations, images.unflatten(0, (len(captions), -1))
 
     def spread(self, name: str) -> float:
-        """The standard deviation of a pixel among true pictures of one combination."""
+        """The standard deviation of a pixel among true images of one combination."""
         combinations, which = self.combinations(name)
-        true = torch.stack(self.pictures(self.fresh[name]))
-        alike = [true[which == number] for number in range(len(combinations))]
-        return torch.stack([each.var(0) for each in alike if len(each) > 1]).mean().sqrt().item()
+        true = torch.stack(self.images(self.rows[name]))
+        groups = [true[which == number] for number in range(len(combinations))]
+        return torch.stack([each.var(0) for each in groups if len(each) > 1]).mean().sqrt().item()
 
-    def evaluate(self, teller: RopeMMPipeline, name: str) -> Marks:
-        """Shares of old or new sprites: drawn right, drawn right at least once, told right of a picture.
+    def image_metrics(self, pipeline: RopeMMPipeline, name: str) -> Metrics:
+        """Shares of old or new sprites: images right, right at least once, captions right.
 
-        `spread` is the standard deviation of a pixel among drawings of one caption; of true pictures it is 1.
+        `spread` is the standard deviation of a pixel among images of one caption; of true images it is 1.
+
+        Args:
+            pipeline: of the model.
+            name: "old" or "new".
         """
-        _, asked, drawn = self.draw(teller, name)
-        seen = classify_sprites(drawn.flatten(0, 1))
-        found = torch.stack([seen[factor] for factor in FACTORS], 1).unflatten(0, drawn.shape[:2])
-        agrees = found == asked[:, None]
+        _, factors, images = self.generate(pipeline, name)
+        classes = classify_sprites(images.flatten(0, 1))
+        found = torch.stack([classes[factor] for factor in FACTORS], 1).unflatten(0, images.shape[:2])
+        agrees = found == factors[:, None]
         right = agrees.all(2)
-        rows = self.fresh[name].select(range(min(self.config.captions, len(self.fresh[name]))))
-        prompts = [teller.prompt("image2text", visual=picture) for picture in self.pictures(rows)]
-        told = teller.generate_text(prompts)
-        said = [
-            all(read_caption(words)[factor] == row[factor] for factor in FACTORS)
-            for words, row in zip(told, cast(Any, rows), strict=True)
-        ]
         return {
-            f"{name} drawn right": right.float().mean().item(),
+            f"{name} images right": right.float().mean().item(),
             f"{name} covered": right.any(1).float().mean().item(),
-            f"{name} spread": drawn.var(1).mean().sqrt().item() / self.spread(name),
-            f"{name} captioned right": mean(map(float, said)),
+            f"{name} spread": images.var(1).mean().sqrt().item() / self.spread(name),
+            f"{name} captions right": self.captions_right(pipeline, name),
             **{
-                f"{name} {factor} drawn right": agrees[..., i].float().mean().item()
+                f"{name} {factor} of images right": agrees[..., i].float().mean().item()
                 for i, factor in enumerate(FACTORS)
             },
         }
 
-    def pictures(self, rows: Dataset) -> list[Tensor]:
-        """The pictures (ch, y, x) of rows, in [-1, 1]."""
-        size, channels = self.config.data.size, self.config.data.channels
-        return [resize_center_crop(picture, size, channels) / 127.5 - 1 for picture in rows["image"]]
+    def captions_right(self, pipeline: RopeMMPipeline, name: str) -> float:
+        """The share of true images whose generated captions name all their factors."""
+        rows = self.rows[name].select(range(min(self.config.eval_captions, len(self.rows[name]))))
+        prompts = [pipeline.prompt("image2text", visual=image) for image in self.images(rows)]
+        captions = pipeline.generate_text(prompts)
+        right = [
+            all(read_caption(caption)[factor] == row[factor] for factor in FACTORS)
+            for caption, row in zip(captions, cast(Any, rows), strict=True)
+        ]
+        return mean(map(float, right))
 
-    def sheet(self, path: Path, tellers: Sequence[RopeMMPipeline], rows: int = 5, columns: int = 3) -> None:
-        """Old captions, then new ones; from left to right what each model draws, with gaps between."""
-        lines, pictures = [], []
-        for name in self.fresh:
-            drawn = [self.draw(teller, name) for teller in tellers]
-            said = drawn[0][0]
-            for row in range(0, len(said), -(-len(said) // rows)):
-                lines.append(said[row])
+    def images(self, rows: Dataset) -> list[Tensor]:
+        """The images (ch, y, x) of rows, in [-1, 1]."""
+        size, channels = self.config.data.size, self.config.data.channels
+        return [resize_center_crop(image, size, channels) / 127.5 - 1 for image in rows["image"]]
+
+    def sheet(self, path: Path, pipelines: Sequence[RopeMMPipeline], rows: int = 5, columns: int = 3) -> None:
+        """Write a sheet: old captions, then new ones; from left to right the images of each model.
+
+        Args:
+            path: the file.
+            pipelines: of the models.
+            rows: of each kind.
+            columns: of each model.
+        """
+        lines, images = [], []
+        for name in self.rows:
+            generated = [self.generate(pipeline, name) for pipeline in pipelines]
+            captions = generated[0][0]
+            for row in range(0, len(captions), -(-len(captions) // rows)):
+                lines.append(captions[row])
                 parts = [
                     part
-                    for _, _, made in drawn
-                    for part in (made[row, :columns], torch.ones_like(made[row, :1]))
+                    for _, _, found in generated
+                    for part in (found[row, :columns], torch.ones_like(found[row, :1]))
                 ]
-                pictures.append(torch.cat(parts[:-1]))
-        save_sheet(path, torch.cat(pictures), lines)
+                images.append(torch.cat(parts[:-1]))
+        save_sheet(path, torch.cat(images), lines)
 
 
-def report(marks: Mapping[str, Sequence[Marks]]) -> tuple[str, dict[str, float]]:
-    """The tables of all runs, and the mean difference of the losses of words, with its standard error."""
-    loss = {name: [mark["words"] for mark in marks[name]] for name in ("words", "pictures")}
-    lost = [
-        with_pictures - alone for with_pictures, alone in zip(loss["pictures"], loss["words"], strict=True)
-    ]
-    apart = {"difference": mean(lost), "error": stdev(lost) / len(lost) ** 0.5 if len(lost) > 1 else 0.0}
-    rows = [["words alone", markdown.spread(loss["words"], ".4f")]]
-    rows += [["words, and pictures by a critic", markdown.spread(loss["pictures"], ".4f")]]
-    rows += [["difference ± standard error", f"{apart['difference']:+.4f} ± {apart['error']:.4f}"]]
-    drawn = []
-    for name in filter("words".__ne__, marks["pictures"][0]):
-        shares = [[100 * mark[name] for mark in marks[phase]] for phase in PHASES]
-        drawn.append([name, *(markdown.spread(share, ".1f") for share in shares)])
-    words = markdown.table(["learned", "loss of words"], rows, "---:")
-    return f"{words}\n\n{markdown.table(['sprites, in %', *PHASES.values()], drawn, '---:')}\n", apart
+def report(metrics: Mapping[str, Sequence[Metrics]]) -> tuple[str, dict[str, float]]:
+    """The tables of all runs, and the mean difference of the text losses, with its standard error."""
+    loss = {name: [each["text loss"] for each in metrics[name]] for name in ("text", "images")}
+    differences = [images - text for images, text in zip(loss["images"], loss["text"], strict=True)]
+    error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+    difference = {"difference": mean(differences), "error": error}
+    rows = [["text alone", markdown.spread(loss["text"], ".4f")]]
+    rows += [["text, and images by a critic", markdown.spread(loss["images"], ".4f")]]
+    rows += [["difference ± standard error", f"{difference['difference']:+.4f} ± {error:.4f}"]]
+    lines = []
+    for name in filter("text loss".__ne__, metrics["images"][0]):
+        shares = [[100 * each[name] for each in metrics[phase]] for phase in PHASES]
+        lines.append([name, *(markdown.spread(share, ".1f") for share in shares)])
+    text = markdown.table(["trained on", "text loss"], rows, "---:")
+    return f"{text}\n\n{markdown.table(['sprites, in %', *PHASES.values()], lines, '---:')}\n", difference
 
 
-def write(config: Lifelong, marks: Mapping[str, Sequence[Marks]]) -> str:
-    """The tables, which are written with all marks."""
-    out, (text, apart) = Path(config.out), report(marks)
-    found = {"settings": asdict(replace(config, out="")), "difference of words": apart, "metrics": marks}
-    write_text(out / "lifelong.json", json.dumps(found, indent=1))
-    write_text(out / "table.md", text)
-    return f"{text}\n{out}/table.md, lifelong.json, lifelong.png"
+def write(config: Lifelong, metrics: Mapping[str, Sequence[Metrics]]) -> str:
+    """The tables, which are written with all metrics."""
+    output_dir, (text, difference) = Path(config.output_dir), report(metrics)
+    settings = asdict(replace(config, output_dir=""))
+    found = {"settings": settings, "difference of text losses": difference, "metrics": metrics}
+    write_text(output_dir / "lifelong.json", json.dumps(found, indent=1))
+    write_text(output_dir / "table.md", text)
+    return f"{text}\n{output_dir}/table.md, lifelong.json, lifelong.png"
 
 
 def main(config: Lifelong) -> None:
-    """Run what is not yet done, and tell after each seed what the runs so far say.
+    """Run what is not finished; the tables after each seed.
 
     Raises:
         ValueError: as `train/pretrain.py`; data of no use here.
     """
-    plan, exam, told = runs(config), LifelongEvaluator(config), ""
-    marks: dict[str, list[Marks]] = {name: [] for name in plan}
+    plan, evaluator, tables = runs(config), LifelongEvaluator(config), ""
+    metrics: dict[str, list[Metrics]] = {name: [] for name in plan}
     with tqdm(total=sum(map(len, plan.values())), desc="runs") as bar:
         for seed in range(config.seeds):
-            tellers = {}
+            pipelines = {}
             for name in (name for name, found in plan.items() if seed < len(found)):
-                bar.set_postfix_str(plan[name][seed].out)
-                tellers[name] = trained(plan[name][seed])
-                marks[name].append(exam.examine(tellers[name], drawing=name in PHASES))
+                bar.set_postfix_str(plan[name][seed].output_dir)
+                pipelines[name] = trained(plan[name][seed])
+                metrics[name].append(evaluator.evaluate(pipelines[name], images=name in PHASES))
                 bar.update()
-            told = write(config, marks)
+            tables = write(config, metrics)
             if not seed:
-                exam.sheet(Path(config.out) / "lifelong.png", [tellers[name] for name in PHASES])
-    print(told)
+                path = Path(config.output_dir) / "lifelong.png"
+                evaluator.sheet(path, [pipelines[name] for name in PHASES])
+    print(tables)
 
 
 if __name__ == "__main__":

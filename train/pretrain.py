@@ -1,18 +1,18 @@
-"""Pretrain on documents of words, pictures and clips in any order: to write, and to draw.
+"""Pretrain on documents of text, images and videos in any order: to generate text and to generate images.
 
     python train/pretrain.py --config configs/pretrain/tiny.yaml
     accelerate launch --config_file configs/accelerate/ddp.yaml train/pretrain.py --config ...
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train/pretrain.py --config ...
 
-The same command again resumes where the last checkpoint stopped; --restart begins anew, --dry-run prints the
-resolved configuration, Ctrl-C and SIGTERM save and stop. OUT/model is then for train/evaluate.py. The batch
-is that of all processes together, so that a run may go on with another number of them.
+The same command again resumes from the last checkpoint, on any number of processes; --restart starts anew,
+--dry-run checks and prints the configuration, Ctrl-C and SIGTERM save and stop. train/generate.py generates
+with OUTPUT_DIR/model.
 """
 
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data import load_documents, make_generator
+from rope_mm.data import MapDocuments, load_documents, make_generator
 from rope_mm.data.documents import DocumentDataset
 from rope_mm.evaluation.samples import write_samples
 from rope_mm.evaluation.sprites import SPRITE_EVALUATORS
@@ -30,241 +30,326 @@ from rope_mm.models.backends import with_attention
 from rope_mm.models.configuration_rope_mm import config_for
 from rope_mm.models.pipeline import GenerationSpec, RopeMMPipeline
 from rope_mm.models.tokenizers import check_words
-from rope_mm.training.config import at_least, run
+from rope_mm.training.checkpoint import Count, Stateful
+from rope_mm.training.config import check_options, option, run
 from rope_mm.training.dataset import PackedDocumentDataset
-from rope_mm.training.ema import Count, Ema
+from rope_mm.training.distributed import all_reduce_sum
+from rope_mm.training.ema import Ema
+from rope_mm.training.fingerprint import fingerprint_rows
 from rope_mm.training.gan import GANConfig
 from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.loop import Run, fingerprint, launch
-from rope_mm.training.packing import Packer, to_device
+from rope_mm.training.packing import PackedBatch, Packer, to_device
 from rope_mm.training.pretrain import BatchTotals, PretrainOptim, PretrainTrainer
+from rope_mm.training.run_dir import Identity, check_initial_run, load_initial_run
 from rope_mm.training.throughput import FlopCounter
-from rope_mm.training.warm_start import check_start, load_start
 
-# what weights and optimisers depend on: a run that starts from another one's keeps it
-KEPT = ["tokenizer", "data.channels", "data.streaming", "rope", "model", "head"]
+# keys on which weights and optimizers depend: a run that starts from another one keeps them
+KEPT = ["tokenizer", "data.channels", "data.streaming", "rope", "model", "image_head"]
 KEPT += ["optim.betas", "optim.critic_betas", "optim.weight_decay"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where rows come from, and how they are told: columns in braces, {image:generate} is to be drawn."""
+    """Where rows come from, and how templates make documents of them."""
 
-    paths: list[str] = field(default_factory=lambda: ["digits"])
-    templates: list[str] = field(
-        default_factory=lambda: ["{caption}{image:generate}", "{image} what is it? {caption}"]
+    paths: list[str] = option(["digits"], "embedded sources, folders, files or hub names")
+    templates: list[str] = option(
+        ["{caption}{image:generate}", "{image} what is it? {caption}"],
+        "text with columns in braces; images of {image:generate} are generated, others only read",
     )
-    where: dict[str, list[Any]] = field(default_factory=dict)  # column -> its values in the rows to take
-    size: int = 8
-    channels: int = 1
-    background: str = "white"  # the colour under what is transparent, where channels is 1 or 3
-    join: int = 1  # rows in a document
-    streaming: bool = False  # read rows as they come, and hold only some
-    shuffle: int = 1_000  # rows of streams that are shuffled together; 0 leaves them as they are
-    held_out: int = 256  # rows of a stream, the first ones of its test split or else its own, for samples
-    strict: bool = False  # stop at what cannot be read or is too long, where otherwise it is left out
+    filter: dict[str, list[Any]] = option({}, "column -> its values in the rows to use")
+    size: int = option(8, "pixels of a side", minimum=1)
+    channels: int = option(1, "1 grey, 3 RGB, 4 RGBA")
+    background: str = option("white", "colour under what is transparent, where channels is 1 or 3")
+    rows_per_document: int = option(1, "rows joined in a document", minimum=1)
+    streaming: bool = option(False, "read rows as they come, and hold only some")
+    shuffle: int = option(1_000, "rows of streams that are shuffled together; 0: none", minimum=0)
+    eval_samples: int = option(
+        256, "rows of a stream held out, from its test split or else its own first ones", minimum=1
+    )
+    strict: bool = option(False, "stop at a row that cannot be read or is too long, instead of skipping it")
+    changed: bool = option(False, "resume although the data has changed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Run):
-    """Pretrain on documents of words and pictures; the same command again resumes, --restart begins anew."""
+    """Pretrain on documents of text and images; the same command again resumes, --restart starts anew."""
 
-    out: str = "runs/pretrain"
-    start: str = ""  # the out of another run, done: its words, weights, average, critic and optimisers
-    steps: int = 2_000
-    batch: int = 64  # documents a step, of all processes together
-    accumulate: int = 1  # parts of them that a process reads one after another
-    length: int = 256  # tokens, drafts included, that documents are packed to
-    tokenizer: str = "bytes"  # or words, of rows that data.where leaves out, too; a folder or a hub name
-    data: Data = field(default_factory=Data)
-    rope: dict[str, Any] = field(default_factory=lambda: {"scheme": "rope-tv-causal"})
-    model: dict[str, Any] = field(default_factory=dict)  # fields of RopeMMConfig
-    head: str = "flow"  # mse, flow or adversarial
-    picture_weight: float = 1.0  # of the loss of pictures, that of words being 1
-    guidance: float = 1.0  # by words in drawing; above 1 some documents must draw without words
-    loss: GANConfig = field(default_factory=GANConfig)  # of the adversarial head
-    optim: PretrainOptim = field(default_factory=PretrainOptim)
-    attention: str = "sdpa"  # or eager, or on GPUs flex_attention
-    compile: str = ""  # a backend of torch.compile, such as inductor; "" compiles nothing
-    checkpointing: bool = False  # blocks computed anew in the backward, to save memory
-    ema: float = 0.995
-    workers: int = 0  # processes that prepare batches ahead
+    output_dir: str = option("runs/pretrain", "the run's folder; the same command resumes the run in it")
+    init_from: str = option(
+        "", "output_dir of a finished run, whose weights, average and optimizers are loaded"
+    )
+    steps: int = option(2_000, "steps of the optimizers; a larger number extends a finished run", minimum=1)
+    global_batch_size: int = option(64, "documents of a step, of all processes together", minimum=1)
+    gradient_accumulation_steps: int = option(
+        1, "parts of a batch that a process computes in turn", minimum=1
+    )
+    max_length: int = option(256, "tokens of a row of packed documents, noisy copies included", minimum=1)
+    tokenizer: str = option("bytes", "bytes, words (of all rows, filtered ones too), a folder or a hub name")
+    data: Data = option(Data(), "what to train on")
+    rope: dict[str, Any] = option({}, "the scheme and its fields", fill={"scheme": "rope-tv-causal"})
+    model: dict[str, Any] = option({}, "fields of RopeMMConfig")
+    image_head: str = option("flow", "how images are learned", choices=IMAGE_HEADS)
+    image_loss_weight: float = option(1.0, "of the image loss, that of the text loss being 1", minimum=0)
+    guidance_scale: float = option(
+        1.0, "of sampling; above 1 a template must generate images without text before", minimum=0
+    )
+    loss: GANConfig = option(GANConfig(), "the objective of the adversarial head")
+    optim: PretrainOptim = option(PretrainOptim(), "the optimizers")
+    attn_implementation: str = option("sdpa", "or eager, or on GPUs flex_attention")
+    compile: str = option("", "a backend of torch.compile, such as inductor; empty: none")
+    gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass, to save memory")
+    ema_decay: float = option(0.995, "of the average of the model's weights", minimum=0, below=1)
+    num_workers: int = option(0, "processes that prepare batches ahead", minimum=0)
 
-    free: ClassVar[tuple[str, ...]] = (*Run.free, "workers", "data.strict")
+    resumable_keys: ClassVar[tuple[str, ...]] = (
+        *Run.resumable_keys,
+        *("num_workers", "data.strict", "data.changed"),
+    )
 
 
 class Training:
-    """The model, what it learns from, and the critic where the head has one."""
+    """The model, its data, and the critic where the image head needs one.
+
+    Args:
+        config: of the run.
+        accelerator: devices and processes.
+
+    Raises:
+        ValueError: a configuration or data that cannot be used.
+    """
 
     def __init__(self, config: Pretrain, accelerator: Accelerator):
-        if config.batch < (turns := accelerator.num_processes * config.accumulate):
-            raise ValueError(f"batch {config.batch} has no document for some of {turns} turns of processes")
-        if turns > 1 and IMAGE_HEADS[config.head].critical and GAN_LOSSES[config.loss.name].of_means:
-            raise ValueError(
-                f"loss.name {config.loss.name} compares scores with means over the batch, of which each of "
-                f"{turns} turns of processes reads a part; take one process and accumulate 1, or rpgan"
-            )
-        self.config, self.accelerator, self.head = config, accelerator, IMAGE_HEADS[config.head]
-        chosen = asdict(config.data)
-        del chosen["strict"]
-        documents, self.held_out = load_documents(**chosen)
-        tokenizer = take_words(config, documents) if config.start else find_words(config, documents)
+        check_turns(config, accelerator.num_processes)
+        self.config, self.accelerator, self.head = config, accelerator, IMAGE_HEADS[config.image_head]
+        self.documents, self.held_out = load_data(config.data)
+        load = load_initial_tokenizer if config.init_from else find_tokenizer
+        tokenizer = load(config, self.documents)
         torch.manual_seed(config.seed)
         settings = config_for(tokenizer, config.data.channels, config.rope, config.model)
-        settings = with_attention(settings, config.attention, accelerator.device)
+        settings = with_attention(settings, config.attn_implementation, accelerator.device)
         self.processor = RopeMMProcessor.from_config(settings, tokenizer)
-        packer = Packer(self.processor, config.length, self.head.times, self.head.critical)
-        every = accelerator.num_processes, accelerator.process_index, config.accumulate
-        self.feed = PackedDocumentDataset(documents, packer, config.seed, config.batch, *every)
-        self.exam = PackedDocumentDataset(
-            self.held_out, replace(packer, whole=False), config.seed, config.batch
-        )
+        self.make_datasets()
         model = RopeMMForConditionalGeneration(settings)
-        self.average, self.left_out = Ema(model, config.ema), Count()
-        how = accelerator, config.picture_weight, config.compile, config.checkpointing
-        self.learner = PretrainTrainer(model, config.head, config.optim, config.loss, *how)
-        stream = [documents] if config.data.streaming else []
-        accelerator.register_for_checkpointing(self.average, self.left_out, *stream)
-        self.tokens, self.flops, self.cost = 0, 0.0, FlopCounter.of(self.average.model)
-        form = GenerationSpec.of(self.held_out, config.data.templates, self.head.steps, config.guidance)
-        self.teller = RopeMMPipeline(self.average.model, self.processor, form)
+        self.average, self.skipped = Ema(model, config.ema_decay), Count()
+        options = accelerator, config.image_loss_weight, config.compile, config.gradient_checkpointing
+        self.trainer = PretrainTrainer(model, config.image_head, config.optim, config.loss, *options)
+        self.tokens, self.generated, self.flops = 0, 0, 0.0
+        self.counter = FlopCounter.of(self.average.model)
+        spec = GenerationSpec.of(self.held_out, config.data.templates, self.head.steps, config.guidance_scale)
+        self.pipeline = RopeMMPipeline(self.average.model, self.processor, spec)
 
-    def identity(self) -> str:
-        """All that the run depends on; a batch is of all processes, however many they are."""
-        return fingerprint(self.config)
+    def make_datasets(self) -> None:
+        """The data sets of packed batches, to train on and held out."""
+        config, accelerator = self.config, self.accelerator
+        packer = Packer(self.processor, config.max_length, self.head.sample_time, self.head.needs_critic)
+        shares = accelerator.num_processes, accelerator.process_index, config.gradient_accumulation_steps
+        size, seed = config.global_batch_size, config.seed
+        self.dataset = PackedDocumentDataset(self.documents, packer, seed, size, *shares)
+        self.eval_dataset = PackedDocumentDataset(
+            self.held_out, replace(packer, for_critic=False), seed, size
+        )
+
+    def identity(self) -> Identity:
+        """All that the run depends on."""
+        splits = {"train": self.documents, "held_out": self.held_out}
+        data = {name: fingerprint_rows(documents.sources) for name, documents in splits.items()}
+        return Identity(fingerprint(self.config), data, self.config.optim.constant)
+
+    def describe(self) -> str:
+        """Scheme, model and data, for a dry run."""
+        rows = [
+            len(d) if isinstance(d, MapDocuments) else "streamed" for d in (self.documents, self.held_out)
+        ]
+        return (
+            f"scheme: {self.processor.scheme}\nmodel: {self.average.model.num_parameters()} weights\n"
+            f"data: {rows[0]} rows, {rows[1]} held out"
+        )
+
+    def states(self) -> dict[str, Stateful]:
+        """What a checkpoint holds beside models and optimizers."""
+        states: dict[str, Any] = {"ema": self.average, "skipped_documents": self.skipped}
+        if self.trainer.critic:
+            states["lecam"] = self.trainer.critic.loss.lecam
+        if self.config.data.streaming:
+            states["stream"] = self.documents
+        return states
 
     def begin(self, step: int) -> None:
-        """Make ready to go on from a step."""
-        if self.config.start and not step:
-            load_start(Path(self.config.start), self.accelerator)
-            self.left_out.count, self.feed.documents.mark = 0, None
-        self.readings = self.feed.readings(step, self.config.steps, self.config.workers)
+        """Load the run to start from, and prepare to read on at a step."""
+        if self.config.init_from and not step:
+            load_initial_run(Path(self.config.init_from), self.accelerator)
+            self.skipped.count, self.documents.mark = 0, None
+        self.loader = self.dataset.make_loader(step, self.config.steps, self.config.num_workers)
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """An update of the model, and of its critic; what all processes lost."""
-        self.learner.set_rates(step, self.config.steps)
-        readings = [next(self.readings) for _ in range(self.config.accumulate)]
-        self.feed.documents.mark = readings[-1].mark  # which a worker made
-        left_out = [reason for reading in readings for reason in reading.left_out]
-        missing = self.name(left_out)
-        packs = [to_device(reading.pack, self.accelerator.device) for reading in readings]
-        counts = torch.tensor([(*pack.counts, 0) for pack in packs], dtype=torch.float64).sum(0)
-        counts[-1] = missing
-        tokens, pairs, *totals, missing = self.total(counts).tolist()
-        if step == 0 and missing == self.config.batch:
-            raise ValueError(
-                f"none of the first {self.config.batch} documents can be learned from: {left_out[0]}"
-            )
-        self.tokens += int(tokens)
-        self.flops += self.cost.flops(tokens, pairs)  # of the model; a critic's are its rival's
-        self.left_out.count += int(missing)
+        """A step of the critic, if there is one, and of the model; the losses of all processes."""
+        self.trainer.update_schedules(step, self.config.steps)
+        batches = [next(self.loader) for _ in range(self.config.gradient_accumulation_steps)]
+        self.documents.mark = batches[-1].stream_state  # made by a worker
+        totals = self.count(step, batches)
+        batches = [to_device(batch, self.accelerator.device) for batch in batches]
         process = self.accelerator
-        probes = make_generator(
+        generator = make_generator(
             self.config.seed, "probes", step, process.process_index, device=process.device
         )
-        terms = self.learner.learn(packs, BatchTotals(*totals), probes)
-        self.average.update(self.learner.model)
-        losses = self.total(torch.stack([term.float() for term in terms.values()]))
-        lost = dict(zip(terms, losses, strict=True))
-        return lost | ({"left_out": torch.tensor(self.left_out.count)} if self.left_out.count else {})
+        terms = self.trainer.train_step(batches, totals, generator)
+        self.average.update(self.trainer.model)
+        losses = all_reduce_sum(process, torch.stack([term.float() for term in terms.values()]))
+        found = present(dict(zip(terms, losses, strict=True)), totals)
+        found["lr"] = torch.tensor(self.trainer.optimizer.param_groups[0]["lr"], dtype=torch.float64)
+        if self.skipped.count:
+            found["skipped_documents"] = torch.tensor(self.skipped.count)
+        return found
 
-    def name(self, left_out: list[str]) -> int:
-        """Say which documents this process leaves out, and why; how many.
+    def count(self, step: int, batches: list[PackedBatch]) -> BatchTotals:
+        """The totals of a step's batches over all processes, added to what the run has read.
 
         Raises:
-            ValueError: the first of them, where data.strict is set.
+            ValueError: no document of the first step can be read; a skipped one where `data.strict` is set.
         """
-        if left_out and self.config.data.strict:
-            raise ValueError(
-                f"{left_out[0]}; repair it, or go on without its document by --data.strict false"
-            )
-        for reason in left_out:
-            print(f"left out: {reason}", file=sys.stderr, flush=True)
-        return len(left_out)
+        skipped = [reason for batch in batches for reason in batch.skipped]
+        self.report_skipped(skipped)
+        counts = torch.tensor([batch.counts for batch in batches], dtype=torch.float64).sum(0)
+        counts = torch.cat([counts, counts.new_tensor([len(skipped)])])
+        tokens, pairs, *totals, missing = all_reduce_sum(self.accelerator, counts).tolist()
+        if step == 0 and missing == self.config.global_batch_size:
+            size = self.config.global_batch_size
+            raise ValueError(f"none of the first {size} documents can be learned from: {skipped[0]}")
+        totals = BatchTotals(*totals)
+        self.tokens += int(tokens)
+        self.generated += int(totals.patches)
+        self.flops += self.counter.flops(tokens, pairs)  # of the model, without the critic's
+        self.skipped.count += int(missing)
+        return totals
 
-    def total(self, numbers: Tensor) -> Tensor:
-        """The sum of all processes' numbers."""
-        if self.accelerator.num_processes == 1:
-            return numbers
-        return cast(Tensor, self.accelerator.reduce(numbers.to(self.accelerator.device), "sum"))
+    def report_skipped(self, skipped: list[str]) -> None:
+        """Say which documents this process skips, and why.
+
+        Raises:
+            ValueError: the first of them, where `data.strict` is set.
+        """
+        if skipped and self.config.data.strict:
+            raise ValueError(f"{skipped[0]}; repair it, or skip its document by --data.strict false")
+        for reason in skipped:
+            print(f"skipped: {reason}", file=sys.stderr, flush=True)
 
     def batches(self, step: int) -> list[Any]:
-        """The rows of a step's documents, and this process's share as the model reads it."""
-        parts = self.config.accumulate
-        packs = [self.feed[turn].pack for turn in range(step * parts, (step + 1) * parts)]
-        rows = self.feed.documents.batch(self.config.seed, step, self.config.batch)
-        return [{"rows": rows, **pack.inputs(), "labels": pack.labels} for pack in packs]
+        """The rows of a step's documents, and this process's batches as the model reads them."""
+        parts = self.config.gradient_accumulation_steps
+        packed = [self.dataset[number] for number in range(step * parts, (step + 1) * parts)]
+        rows = self.documents.batch(self.config.seed, step, self.config.global_batch_size)
+        return [{"rows": rows, **batch.inputs(), "labels": batch.labels} for batch in packed]
 
     @torch.no_grad()
-    def look(self, path: Path) -> dict[str, float]:
-        """Samples and marks of the averaged model on held-out documents."""
+    def evaluate(self, path: Path) -> dict[str, float]:
+        """Samples and metrics of the averaged model on held-out documents."""
         if not self.accelerator.is_main_process:
             return {}
-        pack = to_device(self.exam[0].pack, self.accelerator.device)
-        out = self.average.model(**pack.inputs(), labels=pack.labels)
-        marks = {"held_out_words": float(out.loss)} if pack.words else {}
-        if self.learner.rival is None and len(pack.noise):
-            lost = self.head.loss(out.patches[pack.draft], pack.target) / len(pack.noise)
-            marks[f"held_out_{self.config.head}"] = float(lost)
+        batch = to_device(self.eval_dataset[0], self.accelerator.device)
+        out = self.average.model(**batch.inputs(), labels=batch.labels)
+        metrics = {"eval_loss/text": float(out.loss)} if batch.predicted else {}
+        if self.trainer.critic is None and len(batch.noise):
+            loss = self.head.loss(out.patches[batch.noisy], batch.target) / len(batch.noise)
+            metrics["eval_loss/image"] = float(loss)
         for source in filter(SPRITE_EVALUATORS.__contains__, self.config.data.paths):
-            marks |= SPRITE_EVALUATORS[source].evaluate(self.teller, self.held_out)
-        return marks | write_samples(self.teller, self.held_out, path)
+            metrics |= SPRITE_EVALUATORS[source].evaluate(self.pipeline, self.held_out)
+        return metrics | write_samples(self.pipeline, self.held_out, path)
 
     def save_model(self, path: Path) -> None:
-        """Write the averaged model, its processor and what it was taught, for `evaluate.py`."""
+        """Write the averaged model, its processor and templates, for `train/generate.py`."""
         if self.accelerator.is_main_process:
-            self.teller.save_pretrained(path)
+            self.pipeline.save_pretrained(path)
 
-    def remarks(self) -> dict[str, float]:
-        """How many documents could not be read, where some could not."""
-        return {"left_out": self.left_out.count} if self.left_out.count else {}
+    def extra_results(self) -> dict[str, float]:
+        """The number of skipped documents, where there are any."""
+        return {"skipped_documents": self.skipped.count} if self.skipped.count else {}
 
 
-def find_words(config: Pretrain, documents: DocumentDataset) -> PreTrainedTokenizerBase:
-    """The tokenizer named; one of the data's words knows those of all rows, also of those left for later."""
-    if config.data.where:
-        whole: dict[str, Any] = asdict(config.data) | {"where": {}}
-        del whole["strict"]
-        documents, _ = load_documents(**whole)
+def present(terms: dict[str, Tensor], totals: BatchTotals) -> dict[str, Tensor]:
+    """The terms of a step but those that nothing in it contributes to."""
+    absent = ("loss/text",) * (not totals.predicted) + ("loss/image",) * (not totals.patches)
+    critic = ("loss/critic", "penalty/", "score/") if not totals.documents else ()
+    return {name: term for name, term in terms.items() if name not in absent and not name.startswith(critic)}
+
+
+def load_data(data: Data) -> tuple[DocumentDataset, MapDocuments]:
+    """Documents to train on, and held-out ones."""
+    return load_documents(
+        data.paths,
+        where=data.filter,
+        streaming=data.streaming,
+        shuffle=data.shuffle,
+        held_out=data.eval_samples,
+        templates=data.templates,
+        size=data.size,
+        channels=data.channels,
+        join=data.rows_per_document,
+        background=data.background,
+    )
+
+
+def find_tokenizer(config: Pretrain, documents: DocumentDataset) -> PreTrainedTokenizerBase:
+    """The tokenizer named; one of the data's words knows those of all rows, also of filtered ones."""
+    if config.data.filter:
+        documents, _ = load_data(replace(config.data, filter={}))
     return load_tokenizer(config.tokenizer, documents.texts())
 
 
-def take_words(config: Pretrain, documents: DocumentDataset) -> PreTrainedTokenizerBase:
+def load_initial_tokenizer(config: Pretrain, documents: DocumentDataset) -> PreTrainedTokenizerBase:
     """The tokenizer of the run to start from.
 
     Raises:
-        ValueError: one that does not fit, documents with words that it lacks.
+        ValueError: a run that does not fit, documents with words that its tokenizer lacks.
     """
-    check_start(start := Path(config.start), fingerprint(config), KEPT)
-    tokenizer = load_tokenizer(str(start / "model"))
+    check_initial_run(folder := Path(config.init_from), fingerprint(config), KEPT)
+    tokenizer = load_tokenizer(str(folder / "model"))
     if config.tokenizer == "words":
         check_words(tokenizer, documents.texts())
     return tokenizer
 
 
+def check_turns(config: Pretrain, processes: int) -> None:
+    """Refuse a batch that leaves a micro-batch without a document, and one cut up where the loss needs it."""
+    turns = processes * config.gradient_accumulation_steps
+    if config.global_batch_size < turns:
+        raise ValueError(
+            f"global_batch_size {config.global_batch_size} has no document for some of {turns} micro-batches "
+            f"of {processes} processes; raise it, or lower gradient_accumulation_steps"
+        )
+    if turns > 1 and IMAGE_HEADS[config.image_head].needs_critic and GAN_LOSSES[config.loss.name].of_means:
+        raise ValueError(
+            f"loss.name {config.loss.name} compares scores with means over the batch, of which each of "
+            f"{turns} micro-batches is a part; use one process and gradient_accumulation_steps 1, or rpgan"
+        )
+
+
 def check(config: Pretrain) -> None:
-    """Refuse numbers that make no run.
+    """Refuse values that make no run.
 
     Raises:
         ValueError: with the key and its value.
     """
-    at_least(1, config, "batch", "accumulate", "length")
-    at_least(0, config, "workers")
-    at_least(0, config.data, "shuffle")
-    at_least(1, config.data, "held_out")
-    if config.data.join < 1 or not config.data.paths or not config.data.templates:
-        raise ValueError("data.join must be at least 1, and data.paths and data.templates name something")
+    check_options(config)
+    for name in ("paths", "templates"):
+        if not getattr(config.data, name):
+            raise ValueError(f"data.{name} must name at least one, not []")
 
 
 def main(config: Pretrain, training: type[Training] = Training) -> None:
-    """Train, resume or print, as the configuration says.
+    """Train, resume or check, as the configuration says.
+
+    Args:
+        config: of the run.
+        training: what is trained.
 
     Raises:
         ValueError: a configuration, data or a checkpoint that cannot be used.
     """
     check(config)
     disable_progress_bar()
-    # a process whose documents have no picture leaves weights without a gradient
+    # a process whose documents have no image leaves weights without a gradient
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     launch(training, config, kwargs_handlers=[unused])
 

@@ -1,8 +1,8 @@
 """The theory behind the adversarial losses, run: every figure and number from its equation.
 
-    python train/theory.py --out runs/theory
+    python train/theory.py --output_dir runs/theory
 
-Two minutes on one core. Wants matplotlib: pip install rope-mm[plots].
+Two minutes on one core. It needs matplotlib: pip install rope-mm[plots].
 """
 
 import json
@@ -33,18 +33,18 @@ from rope_mm.theory.flow import (
     raw,
     transport,
 )
-from rope_mm.training.config import run
+from rope_mm.training.config import option, run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Theory:
     """Draw the Dirac-GAN's dynamics, flows of particles, MonoFlow and the bias of finite differences.
 
-    Writes OUT/<chapter>.png as each chapter is done, and at the end OUT/theory.json with all their numbers.
+    Writes OUTPUT_DIR/<chapter>.png after each chapter, and at the end theory.json with all numbers.
     """
 
-    out: str = "runs/theory"
-    seed: int = 0  # of Langevin's noise, the generators' batches and the critic of the last chapter
+    output_dir: str = option("runs/theory", "folder of the figures and numbers")
+    seed: int = option(0, "of Langevin's noise, generators' batches and the critic of the last chapter")
 
 
 START = torch.tensor([[0.1, 0.2], [0.2, 0.1]], dtype=torch.float64)  # kexue.fm/archives/6583
@@ -61,7 +61,7 @@ PORTRAITS = {
 
 
 def portraits(figure: Any, seed: int) -> dict:
-    """Where five games in the plane go from the article's start."""
+    """Trajectories of five games in the plane from the article's start."""
     numbers = {}
     for axes, (name, (game, shown, end)) in zip(figure.subplots(1, 5), PORTRAITS.items(), strict=True):
         theta = flow(game.field, START, torch.linspace(0, shown, 2000), 1e-7)[:, 1]
@@ -194,7 +194,7 @@ def monoflow(figure: Any, seed: int) -> dict:
     """MonoFlow's table: a generator of a Gaussian under each increasing h, and under raw f(r)."""
     numbers, (left, right) = {}, figure.subplots(1, 2)
     rows = [(left, f"h {name}", h, 0.01) for name, h in MONOTONE.items()]
-    # raw Neyman is left out: its mean E q²/p is infinite where q is wider than p
+    # without raw Neyman: its mean E q²/p is infinite where q is wider than p
     rows += [
         (right, f"raw f {name}", raw(F_DIVERGENCES[name]), 0.001)
         for name in ("reverse-kl", "gan", "kl", "pearson", "hellinger", "js")
@@ -272,21 +272,21 @@ CHAPTERS = {
 
 
 def main(config: Theory) -> None:
-    """Run every chapter; its figure as it is done, theory.json at the end.
+    """Run every chapter; a figure after each, theory.json at the end.
 
     Raises:
         ValueError: no matplotlib.
     """
-    out, numbers = Path(config.out), {}
+    output_dir, numbers = Path(config.output_dir), {}
     for name in (bar := tqdm(CHAPTERS, desc="theory")):
         bar.set_postfix_str(name)
         chapter, size = CHAPTERS[name]
         figure, began = new_figure(*size), time.perf_counter()
         numbers[name] = chapter(figure, config.seed)
         numbers[name]["seconds"] = round(time.perf_counter() - began, 1)
-        save_figure(out / f"{name}.png", figure, dpi=120)
-    write_text(out / "theory.json", json.dumps(numbers, indent=1, ensure_ascii=False))
-    print(f"{len(numbers)} figures and their numbers: {out}/theory.json")
+        save_figure(output_dir / f"{name}.png", figure, dpi=120)
+    write_text(output_dir / "theory.json", json.dumps(numbers, indent=1, ensure_ascii=False))
+    print(f"{len(numbers)} figures and their numbers: {output_dir}/theory.json")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Image head against critic: one step of each on real and drawn patches of the same captions."""
+"""Adversarial training of an image head on captioned images: steps of the critic and of the generator."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -10,56 +10,110 @@ from torch import Tensor, nn
 
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.models.modeling_rope_mm import RopeMMCritic, RopeMMForConditionalGeneration
-from rope_mm.models.sequences import SequenceBatch
-from rope_mm.training.contest import AdversarialLoss
-from rope_mm.training.distributed import all_gather_with_grad
-from rope_mm.training.gan import GANConfig
-from rope_mm.training.prepare import prepare_model
+from rope_mm.training.config import option
+from rope_mm.training.distributed import grad_norm, no_sync_if, prepare_model
+from rope_mm.training.gan import AdversarialLoss, CriticBatch, GANConfig
 from rope_mm.training.schedule import SCHEDULES
+
+SharedBatch = TypeVar("SharedBatch", bound=CriticBatch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialOptim:
-    """AdamW for each player; rates, beta2 and the gammas of the penalties go along the schedule.
+    """AdamW of generator and critic; rates, beta2 and gammas follow the schedule to their final values."""
 
-    `final` and `final_gamma` are parts of what they start from; they are reached at `until` of the run.
-    """
+    lr: float = option(1e-3, "learning rate of the generator", minimum=0)
+    critic_lr: float = option(1e-3, "learning rate of the critic", minimum=0)
+    betas: tuple[float, float] = option((0.0, 0.99), "of AdamW", minimum=0, below=1)
+    weight_decay: float = option(0.0, "of AdamW", minimum=0)
+    schedule: str = option("linear", "from the first values to the final ones", choices=SCHEDULES)
+    decay_until: float = option(1.0, "part of the run at which they are reached", above=0, maximum=1)
+    final_lr_ratio: float = option(1.0, "final rates over the first ones", minimum=0)
+    final_beta2: float | None = option(None, "null: beta2 stays", minimum=0, below=1)
+    final_gamma: float = option(1.0, "final gammas of penalties over the first ones", minimum=0)
 
-    lr: float = 1e-3
-    critic_lr: float = 1e-3
-    betas: tuple[float, float] = (0.0, 0.99)
-    weight_decay: float = 0.0
-    schedule: str = "linear"
-    until: float = 1.0
-    final: float = 1.0
-    final_beta2: float | None = None  # None: beta2 stays
-    final_gamma: float = 1.0
+    @property
+    def constant(self) -> bool:
+        """Whether nothing changes along the schedule, so that the number of steps changes no step."""
+        return self.final_lr_ratio == self.final_gamma == 1 and self.final_beta2 in (None, self.betas[1])
 
 
 @dataclass(frozen=True)
-class AdversarialBatch:
-    """Captions as sequences, with real patches and noise (b, n, p) for them.
+class AdversarialBatch(CriticBatch):
+    """Captions with places for patches, their real patches, and noise from which to generate.
 
-    `view` augments patches, row i with draw i modulo b; `probes` draws what penalties need.
+    Attributes:
+        noise: patches (b, n, p).
     """
 
-    sequences: SequenceBatch
-    real: Tensor
-    noise: Tensor
-    view: Callable[[Tensor], Tensor] = lambda patches: patches
-    probes: torch.Generator | None = None
+    noise: Tensor = field(default_factory=Tensor)
+
+
+class CriticTrainer:
+    """A critic, its optimizer, and the loss by which it trains and is trained against.
+
+    Args:
+        critic: reads token ids and patches; wrapped where there are several processes.
+        optimizer: of its weights.
+        loss: of critic and generator.
+        accelerator: devices and processes.
+    """
+
+    def __init__(
+        self,
+        critic: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: AdversarialLoss,
+        accelerator: Accelerator,
+    ):
+        self.critic, self.optimizer, self.loss, self.accelerator = critic, optimizer, loss, accelerator
+
+    def step(
+        self,
+        batch: CriticBatch,
+        fake: Tensor,
+        *,
+        weight: float = 1.0,
+        gamma_scale: float = 1.0,
+        last: bool = True,
+    ) -> dict[str, Tensor]:
+        """One step of the critic; its loss, penalties and mean scores.
+
+        Args:
+            batch: sequences and their real patches.
+            fake: generated patches (b, n, p).
+            weight: factor of the loss, such that the mean over processes of the sum of a step's batches is
+                the mean over all sequences.
+            gamma_scale: factor of the gammas of penalties.
+            last: whether this is the step's last batch; gradients accumulate until then.
+        """
+        self.accelerator.unwrap_model(self.critic).requires_grad_(True)
+        with no_sync_if(self.accelerator, self.critic, not last), self.loss.penalties.attention():
+            total, terms = self.loss.critic_loss(self.critic, batch, fake.detach(), weight, gamma_scale)
+            self.accelerator.backward(total * weight)
+        if last:
+            terms["grad_norm/critic"] = grad_norm(self.critic)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return {name: term.detach() for name, term in terms.items()}
+
+    def generator_loss(self, batch: CriticBatch, fake: Tensor) -> Tensor:
+        """The loss of generated patches (b, n, p); its gradient goes to them, not to the critic's weights."""
+        # frozen, so that no gradient of the critic is made or synchronised
+        critic = self.accelerator.unwrap_model(self.critic).requires_grad_(False)
+        return self.loss.generator_loss(critic, batch, fake)
 
 
 class AdversarialTrainer:
-    """Two players of one configuration, their optimisers, and the loss that they play for.
+    """A generator and a critic of one configuration, and their optimizers.
 
     Args:
         model: the configuration of both.
-        objective: what they play for.
-        optim: how they learn.
-        accelerator: devices, processes, bf16 and how many batches make a step.
-        compile: a backend of torch.compile, such as "inductor"; "" leaves both uncompiled.
-        checkpointing: whether blocks are computed anew in the backward instead of kept.
+        loss: the objective.
+        optim: rates and their schedule.
+        accelerator: devices, processes and bf16.
+        compile: a backend of torch.compile, such as "inductor"; "" compiles nothing.
+        checkpointing: whether blocks are recomputed in the backward pass instead of kept.
 
     Raises:
         ValueError: an unknown loss, penalty, distance or schedule, a method that does not fit, mixed fp16.
@@ -68,93 +122,114 @@ class AdversarialTrainer:
     def __init__(
         self,
         model: RopeMMConfig,
-        objective: GANConfig,
+        loss: GANConfig,
         optim: AdversarialOptim,
         accelerator: Accelerator,
         compile: str = "",
         checkpointing: bool = False,
     ):
-        self.accelerator, self.optim = accelerator, optim
-        self.schedule, self.gamma = SCHEDULES[optim.schedule], 1.0
+        self.accelerator, self.optim, self.compiled = accelerator, optim, bool(compile)
+        self.schedule, self.gamma_scale = SCHEDULES[optim.schedule], 1.0
         generator, critic = RopeMMForConditionalGeneration(model), RopeMMCritic(model)
-        self.contest = AdversarialLoss(objective, critic, accelerator, bool(compile), checkpointing)
+        objective = AdversarialLoss(
+            loss, critic, accelerator, compiled=bool(compile), checkpointing=checkpointing, gather=True
+        )
         if not model.tie_word_embeddings:
-            generator.lm_head.requires_grad_(False)  # it is not trained here, and processes would wait for it
-        how = accelerator, optim.betas, optim.weight_decay, compile, checkpointing
-        self.generator, self.generator_optim = prepare_model(generator, *how)
-        self.critic, self.critic_optim = prepare_model(critic, *how)
+            generator.lm_head.requires_grad_(False)  # not trained here; processes would wait for its gradient
+        settings = accelerator, optim.betas, optim.weight_decay, compile, checkpointing
+        self.generator, self.optimizer = prepare_model(generator, *settings)
+        self.critic = CriticTrainer(*prepare_model(critic, *settings), objective, accelerator)
 
     @property
     def unwrapped_generator(self) -> RopeMMForConditionalGeneration:
-        """The generator without what several processes wrap it in."""
+        """The generator without the wrapper of several processes."""
         return cast(RopeMMForConditionalGeneration, self.accelerator.unwrap_model(self.generator))
 
-    def set_rates(self, progress: float) -> None:
-        """Learning rates, beta2 and gammas after this part, from 0 to 1, of the training."""
-        optim, progress = self.optim, min(1.0, progress / self.optim.until)
+    def update_schedules(self, progress: float) -> None:
+        """Set rates, beta2 and the gammas' factor for a part, from 0 to 1, of the run."""
+        optim, progress = self.optim, min(1.0, progress / self.optim.decay_until)
         beta1, beta2 = optim.betas
         final_beta2 = beta2 if optim.final_beta2 is None else optim.final_beta2
-        rates = (self.generator_optim, optim.lr), (self.critic_optim, optim.critic_lr)
-        for optimizer, rate in rates:
+        for optimizer, rate in ((self.optimizer, optim.lr), (self.critic.optimizer, optim.critic_lr)):
             group = optimizer.param_groups[0]
-            group["lr"] = rate * self.schedule(1.0, optim.final, progress)
+            group["lr"] = rate * self.schedule(1.0, optim.final_lr_ratio, progress)
             group["betas"] = beta1, self.schedule(beta2, final_beta2, progress)
-        self.gamma = self.schedule(1.0, optim.final_gamma, progress)
+        self.gamma_scale = self.schedule(1.0, optim.final_gamma, progress)
 
-    def play(self, rounds: Sequence[Sequence[AdversarialBatch]]) -> dict[str, Tensor]:
-        """The critic's updates, each by the mean over a round's batches, and then one of the generator.
+    def train_step(self, critic_batches: Sequence[Sequence[AdversarialBatch]]) -> dict[str, Tensor]:
+        """Steps of the critic and then one of the generator; the losses of the last ones.
 
-        A round has as many batches as the accelerator accumulates gradients of. The
-        generator's is by the last round's. What that round lost.
+        Args:
+            critic_batches: for each step of the critic the batches whose gradients accumulate. The generator
+                steps by the last ones.
         """
-        *earlier, last = rounds
-        for batch in (batch for batches in earlier for batch in batches):
-            with torch.no_grad():
-                fake = self.draw(batch)
-            self.update_critic(batch, fake)
-        with torch.set_grad_enabled(len(last) == 1):  # the graphs of several would lie in memory together
-            fakes = [self.draw(batch) for batch in last]
-        lost = [self.update_critic(batch, fake.detach()) for batch, fake in zip(last, fakes, strict=True)]
-        for terms, batch, fake in zip(lost, last, fakes, strict=True):
-            terms["generator"] = self.update_generator(batch, fake if fake.requires_grad else None)
-        return {name: torch.stack([terms[name].detach() for terms in lost]).mean() for name in lost[0]}
+        if not self.compiled:
+            critic_batches = [[share_angles(b, self.unwrapped_generator) for b in x] for x in critic_batches]
+        *earlier, last = critic_batches
+        for batches in earlier:
+            self.critic_step(batches, map(self.generate_detached, batches))
+        # the graphs of several would be in memory together
+        fakes = list(map(self.generate if len(last) == 1 else self.generate_detached, last))
+        terms = self.critic_step(last, fakes)
+        return terms | self.generator_step(last, fakes)
 
-    def draw(self, batch: AdversarialBatch) -> Tensor:
-        """Patches (b, n, p) of the batch's captions, from its noise."""
+    def critic_step(self, batches: Sequence[AdversarialBatch], fakes: Iterable[Tensor]) -> dict[str, Tensor]:
+        """One step of the critic by the mean loss of batches with fake patches (b, n, p) for each."""
+        weight, found = 1 / len(batches), []
+        for number, (batch, fake) in enumerate(zip(batches, fakes, strict=True), start=1):
+            last = number == len(batches)
+            found.append(
+                self.critic.step(batch, fake, weight=weight, gamma_scale=self.gamma_scale, last=last)
+            )
+        return mean_terms(found)
+
+    def generator_step(
+        self, batches: Sequence[AdversarialBatch], fakes: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """One step of the generator by the mean loss of batches.
+
+        Args:
+            batches: captions, noise and real patches.
+            fakes: generated patches (b, n, p) of each; those without a gradient are generated again.
+        """
+        found, last = [], len(batches) - 1
+        for number, (batch, fake) in enumerate(zip(batches, fakes, strict=True)):
+            with no_sync_if(self.accelerator, self.generator, number < last):
+                fake = fake if fake.requires_grad else self.generate(batch)
+                loss = self.critic.generator_loss(batch, fake)
+                self.accelerator.backward(loss / len(batches))
+            found.append({"loss/generator": loss.detach()})
+        found[-1]["grad_norm/generator"] = grad_norm(self.generator)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return mean_terms(found)
+
+    def generate(self, batch: AdversarialBatch) -> Tensor:
+        """Patches (b, n, p) for the batch's captions, from its noise."""
         with self.accelerator.autocast():
-            drawn = self.generator(**batch.sequences.inputs(), patches=batch.noise, return_logits=False)
-        return drawn.patches.float().view_as(batch.real)
+            out = self.generator(**batch.inputs(), patches=batch.noise, return_logits=False)
+        return batch.insert(out.patches.float())
 
-    def score(self, critic: nn.Module, sequences: SequenceBatch, patches: Tensor) -> Tensor:
-        """Scores (r,), in float32, of patches (r, n, p) for the first r captions, or for all twice."""
-        return critic(**sequences.repeat_rows(len(patches)).inputs(), patches=patches).float()
+    @torch.no_grad()
+    def generate_detached(self, batch: AdversarialBatch) -> Tensor:
+        """The same patches without a gradient."""
+        return self.generate(batch)
 
-    def update_critic(self, batch: AdversarialBatch, fake: Tensor) -> dict[str, Tensor]:
-        """One step of the critic; its loss, the penalties and the mean scores."""
-        self.accelerator.unwrap_model(self.critic).requires_grad_(True)
-        plain = lambda patches: self.score(self.critic, batch.sequences, patches)  # noqa: E731
-        critic = lambda patches: plain(batch.view(patches))  # noqa: E731
-        with self.accelerator.accumulate(self.critic), self.contest.penalties.attention():
-            sides = batch.real, fake, batch.probes, self.everyone
-            total, terms = self.contest.of_critic(critic, plain, *sides, lambda *scores: scores, self.gamma)
-            self.accelerator.backward(total)
-            self.critic_optim.step()
-            self.critic_optim.zero_grad()
-        return terms
 
-    def everyone(self, rows: Tensor) -> Tensor:
-        """Rows of all processes."""
-        return all_gather_with_grad(rows, self.accelerator)
+def share_angles(batch: SharedBatch, model: Any) -> SharedBatch:
+    """The batch with the rotary angles of its positions, made once for all passes of both players.
 
-    def update_generator(self, batch: AdversarialBatch, fake: Tensor | None = None) -> Tensor:
-        """One step of the generator by the critic's gradient at what it has drawn, or draws; its loss."""
-        # no gradient to the critic's weights is wanted, so it is neither made nor synchronised
-        critic = self.accelerator.unwrap_model(self.critic).requires_grad_(False)
-        with self.accelerator.accumulate(self.generator):
-            fake = self.draw(batch) if fake is None else fake
-            score = lambda patches: self.score(critic, batch.sequences, batch.view(patches))  # noqa: E731
-            loss = self.contest.of_model(score, batch.real, fake, self.everyone)
-            self.accelerator.backward(loss)
-            self.generator_optim.step()
-            self.generator_optim.zero_grad()
-        return loss
+    Args:
+        batch: what a critic reads.
+        model: of the scheme of both. With a learned Omega each has its own angles, and the batch stays.
+    """
+    rotary = model.model.rotary
+    if rotary.omega_param is not None:
+        return batch
+    return replace(batch, angles=rotary.angles(batch.sequences.positions))
+
+
+def mean_terms(terms: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each term over the batches that have it."""
+    names = dict.fromkeys(name for each in terms for name in each)
+    return {name: torch.stack([each[name] for each in terms if name in each]).mean() for name in names}

@@ -1,15 +1,72 @@
-"""Checkpoints are numbered folders, step-000500, each whole or absent: written aside, flushed, renamed."""
+"""Checkpoints: numbered folders, step-000500, each whole or absent: written aside, flushed, renamed."""
 
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 from rope_mm.files import aside, flush, hidden, list_files
 
 MANIFEST = "manifest.json"
+
+
+class Stateful(Protocol):
+    """What has a state to save."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> object:
+        """Continue from it."""
+        ...
+
+
+class Count:
+    """A number that an interrupted run continues with."""
+
+    def __init__(self):
+        self.count = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The number."""
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.count = state["count"]
+
+
+class TrainingState:
+    """All state of a run but models and optimizers, each part under its name.
+
+    Args:
+        parts: name -> what has a state.
+    """
+
+    def __init__(self, parts: Mapping[str, Stateful]):
+        self.parts = dict(parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every part, by name."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            ValueError: a state with other parts.
+        """
+        if state.keys() != self.parts.keys():
+            raise ValueError(
+                f"the checkpoint has the states {', '.join(state)}, this run has {', '.join(self.parts)}; "
+                "start anew with --restart"
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
 
 
 def save(
@@ -21,12 +78,20 @@ def save(
     main: bool = True,
     wait: Callable[[], object] = lambda: None,
 ) -> Path:
-    """The checkpoint of this step, made by `write(path)`; afterwards the newest `keep` remain.
+    """The checkpoint of a step, made by `write(path)`; afterwards only the newest `keep` remain.
 
     A kill at any moment leaves the earlier checkpoints, or the new one as well, never a part of it. A step
     that is saved already stays as it is. With several processes all call it and write, the main one finishes:
 
         save(out, step, acc.save_state, main=acc.is_main_process, wait=acc.wait_for_everyone)
+
+    Args:
+        folder: of all checkpoints.
+        step: the number of this one.
+        write: fills a folder.
+        keep: how many checkpoints remain.
+        main: whether this is the main process.
+        wait: waits for all processes.
 
     Raises:
         ValueError: keep below 1.
@@ -42,7 +107,7 @@ def save(
         clear_partial(folder)
         partial.mkdir(parents=True)
     wait()
-    remedy = "the earlier ones are whole: free space, and the same command goes on from the newest"
+    remedy = "the earlier ones are whole: free space, and the same command resumes from the newest"
     with aside(partial, f"checkpoint {final}", remedy):
         write(partial)
         wait()
@@ -68,7 +133,7 @@ def verify(path: Path) -> None:
     Raises:
         ValueError: a file that is missing, cut short or changed.
     """
-    remedy = "delete it to fall back to the one before, or start anew with --restart"
+    remedy = "delete it to use the one before, or start anew with --restart"
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -102,13 +167,13 @@ def clear(folder: Path) -> None:
 
 
 def clear_partial(folder: Path) -> None:
-    """Remove what interrupted calls left of checkpoints."""
+    """Remove the unfinished checkpoints of interrupted calls."""
     for path in Path(folder).glob(".step-*.partial"):
         shutil.rmtree(path)
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; it loses its number first, so that half of one is never taken for a whole."""
+    """Delete a checkpoint; it loses its number first, so that a half-deleted one is not taken for a whole."""
     shutil.rmtree(path.rename(hidden(path)))
 
 

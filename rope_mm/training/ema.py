@@ -1,4 +1,4 @@
-"""What a checkpoint keeps beside models: an exponential moving average of their weights, and a count."""
+"""An exponential moving average of a model's weights."""
 
 from copy import deepcopy
 from typing import Any, Generic, TypeVar
@@ -14,14 +14,14 @@ class Ema(Generic[Model]):
     """average <- d * average + (1 - d) * weights, in float32 or wider; buffers are copied.
 
         ema = Ema(generator, decay=0.999)
-        ema.update(generator)                   # after every optimiser step
-        pictures = ema.model(noise)
-        accelerator.register_for_checkpointing(ema)
+        ema.update(generator)                   # after every optimizer step
+        images = ema.model(noise)
+        torch.save(ema.state_dict(), path)
 
     Args:
         model: what is averaged; `.model` is its copy, in eval mode, without gradients.
         decay: d, in [0, 1).
-        warm_up: with n updates behind it d is at most (1 + n) / (10 + n): the start is soon forgotten.
+        warm_up: after n updates d is at most (1 + n) / (10 + n), so that the start is soon forgotten.
 
     Raises:
         ValueError: a decay outside [0, 1).
@@ -29,7 +29,7 @@ class Ema(Generic[Model]):
 
     def __init__(self, model: Model, decay: float = 0.999, warm_up: bool = True):
         if not 0 <= decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), not {decay}; 0.999 averages some 1000 steps")
+            raise ValueError(f"decay must be in [0, 1), not {decay}; 0.999 averages some 1000 steps")
         self.decay, self.warm_up, self.updates = decay, warm_up, 0
         self.model = deepcopy(model).eval().requires_grad_(False)
         for average in self.model.parameters():
@@ -48,30 +48,15 @@ class Ema(Generic[Model]):
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages and how many updates made them."""
+        """The averages and the number of updates behind them."""
         return {"model": self.model.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue from what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.updates = state["updates"]
 
 
 def whole(weight: Tensor) -> Tensor:
-    """A weight, gathered from all processes where each holds but a part."""
+    """A weight, gathered from all processes where each holds only a part."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
-
-
-class Count:
-    """A number that an interrupted run goes on from; register it for checkpointing, too."""
-
-    def __init__(self):
-        self.count = 0
-
-    def state_dict(self) -> dict[str, int]:
-        """The number."""
-        return {"count": self.count}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict` was taken."""
-        self.count = state["count"]

@@ -1,160 +1,375 @@
-"""What image head and critic play for: a loss on scores, and penalties on the critic."""
+"""The objective of adversarial training: a loss on the critic's scores, and penalties on the critic.
+
+Both trainers use it, and it is all that they share with the critic: `AdversarialTrainer` for captioned images
+and `PretrainTrainer` for packed documents.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rope_mm.losses import METHODS, PENALTIES, input_gradients, twice_differentiable
-from rope_mm.losses.gradients import Critic
+from rope_mm.losses import DISTANCES, GAN_LOSSES, METHODS, PENALTIES, input_gradients, twice_differentiable
 from rope_mm.losses.penalties import GradientPenalty
+from rope_mm.models.position_ids import count_tokens
+from rope_mm.models.sequences import SequenceBatch
+from rope_mm.rotary.dispatch import RotaryAngles
+from rope_mm.training.config import check_options, option
+from rope_mm.training.distributed import all_gather_with_grad, is_sharded, precision, weighted_means
 
-TWICE = "eager", "sdpa"  # attention with second derivatives, sdpa as plain matrix products
+DOUBLE_BACKWARD = "eager", "sdpa"  # attention with second derivatives, sdpa as plain matrix products
 
 
 @dataclass(frozen=True, kw_only=True)
 class GANConfig:
-    """A key of GAN_LOSSES, gammas of PENALTIES (0 leaves one out), the distance and strength of gan-qp.
+    """What critic and generator optimise: the total is loss + sum of gamma * penalty."""
 
-    The rest says how gradient penalties are estimated, as `GradientPenalty.of` says it.
-    """
-
-    name: str = "rpgan"
-    penalties: dict[str, float] = field(default_factory=lambda: {"r1": 1.0, "r2": 1.0})
-    distance: str = "l2"
-    strength: float = 10.0
-    method: str = (
-        "auto"  # autograd, fd or jvp; auto: autograd where the critic has second derivatives, else fd
+    name: str = option("rpgan", "adversarial loss", choices=GAN_LOSSES)
+    penalties: dict[str, float] = option(
+        {"r1": 1.0, "r2": 1.0}, "penalty -> gamma, those given replace these", keys=PENALTIES, minimum=0
     )
-    fraction: float = 1.0  # of the batch
-    sigma: float = 0.01  # step of fd
+    distance: str = option("l2", "distance of a real and a fake image, of gan-qp", choices=DISTANCES)
+    qp_lambda: float = option(10.0, "lambda of gan-qp", above=0)
+    method: str = option(
+        "auto",
+        "estimator of gradient penalties; auto: autograd where the critic has second derivatives, else fd",
+        choices=METHODS,
+    )
+    fraction: float = option(1.0, "of the batch that penalties are taken on", above=0, maximum=1)
+    sigma: float = option(0.01, "step of finite differences, fd", above=0)
+
+
+def as_it_is(patches: Tensor) -> Tensor:
+    """Patches without augmentation."""
+    return patches
 
 
 @dataclass(frozen=True)
 class CriticBatch:
-    """A batch before the critic: `critic` scores patches (r, n, p) of the first r captions, or of all twice.
+    """Sequences that a critic reads, with the real patches; fake ones take their places.
 
-    `plain` does so without augmentation; real and fake (b, n, p) are not augmented, their scores (b,) are.
+    Attributes:
+        sequences: token ids, positions and blocks of b sequences.
+        real: patches (b, n, p), padded where sequences have fewer than n.
+        valid: (b, n), which patches are no padding; None: all.
+        generated: (b, n), which patches the generator makes, the others being context; None: all. Only these
+            receive a gradient.
+        augment: changes patches (r, n, p) before the critic; it treats row i as row i modulo b.
+        generator: random numbers of the penalties that need some.
+        angles: of the sequences' positions, made once for all passes of both players; None: each pass makes
+            its own.
     """
 
-    critic: Critic
-    plain: Critic
+    sequences: SequenceBatch
     real: Tensor
-    fake: Tensor
-    real_scores: Tensor
-    fake_scores: Tensor
-    probes: torch.Generator | None  # of fd, jvp and of the points between real and fake
+    valid: Tensor | None = None
+    generated: Tensor | None = None
+    augment: Callable[[Tensor], Tensor] = as_it_is
+    generator: torch.Generator | None = None
+    angles: RotaryAngles | None = None
+
+    @property
+    def count(self) -> int:
+        """How many sequences have something to generate."""
+        return len(self.real) if self.generated is None else int(self.generated.any(1).sum())
+
+    @cached_property
+    def columns(self) -> dict[str, Tensor]:
+        """Keyword arguments of a forward but patches and angles, made once for all passes of a step."""
+        inputs = self.sequences.inputs() if self.angles is None else self.numbered()
+        return {name: x.movedim(1, 0) if x.dim() == 3 else x for name, x in inputs.items()}
+
+    def numbered(self) -> dict[str, Tensor]:
+        """Token ids, mask and blocks (b, s), positions being known by their angles."""
+        mask = self.sequences.mask
+        return {
+            "input_ids": self.sequences.input_ids,
+            "attention_mask": mask.long(),
+            "position_ids": count_tokens(mask),
+            "block_ids": self.sequences.block_ids,
+        }
+
+    def inputs(self, rows: Tensor | None = None) -> dict[str, Any]:
+        """Keyword arguments of a forward but patches, of all sequences or of rows (r,) of them."""
+        columns = self.columns if rows is None else {name: x[rows] for name, x in self.columns.items()}
+        inputs: dict[str, Any] = {n: x.movedim(0, 1) if x.dim() == 3 else x for n, x in columns.items()}
+        if self.angles is not None:
+            inputs["angles"] = self.angles if rows is None else select_rows(self.angles, rows)
+        return inputs
+
+    def score(self, critic: nn.Module, patches: Tensor, augmented: bool = True) -> Tensor:
+        """Scores (r,) in float32.
+
+        Args:
+            critic: reads token ids and patches.
+            patches: (r, n, p) for the first r sequences, or for all of them twice, r = 2 b.
+            augmented: whether `augment` is applied first.
+        """
+        patches = self.augment(patches) if augmented else patches
+        rows = torch.arange(len(patches), device=patches.device) % len(self.real)
+        if self.generated is not None:
+            patches = torch.where(self.generated[rows, :, None], patches, patches.detach())
+        if self.valid is not None:
+            patches = patches[self.valid[rows]]
+        return critic(**self.inputs(rows), patches=patches).float()
+
+    def insert(self, generated: Tensor) -> Tensor:
+        """The real patches (b, n, p) with generated ones (m, p) in their places."""
+        if self.generated is None:
+            return generated.view_as(self.real)
+        return self.real.masked_scatter(self.generated[..., None], generated)
+
+
+def select_rows(angles: RotaryAngles, rows: Tensor) -> RotaryAngles:
+    """The angles of rows (r,) of a batch."""
+
+    def select(part: Any) -> Any:
+        if isinstance(part, tuple):
+            return type(part)(*map(select, part))
+        return part[rows] if isinstance(part, Tensor) else part
+
+    names = "positions", "angle", "cos", "sin", "wide"
+    return replace(angles, **{name: select(getattr(angles, name)) for name in names})
 
 
 class LeCamEMA:
-    """LeCam's running mean scores of real and fake, a <- d a + (1 - d) mean, d at most 0.99.
+    """Running mean scores of real and fake images for LeCam: a <- d a + (1 - d) mean, d at most 0.99.
 
-    With n batches behind it d is at most n / (n + 1), the plain mean: the start leaves no trace.
+    After n batches d is at most n / (n + 1), the plain mean, so that the start leaves no trace.
     """
 
     def __init__(self):
         self.means, self.batches = torch.zeros(2), torch.zeros(())
 
-    def update(self, real_scores: Tensor, fake_scores: Tensor) -> None:
-        """Take in the scores of a batch, if their means are finite."""
-        fresh = torch.stack([real_scores.detach().mean(), fake_scores.detach().mean()])
+    def update(self, real_mean: Tensor, fake_mean: Tensor) -> None:
+        """Take in the mean scores of a batch, if they are finite."""
+        fresh = torch.stack([real_mean, fake_mean]).detach()
         means, batches = self.means.to(fresh.device), self.batches.to(fresh.device)
-        decay, good = (batches / (batches + 1)).clamp(max=0.99), fresh.isfinite().all()
-        self.means = torch.where(good, torch.lerp(fresh, means, decay), means)
-        self.batches = batches + good
+        decay, finite = (batches / (batches + 1)).clamp(max=0.99), fresh.isfinite().all()
+        self.means = torch.where(finite, torch.lerp(fresh, means, decay), means)
+        self.batches = batches + finite
 
     def state_dict(self) -> dict[str, Any]:
-        """The means and how many batches made them."""
+        """The means and the number of batches behind them."""
         return {"means": self.means, "batches": self.batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue from what `state_dict` returned."""
         self.means, self.batches = state["means"], state["batches"]
 
 
-def consistent(judged: CriticBatch, anchors: LeCamEMA) -> Tensor:
-    """Augmented against plain, at real and at fake: bCR, arXiv 2002.04724."""
-    real, fake = judged.plain(torch.cat([judged.real, judged.fake])).chunk(2)
+@dataclass(frozen=True)
+class Scored:
+    """A batch after the critic's pass over real and fake patches, from which penalties are computed.
+
+    Attributes:
+        critic: the module that made the scores.
+        batch: what it read.
+        pair: patches (2 b, n, p), real then fake, before augmentation.
+        scores: (2 b,), of the pair after augmentation.
+        lecam: the running means.
+    """
+
+    critic: nn.Module
+    batch: CriticBatch
+    pair: Tensor
+    scores: Tensor
+    lecam: LeCamEMA
+
+
+def consistency(scored: Scored) -> Tensor:
+    """Scores of augmented against plain patches, of real and of fake ones: bCR, arXiv 2002.04724."""
+    plain = scored.batch.score(scored.critic, scored.pair.detach(), augmented=False).chunk(2)
     penalty = PENALTIES["consistency"]
-    return penalty(real, judged.real_scores) + penalty(fake, judged.fake_scores)
+    real, fake = (penalty(*sides) for sides in zip(plain, scored.scores.chunk(2), strict=True))
+    return real + fake
 
 
-OF_SCORES: dict[str, Callable[[CriticBatch, LeCamEMA], Tensor]] = {
-    "consistency": consistent,
-    "centring": lambda judged, anchors: PENALTIES["centring"](judged.real_scores, judged.fake_scores),
-    "lecam": lambda judged, anchors: PENALTIES["lecam"](
-        judged.real_scores, judged.fake_scores, *anchors.means.to(judged.real_scores.device)
+SCORE_PENALTIES: dict[str, Callable[[Scored], Tensor]] = {
+    "consistency": consistency,
+    "centring": lambda scored: PENALTIES["centring"](*scored.scores.chunk(2)),
+    "lecam": lambda scored: PENALTIES["lecam"](
+        *scored.scores.chunk(2), *scored.lecam.means.to(scored.scores.device)
     ),
 }
 
 
-def supports_double_backward(critic: PreTrainedModel, compiled: bool, shards: bool) -> bool:
-    """Whether a critic is differentiable twice.
+def supports_double_backward(critic: PreTrainedModel, compiled: bool, sharded: bool) -> bool:
+    """Whether a critic has second derivatives.
 
     FSDP frees the weights that a second derivative needs (pytorch issue 172543).
     """
-    return not compiled and not shards and critic.config._attn_implementation in TWICE
+    return not compiled and not sharded and critic.config._attn_implementation in DOUBLE_BACKWARD
 
 
 class Penalties:
-    """The penalties of an objective on a critic that is differentiable twice, or checkpointed, or not.
+    """The penalties of an objective, with the estimator that the critic allows.
 
-    `gammas` are their weights. Where `shares` is true, r1 and r2 are taken exactly from the pass that makes
-    the scores of real and fake, so that the pair must require a gradient then.
+    Args:
+        config: gammas and how gradients are estimated.
+        double_backward: whether the critic has second derivatives.
+        checkpointing: whether the critic's blocks are recomputed in the backward pass.
+
+    Attributes:
+        gammas: penalty -> its weight.
+        method: the estimator.
+        from_scores: r1 and r2 are taken from the pass that makes the scores, so its patches need a gradient.
 
     Raises:
-        ValueError: an unknown penalty, a method that it or the critic does not allow.
+        ValueError: a method that a penalty or the critic does not allow.
     """
 
-    def __init__(self, objective: GANConfig, twice: bool, checkpointing: bool = False):
-        if checkpointing and objective.method == "jvp":
+    def __init__(self, config: GANConfig, double_backward: bool, checkpointing: bool = False):
+        if checkpointing and config.method == "jvp":
+            raise ValueError("loss.method jvp does not work with gradient checkpointing; use autograd or fd")
+        if config.method == "head":
             raise ValueError(
-                "a forward derivative, jvp, does not go through checkpoints; take autograd or fd"
+                "loss.method 'head' is for a critic with a frozen backbone, and this one trains as a whole; "
+                "use autograd, fd or jvp"
             )
-        self.gammas = {name: gamma for name, gamma in objective.penalties.items() if gamma}
-        self.method = ("autograd" if twice else "fd") if objective.method == "auto" else objective.method
-        self.fraction, self.sigma = objective.fraction, objective.sigma
+        self.gammas = {name: gamma for name, gamma in config.penalties.items() if gamma}
+        self.method = config.method if config.method != "auto" else "autograd" if double_backward else "fd"
+        self.fraction, self.sigma = config.fraction, config.sigma
         of_gradients = [p for p in map(PENALTIES.__getitem__, self.gammas) if isinstance(p, GradientPenalty)]
-        METHODS[self.method]
         for penalty in of_gradients:
             penalty.check(self.method, self.fraction, self.sigma)
-        if self.method == "head":
-            raise ValueError(
-                "loss.method 'head' is for a frozen backbone, and this critic trains as a whole; take "
-                "autograd, fd or jvp"
-            )
         self.exact = bool(of_gradients) and self.method != "fd"
-        if self.exact and not twice:
+        if self.exact and not double_backward:
             raise ValueError(
-                f"loss.method {self.method!r} differentiates the critic twice, which one that is compiled or "
-                "sharded (FSDP), or its attention, does not allow; take fd, or sdpa attention without either"
+                f"loss.method {self.method!r} differentiates the critic twice, which a compiled or sharded "
+                "(FSDP) critic or its attention does not allow; use fd, or sdpa attention without either"
             )
         at_pair = any(penalty.at != "between" for penalty in of_gradients)
-        self.shares = at_pair and self.method == "autograd" and self.fraction == 1
+        self.from_scores = at_pair and self.method == "autograd" and self.fraction == 1
 
     def attention(self) -> AbstractContextManager:
-        """Context of the critic's whole update: its backward makes anew what is checkpointed."""
+        """Context of the critic's update, its backward pass included: attention with second derivatives."""
         return twice_differentiable() if self.exact else nullcontext()
 
-    def __call__(
-        self, judged: CriticBatch, pair: Tensor, scores: Tensor, anchors: LeCamEMA
-    ) -> dict[str, Tensor]:
-        """Each penalty, without its gamma, of a pair (2b, n, p) and its scores (2b,)."""
-        gradients = input_gradients(scores, pair).chunk(2) if self.shares else None
-        return {name: self.take(name, judged, gradients, anchors) for name in self.gammas}
+    def __call__(self, scored: Scored) -> dict[str, Tensor]:
+        """Each penalty, not yet multiplied by its gamma."""
+        gradients = input_gradients(scored.scores, scored.pair).chunk(2) if self.from_scores else None
+        return {name: self.compute(name, scored, gradients) for name in self.gammas}
 
-    def take(
-        self, name: str, judged: CriticBatch, gradients: tuple[Tensor, ...] | None, anchors: LeCamEMA
-    ) -> Tensor:
-        """One penalty; `gradients` are those at real and fake where somebody has made them."""
+    def compute(self, name: str, scored: Scored, gradients: tuple[Tensor, ...] | None) -> Tensor:
+        """One penalty.
+
+        Args:
+            name: its key in PENALTIES.
+            scored: the critic and what it has scored.
+            gradients: of the scores by real and by fake patches (b, n, p), where they were made already.
+        """
         penalty = PENALTIES[name]
         if not isinstance(penalty, GradientPenalty):
-            return OF_SCORES[name](judged, anchors)
+            return SCORE_PENALTIES[name](scored)
         if gradients is not None and penalty.at != "between":
             return penalty(*gradients)
-        how = {"method": self.method, "fraction": self.fraction, "sigma": self.sigma}
-        return penalty.of(judged.critic, judged.real, judged.fake, **how, generator=judged.probes)
+        real, fake = scored.pair.detach().chunk(2)
+        return penalty.of(
+            lambda patches: scored.batch.score(scored.critic, patches),
+            real,
+            fake,
+            method=self.method,
+            fraction=self.fraction,
+            sigma=self.sigma,
+            generator=scored.batch.generator,
+        )
+
+
+class AdversarialLoss:
+    """The loss of the critic and the loss of the generator on one batch.
+
+    Args:
+        config: loss, penalties and how they are estimated.
+        critic: the critic before it is wrapped for several processes.
+        accelerator: devices, processes and bf16.
+        compiled: whether the critic is compiled.
+        checkpointing: whether its blocks are recomputed in the backward pass.
+        gather: whether scores of all processes are compared, as one batch; all must have equally many. False:
+            each process compares its own, and weighs its loss.
+
+    Raises:
+        ValueError: a configuration out of range, a method that the critic does not allow.
+    """
+
+    def __init__(
+        self,
+        config: GANConfig,
+        critic: PreTrainedModel,
+        accelerator: Accelerator,
+        *,
+        compiled: bool = False,
+        checkpointing: bool = False,
+        gather: bool = False,
+    ):
+        check_options(config, "loss.")
+        self.loss, self.distance, self.qp_lambda = (
+            GAN_LOSSES[config.name],
+            DISTANCES[config.distance],
+            config.qp_lambda,
+        )
+        self.accelerator, self.gather, self.lecam = accelerator, gather, LeCamEMA()
+        twice = supports_double_backward(critic, compiled, is_sharded(accelerator))
+        self.penalties = Penalties(config, twice, checkpointing)
+
+    def critic_loss(
+        self,
+        critic: nn.Module,
+        batch: CriticBatch,
+        fake: Tensor,
+        weight: float = 1.0,
+        gamma_scale: float = 1.0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the critic minimises, and its terms; call it under `penalties.attention()`.
+
+        Args:
+            critic: scores sequences with patches.
+            batch: the sequences and their real patches.
+            fake: generated patches (b, n, p), detached.
+            weight: of this process's scores among those of all, for LeCam's running means.
+            gamma_scale: factor of all gammas.
+        """
+        pair = torch.cat([batch.real, fake]).requires_grad_(self.penalties.from_scores)
+        with precision(self.accelerator, full=self.penalties.from_scores):
+            scores = batch.score(critic, pair)
+        real_scores, fake_scores = map(self.all_rows, scores.chunk(2))
+        extra = ()
+        if self.loss.needs_distance:
+            extra = self.all_rows(self.distance(batch.real, fake)), self.qp_lambda
+        loss = self.loss.critic(real_scores, fake_scores, *extra)
+        means = real_scores.mean(), fake_scores.mean()
+        shared = means if self.gather else weighted_means(self.accelerator, means, weight)
+        self.lecam.update(*shared)
+        with precision(self.accelerator, full=True):
+            penalties = self.penalties(Scored(critic, batch, pair, scores, self.lecam))
+        total = loss
+        for name, gamma in self.penalties.gammas.items():
+            total = total + gamma * gamma_scale * penalties[name]
+        named = {f"penalty/{name}": penalty for name, penalty in penalties.items()}
+        scores = {"score/real": means[0], "score/fake": means[1]}
+        return total, {"loss/critic": loss} | named | scores
+
+    def generator_loss(self, critic: nn.Module, batch: CriticBatch, fake: Tensor) -> Tensor:
+        """What the generator minimises.
+
+        Args:
+            critic: scores sequences with patches; freeze its weights, which need no gradient here.
+            batch: the sequences and their real patches.
+            fake: generated patches (b, n, p), with a gradient.
+        """
+        with precision(self.accelerator):
+            real_scores = fake_scores = batch.score(critic, fake)
+            if self.loss.relativistic:  # the other losses ignore the real scores
+                with torch.no_grad():
+                    real_scores = batch.score(critic, batch.real)
+        return self.loss.generator(self.all_rows(real_scores), self.all_rows(fake_scores))
+
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """Rows (b, ...) of all processes where scores are gathered, else this process's."""
+        return all_gather_with_grad(rows, self.accelerator) if self.gather else rows

@@ -1,4 +1,4 @@
-"""What a run has measured: one JSON object per line in metrics.jsonl, and a progress bar."""
+"""The metrics of a run: one JSON object per line in metrics.jsonl, and a progress bar."""
 
 import json
 import math
@@ -19,20 +19,20 @@ class Log:
     """The metrics of a run, step by step.
 
         with Log(folder, total=1000, step=start, desc="gan") as log:
-            log(step, critic=0.69, generator=0.70)          # first log, then save the step's checkpoint
+            log(step, **{"loss/critic": 0.69})         # first log, then save the step's checkpoint
 
-    Resumed at a step, it forgets what was logged after it, and writes no line of that step again; step 0
-    begins the file anew. So an interrupted and resumed run leaves the same file as an uninterrupted one.
+    Resumed at a step, it drops the lines after it, and writes no line of that step again; step 0 starts a
+    new file. So an interrupted and resumed run leaves the same file as an uninterrupted one.
 
     Args:
         folder: where metrics.jsonl lies.
         total: the last step of the run.
         step: the step at which the run starts or resumes.
-        desc: what stands before the bar.
+        desc: text before the bar.
         main: False in every process but one; then nothing is written.
-        bar: a bar that redraws itself, or now and then a line; None: a bar where stderr is a terminal.
+        bar: a bar that redraws itself, or a line now and then; None: a bar where stderr is a terminal.
         pause: seconds between such lines.
-        also: is told every line, `also({name: value}, step=step)`, such as `Accelerator.log`.
+        also: called with every line, `also({name: value}, step=step)`, such as `Accelerator.log`.
 
     Raises:
         ValueError: a metrics.jsonl that holds something else.
@@ -54,7 +54,7 @@ class Log:
         self.file: TextIO | None = None
         self.bar: tqdm | None = None
         self.printed = -math.inf
-        self.start, self.written = step, set()  # names of what the step resumed at has said
+        self.start, self.written = step, set()  # names in the lines of the step that is resumed at
         if not main:
             return
         path = Path(folder) / FILE
@@ -65,7 +65,12 @@ class Log:
             self.bar = tqdm(total=total, initial=step, desc=desc or None, dynamic_ncols=True)
 
     def __call__(self, step: int, aside: Mapping[str, float] | None = None, /, **metrics: Any) -> None:
-        """Write a line: finite numbers, tensors of one number, or text; what is aside is shown, not written.
+        """Write a line of finite numbers, tensors of one number, or text.
+
+        Args:
+            step: the step that the line is about.
+            aside: numbers that are shown and not written, such as speed.
+            metrics: name -> value.
 
         Raises:
             ValueError: a number that is not finite.
@@ -78,7 +83,8 @@ class Log:
         line |= aside or {}
         shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in line.items()}
         del shown["step"]
-        self.also({name: value for name, value in line.items() if name != "step"}, step=step)
+        sent = {name: x for name, x in line.items() if name not in ("step", "ETA")}
+        self.also(sent, step=step)
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix(shown)
@@ -107,12 +113,12 @@ def read_metric(name: str, value: Any, step: int) -> float | str:
     if isinstance(value, str):
         return value
     if not math.isfinite(number := float(value)):
-        raise ValueError(f"{name} is {number} at step {step}; begin anew with lower rates")
+        raise ValueError(f"{name} is {number} at step {step}; restart with lower learning rates")
     return number
 
 
 def kept_lines(path: Path, step: int) -> list[str]:
-    """The lines up to a step of a file of metrics; a last line that a kill has torn is dropped."""
+    """The lines up to a step of a file of metrics; a torn last line is dropped."""
     if step <= 0 or not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -124,11 +130,11 @@ def kept_lines(path: Path, step: int) -> list[str]:
         except (ValueError, TypeError, KeyError):
             if number < len(lines):
                 raise ValueError(
-                    f"{path}, line {number}: is no line of metrics; repair or delete the file"
+                    f"{path}, line {number}: is not a line of metrics; repair or delete the file"
                 ) from None
     return kept
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics, oldest first; a last line that a kill has torn is left out."""
+    """All lines of a run's metrics, oldest first; a last line that a kill has cut is dropped."""
     return [json.loads(line) for line in kept_lines(Path(folder) / FILE, sys.maxsize)]

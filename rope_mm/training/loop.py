@@ -1,7 +1,9 @@
-"""The loop of every training script: steps, samples and checkpoints, from where the last one stopped."""
+"""The loop of the training scripts: steps, evaluations and checkpoints, from where the last run stopped."""
 
 import json
 import logging
+import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,12 +18,13 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from rope_mm.files import write_text
-from rope_mm.training.config import at_least, dump
+from rope_mm.training.checkpoint import Stateful, TrainingState
+from rope_mm.training.config import check_options, dump, option
 from rope_mm.training.distributed import all_reduce_max
 from rope_mm.training.log import Log, read_metrics
-from rope_mm.training.monitor import MOST, NaNGuard, finite, keep_batch, warning
+from rope_mm.training.monitor import MAX_SKIPPED, NaNGuard, finite, keep_batch, warning
 from rope_mm.training.profile import profiled
-from rope_mm.training.run_dir import open_folder, resume, save, write_model
+from rope_mm.training.run_dir import Identity, check_folder, locked, open_folder, resume, save, write_model
 from rope_mm.training.signals import Stop, exit_code
 from rope_mm.training.throughput import Speed, peak_flops
 from rope_mm.training.trackers import read_trackers, tracking
@@ -29,25 +32,28 @@ from rope_mm.training.trackers import read_trackers, tracking
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What every training script can be told."""
+    """The keys of every training script."""
 
-    out: str = "runs"
-    seed: int = 0
-    steps: int = 1_000
-    log_every: int = 10
-    sample_every: int = 500
-    checkpoint_every: int = 500
-    on_nan: Literal["stop", "skip"] = "stop"  # skip: leave out a step whose gradient is not finite
-    threads: int = 0  # of torch on the CPU; 0 leaves them to torch
-    profile: int = 0  # steps, after the first ones, of which rotary's share is printed
-    trackers: str = ""  # tensorboard, wandb, trackio, or several with commas between
-    restart: bool = False
-    dry_run: bool = False
+    output_dir: str = option("runs", "the run's folder; the same command again resumes the run in it")
+    seed: int = option(0, "of all random numbers")
+    steps: int = option(1_000, "steps of the optimizers; a larger number extends a finished run", minimum=1)
+    log_every: int = option(10, "steps", minimum=1)
+    sample_every: int = option(500, "steps; samples and metrics are made", minimum=1)
+    checkpoint_every: int = option(500, "steps; the newest two checkpoints remain", minimum=1)
+    on_nan: Literal["stop", "skip"] = option("stop", "at a gradient that is not finite; skip: skip its step")
+    threads: int = option(0, "of torch on the CPU; 0: torch decides", minimum=0)
+    profile: int = option(
+        0, "steps, after the first, of which rotary's share of the time is printed", minimum=0
+    )
+    trackers: str = option("", "tensorboard, wandb, trackio, or several with commas between")
+    restart: bool = option(False, "delete the run in output_dir and start anew")
+    extend: bool = option(False, "go on with another number of steps although the rates' schedule changes")
+    dry_run: bool = option(False, "check all that needs no training, print the configuration and stop")
 
-    # keys that no result depends on, or by rounding alone: a run goes on with whatever they say
-    free: ClassVar[tuple[str, ...]] = (
-        *("out", "log_every", "sample_every", "checkpoint_every", "on_nan", "threads", "profile"),
-        *("trackers", "restart", "dry_run"),
+    # keys on which no result depends, or only by rounding: a run resumes whatever they say
+    resumable_keys: ClassVar[tuple[str, ...]] = (
+        *("output_dir", "log_every", "sample_every", "checkpoint_every", "on_nan", "threads", "profile"),
+        *("trackers", "restart", "extend", "dry_run"),
     )
 
 
@@ -55,162 +61,275 @@ Config = TypeVar("Config", bound=Run)
 
 
 def fingerprint(config: Run) -> str:
-    """All that a run's result depends on, as YAML."""
+    """All keys that a run's result depends on, as YAML."""
     keys: Any = OmegaConf.create(dump(config))
-    for key in config.free:
+    for key in config.resumable_keys:
         *groups, name = key.split(".")
         reduce(getitem, groups, keys).pop(name)
     return OmegaConf.to_yaml(keys)
 
 
 class Training(Protocol):
-    """What is trained; of all processes, `tokens` counts those read, `flops` what the model did with them."""
+    """What a script trains.
+
+    Attributes:
+        accelerator: devices and processes.
+        tokens: read so far by all processes.
+        generated: images generated for the losses so far by all processes.
+        flops: of the model so far, 0 where they are not counted.
+    """
 
     accelerator: Accelerator
     tokens: int
+    generated: int
     flops: float
 
-    def identity(self) -> str:
-        """All that the run depends on: of another one its folder is refused."""
+    def identity(self) -> Identity:
+        """All that the run depends on."""
+        ...
+
+    def describe(self) -> str:
+        """What was resolved from the configuration, for a dry run."""
+        ...
+
+    def states(self) -> dict[str, Stateful]:
+        """What a checkpoint holds beside models and optimizers, by name."""
         ...
 
     def begin(self, step: int) -> None:
-        """Make ready to go on from a step."""
+        """Prepare to continue at a step."""
         ...
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """Train a step; what it lost."""
+        """Train one step; its losses by name."""
         ...
 
     def batches(self, step: int) -> list[Any]:
-        """What this process read, or would read, in a step."""
+        """What this process reads in a step."""
         ...
 
-    def look(self, path: Path) -> dict[str, float]:
-        """Write samples to files that begin with this path; their marks."""
+    def evaluate(self, path: Path) -> dict[str, float]:
+        """Write samples to files that begin with this path; metrics."""
         ...
 
     def save_model(self, path: Path) -> None:
         """Write the model."""
         ...
 
-    def remarks(self) -> dict[str, float]:
-        """What a result says beside the marks."""
+    def extra_results(self) -> dict[str, float]:
+        """What the result says beside the metrics."""
         ...
 
 
-def launch(make: Callable[[Config, Accelerator], Training], config: Config, **how: Any) -> None:
-    """Print the configuration, or train in a folder that holds this run or none; its result is written there.
+def launch(make: Callable[[Config, Accelerator], Training], config: Config, **options: Any) -> None:
+    """Train in the run's folder and write its result there; or with `dry_run` check and print.
 
-    `how` are arguments of the Accelerator.
+    Args:
+        make: builds what is trained, and refuses what cannot be.
+        config: of the script.
+        options: arguments of the Accelerator.
 
     Raises:
-        KeyboardInterrupt: as from `train`.
-        ValueError: numbers that make no run, a folder of another run, a damaged checkpoint, a loss that is
-            not finite.
+        KeyboardInterrupt: as `train`.
+        ValueError: a configuration, data or a folder that cannot be used, a loss that is not finite.
     """
-    at_least(1, config, "steps", "log_every", "sample_every", "checkpoint_every")
-    at_least(0, config, "threads", "profile")
-    if config.dry_run:
-        print(dump(replace(config, dry_run=False)), end="")
-        return
+    check_options(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight it saves
-    out, trackers = Path(config.out), read_trackers(config.trackers)
-    accelerator = Accelerator(log_with=trackers, project_dir=out, **how)
-    training = make(config, accelerator)  # what cannot be used is refused before the folder is touched
-    open_folder(out, training.identity(), accelerator, config.restart)
-    with tracking(accelerator, out, config):
-        result = train(training, config, out) | training.remarks()
-    if accelerator.is_main_process:
-        write_text(out / "result.json", json.dumps(result, indent=1))
-        print(json.dumps(result, indent=1))
-        print(f"samples: {out}/samples   model: {out}/model")
+    output_dir, trackers = Path(config.output_dir), read_trackers(config.trackers)
+    if config.dry_run:
+        dry_run(make(config, Accelerator(**options)), config, output_dir)
+        return
+    accelerator = Accelerator(log_with=trackers, project_dir=output_dir, **options)
+    with locked(output_dir, accelerator):
+        training = make(config, accelerator)  # what cannot be used is refused before the folder is touched
+        open_folder(output_dir, training.identity(), accelerator, *folder_options(config))
+        with tracking(accelerator, output_dir, config):
+            result = train(training, config, output_dir) | training.extra_results()
+        if accelerator.is_main_process:
+            write_text(output_dir / "result.json", json.dumps(result, indent=1))
+            print(json.dumps(result, indent=1))
+            print(f"samples: {output_dir}/samples   model: {output_dir}/model")
 
 
-def train(training: Training, config: Run, out: Path) -> dict[str, float]:
-    """Train from the last checkpoint on, or from the start; the marks at the end.
+def folder_options(config: Run) -> tuple[bool, bool, bool]:
+    """What a run may do to its folder: restart, extend, go on with changed data."""
+    changed = getattr(getattr(config, "data", None), "changed", False)
+    return config.restart, config.extend, changed
 
-    A step is saved before its samples are drawn; those that an end left undone are drawn when it is resumed.
-    After the first steps so many are profiled, and rotary's share of their time is printed.
+
+def dry_run(training: Training, config: Run, output_dir: Path) -> None:
+    """Check the folder as a run would, and print the configuration and what was resolved from it."""
+    restart, extend, changed = folder_options(config)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"{output_dir} is a file; give --output_dir a folder, which may be new")
+    if not restart:
+        check_folder(output_dir, training.identity(), extend, changed)
+    print(dump(replace(config, dry_run=False)), end="")
+    for line in training.describe().splitlines():
+        print(f"# {line}")
+
+
+def train(training: Training, config: Run, output_dir: Path) -> dict[str, float]:
+    """Train from the last checkpoint, or from the start; the metrics at the end.
+
+    A step is saved before its evaluation; one that was interrupted is repeated when the run resumes. With
+    `profile`, rotary's share of the time of some steps is printed.
+
+    Args:
+        training: what is trained.
+        config: of the run.
+        output_dir: its folder.
 
     Raises:
-        KeyboardInterrupt: somebody asked to stop; a checkpoint was saved. Its argument is the exit code.
+        KeyboardInterrupt: a signal asked to stop, and a checkpoint was saved; its argument is the exit code.
         ValueError: a loss that is not finite; what was read is kept.
     """
     accelerator = training.accelerator
     guard = NaNGuard(accelerator, config.on_nan)
-    step = resume(out, accelerator)
+    accelerator.register_for_checkpointing(TrainingState({**training.states(), "nan_guard": guard}))
+    step = resume(output_dir, accelerator)
     training.begin(step)
-    guard.steps = guard.steps if step else 0  # not those of a run that this one starts from
-    take = profiled(training.step, config.profile, print) if config.profile else training.step
-    peak = peak_flops(accelerator.device)
-    speed = Speed(peak and peak * accelerator.num_processes)
-    told = {"main": accelerator.is_main_process, "also": accelerator.log}
-    with Stop() as stop, Log(out, config.steps, step, desc=str(out), **told) as log:
-        marks = (
-            evaluate(training, out, step, log) if step and is_due(config, step, config.sample_every) else {}
-        )
-        then, read, done = time.perf_counter(), training.tokens, training.flops
+    guard.skipped_steps = guard.skipped_steps if step else 0  # not those of a run that this one starts from
+    train_step = profiled(training.step, config.profile, print) if config.profile else training.step
+    metrics, meter = {}, Meter(training, config.steps)
+    shown = {"main": accelerator.is_main_process, "also": accelerator.log}
+    with Stop() as stop, Log(output_dir, config.steps, step, desc=str(output_dir), **shown) as log:
+        if step and is_due(config, step, config.sample_every):
+            metrics = evaluate(training, output_dir, step, log)
+        meter.start(step)
         while step < config.steps:
-            terms, step = take(step), step + 1
-            if guard.tripped and guard.row < MOST:
-                terms = guard.excuse(step, terms)
-            elif all_reduce_max(accelerator, guard.tripped or not finite(terms)):
-                refuse(training, out, step, terms, guard.row)
-            else:
-                guard.row = 0
+            terms, step = train_step(step), step + 1
+            terms = check_terms(training, output_dir, step, terms, guard)
             if logged := is_due(config, step, config.log_every):
-                passed = time.perf_counter() - then
-                pace = speed(training.tokens - read, training.flops - done, passed)
-                log(step, pace, **terms, **guard.counted())
+                log(step, meter.read(step), **terms, **guard.counted())
             stopping = all_reduce_max(accelerator, stop.asked)
             if stopping or is_due(config, step, config.checkpoint_every):
-                save(out, step, accelerator)
+                save(output_dir, step, accelerator)
             if stopping and step < config.steps:
-                raise KeyboardInterrupt(exit_code(stopping))
+                raise KeyboardInterrupt(stopped(accelerator, step, stopping))
             if is_due(config, step, config.sample_every):
-                marks = evaluate(training, out, step, log)
+                metrics = evaluate(training, output_dir, step, log)
             if logged:
-                then, read, done = time.perf_counter(), training.tokens, training.flops
-    write_model(out, training.save_model, accelerator)
-    return marks | guard.counted()
+                meter.start(step)
+    write_model(output_dir, training.save_model, accelerator)
+    return metrics | guard.counted()
+
+
+class Meter:
+    """Speed and remaining time of a run, between two lines of its log.
+
+    Args:
+        training: counts what it has read.
+        steps: of the run.
+    """
+
+    def __init__(self, training: Training, steps: int):
+        self.training, self.steps = training, steps
+        peak, processes = (
+            peak_flops(training.accelerator.device),
+            training.accelerator.num_processes,
+        )
+        self.speed = Speed(peak and peak * processes)
+
+    def start(self, step: int) -> None:
+        """Begin to measure after a step."""
+        self.step, self.then = step, time.perf_counter()
+        self.before = self.training.tokens, self.training.generated, self.training.flops
+
+    def read(self, step: int) -> dict[str, Any]:
+        """Speed since `start`, and the time that the remaining steps take at it, ETA."""
+        seconds = time.perf_counter() - self.then
+        now = self.training.tokens, self.training.generated, self.training.flops
+        tokens, images, flops = (b - a for a, b in zip(self.before, now, strict=True))
+        left = round((self.steps - step) * seconds / max(step - self.step, 1))
+        return self.speed(tokens, images, flops, seconds) | {"ETA": clock(left)}
+
+
+def clock(seconds: int) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(seconds, 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def check_terms(
+    training: Training, output_dir: Path, step: int, terms: dict[str, Tensor], guard: NaNGuard
+) -> dict[str, Tensor]:
+    """The terms of a step, those of a skipped one as far as they are finite.
+
+    Args:
+        training: what is trained.
+        output_dir: where a batch is kept.
+        step: its number, from 1.
+        terms: losses by name.
+        guard: whether the step was skipped.
+
+    Raises:
+        ValueError: numbers that are not finite.
+    """
+    if guard.tripped and guard.consecutive < MAX_SKIPPED:
+        return guard.skip_step(step, terms)
+    if all_reduce_max(training.accelerator, guard.tripped or not finite(terms)):
+        refuse(training, output_dir, step, terms, guard.consecutive)
+    guard.consecutive = 0
+    return terms
+
+
+def stopped(accelerator: Accelerator, step: int, number: int) -> int:
+    """Say that a signal stopped the run; the exit code."""
+    if accelerator.is_main_process:
+        name = signal.Signals(number).name
+        said = f"stopped by {name} at step {step}, saved; the same command resumes"
+        print(said, file=sys.stderr, flush=True)
+    return exit_code(number)
 
 
 def is_due(config: Run, step: int, every: int) -> bool:
-    """Whether a step is the last one, or one of those that something is done after."""
+    """Whether a step is the last one, or one after which something periodic is done."""
     return step == config.steps or step % every == 0
 
 
-def evaluate(training: Training, out: Path, step: int, log: Log) -> dict[str, float]:
-    """Samples and marks of a step; the marks are logged, and what they and the losses so far warn of."""
-    marks = training.look(out / "samples" / f"step-{step:06d}")
-    if marks:
-        log(step, **marks)
-    if training.accelerator.is_main_process and (alarm := warning(read_metrics(out))):
+def evaluate(training: Training, output_dir: Path, step: int, log: Log) -> dict[str, float]:
+    """Samples and metrics of a step; metrics are logged, and what they and the losses so far warn of.
+
+    Args:
+        training: what is trained.
+        output_dir: the run's folder.
+        step: its number, from 1.
+        log: of the run.
+    """
+    metrics = training.evaluate(output_dir / "samples" / f"step-{step:06d}")
+    if metrics:
+        log(step, **metrics)
+    if training.accelerator.is_main_process and (alarm := warning(read_metrics(output_dir))):
         log(step, warning=alarm)
-    return marks
+    return metrics
 
 
 def refuse(
-    training: Training, out: Path, step: int, terms: Mapping[str, Tensor], before: int = 0
+    training: Training, output_dir: Path, step: int, terms: Mapping[str, Tensor], skipped: int = 0
 ) -> NoReturn:
-    """End a run whose numbers of this step, counted from 1, are not finite, and keep what they came from.
+    """Stop a run whose numbers are not finite, and keep the batches that they came from.
 
-    So many steps `before` it were left out.
+    Args:
+        training: what is trained.
+        output_dir: where the batches are kept.
+        step: its number, from 1.
+        terms: losses by name.
+        skipped: how many steps were skipped just before.
 
     Raises:
         ValueError: always.
     """
     process = training.accelerator
-    share = f"-{process.process_index}" if process.num_processes > 1 else ""
-    path = out / f"nan-step-{step}{share}.pt"
+    suffix = f"-{process.process_index}" if process.num_processes > 1 else ""
+    path = output_dir / f"nan-step-{step}{suffix}.pt"
     keep_batch(path, step, terms, training.batches(step - 1))
     found = [name for name, term in terms.items() if not term.isfinite()]
-    lost = found or ["a gradient or another process's"]
-    after = f", after {before} steps that were left out" if before else ""
+    names = ", ".join(found) or "a gradient or another process's number"
+    after = f", after {skipped} skipped steps" if skipped else ""
     raise ValueError(
-        f"{', '.join(lost)} not finite at step {step}{after}: its batches are in {path}, the last checkpoint "
-        "is as it was; begin anew with lower rates or, of a critic, larger penalties"
+        f"{names} not finite at step {step}{after}: its batches are in {path}, the last checkpoint is "
+        "unchanged; restart with lower learning rates or, of a critic, larger penalties"
     )

@@ -1,13 +1,13 @@
-"""Documents packed into rows, and beside each what is to be drawn as a draft of it.
+"""Documents -> encoded documents -> one packed batch, with a noisy copy of each image to generate.
 
-A draft is a block of noise that stands where its picture or frame stands, sees what that sees, and is seen by
-nobody: all pictures of a row are drawn in one pass, each after the true ones before it, as `draw_frames`
-draws them one by one. A picture or frame that is drawn at the very end of a document is read by nobody, so
-only its draft stands there.
+Each image or frame to generate gets a noisy copy at the same positions. The copy attends to all earlier
+tokens; nothing attends to it. So all images of a row train in one pass, each after the true ones before it,
+just as `sample_frames` generates them one by one. An image at the very end of a document is read by nobody,
+so only its noisy copy is in the batch.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,39 +16,75 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rope_mm.data.documents import Document, Visual, first_fit
 from rope_mm.models.processing_rope_mm import RopeMMProcessor
-from rope_mm.models.sequences import PADDING, EncodedSequence, SequenceBatch, collate, encode
+from rope_mm.models.sequences import PADDING, EncodedSequence, collate, encode
 from rope_mm.rotary.definition import widest_float
+from rope_mm.training.gan import CriticBatch
 from rope_mm.training.throughput import count_pairs
 
 SampleTime = Callable[[int, torch.Generator], Tensor]
 Batch = TypeVar("Batch")
-NONE = -100  # the label of what is no word to predict
+IGNORED = -100  # the label of a token that is not predicted
 
 
 @dataclass(frozen=True)
-class CriticInputs:
-    """Documents with something to draw, one in a row, as a critic reads them.
+class EncodedDocument:
+    """One document of s tokens and n patches, m of which are generated.
 
-    Of their patches (b, n, p), padded, `there` (b, n) tells which there are, `drawn` (b, n) which are drawn.
+    Attributes:
+        sequence: its token ids (s,), positions (s, a) and blocks (s,).
+        patches: (n, p), in the order of their tokens.
+        generated: (n,), which patches are generated.
+        context: (n,), which patches later tokens read; all but those of an image at the very end.
+        noise: (m, p), from which the noisy copies start.
+        time: (m, 1), how far each copy is on its way from noise, 0, to its patch, 1.
     """
 
-    sequences: SequenceBatch
+    sequence: EncodedSequence
     patches: Tensor
-    there: Tensor
-    drawn: Tensor
+    generated: Tensor
+    context: Tensor
+    noise: Tensor
+    time: Tensor
 
     @property
-    def count(self) -> int:
-        """How many documents have something to draw; where none has, a blank stands there."""
-        return int(self.drawn.any(1).sum())
+    def length(self) -> int:
+        """How many tokens it has in a packed batch, noisy copies included."""
+        return len(self.sequence.input_ids) - int((~self.context).sum()) + len(self.noise)
+
+    def columns(self, image_token_id: int) -> dict[str, Tensor]:
+        """Its columns (length, ...) of a packed batch: the document, then the noisy copies."""
+        ids, positions, blocks, _ = self.sequence
+        places, kept = (ids == image_token_id).nonzero()[:, 0], torch.ones_like(ids, dtype=torch.bool)
+        copies, kept[places] = places[self.generated], self.context
+        labels = ids.masked_fill(ids == image_token_id, IGNORED)
+        labels[:1] = IGNORED  # nothing of the document comes before it
+        return {
+            "input_ids": torch.cat([ids[kept], ids[copies]]),
+            "position_ids": torch.cat([positions[kept], positions[copies]]),
+            "block_ids": torch.cat([blocks[kept], -blocks[copies]]),
+            "labels": torch.cat([labels[kept], labels[copies]]),
+            "count": torch.arange(int(kept.sum()) + len(copies)),
+        }
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Packed documents (b, s), and their patches (n, p), in order, a draft's being what it is to become.
+    """Documents packed into rows: what a step of pretraining reads.
 
-    `draft` (n,) tells which patches are drafts; those begin as `noise` (m, p), and a part `time` (m, 1) of
-    the way from there to the patch is already gone. `labels` (b, s) are the words to predict, else -100.
+    Attributes:
+        input_ids: (b, s).
+        attention_mask: (b, s), 0 at padding.
+        position_ids: (1 + a, b, s), row 0 counts the tokens of each document.
+        block_ids: (b, s), blocks whose tokens see each other; negative at noisy copies.
+        document_ids: (b, s), the number of the document in its row.
+        labels: (b, s), tokens to predict, else -100.
+        patches: (n, p), in the order of their tokens; a noisy copy's is its target.
+        noisy: (n,), which patches are noisy copies.
+        noise: (m, p), from which they start.
+        time: (m, 1), how far each is on its way from noise, 0, to its target, 1.
+        critic_batch: what a critic reads, where there is one.
+        skipped: why documents of this batch are missing, a sentence for each.
+        stream_state: where a stream stands after this batch.
     """
 
     input_ids: Tensor
@@ -58,203 +94,208 @@ class PackedBatch:
     document_ids: Tensor
     labels: Tensor
     patches: Tensor
-    draft: Tensor
+    noisy: Tensor
     noise: Tensor
     time: Tensor
-    whole: CriticInputs | None = None
+    critic_batch: CriticBatch | None = None
+    skipped: tuple[str, ...] = ()
+    stream_state: Any = None
 
     @property
     def target(self) -> Tensor:
-        """What the drafts (m, p) are to become."""
-        return self.patches[self.draft]
+        """What the noisy copies (m, p) should become."""
+        return self.patches[self.noisy]
 
     @property
     def tokens(self) -> int:
-        """How many there are, drafts included, padding not."""
+        """The number of tokens, noisy copies included, padding not."""
         return int(self.attention_mask.sum())
 
     @property
-    def critical(self) -> CriticInputs:
+    def predicted(self) -> int:
+        """The number of text tokens that are predicted."""
+        return int((self.labels != IGNORED).sum())
+
+    @property
+    def for_critic(self) -> CriticBatch:
         """What a critic reads.
 
         Raises:
-            ValueError: a pack that was made for no critic.
+            ValueError: a batch that was packed for no critic.
         """
-        if self.whole is None:
-            raise ValueError("a critic reads whole documents; pack them by Packer(..., whole=True)")
-        return self.whole
-
-    @property
-    def words(self) -> int:
-        """How many words are predicted."""
-        return int((self.labels != NONE).sum())
+        if self.critic_batch is None:
+            raise ValueError("a critic reads whole documents; pack them by Packer(..., for_critic=True)")
+        return self.critic_batch
 
     @property
     def counts(self) -> tuple[int, int, int, int, int]:
-        """How many tokens, pairs of them in one document, words, drafts, and documents for a critic."""
-        documents = self.whole.count if self.whole else 0
-        return (
-            self.tokens,
-            count_pairs(self.document_ids, self.attention_mask),
-            self.words,
-            len(self.noise),
-            documents,
-        )
+        """Numbers of tokens, pairs in one document, predicted tokens, noisy copies, critic's documents."""
+        documents = self.critic_batch.count if self.critic_batch else 0
+        pairs = count_pairs(self.document_ids, self.attention_mask)
+        return self.tokens, pairs, self.predicted, len(self.noise), documents
 
     def inputs(self) -> dict[str, Tensor]:
-        """As keyword arguments of a forward: every draft as it begins."""
-        begun = self.noise.lerp(self.target, self.time)
+        """Keyword arguments of a forward; noisy copies are between noise and target, at their time."""
+        copies = self.noise.lerp(self.target, self.time)
         names = "input_ids", "attention_mask", "position_ids", "block_ids", "document_ids"
         return {name: getattr(self, name) for name in names} | {
-            "patches": self.patches.masked_scatter(self.draft[:, None], begun)
+            "patches": self.patches.masked_scatter(self.noisy[:, None], copies)
         }
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """A dataclass of tensors on another device, positions in float32 where it has no float64."""
+    """A dataclass of tensors on another device, positions in float32 where it has no float64.
+
+    Args:
+        batch: a dataclass; dataclasses in it are moved too, other fields stay.
+        device: where to.
+    """
     wide = widest_float(device)
 
     def move(part: Any) -> Any:
         if isinstance(part, Tensor):
             return part.to(device, wide if part.dtype == torch.float64 else part.dtype)
-        return part if part is None else to_device(part, device)
+        return to_device(part, device) if is_dataclass(part) and has_tensors(part) else part
 
     entries = {field.name: move(getattr(batch, field.name)) for field in fields(batch)}  # pyright: ignore
     return replace(batch, **entries)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
-@dataclass(frozen=True)
-class EncodedDocument:
-    """One document's row and patches (n, p), which are drawn and which read (n,), and how drafts begin."""
-
-    row: EncodedSequence
-    patches: Tensor
-    drawn: Tensor
-    read: Tensor
-    noise: Tensor
-    time: Tensor
-
-    @property
-    def length(self) -> int:
-        """How many tokens it has in a pack, drafts included."""
-        return len(self.row.input_ids) - int((~self.read).sum()) + len(self.noise)
-
-    def tokens(self, image: int) -> dict[str, Tensor]:
-        """Columns (s, ...) of a pack: the document, then its drafts."""
-        ids, positions, block_ids, _ = self.row
-        places, kept = (ids == image).nonzero()[:, 0], torch.ones_like(ids, dtype=torch.bool)
-        at, kept[places] = places[self.drawn], self.read
-        labels = ids.masked_fill(ids == image, NONE)
-        labels[:1] = NONE  # nothing of the document comes before it
-        return {
-            "input_ids": torch.cat([ids[kept], ids[at]]),
-            "position_ids": torch.cat([positions[kept], positions[at]]),
-            "block_ids": torch.cat([block_ids[kept], -block_ids[at]]),
-            "labels": torch.cat([labels[kept], labels[at]]),
-            "count": torch.arange(int(kept.sum()) + len(at)),
-        }
+def has_tensors(part: Any) -> bool:
+    """Whether a dataclass has a tensor among its fields."""
+    return any(isinstance(getattr(part, field.name), Tensor) for field in fields(part))
 
 
 @dataclass(frozen=True)
 class Packer:
-    """Documents -> a `PackedBatch` of rows of at most `length` tokens.
+    """Packs documents into rows.
 
-    `times` says how far the draft of each picture or frame has come; `whole`, whether a critic will read.
+    Attributes:
+        processor: tokens, positions and patches of documents.
+        max_length: tokens of a row, noisy copies included.
+        sample_time: (images, generator) -> (images,), how far each noisy copy is from noise.
+        for_critic: whether a critic reads the documents too.
     """
 
     processor: RopeMMProcessor
-    length: int
-    times: SampleTime
-    whole: bool = False
+    max_length: int
+    sample_time: SampleTime
+    for_critic: bool = False
 
     def __call__(self, documents: Sequence[Document], generators: Sequence[torch.Generator]) -> PackedBatch:
-        """The pack of documents; the drafts of each begin as its own generator says.
+        """The packed batch of documents.
+
+        Args:
+            documents: texts, images and videos.
+            generators: one for each document, for its noise.
 
         Raises:
             ValueError: a document that is longer than a row.
         """
-        return self.pack(self.read(documents, generators))
+        return self.pack(self.encode(documents, generators))
 
-    def pack(self, drafted: Sequence[EncodedDocument]) -> PackedBatch:
-        """The pack of documents that are read.
+    def encode(
+        self, documents: Sequence[Document], generators: Sequence[torch.Generator]
+    ) -> list[EncodedDocument]:
+        """Every document with its noisy copies; see `__call__` for the arguments."""
+        split = [
+            self.processor.split_document([p if isinstance(p, str) else p.pixels for p in d])
+            for d in documents
+        ]
+        segments = [segments for segments, _ in split]
+        options = self.processor.tokenizer, self.processor.scheme, True, self.processor.full_video_attention
+        encoded = []
+        for sequence, document, (_, patches), generator in zip(
+            encode(segments, *options), documents, split, generators, strict=True
+        ):
+            visuals = [part for part in document if not isinstance(part, str)]
+            encoded.append(self.add_noise(sequence, visuals, patches, generator))
+        return encoded
+
+    def add_noise(
+        self,
+        sequence: EncodedSequence,
+        visuals: Sequence[Visual],
+        patches: Sequence[Tensor],
+        generator: torch.Generator,
+    ) -> EncodedDocument:
+        """A document with the noise of its images to generate.
+
+        Args:
+            sequence: its tokens.
+            visuals: its images and videos.
+            patches: (n, p) of each of them.
+            generator: of the noise and its times.
+        """
+        width = self.processor.patch_width
+        sizes = torch.tensor([len(part) for part in patches], dtype=torch.long)
+        flags = torch.tensor([visual.generate for visual in visuals], dtype=torch.bool)
+        generated = flags.repeat_interleave(sizes)
+        noise = torch.randn(int(generated.sum()), width, generator=generator)
+        blocks = sequence.block_ids[sequence.input_ids == self.processor.image_token_id]
+        context = ~generated | (blocks < sequence.block_ids[-1:])
+        _, frame = blocks[generated].unique_consecutive(return_inverse=True)
+        time = self.sample_time(int(frame.max()) + 1 if len(frame) else 0, generator)[frame, None]
+        joined = torch.cat([torch.zeros(0, width), *patches])
+        return EncodedDocument(sequence, joined, generated, context, noise, time)
+
+    def pack(self, encoded: Sequence[EncodedDocument]) -> PackedBatch:
+        """The packed batch of encoded documents.
 
         Raises:
             ValueError: one that is longer than a row.
         """
-        rows = first_fit([d.length for d in drafted], self.length)
-        tokens = [d.tokens(cast(int, self.processor.image_token_id)) for d in drafted]
-        packed = [join([tokens[number] for number in row]) for row in rows]
-        drafted = [drafted[number] for row in rows for number in row]
-        fill = dict(zip(("input_ids", "position_ids", "block_ids"), PADDING, strict=False)) | {"labels": NONE}
+        rows = first_fit([d.length for d in encoded], self.max_length)
+        encoded_rows = [[encoded[number] for number in row] for row in rows]
+        columns = self.pad([join(self.columns_of(row)) for row in encoded_rows])
+        ordered = [document for row in encoded_rows for document in row]
+        patches = [part for d in ordered for part in (d.patches[d.context], d.patches[d.generated])]
+        noisy = [torch.arange(int(d.context.sum()) + len(d.noise)) >= d.context.sum() for d in ordered]
+        return PackedBatch(
+            **cast(Any, columns),
+            patches=torch.cat(patches),
+            noisy=torch.cat(noisy),
+            noise=torch.cat([d.noise for d in ordered]),
+            time=torch.cat([d.time for d in ordered]),
+            critic_batch=self.gather(ordered) if self.for_critic else None,
+        )
+
+    def columns_of(self, row: Sequence[EncodedDocument]) -> list[dict[str, Tensor]]:
+        """The columns of each document of a row."""
+        return [document.columns(cast(int, self.processor.image_token_id)) for document in row]
+
+    def pad(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Columns (b, s, ...) of rows, padded to the longest; positions in transformers' layout."""
+        fill = dict(zip(("input_ids", "position_ids", "block_ids"), PADDING, strict=False)) | {
+            "labels": IGNORED
+        }
         columns = {
-            name: pad_sequence(
-                [row[name] for row in packed], batch_first=True, padding_value=fill.get(name, 0)
-            )
-            for name in packed[0]
+            name: pad_sequence([row[name] for row in rows], True, fill.get(name, 0)) for name in rows[0]
         }
         count = columns.pop("count")
         columns["position_ids"] = torch.cat([count[None], columns["position_ids"].movedim(-1, 0)])
-        columns["document_ids"] = (
-            columns["document_ids"].cummax(1).values
-        )  # padding belongs to what it follows
-        there = [part for d in drafted for part in (d.patches[d.read], d.patches[d.drawn])]
-        draft = [torch.arange(int(d.read.sum()) + len(d.noise)) >= d.read.sum() for d in drafted]
-        begun = torch.cat([d.noise for d in drafted]), torch.cat([d.time for d in drafted])
-        whole = self.gather(drafted) if self.whole else None
-        return PackedBatch(
-            **columns,
-            patches=torch.cat(there),
-            draft=torch.cat(draft),
-            noise=begun[0],
-            time=begun[1],
-            whole=whole,
-        )
+        documents = columns["document_ids"]
+        columns["document_ids"] = documents.cummax(1).values  # padding belongs to what it follows
+        return columns
 
-    def read(
-        self, documents: Sequence[Document], generators: Sequence[torch.Generator]
-    ) -> list[EncodedDocument]:
-        """Every document with its drafts, not yet packed."""
-        seen = [
-            self.processor.split_document([p if isinstance(p, str) else p.pixels for p in d])
-            for d in documents
-        ]
-        stories = [story for story, _ in seen]
-        rows = encode(
-            stories,
-            self.processor.tokenizer,
-            self.processor.scheme,
-            True,
-            self.processor.full_video_attention,
-        )
-        none = torch.zeros(0, width := self.processor.patch_width)
-        drafted = []
-        for row, document, (_, shown), generator in zip(rows, documents, seen, generators, strict=True):
-            patches = torch.cat([none, *shown])
-            marks = [part.generate for part in document if not isinstance(part, str)]
-            sizes = torch.tensor([len(part) for part in shown], dtype=torch.long)
-            drawn = torch.tensor(marks, dtype=torch.bool).repeat_interleave(sizes)
-            noise = torch.randn(int(drawn.sum()), width, generator=generator)
-            blocks = row.block_ids[row.input_ids == self.processor.image_token_id]
-            read = ~drawn | (blocks < row.block_ids[-1:])
-            _, block = blocks[drawn].unique_consecutive(return_inverse=True)  # one for each picture or frame
-            time = self.times(int(block.max()) + 1 if len(block) else 0, generator)[block, None]
-            drafted.append(EncodedDocument(row, patches, drawn, read, noise, time))
-        return drafted
+    def gather(self, encoded: Sequence[EncodedDocument]) -> CriticBatch:
+        """The documents with something to generate, one in a row, for the critic.
 
-    def gather(self, drafted: Sequence[EncodedDocument]) -> CriticInputs:
-        """The documents with drafts, side by side; where none has any, a blank patch that is only read."""
-        drafted = [d for d in drafted if d.drawn.any()]
-        if not drafted:  # a critic in several processes has to take part in every update
+        Where there are none, one blank patch that is only read: a critic in several processes has to take
+        part in every update.
+        """
+        encoded = [d for d in encoded if d.generated.any()]
+        if not encoded:
             blank = torch.zeros(self.processor.num_channels, *(self.processor.patch_size,) * 2)
-            drafted = self.read([[Visual(blank)]], [torch.Generator()])
-        patches = pad_sequence([d.patches for d in drafted], batch_first=True)
-        there = pad_sequence([torch.ones_like(d.drawn) for d in drafted], batch_first=True)
-        drawn = pad_sequence([d.drawn for d in drafted], batch_first=True)
-        return CriticInputs(collate([d.row for d in drafted]), patches, there, drawn)
+            encoded = self.encode([[Visual(blank)]], [torch.Generator()])
+        patches = pad_sequence([d.patches for d in encoded], batch_first=True)
+        valid = pad_sequence([torch.ones_like(d.generated) for d in encoded], batch_first=True)
+        generated = pad_sequence([d.generated for d in encoded], batch_first=True)
+        return CriticBatch(collate([d.sequence for d in encoded]), patches, valid, generated)
 
 
 def join(documents: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Columns of documents one after another, `attention_mask` and their numbers, `document_ids`, added."""
+    """Columns of documents one after another, with `attention_mask` and their numbers, `document_ids`."""
     lengths = torch.tensor([len(d["input_ids"]) for d in documents])
     row = {name: torch.cat([d[name] for d in documents]) for name in documents[0]}
     number = torch.arange(len(documents)).repeat_interleave(lengths)

@@ -1,49 +1,70 @@
-"""A model that learns from packs to write and to draw, and the critic beside it where the head has one."""
+"""A step of pretraining on packed documents: text loss, image loss, and a critic where the head has one."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.models.modeling_rope_mm import RopeMMCritic, RopeMMForConditionalGeneration
-from rope_mm.training.gan import GANConfig
+from rope_mm.training.adversarial import CriticTrainer, share_angles
+from rope_mm.training.config import option
+from rope_mm.training.distributed import grad_norm, no_sync_if, precision, prepare_model
+from rope_mm.training.gan import AdversarialLoss, CriticBatch, GANConfig
 from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.packing import PackedBatch
-from rope_mm.training.prepare import precision, prepare_model
-from rope_mm.training.rival import CriticTrainer
 from rope_mm.training.schedule import SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptim:
-    """AdamW; rates rise over `warm_up` steps and go along the schedule to `final` of themselves."""
+    """AdamW; rates rise over the first steps and then follow the schedule to a part of themselves."""
 
-    lr: float = 2e-3
-    critic_lr: float = 2e-3
-    warm_up: int = 100
-    schedule: str = "cosine"
-    final: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.99)
-    critic_betas: tuple[float, float] = (0.0, 0.99)
-    weight_decay: float = 0.0
-    clip: float = 1.0  # the longest gradient; 0 for any
+    lr: float = option(2e-3, "learning rate of the model", minimum=0)
+    critic_lr: float = option(2e-3, "learning rate of the critic", minimum=0)
+    warmup_steps: int = option(100, "over which rates rise from 0", minimum=0)
+    schedule: str = option("cosine", "of the rates", choices=SCHEDULES)
+    final_lr_ratio: float = option(0.05, "final rates over the first ones", minimum=0)
+    betas: tuple[float, float] = option((0.9, 0.99), "of the model's AdamW", minimum=0, below=1)
+    critic_betas: tuple[float, float] = option((0.0, 0.99), "of the critic's AdamW", minimum=0, below=1)
+    weight_decay: float = option(0.0, "of AdamW", minimum=0)
+    max_grad_norm: float = option(1.0, "a longer gradient is clipped to this length; 0: none is", minimum=0)
+
+    @property
+    def constant(self) -> bool:
+        """Whether rates stay after the first steps, so that the number of steps changes no step."""
+        return self.final_lr_ratio == 1
 
 
 class BatchTotals(NamedTuple):
-    """What a step has of all processes: words to predict, patches to draw, documents with some."""
+    """Sums over all processes and micro-batches of a step, by which losses are divided.
 
-    words: float
+    Attributes:
+        predicted: text tokens to predict.
+        patches: patches to generate.
+        documents: documents that have such patches.
+    """
+
+    predicted: float
     patches: float
     documents: float
 
 
 class PretrainTrainer:
-    """The model, its optimiser and what it loses; `rival` is None where the head needs no critic.
+    """The model, its optimizer and its losses; `critic` is None where the image head needs none.
+
+    Args:
+        model: not yet on its device.
+        image_head: a key of IMAGE_HEADS.
+        optim: rates and their schedule.
+        loss: the objective of the adversarial head.
+        accelerator: devices, processes and bf16.
+        image_loss_weight: of the image loss, that of the text loss being 1.
+        compile: a backend of torch.compile; "" compiles nothing.
+        checkpointing: whether blocks are recomputed in the backward pass instead of kept.
 
     Raises:
         ValueError: an unknown head, schedule or loss, a penalty's method that does not fit, mixed fp16.
@@ -52,103 +73,136 @@ class PretrainTrainer:
     def __init__(
         self,
         model: RopeMMForConditionalGeneration,
-        head: str,
+        image_head: str,
         optim: PretrainOptim,
-        objective: GANConfig,
+        loss: GANConfig,
         accelerator: Accelerator,
-        picture_weight: float = 1.0,
+        image_loss_weight: float = 1.0,
         compile: str = "",
         checkpointing: bool = False,
     ):
-        self.name, self.head, self.optim, self.weight = head, IMAGE_HEADS[head], optim, picture_weight
+        self.head, self.optim, self.image_loss_weight = IMAGE_HEADS[image_head], optim, image_loss_weight
         self.accelerator, self.schedule = accelerator, SCHEDULES[optim.schedule]
-        how: dict[str, Any] = {
-            "weight_decay": optim.weight_decay,
-            "compile": compile,
-            "checkpointing": checkpointing,
-        }
-        critic = RopeMMCritic(cast(RopeMMConfig, model.config)) if self.head.critical else None
-        self.model, self.optimizer = prepare_model(model, accelerator, optim.betas, **how)
-        self.rival = None
+        self.compiled = bool(compile)
+        settings: dict[str, Any] = {"compile": compile, "checkpointing": checkpointing}
+        settings["weight_decay"] = optim.weight_decay
+        critic = RopeMMCritic(cast(RopeMMConfig, model.config)) if self.head.needs_critic else None
+        self.model, self.optimizer = prepare_model(model, accelerator, optim.betas, **settings)
+        self.critic = None
         if critic is not None:
-            players = prepare_model(critic, accelerator, optim.critic_betas, **how)
-            self.rival = CriticTrainer(*players, objective, accelerator, bool(compile), checkpointing)
+            objective = AdversarialLoss(
+                loss, critic, accelerator, compiled=bool(compile), checkpointing=checkpointing
+            )
+            prepared = prepare_model(critic, accelerator, optim.critic_betas, **settings)
+            self.critic = CriticTrainer(*prepared, objective, accelerator)
 
-    def set_rates(self, step: int, steps: int) -> None:
-        """The learning rates of a step."""
-        factor = min(1.0, (step + 1) / max(self.optim.warm_up, 1))
-        factor *= self.schedule(1.0, self.optim.final, step / steps)
+    def update_schedules(self, step: int, steps: int) -> None:
+        """Set the learning rates of a step of a run of so many steps."""
+        factor = min(1.0, (step + 1) / max(self.optim.warmup_steps, 1))
+        factor *= self.schedule(1.0, self.optim.final_lr_ratio, step / steps)
         rates = [(self.optimizer, self.optim.lr)]
-        rates += [(self.rival.optimizer, self.optim.critic_lr)] if self.rival else []
+        rates += [(self.critic.optimizer, self.optim.critic_lr)] if self.critic else []
         for optimizer, rate in rates:
             optimizer.param_groups[0]["lr"] = rate * factor
 
-    def learn(
-        self, packs: Sequence[PackedBatch], totals: BatchTotals, probes: torch.Generator | None = None
+    def train_step(
+        self, batches: Sequence[PackedBatch], totals: BatchTotals, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """An update of the critic, and of the model, by packs one after another; this process's part of it.
+        """A step of the critic, and a step of the model; this process's part of the losses.
 
-        The parts of all processes add up to the losses of the step.
+        The parts of all processes add up to the losses of the step, and so do those of `grad_norm/...` to
+        the norms.
+
+        Args:
+            batches: what this process reads, micro-batch by micro-batch.
+            totals: of all processes.
+            generator: random numbers of the critic's penalties.
         """
-        # of several, the graphs would lie in memory together
-        kept = self.read(packs[0], totals) if len(packs) == 1 else None
-        seen = [] if self.rival is None else self.challenge(self.rival, packs, kept, totals, probes)
-        lost = []
-        for number, pack in enumerate(packs, start=1):
-            with self.alone(self.model, number < len(packs)):
-                terms = self.terms(pack, self.read(pack, totals) if kept is None else kept, totals)
-                total = terms["words"] + self.weight * terms[self.name]
+        if self.critic:
+            documents = [self.for_critic(batch, generator) for batch in batches]
+            batches = [replace(b, critic_batch=d) for b, d in zip(batches, documents, strict=True)]
+        # the graphs of several micro-batches would be in memory together
+        outputs = self.forward(batches[0], totals) if len(batches) == 1 else None
+        found = self.critic_step(self.critic, batches, outputs, totals) if self.critic else []
+        losses = []
+        for number, batch in enumerate(batches, start=1):
+            with no_sync_if(self.accelerator, self.model, number < len(batches)):
+                out = self.forward(batch, totals) if outputs is None else outputs
+                terms = self.losses(batch, out, totals)
+                total = terms["loss/text"] + self.image_loss_weight * terms["loss/image"]
                 self.accelerator.backward(total * self.accelerator.num_processes)  # DDP takes the mean
-            lost.append({name: term.detach() for name, term in terms.items()})
-        if self.optim.clip:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.optim.clip)
+            losses.append({name: term.detach() for name, term in terms.items()})
+        norm = {"grad_norm": self.clip() / self.accelerator.num_processes}
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return add_up(lost) | add_up(seen)
+        return sum_terms(losses) | sum_terms(found) | norm
 
-    def challenge(
+    def for_critic(self, batch: PackedBatch, generator: torch.Generator | None) -> CriticBatch:
+        """What the critic reads of a batch, with random numbers for its penalties."""
+        documents = replace(batch.for_critic, generator=generator)
+        if self.critic is None or self.compiled:
+            return documents
+        return share_angles(documents, self.accelerator.unwrap_model(self.critic.critic))
+
+    def clip(self) -> Tensor:
+        """Clip the gradient of the model; its norm before."""
+        if self.optim.max_grad_norm:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.optim.max_grad_norm)
+            return cast(Tensor, norm).detach()
+        return grad_norm(self.model)
+
+    def critic_step(
         self,
-        rival: CriticTrainer,
-        packs: Sequence[PackedBatch],
-        kept: Any,
+        critic: CriticTrainer,
+        batches: Sequence[PackedBatch],
+        outputs: Any,
         totals: BatchTotals,
-        probes: torch.Generator | None,
     ) -> list[dict[str, Tensor]]:
-        """The critic's update against what the model draws now."""
-        seen = []
-        for number, pack in enumerate(packs, start=1):
-            with torch.no_grad():
-                out = self.read(pack, totals) if kept is None else kept
-            whole, part = pack.critical, pack.critical.count / max(totals.documents, 1)
-            with self.alone(rival.critic, last := number < len(packs)):
-                drawn = out.patches[pack.draft].detach()
-                found = rival.update(whole, drawn, part * self.accelerator.num_processes, probes, not last)
-            seen.append({name: term.detach() * part for name, term in found.items()})
-        return seen
+        """One step of the critic against what the model generates now; this process's terms by micro-batch.
 
-    def read(self, pack: PackedBatch, totals: BatchTotals) -> Any:
-        """What the model makes of a pack."""
+        Args:
+            critic: what learns.
+            batches: packed documents.
+            outputs: of the model for the only batch, or None for several.
+            totals: of all processes.
+        """
+        found, processes = [], self.accelerator.num_processes
+        for number, batch in enumerate(batches, start=1):
+            with torch.no_grad():
+                out = self.forward(batch, totals) if outputs is None else outputs
+            documents = batch.for_critic
+            share = documents.count / max(totals.documents, 1)
+            terms = critic.step(
+                documents,
+                documents.insert(out.patches[batch.noisy].detach()),
+                weight=share * processes,
+                last=number == len(batches),
+            )
+            norms = {name: term / processes for name, term in terms.items() if name.startswith("grad_norm")}
+            found.append({name: term * share for name, term in terms.items()} | norms)
+        return found
+
+    def forward(self, batch: PackedBatch, totals: BatchTotals) -> Any:
+        """The model's output for a batch, its patches in float32."""
         with precision(self.accelerator):
-            words = max(totals.words, 1)
-            out = self.model(**pack.inputs(), labels=pack.labels, num_items_in_batch=words)
+            count = max(totals.predicted, 1)
+            out = self.model(**batch.inputs(), labels=batch.labels, num_items_in_batch=count)
         out.patches = out.patches.float()
         return out
 
-    def terms(self, pack: PackedBatch, out: Any, totals: BatchTotals) -> dict[str, Tensor]:
-        """A pack's part of the losses of words and of pictures."""
-        drawn = out.patches[pack.draft]
-        if self.rival is None:
-            pictures = self.head.loss(drawn, pack.target) / max(totals.patches, 1)
+    def losses(self, batch: PackedBatch, out: Any, totals: BatchTotals) -> dict[str, Tensor]:
+        """A batch's part of the text loss and of the image loss."""
+        generated = out.patches[batch.noisy]
+        if self.critic is None:
+            image_loss = self.head.loss(generated, batch.target) / max(totals.patches, 1)
         else:
-            part = pack.critical.count / max(totals.documents, 1)
-            pictures = self.rival.judge(pack.critical, drawn) * part
-        return {"words": out.loss, self.name: pictures}
-
-    def alone(self, model: nn.Module, wanted: bool) -> AbstractContextManager:
-        """Context in which gradients add up in this process, and do not yet go to the others."""
-        return self.accelerator.no_sync(model) if wanted else nullcontext()
+            documents = batch.for_critic
+            share = documents.count / max(totals.documents, 1)
+            image_loss = self.critic.generator_loss(documents, documents.insert(generated)) * share
+        return {"loss/text": out.loss, "loss/image": image_loss}
 
 
-def add_up(terms: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Sums by name."""
-    return {name: torch.stack([each[name] for each in terms]).sum(0) for name in (terms[0] if terms else ())}
+def sum_terms(terms: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The sum of each term over the batches that have it."""
+    names = dict.fromkeys(name for each in terms for name in each)
+    return {name: torch.stack([each[name] for each in terms if name in each]).sum() for name in names}

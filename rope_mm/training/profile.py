@@ -1,4 +1,4 @@
-"""Which part of the time of training steps goes into rotation, by torch's profiler."""
+"""Rotary's share of the time of training steps, by torch's profiler."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
@@ -7,13 +7,19 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 Result = TypeVar("Result")
-ANGLES = "rotary angles"  # under which name a model records the making of a turn
+ANGLES = "rotary angles"  # the name under which a model records the making of angles
 ROTATION = {ANGLES, *(name + way for name in ("ApplyRotary", "Rotate") for way in ("", "Backward"))}
 WARM = 3  # steps before the first that counts
 
 
 class Share(NamedTuple):
-    """Milliseconds that rotation and all there was took, and where: "cpu", or "device" on an accelerator."""
+    """Milliseconds a step of rotation and of everything.
+
+    Attributes:
+        rotary: of rotation, and of making its angles.
+        total: of everything.
+        where: "cpu", or "device" on an accelerator.
+    """
 
     rotary: float
     total: float
@@ -21,7 +27,7 @@ class Share(NamedTuple):
 
     def __str__(self) -> str:
         if not self.rotary:
-            return "rotary's share of step time: not seen; compiled code rotates inside of other operations"
+            return "rotary's share of step time: unknown; compiled code rotates inside other operations"
         parts = f"{self.rotary:.2f} of {self.total:.2f} ms a step"
         return (
             f"rotary's share of step time: {self.rotary / self.total:.1%} ({parts}, {self.where}, profiled)"
@@ -29,9 +35,14 @@ class Share(NamedTuple):
 
 
 def rotary_share(events: Iterable[Any], steps: int, where: str) -> Share:
-    """The share in a profile's events of so many steps; what a rotation calls is a part of it.
+    """The share in a profile's events; what a rotation calls is a part of it.
 
     The profiler's own time is in both, and weighs more where operations are small.
+
+    Args:
+        events: of torch's profiler.
+        steps: how many steps they cover.
+        where: "cpu" or "device", whose time counts.
     """
 
     def inside(event: Any) -> bool:
@@ -47,7 +58,7 @@ def rotary_share(events: Iterable[Any], steps: int, where: str) -> Share:
 
 
 def measure_share(step: Callable[[], object], steps: int) -> Share:
-    """Rotary's share of so many calls of a step."""
+    """Rotary's share of a number of calls of a step."""
     where = "device" if torch.cuda.is_available() else "cpu"
     gpu = [ProfilerActivity.CUDA] if where == "device" else []
     with profile(activities=[ProfilerActivity.CPU, *gpu]) as seen:
@@ -58,9 +69,15 @@ def measure_share(step: Callable[[], object], steps: int) -> Share:
 
 
 def profiled(
-    step: Callable[[int], Result], steps: int, say: Callable[[Share], None]
+    step: Callable[[int], Result], steps: int, report: Callable[[Share], None]
 ) -> Callable[[int], Result]:
-    """The same step, of which so many, after the first few, are profiled; `say` is told rotary's share."""
+    """The same step, of which some calls, after the first few, are profiled.
+
+    Args:
+        step: takes its number.
+        steps: how many calls are profiled.
+        report: is called once with rotary's share.
+    """
     calls, results = 0, []
 
     def call(number: int) -> Result:
@@ -72,7 +89,7 @@ def profiled(
         shares.append(share)
         if calls == WARM + steps:
             rotary, total, (where, *_) = zip(*shares, strict=True)
-            say(Share(sum(rotary) / steps, sum(total) / steps, where))
+            report(Share(sum(rotary) / steps, sum(total) / steps, where))
         return results.pop()
 
     shares: list[Share] = []

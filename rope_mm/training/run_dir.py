@@ -1,71 +1,229 @@
-"""A run's folder: the configuration that made it, the versions it ran with, its checkpoints."""
+"""A run's folder: the configuration and data that made it, its lock, its checkpoints, runs to start from."""
 
 import json
+import os
 import platform
 import shutil
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, cast
 
+import filelock
 from accelerate import Accelerator
+from omegaconf import OmegaConf
 
 from rope_mm.files import write_folder, write_text
 from rope_mm.training import checkpoint
+from rope_mm.training.distributed import all_reduce_max
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 DONE = ("model", "result.json")
 MADE = ("checkpoints", "samples", "metrics.jsonl", *DONE)
 
 
-def open_folder(out: Path, identity: str, accelerator: Accelerator, restart: bool) -> None:
-    """Make the folder of a run; `restart` empties it first, and nothing else does.
+@dataclass(frozen=True)
+class Identity:
+    """What a run's result depends on; a folder with another one is refused.
 
-    `identity` is all that the run depends on, the number of processes too where a batch depends on it.
+    Attributes:
+        config: the configuration as YAML, keys that no result depends on excepted.
+        data: the numbers of rows and a fingerprint of them, by split.
+        constant_schedule: whether no rate depends on the number of steps, so that a run may be extended.
+    """
+
+    config: str
+    data: Mapping[str, Any]
+    constant_schedule: bool = False
+
+
+@contextmanager
+def locked(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
+    """While entered, no other command trains in this folder.
+
+    Raises:
+        ValueError: another one does; with its process number.
+    """
+    lock = filelock.FileLock(output_dir / ".lock")
+    holder = output_dir / ".lock-holder"
+    refused = 0
+    if accelerator.is_main_process:
+        if output_dir.exists() and not output_dir.is_dir():
+            refused = 2
+        else:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+                holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            except filelock.Timeout:
+                refused = 1
+    refused = all_reduce_max(accelerator, refused)
+    if refused == 2:
+        raise ValueError(f"{output_dir} is a file; give --output_dir a folder, which may be new")
+    if refused:
+        name = holder.read_text() if holder.exists() else "another process"
+        raise ValueError(
+            f"{output_dir} is in use by {name}; wait for it, stop it, or choose another --output_dir"
+        )
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+
+def open_folder(
+    output_dir: Path,
+    identity: Identity,
+    accelerator: Accelerator,
+    restart: bool = False,
+    extend: bool = False,
+    changed_data: bool = False,
+) -> None:
+    """Write the configuration of a run to its folder; `restart` empties the folder first.
+
+    Args:
+        output_dir: the folder.
+        identity: all that the run depends on.
+        accelerator: the processes, of which the main one writes.
+        restart: whether what is there is deleted.
+        extend: whether a run may go on with another number of steps although its schedule depends on it.
+        changed_data: whether a run may go on with other data.
 
     Raises:
         ValueError: see `check_folder`.
     """
     if not restart:
-        check_folder(out, identity)
+        check_folder(output_dir, identity, extend, changed_data)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if restart:
-            checkpoint.clear(out / "checkpoints")
+            checkpoint.clear(output_dir / "checkpoints")
             for name in ("samples", "model"):
-                shutil.rmtree(out / name, ignore_errors=True)
-            (out / "result.json").unlink(missing_ok=True)
+                shutil.rmtree(output_dir / name, ignore_errors=True)
+            (output_dir / "result.json").unlink(missing_ok=True)
+        elif steps_of(output_dir) not in (None, read_config(identity.config).get("steps")):
+            (output_dir / "result.json").unlink(missing_ok=True)  # of fewer steps
         versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-        write_text(out / "run.yaml", identity)
-        write_text(out / "versions.json", json.dumps(versions, indent=1))
+        write_text(output_dir / "data.json", json.dumps(identity.data, indent=1))
+        write_text(output_dir / "run.yaml", identity.config)
+        write_text(output_dir / "versions.json", json.dumps(versions, indent=1))
     accelerator.wait_for_everyone()
 
 
-def check_folder(out: Path, identity: str) -> None:
-    """Refuse a folder with anything that this run would write over and cannot go on from.
+def check_folder(
+    output_dir: Path, identity: Identity, extend: bool = False, changed_data: bool = False
+) -> None:
+    """Refuse a folder with anything that this run would overwrite and cannot resume from.
+
+    Args:
+        output_dir: the folder.
+        identity: of this run.
+        extend: see `open_folder`.
+        changed_data: see `open_folder`.
 
     Raises:
-        ValueError: with the first line that differs from another run's, or what there is of none.
+        ValueError: with the first line that differs from another run's, or with the files of no run.
     """
-    stored, remedy = out / "run.yaml", "choose another --out, or begin it anew with --restart"
-    known, begun = stored.exists(), checkpoint.latest(out / "checkpoints") is not None
-    if known and (old := stored.read_text(encoding="utf-8")) != identity:
-        there, here = next(pair for pair in zip_lines(old, identity) if pair[0] != pair[1])
-        raise ValueError(
-            f"{out} holds a run of another configuration ({there.strip()!r} there, {here.strip()!r} here); "
-            f"{remedy}"
-        )
+    remedy = "choose another --output_dir, or start anew with --restart"
+    known = (output_dir / "run.yaml").exists()
+    if known:
+        check_config(output_dir, identity, extend, remedy)
+        check_data(output_dir, identity, changed_data, remedy)
+    begun = checkpoint.latest(output_dir / "checkpoints") is not None
     lacking, lost = ("checkpoint", DONE) if known else ("run.yaml", MADE)
-    found = [name for name in lost if (out / name).exists()]
+    found = [name for name in lost if (output_dir / name).exists()]
     if found and not (known and begun):
-        raise ValueError(f"{out} holds {', '.join(found)}, but no {lacking} to go on from; {remedy}")
+        raise ValueError(f"{output_dir} holds {', '.join(found)}, but no {lacking} to resume from; {remedy}")
 
 
-def is_done(out: Path, identity: str) -> bool:
-    """Whether a folder holds a run that has its result; its identity may say more before these lines."""
-    made = out / "run.yaml"
-    if not made.exists() or not (out / "result.json").exists():
+def check_config(output_dir: Path, identity: Identity, extend: bool, remedy: str) -> None:
+    """Refuse a folder of another configuration; another number of steps extends the run where it can.
+
+    Args:
+        output_dir: a run's folder.
+        identity: of this run.
+        extend: whether the schedule may change.
+        remedy: what to do about another configuration.
+
+    Raises:
+        ValueError: with the first line that differs.
+    """
+    old = (output_dir / "run.yaml").read_text(encoding="utf-8")
+    if old == identity.config:
+        return
+    before, now = read_config(old), read_config(identity.config)
+    steps, more = before.pop("steps", None), now.pop("steps", None)
+    if before != now or None in (steps, more):
+        there, here = next(pair for pair in zip_lines(old, identity.config) if pair[0] != pair[1])
+        raise ValueError(
+            f"{output_dir} holds a run of another configuration ({there.strip()!r} there, {here.strip()!r} "
+            f"here); {remedy}"
+        )
+    newest = checkpoint.latest(output_dir / "checkpoints")
+    if newest is not None and checkpoint.step_of(newest) > more:
+        raise ValueError(
+            f"{output_dir} holds a run of {checkpoint.step_of(newest)} steps already, more than steps "
+            f"{more}; {remedy}"
+        )
+    if newest is not None and not (extend or identity.constant_schedule):
+        raise ValueError(
+            f"{output_dir} holds a run of steps {steps}, whose rates follow a schedule to its end; with "
+            f"steps {more} they go on as those of such a longer run, not where they ended: --extend does "
+            f"so, or {remedy}"
+        )
+
+
+def check_data(output_dir: Path, identity: Identity, changed_data: bool, remedy: str) -> None:
+    """Refuse to resume on other data.
+
+    Args:
+        output_dir: a run's folder.
+        identity: of this run.
+        changed_data: whether it may go on nevertheless.
+        remedy: what else to do.
+
+    Raises:
+        ValueError: with the numbers of rows.
+    """
+    stored = output_dir / "data.json"
+    if changed_data or not stored.exists():
+        return
+    old = json.loads(stored.read_text(encoding="utf-8"))
+    if old != json.loads(json.dumps(identity.data)):
+        there, here = describe_data(old), describe_data(identity.data)
+        raise ValueError(
+            f"{output_dir} holds a run on other data ({there} there, {here} here); --data.changed true goes "
+            f"on with the new data, or {remedy}"
+        )
+
+
+def describe_data(data: Mapping[str, Any]) -> str:
+    """The splits of a data fingerprint, in words."""
+    return ", ".join(f"{name}: {part['rows']} rows, {part['digest'][:8]}" for name, part in data.items())
+
+
+def steps_of(output_dir: Path) -> int | None:
+    """The number of steps that the run of a folder was last started for."""
+    path = output_dir / "run.yaml"
+    return read_config(path.read_text(encoding="utf-8")).get("steps") if path.exists() else None
+
+
+def read_config(text: str) -> dict[str, Any]:
+    """The keys of a configuration in YAML."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
+
+
+def is_done(output_dir: Path, config: str) -> bool:
+    """Whether a folder holds the result of a run of this configuration."""
+    path = output_dir / "run.yaml"
+    if not path.exists() or not (output_dir / "result.json").exists():
         return False
-    return f"\n{made.read_text(encoding='utf-8')}".endswith(f"\n{identity}")
+    return path.read_text(encoding="utf-8") == config
 
 
 def zip_lines(old: str, new: str) -> list[tuple[str, str]]:
@@ -75,13 +233,13 @@ def zip_lines(old: str, new: str) -> list[tuple[str, str]]:
     return list(zip(a + [""] * (size - len(a)), b + ["(end)"] * (size - len(b)), strict=True))
 
 
-def resume(out: Path, accelerator: Accelerator) -> int:
-    """Load the newest checkpoint, if there is one; the step from which to go on.
+def resume(output_dir: Path, accelerator: Accelerator) -> int:
+    """Load the newest checkpoint, if there is one; the step to continue at.
 
     Raises:
         ValueError: a checkpoint that is not whole.
     """
-    newest = checkpoint.latest(out / "checkpoints")
+    newest = checkpoint.latest(output_dir / "checkpoints")
     if newest is None:
         return 0
     checkpoint.verify(newest)
@@ -89,10 +247,10 @@ def resume(out: Path, accelerator: Accelerator) -> int:
     return checkpoint.step_of(newest)
 
 
-def save(out: Path, step: int, accelerator: Accelerator) -> None:
+def save(output_dir: Path, step: int, accelerator: Accelerator) -> None:
     """Write the checkpoint of a step, whole or not at all."""
     checkpoint.save(
-        out / "checkpoints",
+        output_dir / "checkpoints",
         step,
         lambda path: accelerator.save_state(str(path)),
         main=accelerator.is_main_process,
@@ -100,7 +258,44 @@ def save(out: Path, step: int, accelerator: Accelerator) -> None:
     )
 
 
-def write_model(out: Path, write: Callable[[Path], object], accelerator: Accelerator) -> None:
-    """Write the model of a run to OUT/model: all of it, or where that fails, nothing."""
+def write_model(output_dir: Path, write: Callable[[Path], object], accelerator: Accelerator) -> None:
+    """Write the model of a run to OUTPUT_DIR/model: all of it, or where that fails, nothing.
+
+    Args:
+        output_dir: the run's folder.
+        write: fills a folder.
+        accelerator: the processes.
+    """
     main, wait = accelerator.is_main_process, accelerator.wait_for_everyone
-    write_folder(out / "model", write, main=main, wait=wait)
+    write_folder(output_dir / "model", write, main=main, wait=wait)
+
+
+def check_initial_run(folder: Path, config: str, kept: Sequence[str]) -> None:
+    """Refuse to initialise a run from a folder without a finished run of the same kind of model.
+
+    Args:
+        folder: of the run to start from.
+        config: of the new run, as YAML.
+        kept: dotted keys that both must agree on.
+
+    Raises:
+        ValueError: with the first key that differs; a checkpoint that is not whole.
+    """
+    made, newest = folder / "run.yaml", checkpoint.latest(folder / "checkpoints")
+    if not (folder / "result.json").exists() or newest is None:
+        raise ValueError(
+            f"init_from {folder} holds no finished run; give the output_dir of one, or finish it"
+        )
+    checkpoint.verify(newest)
+    old, new = OmegaConf.load(made), OmegaConf.create(config)
+    for key in kept:
+        there, here = OmegaConf.select(old, key), OmegaConf.select(new, key)
+        if there != here:
+            raise ValueError(
+                f"init_from {folder} has another {key} ({there} there, {here} here), which must be kept"
+            )
+
+
+def load_initial_run(folder: Path, accelerator: Accelerator) -> None:
+    """Load the last checkpoint of a run that `check_initial_run` let pass."""
+    accelerator.load_state(str(checkpoint.latest(folder / "checkpoints")))

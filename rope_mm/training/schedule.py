@@ -9,7 +9,7 @@ Schedule = Callable[[float, float, float], float]
 
 
 def linear(start: float, end: float, progress: float) -> float:
-    """Straight from start to end, progress from 0 to 1."""
+    """Straight from start to end, as progress goes from 0 to 1."""
     return start - (start - end) * progress
 
 

@@ -1,17 +1,17 @@
-"""Ctrl-C and SIGTERM as a wish to stop after the step at hand; a second one stops at once.
+"""Ctrl-C and SIGTERM ask the run to save and stop after the current step; a second one stops it at once.
 
-A run that saved because SIGTERM asked it to has done what it was asked: exit code 0. After Ctrl-C it is 130,
-and after a second signal n, which leaves no time to save, 128 + n.
+A run that saved because of SIGTERM has done what was asked, exit code 0; after Ctrl-C the code is 130, and
+after a second signal n, which leaves no time to save, 128 + n.
 """
 
 import signal
 from types import FrameType
 
-KILLED = 128  # plus the number of a signal: how a shell counts what the signal ended
+KILLED = 128  # plus the number of a signal: the exit code of what the signal ended
 
 
 class Stop:
-    """While entered, `asked` is the signal by which somebody wants the run to save and end, or 0.
+    """While entered, `asked` is the signal that asked the run to save and stop, or 0.
 
     with Stop() as stop:
         while not stop.asked: ...
@@ -35,5 +35,5 @@ class Stop:
 
 
 def exit_code(asked: int) -> int:
-    """How a run ends that has saved because of this signal."""
+    """The exit code of a run that saved because of this signal."""
     return 0 if asked == signal.SIGTERM else KILLED + asked

@@ -1,4 +1,4 @@
-"""How fast a run is: tokens and floating-point operations a second, and their share of what a GPU can do."""
+"""How fast a run is: tokens, images and floating-point operations a second, and their share of the peak."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# dense bfloat16 FLOP/s of data sheets, by a part of the device's name, of which the first that fits counts
+# dense bfloat16 FLOP/s of data sheets, by a part of the device's name; the first that fits counts
 PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -20,7 +20,7 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """What a device can do at most, FLOP/s in bfloat16; None where nobody has written it down."""
+    """The peak of a device, FLOP/s in bfloat16; None where PEAKS does not list it."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -28,7 +28,12 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def count_pairs(document: Tensor, mask: Tensor) -> int:
-    """Pairs of tokens of one document, each with itself too; documents (b, s), and 0 at padding (b, s)."""
+    """The number of pairs of tokens of one document, each token with itself included.
+
+    Args:
+        document: (b, s), the number of each token's document.
+        mask: (b, s), 0 at padding.
+    """
     row = torch.arange(len(document), device=document.device)[:, None]
     number = row * (document.max() + 1) + document
     return int(torch.bincount(number.flatten(), mask.flatten()).square().sum())
@@ -41,6 +46,10 @@ class FlopCounter:
     A token costs 6 for every weight that multiplies it, a pair of tokens in attention 12 for every channel of
     all heads and layers: 2 products of 2 operations, thrice. What a mask hides within a document is counted,
     as in the paper; what it hides between documents is not.
+
+    Attributes:
+        weights: that multiply a token.
+        channels: of all heads and layers.
     """
 
     weights: int
@@ -48,7 +57,7 @@ class FlopCounter:
 
     @classmethod
     def of(cls, model: nn.Module) -> "FlopCounter":
-        """The cost of a model with a config in Hugging Face's names; to look words up costs nothing."""
+        """The cost of a model with a config in transformers' names; an embedding lookup costs nothing."""
         sizes: Any = model.config
         tables = {m.weight: None for m in model.modules() if isinstance(m, nn.Embedding)}
         used = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
@@ -57,23 +66,33 @@ class FlopCounter:
         return cls(sum(p.numel() for p in model.parameters()) - looked_up, channels)
 
     def flops(self, tokens: float, pairs: float) -> float:
-        """FLOPs of so many tokens, of which so many pairs attend."""
+        """FLOPs of a number of tokens and of pairs of them that attend."""
         return 6 * self.weights * tokens + 12 * self.channels * pairs
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a progress line says of speed; `peak` is of all devices together, FLOP/s, None if not known."""
+    """What a progress line says of speed.
+
+    Attributes:
+        peak: FLOP/s of all devices together, None if unknown.
+    """
 
     peak: float | None
 
-    def __call__(self, tokens: float, flops: float, seconds: float) -> dict[str, float]:
-        """Tokens a second, and model FLOP utilisation as a share of the peak, or GFLOP/s without one.
+    def __call__(self, tokens: float, images: float, flops: float, seconds: float) -> dict[str, float]:
+        """Tokens and images a second, and model FLOP utilisation, or GFLOP/s where the peak is unknown.
 
-        Without a count of operations, tokens alone.
+        Args:
+            tokens: read in this time.
+            images: generated in it; 0 is not reported.
+            flops: of the model; 0 is not reported.
+            seconds: the time.
         """
-        if not flops:
-            return {"tokens/s": tokens / seconds}
-        rate = flops / seconds
-        used = {"GFLOP/s": rate / 1e9} if self.peak is None else {"MFU": rate / self.peak}
-        return {"tokens/s": tokens / seconds} | used
+        found = {"tokens/s": tokens / seconds}
+        if images:
+            found["images/s"] = images / seconds
+        if flops:
+            rate = flops / seconds
+            found |= {"GFLOP/s": rate / 1e9} if self.peak is None else {"MFU": rate / self.peak}
+        return found

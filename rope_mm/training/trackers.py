@@ -1,4 +1,4 @@
-"""Where metrics go besides the run's folder: tensorboard, wandb and trackio, by accelerate."""
+"""Experiment trackers besides the run's folder: tensorboard, wandb and trackio, by accelerate."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from rope_mm.registry import Registry
-from rope_mm.training.cli_args import flatten, known_keys
+from rope_mm.training.config import flatten, known_keys
 
 TRACKERS = Registry("tracker", {name: name for name in ("tensorboard", "wandb", "trackio")})  # -> its package
 
@@ -24,17 +24,23 @@ def read_trackers(names: str) -> list[Any] | None:
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
         if (package := TRACKERS[name]) not in map(str, get_available_trackers()):
-            raise ValueError(f"tracker {name!r} needs a package: pip install {package}, or leave it out")
+            raise ValueError(f"tracker {name!r} needs a package: pip install {package}, or run without it")
     return wanted or None
 
 
 @contextmanager
-def tracking(accelerator: Accelerator, out: Path, config: Any) -> Iterator[None]:
-    """While entered, the accelerator's trackers, if it has any, follow the run of this folder's name."""
+def tracking(accelerator: Accelerator, output_dir: Path, config: Any) -> Iterator[None]:
+    """While entered, the accelerator's trackers, if it has any, receive the run's metrics.
+
+    Args:
+        accelerator: made with `log_with`.
+        output_dir: the run's folder, by whose name trackers know it.
+        config: all keys of the run.
+    """
     if accelerator.log_with:
         entries = flatten(asdict(config), known_keys(type(config)), "")
         plain = {k: v if isinstance(v, int | float | str) else str(v) for _, k, v in entries}
-        accelerator.init_trackers(out.name, plain)
+        accelerator.init_trackers(output_dir.name, plain)
     try:
         yield
     finally:

@@ -309,7 +309,7 @@ def test_sources_carried_here_stream_as_well():
 def test_workers_read_what_one_process_reads(shards, workers):
     def readings(workers, begun=0):
         stream, _ = load_documents([shards], streaming=True, shuffle=5, held_out=2, **HOW)
-        feed = PackedDocumentDataset(stream, AsTold(), seed=0, batch=4)
+        feed = PackedDocumentDataset(stream, AsTold(), seed=0, global_batch_size=4)
         return [*feed.readings(begun, 9, workers)], feed, stream
 
     alone, _, _ = readings(0)
@@ -330,8 +330,8 @@ def test_a_file_that_is_open_is_not_shared_with_workers(tmp_path):
                 yield {"caption": letter.decode()}
 
     stream = of_words([IterableDataset.from_generator(read, features=Features(caption=Value("string")))])
-    feed = PackedDocumentDataset(stream, AsTold(), seed=0, batch=2)
-    assert feed[0].pack == [["A"], ["B"]]
+    feed = PackedDocumentDataset(stream, AsTold(), seed=0, global_batch_size=2)
+    assert feed[0] == [["A"], ["B"]]
     assert [reading.pack for reading in feed.readings(1, 5, 2)] == [
         [["C"], ["D"]], [["E"], ["F"]], [["G"], ["H"]], [["I"], ["J"]],
     ]  # fmt: skip
@@ -340,11 +340,11 @@ def test_a_file_that_is_open_is_not_shared_with_workers(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_every_process_reads_its_documents_of_the_same_step(shards, rank):
     stream, _ = load_documents([shards], streaming=True, shuffle=5, held_out=2, **HOW)
-    all_of_it = PackedDocumentDataset(stream, AsTold(), seed=0, batch=7)
+    all_of_it = PackedDocumentDataset(stream, AsTold(), seed=0, global_batch_size=7)
     mine = replace(all_of_it, world=3, rank=rank)
     for step in range(5):
-        share = [document for number, document in enumerate(all_of_it[step].pack) if number % 3 == rank]
-        assert all(equal(*documents) for documents in zip(mine[step].pack, share, strict=True))
+        share = [document for number, document in enumerate(all_of_it[step]) if number % 3 == rank]
+        assert all(equal(*documents) for documents in zip(mine[step], share, strict=True))
 
 
 def test_images_of_a_stream_are_opened_where_they_are():

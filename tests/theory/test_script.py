@@ -11,7 +11,7 @@ from rope_mm.training.config import run
 
 def test_a_chapter_becomes_a_figure_and_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(theory, "CHAPTERS", {"damping": theory.CHAPTERS["damping"]})
-    run(theory.main, theory.Theory, ["--out", str(tmp_path / "out")])
+    run(theory.main, theory.Theory, ["--output_dir", str(tmp_path / "out")])
     assert (tmp_path / "out" / "damping.png").read_bytes().startswith(b"\x89PNG")
     numbers = json.loads((tmp_path / "out" / "theory.json").read_text())
     assert numbers["damping"]["largest_error"] < 1e-9
@@ -36,5 +36,5 @@ def test_help_says_what_is_written(capsys):
 def test_without_matplotlib_the_cure_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit):
-        run(theory.main, theory.Theory, ["--out", str(tmp_path)])
+        run(theory.main, theory.Theory, ["--output_dir", str(tmp_path)])
     assert "pip install rope-mm[plots]" in capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""train/pretrain.py whose workers are at the fifth turn for an hour, and which ends in step 3.
+"""train/pretrain.py whose workers are busy with the fifth batch for an hour, and which ends in step 3.
 
-python busy_workers.py asked|failed FLAGS...
+python busy_workers.py stopped|failed FLAGS...
 """
 
 import os
@@ -16,7 +16,7 @@ from rope_mm.training.config import run
 from rope_mm.training.dataset import PackedDocumentDataset
 
 
-def asked():
+def stopped():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -27,18 +27,18 @@ def failed():
 read, step = PackedDocumentDataset.__getitem__, pretrain.Training.step
 
 
-def slowly(self, turn):
-    if turn == 4:
+def slow_read(self, number):
+    if number == 4:
         time.sleep(3600)
-    return read(self, turn)
+    return read(self, number)
 
 
-def ending(self, number):
+def last_step(self, number):
     if number == 2:
         globals()[sys.argv[1]]()
     return step(self, number)
 
 
 if __name__ == "__main__":
-    PackedDocumentDataset.__getitem__, pretrain.Training.step = slowly, ending
+    PackedDocumentDataset.__getitem__, pretrain.Training.step = slow_read, last_step
     run(pretrain.main, pretrain.Pretrain, sys.argv[2:])

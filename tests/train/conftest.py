@@ -1,13 +1,125 @@
+"""Data of 4 x 4 pixels, and runs of the training scripts on models of toy size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+import torch
 from datasets import Dataset, Features, Image, List, Value
-from PIL import Image as Picture
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+
+from rope_mm.training.config import load, run
+
+ROOT = Path(__file__).parents[2]
+TEMPLATES = (
+    "['{caption}{image:generate}', '{image}?{caption}', '{frames:generate}{caption}', "
+    "'{image}{frames:generate}']"
+)
+ADVERSARIAL = {
+    "config": ROOT / "configs" / "adversarial" / "digits.yaml",
+    "steps": 6, "global_batch_size": 2, "eval_samples": 20, "log_every": 1, "sample_every": 6,
+    "checkpoint_every": 2, "threads": 1, "data.label": "",
+    "model.hidden_size": 16, "model.intermediate_size": 16, "model.patch_size": 2,
+    "model.num_hidden_layers": 1,
+}  # fmt: skip
+PRETRAIN = {
+    "config": ROOT / "configs" / "pretrain" / "tiny.yaml",
+    "steps": 4, "global_batch_size": 8, "max_length": 64, "log_every": 1, "sample_every": 100,
+    "checkpoint_every": 2, "threads": 1, "num_workers": 0, "tokenizer": "bytes", "image_head": "mse",
+    "image_loss_weight": 1.0, "guidance_scale": 1.0, "optim.lr": 2e-3, "optim.warmup_steps": 2,
+    "model.patch_size": 2, "model.hidden_size": 16, "model.intermediate_size": 16,
+    "model.num_hidden_layers": 1, "model.num_attention_heads": 2, "model.num_key_value_heads": 2,
+    "data.templates": TEMPLATES, "data.size": 4, "data.channels": 1,
+}  # fmt: skip
+
+
+class Toy:
+    """A training script, and the flags of a run of toy size; changes replace some of them."""
+
+    def __init__(self, name, settings):
+        module = __import__(name)
+        self.name, self.settings, self.module = name, settings, module
+        self.path, self.main = ROOT / "train" / f"{name}.py", module.main
+        self.schema = getattr(module, name.title())
+
+    def flags(self, output_dir, **changes):
+        settings = {**self.settings, "output_dir": output_dir, **changes}
+        return [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+
+    def config(self, output_dir, **changes):
+        return load(self.schema, self.flags(output_dir, **changes))
+
+    def train(self, output_dir, **changes):
+        """The result of a run."""
+        self.main(self.config(output_dir, **changes))
+        return json.loads((output_dir / "result.json").read_text())
+
+    def run(self, output_dir, **changes):
+        """Run it as its command line does; the exit code."""
+        try:
+            run(self.main, self.schema, self.flags(output_dir, **changes))
+        except SystemExit as stopped:
+            return stopped.code
+        return 0
+
+    def command(self, output_dir, **changes):
+        return [sys.executable, str(self.path), *self.flags(output_dir, **changes)]
+
+    def torchrun(self, output_dir, *, script=None, **changes):
+        """The same run in two processes."""
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        arguments = [*(script or [str(self.path)]), *self.flags(output_dir, **changes)]
+        env = environment(ACCELERATE_USE_CPU="true")
+        done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.stdout[-1000:]}{done.stderr[-6000:]}"
+
+
+def environment(**more):
+    return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", **more}
+
+
+def weights(output_dir):
+    return load_file(output_dir / "model" / "model.safetensors")
+
+
+def equal(ours, theirs):
+    """Whether two nests of tensors and numbers are the same to the bit."""
+    if isinstance(ours, torch.Tensor):
+        return torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(equal(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(equal, ours, theirs))
+    return bool((ours == theirs).all()) if hasattr(ours, "all") else ours == theirs
+
+
+def lines(output_dir):
+    path = output_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """Bars in a picture of 4 x 4 pixels, and clips of them as they move."""
+def runs():
+    """What a run left: its weights, the lines of its metrics, and whether two are the same."""
+    return SimpleNamespace(
+        environment=environment,
+        weights=weights,
+        lines=lines,
+        equal=equal,
+        same=lambda one, two: equal(weights(one), weights(two)),
+    )
+
+
+@pytest.fixture(scope="session")
+def bars(tmp_path_factory):
+    """Bars in an image of 4 x 4 pixels, and videos of them as they move."""
     folder = tmp_path_factory.mktemp("bars")
-    bars = [Picture.new("L", (4, 4)) for _ in range(4)]
+    bars = [PILImage.new("L", (4, 4)) for _ in range(4)]
     for column, bar in enumerate(bars):
         bar.paste(255, (column, 0, column + 1, 4))
     rows = [
@@ -15,6 +127,39 @@ def data(tmp_path_factory):
         for i in range(16)
     ]
     features = Features(image=Image(), frames=List(Image()), caption=Value("string"))
-    bars = Dataset.from_list(rows, features=features)
-    bars.to_parquet(folder / "bars.parquet")
+    Dataset.from_list(rows, features=features).to_parquet(folder / "bars.parquet")
     return folder / "bars.parquet"
+
+
+@pytest.fixture(scope="session")
+def adversarial():
+    """Six steps of two images, with metrics only where `data.label` says so."""
+    return Toy("adversarial", ADVERSARIAL)
+
+
+@pytest.fixture(scope="session")
+def pretrain(bars):
+    """Four steps of eight documents of bars."""
+    return Toy("pretrain", PRETRAIN | {"data.paths": f"[{bars}]"})
+
+
+@pytest.fixture(params=["adversarial", "pretrain"])
+def script(request, adversarial, pretrain):
+    """Each of the two scripts; the second with an adversarial head."""
+    if request.param == "adversarial":
+        return adversarial
+    return Toy("pretrain", pretrain.settings | {"image_head": "adversarial"})
+
+
+@pytest.fixture
+def refusal(capsys):
+    """A function: a toy and changes -> the one sentence, of exit code 2, that refuses them."""
+
+    def refuse(toy, output_dir, **changes):
+        capsys.readouterr()
+        assert toy.run(output_dir, **changes) == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("error: ")
+        return last
+
+    return refuse

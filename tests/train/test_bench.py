@@ -46,7 +46,7 @@ def test_the_small_size_is_that_of_the_tiny_configuration():
         name: size for name, size in tiny.model.items() if name in sizes
     }
     assert sizes["num_attention_heads"] * sizes["head_dim"] == tiny.model["hidden_size"]
-    assert (bench.SMALL.rows, bench.SMALL.words) == (tiny.batch, tiny.length)
+    assert (bench.SMALL.rows, bench.SMALL.words) == (tiny.global_batch_size, tiny.max_length)
 
 
 @pytest.mark.parametrize("title", TABLES)
@@ -124,7 +124,7 @@ def test_what_is_printed_is_in_the_file_as_well(monkeypatch, capsys, tmp_path):
 
     out = tmp_path / "speed.md"
     monkeypatch.setattr(bench, "make_tables", lambda *_: {"First": lambda: "| made up |", "Last": half})
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--quick", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--quick", "--output", str(out)])
     bench.main()
     assert out.read_text() == capsys.readouterr().out
     assert re.search(r"- torch: \S+\n", out.read_text())

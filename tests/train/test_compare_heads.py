@@ -1,4 +1,4 @@
-"""Heads compared for equal training, on models of toy size."""
+"""Image heads compared for equal training, on models of toy size."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 from accelerate import Accelerator
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from rope_mm.data import load_splits
 from rope_mm.evaluation.quality import NOTE, REAL, write_table
@@ -20,26 +20,19 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "heads"
 SHARED = next((p / "shared" / "data" for p in ROOT.parents if (p / "shared" / "data").is_dir()), None)
 HEADS = "mse", "flow", "rpgan+r1+r2", "gan-qp"
-TOY = """
-batch: 4
-judged: 70
-epochs: 1
-examples: 60
-passes: [1, 2]
-checkpoint_every: 1
-model:
-  {hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1, num_key_value_heads: 1}
-heads: {mse: {steps: 2}, flow: {steps: 2}, rpgan+r1+r2: {steps: 2}, gan-qp: {steps: 2}}
-"""
+TOY = {
+    "global_batch_size": 4, "eval_samples": 70, "classifier_epochs": 1, "classifier_samples": 60,
+    "passes": "[1, 2]", "checkpoint_every": 1, "model.hidden_size": 8, "model.intermediate_size": 8,
+    "model.num_hidden_layers": 1, "model.num_attention_heads": 1, "model.num_key_value_heads": 1,
+    **{f"heads.{head}.steps": 2 for head in HEADS},
+}  # fmt: skip
 
 
 def read(folder, name="digits", **changes):
     """The configuration of that name with few steps of a small model."""
-    (folder / "toy.yaml").write_text(TOY)
-    flags = {"out": folder / "out", **changes}.items()
-    words = [word for key, value in flags for word in (f"--{key}", str(value))]
-    files = ["--config", str(CONFIGS / f"{name}.yaml"), "--config", str(folder / "toy.yaml")]
-    return load(compare_heads.CompareHeads, [*files, *words])
+    settings = {"config": CONFIGS / f"{name}.yaml", **TOY, "output_dir": folder / "out", **changes}
+    flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    return load(compare_heads.CompareHeads, flags)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +44,11 @@ def done(tmp_path_factory):
 
 
 def report(config):
-    return json.loads((Path(config.out) / "heads.json").read_text())
+    return json.loads((Path(config.output_dir) / "heads.json").read_text())
 
 
-def test_every_head_is_marked_beside_real_pictures_by_its_passes(done):
-    out, told = Path(done.out), report(done)
+def test_every_head_has_metrics_beside_real_images_by_its_passes(done):
+    out, told = Path(done.output_dir), report(done)
     assert tuple(told["heads"]) == HEADS
     passes = {head: list(run["metrics"]) for head, (run,) in told["heads"].items()}
     assert passes == {"mse": ["1"], "flow": ["1", "2"], "rpgan+r1+r2": ["1"], "gan-qp": ["1"]}
@@ -65,7 +58,7 @@ def test_every_head_is_marked_beside_real_pictures_by_its_passes(done):
     lines = [line.split(" | ")[:2] for line in (out / "table.md").read_text().splitlines()]
     begun = [[f"| {REAL}", ""], *([f"| {head}", count] for head in HEADS for count in passes[head])]
     assert lines[2:8] == begun
-    with Picture.open(out / "heads.png") as figure, Picture.open(out / "drawn.png") as sheet:
+    with PILImage.open(out / "heads.png") as figure, PILImage.open(out / "samples.png") as sheet:
         assert figure.width > 900 and sheet.height == 6 * 52  # a row for reals, and each line of the table
 
 
@@ -81,11 +74,11 @@ def test_one_pass_of_a_flow_is_not_several(done):
     assert flow["metrics"]["1"]["frechet"] != flow["metrics"]["2"]["frechet"]
 
 
-def test_what_is_done_is_not_trained_again_and_what_was_cut_off_goes_on(done, tmp_path, monkeypatch):
+def test_a_finished_run_is_not_trained_again_and_an_interrupted_one_resumes(done, tmp_path, monkeypatch):
     out, before, trained, real = tmp_path / "out", report(done), [], compare_heads.train
-    shutil.copytree(done.out, out)
+    shutil.copytree(done.output_dir, out)
     monkeypatch.setattr(
-        compare_heads, "train", lambda config, how: (trained.append(config.out), real(config, how))
+        compare_heads, "train", lambda config, how: (trained.append(config.output_dir), real(config, how))
     )
     config = read(tmp_path)
     compare_heads.main(config)
@@ -101,43 +94,43 @@ def test_what_is_done_is_not_trained_again_and_what_was_cut_off_goes_on(done, tm
 
 
 def test_a_folder_of_other_runs_is_refused(done, tmp_path):
-    shutil.copytree(done.out, tmp_path / "out")
+    shutil.copytree(done.output_dir, tmp_path / "out")
     with pytest.raises(ValueError, match="another configuration"):
-        compare_heads.main(read(tmp_path, batch=8))
+        compare_heads.main(read(tmp_path, global_batch_size=8))
 
 
-def test_real_pictures_are_compared_with_others_and_drawn_again_by_their_captions(tmp_path):
-    config = read(tmp_path, judged=1000)
-    questions, test = compare_heads.prepare(config), load_splits("digits")["test"]
-    assert len(questions.exam.rows) == len(questions.exam.real) == 180 == len(test) / 2
-    assert not set(questions.exam.rows) & set(range(180, 360))
-    assert questions.captions == [test[row]["caption"] for row in questions.exam.rows]
-    assert questions.exam.labels.tolist() == [test[row]["label"] for row in questions.exam.rows]
-    assert questions.exam.labels[questions.shown].tolist() == [i // 2 for i in range(20)]
+def test_real_images_are_compared_with_others_and_generated_from_their_captions(tmp_path):
+    config = read(tmp_path, eval_samples=1000)
+    eval_set, test = compare_heads.make_eval_set(config), load_splits("digits")["test"]
+    assert len(eval_set.evaluator.rows) == len(eval_set.evaluator.real) == 180 == len(test) / 2
+    assert not set(eval_set.evaluator.rows) & set(range(180, 360))
+    assert eval_set.captions == [test[row]["caption"] for row in eval_set.evaluator.rows]
+    assert eval_set.evaluator.labels.tolist() == [test[row]["label"] for row in eval_set.evaluator.rows]
+    assert eval_set.evaluator.labels[eval_set.shown].tolist() == [i // 2 for i in range(20)]
 
 
-def test_a_caption_asks_for_the_first_class_that_is_a_word_of_it():
+def test_the_class_of_an_image_is_the_first_one_that_is_a_word_of_its_caption():
     captions = ["a Cat face", "catfish", "family: man, man", "the man", "face with hat"]
-    pictures = SimpleNamespace(captions=captions)
-    rows, labels = compare_heads.find_classes(pictures, ["man", "face", "cat", "family"], 4)
+    images = SimpleNamespace(captions=captions)
+    rows, labels = compare_heads.find_classes(images, ["man", "face", "cat", "family"], 4)
     assert rows == [0, 2, 3, 4]
     assert labels.tolist() == [2, 3, 0, 1]
-    assert compare_heads.find_classes(pictures, ["man"], 1)[0] == [2]
+    assert compare_heads.find_classes(images, ["man"], 1)[0] == [2]
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"classes": "[]"}, "heads and classes"),
-        ({"classes": "[eleven]"}, "0 images would be evaluated"),
-        ({"judged": 5}, "5 images would be evaluated"),
+        ({"classes": "[eleven]"}, "0 images would be generated"),
+        ({"eval_samples": 5}, "5 images would be generated"),
         ({"data.paths": "[digits, sprites]"}, "one source"),
-        ({"passes": "[0]"}, "passes must be"),
+        ({"passes": "[0]"}, "passes must be at least 1, not 0"),
         ({"passes": "[]"}, "passes must be"),
         ({"seeds": 0}, "seeds must be at least 1"),
-        ({"heads.mse.step": 3}, r"heads\.mse: .*step"),
+        ({"heads.mse.step": 3}, r"heads\.mse: step is unknown; did you mean steps"),
         ({"heads.mse.steps": 0}, "steps must be at least 1"),
-        ({"heads.mse.head": "msr"}, "did you mean 'mse'"),
+        ({"heads.mse.image_head": "msr"}, "did you mean 'mse'"),
     ],
 )
 def test_what_makes_no_comparison_is_refused_in_a_sentence(tmp_path, changes, reason):
@@ -156,7 +149,7 @@ def test_a_dry_run_prints_a_configuration_that_is_read_back(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["digits", "mnist"])
 def test_published_heads_train_with_equally_many_operations(tmp_path, name):
     blank = {"image": numpy.full((40, 28, 28), 99, "uint8"), "label": numpy.arange(40) % 10}
-    numpy.savez(tmp_path / "mnist.npz", **blank)  # numbers of operations are those of any pictures
+    numpy.savez(tmp_path / "mnist.npz", **blank)  # numbers of operations are those of any images
     path = {"digits": "digits", "mnist": tmp_path / "mnist.npz"}[name]
     flags = ["--config", str(CONFIGS / f"{name}.yaml"), "--data.paths", f"[{path}]"]
     config, counted, estimated = load(compare_heads.CompareHeads, flags), {}, {}
@@ -164,18 +157,18 @@ def test_published_heads_train_with_equally_many_operations(tmp_path, name):
         training = compare_heads.MeteredTraining(compare_heads.configure(config, head, 0), Accelerator())
         training.begin(0)
         training.step(0)
-        counted[head] = training.remarks()["TFLOP"]
+        counted[head] = training.extra_results()["TFLOP"]
         estimated[head] = training.flops * training.config.steps / 1e12
     assert max(counted.values()) < 1.02 * min(counted.values())
     # 6 for each weight and token, without padding; with a critic only its model's share is estimated
     assert counted["mse"] == pytest.approx(estimated["mse"], rel=0.12)
 
 
-@pytest.mark.skipif(SHARED is None, reason="wants ../shared/data/{mnist63k,noto32}.npz, which is not here")
+@pytest.mark.skipif(SHARED is None, reason="needs ../shared/data/{mnist63k,noto32}.npz, which is not here")
 @pytest.mark.parametrize(("name", "file"), [("mnist", "mnist63k.npz"), ("emoji", "noto32.npz")])
-def test_configurations_of_real_pictures_run(tmp_path, name, file):
+def test_configurations_of_real_images_run(tmp_path, name, file):
     with numpy.load(SHARED / file) as arrays:
-        few = {column: arrays[column][:1200] for column in arrays}
+        few = {column: arrays[column][:2000] for column in arrays}
     numpy.savez(tmp_path / file, **few)
     config = read(tmp_path, name, **{"data.paths": f"[{tmp_path / file}]"})
     compare_heads.main(config)
@@ -199,7 +192,7 @@ def test_a_table_holds_means_and_spreads_over_seeds():
     ]
 
 
-def test_pictures_in_colours_come_with_the_captions_of_their_file(tmp_path):
+def test_images_in_colours_come_with_the_captions_of_their_file(tmp_path):
     image = torch.randint(256, (20, 4, 4, 3)).byte().numpy()
     numpy.savez(tmp_path / "a.npz", image=image, caption=numpy.array([f"picture {i}" for i in range(20)]))
     test = load_splits(str(tmp_path / "a.npz"))["test"]

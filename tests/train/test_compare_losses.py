@@ -14,9 +14,10 @@ CONFIG = ROOT / "configs" / "adversarial" / "digits.yaml"
 
 def flags(out, **changes):
     settings = {
-        "config": CONFIG, "out": out, "steps": 4, "batch": 2, "judged": 20, "sample_every": 2, "threads": 1,
+        "config": CONFIG, "output_dir": out, "steps": 4, "global_batch_size": 2,
+        "eval_samples": 70, "sample_every": 2, "threads": 1,
         "model.hidden_size": 16, "model.intermediate_size": 16, "model.num_hidden_layers": 1, "seeds": 2,
-        "mark": "frechet", "losses": "[ns, rpgan+r1]", **changes,
+        "metric": "frechet", "losses": "[ns, rpgan+r1]", **changes,
     }  # fmt: skip
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
@@ -30,7 +31,7 @@ def test_losses_are_compared_over_seeds_and_nothing_is_done_twice(tmp_path, caps
     compare(out)
     printed = capsys.readouterr().out
     rows = json.loads((out / "losses.json").read_text())
-    assert {name: len(marks) for name, marks in rows.items()} == {"ns": 2, "rpgan+r1": 2}
+    assert {name: len(results) for name, results in rows.items()} == {"ns": 2, "rpgan+r1": 2}
     assert (out / "table.md").read_text() in printed
     assert (out / "losses.png").stat().st_size > 5000
     for name in ("ns-0", "ns-1", "rpgan+r1-0", "rpgan+r1-1"):
@@ -44,12 +45,14 @@ def test_losses_are_compared_over_seeds_and_nothing_is_done_twice(tmp_path, caps
     assert json.loads((out / "losses.json").read_text()) == rows
 
 
-def test_a_run_that_was_cut_off_is_trained_to_its_end(tmp_path, monkeypatch):
+def test_an_interrupted_run_is_trained_to_its_end(tmp_path, monkeypatch):
     out, trained, real = tmp_path / "losses", [], compare_losses.train
     compare(out, seeds=1, losses="[ns]")
     before = (out / "losses.json").read_text()
     (out / "ns-0" / "result.json").unlink()
-    monkeypatch.setattr(compare_losses, "train", lambda config: (trained.append(config.out), real(config)))
+    monkeypatch.setattr(
+        compare_losses, "train", lambda config: (trained.append(config.output_dir), real(config))
+    )
     compare(out, seeds=1, losses="[ns]")
     assert trained == [str(out / "ns-0")]
     assert (out / "losses.json").read_text() == before
@@ -57,9 +60,9 @@ def test_a_run_that_was_cut_off_is_trained_to_its_end(tmp_path, monkeypatch):
 
 def test_a_dry_run_prints_every_configuration_and_touches_nothing(tmp_path, capsys):
     compare(tmp_path / "losses", dry_run="true")
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("out: ")]
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("output_dir: ")]
     runs = ("ns-0", "rpgan+r1-0", "ns-1", "rpgan+r1-1")
-    assert printed == [f"out: {tmp_path}/losses/{name}" for name in runs]
+    assert printed == [f"output_dir: {tmp_path}/losses/{name}" for name in runs]
     assert not (tmp_path / "losses").exists()
 
 
@@ -79,11 +82,11 @@ def test_the_table_holds_means_and_standard_deviations():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": 0}, "nothing to compare: 0 seeds"),
-        ({"losses": "[]"}, "nothing to compare: 2 seeds, 0 losses"),
+        ({"seeds": 0}, "seeds must be at least 1, not 0"),
+        ({"losses": "[]"}, "losses must name at least one"),
         ({"losses": "[ns+r3]"}, r"'ns\+r3' needs a gamma, loss\.penalties\.r3"),
         ({"losses": "[nss]"}, "GAN loss 'nss' is unknown"),
-        ({"losses": "[ns]", "mark": "fid"}, "no mark 'fid'"),
+        ({"losses": "[ns]", "metric": "fid"}, "no metric 'fid'"),
     ],
 )
 def test_bad_input_is_refused(changes, message, tmp_path):

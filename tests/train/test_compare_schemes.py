@@ -22,9 +22,9 @@ SMALL = ROOT / "configs" / "compare" / "small.yaml"
 
 TOY = """
 steps: 3
-batch: 8
+global_batch_size: 8
 documents: 40
-questions: 4
+eval_samples: 4
 model: {patch_size: 8, hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 1,
   num_key_value_heads: 1}
 schemes: {flat: {scheme: flat}, tv: {scheme: rope-tv}}
@@ -44,13 +44,13 @@ untrained: {cell: {3x2: {rows: 3, columns: 2, cell: 8}}, frame: {2 of 1x2: {fram
 def toy(tmp_path):
     """Flags of a comparison of two schemes and one seed."""
     (tmp_path / "toy.yaml").write_text(TOY)
-    return ["--config", str(tmp_path / "toy.yaml"), "--seeds", "1", "--out", str(tmp_path / "out")]
+    return ["--config", str(tmp_path / "toy.yaml"), "--seeds", "1", "--output_dir", str(tmp_path / "out")]
 
 
 def start(flags):
     config = load(compare.CompareSchemes, flags)
     compare.main(config)
-    return Path(config.out)
+    return Path(config.output_dir)
 
 
 def test_a_comparison_leaves_a_table_a_figure_and_all_numbers(toy):
@@ -110,7 +110,7 @@ def test_a_mistake_is_answered_in_one_line(flags, reason, tmp_path, capsys):
         run(
             compare.main,
             compare.CompareSchemes,
-            [*flags, "--out", str(tmp_path), "--documents", "8", "--questions", "1"],
+            [*flags, "--output_dir", str(tmp_path), "--documents", "8", "--eval_samples", "1"],
         )
     assert stopped.value.code == 2
     assert reason in capsys.readouterr().err
@@ -127,7 +127,7 @@ def test_the_schemes_of_a_configuration_differ_in_nothing_but_the_scheme(path):
             str(path),
             "--documents",
             "8",
-            "--questions",
+            "--eval_samples",
             "2",
             "--device",
             "cpu",
@@ -148,11 +148,11 @@ def test_the_schemes_of_a_configuration_differ_in_nothing_but_the_scheme(path):
 def asked(toy):
     """A model and, of each task, quizzes at their places."""
     config = load(compare.CompareSchemes, toy)
-    school = compare.Benchmark(config)
-    model = compare.make_model(config, school.tokenizer, "tv", 0).eval()
-    told = {task: told for (kind, task, _), told in school.exams.items() if kind == "trained"}
+    benchmark = compare.Benchmark(config)
+    model = compare.make_model(config, benchmark.tokenizer, "tv", 0).eval()
+    told = {task: told for (kind, task, _), told in benchmark.questions.items() if kind == "trained"}
     return model, {
-        task: place_qa(quizzes, school.tokenizer, model.config.scheme) for task, quizzes in told.items()
+        task: place_qa(quizzes, benchmark.tokenizer, model.config.scheme) for task, quizzes in told.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""train/gaussians.py as its user runs it, on small players and few steps."""
+"""train/gaussians.py as its user runs it, with small networks and few steps."""
 
 import json
 import sys
@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "adversarial" / "gaussians.yaml"
 
 
-SMALL = {"width": 32, "batch": 64, "samples": 500, "steps": 4}
+SMALL = {"width": 32, "batch_size": 64, "samples": 500, "steps": 4}
 FREE, HELD = "{loss: ns}", "{penalties: {r1: 0.1, r2: 0.1}, method: fd}"
 
 
 def train(out, seeds="[0, 1]", rows=None, **settings):
     """The numbers of a run, without the time that it took."""
-    flags = {"out": out, "seeds": seeds}
+    flags = {"output_dir": out, "seeds": seeds}
     flags |= {f"rows.{name}": row for name, row in (rows or {"free": FREE, "held": HELD}).items()}
     flags |= {f"settings.{name}": value for name, value in (SMALL | settings).items()}
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
@@ -48,7 +48,7 @@ def double():
     ids=str,
 )
 def test_a_seed_among_others_is_trained_as_it_is_alone(row, double):
-    row, settings = gaussians.Row(**row), gaussians.Settings(width=16, batch=32, samples=50)
+    row, settings = gaussians.Row(**row), gaussians.Settings(width=16, batch_size=32, samples=50)
     both, alone = (gaussians.GanExperiment(row, settings, seeds) for seeds in ([3, 5], [5]))
     for step in range(10):
         both.step(step / 10)
@@ -60,8 +60,8 @@ def test_a_seed_among_others_is_trained_as_it_is_alone(row, double):
         torch.testing.assert_close(one[1:], other)
 
 
-def test_penalties_spread_players_over_the_grid_that_do_not_without(tmp_path):
-    found = train(tmp_path, seeds="[0]", steps=200, width=64, batch=128, samples=2000)
+def test_penalties_spread_samples_over_the_grid(tmp_path):
+    found = train(tmp_path, seeds="[0]", steps=200, width=64, batch_size=128, samples=2000)
     assert found["held"]["kl"][0] < found["free"]["kl"][0] / 2
     assert found["true samples"]["modes"] == [25]
     assert found["true samples"]["quality"][0] > 0.98
@@ -112,7 +112,7 @@ def test_without_rows_the_configuration_is_named_and_without_matplotlib_the_cure
     tmp_path, monkeypatch, capsys
 ):
     with pytest.raises(SystemExit):
-        run(gaussians.main, gaussians.Gaussians, ["--out", str(tmp_path)])
+        run(gaussians.main, gaussians.Gaussians, ["--output_dir", str(tmp_path)])
     assert "configs/adversarial/gaussians.yaml" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit):
@@ -124,4 +124,4 @@ def test_the_configuration_of_the_published_table_can_be_trained():
     config = load(gaussians.Gaussians, ["--config", str(CONFIG)])
     assert config.settings == gaussians.Settings()
     for row in config.rows.values():
-        gaussians.GanExperiment(row, gaussians.Settings(width=8, batch=4), [0]).step(0.5)
+        gaussians.GanExperiment(row, gaussians.Settings(width=8, batch_size=4), [0]).step(0.5)

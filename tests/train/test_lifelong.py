@@ -1,4 +1,4 @@
-"""Runs that begin where others ended, and what a model keeps of the pictures it learned first."""
+"""Runs that start from others, and what a model keeps of the images it learned first."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from rope_mm.data import FACTORS, load_splits, read_caption, render_sprites, select_rows
+from rope_mm.training.checkpoint import TrainingState
 from rope_mm.training.config import load
 from rope_mm.training.monitor import NaNGuard
 
@@ -20,26 +21,28 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "lifelong" / "sprites.yaml"
 OLD, NEW = "{shape: [ring, square]}", "{shape: [cross, moon]}"
 SMALL = {
-    "batch": 4, "length": 64, "log_every": 1, "sample_every": 100, "checkpoint_every": 1, "threads": 1,
+    "global_batch_size": 4, "max_length": 64, "log_every": 1, "sample_every": 100, "checkpoint_every": 1,
+    "threads": 1,
     "model.hidden_size": 16, "model.intermediate_size": 16, "model.num_hidden_layers": 1, "steps": 2,
     "model.num_attention_heads": 2, "model.num_key_value_heads": 2,
 }  # fmt: skip
 
 
 def flags(out, **changes):
-    settings = {"out": out, **SMALL, **changes}
+    settings = {"output_dir": out, **SMALL, **changes}
     return ["--config", str(CONFIG), *(word for k, v in settings.items() for word in (f"--{k}", str(v)))]
 
 
 def read(out, **changes):
-    own = {"seeds": 2, "data.where": OLD, "new": NEW, "more": 1, "draws": 2, "fresh": 1024, "captions": 4}
+    own = {"seeds": 2, "data.filter": OLD, "new": NEW, "phase_two_steps": 1, "images_per_combination": 2}
+    own |= {"eval_rows": 1024, "eval_captions": 4}
     return load(lifelong.Lifelong, flags(out, **own | changes))
 
 
 def run_of(out, **changes):
     """A run of the pretraining script alone, with the same settings."""
-    (one, *_) = lifelong.runs(read(out, **changes))["pictures"]
-    return lifelong.replace(one, out=str(out), start=changes.get("start", ""))
+    (one, *_) = lifelong.runs(read(out, **changes))["images"]
+    return lifelong.replace(one, output_dir=str(out), init_from=str(changes.get("init_from", "")))
 
 
 @pytest.fixture(scope="module")
@@ -58,20 +61,23 @@ def same(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours)
 
 
-def test_a_run_that_starts_from_another_has_exactly_its_weights_averages_and_moments(first, tmp_path):
-    changes = {"start": first, "seed": 7, "data.where": NEW}
+def test_a_run_that_starts_from_another_has_exactly_its_weights_average_and_moments(first, tmp_path):
+    changes = {"init_from": first, "seed": 7, "data.filter": NEW}
     training = lifelong.pretrain.Training(run_of(tmp_path / "next", **changes), Accelerator(cpu=True))
-    NaNGuard(training.accelerator, "stop")  # what the loop registers
+    guard = NaNGuard(training.accelerator, "stop")
+    state = TrainingState({**training.states(), "nan_guard": guard})
+    training.accelerator.register_for_checkpointing(state)  # as the loop does
     training.begin(0)
-    learner, kept = training.learner, newest(first)
-    untied = {k: v for k, v in learner.model.state_dict().items() if k != "lm_head.weight"}
+    trainer, kept = training.trainer, newest(first)
+    untied = {k: v for k, v in trainer.model.state_dict().items() if k != "lm_head.weight"}
     assert same(untied, load_file(kept / "model.safetensors"))
-    assert same(learner.rival.critic.state_dict(), load_file(kept / "model_1.safetensors"))
-    assert same(training.average.model.state_dict(), load_states(kept, "updates")["model"])
+    assert same(trainer.critic.critic.state_dict(), load_file(kept / "model_1.safetensors"))
+    (stored,) = kept.glob("custom_checkpoint_*.pkl")
+    assert same(training.average.model.state_dict(), torch.load(stored)["ema"]["model"])
     assert training.average.updates == 2
     for optimizer, name in (
-        (learner.optimizer, "optimizer.bin"),
-        (learner.rival.optimizer, "optimizer_1.bin"),
+        (trainer.optimizer, "optimizer.bin"),
+        (trainer.critic.optimizer, "optimizer_1.bin"),
     ):
         ours, theirs = optimizer.state_dict()["state"], torch.load(kept / name)["state"]
         assert ours.keys() == theirs.keys()
@@ -86,7 +92,7 @@ def load_states(folder, key):
 def test_such_a_run_reads_its_own_rows_from_its_first_step_on_and_is_resumed_as_any(
     first, tmp_path, monkeypatch
 ):
-    changes = {"start": first, "steps": 2, "data.where": NEW}
+    changes = {"init_from": first, "steps": 2, "data.filter": NEW}
     lifelong.pretrain.main(run_of(tmp_path / "whole", **changes))
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["step"] == 1
@@ -110,20 +116,20 @@ def test_such_a_run_reads_its_own_rows_from_its_first_step_on_and_is_resumed_as_
     ("changes", "message"),
     [
         ({"model.hidden_size": 32}, r"another model .*'hidden_size': 16.*'hidden_size': 32.*must be kept"),
-        ({"head": "flow"}, "another head .adversarial there, flow here"),
+        ({"image_head": "flow"}, "another head .adversarial there, flow here"),
         ({"tokenizer": "bytes"}, "another tokenizer .words there, bytes here"),
         (
             {"data.templates": "['draw {caption}{image:generate}']"},
             "'draw ' has words that the model was not",
         ),
-        ({"data.where": "{shape: [blob]}"}, "column 'shape' has no 'blob'; it has circle"),
-        ({"data.where": "{form: [ring]}"}, "no column 'form'; it has image, caption"),
-        ({"data.where": "{shape: []}"}, "no row of train holds one of .. in column 'shape'"),
+        ({"data.filter": "{shape: [blob]}"}, "column 'shape' has no 'blob'; it has circle"),
+        ({"data.filter": "{form: [ring]}"}, "no column 'form'; it has image, caption"),
+        ({"data.filter": "{shape: []}"}, "no row of train holds one of .. in column 'shape'"),
     ],
 )
 def test_what_does_not_fit_the_start_is_refused_and_the_folder_left(first, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        lifelong.pretrain.main(run_of(tmp_path / "next", start=first, **changes))
+        lifelong.pretrain.main(run_of(tmp_path / "next", init_from=first, **changes))
     assert not (tmp_path / "next").exists()
 
 
@@ -132,7 +138,7 @@ def test_a_start_that_is_not_done_is_refused(first, tmp_path):
     (cut / "result.json").unlink()
     for start in (cut, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="holds no run that is done; give the --out of one"):
-            lifelong.pretrain.main(run_of(tmp_path / "next", start=start))
+            lifelong.pretrain.main(run_of(tmp_path / "next", init_from=start))
 
 
 def test_rows_are_taken_by_the_names_or_the_numbers_of_their_labels():
@@ -150,87 +156,89 @@ def test_rows_are_taken_by_the_names_or_the_numbers_of_their_labels():
     assert len(select_rows(splits, {})["train"]) == len(splits["train"])
 
 
-def test_both_runs_of_a_seed_read_the_same_words_in_the_same_order(tmp_path):
+def test_both_runs_of_a_seed_read_the_same_text_in_the_same_order(tmp_path):
     plan = lifelong.runs(read(tmp_path, steps=3))
-    words, pictures = (
-        lifelong.pretrain.Training(plan[name][1], Accelerator(cpu=True)) for name in ("words", "pictures")
+    text, images = (
+        lifelong.pretrain.Training(plan[name][1], Accelerator(cpu=True)) for name in ("text", "images")
     )
-    assert [run.picture_weight for run in plan["words"]] == [0.0, 0.0]
-    for turn in range(3):
-        ours, theirs = words.feed[turn].pack, pictures.feed[turn].pack
+    assert [run.image_loss_weight for run in plan["text"]] == [0.0, 0.0]
+    for number in range(3):
+        ours, theirs = text.dataset[number], images.dataset[number]
         for name in ("input_ids", "labels", "position_ids", "document_ids"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
-    begun = words.learner.model.state_dict(), pictures.learner.model.state_dict()
+    begun = text.trainer.model.state_dict(), images.trainer.model.state_dict()
     assert same(*begun)
 
 
-def test_the_same_command_again_trains_nothing_and_says_the_same(tmp_path, capsys, monkeypatch):
+def test_the_same_command_again_trains_nothing_and_prints_the_same(tmp_path, capsys, monkeypatch):
     config = read(tmp_path / "all", seeds=1)
     lifelong.main(config)
     table = (tmp_path / "all" / "table.md").read_text()
     assert table in capsys.readouterr().out
     found = json.loads((tmp_path / "all" / "lifelong.json").read_text())
-    assert {name: len(marks) for name, marks in found["metrics"].items()} == dict.fromkeys(
-        ("words", "pictures", "new", "mixed"), 1
+    assert {name: len(seeds) for name, seeds in found["metrics"].items()} == dict.fromkeys(
+        ("text", "images", "new", "mixed"), 1
     )
     assert (tmp_path / "all" / "lifelong.png").stat().st_size > 2000
     mixed = (tmp_path / "all" / "mixed-0" / "run.yaml").read_text()
     assert all(f"- {shape}" in mixed for shape in ("ring", "square", "cross", "moon"))
-    assert "pictures-0" in mixed
+    assert "images-0" in mixed
     monkeypatch.setattr(lifelong.pretrain, "main", None)
     lifelong.main(config)
     assert (tmp_path / "all" / "table.md").read_text() == table
 
 
-class Sure:
-    """Draws for every caption what `see` makes of its factors, and captions every picture alike."""
+class Fixed:
+    """Generates the factors that `choose` makes of a caption's, and one caption for every image."""
 
-    def __init__(self, see, said="", nudged=False):
-        self.see, self.said, self.nudged = see, said, nudged
+    def __init__(self, choose, caption="", nudged=False):
+        self.choose, self.caption, self.nudged = choose, caption, nudged
 
-    def prompt(self, name, words="", visual=None):
-        return words
+    def prompt(self, name, text="", visual=None):
+        return text
 
     def generate_image(self, prompts, generator):
-        read = [read_caption(words) for words in prompts]
+        read = [read_caption(text) for text in prompts]
         factors = {name: torch.tensor([caption[name] for caption in read]) for name in FACTORS}
         steps = torch.randint(-self.nudged, 1 + self.nudged, (len(prompts), 2), generator=generator)
-        return render_sprites(self.see(factors), 16, steps).float() / 127.5 - 1
+        return render_sprites(self.choose(factors), 16, steps).float() / 127.5 - 1
 
     def generate_text(self, prompts):
-        return [self.said] * len(prompts)
+        return [self.caption] * len(prompts)
 
 
-def test_who_draws_what_is_asked_covers_all_and_who_draws_one_sprite_covers_one(tmp_path):
-    exam = lifelong.LifelongEvaluator(read(tmp_path, draws=8, fresh=4096, **{"data.size": 16}))
-    count = len({tuple(row) for row in zip(*(exam.fresh["old"][name] for name in FACTORS), strict=True)})
-    right = exam.evaluate(Sure(lambda factors: factors), "old")
-    assert (right["old drawn right"], right["old covered"], right["old spread"]) == (1, 1, 0)
-    various = exam.evaluate(Sure(lambda factors: factors, nudged=True), "old")
+def test_a_model_of_right_images_covers_all_and_one_of_one_sprite_covers_one(tmp_path):
+    config = read(tmp_path, images_per_combination=8, eval_rows=4096, **{"data.size": 16})
+    evaluator = lifelong.LifelongEvaluator(config)
+    count = len({tuple(row) for row in zip(*(evaluator.rows["old"][name] for name in FACTORS), strict=True)})
+    right = evaluator.image_metrics(Fixed(lambda factors: factors), "old")
+    assert (right["old images right"], right["old covered"], right["old spread"]) == (1, 1, 0)
+    various = evaluator.image_metrics(Fixed(lambda factors: factors, nudged=True), "old")
     assert various["old covered"] == 1
     assert various["old spread"] == pytest.approx(1, abs=0.1)
-    only = {name: exam.fresh["old"][0][name] for name in FACTORS}
-    alike = Sure(lambda factors: {name: torch.full_like(factors[name], only[name]) for name in FACTORS})
-    assert exam.evaluate(alike, "old")["old covered"] == pytest.approx(1 / count)
-    caption = exam.fresh["old"][0]["caption"]
-    told = [tuple(row[name] for name in FACTORS) for row in exam.fresh["old"].select(range(4))]
-    share = exam.evaluate(Sure(lambda factors: factors, caption), "old")["old captioned right"]
-    assert share == told.count(tuple(only.values())) / 4
+    only = {name: evaluator.rows["old"][0][name] for name in FACTORS}
+    alike = Fixed(lambda factors: {name: torch.full_like(factors[name], only[name]) for name in FACTORS})
+    assert evaluator.image_metrics(alike, "old")["old covered"] == pytest.approx(1 / count)
+    caption = evaluator.rows["old"][0]["caption"]
+    factors = [tuple(row[name] for name in FACTORS) for row in evaluator.rows["old"].select(range(4))]
+    share = evaluator.image_metrics(Fixed(lambda factors: factors, caption), "old")["old captions right"]
+    assert share == factors.count(tuple(only.values())) / 4
 
 
-def test_the_table_tells_means_spreads_and_the_difference_of_the_words():
-    marks = {name: [{"words": 2.0}, {"words": 2.0}] for name in ("words", "pictures", "new", "mixed")}
-    marks["pictures"] = [{"words": 2.1, "old covered": 0.5}, {"words": 2.3, "old covered": 1.0}]
+def test_the_table_has_means_deviations_and_the_difference_of_the_text_losses():
+    names = ("text", "images", "new", "mixed")
+    metrics = {name: [{"text loss": 2.0}, {"text loss": 2.0}] for name in names}
+    metrics["images"] = [{"text loss": 2.1, "old covered": 0.5}, {"text loss": 2.3, "old covered": 1.0}]
     for name in ("new", "mixed"):
-        marks[name] = [{"words": 3.0, "old covered": 0.25}] * 2
-    text, apart = lifelong.report(marks)
-    assert apart == {"difference": pytest.approx(0.2), "error": pytest.approx(0.1)}
+        metrics[name] = [{"text loss": 3.0, "old covered": 0.25}] * 2
+    text, difference = lifelong.report(metrics)
+    assert difference == {"difference": pytest.approx(0.2), "error": pytest.approx(0.1)}
     assert "| difference ± standard error | +0.2000 ± 0.1000 |" in text
     assert "| old covered | 75.0 ± 35.4 | 25.0 ± 0.0 | 25.0 ± 0.0 |" in text
 
 
-@pytest.mark.parametrize("changes", [{"seeds": 0}, {"data.paths": "[digits]"}, {}])
+@pytest.mark.parametrize("changes", [{"data.paths": "[digits]"}, {}])
 def test_what_makes_no_comparison_is_refused(tmp_path, changes):
     config = read(tmp_path, **changes)
-    with pytest.raises(ValueError, match=r"give 1 seed or more, data\.paths \[sprites\], and in new"):
+    with pytest.raises(ValueError, match=r"give data\.paths \[sprites\], and in new"):
         lifelong.runs(config if changes else lifelong.replace(config, new={}))

@@ -3,82 +3,76 @@
 import io
 import json
 import shutil
-import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from rope_mm.data import load_splits
 from rope_mm.evaluation.image_grid import GAP, TILE
-from rope_mm.training.config import run
 
-sys.path.insert(0, str(Path(__file__).parent))
-from test_pretrain import flags, lines, pretrain, same, train
-
-TEMPLATES = {"data.templates": "['{caption}{image:generate}', '{image}{caption}']", "batch": 6, "length": 48}
+TEMPLATES = {
+    "data.templates": "['{caption}{image:generate}', '{image}{caption}']",
+    "global_batch_size": 6,
+    "max_length": 48,
+}
 
 
 def png(shade, size=4):
     file = io.BytesIO()
-    Picture.new("L", (size, size), shade).save(file, format="PNG")
+    PILImage.new("L", (size, size), shade).save(file, format="PNG")
     return file.getvalue()
 
 
 @pytest.fixture(scope="module")
 def torn(tmp_path_factory):
-    """Twenty captioned pictures, two of which are none; both are trained on."""
+    """Twenty captioned images, two of which are damaged; both are trained on."""
     rows = [{"image": {"bytes": png(10 * i), "path": None}, "caption": "abcd"[i % 4]} for i in range(20)]
     order = Dataset.from_dict({"i": list(range(20))}).train_test_split(test_size=0.2, seed=0)
     bad = order["train"]["i"][3], order["train"]["i"][7]
     for row in bad:
-        rows[row]["image"] = {"bytes": b"no picture", "path": None}
+        rows[row]["image"] = {"bytes": b"not an image", "path": None}
     path = tmp_path_factory.mktemp("torn") / "torn.parquet"
     Dataset.from_list(rows, features=Features(image=Image(), caption=Value("string"))).to_parquet(path)
-    return path
+    return {"data.paths": f"[{path}]"}
 
 
 @pytest.mark.parametrize("head", ["flow", "adversarial"])
-def test_a_row_that_cannot_be_read_is_named_left_out_and_counted(head, torn, tmp_path, capfd):
+def test_a_row_that_cannot_be_read_is_named_skipped_and_counted(head, torn, pretrain, runs, tmp_path, capfd):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = {"head": head, "steps": 8, **TEMPLATES}  # 48 of 16 rows: three epochs
-    result = train(torn, whole, **settings)
-    named = [line for line in capfd.readouterr().err.splitlines() if line.startswith("left out: ")]
-    assert len(named) == result["left_out"] == lines(whole)[-2]["left_out"] == 6
+    settings = {"image_head": head, "steps": 8, **TEMPLATES, **torn}  # 48 of 16 rows: three epochs
+    result = pretrain.train(whole, **settings)
+    named = [line for line in capfd.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert len(named) == result["skipped_documents"] == runs.lines(whole)[-2]["skipped_documents"] == 6
     assert {line.split(":")[1] for line in named} == {
         f" row {row}, column 'image' cannot be read" for row in (3, 7)
     }
-    train(torn, parts, **{**settings, "workers": 1})
-    assert same(parts, whole)  # nothing depends on who read it
+    pretrain.train(parts, **{**settings, "num_workers": 1})
+    assert runs.same(parts, whole)  # nothing depends on who read it
 
 
-def test_what_was_left_out_before_an_interruption_is_counted_after_it(torn, tmp_path):
+def test_what_was_skipped_before_an_interruption_is_counted_after_it(torn, pretrain, runs, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(torn, whole, **TEMPLATES, steps=6)
+    pretrain.train(whole, **TEMPLATES, **torn, steps=6)
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / "step-000006")
-    train(torn, parts, **TEMPLATES, steps=6)
-    assert lines(parts) == lines(whole)
+    pretrain.train(parts, **TEMPLATES, **torn, steps=6)
+    assert runs.lines(parts) == runs.lines(whole)
     assert (parts / "result.json").read_text() == (whole / "result.json").read_text()
 
 
 @pytest.mark.parametrize("head", ["flow", "adversarial"])
-def test_a_part_of_which_nothing_can_be_read_teaches_nothing(head, torn, tmp_path):
-    result = train(
-        torn, tmp_path / "run", **{**TEMPLATES, "head": head, "batch": 2, "accumulate": 2, "steps": 8}
-    )
-    assert result["left_out"] == 2
+def test_a_micro_batch_of_which_nothing_can_be_read_trains_nothing(head, torn, pretrain, tmp_path):
+    settings = {"global_batch_size": 2, "gradient_accumulation_steps": 2, "steps": 8, "image_head": head}
+    result = pretrain.train(tmp_path / "run", **{**TEMPLATES, **torn, **settings})
+    assert result["skipped_documents"] == 2
 
 
-def test_strict_stops_at_such_a_row(torn, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        changes = {"data.strict": "true", "steps": 8, **TEMPLATES}
-        run(pretrain.main, pretrain.Pretrain, flags(torn, tmp_path / "run", **changes))
-    assert stopped.value.code == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
+def test_strict_stops_at_such_a_row(torn, pretrain, refusal, tmp_path):
+    settings = {"data.strict": "true", "steps": 8, **TEMPLATES, **torn}
+    last = refusal(pretrain, tmp_path / "run", **settings)
     assert last.startswith("error: row ") and "column 'image' cannot be read: cannot identify" in last
 
 
@@ -91,10 +85,10 @@ def folder(path):
 
 
 def parquet(path):
-    rows = [{"picture": {"bytes": png(20 * i), "path": None}, "text": "abcd"[i % 4]} for i in range(10)]
-    rows = Dataset.from_list(rows, features=Features(picture=Image(), text=Value("string")))
+    rows = [{"photo": {"bytes": png(20 * i), "path": None}, "text": "abcd"[i % 4]} for i in range(10)]
+    rows = Dataset.from_list(rows, features=Features(photo=Image(), text=Value("string")))
     rows.to_parquet(path / "rows.parquet")
-    return path / "rows.parquet", "['{text}{picture:generate}']"
+    return path / "rows.parquet", "['{text}{photo:generate}']"
 
 
 def webdataset(path):
@@ -120,11 +114,12 @@ def jsonl(path):
 
 
 @pytest.mark.parametrize("source", [folder, parquet, webdataset, classes, jsonl])
-def test_what_datasets_loads_is_trained_on_its_columns_named_by_templates(source, tmp_path):
+def test_what_datasets_loads_is_trained_on_its_columns_named_by_templates(source, pretrain, runs, tmp_path):
     (tmp_path / "source").mkdir()
     path, templates = source(tmp_path / "source")
-    train(path, tmp_path / "run", **{"data.templates": templates, "steps": 1, "batch": 4, "length": 48})
-    assert "mse" in lines(tmp_path / "run")[0]
+    data = {"data.paths": f"[{path}]", "data.templates": templates}
+    pretrain.train(tmp_path / "run", **data, steps=1, global_batch_size=4, max_length=48)
+    assert ("loss/image" in runs.lines(tmp_path / "run")[0]) == ("generate" in templates)
 
 
 def test_several_tars_are_one_source(tmp_path):
@@ -135,87 +130,87 @@ def test_several_tars_are_one_source(tmp_path):
 
 
 @pytest.mark.parametrize("lengths", [(1, 2, 3), (1,)])
-def test_clips_of_any_lengths_are_learned_and_shown(lengths, tmp_path):
+def test_videos_of_any_lengths_are_learned_and_shown(lengths, pretrain, tmp_path):
     rows = [
-        {"frames": [Picture.new("L", (4, 4), 9 * i)] * lengths[i % len(lengths)], "caption": "abcd"[i % 4]}
+        {"frames": [PILImage.new("L", (4, 4), 9 * i)] * lengths[i % len(lengths)], "caption": "abcd"[i % 4]}
         for i in range(40)
     ]
     features = Features(frames=List(Image()), caption=Value("string"))
-    Dataset.from_list(rows, features=features).to_parquet(path := tmp_path / "clips.parquet")
+    Dataset.from_list(rows, features=features).to_parquet(path := tmp_path / "videos.parquet")
     templates = "['{frames}{caption}{frames:generate}', '{frames:generate}{caption}']"
-    train(path, out := tmp_path / "run", steps=1, **{"data.templates": templates})
+    data = {"data.paths": f"[{path}]", "data.templates": templates}
+    pretrain.train(out := tmp_path / "run", steps=1, **data)
     shown = out / "samples" / "step-000001-videos.png"
     assert shown.exists() == (max(lengths) > 1)
     if shown.exists():
-        with Picture.open(shown) as sheet:
+        with PILImage.open(shown) as sheet:
             wide, high = sheet.size
-        assert wide > 2 * max(lengths) * TILE and high < 8 * (TILE + GAP)  # those of one frame are left out
+        assert wide > 2 * max(lengths) * TILE and high < 8 * (TILE + GAP)  # those of one frame are skipped
 
 
-STREAM = {"data.streaming": "true", "data.held_out": 4, "data.shuffle": 5}
+STREAM = {"data.streaming": "true", "data.eval_samples": 4, "data.shuffle": 5}
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Three files of captioned pictures, one of which is none."""
+    """Three files of captioned images, one of which is damaged."""
     folder = tmp_path_factory.mktemp("shards")
     for shard in range(3):
         rows = [{"image": {"bytes": png(10 * i), "path": None}, "caption": "abcd"[i % 4]} for i in range(8)]
-        rows[5]["image"]["bytes"] = b"no picture" if shard == 1 else png(0)
+        rows[5]["image"]["bytes"] = b"not an image" if shard == 1 else png(0)
         rows = Dataset.from_list(rows, features=Features(image=Image(), caption=Value("string")))
         rows.to_parquet(folder / f"{shard}.parquet")
-    return folder / "*.parquet"
+    return {"data.paths": f"[{folder}/*.parquet]"}
 
 
 @pytest.fixture(scope="module")
-def streamed(shards, tmp_path_factory):
+def streamed(shards, pretrain, tmp_path_factory):
     """An uninterrupted run on a stream: 48 of 20 rows, three epochs."""
     out = tmp_path_factory.mktemp("streamed") / "whole"
-    train(shards, out, **TEMPLATES, **STREAM, steps=8)
+    pretrain.train(out, **TEMPLATES, **STREAM, **shards, steps=8)
     return out
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_resumes_to_the_bit_and_says_what_it_leaves_out(workers, shards, streamed, tmp_path, capfd):
+def test_a_stream_resumes_to_the_bit_and_says_what_it_skips(
+    workers, shards, streamed, pretrain, runs, tmp_path, capfd
+):
     parts = tmp_path / "parts"
     shutil.copytree(streamed, parts)
     shutil.rmtree(parts / "checkpoints" / "step-000008")
     shutil.rmtree(parts / "model")
-    result = train(shards, parts, **TEMPLATES, **STREAM, steps=8, workers=workers)
-    assert same(parts, streamed)
-    assert lines(parts) == lines(streamed)
-    assert result["left_out"] == 2
+    result = pretrain.train(parts, **TEMPLATES, **STREAM, **shards, steps=8, num_workers=workers)
+    assert runs.same(parts, streamed)
+    assert runs.lines(parts) == runs.lines(streamed)
+    assert result["skipped_documents"] == 2
     for line in capfd.readouterr().err.splitlines():
-        if line.startswith("left out"):
-            assert line.startswith("left out: row 5 of shard 1, column 'image' cannot be read: ")
+        if line.startswith("skipped"):
+            assert line.startswith("skipped: row 5 of shard 1, column 'image' cannot be read: ")
 
 
-def test_a_stream_that_breaks_off_ends_a_run_in_one_sentence(tmp_path, capsys):
+def test_a_stream_that_breaks_off_ends_a_run_in_one_sentence(pretrain, refusal, tmp_path):
     shard, templates = webdataset(tmp_path)
     shard.with_name("shard-001.tar").write_bytes(shard.read_bytes()[:3000])
-    changes = {**TEMPLATES, **STREAM, "data.templates": templates, "steps": 8}
+    data = {"data.paths": f"[{tmp_path}/shard-*.tar]", "data.templates": templates}
     for workers in (0, 1):
-        with pytest.raises(SystemExit) as stopped:
-            words = flags(tmp_path / "shard-*.tar", tmp_path / f"run-{workers}", **changes, workers=workers)
-            run(pretrain.main, pretrain.Pretrain, words)
-        assert stopped.value.code == 2
-        last = capsys.readouterr().err.strip().splitlines()[-1]
+        settings = {**TEMPLATES, **STREAM, **data, "steps": 8, "num_workers": workers}
+        last = refusal(pretrain, tmp_path / f"run-{workers}", **settings)
         assert last.startswith("error: row 1 of shard 1 cannot be read, nor what follows: ")
 
 
-def test_the_rows_of_a_step_that_is_not_finite_are_named(shards, tmp_path, monkeypatch):
-    step = pretrain.Training.step
+def test_the_rows_of_a_step_that_is_not_finite_are_named(shards, pretrain, tmp_path, monkeypatch):
+    training = pretrain.module.Training
+    step = training.step
 
     def poisoned(self, number):
         if number == 4:
-            next(self.learner.model.parameters()).data.fill_(float("nan"))
+            next(self.trainer.model.parameters()).data.fill_(float("nan"))
         return step(self, number)
 
-    monkeypatch.setattr(pretrain.Training, "step", poisoned)
+    monkeypatch.setattr(training, "step", poisoned)
     for workers in (0, 1):
-        with pytest.raises(SystemExit):
-            words = flags(shards, tmp_path / str(workers), **TEMPLATES, **STREAM, steps=8, workers=workers)
-            run(pretrain.main, pretrain.Pretrain, words)
+        settings = {**TEMPLATES, **STREAM, **shards, "steps": 8, "num_workers": workers}
+        assert pretrain.run(tmp_path / str(workers), **settings) == 2
     kept = [torch.load(tmp_path / str(workers) / "nan-step-5.pt")["batches"][0] for workers in (0, 1)]
     assert kept[0]["rows"] == kept[1]["rows"]
     assert len({row for document in kept[0]["rows"] for row in document}) == 6  # all of one epoch
@@ -225,14 +220,14 @@ def test_the_rows_of_a_step_that_is_not_finite_are_named(shards, tmp_path, monke
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.held_out": 0}, "held_out must be at least 1, not 0"),
-        ({"data.shuffle": -1}, "shuffle must be at least 0, not -1"),
+        ({"data.eval_samples": 0}, "data.eval_samples must be at least 1, not 0"),
+        ({"data.shuffle": -1}, "data.shuffle must be at least 0, not -1"),
         ({"tokenizer": "words"}, "the words of a stream are not known before it is read"),
     ],
 )
-def test_what_makes_no_stream_is_refused_in_one_sentence(changes, message, shards, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        words = flags(shards, tmp_path / "run", **{**TEMPLATES, **STREAM, **changes})
-        run(pretrain.main, pretrain.Pretrain, words)
-    assert message in capsys.readouterr().err.strip().splitlines()[-1]
-    assert not (tmp_path / "run").exists()
+def test_what_makes_no_stream_is_refused_in_one_sentence(
+    changes, message, shards, pretrain, refusal, tmp_path
+):
+    settings = {**TEMPLATES, **STREAM, **shards, **changes}
+    assert message in refusal(pretrain, tmp_path / "run", **settings)
+    assert not (tmp_path / "run" / "run.yaml").exists()

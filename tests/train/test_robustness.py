@@ -1,78 +1,29 @@
-"""What befalls a run: numbers that are none, signals, a full disk, an interruption with everything on."""
+"""What may happen to a run: numbers that are not finite, signals, full disks, second commands."""
 
 import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from rope_mm.training import checkpoint
-from rope_mm.training.config import load, run
-
-sys.path.insert(0, str(Path(__file__).parent))
-import test_pretrain
-from test_adversarial import SCRIPT, adversarial, environment, flags, train
-from test_pretrain import pretrain
 
 EVERYTHING = {
     "loss.penalties": "{r1: 1.0, r2: 1.0, zero-centred: 0.1, consistency: 0.1, centring: 0.1, lecam: 0.1}",
     "augment": "{brightness: 0.5, translation: 0.25, cutout: 0.25}",
     "optim.schedule": "cosine", "optim.final_beta2": 0.999, "optim.final_gamma": 0.1,
-    "accumulate": 2, "critic_steps": 2,
+    "gradient_accumulation_steps": 2, "global_batch_size": 4, "critic_steps": 2,
 }  # fmt: skip
 SHORT = {"steps": 4, "checkpoint_every": 2, "sample_every": 4}
-
-
-@dataclass(frozen=True)
-class Script:
-    """A training script, and the flags of a run of toy size."""
-
-    path: Path
-    main: Callable
-    schema: type
-    flags: Callable
-
-    def run(self, out, **changes):
-        self.main(load(self.schema, self.flags(out, **changes)))
-
-    def command(self, out, **changes):
-        return [sys.executable, str(self.path), *self.flags(out, **changes)]
-
-
-@pytest.fixture(params=["adversarial", "pretrain"])
-def script(request, data):
-    if request.param == "adversarial":
-        return Script(SCRIPT, adversarial.main, adversarial.Adversarial, flags)
-    told = partial(test_pretrain.flags, data, head="adversarial")
-    return Script(SCRIPT.with_name("pretrain.py"), pretrain.main, pretrain.Pretrain, told)
-
-
-def lines(out):
-    metrics = out / "metrics.jsonl"
-    return metrics.read_text().count("\n") if metrics.exists() else 0
-
-
-def start(script, out, until, **changes):
-    """A process that has logged so many lines."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(script.command(out, **changes), env=environment(), **quiet)
-    for _ in range(2400):
-        if lines(out) > until:
-            break
-        assert process.poll() is None
-        time.sleep(0.05)
-    return process
 
 
 def content(folder):
@@ -84,111 +35,141 @@ def content(folder):
     }
 
 
-def same(ours, theirs):
-    if isinstance(ours, torch.Tensor):
-        return torch.equal(ours, theirs)
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, list | tuple):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return bool((ours == theirs).all()) if hasattr(ours, "all") else ours == theirs
-
-
 @pytest.mark.parametrize("method", ["autograd", "fd"])
-def test_two_steps_and_two_more_are_four_with_penalties_and_everything_on(method, tmp_path):
+def test_two_steps_and_two_more_are_four_with_penalties_and_everything_on(
+    method, adversarial, runs, tmp_path
+):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = {**SHORT, **EVERYTHING, "loss.method": method}
-    train(whole, **settings)
+    adversarial.train(whole, **settings)
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / "step-000004")
-    train(parts, **settings)
-    ours, theirs = (content(out / "checkpoints" / "step-000004") for out in (parts, whole))
+    adversarial.train(parts, **settings)
+    ours, theirs = (content(path / "checkpoints" / "step-000004") for path in (parts, whole))
     assert {"model.safetensors", "model_1.safetensors", "optimizer.bin", "optimizer_1.bin"} < ours.keys()
-    assert {"custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"} < ours.keys()  # anchors and average
-    assert ours["custom_checkpoint_0.pkl"]["batches"] == 16
-    assert same(ours, theirs)
+    assert [name for name in ours if "custom" in name] == ["custom_checkpoint_0.pkl"]
+    state = ours["custom_checkpoint_0.pkl"]
+    assert state.keys() == {"ema", "lecam", "nan_guard"}
+    assert state["lecam"]["batches"] == 16
+    assert runs.equal(ours, theirs)
     assert (parts / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
-def poisoned(step, real):
-    """Batches as they are until this step, and then with a number that is none."""
-    before = adversarial.Training.batch
+def poisoned(training, step, real):
+    """micro_batch, which in one step has a number that is not finite."""
+    before = training.micro_batch
 
-    def batch(self, turn):
-        drawn = before(self, turn)
-        if turn == step:
-            (drawn.real if real else drawn.noise)[0, 0, 0] = float("nan")
-        return drawn
+    def micro_batch(self, update, part=0):
+        batch = before(self, update, part)
+        if update == step:
+            (batch.real if real else batch.noise)[0, 0, 0] = float("nan")
+        return batch
 
-    return batch
+    return micro_batch
 
 
 @pytest.mark.parametrize("real", [True, False])
-def test_a_number_that_is_none_stops_the_run_with_its_step_and_its_batch(real, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    monkeypatch.setattr(adversarial.Training, "batch", poisoned(2, real))
-    with pytest.raises(SystemExit) as stopped:
-        run(adversarial.main, adversarial.Adversarial, flags(out, **{**SHORT, "log_every": 4}))
-    assert stopped.value.code == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert (
-        said.startswith("error: critic, r")
-        and f"not finite at step 3: its batches are in {out}/nan-step-3.pt" in said
-    )
-    kept = torch.load(out / "nan-step-3.pt")
-    assert kept["step"] == 3 and kept["terms"]["critic"] != kept["terms"]["critic"]
+def test_a_number_that_is_not_finite_stops_the_run_and_its_batch_is_kept(
+    real, adversarial, refusal, tmp_path, monkeypatch
+):
+    output_dir, settings = tmp_path / "run", {**SHORT, "log_every": 4}
+    training = adversarial.module.Training
+    monkeypatch.setattr(training, "micro_batch", poisoned(training, 2, real))
+    said = refusal(adversarial, output_dir, **settings)
+    assert said.startswith("error: loss/critic, penalty/r")
+    assert f"not finite at step 3: its batches are in {output_dir}/nan-step-3.pt" in said
+    kept = torch.load(output_dir / "nan-step-3.pt")
+    assert kept["step"] == 3 and kept["terms"]["loss/critic"] != kept["terms"]["loss/critic"]
     (batch,) = kept["batches"]
     assert batch["real" if real else "noise"].isnan().sum() == 1 and len(batch["input_ids"]) == 2
-    newest = checkpoint.latest(out / "checkpoints")
+    newest = checkpoint.latest(output_dir / "checkpoints")
     checkpoint.verify(newest)
     assert newest.name == "step-000002"
     assert all(value.isfinite().all() for value in load_file(newest / "model.safetensors").values())
     monkeypatch.undo()
-    train(out, **{**SHORT, "log_every": 4})
+    adversarial.train(output_dir, **settings)
 
 
-def test_a_run_that_collapses_says_so_in_its_metrics_and_on_the_progress_line(tmp_path, monkeypatch, capsys):
-    marks = iter([0.9, 0.6, 0.4])
-    monkeypatch.setattr(adversarial.Training, "look", lambda self, path: {"coverage": next(marks)})
-    train(tmp_path / "run", steps=3, sample_every=1)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    (warned,) = [line for line in lines if "warning" in line]
+def test_a_run_that_collapses_is_warned_of_in_its_metrics_and_on_the_progress_line(
+    adversarial, runs, tmp_path, monkeypatch, capsys
+):
+    coverage = iter([0.9, 0.6, 0.4])
+    evaluate = lambda self, path: {"coverage": next(coverage)}  # noqa: E731
+    monkeypatch.setattr(adversarial.module.Training, "evaluate", evaluate)
+    adversarial.train(tmp_path / "run", steps=3, sample_every=1)
+    (warned,) = [line for line in runs.lines(tmp_path / "run") if "warning" in line]
     assert warned["step"] == 3 and warned["warning"].startswith("coverage fell to 0.4 from 0.9")
     assert warned["warning"] in capsys.readouterr().err
 
 
+def test_the_progress_line_tells_speed_and_remaining_time(script, tmp_path, capsys):
+    script.train(tmp_path / "run", steps=2)
+    first = next(line for line in capsys.readouterr().err.splitlines() if " 1/2 " in line)
+    for name in ("lr ", "grad_norm", "images/s ", "tokens/s ", "ETA 0:00:"):
+        assert name in first
+
+
+def start(script, runs, output_dir, until, **changes):
+    """A process that has logged so many lines."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(script.command(output_dir, **changes), env=runs.environment(), **quiet)
+    for _ in range(2400):
+        if len(runs.lines(output_dir)) > until:
+            break
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(script, tmp_path):
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    settings = {"steps": 40, "checkpoint_every": 3, "sample_every": 40, "log_every": 1}
-    script.run(whole, **settings)
-    process = start(script, out, 14, **settings)
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(script, runs, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = {"steps": 40, "checkpoint_every": 3, "sample_every": 40}
+    script.train(whole, **settings)
+    process = start(script, runs, killed, 14, **settings)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "result.json").exists()
-    checkpoint.verify(checkpoint.latest(out / "checkpoints"))
-    script.run(out, **settings)
+    process.communicate()
+    assert not (killed / "result.json").exists()
+    checkpoint.verify(checkpoint.latest(killed / "checkpoints"))
+    script.train(killed, **settings)
     for name in ("result.json", "metrics.jsonl", "run.yaml"):
-        assert (out / name).read_text() == (whole / name).read_text()
-    ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (out, whole))
-    assert same(ours, theirs)
+        assert (killed / name).read_text() == (whole / name).read_text()
+    assert runs.same(killed, whole)
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_ends_well(script, tmp_path):
-    out = tmp_path / "run"
-    process = start(script, out, 4, steps=4000, log_every=1)
+def test_sigterm_saves_and_a_second_command_is_refused_while_the_first_one_runs(
+    script, runs, refusal, tmp_path
+):
+    output_dir = tmp_path / "run"
+    process = start(script, runs, output_dir, 4, steps=4000)
+    for restart in ("false", "true"):
+        said = refusal(script, output_dir, steps=4000, restart=restart)
+        assert f"{output_dir} is in use by process {process.pid} on " in said
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-    newest = checkpoint.latest(out / "checkpoints")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    newest = checkpoint.latest(output_dir / "checkpoints")
     checkpoint.verify(newest)
-    assert checkpoint.step_of(newest) == lines(out)
+    assert checkpoint.step_of(newest) == len(runs.lines(output_dir))
+    assert f"stopped by SIGTERM at step {checkpoint.step_of(newest)}, saved" in said.decode()
 
 
-def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(script, tmp_path, monkeypatch, capsys):
-    from accelerate import Accelerator
+def test_a_folder_in_use_is_refused_with_its_process_and_free_after_it(adversarial, refusal, tmp_path):
+    output_dir = tmp_path / "run"
+    output_dir.mkdir()
+    (output_dir / ".lock-holder").write_text("process 7 on somewhere")
+    with filelock.FileLock(output_dir / ".lock"):
+        for restart in ("false", "true"):
+            said = refusal(adversarial, output_dir, steps=1, restart=restart)
+            assert f"{output_dir} is in use by process 7 on somewhere; wait for it" in said
+    adversarial.train(output_dir, steps=1)
+    assert not (output_dir / ".lock-holder").exists()
+    adversarial.train(output_dir, steps=1)
 
-    out, saved = tmp_path / "run", Accelerator.save_state
+
+def test_a_full_disk_is_reported_and_costs_no_earlier_checkpoint(script, tmp_path, monkeypatch, capsys):
+    output_dir, saved = tmp_path / "run", Accelerator.save_state
 
     def full(self, path):
         if ".step-000004" not in path:
@@ -196,49 +177,69 @@ def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(script, tmp_path, m
         Path(path, "optimizer.bin").symlink_to("/dev/full")
         return saved(self, path)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+    with monkeypatch.context() as patch:
         patch.setattr(Accelerator, "save_state", full)
-        run(script.main, script.schema, script.flags(out, **SHORT))
-    assert stopped.value.code == 1
+        assert script.run(output_dir, **SHORT) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith(f"error: checkpoint {out}/checkpoints/step-000004 could not be written")
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"]
-    script.run(out, **SHORT)
-    assert checkpoint.latest(out / "checkpoints").name == "step-000004"
+    assert said.startswith(f"error: checkpoint {output_dir}/checkpoints/step-000004 could not be written")
+    assert [path.name for path in (output_dir / "checkpoints").iterdir()] == ["step-000002"]
+    script.train(output_dir, **SHORT)
+    assert checkpoint.latest(output_dir / "checkpoints").name == "step-000004"
 
 
-def test_a_full_disk_costs_no_earlier_model(script, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    script.run(out, **SHORT)
-    before = {path: path.read_bytes() for path in (out / "model").iterdir()}
+def test_a_full_disk_costs_no_earlier_model(adversarial, tmp_path, monkeypatch, capsys):
+    output_dir = tmp_path / "run"
+    adversarial.train(output_dir, steps=1)
+    before = {path: path.read_bytes() for path in (output_dir / "model").iterdir()}
 
-    def full(path, *_, **__):
+    def full(self, path, *_, **__):
         Path(path, "config.json").write_text("half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device")
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda self, path: full(path))
-    with pytest.raises(SystemExit) as stopped:
-        run(script.main, script.schema, script.flags(out, **SHORT))
-    assert stopped.value.code == 1
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    assert adversarial.run(output_dir, steps=1) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith(f"error: {out}/model could not be written (Error while serializing")
-    assert {path: path.read_bytes() for path in (out / "model").iterdir()} == before
-    assert not [path for path in out.iterdir() if "partial" in path.name]
+    assert said.startswith(f"error: {output_dir}/model could not be written (Error while serializing")
+    assert {path: path.read_bytes() for path in (output_dir / "model").iterdir()} == before
+    assert not [path for path in output_dir.iterdir() if "partial" in path.name]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"augment": "{cutuot: 0.5}"}, "augmentation 'cutuot' is unknown"),
-        ({"augment": "{cutout: 2.0}"}, "augmentation cutout must have a strength in [0, 1], not 2.0"),
-        ({"accumulate": 0}, "accumulate must be at least 1, not 0"),
-        ({"optim.until": 0.0}, "optim.until must be in (0, 1], not 0.0"),
-        ({"loss.penalties": "{consistency: 1.0}"}, "consistency compares"),
-        ({"compile": "inductr"}, "backend of torch.compile 'inductr' is unknown; did you mean 'inductor'?"),
-    ],
-)
-def test_a_mistake_is_found_before_the_folder_is_touched(changes, message, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(adversarial.main, adversarial.Adversarial, flags(tmp_path / "run", **changes))
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_a_finished_run_is_extended_as_if_it_had_never_ended(adversarial, runs, tmp_path):
+    whole, longer = tmp_path / "whole", tmp_path / "longer"
+    constant = {"optim.final_lr_ratio": 1.0, "sample_every": 2}
+    adversarial.train(whole, steps=4, **constant)
+    adversarial.train(longer, steps=2, **constant)
+    adversarial.train(longer, steps=4, **constant)
+    assert runs.same(longer, whole)
+    assert runs.lines(longer) == runs.lines(whole)
+
+
+def test_extending_a_run_whose_rates_end_says_what_happens_to_them(adversarial, refusal, runs, tmp_path):
+    output_dir = tmp_path / "run"
+    adversarial.train(output_dir, steps=2)  # of digits.yaml, whose rate falls to 0.02 of itself
+    said = refusal(adversarial, output_dir, steps=4)
+    assert "holds a run of steps 2, whose rates follow a schedule to its end; with steps 4 they go on" in said
+    assert "--extend" in said
+    adversarial.train(output_dir, steps=4, extend="true")
+    assert runs.lines(output_dir)[2]["lr"] == pytest.approx(2e-3 * (1 - 0.98 * 2 / 4))
+    assert "steps already, more than steps 3" in refusal(adversarial, output_dir, steps=3, extend="true")
+
+
+def test_data_that_has_changed_is_refused_with_its_counts_unless_it_is_meant(
+    pretrain, refusal, bars, tmp_path
+):
+    from datasets import Dataset
+
+    data, output_dir = tmp_path / "bars.parquet", tmp_path / "run"
+    shutil.copy(bars, data)
+    settings = {"steps": 2, "checkpoint_every": 1, "data.paths": f"[{data}]"}
+    pretrain.train(output_dir, **settings)
+    rows = Dataset.from_parquet(str(bars), cache_dir=tmp_path / "cache")
+    rows.select(range(15)).to_parquet(data)
+    shutil.rmtree(output_dir / "checkpoints" / "step-000002")
+    said = refusal(pretrain, output_dir, **settings)
+    assert "other data (train: 12 rows, " in said and "train: 12 rows, " in said.partition(" there, ")[2]
+    assert "held_out: 4 rows" in said and "held_out: 3 rows" in said and "--data.changed true" in said
+    pretrain.train(output_dir, **settings, **{"data.changed": "true"})
+    held = json.loads((output_dir / "data.json").read_text())["held_out"]
+    assert held["rows"] == 3

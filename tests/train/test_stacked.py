@@ -1,4 +1,4 @@
-"""Two steps of every configuration of stacked digits, as it is but for the size of batch and data."""
+"""Two steps of every configuration of stacked digits, with smaller batches and data."""
 
 import json
 from pathlib import Path
@@ -16,14 +16,14 @@ CONFIGS = ROOT / "configs" / "adversarial"
 
 @pytest.fixture
 def two_steps(tmp_path, monkeypatch):
-    """The marks of two small steps of a configuration."""
+    """The metrics of two small steps of a configuration."""
     monkeypatch.setattr(stack_digits, "__defaults__", (400, 60))
 
     def run(config, **changes):
         out = tmp_path / "run"
         settings = {
-            "config": CONFIGS / config, "out": out, "steps": 2, "batch": 2, "judged": 60, "threads": 1,
-            **changes,
+            "config": CONFIGS / config, "output_dir": out, "steps": 2, "global_batch_size": 2,
+            "eval_samples": 60, "threads": 1, **changes,
         }  # fmt: skip
         flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
         adversarial.main(load(adversarial.Adversarial, flags))
@@ -33,22 +33,22 @@ def two_steps(tmp_path, monkeypatch):
 
 
 def test_without_captions_modes_are_counted(two_steps):
-    marks, sheet = two_steps("stacked-digits.yaml")
-    assert set(marks) == {
+    metrics, sheet = two_steps("stacked-digits.yaml")
+    assert set(metrics) == {
         "samples", "modes", "modes_covered", "kl", "kl_excess",
         "real_modes", "real_modes_covered", "real_kl", "real_accuracy",
     }  # fmt: skip
-    assert 1 <= marks["modes"] <= 60
+    assert 1 <= metrics["modes"] <= 60
     assert sheet.exists()
 
 
 @pytest.mark.parametrize("caption", ["number", "caption"])
-def test_with_captions_it_is_also_asked_whether_the_digits_are_those(caption, two_steps):
-    marks, _ = two_steps("stacked-digits-captioned.yaml", **{"data.caption": caption})
-    assert {"modes", "accuracy"} < set(marks)
+def test_with_captions_the_accuracy_of_digits_is_measured_too(caption, two_steps):
+    metrics, _ = two_steps("stacked-digits-captioned.yaml", **{"data.caption": caption})
+    assert {"modes", "accuracy"} < set(metrics)
 
 
-def test_the_same_seed_gives_the_same_marks(two_steps):
+def test_the_same_seed_gives_the_same_metrics(two_steps):
     one, _ = two_steps("stacked-digits.yaml")
     two, _ = two_steps("stacked-digits.yaml", restart="true")
     assert one == two
@@ -58,5 +58,5 @@ def test_stacked_mnist_trains_from_a_file_of_arrays(two_steps, tmp_path):
     labels = numpy.arange(200) // 10 % 10  # so that of each digit some are held out and some are not
     image = numpy.random.default_rng(0).integers(0, 255, (200, 28, 28), dtype="uint8")
     numpy.savez(tmp_path / "mnist.npz", image=image, label=labels)
-    marks, _ = two_steps("stacked-mnist.yaml", **{"data.path": f"stacked:{tmp_path}/mnist.npz"})
-    assert set(marks) >= {"modes", "kl_excess", "real_kl"}
+    metrics, _ = two_steps("stacked-mnist.yaml", **{"data.path": f"stacked:{tmp_path}/mnist.npz"})
+    assert set(metrics) >= {"modes", "kl_excess", "real_kl"}

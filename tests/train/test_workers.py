@@ -9,20 +9,17 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from test_pretrain import environment, flags
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("end", "code"), [("asked", 0), ("failed", 2)])
-def test_busy_workers_hold_up_no_end_and_outlive_none(end, code, data, tmp_path):
+@pytest.mark.parametrize(("end", "code"), [("stopped", 0), ("failed", 2)])
+def test_busy_workers_delay_no_end_and_none_outlives_it(end, code, pretrain, runs, tmp_path):
     script = str(Path(__file__).with_name("busy_workers.py"))
-    words = [sys.executable, script, end, *flags(data, tmp_path / "run", workers=2, steps=20)]
-    process = subprocess.Popen(words, env=environment(), start_new_session=True, stderr=subprocess.PIPE)
+    words = [sys.executable, script, end, *pretrain.flags(tmp_path / "run", num_workers=2, steps=20)]
+    process = subprocess.Popen(words, env=runs.environment(), start_new_session=True, stderr=subprocess.PIPE)
     try:
-        _, told = process.communicate(timeout=90)  # of which most are imports
-        assert process.returncode == code, told.decode()[-2000:]
-        assert b"Traceback" not in told
+        _, said = process.communicate(timeout=90)  # most of it imports
+        assert process.returncode == code, said.decode()[-2000:]
+        assert b"Traceback" not in said
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
     finally:

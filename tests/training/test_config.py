@@ -1,14 +1,17 @@
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rope_mm.registry import Registry
 from rope_mm.training import config
-from rope_mm.training.config import dump, load
+from rope_mm.training.config import OLD_KEYS, check_options, dump, load, option, override, usage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,7 @@ def test_tuples_are_tuples():
     assert (read.optim.betas, read.sizes, read.words) == ((0.5, 0.9), (4,), ("a", "b"))
 
 
-def test_the_free_keys_of_several_sources_merge(yaml):
+def test_a_flag_sets_one_key_of_a_dict_and_keeps_the_others(yaml):
     file = yaml("model:\n  hidden_size: 32\n  rope: {layout: rope-tv, theta: 100}\n")
     read = load(Example, ["--config", file, "--model.rope.theta", "5", "--model.new-key", "[1, 2]"])
     assert read.model == {"hidden_size": 32, "rope": {"layout": "rope-tv", "theta": 5}, "new_key": [1, 2]}
@@ -124,7 +127,8 @@ def test_the_free_keys_of_several_sources_merge(yaml):
         (["--optim", "3"], "--optim: optim must be a group of keys (lr, betas), not 3"),
         (["--model", "3"], "model must be dict[str, Any], not 3"),
         (["--out", "${nowhere}"], "out: Interpolation key 'nowhere' not found"),
-        (["--config", "no/such.yaml"], "no/such.yaml: cannot be read as YAML"),
+        (["--config", "no/such.yaml"], "no/such.yaml: not found; give --config the path of a YAML file"),
+        (["--config", "."], ".: cannot be read as YAML"),
     ],
 )
 def test_a_wrong_flag_is_answered_in_one_sentence(flags, message):
@@ -256,3 +260,120 @@ def test_a_run_hands_over_the_configuration_and_keeps_the_exit_codes(capsys):
     with pytest.raises(SystemExit) as left:
         config.run(stop, Example, [])
     assert left.value.code == 130
+
+
+COLOURS = Registry("colour", {"red": 1, "blue": 2})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paint:
+    colour: str = option("red", "of the wall", choices=COLOURS)
+    coats: int = option(1, minimum=1, maximum=9)
+    shares: dict[str, float] = option({"red": 1.0, "blue": 0.5}, "colour -> share", keys=COLOURS, minimum=0)
+    betas: tuple[float, float] = option((0.0, 0.9), minimum=0, below=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Brush:
+    """Paint."""
+
+    steps: int = option(3, "of a brush", minimum=1)
+    mode: Literal["whole", "rolling"] = option("whole", "how it is moved")
+    paint: Paint = option(Paint(), "how to paint")
+    rope: dict[str, Any] = option({}, "the scheme", fill={"scheme": "rope-tv"})
+    walls: dict[str, Paint] = option({}, "by name")
+    start: str = option("", "from where")
+
+
+def test_a_dict_that_is_given_replaces_the_default_and_a_key_of_it_does_not(yaml):
+    file = yaml("paint: {shares: {blue: 2.0}}\n")
+    assert load(Brush, ["--config", file]).paint.shares == {"blue": 2.0}
+    assert load(Brush, ["--paint.shares", "{}"]).paint.shares == {}
+    assert load(Brush, ["--paint.shares.blue", "3.0"]).paint.shares == {"red": 1.0, "blue": 3.0}
+    second = yaml("paint: {shares: {red: 4.0}}\n", "second.yaml")
+    assert load(Brush, ["--config", file, "--config", second]).paint.shares == {"red": 4.0}
+
+
+def test_an_entry_that_a_dict_needs_is_filled_in_and_shown():
+    assert load(Brush, []).rope == {"scheme": "rope-tv"}
+    theta = load(Brush, ["--rope", "{theta: 5}"])
+    assert theta.rope == {"scheme": "rope-tv", "theta": 5} and "scheme: rope-tv" in dump(theta)
+    assert load(Brush, ["--rope", "{scheme: grid}"]).rope == {"scheme": "grid"}
+
+
+def test_a_configuration_made_of_the_defaults_shares_no_dict_with_them():
+    Paint().shares["red"] = 5.0
+    assert Paint().shares == {"red": 1.0, "blue": 0.5}
+    assert Brush().paint is not Brush().paint
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "0"], "steps must be at least 1, not 0"),
+        (["--paint.coats", "10"], "paint.coats must be at least 1 and at most 9, not 10"),
+        (["--paint.colour", "rde"], "paint.colour: colour 'rde' is unknown; did you mean 'red'?"),
+        (["--paint.shares.red", "-1.0"], "paint.shares.red must be at least 0, not -1.0"),
+        (["--paint.shares", "{green: 1.0}"], "paint.shares: colour 'green' is unknown"),
+        (["--paint.shares.red", ".inf"], "paint.shares.red must be at least 0, not inf"),
+        (["--paint.betas", "[0.0, 1.0]"], "paint.betas must be at least 0 and below 1, not 1.0"),
+        (["--walls.north", "{coats: 0}"], "walls.north.coats must be at least 1 and at most 9, not 0"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_with_its_key(flags, message):
+    with pytest.raises(ValueError) as caught:
+        load(Brush, flags)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_configuration_that_was_made_in_python_is_checked_the_same():
+    with pytest.raises(ValueError, match=r"optim\.coats must be at least 1 and at most 9, not 0"):
+        check_options(Paint(coats=0), "optim.")
+    check_options(Brush())
+
+
+def test_nested_values_replace_those_of_a_configuration():
+    changed = override(Brush(), {"paint": {"shares": {"red": 7.0}}, "steps": 4}, "rows.mine")
+    assert (changed.steps, changed.paint.shares, changed.paint.coats) == (4, {"red": 7.0}, 1)
+    with pytest.raises(ValueError, match=r"rows\.mine: stesp is unknown; did you mean steps"):
+        override(Brush(), {"stesp": 4}, "rows.mine")
+
+
+def test_an_old_key_is_refused_with_its_new_name(yaml):
+    @dataclass(frozen=True, kw_only=True)
+    class Renamed:
+        global_batch_size: int = 1
+
+    with pytest.raises(ValueError, match="--batch: batch is now called global_batch_size"):
+        load(Renamed, ["--batch", "2"])
+    with pytest.raises(ValueError, match=r"run\.yaml: batch is now called global_batch_size"):
+        load(Renamed, ["--config", yaml("batch: 2\n")])
+    assert load(Brush, ["--start", "here"]).start == "here"  # a key of today is no old one
+
+
+TRAIN = Path(__file__).parents[2] / "train"
+SCRIPTS = sorted(path.stem for path in TRAIN.glob("*.py") if path.stem != "bench")
+
+
+def schema_of(script):
+    return getattr(import_module(script), script.title().replace("_", ""))
+
+
+def test_every_old_key_has_a_new_one_in_some_script():
+    known = set().union(*(config.known_keys(schema_of(script)) for script in SCRIPTS))
+    assert [old for old, new in OLD_KEYS.items() if not known.intersection(new)] == []
+
+
+def test_help_says_what_each_key_means_and_allows():
+    lines = usage(Brush).splitlines()
+    assert "steps: 3  # of a brush; at least 1" in lines
+    assert "  colour: red  # of the wall; one of red, blue" in lines
+    assert "mode: whole  # how it is moved; one of whole, rolling" in lines
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_help_of_a_script_is_a_file_of_its_defaults_and_explains_every_key(script, tmp_path):
+    schema = schema_of(script)
+    (tmp_path / "help.yaml").write_text(usage(schema), encoding="utf-8")
+    assert load(schema, ["--config", str(tmp_path / "help.yaml")]) == load(schema, [])
+    assert [key for key, text in config.help_of(schema).items() if not text] == []

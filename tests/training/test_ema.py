@@ -92,5 +92,5 @@ def test_resuming_goes_on_where_it_stopped():
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 999])
 def test_a_decay_that_averages_nothing_is_refused(decay):
-    with pytest.raises(ValueError, match="decay must lie in"):
+    with pytest.raises(ValueError, match="decay must be in"):
         Ema(net(), decay=decay)

@@ -63,7 +63,7 @@ def test_a_line_is_in_the_file_as_soon_as_it_is_logged(tmp_path):
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     (tmp_path / FILE).write_text('{"step": 1}\nhello\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2: is no line of metrics"):
+    with pytest.raises(ValueError, match="line 2: is not a line of metrics"):
         Log(tmp_path, total=3, step=2)
 
 

@@ -6,12 +6,13 @@ from rope_mm.training.schedule import SCHEDULES
 
 
 def evaluations(*coverage, name="coverage"):
-    return [{"step": step, name: mark, "frechet": 3.0} for step, mark in enumerate(coverage)]
+    return [{"step": step, name: value, "frechet": 3.0} for step, value in enumerate(coverage)]
 
 
 def scores(*pairs):
     return [
-        {"step": step, "real": real, "fake": fake, "critic": 0.7} for step, (real, fake) in enumerate(pairs)
+        {"step": step, "score/real": real, "score/fake": fake, "loss/critic": 0.7}
+        for step, (real, fake) in enumerate(pairs)
     ]
 
 
@@ -43,7 +44,7 @@ def test_falling_coverage_is_warned_of_with_its_reading_and_the_cure(name):
 def test_diverging_scores_are_warned_of():
     said = warning(scores((0.1, 0.0), (5.0, -5.0), (9.0, -9.0), (20.0, -12.5)))
     assert said == (
-        "the mean scores, 20 of real and -12.5 of drawn images, diverge: the critic wins; raise the "
+        "the mean scores, 20 of real and -12.5 of generated images, diverge: the critic wins; raise the "
         "gammas of r1 and r2, or lower optim.critic_lr"
     )
 

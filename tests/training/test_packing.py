@@ -1,4 +1,4 @@
-"""Packed documents and the drafts beside their pictures: what they see, and that they are what one draws."""
+"""Packed documents and the noisy copies of their images: what they see, and that sampling makes the same."""
 
 from dataclasses import replace
 
@@ -34,24 +34,24 @@ def seeds(count):
     return [torch.Generator().manual_seed(i) for i in range(count)]
 
 
-def packer(model, length=200, head="mse", whole=False):
+def packer(model, length=200, head="mse", for_critic=False):
     processor = RopeMMProcessor.from_config(model.config, TOKENIZER)
-    return Packer(processor, length, IMAGE_HEADS[head].times, whole)
+    return Packer(processor, length, IMAGE_HEADS[head].sample_time, for_critic)
 
 
 def pixels(*shape, seed=5):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def picture(drawn=False, seed=5, y=4, x=8):
-    return Visual(pixels(1, y, x, seed=seed), drawn)
+def image(generate=False, seed=5, y=4, x=8):
+    return Visual(pixels(1, y, x, seed=seed), generate)
 
 
-def clip(frames=3, drawn=False, seed=6):
-    return Visual(pixels(frames, 1, 4, 4, seed=seed), drawn)
+def video(frames=3, generate=False, seed=6):
+    return Visual(pixels(frames, 1, 4, 4, seed=seed), generate)
 
 
-def test_a_draft_sees_what_its_picture_sees_and_itself_and_nobody_sees_it():
+def test_a_noisy_copy_sees_what_its_image_sees_and_itself_and_nothing_sees_it():
     rank = make_block_ids([Text(1), Video(2, 1, 2), Text(1)])
     rank, token = torch.cat([rank, -rank[1:5]])[None], torch.arange(10)
     seen = make_mask_fn(rank)(torch.tensor(0), torch.tensor(0), token[:, None], token)
@@ -74,42 +74,42 @@ def double(pack):
     return {name: x.double() if x.is_floating_point() else x for name, x in pack.inputs().items()}
 
 
-def filmed(model, pack, steps=1):
-    """The clip of `SEEN`, drawn frame after frame from the noise of its drafts."""
+def sampled(model, pack, steps=1):
+    """The video of `SEEN`, sampled frame after frame from the noise of its copies."""
     sequences = build_batch([["see ", Image(2, 4), " go ", Video(3, 2, 2)]], TOKENIZER, model.config.scheme)
     noise, shown = pack.noise.view(1, 3, 4, -1).double(), pack.patches[None, :8].double()
     return sample_frames(model, sequences, noise, steps, shown).flatten(0, 2)
 
 
-SEEN = ["see ", picture(), " go ", clip(3, drawn=True), " and on"]
+SEEN = ["see ", image(), " go ", video(3, generate=True), " and on"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_drafts_of_a_clip_are_its_frames_drawn_one_after_another(scheme):
+def test_the_outputs_for_noisy_copies_are_the_frames_sampled_one_after_another(scheme):
     model = make(scheme).double()
     pack = packer(model)([SEEN], seeds(1))
     with torch.no_grad():
-        drawn = filmed(model, pack)
-        pack.patches[8:20] = drawn  # what comes after a frame sees it as it was drawn
-        drafts = model(**double(pack)).patches[pack.draft]
-    torch.testing.assert_close(drafts, drawn, atol=1e-6, rtol=1e-5)
-    assert (drafts[:4] - drafts[4:8]).abs().max() > 1e-3
+        drawn = sampled(model, pack)
+        pack.patches[8:20] = drawn  # what comes after a frame sees it as it was sampled
+        copies = model(**double(pack)).patches[pack.noisy]
+    torch.testing.assert_close(copies, drawn, atol=1e-6, rtol=1e-5)
+    assert (copies[:4] - copies[4:8]).abs().max() > 1e-3
 
 
-def test_steps_of_a_flow_are_drafts_that_have_come_so_far():
+def test_steps_of_a_flow_are_copies_at_later_times():
     model = make().double()
     pack = packer(model, head="flow")([SEEN], seeds(1))
     with torch.no_grad():
-        drawn = filmed(model, pack, steps=4)
+        drawn = sampled(model, pack, steps=4)
         patches, here = pack.patches.double(), pack.noise.double()
         patches[8:20] = drawn
         for step in range(4):
             now = replace(pack, patches=patches, noise=here, time=torch.zeros(12, 1, dtype=torch.double))
-            here = here + (model(**double(now)).patches[pack.draft] - here) / (4 - step)
+            here = here + (model(**double(now)).patches[pack.noisy] - here) / (4 - step)
     torch.testing.assert_close(here, drawn, atol=1e-6, rtol=1e-5)
 
 
-def test_a_draft_begins_between_noise_and_its_patch_and_a_frame_has_one_time():
+def test_a_noisy_copy_is_between_noise_and_its_patch_and_a_frame_has_one_time():
     pack = packer(make(), head="flow")([SEEN], seeds(1))
     begun = pack.inputs()["patches"]
     torch.testing.assert_close(begun[20:], (1 - pack.time) * pack.noise + pack.time * pack.patches[8:20])
@@ -119,7 +119,7 @@ def test_a_draft_begins_between_noise_and_its_patch_and_a_frame_has_one_time():
     assert len(times.unique()) == 3
 
 
-def test_words_are_as_if_there_were_no_drafts():
+def test_text_is_predicted_as_if_there_were_no_noisy_copies():
     model = make()
     with torch.no_grad():
         pack = packer(model)([SEEN], seeds(1))
@@ -133,24 +133,24 @@ def test_words_are_as_if_there_were_no_drafts():
     assert pack.labels[0, -12:].eq(-100).all()
 
 
-def test_the_words_to_predict_are_all_but_the_first_and_the_end_is_one():
+def test_all_text_tokens_but_the_first_are_predicted_and_so_is_the_end():
     model = make()
-    documents = [["ab", picture(), "c"], [picture(), "d"], ["e"], ["f", picture()]]
+    documents = [["ab", image(), "c"], [image(), "d"], ["e"], ["f", image()]]
     pack = packer(model)(documents, seeds(4))
     b, c, d, e = TOKENIZER("bcde", add_special_tokens=False).input_ids
     wanted = pack.labels[pack.labels != -100].tolist()
     assert wanted == [b, c, 1, d, 1, 1]
-    assert pack.words == 6
+    assert pack.predicted == 6
     assert e not in wanted
     assert pack.tokens == 3 + 8 + 1 + 8 + 2 + 2 + 9
 
 
-DOCUMENTS = [["one ", picture(True), "a"], [picture(seed=8), "two", clip(2, True)], ["three"], [clip(2), "b"]]
+DOCUMENTS = [["one ", image(True), "a"], [image(seed=8), "two", video(2, True)], ["three"], [video(2), "b"]]
 
 
 @pytest.mark.parametrize("neighbour", [0, 1, 2, 3])
 def test_a_neighbour_changes_nothing_not_even_a_bit(neighbour):
-    """Logits, drawn patches and gradients of all other documents, whatever one of them holds."""
+    """Logits, generated patches and gradients of all other documents, whatever one of them holds."""
     model = make()
     pack = packer(model)(DOCUMENTS, seeds(4))
     assert pack.input_ids.shape[0] == 1
@@ -184,7 +184,7 @@ def test_a_neighbour_changes_nothing_not_even_a_bit(neighbour):
 
 @pytest.mark.parametrize("backend", ["eager", "flex_attention"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_packed_drafts_are_the_same_on_every_backend_and_alone(backend, uncompiled):
+def test_packed_documents_are_the_same_on_every_backend_and_alone(backend, uncompiled):
     model = make()
     pack = packer(model)(DOCUMENTS, seeds(4))
     with torch.no_grad():
@@ -201,33 +201,33 @@ def test_packed_drafts_are_the_same_on_every_backend_and_alone(backend, uncompil
     )
 
 
-def test_what_a_critic_reads_are_the_documents_with_drafts_and_their_patches():
+def test_a_critic_reads_the_documents_with_something_to_generate_and_their_patches():
     model = make()
-    pack = packer(model, whole=True)(DOCUMENTS, seeds(4))
-    whole = pack.whole
-    assert whole.sequences.input_ids.shape[0] == 2  # the others draw nothing
-    assert torch.equal(whole.patches[whole.drawn], pack.target)
+    pack = packer(model, for_critic=True)(DOCUMENTS, seeds(4))
+    batch = pack.for_critic
+    assert batch.sequences.input_ids.shape[0] == 2  # the others generate nothing
+    assert torch.equal(batch.real[batch.generated], pack.target)
     alone = build_batch([["one ", Image(2, 4), "a"]], TOKENIZER, model.config.scheme).input_ids
-    assert torch.equal(whole.sequences.input_ids[0, : alone.shape[1]], alone[0])
-    assert whole.there.sum(1).tolist() == [8, 16]
-    assert whole.drawn.sum(1).tolist() == [8, 8]
+    assert torch.equal(batch.sequences.input_ids[0, : alone.shape[1]], alone[0])
+    assert batch.valid.sum(1).tolist() == [8, 16]
+    assert batch.generated.sum(1).tolist() == [8, 8]
 
 
 def test_a_document_that_no_row_can_hold_is_refused():
     with pytest.raises(
         ValueError, match="a document of 13 tokens does not fit a row of 12; raise the length"
     ):
-        packer(make(), length=12)([["four!", picture(True)]], seeds(1))
+        packer(make(), length=12)([["four!", image(True)]], seeds(1))
 
 
-def test_what_is_drawn_last_is_not_read_and_all_else_is_as_if_it_were():
+def test_an_image_generated_last_is_not_read_and_all_else_is_as_if_it_were():
     model = make()
-    ended = [["see ", picture(seed=8), " go ", clip(3, True)], [picture(True)], ["a", picture(True), "b"]]
+    ended = [["see ", image(seed=8), " go ", video(3, True)], [image(True)], ["a", image(True), "b"]]
     pack = packer(model)(ended, seeds(3))
     read = packer(model)([[*document, "x"] for document in ended], seeds(3))
     assert pack.tokens == (4 + 8 + 4 + 2 * 4 + 3 * 4) + 8 + (1 + 8 + 1 + 1 + 8)
-    assert read.tokens == pack.tokens + 4 + 8 + 2 * 2 + 1  # a frame, a picture, "x" and twice an end
+    assert read.tokens == pack.tokens + 4 + 8 + 2 * 2 + 1  # a frame, an image, "x" and twice an end
     assert torch.equal(read.target, pack.target)
     with torch.no_grad():
-        with_it, without = (model(**p.inputs()).patches[p.draft] for p in (read, pack))
+        with_it, without = (model(**p.inputs()).patches[p.noisy] for p in (read, pack))
     torch.testing.assert_close(without, with_it, **CLOSE)

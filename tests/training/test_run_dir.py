@@ -2,11 +2,11 @@ import pytest
 from accelerate import Accelerator
 
 from rope_mm.files import write_text
-from rope_mm.training.run_dir import open_folder
+from rope_mm.training.run_dir import Identity, open_folder
 
 
-def open_(out, identity="steps: 2\n", restart=False):
-    open_folder(out, identity, Accelerator(cpu=True), restart)
+def open_(out, config="seed: 2\n", restart=False):
+    open_folder(out, Identity(config, {}), Accelerator(cpu=True), restart)
 
 
 def content(out):
@@ -14,30 +14,30 @@ def content(out):
 
 
 @pytest.mark.parametrize("name", ["model/a.txt", "samples/a.txt", "checkpoints/step-000001/a", "result.json"])
-def test_what_no_run_made_is_not_deleted_unasked(name, tmp_path):
+def test_files_of_no_run_are_not_deleted_unasked(name, tmp_path):
     write_text(tmp_path / name, "mine")
-    with pytest.raises(ValueError, match=r"holds (\w|\.)+, but no run.yaml to go on from; .* --restart"):
+    with pytest.raises(ValueError, match=r"holds (\w|\.)+, but no run.yaml to resume from; .* --restart"):
         open_(tmp_path)
     assert content(tmp_path) == {name: "mine"}
 
 
-def test_a_run_that_is_done_keeps_its_model_without_its_checkpoints(tmp_path):
+def test_a_finished_run_keeps_its_model_without_its_checkpoints(tmp_path):
     open_(tmp_path)
     for name in ("samples/step-000002.png", "model/config.json", "result.json"):
         write_text(tmp_path / name, "made")
     before = content(tmp_path)
-    with pytest.raises(ValueError, match=r"holds model, result.json, but no checkpoint to go on from"):
+    with pytest.raises(ValueError, match=r"holds model, result.json, but no checkpoint to resume from"):
         open_(tmp_path)
-    with pytest.raises(ValueError, match=r"another configuration \('steps: 2' there, 'steps: 3' here\)"):
-        open_(tmp_path, "steps: 3\n")
+    with pytest.raises(ValueError, match=r"another configuration \('seed: 2' there, 'seed: 3' here\)"):
+        open_(tmp_path, "seed: 3\n")
     assert content(tmp_path) == before
     open_(tmp_path, restart=True)
-    assert content(tmp_path).keys() == {"run.yaml", "versions.json"}
+    assert content(tmp_path).keys() == {"run.yaml", "data.json", "versions.json"}
 
 
-def test_a_run_cut_off_before_its_first_checkpoint_begins_again_and_deletes_nothing(tmp_path):
+def test_a_run_interrupted_before_its_first_checkpoint_starts_again_and_deletes_nothing(tmp_path):
     for _ in range(2):
         open_(tmp_path)
         for name in ("samples/step-000001.png", "metrics.jsonl", "notes.txt"):
             write_text(tmp_path / name, "made")
-    assert len(content(tmp_path)) == 5
+    assert len(content(tmp_path)) == 6

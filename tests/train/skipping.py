@@ -1,28 +1,28 @@
-"""train/adversarial.py with a step whose numbers are none, or whose updates are left out.
+"""train/adversarial.py with one step whose numbers are not finite, or whose updates are skipped.
 
-python leaving_out.py poisoned|idle STEP FLAGS...
+python skipping.py poisoned|idle STEP FLAGS...
 """
 
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "train")]
+sys.path.insert(0, str(Path(__file__).parents[2] / "train"))
 
 
 def poisoned(before, step):
-    """Batches as they are, and in one step one of the last process with a number that is none."""
+    """micro_batch, which in one step gives the last process a number that is not finite."""
 
-    def batch(self, turn):
-        drawn, process = before(self, turn), self.accelerator
-        if turn == step and process.process_index == process.num_processes - 1:
-            drawn.real[0, 0, 0] = float("nan")
-        return drawn
+    def micro_batch(self, update, part=0):
+        batch, process = before(self, update, part), self.accelerator
+        if update == step and process.process_index == process.num_processes - 1:
+            batch.real[0, 0, 0] = float("nan")
+        return batch
 
-    return batch
+    return micro_batch
 
 
 def idle(before, step):
-    """Steps as they are, but for one in which no optimiser does anything."""
+    """step, in one of which no optimizer changes anything."""
 
     def take(self, number):
         if number != step:
@@ -39,7 +39,7 @@ def idle(before, step):
     return take
 
 
-PATCHES = {"poisoned": ("batch", poisoned), "idle": ("step", idle)}
+PATCHES = {"poisoned": ("micro_batch", poisoned), "idle": ("step", idle)}
 
 if __name__ == "__main__":
     import adversarial

@@ -1,0 +1,73 @@
+"""What train/generate.py refuses."""
+
+import shutil
+
+import generate
+import pytest
+from PIL import Image as PILImage
+
+from rope_mm.training.config import run
+
+
+@pytest.fixture(scope="module")
+def model(pretrain, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("run")
+    pretrain.train(output_dir, steps=1)
+    return output_dir / "model"
+
+
+@pytest.fixture
+def video(tmp_path):
+    frames = [PILImage.new("L", (4, 4), 80 * i) for i in range(3)]
+    frames[0].save(tmp_path / "video.gif", save_all=True, append_images=frames[1:])
+    return str(tmp_path / "video.gif")
+
+
+@pytest.fixture
+def refuse(capsys):
+    """A function: flags -> the one sentence that refuses them."""
+
+    def call(*flags):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            run(generate.main, generate.Generate, [str(flag) for flag in flags])
+        assert stopped.value.code == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        return said
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give one of --prompt TEXT, --describe FILE and --continue_video FILE"),
+        (["--describe", "VIDEO", "--prompt", "a"], "--describe generates a text"),
+        (["--continue_video", "VIDEO", "--frames", 0], "frames must be at least 1, not 0"),
+        (["--continue_video", "VIDEO", "--context_frames", -1], "context_frames must be at least 0, not -1"),
+        (["--continue_video", "VIDEO", "--output", "o.jpg"], "--output o.jpg names no format of a video"),
+        (["--prompt", "a", "--output", "o"], "--output o names no format of an image"),
+        (["--prompt", "a", "--guidance_scale", -1], "guidance_scale must be at least 0, not -1"),
+        (["--draw", "a"], "--draw: draw is now called prompt"),
+        (["--continue_video", "VIDEO", "--context_frames", 9], "context_frames 9 is more than the 3 frames"),
+        (["--describe", "videos:-1"], "videos:-1 cannot be read as an image: its rows are 0 to"),
+        (["--describe", "videos:9999"], "videos:9999 cannot be read as an image: its rows are 0 to"),
+    ],
+)
+def test_flags_that_make_no_task_are_refused_and_write_nothing(
+    flags, message, model, video, refuse, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    given = [video if flag == "VIDEO" else flag for flag in flags]
+    assert message in refuse("--model", model, *given)
+    assert [path.name for path in tmp_path.iterdir()] == ["video.gif"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_spec.json", "config.json"])
+def test_a_model_cut_short_is_said_to_be(name, model, refuse, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    file = tmp_path / "model" / name
+    file.write_bytes(file.read_bytes()[:-20])
+    said = refuse("--model", tmp_path / "model", "--prompt", "a")
+    assert f"{tmp_path / 'model'} holds no whole model (" in said
+    assert said.endswith("; the command that trained it writes it again")
