@@ -171,6 +171,12 @@ def read_value(owner: str, name: str, value: Any, annotation: Any) -> Any:
 def apply_rule(owner: str, name: str, value: Any, rule: Rule) -> Any:
     """The value as the rule reads it.
 
+    Args:
+        owner: what the message calls the object or function.
+        name: of the field or option.
+        value: what was given.
+        rule: what fits.
+
     Raises:
         ValueError: a value that does not fit, with the owner and the name.
     """

@@ -39,7 +39,11 @@ def write_folder(
 ) -> None:
     """Replace or add the files of a folder that `write(path)` makes: none unless all; other files stay.
 
-    Processes share the work as in `save`.
+    Args:
+        folder: where the files go.
+        write: makes the files in the folder that it is given; every process calls it.
+        main: whether this process moves the files to their place.
+        wait: returns when all processes have called it.
 
     Raises:
         OSError: what could not be written.

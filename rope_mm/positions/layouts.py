@@ -65,7 +65,13 @@ def shared_id(cursor: Cursor, segment: Segment):
 
 
 def v2pe(cursor: Cursor, segment: Segment, stride: Positive = 16.0):
-    """An image of any size takes `stride` positions, its patches even parts of it."""
+    """An image of any size takes `stride` positions, its patches even parts of it.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        stride: positions that an image takes.
+    """
     step = stride / segment.tokens
     return diagonal(cursor.next - 1 + step, segment.tokens, 1, step), cursor.next + math.ceil(stride)
 
@@ -81,7 +87,13 @@ def m_rope_hf(cursor: Cursor, segment: Segment):
 
 
 def m_rope_time(cursor: Cursor, segment: Segment, rate: Positive = 2.0):
-    """M-RoPE in real time: a frame stands at its second times `rate`, rounded down."""
+    """M-RoPE in real time: a frame stands at its second times `rate`, rounded down.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        rate: positions of a second.
+    """
     raster = Raster(
         segment.grid, (cursor.next,) * 3, UNIT, pace=getattr(segment, "seconds_per_frame", 0.0) * rate
     )
@@ -96,21 +108,39 @@ def tm_rope(cursor: Cursor, segment: Segment):
 
 
 def spatial_reset(cursor: Cursor, segment: Segment, step: Positive = 1.0):
-    """Time goes on from the text, rows and columns start at 0."""
+    """Time goes on from the text, rows and columns start at 0.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        step: from one frame to the next.
+    """
     t, y, x = segment.grid
     raster = Raster(segment.grid, (cursor.next, 0, 0), ((step, 0, 0), *UNIT[1:]))
     return raster, cursor.next + max(step * (t - 1) + 1, y, x)
 
 
 def videorope(cursor: Cursor, segment: Segment, step: Positive = 2.0):
-    """Frames `step` apart on the diagonal, each centered there but for rounding; text follows the last."""
+    """Frames `step` apart on the diagonal, each centered there but for rounding; text follows the last.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        step: from one frame to the next.
+    """
     t, y, x = segment.grid
     origin = (cursor.next, cursor.next - (y - 1) // 2, cursor.next - (x - 1) // 2)
     return Raster(segment.grid, origin, ((step,) * 3, *UNIT[1:])), cursor.next + step * (t - 1) + 1
 
 
 def hope(cursor: Cursor, segment: Segment, step: Positive = 1.0):
-    """VideoRoPE with a step that training takes at random for each video, from 0.5 to 1.5."""
+    """VideoRoPE with a step that training takes at random for each video, from 0.5 to 1.5.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        step: from one frame to the next.
+    """
     return videorope(cursor, segment, step)
 
 
@@ -132,6 +162,12 @@ def circle(
     """Patches on a circle around the text's diagonal, at right angles to it; frames step along the diagonal.
 
     An angle is in `alpha` parts the patch's own around the middle, stretched to a full turn, else its number.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        radius: of the circle, in positions.
+        alpha: the part of a patch's own angle, 0 to 1.
     """
     t, y, x = segment.grid
     rows, columns = (
@@ -189,6 +225,12 @@ def causal(cursor: Cursor, segment: Segment, rate: NotNegative = 1.0, drift: Not
 
     Without `drift` a frame drifts by its own span: then a video of unknown length counts as its tokens do and
     lies symmetric between the text before and after it. No other drift does both (`docs/theory.md`).
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        rate: text tokens that a patch counts as.
+        drift: from one frame to the next, on every axis; None takes rate * y * x.
     """
     t, y, x = segment.grid
     span = rate * y * x

@@ -81,7 +81,14 @@ def join(pieces: Iterable[Raster | Tensor], a: int) -> Tensor:
 def place_segment(
     segment: Segment, layout: Layout, cursor: Cursor, options: Mapping[str, Any]
 ) -> tuple[Raster | Tensor, Cursor]:
-    """Positions of one segment, and the cursor after it."""
+    """Positions of one segment, and the cursor after it.
+
+    Args:
+        segment: of any kind.
+        layout: whose rules place it.
+        cursor: where the sequence stands.
+        options: of the image rule.
+    """
     a, video, images = len(layout.axes), None, cursor.images
     match segment:
         case Unrotated():
@@ -106,6 +113,11 @@ def place_image(layout: Layout, cursor: Cursor, segment: Segment, options: Mappi
 
 def check_answer(answer: Any, segment: Segment, layout: Layout) -> Placed:
     """What a rule answered, positions in float64.
+
+    Args:
+        answer: what it returned.
+        segment: what it placed.
+        layout: whose rule it is.
 
     Raises:
         ValueError: what is not a finite position on each axis for each token, and a finite `next`.

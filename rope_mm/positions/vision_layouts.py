@@ -28,26 +28,57 @@ def grid(
     """Every image starts at `first`, in steps of t, y, x, as in vision towers; text does not count it.
 
     With `merge` its tokens come in blocks of merge x merge patches, row by row in each (Qwen2-VL's tower).
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        t: step between frames.
+        y: step between rows.
+        x: step between columns.
+        first: position of the first frame, row and column.
+        merge: rows and columns of a block.
     """
     check_blocks(segment, merge)
     return Raster(segment.grid, (first,) * 3, scaled(t, y, x), merge), cursor.next
 
 
 def grid_2d(cursor: Cursor, segment: Segment, y: Positive = 1.0, x: Positive = 1.0, first: Number = 0.0):
-    """Rows and columns of every image, and of every frame, from `first`; text does not count them."""
+    """Rows and columns of every image, and of every frame, from `first`; text does not count them.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        y: step between rows.
+        x: step between columns.
+        first: position of the first row and column.
+    """
     return Raster(segment.grid, (first,) * 2, ((0, 0), (y, 0), (0, x))), cursor.next
 
 
 def fixed_extent(
     cursor: Cursor, segment: Segment, t: Positive | None = None, y: Positive = 16.0, x: Positive = 16.0
 ):
-    """Rows span y and columns x whatever their number, and frames t if it is given (CogVideoX, EVA-02)."""
+    """Rows span y and columns x whatever their number, and frames t if it is given (CogVideoX, EVA-02).
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        t: span of all frames; None counts them.
+        y: span of all rows.
+        x: span of all columns.
+    """
     frames, rows, columns = segment.grid
     return grid(cursor, segment, 1.0 if t is None else t / frames, y / rows, x / columns)
 
 
 def normalized_centers(cursor: Cursor, segment: Segment, norm: Annotated[str, OneOf(NORMS)] = "separate"):
-    """Centers of patches in an image from -1 to 1: 2 (i + 1/2) / n - 1, n its own side or a common one."""
+    """Centers of patches in an image from -1 to 1: 2 (i + 1/2) / n - 1, n its own side or a common one.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        norm: the side n: "separate" takes its own, "min" or "max" the shorter or the longer for both.
+    """
     _, y, x = segment.grid
     y, x = {"separate": (y, x), "min": (min(y, x),) * 2, "max": (max(y, x),) * 2}[norm]
     return Raster(segment.grid, (0, 1 / y - 1, 1 / x - 1), scaled(1, 2 / y, 2 / x)), cursor.next
@@ -60,7 +91,13 @@ def normalized_corners(cursor: Cursor, segment: Segment):
 
 
 def mochi(cursor: Cursor, segment: Segment, area: Positive = 192.0**2):
-    """Frames counted; rows and columns centered on 0 and scaled so that every image has the same area."""
+    """Frames counted; rows and columns centered on 0 and scaled so that every image has the same area.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        area: of an image, in squared positions.
+    """
     _, y, x = segment.grid
     scale = math.sqrt(area / (y * x))
     origin = (0, scale * (1 - y) / 2, scale * (1 - x) / 2)
@@ -68,7 +105,14 @@ def mochi(cursor: Cursor, segment: Segment, area: Positive = 192.0**2):
 
 
 def ltx(cursor: Cursor, segment: Segment, patch: Positive = 32.0, seconds: Positive = 8 / 25):
-    """20 seconds and 2048 pixels each span -1 to 1; a frame lasts `seconds`, a patch has `patch` pixels."""
+    """20 seconds and 2048 pixels each span -1 to 1; a frame lasts `seconds`, a patch has `patch` pixels.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        patch: pixels from one patch to the next.
+        seconds: seconds from one frame to the next.
+    """
     return Raster(segment.grid, (-1,) * 3, scaled(seconds / 10, patch / 1024, patch / 1024)), cursor.next
 
 
@@ -78,7 +122,13 @@ def flux(cursor: Cursor, segment: Segment):
 
 
 def flux2(cursor: Cursor, segment: Segment, step: Positive = 10.0):
-    """The k-th image starts at t = step * k; text has an axis of its own."""
+    """The k-th image starts at t = step * k; text has an axis of its own.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        step: from one image to the next.
+    """
     return Raster(segment.grid, (step * cursor.images, 0, 0, 0), [(*row, 0) for row in UNIT]), cursor.next
 
 
@@ -90,7 +140,14 @@ def msrope(cursor: Cursor, segment: Segment):
 
 
 def lumina(cursor: Cursor, segment: Segment, multiple: Count = 1, first: WholeNumber = 0):
-    """Rows and columns from 0, at the t of the next text token, rounded up to a `multiple`."""
+    """Rows and columns from 0, at the t of the next text token, rounded up to a `multiple`.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        multiple: what the start is rounded up to.
+        first: what the start is moved by.
+    """
     start = first + math.ceil(cursor.next / multiple) * multiple
     return Raster(segment.grid, (start, 0, 0), UNIT), cursor.next + segment.grid[0]
 

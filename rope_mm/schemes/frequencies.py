@@ -220,6 +220,14 @@ def pair_directions(
 ) -> Directions:
     """Directions of every pair; along the axes, (1, a, r), where axes own pairs.
 
+    Args:
+        ownership: a key of OWNERSHIPS or DIRECTIONS.
+        axes: how many axes.
+        pairs: how many pairs of channels.
+        heads: how many rows of Omega.
+        shares: the part of the pairs of each axis.
+        seed: of random directions.
+
     Raises:
         ValueError: an unknown ownership.
     """

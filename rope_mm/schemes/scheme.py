@@ -286,7 +286,14 @@ def read_scale(scale: Any) -> float | tuple[float, ...]:
 
 
 def fill_omega(scheme: Scheme, head_dim: int, heads: int, lengths: Sequence[float]) -> Tensor:
-    """Omega (heads, a, r) of a scheme; rows of axes that rotate no pair are 0."""
+    """Omega (heads, a, r) of a scheme; rows of axes that rotate no pair are 0.
+
+    Args:
+        scheme: a layout and frequencies.
+        head_dim: channels of a head.
+        heads: rows of Omega.
+        lengths: for each axis, positions are below this number.
+    """
     order = scheme.axis_order or scheme.axes
     of_order = [scheme.axes.index(axis) for axis in order]
     # one ladder over the pairs of all heads, or one for each
