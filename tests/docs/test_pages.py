@@ -76,8 +76,8 @@ def test_readme_counts_schemes_and_originals_as_they_are():
     text = PAGES[0].read_text()
     rows = markdown.read_table(DOCS / "conformance.md", "originals")
     schemes, originals = {row[0] for row in rows}, {row[1] for row in rows}
-    assert f"{len(SCHEMES)} schemes" in text
-    assert f"All {len(SCHEMES)} with what each promises" in text
+    assert "more than 60 schemes" in text
+    assert len(SCHEMES) > 60
     assert (len(schemes), len(originals)) == (49, 96)
     assert "49 agree with 96 original implementations" in text
 
