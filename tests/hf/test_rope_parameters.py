@@ -280,7 +280,7 @@ def test_deepseek_without_interleaving_is_half():
     scheme = from_hf_config(config)
     assert (scheme.pairing, scheme.channel_offset, scheme.fraction * read_head_dim(config)) == (
         "half",
-        "tail",
+        "end",
         64,
     )
     q, k = torch.randn(2, 1, 2, 5, 192).double()
