@@ -1,14 +1,15 @@
-"""Rotation on a CPU beside transformers' and beside a copy, in one process and one thread.
+"""Rotation on a CPU beside transformers' and beside a copy, in one process.
 
-    python kernels/bench/cpu.py            both sizes, float32 and bfloat16, forward and backward
-    python kernels/bench/cpu.py --quick    the small size, few rounds
-    python kernels/bench/cpu.py --json F   writes what it found to F as well
+    python kernels/bench/cpu.py             all sizes, float32 and bfloat16, forward and backward
+    python kernels/bench/cpu.py --quick     1, 16, 64 and 1024 tokens, few rounds
+    python kernels/bench/cpu.py --json F    writes what it found to F as well
+    python kernels/bench/cpu.py --threads 2 with two threads, by wall clock: measure on a quiet machine
 
-Contenders take turns, and each begins its turn with a call that is not counted, so that the allocator's
-state is its own. A time is the thread's own, which neighbours on the machine hardly touch. A ratio is the
-median over the rounds of (median of one contender's turn) / (median of the other's); the spread is its
-quartiles. Heads are (1, s, 32, 128) and (1, s, 8, 128); tables are made before the clock starts; results are
-new tensors.
+Contenders alternate, and each begins its round with a call that is not counted, so that the allocator's
+state is its own. On one thread a time is the thread's own, which neighbours on the machine hardly touch. A
+ratio is the median over the rounds of (median of one contender's calls) / (median of the other's); the spread
+is its quartiles. Heads are (1, s, 32, 128) and (1, s, 8, 128) unless a shape is named. Tables are made before
+the clock starts, but for a learned Omega, whose angles are made anew at every call; results are new tensors.
 """
 
 import argparse
@@ -23,22 +24,27 @@ import torch
 from torch import Tensor
 
 from rope_mm.analysis import markdown
-from rope_mm.rotary.dispatch import make_angles
+from rope_mm.rotary.dispatch import make_angles, rotate
 
-TURN = 4  # counted calls of one turn
+CALLS = 4  # counted calls of one round
+FEW_CALLS = 64  # of few tokens, which take microseconds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PASSES = ("forward", "forward+backward")
 # (contender, what it is measured by, at most)
 GOALS = {
     "rope_mm": ("transformers", 0.5, DTYPES, PASSES),
     "rope_mm compiled": ("copy", 1.2, ("float32",), ("forward",)),
+    "rope_mm, learned Omega": ("transformers", 1.2, DTYPES, PASSES[1:]),
+    "rope_mm, learned Omega per head": ("transformers", 1.2, DTYPES, PASSES[1:]),
 }
+# of few tokens, forward alone: what a call costs
+FEW_GOALS = {1: 1.2, 16: 1.2, 64: 1.0}
 
 
 class Row(NamedTuple):
     """A contender's time over another's: median and quartiles of the rounds, and the bound it should keep."""
 
-    tokens: int
+    tokens: str
     dtype: str
     way: str
     contender: str
@@ -51,11 +57,11 @@ class Row(NamedTuple):
     goal: float
 
 
-def contenders(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[Tensor, Tensor], tuple]]:
-    """Functions of q and k (1, s, heads, 128), tables made."""
+def contenders(tokens: int, dtype: torch.dtype, d: int = 128) -> dict[str, Callable[[Tensor, Tensor], tuple]]:
+    """Functions of q and k (b, s, heads, d), tables made but of a learned Omega."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    positions, omega = torch.arange(tokens)[:, None], 1e4 ** -torch.linspace(0, 1, 65)[None, :-1]
+    positions, omega = torch.arange(tokens)[:, None], 1e4 ** -torch.linspace(0, 1, d // 2 + 1)[None, :-1]
     angles = make_angles(positions, omega, dtype=dtype)
     assert angles.cos is not None and angles.sin is not None
     cos, sin = (torch.cat((x, x), -1).squeeze(-2)[None].to(dtype) for x in (angles.cos, angles.sin))
@@ -63,11 +69,15 @@ def contenders(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[Tensor, T
     def theirs(q, k):
         return apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
 
+    learned = omega.clone().requires_grad_(), omega.expand(8, 1, -1).clone().requires_grad_()
+
     return {
         "copy": lambda q, k: (q.clone(), k.clone()),
         "transformers": theirs,
         "rope_mm": angles.rotate,
         "rope_mm compiled": torch.compile(lambda q, k: angles.rotate(q, k)),
+        "rope_mm, learned Omega": lambda q, k: rotate(q, k, positions, learned[0]),
+        "rope_mm, learned Omega per head": lambda q, k: rotate(q, k, positions, learned[1]),
     }
 
 
@@ -75,43 +85,67 @@ def there_and_back(call: Callable, q: Tensor, k: Tensor) -> Callable[[], tuple]:
     """Forward and backward with gradients of its results' strides."""
     q, k = q.clone().requires_grad_(), k.clone().requires_grad_()
     grads = [torch.randn_like(x) for x in call(q, k)]
-    return lambda: torch.autograd.grad(call(q, k), (q, k), grads)
+
+    def once():
+        rotated = call(q, k)
+        torch.autograd.backward(rotated, grads)  # to a learned Omega, too
+        q.grad = k.grad = None
+        return rotated
+
+    return once
 
 
-def play(calls: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, list]:
-    """Seconds of every contender's turns, by round."""
+def alternate(
+    calls: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float], count: int = CALLS
+) -> dict[str, list]:
+    """Seconds of a call of every contender, the median of `count` in each round."""
     times: dict[str, list] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             call()
-            turn = []
-            for _ in range(TURN):
+            seconds = []
+            for _ in range(count):
                 start = clock()
                 kept = call()
-                turn.append(clock() - start)
+                seconds.append(clock() - start)
                 del kept  # before the next call, whose results take its place
-            times[name].append(statistics.median(turn))
+            times[name].append(statistics.median(seconds))
     return times
 
 
-def compare(tokens: int, name: str, way: str, rounds: int, clock: Callable[[], float]) -> list[Row]:
-    """The rows of this size, dtype and way for which there is a goal."""
-    dtype = DTYPES[name]
-    q, k = (torch.randn(1, tokens, heads, 128, dtype=dtype) for heads in (32, 8))
-    goals = {who: goal[:2] for who, goal in GOALS.items() if name in goal[2] and way in goal[3]}
+def goals_of(tokens: int, name: str, way: str) -> dict[str, tuple[str, float]]:
+    """By contender, what it is measured by and the bound."""
+    if tokens in FEW_GOALS:
+        return {"rope_mm": ("transformers", FEW_GOALS[tokens])} if way == "forward" else {}
+    return {who: goal[:2] for who, goal in GOALS.items() if name in goal[2] and way in goal[3]}
+
+
+def compare(
+    tokens: int,
+    name: str,
+    way: str,
+    rounds: int,
+    clock: Callable[[], float],
+    shape: tuple[int, int, int, int] = (1, 32, 8, 128),
+) -> list[Row]:
+    """The rows of this size, dtype and way for which there is a goal; shape is b, h, g, d."""
+    dtype, (b, h, g, d) = DTYPES[name], shape
+    q, k = (torch.randn(b, tokens, heads, d, dtype=dtype) for heads in (h, g))
+    goals = goals_of(tokens, name, way)
     wanted = {*goals, *(other for other, _ in goals.values())}
-    calls = {who: call for who, call in contenders(tokens, dtype).items() if who in wanted}
+    calls = {who: call for who, call in contenders(tokens, dtype, d).items() if who in wanted}
     ready = {
         who: (lambda call=call: call(q, k)) if way == "forward" else there_and_back(call, q, k)
         for who, call in calls.items()
     }
-    times = play(ready, rounds, clock)
+    times = alternate(ready, rounds, clock, FEW_CALLS if tokens in FEW_GOALS else CALLS)
+    size = str(tokens) if shape == (1, 32, 8, 128) else f"{b} x {tokens}, heads {h}, {g}, {d}"
     rows = []
     for who, (other, bound) in goals.items():
         ratios = [x / y for x, y in zip(times[who], times[other], strict=True)]
         low, ratio, high = statistics.quantiles(ratios, n=4)
         ms = (1e3 * statistics.median(times[x]) for x in (who, other))
-        rows.append(Row(tokens, name, way, who, other, *ms, ratio, low, high, bound))
+        rows.append(Row(size, name, way, who, other, *ms, ratio, low, high, bound))
     return rows
 
 
@@ -123,9 +157,9 @@ def show(rows: list[Row]) -> str:
         (
             (
                 *row[:4],
-                f"{row.ms:.1f}",
+                f"{row.ms:.3g}",
                 row.other,
-                f"{row.other_ms:.1f}",
+                f"{row.other_ms:.3g}",
                 f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})",
                 f"<= {row.goal}" + ", missed" * (row.ratio > row.goal),
             )
@@ -140,19 +174,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(**text)
     parser.add_argument("--quick", action="store_true", help="the small size and few rounds")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 1024, 8192])
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="a file for the rows")
     flags = parser.parse_args()
-    torch.set_num_threads(1)
-    sizes, rounds = (flags.tokens[:1], 4) if flags.quick else (flags.tokens, flags.rounds)
+    torch.set_num_threads(flags.threads)
+    clock = time.thread_time if flags.threads == 1 else time.perf_counter
+    sizes, rounds = (flags.tokens[:4], 4) if flags.quick else (flags.tokens, flags.rounds)
+    cases = [(tokens, (1, 32, 8, 128), PASSES) for tokens in sizes]
+    if flags.threads > 1:
+        cases = [(4096, (1, 16, 4, 128), PASSES[:1]), (256, (8, 8, 8, 64), PASSES[:1])]
     found = report.provenance(("torch", "transformers"))
     print(*(f"{key}: {value}" for key, value in found.items()), sep="\n")
     rows = [
         row
-        for tokens in sizes
+        for tokens, shape, ways in cases
         for name in DTYPES
-        for way in PASSES
-        for row in compare(tokens, name, way, rounds, time.thread_time)
+        for way in ways
+        for row in compare(tokens, name, way, rounds, clock, shape)
     ]
     print(show(rows))
     if flags.json:

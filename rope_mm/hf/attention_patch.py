@@ -153,14 +153,15 @@ def rotate_both(
         angles: angles of the last tokens; those before them, such as class tokens, are not rotated.
         unsqueeze_dim: the axis of the heads.
     """
-    axes = (1, 2) if unsqueeze_dim == 1 else (1, 1)
-    q, k = (x.transpose(*axes) for x in (q, k))
-    still = q.shape[1] - angles.tokens
-    turned = angles.rotate(q[:, still:], k[:, still:])
-    if still:
-        turned = (torch.cat((x[:, :still], y), 1) for x, y in zip((q, k), turned, strict=True))
-    q, k = (x.transpose(*axes) for x in turned)
-    return q, k
+    if unsqueeze_dim == 1:
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    start = q.shape[1] - angles.tokens
+    if start:
+        q_rotated, k_rotated = angles.rotate(q[:, start:], k[:, start:])
+        q, k = torch.cat((q[:, :start], q_rotated), 1), torch.cat((k[:, :start], k_rotated), 1)
+    else:
+        q, k = angles.rotate(q, k)
+    return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 1 else (q, k)
 
 
 def probe_inputs(owner: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[repor
 
 from rope_mm.rotary.definition import PAIRINGS, cos_sin_of
 
+TINY = 1 << 14  # numbers, as of one token, whose queries and keys are rotated together
 FEW = 1 << 17  # numbers that three functions of torch rotate faster than a loop over parts
 PART = 1 << 18  # numbers that are rotated at a time: a megabyte in float32, and few enough calls of torch
 
@@ -76,9 +77,9 @@ def pair_views(x: Tensor, slot: Slot) -> list[tuple[Tensor, ...]]:
     return [PAIRINGS[slot.pairing][0](x)]
 
 
-def add_swapped(out: Tensor, x: Tensor, sin: Tensor, slot: Slot, value: float) -> None:
-    """Add value * swap(x) * sin to out."""
-    for (y1, y2), (x1, x2), (s1, s2) in zip(*(pair_views(z, slot) for z in (out, x, sin)), strict=True):
+def add_swapped(out_views: list, x_views: list, sin_views: list, value: float) -> None:
+    """Add value * swap(x) * sin to out, given their `pair_views`."""
+    for (y1, y2), (x1, x2), (s1, s2) in zip(out_views, x_views, sin_views, strict=True):
         y1.addcmul_(x2, s1, value=value)
         y2.addcmul_(x1, s2, value=value)
 
@@ -97,28 +98,42 @@ def parts_of(x: Tensor, tables: WideTables, slot: Slot, *others: Tensor) -> Iter
     return zip(*heads, *(y.unsqueeze(-2).split(step, -4) for y in tables), strict=True)
 
 
+def rotate_one_part(x: Tensor, tables: WideTables, slot: Slot, value: float) -> Tensor:
+    """Heads x (b, s, h, 2r) rotated at once."""
+    n = tables.cos.shape[-2]
+    source = by_rows(x.to(tables.cos.dtype), n)
+    cos, sin = (y.unsqueeze(-2) for y in tables)
+    goal = source * cos
+    add_swapped(*(pair_views(y, slot) for y in (goal, source, sin)), value)
+    return goal.flatten(-3, -2).to(x.dtype)
+
+
 def rotate_in_parts(
     x: Tensor, tables: WideTables, slot: Slot, inverse: bool = False, out: Tensor | None = None
 ) -> Tensor:
     """Heads x (b, s, h, d) rotated, or rotated back by the transpose, part by part; out may be x itself."""
-    in_place, sign = out is x, -1.0 if inverse else 1.0
+    in_place, value = out is x, -1.0 if inverse else 1.0
+    whole = tables.cos.shape[-1] == x.shape[-1]
+    if out is None and whole and 0 < x.numel() <= PART:
+        return rotate_one_part(x, tables, slot, value)
     if out is None:
         out = torch.empty_like(x)
     if not x.numel():
         return out
-    if tables.cos.shape[-1] < x.shape[-1] and not in_place:
+    if not whole and not in_place:
         out.copy_(x)
     buffered = in_place or x.dtype != tables.cos.dtype
-    source = goal = x[:0]
+    source, goal, views = x[:0], x[:0], ()
     for here, there, cos, sin in parts_of(x, tables, slot, out):
         if not buffered:
             torch.mul(here, cos, out=there)
-            add_swapped(there, here, sin, slot, sign)
+            add_swapped(*(pair_views(y, slot) for y in (there, here, sin)), value)
             continue
         if source.shape != here.shape:  # at the first part, and at the last where it is shorter
             source, goal = torch.empty(2, *here.shape, dtype=cos.dtype)
+            views = pair_views(goal, slot), pair_views(source, slot)
         torch.mul(source.copy_(here), cos, out=goal)
-        add_swapped(goal, source, sin, slot, sign)
+        add_swapped(*views, pair_views(sin, slot), value)
         there.copy_(goal)
     return out
 

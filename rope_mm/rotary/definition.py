@@ -45,6 +45,8 @@ def angles(positions: Tensor, omega: Tensor, mode: str = "exact") -> Tensor:
 
 def product(positions: Tensor, omega: Tensor) -> Tensor:
     """positions (..., s, a) @ Omega (n, a, r): (..., s, n, r)."""
+    if omega.shape[1] == 1:
+        return positions.unsqueeze(-2) * omega[:, 0]
     if len(omega) == 1:
         return (positions @ omega[0]).unsqueeze(-2)
     return torch.einsum("...sa,nar->...snr", positions, omega)

@@ -140,6 +140,10 @@ class RotaryAngles:
         """Refuse heads x (b, s, h, d) of other tokens or sizes."""
         if self.cos is None:
             return
+        (b, s, h, d), (n, r) = x.shape, self.cos.shape[-2:]
+        rows = self.cos.shape[0] if self.cos.dim() == 4 else 1
+        if s == self.cos.shape[-3] and rows in (1, b) and 2 * r <= d and not h % n:
+            return  # as a rule; what follows says why not
         if self.tokens != x.shape[1]:
             raise ValueError(f"these angles were made for {self.tokens} tokens, but heads are {(*x.shape,)}")
         definition.check_fit(x, self.cos, self.spec.pairing, self.spec.blocks)
@@ -157,7 +161,12 @@ class RotaryAngles:
         check_heads(q, k)
         if self.cos is None:
             return self.launch(q, k)
-        return self.rotate_checked(q), self.rotate_checked(k)
+        if self.wide is None or self.cos.shape[-2] > 1 or q.numel() > cpu.TINY:
+            return self.rotate_checked(q), self.rotate_checked(k)
+        self.check_fit(q)
+        both = cpu.rotate_plain(torch.cat((q, k), 2), self.wide, self.spec.slot)
+        q_rotated, k_rotated = both.split((q.shape[2], k.shape[2]), 2)
+        return q_rotated, k_rotated
 
     def rotate_one(self, x: Tensor) -> Tensor:
         """Rotated heads of one kind: keys of other tokens than the queries, or outputs.

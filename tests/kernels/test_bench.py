@@ -183,17 +183,19 @@ def test_it_is_said_where_it_was_measured():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_contenders_on_a_cpu_turn_heads_alike(eager, dtype):
     q, k = (torch.randn(1, 7, heads, 128, dtype=dtype) for heads in (4, 2))
-    turns = cpu.contenders(7, dtype)
-    ours = turns["rope_mm"](q, k)
-    assert all(torch.equal(x, y) for x, y in zip(turns["copy"](q, k), (q, k), strict=True))
+    calls = cpu.contenders(7, dtype)
+    ours = calls["rope_mm"](q, k)
+    assert all(torch.equal(x, y) for x, y in zip(calls["copy"](q, k), (q, k), strict=True))
     close = {"atol": 0.1, "rtol": 0} if dtype == torch.bfloat16 else {}
-    for x, y, z in zip(ours, turns["transformers"](q, k), turns["rope_mm compiled"](q, k), strict=True):
+    for x, y, z in zip(ours, calls["transformers"](q, k), calls["rope_mm compiled"](q, k), strict=True):
         torch.testing.assert_close(x, y.transpose(1, 2), **close)
         torch.testing.assert_close(x, z, **close)
 
 
-def test_ratios_on_a_cpu_are_of_turns_of_one_round(eager, monkeypatch):
+def test_ratios_on_a_cpu_are_of_calls_of_one_round(eager, monkeypatch):
     seconds = {"copy": 4, "transformers": 10, "rope_mm": 3, "rope_mm compiled": 6}
+    learned = {"rope_mm, learned Omega": 4, "rope_mm, learned Omega per head": 5}
+    seconds |= learned
     now = [0]
 
     def slow(name):
@@ -203,7 +205,7 @@ def test_ratios_on_a_cpu_are_of_turns_of_one_round(eager, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(cpu, "contenders", lambda tokens, dtype: {name: slow(name) for name in seconds})
+    monkeypatch.setattr(cpu, "contenders", lambda tokens, dtype, d: {name: slow(name) for name in seconds})
     found = {
         (name, way, row.contender): (row.ratio, row.ms)
         for name in cpu.DTYPES
@@ -216,14 +218,20 @@ def test_ratios_on_a_cpu_are_of_turns_of_one_round(eager, monkeypatch):
         ("float32", "forward+backward", "rope_mm"): (0.3, 3000),
         ("bfloat16", "forward", "rope_mm"): (0.3, 3000),
         ("bfloat16", "forward+backward", "rope_mm"): (0.3, 3000),
+        **{
+            (name, "forward+backward", who): (x / 10, 1e3 * x)
+            for name in cpu.DTYPES
+            for who, x in learned.items()
+        },
     }
 
 
-def test_the_first_call_of_a_turn_is_not_counted_and_missed_goals_are_said():
+def test_the_first_call_of_a_round_is_not_counted_and_missed_goals_are_said():
     ticks, calls = count(), []
-    times = cpu.play({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, lambda: next(ticks))
+    both = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    times = cpu.alternate(both, 2, lambda: next(ticks))
     assert times == {"a": [1, 1], "b": [1, 1]}
-    assert calls == (["a"] * (cpu.TURN + 1) + ["b"] * (cpu.TURN + 1)) * 2
-    row = cpu.Row(8, "float32", "forward", "rope_mm", "transformers", 3.0, 4.0, 0.75, 0.7, 0.8, 0.5)
+    assert calls == (["a"] * (cpu.CALLS + 1) + ["b"] * (cpu.CALLS + 1)) * 2
+    row = cpu.Row("8", "float32", "forward", "rope_mm", "transformers", 3.0, 4.0, 0.75, 0.7, 0.8, 0.5)
     assert "0.75 (0.70 to 0.80) | <= 0.5, missed" in cpu.show([row])
     assert "missed" not in cpu.show([row._replace(ratio=0.4)])
