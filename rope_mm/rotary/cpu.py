@@ -77,9 +77,9 @@ def pair_views(x: Tensor, slot: Slot) -> list[tuple[Tensor, ...]]:
     return [PAIRINGS[slot.pairing][0](x)]
 
 
-def add_swapped(out_views: list, x_views: list, sin_views: list, value: float) -> None:
-    """Add value * swap(x) * sin to out, given their `pair_views`."""
-    for (y1, y2), (x1, x2), (s1, s2) in zip(out_views, x_views, sin_views, strict=True):
+def add_swapped(views: Sequence[list[tuple[Tensor, ...]]], value: float) -> None:
+    """Add value * swap(x) * sin to out, given the `pair_views` of out, x and sin."""
+    for (y1, y2), (x1, x2), (s1, s2) in zip(*views, strict=True):
         y1.addcmul_(x2, s1, value=value)
         y2.addcmul_(x1, s2, value=value)
 
@@ -104,7 +104,7 @@ def rotate_one_part(x: Tensor, tables: WideTables, slot: Slot, value: float) -> 
     source = by_rows(x.to(tables.cos.dtype), n)
     cos, sin = (y.unsqueeze(-2) for y in tables)
     goal = source * cos
-    add_swapped(*(pair_views(y, slot) for y in (goal, source, sin)), value)
+    add_swapped([pair_views(y, slot) for y in (goal, source, sin)], value)
     return goal.flatten(-3, -2).to(x.dtype)
 
 
@@ -127,13 +127,13 @@ def rotate_in_parts(
     for here, there, cos, sin in parts_of(x, tables, slot, out):
         if not buffered:
             torch.mul(here, cos, out=there)
-            add_swapped(*(pair_views(y, slot) for y in (there, here, sin)), value)
+            add_swapped([pair_views(y, slot) for y in (there, here, sin)], value)
             continue
         if source.shape != here.shape:  # at the first part, and at the last where it is shorter
             source, goal = torch.empty(2, *here.shape, dtype=cos.dtype)
             views = pair_views(goal, slot), pair_views(source, slot)
         torch.mul(source.copy_(here), cos, out=goal)
-        add_swapped(*views, pair_views(sin, slot), value)
+        add_swapped([*views, pair_views(sin, slot)], value)
         there.copy_(goal)
     return out
 
