@@ -198,14 +198,14 @@ def test_a_block_of_one_axis_is_half():
     assert torch.equal(reordering(*read_both("block", "half"), 32), torch.arange(32)[None])
 
 
-@given(st.integers(1, 8), st.sampled_from(["half", "interleaved"]), st.sampled_from(["front", "tail"]))
-def test_channels_that_are_not_rotated_keep_their_order(rotated, pairing, slot):
-    source = Scheme(layout="flat", fraction=2 * rotated / 24, pairing=pairing, channel_offset=slot)
+@given(st.integers(1, 8), st.sampled_from(["half", "interleaved"]), st.sampled_from(["start", "end"]))
+def test_channels_that_are_not_rotated_keep_their_order(rotated, pairing, offset):
+    source = Scheme(layout="flat", fraction=2 * rotated / 24, pairing=pairing, channel_offset=offset)
     (channels,) = reordering(
         source, source.replace(pairing="interleaved", channel_offset="start"), 24
     ).tolist()
-    still = range(24)[: -2 * rotated] if slot == "tail" else range(24)[2 * rotated :]
-    assert channels[2 * rotated :] == list(still)
+    unrotated = range(24)[: -2 * rotated] if offset == "end" else range(24)[2 * rotated :]
+    assert channels[2 * rotated :] == list(unrotated)
     assert sorted(channels) == list(range(24))
 
 
