@@ -4,6 +4,7 @@ This is how a model without rotary gets one, and how our op replaces a model's o
 """
 
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ from rope_mm.hf.vision_positions import image_size, patch_grid, place_tokens
 from rope_mm.rotary.dispatch import RotaryAngles
 
 ATTENTION_REGISTRY = re.compile("ALL_ATTENTION_FUNCTIONS$")
+OWN_ROTATION = re.compile(r"rotary|rotate_|freqs_ci|(^|_)rope(_|$)")  # names in the code of such an attention
 
 
 CLONES: WeakValueDictionary[Any, Any] = WeakValueDictionary()  # while a model uses them, and no longer
@@ -99,7 +101,7 @@ def receive_positions(attention: Any, args: tuple, kwargs: dict[str, Any]):
     if "rope_mm" not in kwargs:
         raise ValueError(
             f"{type(attention).__name__} got no positions: its model does not pass arguments on to it, "
-            "so `unset_rope` it; it is not served"
+            "so it is not served"
         )
     attention.rope_mm_context = kwargs["rope_mm"]
     return args, {name: value for name, value in kwargs.items() if name != "rope_mm"}
@@ -123,7 +125,63 @@ def attention_slot(model: Any) -> RotarySlot:
             f"{type(base).__name__} is of an encoder-decoder, whose attention to the other sequence would be "
             "rotated as well; it is not served"
         )
+    refuse_own_rotation(base)
     return RotarySlot("rope_mm", base, "rope_mm", None)
+
+
+def refuse_own_rotation(base: Any) -> None:
+    """Refuse a model that rotates without a module with inv_freq: ours would rotate on top of it.
+
+    Its attention names a rotation in its code, and without a mask its outputs do not move with its inputs.
+
+    Raises:
+        ValueError: with the attention's name.
+    """
+    named = [module for module in modules_using(base, ATTENTION_REGISTRY) if names_rotation(type(module))]
+    if named and (base.device.type == "meta" or not moves_with_inputs(base, named[0])):
+        raise ValueError(
+            f"{type(named[0]).__name__} rotates by tables of its own and not by a module with inv_freq, so "
+            "it would rotate twice; it is not served"
+        )
+
+
+def names_rotation(kind: type) -> bool:
+    """Whether the code of a class names a rotation."""
+    methods = [inspect.unwrap(f) for f in vars(kind).values() if callable(f)]
+    codes = [f.__code__ for f in methods if hasattr(f, "__code__")]
+    names = [name for code in codes for name in (*code.co_names, *code.co_varnames)]
+    return any(map(OWN_ROTATION.search, names))
+
+
+@torch.no_grad()
+def moves_with_inputs(base: Any, attention: Any) -> bool:
+    """Whether an attention without a mask gives each token the same wherever it stands."""
+    calls: list[tuple[tuple, dict[str, Any]]] = []
+    causal = getattr(attention, "is_causal", None)
+    hook = attention.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    try:
+        probe(base)
+    finally:
+        hook.remove()
+    args, kwargs = calls[0]
+    states = args[0] if args else kwargs["hidden_states"]
+    rest = {
+        name: None if "mask" in name or "cache" in name or "past" in name else x for name, x in kwargs.items()
+    }
+    order = torch.arange(states.shape[1] - 1, -1, -1, device=states.device)
+
+    def attend(x: Tensor) -> Tensor:
+        given = ((x, *args[1:]), rest) if args else ((), {**rest, "hidden_states": x})
+        return attention(*given[0], **given[1])[0]
+
+    try:
+        if causal is not None:
+            attention.is_causal = False
+        one, other = attend(states)[:, order], attend(states[:, order])
+    finally:
+        if causal is not None:
+            attention.is_causal = causal
+    return bool((one - other).norm() <= 1e-3 * one.norm())
 
 
 def rotate_in_attention(base: nn.Module, rotary: RopeMMRotaryEmbedding) -> None:
@@ -133,7 +191,7 @@ def rotate_in_attention(base: nn.Module, rotary: RopeMMRotaryEmbedding) -> None:
     for module in modules_using(base, ATTENTION_REGISTRY):
         rotary.set_attr(module, "rope_mm_context", None)
         rotary.undo.append(module.register_forward_pre_hook(receive_positions, with_kwargs=True).remove)
-    if base.main_input_name in ("pixel_values", "input_ids") and base.device.type != "meta":
+    if base.device.type != "meta":
         probe(base)
 
 
@@ -174,10 +232,17 @@ def probe_inputs(owner: Any) -> dict[str, Any]:
         name, size = "pixel_values", (getattr(config, "num_channels", 3), y, x)
     elif "inputs_embeds" in inspect.signature(type(owner).forward).parameters:
         name, size = "inputs_embeds", (8, owner.get_input_embeddings().weight.shape[-1])
-    else:
+    elif owner.main_input_name == "input_values":  # a wave of sound, long enough for all convolutions
+        name, size = "input_values", (64 * math.prod(getattr(config, "conv_stride", (8,))),)
+    elif owner.main_input_name == "input_ids":
         return {"input_ids": torch.arange(8, device=owner.device)[None]}
+    else:
+        raise ValueError(
+            f"{type(owner).__name__} reads {owner.main_input_name}, for which there is no probe to prove "
+            "the change; it is not served"
+        )
     noise = torch.randn(1, *size, generator=generator).to(owner.device, owner.dtype)
-    return {name: noise} if name == "pixel_values" else {name: noise, "use_cache": False}
+    return {name: noise, "use_cache": False} if name == "inputs_embeds" else {name: noise}
 
 
 @torch.no_grad()
@@ -202,3 +267,31 @@ def check_equal_answers(before: list[Tensor], after: list[Tensor]) -> None:
         error, eps = ((one - other).norm() / one.norm()).item(), torch.finfo(one.dtype).eps
         if not error <= times * eps:
             raise ValueError(f"the outputs of the probe differ by {error:.1e} of their norm")
+
+
+def can_be_probed(owner: Any) -> bool:
+    """Whether a small forward runs on a part as it is."""
+    tensors = [*owner.parameters(), *owner.buffers()]
+    if any(x.is_meta for x in tensors) or not hasattr(owner, "main_input_name"):
+        return False
+    try:
+        probe(owner)
+    except Exception:  # inputs of another kind, or sizes that the probe does not know
+        return False
+    return True
+
+
+def prove_call(owner: Any, rotary: RopeMMRotaryEmbedding) -> None:
+    """Run a small forward, to see that it calls our module.
+
+    Raises:
+        ValueError: a forward that does not call it; or whatever the forward raises.
+    """
+    calls: list[int] = []
+    hook = rotary.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        probe(owner)
+    finally:
+        hook.remove()
+    if not calls:
+        raise ValueError(f"{type(owner).__name__} does not call its rotary module; it is not served")

@@ -5,7 +5,7 @@ from typing import Any
 
 from rope_mm.hf.config_io import scheme_entries
 from rope_mm.hf.inspection import TOKEN_CALLS, ModelRope, read_module
-from rope_mm.hf.rope_parameters import read_head_dim
+from rope_mm.hf.rope_parameters import layer_config, read_head_dim
 from rope_mm.hf.rotary_embedding import Rope, RopeMMRotaryEmbedding, RotarySlot
 from rope_mm.hf.vision_positions import PIXELS
 from rope_mm.rotary.module import Rotary
@@ -32,7 +32,10 @@ def make_rotary(site: RotarySlot, scheme: Any, changes: dict[str, Any]) -> RopeM
     unlike = f"layers are of the types {layers}, but schemes came for {list(given)}"
     refuse({unlike: set(given) != set(layers)})
     name = type(original or site.owner).__name__
-    ropes = {layer: make_rope(given[layer], interfaces.get(layer), name, config, changes) for layer in layers}
+    ropes = {
+        layer: make_rope(given[layer], interfaces.get(layer), name, layer_config(config, layer), changes)
+        for layer in layers
+    }
     layouts = {rope.scheme and (rope.scheme.layout, rope.scheme.options) for rope in ropes.values()}
     refuse({f"layers would place tokens by several layouts, {layouts}; give one layout": len(layouts) > 1})
     return RopeMMRotaryEmbedding(ropes, interfaces, original, config)

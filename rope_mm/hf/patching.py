@@ -11,9 +11,11 @@ from torch import nn
 from rope_mm.hf.attention_patch import (
     ATTENTION_REGISTRY,
     attention_slot,
+    can_be_probed,
     check_equal_answers,
     exchange,
     probe,
+    prove_call,
     rotate_both,
     rotate_in_attention,
 )
@@ -152,9 +154,13 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
                 load_learned_omega(learned, folder, f"{site.name}.{key}", f"{site.leaf}.{key}")
         handle.slots.extend((rotary, 0) for _, rotary in swaps)
         with all_or_nothing(handle, f"{type(model).__name__} cannot run what set_rope gave it"):
+            provable = [site for site, _ in swaps if site.module and can_be_probed(site.owner)]
             for site, rotary in swaps:
                 install(site, rotary)
             hook_positions(model, [swap for swap in swaps if swap[0].module])
+            for site, rotary in swaps:
+                if site in provable:
+                    prove_call(site.owner, rotary)
     except ValueError:
         woken.restore()
         raise

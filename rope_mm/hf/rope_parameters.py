@@ -13,7 +13,7 @@ from typing import Any
 from rope_mm.registry import Registry
 from rope_mm.schemes.extensions import EXTENSIONS, Extension, Linear
 from rope_mm.schemes.frequencies import apportion
-from rope_mm.schemes.scheme import Scheme, read_extension
+from rope_mm.schemes.scheme import Scheme, floor_int, read_extension
 from rope_mm.schemes.zoo import SCHEMES
 
 HALF, INTERLEAVED = SCHEMES["flat"], SCHEMES["flat"].replace(pairing="interleaved")
@@ -50,6 +50,7 @@ FAMILIES: Registry[Scheme] = Registry(
 )
 
 ALIASES = {"su": "longrope", "mrope": "default", "axial": "default"}
+ROPE_TYPES = [name for name in EXTENSIONS if name not in ("ntk", "riflex")]  # of transformers
 HF_NAMES = {  # our fields in transformers' names
     "original_max_positions": "original_max_position_embeddings",
     "short": "short_factor",
@@ -175,6 +176,9 @@ def read_rope_type(config: Any, rope: dict[str, Any]) -> list[Extension]:
         return [Linear(factor=rope["factor"])] if rope.get("factor", 1.0) != 1 else []
     if name == "default":
         return []
+    if name not in ROPE_TYPES:
+        known = ", ".join(["default", "proportional", *ROPE_TYPES])
+        raise ValueError(f"transformers has no rope_type {name!r}; it has {known}")
     longest = getattr(config, "max_position_embeddings", None)
     name_of_original = HF_NAMES["original_max_positions"]
     original = getattr(config, name_of_original, None) or rope.get(name_of_original)
@@ -225,10 +229,10 @@ def to_rope_parameters(scheme: Scheme, head_dim: int | None = None) -> dict[str,
     if scheme.unrotated_fraction:
         rope |= {
             "rope_type": "proportional",
-            "partial_rotary_factor": round_up(1 - scheme.unrotated_fraction),
+            "partial_rotary_factor": write_part(1 - scheme.unrotated_fraction, 2, head_dim),
         }
     elif scheme.fraction != 1 and scheme.channel_offset != "end":  # DeepSeek's is qk_rope_head_dim
-        rope["partial_rotary_factor"] = round_up(scheme.fraction)
+        rope["partial_rotary_factor"] = write_part(scheme.fraction, 1, head_dim)
     if scheme.axis_shares is not None:
         if head_dim is None:
             raise ValueError("mrope_section counts the pairs of each axis; give head_dim")
@@ -239,9 +243,23 @@ def to_rope_parameters(scheme: Scheme, head_dim: int | None = None) -> dict[str,
     return rope
 
 
-def round_up(part: float) -> float:
-    """The part with nine digits, rounded up: transformers floors part * head_dim."""
-    return math.ceil(part * 1e9 - 1e-3) / 1e9
+def write_part(part: float, divisor: int, head_dim: int | None) -> float:
+    """A part of the channels that transformers reads back as ours, though it cuts part * channels down.
+
+    Args:
+        part: the part that is rotated.
+        divisor: transformers cuts part * head_dim / divisor to a whole number.
+        head_dim: channels of a head; None checks every even number up to 1,024.
+
+    Raises:
+        ValueError: a part for which no number near it reads back.
+    """
+    rounded = math.ceil(part * 1e9 - 1e-3) / 1e9
+    for written in (rounded, rounded + 1e-9):
+        heads = [head_dim] if head_dim else range(2, 1025, 2)
+        if all(int(written * d // divisor) == floor_int(part * d / divisor) for d in heads):
+            return written
+    raise ValueError(f"a part of {part} would be read back as another one; give head_dim")
 
 
 def write_extension(scheme: Scheme) -> dict[str, Any]:
@@ -254,12 +272,7 @@ def write_extension(scheme: Scheme) -> dict[str, Any]:
         return {}
     (extension, *more), names = scheme.extensions, {kind: name for name, kind in EXTENSIONS.items()}
     name = names[type(extension)]
-    if (
-        more
-        or extension.axes
-        or name in ("ntk", "riflex")
-        or (scheme.unrotated_fraction and name != "linear")
-    ):
+    if more or extension.axes or name not in ROPE_TYPES or (scheme.unrotated_fraction and name != "linear"):
         raise ValueError(
             f"rope_parameters cannot express extensions={scheme.extensions} with "
             f"unrotated_fraction={scheme.unrotated_fraction}"

@@ -148,8 +148,23 @@ class RotarySlot(NamedTuple):
         return isinstance(self.module, RopeMMRotaryEmbedding)
 
 
+def check_model(model: Any) -> None:
+    """Refuse what is no model of transformers.
+
+    Raises:
+        ValueError: with its type.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or (config is not None and not hasattr(config, "get_text_config")):
+        raise ValueError(
+            f"a model of transformers is needed, or a part of one, not {type(model).__name__}; load it first "
+            "by AutoModel.from_pretrained. Models of diffusers are not served"
+        )
+
+
 def rotary_slots(model: Any, every: bool = False) -> list[RotarySlot]:
     """Where a model keeps its rotary modules: those of its text where there are any, or every one."""
+    check_model(model)
     found = [
         RotarySlot(f"{name}.{leaf}".strip("."), owner, leaf, module)
         for name, owner in model.named_modules()
@@ -162,8 +177,11 @@ def rotary_slots(model: Any, every: bool = False) -> list[RotarySlot]:
             f"{type(model).__name__} keeps rotary modules in a list ({', '.join(listed)}), and only its own "
             "forward knows which layer calls which; it is not served"
         )
-    text = getattr(model, "config", None) and model.config.get_text_config()
+    config = getattr(model, "config", None)
+    text = config and config.get_text_config()
     texts = [site for site in found if getattr(site.module, "config", None) is text]
+    if getattr(config, "is_encoder_decoder", False):  # both of its stacks read text
+        texts = found
     return found if every else texts or found
 
 

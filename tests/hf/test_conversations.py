@@ -112,14 +112,8 @@ def logits(model, **inputs):
         return model(**inputs).logits
 
 
-def steps(model, ids, cache):
-    """Logits of more tokens of a conversation, from its cache."""
-    with torch.no_grad():
-        return model(input_ids=ids, past_key_values=cache).logits
-
-
 @pytest.mark.parametrize("scheme", ["m-rope", "rope-tie", "videorope", "v2pe", "circle", "rope-tv"])
-def test_two_conversations_of_one_model_go_on_from_their_own_caches(scheme):
+def test_two_conversations_of_one_model_go_on_from_their_own_caches(scheme, cached):
     model, more = qwen(), torch.tensor([[30, 31, 32]])
     talks = [image((1, 4, 8)), image((1, 8, 8), (1, 4, 4), text=6)]
     truths = [
@@ -139,11 +133,11 @@ def test_two_conversations_of_one_model_go_on_from_their_own_caches(scheme):
     with torch.no_grad():
         first = [model(**inputs) for _, inputs in talks]
     for out, truth in zip(first, truths, strict=True):
-        second = steps(model, more, cache_of(out))
+        second = logits(model, input_ids=more, **cached(cache_of(out)))
         assert (torch.cat((out.logits, second), 1) - truth).abs().max() < WITHIN
 
 
-def test_a_second_turn_of_generate_goes_on_between_whole_steps():
+def test_a_second_turn_of_generate_goes_on_between_whole_steps(cached):
     model = qwen()
     said, inputs = image((1, 4, 8))
     run = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "suppress_tokens": [90, 91, 92, 93]}
@@ -152,14 +146,14 @@ def test_a_second_turn_of_generate_goes_on_between_whole_steps():
     set_rope(model, "circle")
     first = model.generate(**inputs, **run)
     ids = torch.cat((first.sequences, torch.tensor([[40, 41, 42]])), 1)
-    second = model.generate(input_ids=ids, past_key_values=cache_of(first), **run)
+    second = model.generate(input_ids=ids, **cached(cache_of(first)), **run)
     kinds = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 8))
     whole = inputs | {"input_ids": second.sequences[:, :-1], "mm_token_type_ids": kinds}
     truth = true_logits(original, f"{said} text:8", "circle", **whole)
     assert (torch.stack(second.logits, 1) - truth[:, -3:]).abs().max() < WITHIN
 
 
-def test_a_new_image_in_the_second_turn_may_come_with_its_own_grid_alone():
+def test_a_new_image_in_the_second_turn_may_come_with_its_own_grid_alone(cached):
     model = qwen()
     (said, one), (more, two) = image((1, 4, 8)), image((1, 8, 4), first=30)
     joined = {name: torch.cat((one[name], two[name]), 0 if "ids" not in name else 1) for name in one}
@@ -167,7 +161,7 @@ def test_a_new_image_in_the_second_turn_may_come_with_its_own_grid_alone():
     set_rope(model, "rope-tv")
     with torch.no_grad():
         out = model(**one)
-    second = logits(model, **two, past_key_values=cache_of(out))
+    second = logits(model, **two, **cached(cache_of(out)))
     assert (torch.cat((out.logits, second), 1) - truth).abs().max() < WITHIN
 
 
@@ -177,7 +171,7 @@ def test_the_pace_of_a_video_is_kept_in_generate_of_qwen_omni():
     inputs = {name: x for name, x in inputs.items() if name != "mm_token_type_ids"}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["video_second_per_grid"] = torch.tensor([4.0])
-    truth = true_logits(model, said.replace("video:4x2x2", "video:4x2x2@4"), "tm-rope", **inputs)
+    truth = true_logits(model, said.replace("video:4x2x2", "video:4x2x2@4s"), "tm-rope", **inputs)
     set_rope(model, "tm-rope")
     assert (logits(model, **inputs) - truth).abs().max() < WITHIN
     run = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
@@ -260,7 +254,7 @@ def test_an_image_whose_size_nobody_tells_is_refused_with_the_remedy():
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_step_with_the_whole_mask_needs_no_positions(padded):
+def test_a_step_with_the_whole_mask_needs_no_positions(padded, cached):
     model, more = qwen(), torch.tensor([[30, 31]])
     said, inputs = image((1, 4, 8))
     whole = inputs | {
@@ -277,7 +271,7 @@ def test_a_step_with_the_whole_mask_needs_no_positions(padded):
         cache = cache_of(model(**first, attention_mask=mask[:, :-2]))
         for n, token in enumerate(more[0]):
             seen = mask[:, : mask.shape[1] - 1 + n]
-            ours = model(input_ids=token[None, None], attention_mask=seen, past_key_values=cache).logits
+            ours = model(input_ids=token[None, None], attention_mask=seen, **cached(cache)).logits
             assert (ours[:, 0] - truth[:, n - 2]).abs().max() < WITHIN
 
 

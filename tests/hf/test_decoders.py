@@ -426,7 +426,7 @@ def test_an_extension_multiplies_the_tables(tiny):
     yarn = YaRN(factor=4.0, original_max_positions=64)
     set_rope(model, "flat", extensions=[yarn])
     cos, _ = model.model.rotary_emb(torch.zeros(1), IDS * 0)
-    assert math.isclose(cos.max().item(), yarn.attention, rel_tol=1e-6)
+    assert math.isclose(cos.max().item(), yarn.attention_scaling, rel_tol=1e-6)
 
 
 def test_a_second_turn_needs_positions_where_the_first_had_them(tiny, cached):

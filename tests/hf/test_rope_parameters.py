@@ -324,7 +324,7 @@ UNREADABLE = {
     ),
     "has no head_dim": (SimpleNamespace(model_type="llama"), None),
     "21 of 42 channels": (plain(head_dim=42, rope_parameters={"partial_rotary_factor": 0.5}), None),
-    "rope_type 'yam' is unknown": (plain(rope_parameters={"rope_type": "yam"}), None),
+    "transformers has no rope_type 'yam'": (plain(rope_parameters={"rope_type": "yam"}), None),
     "yarn takes": (plain(rope_parameters={"rope_type": "yarn", "factor": 2.0}), None),
     r"mrope_section \[1, 1, 1\] must sum to the 4": (
         plain(model_type="qwen2_vl_text", rope_parameters={"mrope_section": [1, 1, 1]}),
