@@ -5,7 +5,7 @@ py := .venv/bin/python
 # the models here are small: more threads wait longer than they work
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: venv train test bench bench-gan check docs peer-tests
+.PHONY: venv train test test-slow test-all test-newest test-lowest bench bench-gan check docs peer-tests
 
 venv: .venv/installed
 
@@ -21,8 +21,41 @@ venv: .venv/installed
 train: .venv/installed
 	$(py) train/adversarial.py --config configs/adversarial/digits.yaml
 
+# two workers of one thread each; what takes more than ten seconds is left to test-all
+pytest := -m pytest -q -n 2 --dist worksteal
+test: export OMP_NUM_THREADS = 1
 test: .venv/installed
-	$(py) -m pytest -m "not gpu"
+	$(py) $(pytest) -m "not gpu and not slow"
+
+test-slow: export OMP_NUM_THREADS = 1
+test-slow: .venv/installed
+	$(py) $(pytest) -m "slow and not gpu"
+
+test-all: test test-slow
+
+# the versions of today, without constraints.txt, and the lowest direct ones of pyproject.toml; both on TORCH,
+# as another one may cost gigabytes. Before a release, and where .ci/run is asked for them.
+TORCH ?= torch==2.13.0
+# what transformers 5.20.2 itself does otherwise: DeepSeek-V3 asks each rope for a factor, MiniMax-M3's tower has two
+# axes, and checkpointing has another name
+not_at_lowest := not (deepseek_v3 or (three_axes and unchanged) or two_forwards_before_one_backward)
+test-newest: export OMP_NUM_THREADS = 1
+test-newest:
+	$(PYTHON) -m venv --clear build/newest
+	build/newest/bin/pip install --quiet $(TORCH)
+	build/newest/bin/pip install --quiet --upgrade -e ".[test,triton,conformance]"
+	build/newest/bin/python $(pytest) -m "not gpu and not slow"
+
+test-lowest: export OMP_NUM_THREADS = 1
+test-lowest:
+	$(PYTHON) -m venv --clear build/lowest
+	build/lowest/bin/pip install --quiet uv $(TORCH)
+	build/lowest/bin/uv pip compile --quiet pyproject.toml --extra test --resolution lowest-direct \
+		--no-emit-package torch --no-annotate --output-file build/lowest.txt
+	grep -vE '^(nvidia|cuda|triton)' build/lowest.txt > build/lowest-cpu.txt
+	build/lowest/bin/pip install --quiet $(TORCH) -r build/lowest-cpu.txt
+	build/lowest/bin/pip install --quiet --no-deps -e .
+	build/lowest/bin/python $(pytest) -m "not gpu and not slow" -k "$(not_at_lowest)" tests/test_arguments.py tests/models tests/hf
 
 bench: .venv/installed
 	PYTHONPATH=.:kernels $(py) kernels/bench/cpu.py
