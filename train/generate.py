@@ -45,7 +45,7 @@ class Generate:
     output: str = option("generated.png", "file of the image or video")
 
 
-def read_frames(path: str, size: int, channels: int) -> Tensor:
+def read_frames(path: str, size: int | tuple[int, int], channels: int) -> Tensor:
     """The frames (t, ch, size, size) of an image or video file, or of source:row.
 
     Args:

@@ -35,7 +35,7 @@ class GenerationSpec:
     Attributes:
         templates: of its documents, see `read_template`.
         kinds: what each of their columns holds: "text", "image" or "video".
-        size: pixels of an image's side.
+        size: pixels (height, width) of an image, or the side of a square.
         frames: of a video.
         steps: passes of the model for an image or frame.
         guidance_scale: see `classifier_free_guidance`.
@@ -43,10 +43,14 @@ class GenerationSpec:
 
     templates: list[str]
     kinds: dict[str, str]
-    size: int
+    size: int | tuple[int, int]
     frames: int = 1
     steps: int = 1
     guidance_scale: float = 1.0
+
+    def __post_init__(self):
+        if isinstance(self.size, list):  # as JSON brings it
+            object.__setattr__(self, "size", tuple(self.size))
 
     @classmethod
     def of(
@@ -325,8 +329,10 @@ class RopeMMPipeline:
         Raises:
             ValueError: a size that whole patches do not tile.
         """
-        height, width = (self.spec.size if side is None else side for side in size)
-        return grid_of(height, width, self.processor.patch_size)
+        height, width = (
+            own if side is None else side for own, side in zip(sides(self.spec.size), size, strict=True)
+        )
+        return grid_of((height, width), self.processor.patch_size)
 
 
 @dataclass(frozen=True)
@@ -336,12 +342,12 @@ class ImageBatcher:
     Args:
         config: of the model.
         tokenizer: of the captions.
-        size: pixels of an image's side.
+        size: pixels (height, width) of an image, or the side of a square.
     """
 
     config: RopeMMConfig
     tokenizer: PreTrainedTokenizerBase
-    size: int
+    size: int | tuple[int, int]
 
     @property
     def grid(self) -> Image:
@@ -354,7 +360,7 @@ class ImageBatcher:
             raise ValueError(
                 f"temporal_patch_size {self.config.temporal_patch_size} is for videos; images alone take 1"
             )
-        return grid_of(self.size, self.size, self.config.patch_size)
+        return grid_of(self.size, self.config.patch_size)
 
     def sequences(self, captions: Sequence[str]) -> SequenceBatch:
         """Each caption, then the image: what generator and critic read beside the patches.
@@ -385,12 +391,22 @@ class ImageBatcher:
         return RopeMMPipeline(model, RopeMMProcessor.from_config(self.config, self.tokenizer), spec)
 
 
-def grid_of(height: int, width: int, patch_size: int) -> Image:
-    """An image of this size in pixels as a segment of patches.
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a size (height, width) or the side of a square."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def grid_of(size: int | tuple[int, int], patch_size: int) -> Image:
+    """An image as a segment of patches.
+
+    Args:
+        size: pixels (height, width), or the side of a square.
+        patch_size: pixels of a patch's side.
 
     Raises:
         ValueError: a size that whole patches do not tile.
     """
+    height, width = sides(size)
     if height % patch_size or width % patch_size or min(height, width) < 1:
         raise ValueError(
             f"images of {height} x {width} pixels do not divide into patches of {patch_size} x {patch_size}"

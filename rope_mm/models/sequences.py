@@ -3,18 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from rope_mm.models.position_ids import pack_position_ids
+from rope_mm.models.position_ids import count_tokens, pack_position_ids
 from rope_mm.models.tokenizers import IMAGE_TOKEN
 from rope_mm.nn.attention import make_block_ids
 from rope_mm.positions.grids import merge_order
 from rope_mm.rotary.definition import widest_float
+from rope_mm.rotary.dispatch import RotaryAngles
 from rope_mm.schemes.scheme import Scheme
 from rope_mm.segments import Segment, Text
 
@@ -51,15 +52,22 @@ class SequenceBatch:
         order = torch.arange(rows, device=self.mask.device) % len(self.mask)
         return SequenceBatch(*(getattr(self, field.name)[order] for field in fields(self)))
 
-    def inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of a forward or of `generate`."""
-        return {
+    def inputs(self, angles: RotaryAngles | None = None) -> dict[str, Any]:
+        """Keyword arguments of a forward or of `generate`.
+
+        Args:
+            angles: `model.rotary.angles(positions)` of these rows, where several models or passes share them;
+                then position_ids (b, s) only number the tokens, and this is for forwards alone.
+        """
+        shared = {
             "input_ids": self.input_ids,
             "attention_mask": self.mask.long(),
-            "position_ids": pack_position_ids(self.positions, self.mask),
             "block_ids": self.block_ids,
-            "rope_deltas": self.rope_deltas,
         }
+        if angles is not None:
+            return shared | {"position_ids": count_tokens(self.mask), "angles": angles}
+        position_ids = pack_position_ids(self.positions, self.mask)
+        return shared | {"position_ids": position_ids, "rope_deltas": self.rope_deltas}
 
 
 def require_list(name: str, given: object) -> None:

@@ -239,6 +239,20 @@ class RotaryAngles:
         angle = self.angle if learned else None
         cpu.RotateInPlace.apply(x, angle, cos.detach(), sin.detach(), self.spec.factor, self.spec.slot)
 
+    def select_rows(self, index: Tensor) -> "RotaryAngles":
+        """The angles of rows of the batch, in any order and number; angles that all rows share stay.
+
+        Args:
+            index: (rows,), numbers of rows.
+        """
+
+        def select(x: Tensor | None, dims: int) -> Tensor | None:
+            return x if x is None or x.dim() < dims or len(x) == 1 else x[index]
+
+        tables = {name: select(getattr(self, name), 4) for name in ("angle", "cos", "sin")}
+        wide = self.wide and WideTables(*(x if x.dim() < 4 or len(x) == 1 else x[index] for x in self.wide))
+        return replace(self, positions=select(self.positions, 3), wide=wide, **tables)
+
     @property
     def inverse(self) -> "RotaryAngles":
         """The angles that rotate back, their factor included."""

@@ -115,3 +115,19 @@ def test_ready_angles_give_what_the_positions_give(scheme):
     assert torch.equal(model(**numbers, angles=angles).patches, plain.patches)
     critic = make(RopeMMCritic, rope_parameters={"scheme": scheme})
     assert torch.equal(critic(**inputs, angles=angles), critic(**inputs))
+
+
+@pytest.mark.parametrize("scheme", ["rope-tv", "m-rope", "mixed"])
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_one_set_of_angles_serves_a_batch_and_the_same_batch_twice(scheme, padding_side):
+    model = make(rope_parameters={"scheme": scheme})
+    critic = make(RopeMMCritic, rope_parameters={"scheme": scheme})
+    documents = [["see ", Image(2, 2)], ["a longer text ", Image(2, 2)]]
+    batch = build_batch(documents, load_tokenizer(), model.config.scheme, padding_side)
+    patches, twice = torch.randn(4, 4, model.config.patch_width), torch.arange(4) % 2
+    angles = model.model.rotary.angles(batch.positions)
+    plain = model(**batch.inputs(), patches=patches[:2]).patches
+    assert torch.equal(model(**batch.inputs(angles), patches=patches[:2]).patches, plain)
+    pair = batch.repeat_rows(4)
+    scores = critic(**pair.inputs(), patches=patches)
+    torch.testing.assert_close(critic(**pair.inputs(angles.select_rows(twice)), patches=patches), scores)

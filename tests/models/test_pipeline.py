@@ -58,6 +58,19 @@ def test_the_pipeline_of_images_alone_has_their_size_and_tokenizer(tmp_path):
     assert loaded("seven", height=8, width=16).images[0].size == (16, 8)
 
 
+def test_images_that_are_no_squares_are_generated_in_the_size_of_training(tmp_path):
+    config = read_config(hidden_size=32, intermediate_size=48)
+    batcher = ImageBatcher(config, load_tokenizer(), (8, 12))
+    images = torch.rand(2, 1, 8, 12)
+    assert torch.equal(batcher.to_images(batcher.to_patches(images)), images)
+    model = RopeMMForConditionalGeneration(config).eval()
+    batcher.pipeline(model).save_pretrained(tmp_path)
+    loaded = RopeMMPipeline.from_pretrained(tmp_path)
+    assert loaded.spec == batcher.pipeline(model).spec
+    assert loaded("seven").images[0].size == (12, 8)
+    assert loaded("seven", height=4).images[0].size == (12, 4)
+
+
 def test_several_captions_each_get_their_images_in_order():
     pipeline = make()
     one = pipeline(["a", "bb"], num_images_per_prompt=2, generator=seed(), output_type="pt").images
