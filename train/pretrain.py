@@ -180,14 +180,14 @@ class Training:
         """Load the run to start from, and prepare to read on at a step."""
         if self.config.init_from and not step:
             load_initial_run(Path(self.config.init_from), self.accelerator)
-            self.skipped.count, self.documents.mark = 0, None
+            self.skipped.count, self.documents.stream_state = 0, None
         self.loader = self.dataset.make_loader(step, self.config.steps, self.config.num_workers)
 
     def step(self, step: int) -> dict[str, Tensor]:
         """A step of the critic, if there is one, and of the model; the losses of all processes."""
         self.trainer.update_schedules(step, self.config.steps)
         batches = [next(self.loader) for _ in range(self.config.gradient_accumulation_steps)]
-        self.documents.mark = batches[-1].stream_state  # made by a worker
+        self.documents.stream_state = batches[-1].stream_state  # made by a worker
         totals = self.count(step, batches)
         batches = [to_device(batch, self.accelerator.device) for batch in batches]
         process = self.accelerator
@@ -278,14 +278,14 @@ def load_data(data: Data) -> tuple[DocumentDataset, MapDocuments]:
     """Documents to train on, and held-out ones."""
     return load_documents(
         data.paths,
-        where=data.filter,
+        filter=data.filter,
         streaming=data.streaming,
         shuffle=data.shuffle,
         held_out=data.eval_samples,
         templates=data.templates,
         size=data.size,
         channels=data.channels,
-        join=data.rows_per_document,
+        rows_per_document=data.rows_per_document,
         background=data.background,
     )
 

@@ -102,14 +102,14 @@ class DocumentDataset(ABC):
         templates: see `read_template`.
         size: y and x of images in pixels, or the side of a square.
         channels: 1 (grey), 3 (RGB) or 4 (RGBA).
-        join: rows that are joined in a document.
+        rows_per_document: rows that are joined in a document.
         background: the colour under what is transparent, where channels is 1 or 3.
 
     Raises:
         ValueError: a source that no template fits, a template that fits no source, a column of no use.
     """
 
-    mark: Any = None  # where a stream is read on, in place of beginning anew
+    stream_state: Any = None  # where a stream is read on, in place of beginning anew
 
     def __init__(
         self,
@@ -117,14 +117,14 @@ class DocumentDataset(ABC):
         templates: Sequence[str],
         size: int | tuple[int, int],
         channels: int,
-        join: int = 1,
+        rows_per_document: int = 1,
         background: str = BACKGROUND,
     ):
         check_background(background)
         if channels not in MODES:
             raise ValueError(f"images have {', '.join(map(str, MODES))} channels, not {channels}")
         self.size, self.channels, self.background = size, channels, background
-        self.rows_per_document = join
+        self.rows_per_document = rows_per_document
         self.templates = parsed = [read_template(template) for template in templates]
         columns = [{part.column for part in template if isinstance(part, Column)} for template in parsed]
         here = [set(rows.column_names or ()) for rows in sources]

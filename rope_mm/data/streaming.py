@@ -160,14 +160,15 @@ class StreamingDocuments(DocumentDataset):
     """Rows of streams as documents; a row is known by its source, its shard there and its row in that.
 
     Which rows a step has is a function of (seed, step), by the order of `ShuffleBuffer`; to know them, all
-    rows before are read, from `mark` on. Every process and worker reads all rows, and decodes its own.
+    rows before are read, from `stream_state` on. Every process and worker reads all rows and decodes its
+    own.
 
     Args:
         sources: streams of `datasets`.
         templates: see `read_template`.
         size: y and x of images in pixels, or the side of a square.
         channels: 1 (grey), 3 (RGB) or 4 (RGBA).
-        join: rows that are joined in a document.
+        rows_per_document: rows that are joined in a document.
         background: the colour under what is transparent, where channels is 1 or 3.
         shuffle: rows that are shuffled together.
         apart: how many rows, the first ones of each source, are skipped.
@@ -176,7 +177,7 @@ class StreamingDocuments(DocumentDataset):
         ValueError: as from `DocumentDataset`; later, as from `ShuffleBuffer.rows`.
     """
 
-    mark: StreamState | None = None
+    stream_state: StreamState | None = None
 
     def __init__(
         self,
@@ -184,12 +185,12 @@ class StreamingDocuments(DocumentDataset):
         templates: Sequence[str],
         size: int | tuple[int, int],
         channels: int,
-        join: int = 1,
+        rows_per_document: int = 1,
         background: str = BACKGROUND,
         shuffle: int = 0,
         apart: Sequence[int] = (),
     ):
-        super().__init__(sources, templates, size, channels, join, background)
+        super().__init__(sources, templates, size, channels, rows_per_document, background)
         self.blocks = ShuffleBuffer(cast(Any, self.sources), max(shuffle, 1), apart or [0] * len(sources))
         self.reader: Iterator[tuple[StreamState, RowId, Any]] = iter(())
         self.owner: tuple[int, int] | None = None
@@ -225,28 +226,37 @@ class StreamingDocuments(DocumentDataset):
 
     def hold(self, seed: int, first: int, count: int) -> None:
         """Read on to row `first`, counted over epochs, and keep `count` rows of it; anew if it is past."""
-        mark = self.mark
-        if not mark or mark.seed != seed or mark.rows > first:
-            mark = StreamState(seed)
+        stream_state = self.stream_state
+        if not stream_state or stream_state.seed != seed or stream_state.rows > first:
+            stream_state = StreamState(seed)
         # files that a process has opened are not for those forked from it
-        if self.owner != (os.getpid(), seed) or not mark.rows <= self.position <= first:
-            self.reader, self.position, self.owner = self.blocks.rows(mark), mark.rows, (os.getpid(), seed)
+        if self.owner != (os.getpid(), seed) or not stream_state.rows <= self.position <= first:
+            self.reader, self.position, self.owner = (
+                self.blocks.rows(stream_state),
+                stream_state.rows,
+                (os.getpid(), seed),
+            )
         ahead, self.position = first - self.position, -1  # should reading fail
         taken = list(islice(self.reader, ahead, ahead + count))
         self.position = first + count
-        self.mark = taken[0][0]
+        self.stream_state = taken[0][0]
         self.places = [place for _, place, _ in taken]
         self.held = {place: table for _, place, table in taken}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the block begins that the last step began in; small, as its rows are read again."""
-        return {"mark": self.mark and [*self.mark[:-1], list(map(list, self.mark.reached))]}
+        return {
+            "stream_state": self.stream_state
+            and [*self.stream_state[:-1], list(map(list, self.stream_state.reached))]
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken, on any number of processes."""
-        if state["mark"]:
-            seed, rows, epoch, block, reached = state["mark"]
-            self.mark = StreamState(seed, rows, epoch, block, [ShardOffset(*source) for source in reached])
+        if state["stream_state"]:
+            seed, rows, epoch, block, reached = state["stream_state"]
+            self.stream_state = StreamState(
+                seed, rows, epoch, block, [ShardOffset(*source) for source in reached]
+            )
 
 
 class Source(NamedTuple):
@@ -293,7 +303,7 @@ def load_stream(path: str, held_out: int) -> Source:
 
 def load_documents(
     paths: Sequence[str],
-    where: Mapping[str, Sequence[Any]] | None = None,
+    filter: Mapping[str, Sequence[Any]] | None = None,
     streaming: bool = False,
     shuffle: int = 0,
     held_out: int = 256,
@@ -303,24 +313,24 @@ def load_documents(
 
     Args:
         paths: sources, see `load_splits`.
-        where: which of their rows, see `select_rows`; not of streams.
+        filter: which of their rows, see `select_rows`; not of streams.
         streaming: whether they become `StreamingDocuments`, which keep only some rows in memory.
         shuffle: how many of its rows are shuffled together.
         held_out: how many rows of each stream are for the held-out ones.
-        how: templates, size, channels, join and background of both, see `DocumentDataset`.
+        how: templates, size, channels, rows_per_document and background of both, see `DocumentDataset`.
 
     Raises:
         ValueError: as from `load_splits`, `select_rows`, `DocumentDataset` and `StreamingDocuments`; a choice
             of rows of a stream.
     """
     if not streaming:
-        splits = [select_rows(load_splits(path), where or {}) for path in paths]
+        splits = [select_rows(load_splits(path), filter or {}) for path in paths]
         return MapDocuments([s["train"] for s in splits], **how), MapDocuments(
             [s["test"] for s in splits], **how
         )
-    if where:
+    if filter:
         raise ValueError(
-            f"rows of a stream cannot be filtered, here by {dict(where)}; do not stream, or do not filter"
+            f"rows of a stream cannot be filtered, here by {dict(filter)}; do not stream, or do not filter"
         )
     sources = [load_stream(path, held_out) for path in paths]
     apart = [source.apart for source in sources]

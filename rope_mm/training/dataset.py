@@ -50,7 +50,7 @@ class PackedDocumentDataset(Dataset):
         if not encoded:  # a document without text or image: processes wait for each other's gradients
             encoded = self.packer.encode([[""]], [make_generator(self.seed, "nothing")])
         packed = self.packer.pack(encoded)
-        return replace(packed, skipped=tuple(skipped), stream_state=self.documents.mark)
+        return replace(packed, skipped=tuple(skipped), stream_state=self.documents.stream_state)
 
     def encode(self, step: int, rows: Mapping[int, Sequence[Any]]) -> tuple[list[EncodedDocument], list[str]]:
         """Documents of a step that can be read and fit a row, and why the others are skipped.

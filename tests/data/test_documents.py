@@ -91,7 +91,7 @@ def test_rows_fill_the_templates_whose_columns_they_have(sources):
 
 
 def test_joined_rows_make_one_document(sources):
-    documents = MapDocuments(sources, TEMPLATES, 4, 1, join=2)
+    documents = MapDocuments(sources, TEMPLATES, 4, 1, rows_per_document=2)
     (rows, *_) = documents.batch(0, 0, 5)
     assert len(rows) == 2
     one, two = (documents.document([row], make_generator("a")) for row in rows)

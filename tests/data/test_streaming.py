@@ -27,16 +27,25 @@ HOW = {"templates": TEMPLATES, "size": 4, "channels": 1}
 
 
 @dataclass(frozen=True)
-class AsTold:
+class Batch:
+    """In a packed batch's place."""
+
+    documents: list
+    skipped: tuple = ()
+    stream_state: object = None
+
+
+@dataclass(frozen=True)
+class Unpacked:
     """In a packer's place: documents stay what they are."""
 
-    length: int = 1
+    max_length: int = 1
 
-    def read(self, documents, generators):
-        return [SimpleNamespace(length=1, told=document) for document in documents]
+    def encode(self, documents, generators):
+        return [SimpleNamespace(length=1, document=document) for document in documents]
 
-    def pack(self, drafted):
-        return [each.told for each in drafted]
+    def pack(self, encoded):
+        return Batch([each.document for each in encoded])
 
 
 def png(shade):
@@ -106,14 +115,14 @@ def test_unshuffled_a_stream_has_the_documents_of_the_same_rows_at_hand_in_their
 )
 def test_an_epoch_has_every_row_once_and_a_step_is_a_function_of_the_seed(sizes, shuffle, join, batch, seed):
     sources = [numbered(size, min(size, 3)) for size in sizes]
-    stream = of_words(sources, shuffle=shuffle, join=join)
+    stream = of_words(sources, shuffle=shuffle, rows_per_document=join)
     steps = [stream.batch(seed, step, batch) for step in range(12)]
     assert all(len(document) == join for step in steps for document in step)
     read = [row for step in steps for document in step for row in document]
     total = sum(sizes)
     for first in range(0, len(read) - total + 1, total):
         assert len(set(read[first : first + total])) == total
-    other = of_words(sources, shuffle=shuffle, join=join)
+    other = of_words(sources, shuffle=shuffle, rows_per_document=join)
     assert [other.batch(seed, step, batch) for step in (7, 2, 2, 3, 11, 0)] == [
         steps[step] for step in (7, 2, 2, 3, 11, 0)
     ]
@@ -151,7 +160,7 @@ def test_from_a_stream_state_reading_resumes_without_the_shards_before_it():
         opened.clear()
         assert [words(after, 3, later, 9) for later in (step + 1, step + 2)] == expected[step + 1 : step + 3]
         assert len(opened) < 6
-        assert words(after, 3, 0, 9) == expected[0]  # what is before the mark is read from the start
+        assert words(after, 3, 0, 9) == expected[0]  # what is before the state is read from the start
 
 
 def test_sources_take_turns_until_each_is_read():
@@ -307,18 +316,18 @@ def test_sources_carried_here_stream_as_well():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_read_what_one_process_reads(shards, workers):
-    def readings(workers, begun=0):
+    def read_batches(workers, begun=0):
         stream, _ = load_documents([shards], streaming=True, shuffle=5, held_out=2, **HOW)
-        feed = PackedDocumentDataset(stream, AsTold(), seed=0, global_batch_size=4)
-        return [*feed.readings(begun, 9, workers)], feed, stream
+        feed = PackedDocumentDataset(stream, Unpacked(), seed=0, global_batch_size=4)
+        return [*feed.make_loader(begun, 9, workers)], feed, stream
 
-    alone, _, _ = readings(0)
-    apart, feed, stream = readings(workers)
-    assert [reading.mark for reading in apart] == [reading.mark for reading in alone]
-    stream.mark = apart[5].mark
-    for one, two in ((alone, apart), (alone[6:], [*feed.readings(6, 9, workers)])):
+    alone, _, _ = read_batches(0)
+    apart, feed, stream = read_batches(workers)
+    assert [batch.stream_state for batch in apart] == [batch.stream_state for batch in alone]
+    stream.stream_state = apart[5].stream_state
+    for one, two in ((alone, apart), (alone[6:], [*feed.make_loader(6, 9, workers)])):
         for mine, its in zip(one, two, strict=True):
-            assert all(equal(*documents) for documents in zip(mine.pack, its.pack, strict=True))
+            assert all(equal(*documents) for documents in zip(mine.documents, its.documents, strict=True))
 
 
 def test_a_file_that_is_open_is_not_shared_with_workers(tmp_path):
@@ -330,9 +339,9 @@ def test_a_file_that_is_open_is_not_shared_with_workers(tmp_path):
                 yield {"caption": letter.decode()}
 
     stream = of_words([IterableDataset.from_generator(read, features=Features(caption=Value("string")))])
-    feed = PackedDocumentDataset(stream, AsTold(), seed=0, global_batch_size=2)
-    assert feed[0] == [["A"], ["B"]]
-    assert [reading.pack for reading in feed.readings(1, 5, 2)] == [
+    feed = PackedDocumentDataset(stream, Unpacked(), seed=0, global_batch_size=2)
+    assert feed[0].documents == [["A"], ["B"]]
+    assert [batch.documents for batch in feed.make_loader(1, 5, 2)] == [
         [["C"], ["D"]], [["E"], ["F"]], [["G"], ["H"]], [["I"], ["J"]],
     ]  # fmt: skip
 
@@ -340,11 +349,11 @@ def test_a_file_that_is_open_is_not_shared_with_workers(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_every_process_reads_its_documents_of_the_same_step(shards, rank):
     stream, _ = load_documents([shards], streaming=True, shuffle=5, held_out=2, **HOW)
-    all_of_it = PackedDocumentDataset(stream, AsTold(), seed=0, global_batch_size=7)
+    all_of_it = PackedDocumentDataset(stream, Unpacked(), seed=0, global_batch_size=7)
     mine = replace(all_of_it, world=3, rank=rank)
     for step in range(5):
-        share = [document for number, document in enumerate(all_of_it[step]) if number % 3 == rank]
-        assert all(equal(*documents) for documents in zip(mine[step], share, strict=True))
+        share = [document for number, document in enumerate(all_of_it[step].documents) if number % 3 == rank]
+        assert all(equal(*documents) for documents in zip(mine[step].documents, share, strict=True))
 
 
 def test_images_of_a_stream_are_opened_where_they_are():
