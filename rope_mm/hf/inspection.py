@@ -230,9 +230,14 @@ def attach_scheme(rope: ModelRope, owner: nn.Module, config: Any, layer: str | N
         omega = scheme.omega(read_head_dim(config, layer)).float()
     except (ValueError, AttributeError, TypeError):
         return rope
+    return match_scheme(scheme, rope, omega) or rope
+
+
+def match_scheme(scheme: Scheme, rope: ModelRope, omega: Tensor) -> ModelRope | None:
+    """The rope with a scheme whose omega (a, r) is the rope's own within float32; None if it is not."""
     theirs = torch.tensor(rope.omega) * (math.tau if rope.call_format == PIXELS else 1)
     for rows, axes in ((omega, rope.axes), (omega[1:], ("y", "x")), (omega[1:].flip(0), ("x", "y"))):
         same = rows.shape == theirs.shape and torch.allclose(rows, theirs, rtol=1e-5, atol=1e-12)
         if same and abs(scheme.attention_scaling - rope.factor) < 1e-5:
             return replace(rope, scheme=scheme, axes=axes)
-    return rope
+    return None

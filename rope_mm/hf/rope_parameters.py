@@ -75,8 +75,9 @@ def read_head_dim(config: Any, layer_type: str | None = None) -> int:
         ValueError: a config that has neither head_dim nor sizes to divide.
     """
     config = layer_config(text_config(config), layer_type)
-    if rope := getattr(config, "qk_rope_head_dim", None):  # head_dim is the rotated part alone there
-        return rope + config.qk_nope_head_dim
+    rope, rest = (getattr(config, f"qk_{part}_head_dim", None) for part in ("rope", "nope"))
+    if rope and rest:  # head_dim is the rotated part alone there
+        return rope + rest
     width = getattr(config, "embed_dim", None) or getattr(config, "hidden_size", None)
     heads = getattr(config, "num_attention_heads", None)
     head_dim = getattr(config, "head_dim", None) or (width // heads if width and heads else 0)
@@ -118,8 +119,8 @@ def from_hf_config(config: Any, layer_type: str | None = None) -> Scheme:
     Layers without any rotation (SmolLM3, Llama 4) are the model's own: the scheme is that of the others.
 
     Args:
-        config: has a `model_type` in FAMILIES, or a `text_config` that has; a tower's is its
-            `vision_config`.
+        config: of transformers, or anything with a `model_type` in FAMILIES; a tower's is its
+            `vision_config`. Of a model type that is not in FAMILIES its rotary module is made and probed.
         layer_type: which layers, where they differ: "full_attention" or "sliding_attention".
 
     Raises:
@@ -128,12 +129,38 @@ def from_hf_config(config: Any, layer_type: str | None = None) -> Scheme:
     """
     rate = getattr(getattr(config, "vision_config", None), "tokens_per_second", None)
     config = text_config(config)
-    base, rope = FAMILIES[config.model_type], read_rope(config, layer_type)
+    if config.model_type not in FAMILIES and ".configuration_" in type(config).__module__:
+        from rope_mm.hf.derived_schemes import derive_scheme  # the only part that needs transformers
+
+        return derive_scheme(config, layer_type)
+    return scheme_of_family(config, FAMILIES[config.model_type], layer_type, rate=rate)
+
+
+def scheme_of_family(
+    config: Any,
+    base: Scheme,
+    layer_type: str | None,
+    rate: float | None = None,
+    fraction: float | None = None,
+) -> Scheme:
+    """The scheme of a config by what its family leaves out.
+
+    Args:
+        config: of one text or one tower.
+        base: the family's scheme, whose numbers the config replaces.
+        layer_type: which layers, where they differ.
+        rate: positions per second of a video; None for the family's.
+        fraction: the part of the channels that is rotated; None for the config's.
+
+    Raises:
+        ValueError: numbers missing, or sections that do not make up the head.
+    """
+    rope = read_rope(config, layer_type)
     config, head_dim = layer_config(config, layer_type), read_head_dim(config, layer_type)
     theta = next(filter(None, (rope.get("rope_theta"), getattr(config, "rope_theta", None), base.theta)))
     changes = {
         "theta": float(theta),
-        **read_parts(config, rope, head_dim),
+        **({"fraction": fraction} if fraction else read_parts(config, rope, head_dim)),
         **family_fields(config, base, rate),
     }
     scheme = base.replace(**changes, extensions=read_rope_type(config, rope))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from rope_mm import SCHEMES, Image, Rotary, Scheme, from_hf_config, to_rope_parameters
+from rope_mm.hf.derived_schemes import rotary_modules
 from rope_mm.hf.rope_parameters import FAMILIES, read_head_dim
 
 # what defaults leave out; theta is always another one than the default
@@ -365,3 +366,17 @@ UNSAID = {
 def test_what_rope_parameters_cannot_say_is_named(message):
     with pytest.raises(ValueError, match=message):
         to_rope_parameters(UNSAID[message])
+
+
+LIVE = ["arcee", "apertus", "seed_oss", "glm_ocr_text", "hunyuan_v1_dense", "helium"]
+
+
+@pytest.mark.parametrize("model_type", LIVE)
+def test_a_config_that_no_table_names_is_read_from_its_rotary_module(model_type):
+    config = AutoConfig.for_model(model_type)
+    (module,) = rotary_modules(config)
+    scheme = from_hf_config(config)
+    theirs = module.inv_freq.double()
+    omega = scheme.omega(read_head_dim(config)).amax(0)
+    assert model_type not in FAMILIES
+    assert torch.allclose(omega, theirs, rtol=1e-5)
