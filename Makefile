@@ -63,7 +63,7 @@ bench: .venv/installed
 	PYTHONPATH=.:kernels:kernels/bench $(py) train/bench.py --quick
 
 bench-gan: .venv/installed
-	$(py) train/compare_losses.py --config configs/adversarial/stacked-digits.yaml --out runs/losses
+	$(py) train/compare_losses.py --config configs/adversarial/stacked-digits.yaml --output_dir runs/losses
 
 check: .venv/installed
 	$(py) -m ruff format --check .

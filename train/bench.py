@@ -1,8 +1,8 @@
 """What training costs: steps beside transformers', packing, memory by length, rotary's share.
 
-    PYTHONPATH=kernels/bench python train/bench.py            all tables
-    PYTHONPATH=kernels/bench python train/bench.py --quick    small sizes and few rounds
-    PYTHONPATH=kernels/bench python train/bench.py --output F writes the tables to F as well
+    python train/bench.py            all tables
+    python train/bench.py --quick    small sizes and few rounds
+    python train/bench.py --output F writes the tables to F as well
 
 A step is forward, backward and AdamW, in one thread. Contenders take turns in one process, and a time is the
 thread's own. A ratio is the median over the rounds of (median of one's turn) / (median of the other's); the
@@ -12,6 +12,7 @@ spread is its quartiles.
 import argparse
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -19,8 +20,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import cpu
-import report
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -34,6 +33,10 @@ from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load
 from rope_mm.training.image_heads import from_noise
 from rope_mm.training.packing import Packer
 from rope_mm.training.profile import measure_share
+
+sys.path.append(str(Path(__file__).parents[1] / "kernels" / "bench"))  # whose benches are run alike
+import cpu
+import report
 
 GOAL = 1.1  # of a step over Llama's
 VOCAB = len(load_tokenizer())

@@ -1,6 +1,8 @@
 """The bench of training at toy sizes, and its arithmetic with times that were not measured."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -136,3 +138,10 @@ def test_too_few_rounds_for_quartiles_are_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         bench.main()
     assert "--rounds must be at least 2, which have quartiles, not 1" in capsys.readouterr().err
+
+
+def test_help_needs_no_path_to_the_other_benches():
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    command = [sys.executable, str(ROOT / "train" / "bench.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "--output" in done.stdout, done.stderr

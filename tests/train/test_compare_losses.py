@@ -45,6 +45,7 @@ def test_losses_are_compared_over_seeds_and_nothing_is_done_twice(tmp_path, caps
     assert json.loads((out / "losses.json").read_text()) == rows
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_trained_to_its_end(tmp_path, monkeypatch):
     out, trained, real = tmp_path / "losses", [], compare_losses.train
     compare(out, seeds=1, losses="[ns]")
@@ -86,7 +87,7 @@ def test_the_table_holds_means_and_standard_deviations():
         ({"losses": "[]"}, "losses must name at least one"),
         ({"losses": "[ns+r3]"}, r"'ns\+r3' needs a gamma, loss\.penalties\.r3"),
         ({"losses": "[nss]"}, "GAN loss 'nss' is unknown"),
-        ({"losses": "[ns]", "metric": "fid"}, "no metric 'fid'"),
+        pytest.param({"losses": "[ns]", "metric": "fid"}, "no metric 'fid'", marks=pytest.mark.slow),
     ],
 )
 def test_bad_input_is_refused(changes, message, tmp_path):
