@@ -115,7 +115,7 @@ def steps_table(sizes: list[Size], rounds: int) -> str:
     for size in sizes:
         ids = torch.randint(VOCAB - 2, (size.rows, size.words), generator=make_generator("bench"))
         inputs = {"input_ids": ids, "labels": ids}
-        times = cpu.play(
+        times = cpu.alternate(
             {name: trainer(make(size), inputs) for name, make in MODELS.items()}, rounds, time.thread_time
         )
         for other in ("Llama", "Qwen3"):
@@ -145,7 +145,7 @@ def packing_table(size: Size, rounds: int) -> str:
     read = [[part if isinstance(part, str) else part.pixels for part in d] for d in documents]
     padded = dict(processor(documents=read, return_labels=True, padding_side="right"))
     ways = {"packed": pack.inputs() | {"labels": pack.labels}, "padded": padded}
-    times = cpu.play(
+    times = cpu.alternate(
         {name: trainer(model, inputs) for name, inputs in ways.items()}, rounds, time.thread_time
     )
     tokens = {name: int(inputs["attention_mask"].sum()) for name, inputs in ways.items()}

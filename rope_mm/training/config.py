@@ -393,7 +393,7 @@ def read_flags(argv: Sequence[str], known: dict[str, Any]) -> tuple[list[str], l
     left, files, entries = list(argv), [], []
     while left:
         flag, equals, text = left.pop(0).partition("=")
-        key = flag.removeprefix("--").replace("-", "_")
+        key = spell_key(flag.removeprefix("--"), known)
         if not flag.startswith("--"):
             raise ValueError(f"{flag!r} is no flag; write --key value")
         if key != "config":
@@ -409,6 +409,15 @@ def read_flags(argv: Sequence[str], known: dict[str, Any]) -> tuple[list[str], l
         else:
             entries.append((flag, key, read_value(text, known.get(key), flag)))
     return files, entries
+
+
+def spell_key(key: str, known: dict[str, Any]) -> str:
+    """The key of a flag: "-" stands for "_", but not in names below a dict, such as one-centred."""
+    name = key.replace("-", "_")
+    for group, hint in known.items():
+        if is_dict(hint) and get_args(hint)[1:] != (Any,) and name.startswith(f"{group}."):
+            return group + key[len(group) :]
+    return name
 
 
 def read_value(text: str, hint: Any, flag: str) -> Any:

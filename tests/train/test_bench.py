@@ -37,7 +37,7 @@ def times(monkeypatch):
             call()
         return {name: found[name] for name in calls}
 
-    monkeypatch.setattr(cpu, "play", play)
+    monkeypatch.setattr(cpu, "alternate", play)
     return found
 
 

@@ -377,3 +377,8 @@ def test_the_help_of_a_script_is_a_file_of_its_defaults_and_explains_every_key(s
     (tmp_path / "help.yaml").write_text(usage(schema), encoding="utf-8")
     assert load(schema, ["--config", str(tmp_path / "help.yaml")]) == load(schema, [])
     assert [key for key, text in config.help_of(schema).items() if not text] == []
+
+
+def test_a_flag_below_a_dict_of_names_keeps_its_dashes():
+    assert list(load(Brush, ["--walls.north-west", "{coats: 2}"]).walls) == ["north-west"]
+    assert load(Brush, ["--rope.layout-name", "x"]).rope["layout_name"] == "x"  # a dict of fields
