@@ -22,6 +22,7 @@ from rope_mm.training.checkpoint import Stateful, TrainingState
 from rope_mm.training.config import check_options, dump, option
 from rope_mm.training.distributed import all_reduce_max
 from rope_mm.training.log import Log, read_metrics
+from rope_mm.training.model_card import write_model_card
 from rope_mm.training.monitor import MAX_SKIPPED, NaNGuard, finite, keep_batch, warning
 from rope_mm.training.profile import profiled
 from rope_mm.training.run_dir import Identity, check_folder, locked, open_folder, resume, save, write_model
@@ -149,6 +150,7 @@ def launch(make: Callable[[Config, Accelerator], Training], config: Config, **op
             result = train(training, config, output_dir) | training.extra_results()
         if accelerator.is_main_process:
             write_text(output_dir / "result.json", json.dumps(result, indent=1))
+            write_model_card(output_dir, result)
             print(json.dumps(result, indent=1))
             print(f"samples: {output_dir}/samples   model: {output_dir}/model")
 

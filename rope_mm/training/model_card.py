@@ -74,15 +74,16 @@ def model_card(
     )
 
 
-def write_model_card(output_dir: Path, scheme: str, result: Mapping[str, Any]) -> None:
+def write_model_card(output_dir: Path, result: Mapping[str, Any]) -> None:
     """Write OUTPUT_DIR/model/README.md of a run that is done.
 
     Args:
-        output_dir: folder of the run, with its run.yaml and versions.json.
-        scheme: of the model's positions.
+        output_dir: folder of the run, with its run.yaml, versions.json and model.
         result: metric -> value.
     """
     config = (output_dir / "run.yaml").read_text(encoding="utf-8")
     versions = json.loads((output_dir / "versions.json").read_text(encoding="utf-8"))
-    card = model_card(output_dir.name, scheme, config, versions, result)
+    model = json.loads((output_dir / "model" / "config.json").read_text(encoding="utf-8"))
+    rope = model["rope_parameters"]
+    card = model_card(output_dir.name, rope.get("scheme") or rope["layout"], config, versions, result)
     write_text(output_dir / "model" / "README.md", str(card))
