@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby, pairwise
 
-from rope_mm.fields import Count, Positive, check_fields
+from rope_mm.checks.fields import Count, Positive, check_fields
 from rope_mm.registry import Registry
 
 MOST = 2**31 - 1  # tokens of a segment

@@ -37,7 +37,7 @@ def cached():
     """A function: cache -> the keyword argument that holds it in this version of transformers."""
     from transformers import GenerationMixin
 
-    from rope_mm.arguments import spelling
+    from rope_mm.checks.arguments import spelling
 
     name = spelling(GenerationMixin.prepare_inputs_for_generation, "cache")
     assert name is not None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rope_mm.fields import Count, Positive, Switch, read_value
+from rope_mm.checks.fields import Count, Positive, Switch, read_value
 from rope_mm.rotary.module import Rotary
 
 Call = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rope_mm.extras import extra
+from rope_mm.checks.extras import extra
 from rope_mm.files import write_file
 
 

@@ -1,6 +1,6 @@
 """Captioned images and videos, embedded or anything that `datasets` loads, and documents made of them."""
 
-from rope_mm.extras import extra
+from rope_mm.checks.extras import extra
 
 with extra("train"):
     from rope_mm.data.augmentation import AUGMENTATIONS as AUGMENTATIONS

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rope_mm.analysis import markdown
 from rope_mm.analysis.figures import new_figure, save_figure
-from rope_mm.extras import extra
+from rope_mm.checks.extras import extra
 
 SHUFFLES = 10_000
 Summary = dict[str, dict[str, dict[str, Any]]]  # kind -> task -> what `describe` gives

@@ -9,7 +9,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from rope_mm.extras import import_name
+from rope_mm.checks.extras import import_name
 
 if TYPE_CHECKING:
     from rope_mm.hf.inspection import ModelRope

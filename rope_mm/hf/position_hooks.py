@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rope_mm.arguments import cache_of, read, refuse_unknown_cache
+from rope_mm.checks.arguments import cache_of, read, refuse_unknown_cache
 from rope_mm.hf.image_grids import takes_images
 from rope_mm.hf.position_ids import ENDS_IN_IMAGE, Conversation, next_positions, place_forward
 from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding

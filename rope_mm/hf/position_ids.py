@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from rope_mm.arguments import ALIASES, read
+from rope_mm.checks.arguments import ALIASES, read
 from rope_mm.hf.image_grids import IMAGES, PACES, VIDEOS, parameters_of, read_grids, takes_images, token_kinds
 from rope_mm.hf.rotary_embedding import scheme_of
 from rope_mm.positions.grids import Cursor

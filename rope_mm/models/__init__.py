@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from rope_mm.extras import extra
+from rope_mm.checks.extras import extra
 
 with extra("hf"):
     from transformers import (

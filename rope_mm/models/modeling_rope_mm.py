@@ -19,7 +19,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from rope_mm.arguments import (
+from rope_mm.checks.arguments import (
     ALIASES,
     cache_of,
     read,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rope_mm.fields import Count, Number, Positive, WholeNumber, check_fields
+from rope_mm.checks.fields import Count, Number, Positive, WholeNumber, check_fields
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from rope_mm.fields import NotNegative, Positive, Real
+from rope_mm.checks.fields import NotNegative, Positive, Real
 from rope_mm.positions import vision_layouts as vision
 from rope_mm.positions.cursor import Cursor
 from rope_mm.positions.grids import (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rope_mm.fields import NotNegative, Real, apply_rule, read_value
+from rope_mm.checks.fields import NotNegative, Real, apply_rule, read_value
 from rope_mm.positions.cursor import Cursor, OpenVideo
 from rope_mm.positions.grids import Raster, at_origin, fill, is_finite, same_frames
 from rope_mm.positions.layouts import LAYOUTS, Layout

@@ -3,7 +3,7 @@
 import math
 from typing import Annotated
 
-from rope_mm.fields import Count, NotNegative, Number, OneOf, Positive, WholeNumber
+from rope_mm.checks.fields import Count, NotNegative, Number, OneOf, Positive, WholeNumber
 from rope_mm.positions.cursor import Cursor
 from rope_mm.positions.grids import UNIT, Raster, check_blocks
 from rope_mm.segments import Segment

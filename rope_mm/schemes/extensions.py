@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from rope_mm.fields import Positive, Real, Reals, Switch, check_fields
+from rope_mm.checks.fields import Positive, Real, Reals, Switch, check_fields
 from rope_mm.registry import Registry
 from rope_mm.schemes.frequencies import Ladder
 

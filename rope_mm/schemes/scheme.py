@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from rope_mm.fields import (
+from rope_mm.checks.fields import (
     Count,
     Flag,
     OneOf,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad, jacrev
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from rope_mm.extras import extra
+from rope_mm.checks.extras import extra
 from rope_mm.losses import GAN_LOSSES, PENALTIES
 from rope_mm.losses.penalties import POINTS, GradientPenalty
 from rope_mm.registry import Registry

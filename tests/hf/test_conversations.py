@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from rope_mm import SCHEMES
-from rope_mm.arguments import cache_of
+from rope_mm.checks.arguments import cache_of
 from rope_mm.hf import positions_for, set_rope
 
 WITHIN = 5e-5

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, StaticCache, Trainer, TrainingArguments
 
 from rope_mm import SCHEMES, Rotary, Scheme
-from rope_mm.arguments import cache_of
+from rope_mm.checks.arguments import cache_of
 from rope_mm.hf import Handle, ModelRope, explain, positions_for, rope_of, set_rope, unset_rope, use_kernels
 from rope_mm.rotary import definition as rotation
 from rope_mm.schemes.extensions import YaRN

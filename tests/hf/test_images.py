@@ -51,7 +51,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_mm import SCHEMES, Image, Rotary, Scheme, Text, Unrotated, rotate
-from rope_mm.arguments import cache_of
+from rope_mm.checks.arguments import cache_of
 from rope_mm.hf import positions_for, rope_of, set_rope, unset_rope, use_kernels
 from rope_mm.rotary.dispatch import RotaryAngles
 

@@ -7,7 +7,7 @@ import torch
 from transformers import StaticCache
 
 from rope_mm import SCHEMES
-from rope_mm.arguments import cache_of
+from rope_mm.checks.arguments import cache_of
 from rope_mm.hf import positions_for, set_rope
 from rope_mm.schemes.zoo import MULTIMODAL
 

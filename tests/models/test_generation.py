@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rope_mm import SCHEMES, Image, Text, Video
-from rope_mm.arguments import cache_of
+from rope_mm.checks.arguments import cache_of
 from rope_mm.models import RopeMMForConditionalGeneration, build_batch, load_tokenizer, read_config
 
 TOKENIZER = load_tokenizer()

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.cache_utils import DynamicCache
 
-from rope_mm.arguments import cache_of, read, refuse_unknown_cache, spelling, takes_any_name
+from rope_mm.checks.arguments import cache_of, read, refuse_unknown_cache, spelling, takes_any_name
 from rope_mm.hf import set_rope
 from rope_mm.models import RopeMMConfig, RopeMMForConditionalGeneration
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from rope_mm.extras import MissingPackage, extra
+from rope_mm.checks.extras import MissingPackage, extra
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def torch_and_its_own(name: str = "torch") -> set[str]:
