@@ -91,6 +91,22 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return rows
 
 
+def check_fits(templates: Sequence[str], columns: Sequence[set[str]], here: Sequence[set[str]]) -> None:
+    """Refuse a template that fits no source, and a source that no template fits.
+
+    Args:
+        templates: as written.
+        columns: of each template.
+        here: columns of each source.
+    """
+    for template, wanted in zip(templates, columns, strict=True):
+        if not any(wanted <= names for names in here):
+            raise ValueError(f"template {template!r} fits no source; their columns are {here}")
+    for names in here:
+        if not any(wanted <= names for wanted in columns):
+            raise ValueError(f"no template fits columns {names}")
+
+
 class DocumentDataset(ABC):
     """Rows of sources as documents, wherever the rows are.
 
@@ -130,11 +146,7 @@ class DocumentDataset(ABC):
         here = [set(rows.column_names or ()) for rows in sources]
         pairs = list(zip(parsed, columns, strict=True))
         self.fits = [[template for template, wanted in pairs if wanted <= names] for names in here]
-        for template, wanted in zip(templates, columns, strict=True):
-            if not any(wanted <= names for names in here):
-                raise ValueError(f"template {template!r} fits no source; their columns are {here}")
-        if not all(self.fits):
-            raise ValueError(f"no template fits columns {here[self.fits.index([])]}")
+        check_fits(templates, columns, here)
         used = sorted(set().union(*columns))
         features = cast(Any, [rows.features for rows in sources])
         chosen = {name: there[name] for there in features for name in used if name in there}

@@ -39,6 +39,23 @@ def is_flash(config: PreTrainedConfig) -> bool:
     return "flash" in (config._attn_implementation or "")
 
 
+def count_cached(cache: Cache | None, new: int) -> tuple[int | Tensor, int, int]:
+    """Cached tokens, keys that `new` tokens attend to, and the number of the first of these keys."""
+    if cache is None:
+        return 0, new, 0
+    past, (size, start) = cache.get_seq_length(), cache.get_mask_sizes(new, 0)
+    return past.clone() if isinstance(past, Tensor) else past, size, start  # a static cache counts in place
+
+
+def check_columns(mask: Tensor | None, past: int | Tensor, new: int) -> None:
+    """Refuse a mask (b, columns) that lacks cached or new tokens."""
+    if mask is not None and isinstance(past, int) and mask.shape[1] < past + new:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns for {past} cached and {new} new tokens; give one "
+            "for each of them"
+        )
+
+
 def make_mask(
     config: PreTrainedConfig,
     x: Tensor,
@@ -67,15 +84,8 @@ def make_mask(
                 "flex_attention"
             )
         return mask  # the caller has made it already
-    past, size, start = 0, x.shape[1], 0
-    if cache is not None:
-        past, (size, start) = cache.get_seq_length(), cache.get_mask_sizes(x.shape[1], 0)
-        past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on in place
-    if mask is not None and isinstance(past, int) and mask.shape[1] < past + x.shape[1]:
-        raise ValueError(
-            f"attention_mask has {mask.shape[1]} columns for {past} cached and {x.shape[1]} new tokens; give "
-            "one for each of them"
-        )
+    past, size, start = count_cached(cache, x.shape[1])
+    check_columns(mask, past, x.shape[1])
     backend = config._attn_implementation or "sdpa"
     causal = block_ids is None and document_ids is None
     blocks = torch.arange(x.shape[1], device=x.device)[None] if block_ids is None else block_ids

@@ -207,28 +207,42 @@ class RopeMMModel(RopeMMPreTrainedModel):
             rope_deltas=rope_deltas,
             document_ids=document_ids,
         )
-        image_mask = self.image_mask(input_ids, inputs_embeds)
-        x = self.embed.tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        x = self.embed(x, patches, image_mask)
+        x = self.embed_inputs(input_ids, inputs_embeds, patches)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past = cache.get_seq_length() if cache is not None else 0
+            past = 0 if cache is None else cache.get_seq_length()
             position_ids = default_position_ids(x, attention_mask, past)
-        if angles is None:
-            numbers, positions = unpack_position_ids(position_ids, self.rotary.scheme, rope_deltas)
-            with record_function("rotary angles"):  # the name under which a profile shows it
-                angles = self.rotary.angles(positions, x.dtype)  # once; every layer uses the same
-        else:
-            numbers = (position_ids if position_ids.dim() == 2 else position_ids[0]).long()
+        numbers, angles = self.make_angles(position_ids, rope_deltas, angles, x.dtype)
         if document_ids is None:
             document_ids = find_document_ids(numbers, attention_mask, kwargs.get("cu_seq_lens_q"))
-        if cache is not None:
-            self.check_cache(document_ids)
+        self.check_cache(cache, document_ids)
         mask = make_mask(self.config, x, attention_mask, cache, block_ids, document_ids)
         for block in self.blocks:
             x = block(x, angles, mask, **{CACHE: cache}, position_ids=numbers, **kwargs)
         return BaseModelOutputWithPast(self.norm(x), cache)
+
+    def embed_inputs(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, patches: Tensor | None
+    ) -> Tensor:
+        """The stream (b, s, c) of token ids or token vectors, patches (n, p) at the image tokens."""
+        image_mask = self.image_mask(input_ids, inputs_embeds)
+        x = self.embed.tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        return self.embed(x, patches, image_mask)
+
+    def make_angles(
+        self,
+        position_ids: Tensor,
+        rope_deltas: Tensor | None,
+        angles: RotaryAngles | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, RotaryAngles]:
+        """Token numbers (b, s), and the angles of every layer: those given, or made of the positions."""
+        if angles is not None:
+            return (position_ids if position_ids.dim() == 2 else position_ids[0]).long(), angles
+        numbers, positions = unpack_position_ids(position_ids, self.rotary.scheme, rope_deltas)
+        with record_function("rotary angles"):  # the name under which a profile shows it
+            return numbers, self.rotary.angles(positions, dtype)
 
     def image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Where (b, s) image tokens are, among ids or among their vectors."""
@@ -238,8 +252,10 @@ class RopeMMModel(RopeMMPreTrainedModel):
             return (inputs_embeds == self.embed.tokens.weight[self.config.image_token_id]).all(-1)
         raise ValueError("give either input_ids or inputs_embeds")
 
-    def check_cache(self, document_ids: Tensor | None) -> None:
-        """Refuse what a cache cannot serve."""
+    def check_cache(self, cache: Cache | None, document_ids: Tensor | None) -> None:
+        """Refuse what a cache, where there is one, cannot serve."""
+        if cache is None:
+            return
         if document_ids is not None:
             raise ValueError(
                 "packed documents cannot be cached: a later token would see them all; pass use_cache=False"

@@ -106,10 +106,7 @@ def sample_frames(
             start -= n
         x = noise[:, frame]
         for step in range(steps):
-            chunk: dict[str, Any] = {
-                name: tensor[..., start:end] for name, tensor in inputs.items() if name != "rope_deltas"
-            }
-            chunk["attention_mask"] = inputs["attention_mask"][:, :end]
+            chunk = cut_inputs(inputs, start, end)
             if isinstance(cache, UnrotatedKeyCache):
                 chunk["angles"] = cache.query_angles(start, end, model.dtype)
             patches = torch.cat([before, x], 1)
@@ -121,6 +118,18 @@ def sample_frames(
                 start, before = end - n, before[:, :0]
         frames.append(before := x)
     return torch.stack(frames, 1)
+
+
+def cut_inputs(inputs: dict[str, Tensor], start: int, end: int) -> dict[str, Any]:
+    """Inputs of the tokens from start to end, where all before start are cached.
+
+    Args:
+        inputs: of all tokens (..., s).
+        start: first token.
+        end: one past the last token.
+    """
+    cut = {name: tensor[..., start:end] for name, tensor in inputs.items() if name != "rope_deltas"}
+    return cut | {"attention_mask": inputs["attention_mask"][:, :end]}
 
 
 def check_sampling(steps: int, window: int | None) -> None:

@@ -43,6 +43,7 @@ def bare(tmp_path_factory) -> Path:
             if not (folder / top).exists() and source.exists():
                 (folder / top).symlink_to(source)
     (folder / "rope_mm").symlink_to(ROOT / "rope_mm")
+    (folder / "rope_mm_kernels").symlink_to(ROOT / "kernels" / "rope_mm_kernels")
     return folder
 
 
