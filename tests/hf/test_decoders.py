@@ -19,7 +19,10 @@ IDS = torch.arange(3, 27).view(2, 12)
 WITHIN = 3e-5
 OWN = ["llama", "gemma3_text", "gpt_neox", "glm", "cohere", "gpt_oss", "olmo2", "phi"]
 OWN += ["deepseek_v2", "deepseek_v3", "llama4_text", "qwen3"]
-SERVED = [name for name in (*TEXT, *MULTIMODAL) if not SCHEMES[name].per_head]
+# one Omega for all heads, and text tokens that advance along every axis
+SERVED = [
+    name for name in (*TEXT, *MULTIMODAL) if not SCHEMES[name].per_head and all(SCHEMES[name].text_line[1])
+]
 
 
 def logits(model, ids=IDS, **inputs):
