@@ -3,6 +3,7 @@
 rope-mm schemes --format markdown
 rope-mm show rope-tv "text:5 image:2x3" --head-dim 64
 rope-mm check m-rope
+rope-mm train adversarial --config digits
 rope-mm lens rope-tv "text:5 image:4x6 text:5" --compare m-rope --out pictures
 """
 
@@ -10,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import runpy
 import sys
 import webbrowser
 from collections.abc import Sequence
@@ -22,11 +24,26 @@ from rope_mm.analysis.explorer import serve
 from rope_mm.analysis.figures import save_figure
 from rope_mm.analysis.pictures import EXAMPLE, PICTURES, NotShown, picture, text_picture
 from rope_mm.analysis.properties import FORMATS, HEAD_DIM, properties_table
+from rope_mm.registry import Registry
 from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.frequencies import ownership_map
 from rope_mm.schemes.zoo import SCHEMES
 from rope_mm.segments import parse_segments
 
+PACKAGE = Path(__file__).parent
+# a wheel has the training programs and their configurations inside the package, a checkout beside it
+PROGRAMS, CONFIGS = (
+    (PACKAGE / "programs", PACKAGE / "configs")
+    if (PACKAGE / "programs").is_dir()
+    else (PACKAGE.parent / "train", PACKAGE.parent / "configs")
+)
+# the folder of a program's configurations, where it has another name
+CONFIG_FOLDERS = {
+    "compare_heads": "heads",
+    "compare_losses": "adversarial",
+    "compare_schemes": "compare",
+    "gaussians": "adversarial",
+}
 MOST_SHOWN = 100_000  # tokens, a line each
 
 
@@ -105,6 +122,48 @@ def show_pictures(args: argparse.Namespace) -> int:
     return 0
 
 
+def programs() -> Registry[Path]:
+    """The training programs, by their names."""
+    found = {path.stem: path for path in sorted(PROGRAMS.glob("*.py")) if path.stem != "bench"}
+    return Registry("program", found)
+
+
+def find_config(program: str, name: str) -> str:
+    """The path of a configuration: a file's own, or a name such as `digits`, which this package has.
+
+    Raises:
+        ValueError: neither a file nor a name, with the names there are.
+    """
+    if Path(name).exists():
+        return name
+    folder = CONFIGS / CONFIG_FOLDERS.get(program, program)
+    named = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return str(Registry(f"configuration of {program}", named)[name])
+
+
+def train(args: argparse.Namespace) -> int:
+    """Run a training program in this process, with its own flags."""
+    path = programs()[args.program]
+    flags = list(args.flags)
+    for place, flag in enumerate(flags):
+        if flag == "--config" and place + 1 < len(flags):
+            flags[place + 1] = find_config(args.program, flags[place + 1])
+        elif flag.startswith("--config="):
+            flags[place] = f"--config={find_config(args.program, flag.partition('=')[2])}"
+    sys.argv = [str(path), *flags]
+    sys.path.insert(0, str(path.parent))  # programs import their neighbours
+    runpy.run_path(str(path), run_name="__main__")
+    return 0
+
+
+def add_train(commands: Any) -> None:
+    """The subcommand train."""
+    page = commands.add_parser("train", help="a training program (needs rope-mm[train])", add_help=False)
+    page.add_argument("program", metavar="PROGRAM", help=f"one of {', '.join(programs())}")
+    page.add_argument("flags", nargs=argparse.REMAINDER, help="its own flags; --help lists them")
+    page.set_defaults(run=train)
+
+
 def add_lens(commands: Any) -> None:
     """The subcommand lens."""
     lens = commands.add_parser("lens", help="pictures of a scheme, or of two side by side")
@@ -148,6 +207,7 @@ def make_parser() -> argparse.ArgumentParser:
     check.set_defaults(run=print_check)
 
     add_lens(commands)
+    add_train(commands)
     page = commands.add_parser("explore", help="a local page: positions, frequencies, promises")
     page.add_argument("--port", type=int, default=8137, help="of the page; 0 takes any (%(default)s)")
     page.add_argument("--no-browser", action="store_true", help="do not open a browser")

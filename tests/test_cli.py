@@ -114,3 +114,16 @@ def test_a_reader_that_stops_is_no_error():
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == '{"layout": "rope-tv"}\n'
+
+
+def test_a_training_program_runs_with_a_named_configuration(tmp_path):
+    words = ["train", "adversarial", "--config", "digits", "--dry-run", f"--output_dir={tmp_path / 'run'}"]
+    done = subprocess.run([sys.executable, "-m", "rope_mm", *words], capture_output=True, text=True)
+    assert done.returncode == 0 and "global_batch_size" in done.stdout, done.stderr[-1000:]
+
+
+def test_an_unknown_program_or_configuration_is_answered_with_those_there_are(capsys):
+    assert cli.main(["train", "adversaria"]) == 2
+    assert "did you mean 'adversarial'?" in capsys.readouterr().err
+    assert cli.main(["train", "adversarial", "--config", "digit"]) == 2
+    assert "configuration of adversarial 'digit' is unknown; did you mean" in capsys.readouterr().err

@@ -65,7 +65,7 @@ def place(
 
 def on_cpu() -> Any:
     """Positions are data: on the CPU also where models are built on the meta device."""
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    return nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
 
 
 def join(pieces: Iterable[Raster | Tensor], a: int) -> Tensor:

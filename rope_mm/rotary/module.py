@@ -76,7 +76,8 @@ class Rotary(nn.Module):
         self.spec = RotarySpec(scheme.pairing, blocks, tail, scheme.attention_scaling, mode)
         # no buffer: those are cast with a model, averaged over processes, and lost on the meta device
         self.static_omega = scheme.omega(head_dim, heads)
-        device = torch.get_default_device()  # the meta device, where a model is built without its weights
+        # meta, where a model is built without its weights; torch 2.6's get_default_device misses that
+        device = torch.empty(0).device
         fake = detect_fake_mode()
         initial = fake.from_tensor(self.static_omega) if fake else self.static_omega
         initial = initial.to(device, torch.float32)
