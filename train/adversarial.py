@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import CaptionedImages, draw_augmentation, load_images, make_generator
 from rope_mm.data.augmentation import AUGMENTATIONS
+from rope_mm.data.seeding import EVALUATION
 from rope_mm.evaluation.image_grid import save_sheet
 from rope_mm.evaluation.images import IMAGE_EVALUATORS, ImageEvaluator
 from rope_mm.models import ImageBatcher, load_tokenizer
@@ -219,7 +220,7 @@ class Training:
         if self.evaluator is None:
             return {}
         captions = [self.held_out.captions[row] for row in self.evaluator.rows]
-        return self.evaluator.evaluate(self.generate(captions, "exam"))
+        return self.evaluator.evaluate(self.generate(captions, EVALUATION))
 
     def generate(self, captions: list[str], key: str) -> Tensor:
         """Images (n, ch, y, x) of captions by the averaged generator; the noise depends on the key."""

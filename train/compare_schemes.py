@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rope_mm.data import batch_indices
+from rope_mm.data.seeding import EVALUATION
 from rope_mm.data.synthetic.qa_tasks import make_qa_samples
 from rope_mm.evaluation.comparison import draw_figure, summarise, write_table
 from rope_mm.evaluation.qa import (
@@ -66,7 +67,7 @@ class Benchmark:
         self.config, self.size = config, config.model.get("patch_size", 2)
         self.trained = [(task, sizes) for task, forms in config.trained.items() for sizes in forms.values()]
         questions = {
-            (kind, task, form): make_qa_samples(task, sizes, config.eval_samples, "exam")
+            (kind, task, form): make_qa_samples(task, sizes, config.eval_samples, EVALUATION)
             for kind, tasks in (("trained", config.trained), ("untrained", config.untrained))
             for task, forms in tasks.items()
             for form, sizes in forms.items()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import datasets
 import torch
 from datasets import Dataset, IterableDataset
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from torch import Tensor
 
 from rope_mm.data.images import is_text
@@ -340,11 +340,11 @@ def read_label(feature: datasets.ClassLabel, stored: Any) -> list[str]:
     return [cast(str, feature.int2str(stored))]
 
 
-def read_image(stored: dict) -> list[Picture.Image]:
+def read_image(stored: dict) -> list[PILImage.Image]:
     """The one frame of an image."""
     return [open_image(stored)]
 
 
-def read_video(read: Reader, stored: Any) -> list[Picture.Image]:
+def read_video(read: Reader, stored: Any) -> list[PILImage.Image]:
     """All frames of a video."""
     return read(stored, take_all)

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from torch import Tensor
 
 from rope_mm.data.pixels import (
@@ -270,7 +270,7 @@ def may_be_image(feature: Any) -> bool:
 def is_image(content: Any) -> bool:
     """Whether these are the bytes of an image."""
     try:
-        Picture.open(BytesIO(content))
+        PILImage.open(BytesIO(content))
     except UNREADABLE:
         return False
     return True

@@ -14,7 +14,7 @@ from typing import Any, cast
 import fsspec
 import numpy
 import torch
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from PIL import ImageColor, ImageOps
 from torch import Tensor
 
@@ -24,7 +24,7 @@ ORIENTATION = 0x0112  # the EXIF tag that says how to turn an image upright
 GREY_RANGES = 255, 65_535, 2**31 - 1  # of whole numbers of more than 8 bits, where the file does not say
 
 # what opening and fitting an image raise if its bytes are none
-UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, Picture.DecompressionBombError)
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, PILImage.DecompressionBombError)
 
 
 class Once(logging.Filter):
@@ -45,7 +45,7 @@ LOG = logging.getLogger(__name__)
 LOG.addFilter(Once())
 
 
-def open_file(stored: Mapping[str, Any]) -> Picture.Image:
+def open_file(stored: Mapping[str, Any]) -> PILImage.Image:
     """An image file from what `datasets` stores, its first frame loaded.
 
     Args:
@@ -59,7 +59,7 @@ def open_file(stored: Mapping[str, Any]) -> Picture.Image:
         with cast(Any, fsspec.open(os.fspath(path))) as file:
             content = file.read()
     try:
-        image = Picture.open(BytesIO(content))
+        image = PILImage.open(BytesIO(content))
         image.load()  # here, where its path is known
         return image
     except UNREADABLE as error:
@@ -67,7 +67,7 @@ def open_file(stored: Mapping[str, Any]) -> Picture.Image:
         raise ValueError(f"{reason}: {path}" if path else reason) from error
 
 
-def open_image(stored: Mapping[str, Any]) -> Picture.Image:
+def open_image(stored: Mapping[str, Any]) -> PILImage.Image:
     """An image from what `datasets` stores, upright; of several frames the first one, with a word in the log.
 
     Args:
@@ -84,7 +84,7 @@ def open_image(stored: Mapping[str, Any]) -> Picture.Image:
     return upright(image)
 
 
-def upright(image: Picture.Image) -> Picture.Image:
+def upright(image: PILImage.Image) -> PILImage.Image:
     """The image turned and flipped as its EXIF orientation says."""
     try:
         turned = image.getexif().get(ORIENTATION, 1) != 1
@@ -94,7 +94,7 @@ def upright(image: Picture.Image) -> Picture.Image:
 
 
 def resize_center_crop(
-    image: Picture.Image, size: int | tuple[int, int], channels: int, background: str = BACKGROUND
+    image: PILImage.Image, size: int | tuple[int, int], channels: int, background: str = BACKGROUND
 ) -> Tensor:
     """Pixels (ch, y, x), uint8, of an image cropped around its centre and resized.
 
@@ -106,12 +106,12 @@ def resize_center_crop(
     """
     height, width = (size, size) if isinstance(size, int) else size
     flat = to_channels(image, channels, background)
-    fitted = ImageOps.fit(flat, (width, height), Picture.Resampling.BOX)
+    fitted = ImageOps.fit(flat, (width, height), PILImage.Resampling.BOX)
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
     return pixels.view(height, width, channels).permute(2, 0, 1)
 
 
-def to_channels(image: Picture.Image, channels: int, background: str = BACKGROUND) -> Picture.Image:
+def to_channels(image: PILImage.Image, channels: int, background: str = BACKGROUND) -> PILImage.Image:
     """The image in grey, RGB or RGBA of 8 bits.
 
     Args:
@@ -124,8 +124,8 @@ def to_channels(image: Picture.Image, channels: int, background: str = BACKGROUN
     if not image.has_transparency_data or channels == 4:
         return image.convert(MODES[channels])
     colours = image.convert("RGBA")
-    ground = Picture.new("RGBA", colours.size, check_background(background))
-    return Picture.alpha_composite(ground, colours).convert(MODES[channels])
+    ground = PILImage.new("RGBA", colours.size, check_background(background))
+    return PILImage.alpha_composite(ground, colours).convert(MODES[channels])
 
 
 def check_background(background: str) -> tuple[int, ...]:
@@ -142,7 +142,7 @@ def check_background(background: str) -> tuple[int, ...]:
         ) from None
 
 
-def eight_bits(image: Picture.Image) -> Picture.Image:
+def eight_bits(image: PILImage.Image) -> PILImage.Image:
     """A grey image of 16 or 32 bits or of real numbers, scaled to 0 to 255.
 
     16 bits reach to 65,535. 32 bits reach to 65,535 or to 2^31 - 1, whichever holds the image; real numbers
@@ -157,10 +157,10 @@ def eight_bits(image: Picture.Image) -> Picture.Image:
     top = 65_535 if image.mode.startswith("I;16") else next((top for top in ranges if high <= top), math.inf)
     if not low >= 0 or not math.isfinite(top):
         raise ValueError(f"grey values of {low:g} to {high:g} have no meaning; save them as 0 to 65,535")
-    return Picture.fromarray((values * (255 / top)).round().astype("uint8"))
+    return PILImage.fromarray((values * (255 / top)).round().astype("uint8"))
 
 
-def to_image(pixels: Tensor, background: str = BACKGROUND) -> Picture.Image:
+def to_image(pixels: Tensor, background: str = BACKGROUND) -> PILImage.Image:
     """An image that a file or a grid can hold: grey or RGB, what is transparent composited.
 
     Args:
@@ -168,5 +168,5 @@ def to_image(pixels: Tensor, background: str = BACKGROUND) -> Picture.Image:
         background: the colour under what is transparent.
     """
     scaled = pixels.float().cpu().clamp(-1, 1).add(1).mul(127.5).round().byte()
-    image = Picture.fromarray(scaled.permute(1, 2, 0).squeeze(-1).numpy())
+    image = PILImage.fromarray(scaled.permute(1, 2, 0).squeeze(-1).numpy())
     return to_channels(image, 1 if len(pixels) == 1 else 3, background)

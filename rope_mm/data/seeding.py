@@ -5,6 +5,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+EVALUATION = "exam"  # key of what is random in an evaluation; another key would change every measured result
+
 
 def make_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator whose numbers depend on device and key alone.

@@ -9,7 +9,7 @@ import datasets
 import numpy
 import torch
 from datasets import Dataset
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from torch import Tensor
 
 from rope_mm.data.images import check_rows, load_splits, read_captions, read_labels
@@ -24,7 +24,7 @@ from rope_mm.data.pixels import (
 )
 
 Pick = Callable[[int], list[int]]
-Reader = Callable[[Any, Pick], list[Picture.Image]]
+Reader = Callable[[Any, Pick], list[PILImage.Image]]
 
 
 class CaptionedVideos:
@@ -130,12 +130,12 @@ def choose_reader(feature: Any, column: str) -> tuple[Reader, Any]:
     )
 
 
-def read_images(stored: list[dict], pick: Pick) -> list[Picture.Image]:
+def read_images(stored: list[dict], pick: Pick) -> list[PILImage.Image]:
     """Frames of a list of images."""
     return [open_image(stored[frame]) for frame in pick(len(stored))]
 
 
-def read_animation(stored: dict, pick: Pick) -> list[Picture.Image]:
+def read_animation(stored: dict, pick: Pick) -> list[PILImage.Image]:
     """Frames of an animated image."""
     image, frames = open_file(stored), []
     for frame in pick(getattr(image, "n_frames", 1)):
@@ -144,7 +144,7 @@ def read_animation(stored: dict, pick: Pick) -> list[Picture.Image]:
     return frames
 
 
-def read_array(stored: Any, pick: Pick) -> list[Picture.Image]:
+def read_array(stored: Any, pick: Pick) -> list[PILImage.Image]:
     """Frames of an array (t, ch, y, x).
 
     Raises:
@@ -158,7 +158,7 @@ def read_array(stored: Any, pick: Pick) -> list[Picture.Image]:
     if not numpy.issubdtype(array.dtype, numpy.integer) or array.min() < 0 or array.max() > 255:
         raise ValueError("its values must be whole numbers in 0 to 255")
     frames = array[pick(len(array))].astype("uint8").transpose(0, 2, 3, 1)
-    return [Picture.fromarray(frame.squeeze(2) if frame.shape[2] == 1 else frame) for frame in frames]
+    return [PILImage.fromarray(frame.squeeze(2) if frame.shape[2] == 1 else frame) for frame in frames]
 
 
 def video_reader(column: str) -> Reader:
@@ -175,7 +175,7 @@ def video_reader(column: str) -> Reader:
     return partial(read_video, VideoDecoder)
 
 
-def read_video(decoder: Callable[[Any], Any], stored: dict, pick: Pick) -> list[Picture.Image]:
+def read_video(decoder: Callable[[Any], Any], stored: dict, pick: Pick) -> list[PILImage.Image]:
     """Frames of a video file.
 
     Args:

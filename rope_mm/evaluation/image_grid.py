@@ -5,7 +5,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
@@ -38,7 +38,7 @@ def save_sheet(path: Path, images: Tensor, captions: Sequence[str]) -> None:
     font: Any = ImageFont.load_default(TEXT)
     texts = [fit_caption(caption, font, height) for caption in captions]
     margin = int(max(font.getlength(line) for lines in texts for line in lines)) + 2 * GAP
-    sheet = Picture.new("RGB", (margin + columns * (width + GAP), len(captions) * (height + GAP)), "white")
+    sheet = PILImage.new("RGB", (margin + columns * (width + GAP), len(captions) * (height + GAP)), "white")
     draw = ImageDraw.Draw(sheet)
     for row, lines in enumerate(texts):
         top = row * (height + GAP) + (height - len(lines) * TEXT) // 2
@@ -46,7 +46,7 @@ def save_sheet(path: Path, images: Tensor, captions: Sequence[str]) -> None:
             draw.text((GAP, top + number * TEXT), line, fill="black", font=font)
     for place, pixels in enumerate(images):
         row, column = divmod(place, columns)
-        tile = to_image(pixels).resize((width, height), Picture.Resampling.NEAREST)
+        tile = to_image(pixels).resize((width, height), PILImage.Resampling.NEAREST)
         sheet.paste(tile, (margin + column * (width + GAP), row * (height + GAP)))
     write_file(path, lambda part: sheet.save(part, format="PNG"))
 

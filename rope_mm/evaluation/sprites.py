@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rope_mm.data.documents import MapDocuments
-from rope_mm.data.seeding import make_generator
+from rope_mm.data.seeding import EVALUATION, make_generator
 from rope_mm.data.synthetic.captioned_sprites import all_combinations, read_caption
 from rope_mm.data.synthetic.sprites import (
     FACTORS,
@@ -140,7 +140,7 @@ class SpriteEvaluator:
         metrics = {}
         if pairs := eval_pairs(pipeline, held_out, self.generating, EVAL_SAMPLES):
             true = torch.stack([value.pixels for _, value in pairs])
-            prompts, generator = [before for before, _ in pairs], make_generator("exam")
+            prompts, generator = [before for before, _ in pairs], make_generator(EVALUATION)
             if true.dim() == 5:
                 made = torch.stack(pipeline.continue_video(prompts, true, generator))
             else:

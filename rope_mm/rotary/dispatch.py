@@ -83,7 +83,10 @@ def explain_dispatch(q: Tensor, k: Tensor | None, positions: Tensor, omega: Tens
     """Which way `rotate` takes with these tensors, and why, in a line.
 
     Args:
-        q, k, positions, omega: as in `rotate`.
+        q: queries (b, s, h, d).
+        k: keys (b, s, g, d), or None.
+        positions: (s, a) or (b, s, a), whole numbers, float32 or float64.
+        omega: radians per step (a, r), or (n, a, r).
 
     Raises:
         ValueError: what `rotate` refuses.
@@ -366,7 +369,15 @@ def rotate_(
     """`rotate` that overwrites q and k, with the same gradients, and returns them.
 
     Args:
-        q, k, positions, omega, pairing, blocks, tail, factor, mode: as in `rotate`.
+        q: queries (b, s, h, d), overwritten.
+        k: keys (b, s, g, d), overwritten.
+        positions: (s, a) or (b, s, a), whole numbers, float32 or float64.
+        omega: radians per step (a, r), or (n, a, r) with n dividing g.
+        pairing: "half", "interleaved" or "block".
+        blocks: pairs in each block, for "block".
+        tail: whether the last 2r channels are rotated, not the first.
+        factor: what cosine and sine are multiplied by.
+        mode: "exact", or "hf" for the angles of transformers, rounded to float32.
 
     Raises:
         ValueError: as `rotate`, and a q or k that is a leaf that requires grad, or expanded.
@@ -410,7 +421,10 @@ def rotate_by_angles(
         q: queries (b, s, h, d).
         k: keys (b, s, g, d), or None.
         angles: radians (s, r), (b, s, r), or (b, s, n, r) with n dividing g, in float32 or float64.
-        pairing, blocks, tail, factor: as in `rotate`.
+        pairing: "half", "interleaved" or "block".
+        blocks: pairs in each block, for "block".
+        tail: whether the last 2r channels are rotated, not the first.
+        factor: what cosine and sine are multiplied by.
 
     Raises:
         ValueError: what does not fit together.
@@ -438,7 +452,9 @@ def rotate_by_table(
         k: keys (b, s, g, d), or None.
         cos: (1, s, 2r) or (b, s, 2r) as in transformers; of a pair, the first channel's entry is read.
         sin: as cos.
-        pairing, blocks, tail: as in `rotate`.
+        pairing: "half", "interleaved" or "block".
+        blocks: pairs in each block, for "block".
+        tail: whether the last 2r channels are rotated, not the first.
 
     Raises:
         ValueError: what does not fit together.

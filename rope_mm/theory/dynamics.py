@@ -55,21 +55,21 @@ class Dirac:
         origin = torch.zeros_like(theta)
         real, fake = critic(phi, origin)[None], critic(phi, theta)[None]
         extra = (theta.norm()[None], self.qp_lambda) if loss.needs_distance else ()
-        of_critic = loss.critic(real, fake, *extra) + self.decay / 2 * phi.square().sum()
+        critic_objective = loss.critic(real, fake, *extra) + self.decay / 2 * phi.square().sum()
         for name, gamma in self.penalties.items():
             penalty = PENALTIES[name]
             if not isinstance(penalty, GradientPenalty):
                 raise ValueError(f"the Dirac-GAN takes penalties of gradients, and {name!r} is one of scores")
             slope = grad(critic, argnums=1)(phi, POINTS[penalty.at](origin, theta, 0.5))
-            of_critic = of_critic + gamma * penalty.of_squares(slope.square().sum()[None])
-        return of_critic, loss.generator(real, fake)
+            critic_objective = critic_objective + gamma * penalty.of_squares(slope.square().sum()[None])
+        return critic_objective, loss.generator(real, fake)
 
     def field(self, state: Tensor) -> Tensor:
         """Velocity (2, n): both players downhill, each in its own objective."""
         phi, theta = state
-        of_critic = grad(lambda phi: self.objectives(phi, theta)[0])(phi)
-        of_generator = grad(lambda theta: self.objectives(phi, theta)[1])(theta)
-        return -torch.stack([of_critic, of_generator])
+        critic_slope = grad(lambda phi: self.objectives(phi, theta)[0])(phi)
+        generator_slope = grad(lambda theta: self.objectives(phi, theta)[1])(theta)
+        return -torch.stack([critic_slope, generator_slope])
 
 
 def flow(velocity: Field, start: Tensor, times: Sequence[float] | Tensor, tolerance: float = 1e-8) -> Tensor:

@@ -6,7 +6,7 @@ and `PretrainTrainer` for packed documents.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from rope_mm.losses import DISTANCES, GAN_LOSSES, METHODS, PENALTIES, input_gradients, twice_differentiable
 from rope_mm.losses.penalties import GradientPenalty
-from rope_mm.models.position_ids import count_tokens
 from rope_mm.models.sequences import SequenceBatch
 from rope_mm.rotary.dispatch import RotaryAngles
 from rope_mm.training.config import check_options, option
@@ -82,25 +81,16 @@ class CriticBatch:
     @cached_property
     def columns(self) -> dict[str, Tensor]:
         """Keyword arguments of a forward but patches and angles, made once for all passes of a step."""
-        inputs = self.sequences.inputs() if self.angles is None else self.numbered()
+        inputs = self.sequences.inputs(self.angles)
+        inputs.pop("angles", None)
         return {name: x.movedim(1, 0) if x.dim() == 3 else x for name, x in inputs.items()}
-
-    def numbered(self) -> dict[str, Tensor]:
-        """Token ids, mask and blocks (b, s), positions being known by their angles."""
-        mask = self.sequences.mask
-        return {
-            "input_ids": self.sequences.input_ids,
-            "attention_mask": mask.long(),
-            "position_ids": count_tokens(mask),
-            "block_ids": self.sequences.block_ids,
-        }
 
     def inputs(self, rows: Tensor | None = None) -> dict[str, Any]:
         """Keyword arguments of a forward but patches, of all sequences or of rows (r,) of them."""
         columns = self.columns if rows is None else {name: x[rows] for name, x in self.columns.items()}
         inputs: dict[str, Any] = {n: x.movedim(0, 1) if x.dim() == 3 else x for n, x in columns.items()}
         if self.angles is not None:
-            inputs["angles"] = self.angles if rows is None else select_rows(self.angles, rows)
+            inputs["angles"] = self.angles if rows is None else self.angles.select_rows(rows)
         return inputs
 
     def score(self, critic: nn.Module, patches: Tensor, augmented: bool = True) -> Tensor:
@@ -124,18 +114,6 @@ class CriticBatch:
         if self.generated is None:
             return generated.view_as(self.real)
         return self.real.masked_scatter(self.generated[..., None], generated)
-
-
-def select_rows(angles: RotaryAngles, rows: Tensor) -> RotaryAngles:
-    """The angles of rows (r,) of a batch."""
-
-    def select(part: Any) -> Any:
-        if isinstance(part, tuple):
-            return type(part)(*map(select, part))
-        return part[rows] if isinstance(part, Tensor) else part
-
-    names = "positions", "angle", "cos", "sin", "wide"
-    return replace(angles, **{name: select(getattr(angles, name)) for name in names})
 
 
 class LeCamEMA:

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from rope_mm.data import (
     CaptionedImages,
@@ -28,7 +28,7 @@ GREYS = [20 * i for i in range(10)]
 
 def png(grey, size=4):
     content = io.BytesIO()
-    Picture.new("L", (size, size), grey).save(content, "png")
+    PILImage.new("L", (size, size), grey).save(content, "png")
     return content.getvalue()
 
 
@@ -161,7 +161,7 @@ def test_an_empty_list_of_captions_is_named_by_its_row():
 
 def test_the_background_reaches_images_and_documents():
     clear = io.BytesIO()
-    Picture.new("RGBA", (4, 4), (255, 0, 0, 0)).save(clear, "png")
+    PILImage.new("RGBA", (4, 4), (255, 0, 0, 0)).save(clear, "png")
     held = {"image": [{"bytes": clear.getvalue(), "path": None}]}
     rows = Dataset.from_dict(held, features=Features(image=Image()))
     assert CaptionedImages(rows, 4, 3, caption="", background="black").images().unique().tolist() == [-1]

@@ -7,7 +7,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from rope_mm.data import MapDocuments, load_splits, make_generator
 from rope_mm.data.documents import Unreadable, Visual, first_fit
@@ -19,7 +19,7 @@ CAPTION, IMAGE, DRAWN = Column("caption"), Column("image"), Column("image", True
 
 
 def grey(value):
-    return Picture.new("L", (4, 4), value)
+    return PILImage.new("L", (4, 4), value)
 
 
 def png(value):

@@ -7,7 +7,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from rope_mm.data import (
     DIGIT_NAMES,
@@ -25,7 +25,7 @@ def squares(folder: Path, count: int = 10, side: int = 12) -> Path:
     folder.mkdir(parents=True)
     rows = []
     for i in range(count):
-        Picture.new("RGB", (side, side + 4), (25 * i,) * 3).save(folder / f"{i}.png")
+        PILImage.new("RGB", (side, side + 4), (25 * i,) * 3).save(folder / f"{i}.png")
         rows.append(json.dumps({"file_name": f"{i}.png", "caption": f"grey {i}", "grey": i}))
     (folder / "metadata.jsonl").write_text("\n".join(rows))
     return folder
@@ -70,7 +70,7 @@ def test_an_imagefolder_with_captions_is_cropped_resized_and_split(tmp_path):
 
 
 def test_parquet_files_are_read(tmp_path):
-    column = [Picture.new("L", (8, 8), 10 * i) for i in range(10)]
+    column = [PILImage.new("L", (8, 8), 10 * i) for i in range(10)]
     features = Features(picture=ImageColumn(), words=Value("string"))
     rows = Dataset.from_dict(
         {"picture": column, "words": [f"grey {i}" for i in range(10)]}, features=features

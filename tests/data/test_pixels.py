@@ -4,7 +4,7 @@ import logging
 import numpy
 import pytest
 import torch
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from rope_mm.data.pixels import open_image, resize_center_crop, to_image
 
@@ -22,15 +22,15 @@ def pixels(image, channels, kind="png", size=4, background="white", **options):
 
 def halves(mode, left, right, size=4):
     """An image of two colours, side by side."""
-    image = Picture.new(mode, (size, size), left)
+    image = PILImage.new(mode, (size, size), left)
     image.paste(right, (size // 2, 0, size, size))
     return image
 
 
 def test_an_image_is_turned_upright_by_its_exif_orientation():
-    lying = Picture.new("L", (32, 32), 0)
+    lying = PILImage.new("L", (32, 32), 0)
     lying.paste(255, (0, 0, 16, 32))  # white on the left; upright, by orientation 6, white is at the top
-    exif = Picture.Exif()
+    exif = PILImage.Exif()
     exif[0x0112] = 6
     found = pixels(lying, 1, "jpeg", size=2, exif=exif)[0]
     assert (found[0] > 250).all() and (found[1] < 5).all()
@@ -40,7 +40,7 @@ def test_an_image_is_turned_upright_by_its_exif_orientation():
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("value", [0, 257 * 100, 65_535])
 def test_sixteen_bit_grey_is_scaled(channels, value):
-    image = Picture.fromarray(numpy.full((4, 4), value, dtype="uint16"))
+    image = PILImage.fromarray(numpy.full((4, 4), value, dtype="uint16"))
     assert image.mode.startswith("I;16")
     assert (pixels(image, channels) == value // 257).all()
 
@@ -57,19 +57,19 @@ def test_sixteen_bit_grey_is_scaled(channels, value):
     ],
 )
 def test_thirty_two_bit_grey_is_scaled(value, dtype, grey):
-    image = Picture.fromarray(numpy.full((4, 4), value, dtype=dtype))
+    image = PILImage.fromarray(numpy.full((4, 4), value, dtype=dtype))
     assert (pixels(image, 1, "tiff") == grey).all()
 
 
 @pytest.mark.parametrize("value", [-1.0, 70_000.0, float("nan")])
 def test_grey_values_without_meaning_are_refused(value):
     with pytest.raises(ValueError, match="have no meaning; save them as 0 to 65,535"):
-        pixels(Picture.fromarray(numpy.full((4, 4), value, dtype="float32")), 1, "tiff")
+        pixels(PILImage.fromarray(numpy.full((4, 4), value, dtype="float32")), 1, "tiff")
 
 
 def with_palette():
     """Red, and a black that is transparent."""
-    image = Picture.new("P", (4, 4), 0)
+    image = PILImage.new("P", (4, 4), 0)
     image.putpalette([255, 0, 0, 0, 0, 0])
     image.paste(1, (2, 0, 4, 4))
     image.info["transparency"] = 1
@@ -96,23 +96,23 @@ def test_what_is_transparent_shows_the_background_and_not_its_invisible_colour(
 
 
 def test_half_transparent_colours_are_mixed_with_the_background():
-    half = Picture.new("RGBA", (4, 4), (255, 0, 0, 128))
+    half = PILImage.new("RGBA", (4, 4), (255, 0, 0, 128))
     assert pixels(half, 3)[:, 0, 0].tolist() == [255, 127, 127]
 
 
 def test_four_channels_keep_alpha():
     assert pixels(TRANSPARENT[0], 4)[3].unique().tolist() == [0, 255]
-    assert (pixels(Picture.new("RGB", (4, 4), "red"), 4)[3] == 255).all()
+    assert (pixels(PILImage.new("RGB", (4, 4), "red"), 4)[3] == 255).all()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK"])
 def test_white_is_white_in_every_mode(mode):
-    image = Picture.new("RGB", (4, 4), "white").convert(mode)
+    image = PILImage.new("RGB", (4, 4), "white").convert(mode)
     assert (pixels(image, 3, "tiff") == 255).all()
 
 
 def test_of_an_animation_the_first_frame_is_read_and_said_so_once(caplog):
-    frames = [Picture.new("L", (4, 4), grey) for grey in (10, 200, 250)]
+    frames = [PILImage.new("L", (4, 4), grey) for grey in (10, 200, 250)]
     held = stored(frames[0], "gif", save_all=True, append_images=frames[1:])
     held["path"] = "test-of-an-animation.gif"
     with caplog.at_level(logging.WARNING):
@@ -123,7 +123,7 @@ def test_of_an_animation_the_first_frame_is_read_and_said_so_once(caplog):
 
 
 def test_an_image_is_cropped_around_its_centre_to_any_shape():
-    image = Picture.new("L", (12, 4), 0)
+    image = PILImage.new("L", (12, 4), 0)
     image.paste(255, (4, 0, 8, 4))
     assert (resize_center_crop(image, 4, 1) == 255).all()
     wide = resize_center_crop(image, (2, 6), 1)

@@ -2,7 +2,7 @@ import numpy
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from rope_mm.data import (
     DIGIT_NAMES,
@@ -23,7 +23,7 @@ def splits():
 def grey_digits(side=8, count=20, brightest=255):
     """Splits of even grey images whose brightness tells the label: label * 25."""
     labels = [i % 10 for i in range(count)]
-    columns = {"image": [Picture.new("L", (side, side), 25 * label) for label in labels], "label": labels}
+    columns = {"image": [PILImage.new("L", (side, side), 25 * label) for label in labels], "label": labels}
     rows = Dataset.from_dict(columns, features=Features(image=Image(), label=Value("int64")))
     return DatasetDict(train=rows, test=rows)
 

@@ -14,7 +14,7 @@ import torch
 from datasets import Array4D, Dataset, Features, Image, IterableDataset, List, Value, Video
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from rope_mm.data import MapDocuments, StreamingDocuments, load_documents, make_generator
 from rope_mm.data.documents import Unreadable
@@ -50,7 +50,7 @@ class Unpacked:
 
 def png(shade):
     file = io.BytesIO()
-    Picture.new("L", (4, 4), shade).save(file, format="PNG")
+    PILImage.new("L", (4, 4), shade).save(file, format="PNG")
     return file.getvalue()
 
 
@@ -284,7 +284,7 @@ def torchcodec(monkeypatch):
 @pytest.mark.parametrize(
     ("feature", "column"),
     [
-        (List(Image()), lambda frames: [Picture.fromarray(frame[0].numpy()) for frame in frames]),
+        (List(Image()), lambda frames: [PILImage.fromarray(frame[0].numpy()) for frame in frames]),
         (Array4D((3, 1, 4, 4), "uint8"), lambda frames: frames.tolist()),
         (Array4D((None, 1, 4, 4), "uint8"), lambda frames: frames.tolist()),
         (List(List(List(List(Value("uint8"))))), lambda frames: frames.tolist()),

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 from datasets import Array4D, Dataset, Features, Image, List, Value, Video
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from rope_mm.data import VIDEO_FACTORS, CaptionedVideos, captioned_videos, load_videos
 from rope_mm.data.videos import choose_reader
@@ -18,7 +18,7 @@ CAPTIONS = ["one", "two"]
 
 
 def images_of(video):
-    return [Picture.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video]
+    return [PILImage.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video]
 
 
 def as_images():
@@ -144,7 +144,7 @@ def test_an_array_that_is_no_video_is_named_by_its_row(frames, words):
 
 def test_frames_of_animated_images_make_videos():
     content = io.BytesIO()
-    frames = [Picture.new("L", (8, 8), grey) for grey in (0, 100, 200)]
+    frames = [PILImage.new("L", (8, 8), grey) for grey in (0, 100, 200)]
     frames[0].save(content, "gif", save_all=True, append_images=frames[1:])
     held = {"frames": [{"bytes": content.getvalue(), "path": None}], "caption": ["one"]}
     rows = Dataset.from_dict(held, features=Features(frames=Image(), caption=Value("string")))

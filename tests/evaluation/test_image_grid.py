@@ -1,6 +1,6 @@
 import pytest
 import torch
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from rope_mm.evaluation.image_grid import GAP, MARGIN, save_sheet
 
@@ -9,7 +9,7 @@ from rope_mm.evaluation.image_grid import GAP, MARGIN, save_sheet
 def test_every_image_stands_in_the_row_of_its_caption(channels, tmp_path):
     pictures = torch.linspace(-1, 1, 6).view(6, 1, 1, 1).expand(6, channels, 8, 8)
     save_sheet(tmp_path / "sheet.png", pictures, ["a dark one", "a light one"])
-    sheet = Picture.open(tmp_path / "sheet.png").convert("L")
+    sheet = PILImage.open(tmp_path / "sheet.png").convert("L")
     left = sheet.width - 3 * (48 + GAP)
     seen = [sheet.getpixel((left + 52 * x + 24, 52 * y + 24)) for y in range(2) for x in range(3)]
     assert seen == [0, 51, 102, 153, 204, 255]
@@ -25,14 +25,14 @@ def test_images_that_do_not_fill_the_rows_are_refused(tmp_path):
 def test_a_grid_honours_alpha(tmp_path):
     images = torch.cat([torch.full((1, 3, 8, 8), -1.0), torch.full((1, 1, 8, 8), -1.0)], 1)  # invisible black
     save_sheet(tmp_path / "sheet.png", images, ["a"])
-    sheet = Picture.open(tmp_path / "sheet.png").convert("L")
+    sheet = PILImage.open(tmp_path / "sheet.png").convert("L")
     assert sheet.getpixel((sheet.width - GAP - 24, 24)) == 255
 
 
 def test_a_long_caption_is_wrapped_and_then_cut(tmp_path):
     captions = ["a short one", "a caption of many words " * 200, "x" * 3000]
     save_sheet(tmp_path / "sheet.png", torch.zeros(3, 1, 8, 8), captions)
-    sheet = Picture.open(tmp_path / "sheet.png").convert("L")
+    sheet = PILImage.open(tmp_path / "sheet.png").convert("L")
     assert sheet.width <= MARGIN + 2 * GAP + 48 + GAP + 1
     assert sheet.height == 3 * (48 + GAP)
     rows = [sheet.crop((0, 52 * row, sheet.width - 48 - GAP, 52 * row + 48)) for row in range(3)]

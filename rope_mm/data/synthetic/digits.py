@@ -2,7 +2,7 @@
 
 import numpy
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -18,7 +18,7 @@ def captioned_digits() -> DatasetDict:
     pixels, labels = (numpy.asarray(part) for part in load_digits(return_X_y=True))
     grey = (pixels.reshape(-1, 8, 8) * 255 / 16).round().astype("uint8")
     columns = {
-        "image": [Picture.fromarray(image) for image in grey],
+        "image": [PILImage.fromarray(image) for image in grey],
         "caption": [PHRASES[i // 10 % 4].format(DIGIT_NAMES[label]) for i, label in enumerate(labels)],
         "label": labels.tolist(),
     }

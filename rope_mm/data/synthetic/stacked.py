@@ -6,7 +6,7 @@ from typing import Any
 import numpy
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from rope_mm.data.seeding import make_generator
 from rope_mm.data.synthetic.digits import DIGIT_NAMES, captioned_digits
@@ -71,7 +71,7 @@ def stack(digits: Dataset, split: str, count: int) -> Dataset:
 def png(pixels: Any) -> bytes:
     """An image file of uint8 pixels (y, x, 3)."""
     file = BytesIO()
-    Picture.fromarray(pixels).save(file, format="PNG", compress_level=1)
+    PILImage.fromarray(pixels).save(file, format="PNG", compress_level=1)
     return file.getvalue()
 
 
@@ -97,7 +97,7 @@ def read_npz(path: str) -> DatasetDict:
     if "label" in columns:
         features["label"] = ClassLabel(names=list(DIGIT_NAMES))
     named = {name: column.tolist() for name, column in columns.items()}
-    named |= {"image": [Picture.fromarray(pixels) for pixels in image], "caption": caption.tolist()}
+    named |= {"image": [PILImage.fromarray(pixels) for pixels in image], "caption": caption.tolist()}
     rows = Dataset.from_dict(named, features=features)
     held = numpy.arange(len(rows)) % 10 == 9
     splits = {"train": ~held, "test": held}
