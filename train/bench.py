@@ -43,7 +43,7 @@ VOCAB = len(load_tokenizer())
 
 
 class Size(NamedTuple):
-    """A model, and what it reads in a step: so many rows of so many words."""
+    """A model's sizes, and the rows and the length of what it reads in a step."""
 
     width: int
     inner: int
@@ -51,11 +51,11 @@ class Size(NamedTuple):
     heads: int
     kv_heads: int
     rows: int
-    words: int
+    length: int
 
     @property
     def model(self) -> str:
-        """Its width and layers, as tables tell them."""
+        """Its width and layers, as the tables write them."""
         return f"{self.width} x {self.layers}"
 
     def settings(self) -> dict[str, Any]:
@@ -110,10 +110,10 @@ def spread(times: dict[str, list], one: str, other: str) -> tuple[float, float, 
 
 
 def steps_table(sizes: list[Size], rounds: int) -> str:
-    """RopeMM's step over those of transformers' models, on words alone."""
+    """RopeMM's step over those of transformers' models, on text alone."""
     rows = []
     for size in sizes:
-        ids = torch.randint(VOCAB - 2, (size.rows, size.words), generator=make_generator("bench"))
+        ids = torch.randint(VOCAB - 2, (size.rows, size.length), generator=make_generator("bench"))
         inputs = {"input_ids": ids, "labels": ids}
         times = cpu.alternate(
             {name: trainer(make(size), inputs) for name, make in MODELS.items()}, rounds, time.thread_time
@@ -122,15 +122,19 @@ def steps_table(sizes: list[Size], rounds: int) -> str:
             low, ratio, high = spread(times, "RopeMM", other)
             ms = (f"{1e3 * statistics.median(times[name]):.1f}" for name in ("RopeMM", other))
             goal = f"<= {GOAL}" + ", missed" * (ratio > GOAL) if other == "Llama" else ""
-            shape = size.model, f"{size.rows} x {size.words}"
+            shape = size.model, f"{size.rows} x {size.length}"
             rows.append((*shape, *ms, other, f"{ratio:.2f} ({low:.2f} to {high:.2f})", goal))
     return markdown.table(
-        ("width x layers", "words", "ms", "ms of", "the other", "ratio (quartiles)", "goal"), rows
+        ("width x layers", "tokens", "ms", "ms of", "the other", "ratio (quartiles)", "goal"), rows
     )
 
 
 def uneven(count: int, longest: int) -> list[Document]:
-    """Documents of words about a picture, up to so many bytes, short ones more often than long ones."""
+    """Documents of text around an image, short ones more often than long ones.
+
+    Args:
+        count: number of documents.
+        longest: bytes of text before the image, at most."""
     draw, pixels = random.Random(0), torch.zeros(1, 8, 8)
     sizes = [round(longest ** draw.random()) for _ in range(count)]
     return [["a" * size, Visual(pixels), "b" * (1 + size // 2)] for size in sizes]
@@ -140,8 +144,8 @@ def packing_table(size: Size, rounds: int) -> str:
     """Tokens a second of documents packed, and of the same padded to the longest."""
     model = ours(size)
     processor = RopeMMProcessor(load_tokenizer())
-    documents = uneven(24, size.words // 2)
-    pack = Packer(processor, size.words, from_noise)(documents, [make_generator("bench")] * len(documents))
+    documents = uneven(24, size.length // 2)
+    pack = Packer(processor, size.length, from_noise)(documents, [make_generator("bench")] * len(documents))
     read = [[part if isinstance(part, str) else part.pixels for part in d] for d in documents]
     padded = dict(processor(documents=read, return_labels=True, padding_side="right"))
     ways = {"packed": pack.inputs() | {"labels": pack.labels}, "padded": padded}
@@ -190,16 +194,16 @@ def seconds(step: Callable[[], None], device: str) -> float:
 
 # backend, whether patches see each other, which takes a mask, and where it trains
 WAYS = {
-    "sdpa, words alone (no mask)": ("sdpa", False, ("cpu", "cuda")),
-    "sdpa, with pictures (a mask of s x s)": ("sdpa", True, ("cpu", "cuda")),
-    "flex_attention, with pictures": ("flex_attention", True, ("cuda",)),
-    "flash_attention_2, words alone": ("flash_attention_2", False, ()),
+    "sdpa, text alone (no mask)": ("sdpa", False, ("cpu", "cuda")),
+    "sdpa, with images (a mask of s x s)": ("sdpa", True, ("cpu", "cuda")),
+    "flex_attention, with images": ("flex_attention", True, ("cuda",)),
+    "flash_attention_2, text alone": ("flash_attention_2", False, ()),
 }
 
 
 def length_rows(way: str, size: Size, lengths: list[int], device: str) -> list[tuple]:
     """Memory and time of one row of each length, in one way of attention."""
-    backend, pictures, where = WAYS[way]
+    backend, images, where = WAYS[way]
     if device not in where:
         return [(way, "", "not measured", "", "")]
     model, rows = ours(size).to(device), []
@@ -207,7 +211,7 @@ def length_rows(way: str, size: Size, lengths: list[int], device: str) -> list[t
     for length in lengths:
         ids = torch.randint(VOCAB - 2, (1, length), generator=make_generator("bench")).to(device)
         blocks: Tensor = torch.arange(length, device=device)[None] // 16
-        step = trainer(model, {"input_ids": ids, "labels": ids} | ({"block_ids": blocks} if pictures else {}))
+        step = trainer(model, {"input_ids": ids, "labels": ids} | ({"block_ids": blocks} if images else {}))
         step()  # makes the optimiser's state
         taken, peak = seconds(step, device), peak_memory(step, device)
         rows.append(
@@ -225,20 +229,20 @@ def lengths_table(size: Size, lengths: list[int]) -> str:
 
 
 def share_lines(sizes: list[Size]) -> str:
-    """Rotary's share of a step on words, by size."""
+    """Rotary's share of a step on text, by size."""
     lines = []
     for size in sizes:
-        ids = torch.randint(VOCAB - 2, (size.rows, size.words), generator=make_generator("bench"))
+        ids = torch.randint(VOCAB - 2, (size.rows, size.length), generator=make_generator("bench"))
         step = trainer(ours(size), {"input_ids": ids, "labels": ids})
         step()
-        lines.append(f"{size.model}, {size.rows} x {size.words} words: {measure_share(step, 3)}")
+        lines.append(f"{size.model}, {size.rows} x {size.length} tokens: {measure_share(step, 3)}")
     return "\n\n".join(lines)
 
 
 def make_tables(sizes: list[Size], rounds: int, lengths: list[int]) -> dict[str, Callable[[], str]]:
     """Titles, and what measures and writes the table below each."""
     return {
-        "A step on words": partial(steps_table, sizes, rounds),
+        "A step on text": partial(steps_table, sizes, rounds),
         "Packed and padded": partial(packing_table, sizes[-1], rounds),
         "Length, memory and time": partial(lengths_table, sizes[-1], lengths),
         "Rotary's share": partial(share_lines, sizes),

@@ -48,7 +48,7 @@ def test_the_small_size_is_that_of_the_tiny_configuration():
         name: size for name, size in tiny.model.items() if name in sizes
     }
     assert sizes["num_attention_heads"] * sizes["head_dim"] == tiny.model["hidden_size"]
-    assert (bench.SMALL.rows, bench.SMALL.words) == (tiny.global_batch_size, tiny.max_length)
+    assert (bench.SMALL.rows, bench.SMALL.length) == (tiny.global_batch_size, tiny.max_length)
 
 
 @pytest.mark.parametrize("title", TABLES)
@@ -56,7 +56,7 @@ def test_every_table_is_measured_at_toy_sizes(title):
     text = TABLES[title]()
     assert "nan" not in text and "inf" not in text
     rows = {
-        "A step on words": 2,
+        "A step on text": 2,
         "Packed and padded": 2,
         "Length, memory and time": 6,  # of each way on a CPU two, and one line of those that it has not
         "Rotary's share": 0,
@@ -109,8 +109,8 @@ def test_the_most_memory_is_what_is_held_at_once():
 
 def test_a_mask_takes_memory_that_grows_with_the_square_of_the_length():
     most = {
-        pictures: [float(row[3]) for row in bench.length_rows(way, TOY, [256, 1024], "cpu")]
-        for way, (_, pictures, where) in bench.WAYS.items()
+        images: [float(row[3]) for row in bench.length_rows(way, TOY, [256, 1024], "cpu")]
+        for way, (_, images, where) in bench.WAYS.items()
         if "cpu" in where
     }
     short, long = most[False]

@@ -80,10 +80,10 @@ def gradients_of_share(rank, world, accelerator=None):
             sigma=0.1,  # at 0.01 the rounding of scores is 100 times larger in the gradient
             penalties={"r1": 2.0, "r2": 2.0, "lecam": 1.0, "centring": 0.5},
         )
-        randn = torch.randn
+        batch, randn = make_batch(rows), torch.randn
         torch.randn = lambda *size, noise=noise, **options: noise  # one probe for a sample, wherever it is
         try:
-            gradients, terms = step(trainer, make_batch(rows))
+            gradients, terms = step(trainer, batch)
         finally:
             torch.randn = randn
         found[f"{loss} {method}"] = [*gradients, terms["loss/critic"], terms["loss/generator"]]
