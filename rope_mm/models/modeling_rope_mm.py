@@ -208,8 +208,7 @@ class RopeMMModel(RopeMMPreTrainedModel):
             document_ids=document_ids,
         )
         x = self.embed_inputs(input_ids, inputs_embeds, patches)
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+        cache = DynamicCache(config=self.config) if use_cache and cache is None else cache
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = default_position_ids(x, attention_mask, past)
