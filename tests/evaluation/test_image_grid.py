@@ -6,7 +6,7 @@ from rope_mm.evaluation.image_grid import GAP, MARGIN, save_sheet
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_image_stands_in_the_row_of_its_caption(channels, tmp_path):
+def test_every_image_of_a_grid_is_in_the_row_of_its_caption(channels, tmp_path):
     pictures = torch.linspace(-1, 1, 6).view(6, 1, 1, 1).expand(6, channels, 8, 8)
     save_sheet(tmp_path / "sheet.png", pictures, ["a dark one", "a light one"])
     sheet = PILImage.open(tmp_path / "sheet.png").convert("L")
@@ -22,7 +22,7 @@ def test_images_that_do_not_fill_the_rows_are_refused(tmp_path):
         save_sheet(tmp_path / "sheet.png", torch.zeros(5, 1, 8, 8), ["a", "b"])
 
 
-def test_a_grid_honours_alpha(tmp_path):
+def test_a_grid_shows_transparent_pixels_as_white(tmp_path):
     images = torch.cat([torch.full((1, 3, 8, 8), -1.0), torch.full((1, 1, 8, 8), -1.0)], 1)  # invisible black
     save_sheet(tmp_path / "sheet.png", images, ["a"])
     sheet = PILImage.open(tmp_path / "sheet.png").convert("L")

@@ -14,7 +14,7 @@ from rope_mm.evaluation.images import (
 )
 
 
-def test_an_evaluator_tells_good_images_from_permuted_and_from_collapsed_ones():
+def test_an_evaluator_distinguishes_good_permuted_and_collapsed_images():
     train, test = load_images("digits", label="label")
     evaluator = prepare_captions((train.images(), train.labels), (test.images(), test.labels), 360, seed=0)
     assert evaluator.real_reference["accuracy"] > 0.95
@@ -46,7 +46,7 @@ def test_training_a_classifier_leaves_the_global_random_state_alone():
         (80, 90, {"accuracy", "precision", "frechet"}, None),
     ],
 )
-def test_metrics_say_how_many_samples_they_rest_on_and_are_left_out_below_a_minimum(
+def test_metrics_report_their_number_of_samples_and_are_skipped_below_a_minimum(
     samples, held_out, found, skipped, caplog
 ):
     images, labels = torch.randn(90, 1, 4, 4), torch.arange(90) % 4
@@ -88,7 +88,7 @@ def test_mode_probabilities_are_products_of_the_shares_of_digits():
     assert probs.sum() == pytest.approx(1)
 
 
-def test_real_stacks_reach_every_mode_and_the_lowest_divergence(evaluator, stacks):
+def test_real_stacked_digits_reach_every_mode_and_the_lowest_divergence(evaluator, stacks):
     assert evaluator.real_reference["modes"] == 1000
     assert evaluator.real_reference["kl"] == pytest.approx(999 / 52_000, abs=0.003)
     assert evaluator.real_reference["accuracy"] > 0.85
@@ -123,7 +123,7 @@ def test_without_captions_there_is_no_accuracy(stacks):
     assert set(metrics) == {"samples", "modes", "modes_covered", "kl", "kl_excess"}
 
 
-def test_what_is_no_stack_of_digits_is_refused(stacks):
+def test_images_that_are_no_stacked_digits_are_refused(stacks):
     images, labels = stacks[1].images(range(20)), stacks[1].labels[:20]
     with pytest.raises(ValueError, match="not 1 with labels"):
         prepare_modes((images[:, :1], labels), (images, labels), 10, 0)

@@ -34,7 +34,7 @@ def test_the_frechet_distance_is_that_of_the_two_gaussians():
     assert frechet(a, a) == pytest.approx(0, abs=1e-8)
 
 
-def test_moving_a_cloud_costs_the_square_of_the_way():
+def test_the_frechet_distance_of_a_shifted_cloud_is_the_squared_shift():
     a = torch.randn(300, 3)
     assert frechet(a, a + torch.tensor([3.0, 4.0, 0.0])) == pytest.approx(25, rel=1e-4)
 
@@ -108,7 +108,7 @@ def test_precision_recall_density_and_coverage_count_balls(k, monkeypatch):
     assert prdc(real, fake, k) == pytest.approx(brute_prdc(real.tolist(), fake.tolist(), k), abs=1e-12)
 
 
-def test_fakes_of_the_real_law_have_density_and_coverage_as_the_ranks_of_neighbours_say():
+def test_fakes_of_the_real_distribution_have_the_expected_density_and_coverage():
     n, m, k = 60, 40, 3
     found = [prdc(torch.randn(n, 4), torch.randn(m, 4), k) for _ in range(200)]
     mean = {name: sum(marks[name] for marks in found) / len(found) for name in found[0]}

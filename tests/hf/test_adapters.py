@@ -116,7 +116,7 @@ def test_merged_adapters_leave_the_scheme_and_unmerged_ones_the_model(llama):
 
 
 @pytest.mark.parametrize("first", ["scheme", "adapters"])
-def test_a_model_without_rotary_has_both(first, capsys):
+def test_a_model_without_rotary_takes_a_scheme_and_adapters(first, capsys):
     torch.manual_seed(0)
     model, pixels = (
         ViTForImageClassification(ViTConfig(**SIZES, image_size=16, patch_size=4)).eval(),
@@ -139,7 +139,7 @@ def test_a_model_without_rotary_has_both(first, capsys):
         assert torch.equal(peft(pixels).logits, plain)
 
 
-def test_of_tokens_too():
+def test_a_text_model_without_rotary_takes_a_scheme_and_adapters():
     model = adapted(BertModel(BertConfig(**SIZES, vocab_size=99)).eval(), "query", "value")
     with torch.no_grad():
         before = model(IDS)[0]

@@ -113,7 +113,7 @@ def logits(model, **inputs):
 
 
 @pytest.mark.parametrize("scheme", ["m-rope", "rope-tie", "videorope", "v2pe", "circle", "rope-tv"])
-def test_two_conversations_of_one_model_go_on_from_their_own_caches(scheme, cached):
+def test_two_conversations_of_one_model_continue_from_their_own_caches(scheme, cached):
     model, more = qwen(), torch.tensor([[30, 31, 32]])
     talks = [image((1, 4, 8)), image((1, 8, 8), (1, 4, 4), text=6)]
     truths = [
@@ -137,7 +137,7 @@ def test_two_conversations_of_one_model_go_on_from_their_own_caches(scheme, cach
         assert (torch.cat((out.logits, second), 1) - truth).abs().max() < WITHIN
 
 
-def test_a_second_turn_of_generate_goes_on_between_whole_steps(cached):
+def test_a_second_turn_of_generate_continues_between_whole_steps(cached):
     model = qwen()
     said, inputs = image((1, 4, 8))
     run = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "suppress_tokens": [90, 91, 92, 93]}
@@ -179,7 +179,7 @@ def test_the_pace_of_a_video_is_kept_in_generate_of_qwen_omni():
     assert (out.logits[0] - truth[:, -1]).abs().max() < WITHIN
 
 
-def test_positions_that_are_asked_for_by_place_are_those_asked_for_by_name():
+def test_get_rope_index_gives_the_same_for_positional_and_keyword_arguments():
     model = qwen()
     set_rope(model, "rope-tv")
     _, inputs = image((1, 4, 8))
@@ -244,7 +244,7 @@ def test_a_square_image_is_placed_where_its_processor_makes_no_grid():
     assert (torch.stack(out.logits, 1) - truth[:, -3:]).abs().max() < WITHIN
 
 
-def test_an_image_whose_size_nobody_tells_is_refused_with_the_remedy():
+def test_an_image_of_unknown_size_is_refused_with_the_remedy():
     model = llava()
     set_rope(model, "rope-tv")
     inputs = {"input_ids": torch.tensor([[1, 5, *[90] * 12, 6]]), "pixel_values": torch.randn(1, 3, 16, 16)}

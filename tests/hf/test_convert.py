@@ -227,7 +227,7 @@ def test_head_j_of_h_follows_row_j_n_h():
         permute_rows("q", torch.arange(6), source)
 
 
-def test_values_and_all_else_are_handed_on_and_the_old_dict_is_left_alone():
+def test_other_weights_are_passed_through_and_the_input_dict_is_unchanged():
     state = {"v_proj.weight": torch.randn(8, 3), "q_proj.weight": torch.randn(8, 3), "norm": torch.ones(8)}
     kept = {name: weight.clone() for name, weight in state.items()}
     converted = convert_pairing(state, "half", "interleaved", head_dim=8)
@@ -259,7 +259,7 @@ def test_the_order_of_a_fused_projection_matters():
     assert other.tolist()[8:12] == [8, 9, 10, 11]  # the first head's values
 
 
-def test_gates_stay_where_they_are():
+def test_gate_rows_of_a_gated_projection_keep_their_order():
     state = {"attn.q_proj.bias": torch.arange(16.0), "attn.o_proj.weight": torch.zeros(3, 8)}
     with pytest.raises(ValueError, match=r"twice the rows .* 'gated'"):
         convert_pairing(state, "half", "interleaved", head_dim=4)
@@ -299,7 +299,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_cannot_be_converted_is_refused(message):
+def test_weights_that_cannot_be_converted_are_refused(message):
     given_, how = REFUSED[message]
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         convert_pairing(*given_, **{"head_dim": 8, **how})

@@ -31,7 +31,7 @@ def test_what_was_read_from_tables_fills_them_again_bit_for_bit(table_format, a,
     assert all(torch.equal(x, y) for x, y in zip(split_tables(again), split_tables(tables), strict=True))
 
 
-def test_frequencies_that_nobody_knows_are_read_as_well_as_an_arc_tangent_can():
+def test_unknown_frequencies_are_read_to_the_accuracy_of_an_arc_tangent():
     omega, p = torch.tensor([[0.5, 0.01]]), torch.tensor([[0.0], [1.0]])
     _, found, _ = read_tables(fill_tables(angles(p, omega), "half"), p, torch.tensor([3.0]))
     assert torch.allclose(found, omega, rtol=1e-6, atol=0)
@@ -45,7 +45,7 @@ def test_the_pairing_of_a_function_is_found_also_where_it_moves_channels(pairing
     assert find_pairing(q, k) == find_pairing(q[:, moved], k[:, moved]) == pairing
 
 
-def test_another_pairing_than_these_has_no_name():
+def test_find_pairing_returns_none_for_another_pairing():
     unit, angle = torch.eye(12)[None, :, None], torch.linspace(0.5, 1, 6).expand(12, 1, 6)
     assert "block" in PAIRINGS
     q, k = (apply_rotary(unit, x.cos(), x.sin(), "block", (3, 3))[0, :, 0] for x in (angle, 0 * angle))

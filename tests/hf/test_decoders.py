@@ -36,7 +36,7 @@ def strong(tiny, model_type="llama", **more):
 
 
 @pytest.mark.parametrize("model_type", OWN)
-def test_with_its_own_rope_a_model_is_unchanged_and_undone_it_is_its_own(tiny, model_type):
+def test_a_model_is_unchanged_under_its_own_rope_and_after_unset_rope(tiny, model_type):
     model = tiny(model_type)
     before = logits(model)
     modules = dict(model.named_modules())
@@ -48,12 +48,12 @@ def test_with_its_own_rope_a_model_is_unchanged_and_undone_it_is_its_own(tiny, m
     assert dict(model.named_modules()) == modules
 
 
-def test_what_was_read_has_the_name_of_the_scheme(tiny):
+def test_the_scheme_read_from_a_model_is_found_by_name(tiny):
     assert rope_of(tiny("llama")).scheme == SCHEMES["flat"]
     assert rope_of(tiny("gpt_neox")).scheme == SCHEMES["gpt-neox"]
 
 
-def test_the_pairing_is_that_of_the_function_and_not_of_its_tables(tiny):
+def test_the_pairing_is_detected_from_the_function_and_not_from_its_tables(tiny):
     assert {name: rope_of(tiny(name)).pairing for name in ("llama", "helium", "deepseek_v3", "cohere")} == {
         "llama": "half",
         "helium": "interleaved",
@@ -81,7 +81,7 @@ def test_tables_are_those_of_the_definition(tiny):
         assert (ours - torch.cat((exact, exact), -1)[..., 0, :]).abs().max() < 1e-7
 
 
-def test_tokens_alone_are_where_tokens_of_every_axis_are(tiny):
+def test_default_positions_are_those_of_text_alone(tiny):
     model = strong(tiny)
     set_rope(model, "rope-tv")
     p = positions_for(model, ["text:12"] * 2)
@@ -142,7 +142,7 @@ def pairing(model):
     return (next(iter(rope.values())) if isinstance(rope, dict) else rope).pairing
 
 
-def test_the_same_call_twice_gives_the_same(tiny):
+def test_repeating_a_call_gives_the_same_result(tiny):
     model = strong(tiny)
     set_rope(model, "m-rope", axis_shares=(2, 3, 3))
     generate_and_compare(model, SEGMENTS)
@@ -204,7 +204,7 @@ def test_our_op_runs_and_a_second_model_does_not_see_it(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_our_op_cannot_do_is_refused_and_the_model_left_alone(tiny, dtype):
+def test_use_kernels_refuses_an_unsupported_model_and_leaves_it_unchanged(tiny, dtype):
     model = strong(tiny, "nanochat").to(dtype)
     before = logits(model)
     with pytest.raises(ValueError, match="NanoChatAttention cannot rotate by our op"):
@@ -215,7 +215,7 @@ def test_what_our_op_cannot_do_is_refused_and_the_model_left_alone(tiny, dtype):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "gemma2", "cohere"])
-def test_our_op_is_proved_in_small_numbers_and_leaves_each_module_its_mode(tiny, model_type):
+def test_our_op_is_verified_in_low_precision_and_keeps_each_module_in_its_mode(tiny, model_type):
     model = strong(tiny, model_type, num_hidden_layers=8).to(torch.bfloat16).train()
     model.model.layers[0].eval()
     use_kernels(model)
@@ -252,7 +252,7 @@ def test_explain_says_what_runs_where(tiny, capsys):
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_and_the_model_left_alone(tiny, said, scheme, changes):
+def test_a_scheme_that_does_not_fit_is_refused_and_the_model_unchanged(tiny, said, scheme, changes):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4} if scheme is None else None
     model = tiny("llama", **({"rope_parameters": rope} if rope else {}))
     before, modules = logits(model), dict(model.named_modules())
@@ -277,7 +277,7 @@ def test_a_model_of_dynamic_angles_can_be_given_a_scheme(tiny):
     assert torch.equal(logits(model), before)
 
 
-def test_twice_in_or_out_is_refused(tiny):
+def test_setting_or_unsetting_a_rope_twice_is_refused(tiny):
     model = tiny("llama")
     handle = set_rope(model, "rope-tv")
     with pytest.raises(ValueError, match="already"):
@@ -287,7 +287,7 @@ def test_twice_in_or_out_is_refused(tiny):
         handle.undo()
 
 
-def test_each_handle_takes_back_what_it_did(tiny):
+def test_each_handle_reverts_its_own_change(tiny):
     model = strong(tiny)
     before, scheme = logits(model), set_rope(model, "rope-tv")
     ours, op = logits(model), use_kernels(model)
@@ -308,7 +308,7 @@ def test_positions_of_another_rank_are_refused(tiny):
         logits(model, position_ids=torch.zeros(2, 2, 12))
 
 
-def test_no_cast_harms_angles(tiny):
+def test_casting_the_model_does_not_change_its_angles(tiny):
     model, other = tiny("llama"), tiny("llama")
     set_rope(model, rope_of(model))
     far = torch.arange(4000, 4012)[None]
@@ -445,7 +445,7 @@ def test_a_second_turn_needs_positions_where_the_first_had_them(tiny, cached):
     assert (second - full[:, 10:]).abs().max() < WITHIN
 
 
-def test_packed_documents_are_apart_or_refused(tiny):
+def test_packed_documents_are_separated_or_refused(tiny):
     model = strong(tiny)
     set_rope(model, "rope-tv")
     rows, ids = ["text:2 image:2x2 text:1", "text:5"], torch.randint(3, 97, (1, 12))
@@ -458,7 +458,7 @@ def test_packed_documents_are_apart_or_refused(tiny):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_its_own_rope_leaves_a_model_of_small_numbers_unchanged(tiny, tmp_path, dtype):
+def test_a_low_precision_model_is_unchanged_under_its_own_rope(tiny, tmp_path, dtype):
     tiny("llama").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
     before = logits(model)
@@ -495,6 +495,6 @@ def test_layers_may_run_at_their_own_theta(tiny):
     assert (logits(model) - before).abs().max() < WITHIN
 
 
-def test_rotary_modules_in_a_list_are_refused_and_not_swapped_in_vain(tiny):
+def test_rotary_modules_in_a_list_are_refused(tiny):
     with pytest.raises(ValueError, match="keeps rotary modules in a list"):
         set_rope(tiny("granite_swa"), "rope-tv")

@@ -55,7 +55,7 @@ def test_with_layers_on_the_disk_a_scheme_runs_as_in_memory_and_is_undone(llama,
     assert [name for name, part in spread.named_modules() if hasattr(part, "_hf_hook")] == hooked
 
 
-def test_one_device_by_itself_is_a_model_like_any(llama, tmp_path):
+def test_a_model_dispatched_to_one_device_is_patched_like_any_other(llama, tmp_path):
     llama.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto").eval()
     for one in (model, llama):

@@ -633,7 +633,7 @@ def test_a_model_that_had_none_compiles_to_one_graph(cls, config):
         ).abs().max() < 2e-6
 
 
-def test_of_two_towers_one_must_be_given():
+def test_with_two_towers_the_caller_must_name_one():
     config = CLIPConfig(text_config=READER, vision_config=EYE)
     with pytest.raises(ValueError, match="give one of its parts: text_model, vision_model"):
         set_rope(CLIPModel(config), "rope-tv")
@@ -662,7 +662,7 @@ def test_a_family_that_is_not_served_is_refused_at_once(name):
     assert dict(model.named_modules()) == before and model.training
 
 
-def test_what_had_no_rotary_has_no_cache_with_it(tiny, cached):
+def test_a_model_without_rotary_refuses_a_cache_under_a_scheme(tiny, cached):
     model = tiny("gpt2")
     set_rope(model, "flat")
     ids = torch.randint(3, 97, (1, 8))
@@ -672,7 +672,7 @@ def test_what_had_no_rotary_has_no_cache_with_it(tiny, cached):
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-def test_undone_nothing_of_ours_is_left(tiny, kernels):
+def test_unset_rope_leaves_nothing_of_rope_mm_behind(tiny, kernels):
     model = tiny("llama") if kernels else bare(ViTModel, ViTConfig(**EYE))
 
     def traces():
@@ -688,7 +688,7 @@ def test_undone_nothing_of_ours_is_left(tiny, kernels):
     assert traces() == before
 
 
-def test_a_rotary_of_ones_own_is_the_one_that_runs():
+def test_a_custom_rotary_module_is_the_one_that_runs():
     rope = Rotary(16, "rope-vit-mixed", heads=4)
     model = bare(ViTModel, ViTConfig(**EYE))
     set_rope(model, rope)

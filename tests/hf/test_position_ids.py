@@ -16,7 +16,7 @@ def logits(model, ids=IDS, **inputs):
         return model(ids, **inputs).logits
 
 
-def test_positions_in_small_numbers_are_refused_by_tables_too(tiny):
+def test_tables_refuse_positions_in_low_precision_too(tiny):
     model = tiny("llama")
     set_rope(model, "rope-tv")
     p = positions_for(model, ["text:12"] * 2)
@@ -25,7 +25,7 @@ def test_positions_in_small_numbers_are_refused_by_tables_too(tiny):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_position_ids_may_come_by_their_place(tiny, compiled):
+def test_position_ids_may_be_a_positional_argument(tiny, compiled):
     torch._dynamo.reset()
     model = tiny("llama", initializer_range=0.2).model
     set_rope(model, "rope-tv")
@@ -36,7 +36,9 @@ def test_position_ids_may_come_by_their_place(tiny, compiled):
         assert (run(IDS, None, p, use_cache=False)[0] - named).abs().max() < WITHIN
 
 
-def test_packed_documents_counted_in_two_dimensions_are_apart_or_refused_and_pads_are_none(tiny):
+def test_packed_documents_by_two_dimensional_position_ids_are_separated_or_refused_and_padding_starts_none(
+    tiny,
+):
     model = tiny("llama", initializer_range=0.2)
     set_rope(model, "flat")
     p, mask = torch.tensor([[*range(7), *range(5)]] * 2), torch.ones(2, 12).long()
@@ -66,14 +68,14 @@ def test_positions_of_another_batch_or_length_are_refused(tiny, shape):
 
 
 @pytest.mark.parametrize("what", [[Text(3), Image(2, 2)], {"attention_mask": torch.ones(1, 3)}])
-def test_what_is_neither_segments_nor_inputs_has_no_positions(tiny, what):
+def test_positions_for_refuses_anything_but_segments_or_inputs(tiny, what):
     model = tiny("llama")
     set_rope(model, "rope-tv")
     with pytest.raises(ValueError, match="is neither a list of rows of segments"):
         positions_for(model, what)
 
 
-def test_an_encoder_that_knows_no_cache_takes_positions_that_start_again():
+def test_an_encoder_without_a_cache_takes_positions_that_restart():
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = ModernBertModel(ModernBertConfig(**sizes, vocab_size=97, pad_token_id=0)).eval()
     set_rope(model, "flat")

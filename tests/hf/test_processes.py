@@ -21,7 +21,7 @@ WITHIN = {"rtol": 1e-4, "atol": 3e-5}
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(tmp_path):
+def test_two_processes_give_the_result_of_one(tmp_path):
     root = Path(__file__).parents[2]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {"PYTHONPATH": f"{root}:{root}/kernels", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}

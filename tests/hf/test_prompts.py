@@ -38,7 +38,7 @@ def longer(p, n):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
-def test_tokens_drafted_from_the_prompt_do_not_change_the_answer(tiny, model_type):
+def test_prompt_lookup_decoding_does_not_change_the_answer(tiny, model_type):
     model = tiny(model_type, initializer_range=0.2, sliding_window=8)
     set_rope(model, "rope-tv")
     inputs = {
@@ -49,7 +49,7 @@ def test_tokens_drafted_from_the_prompt_do_not_change_the_answer(tiny, model_typ
     assert torch.equal(model.generate(**run, prompt_lookup_num_tokens=3), model.generate(**run))
 
 
-def test_tokens_drafted_by_another_model_do_not_change_the_answer(tiny, llama):
+def test_speculative_decoding_with_another_model_does_not_change_the_answer(tiny, llama):
     other = tiny("llama", initializer_range=0.2, num_hidden_layers=1)
     set_rope(other, "rope-tv")
     run = {"input_ids": words(1, 13), "position_ids": positions_for(llama, [STORY]), **GREEDY}
@@ -57,7 +57,7 @@ def test_tokens_drafted_by_another_model_do_not_change_the_answer(tiny, llama):
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_a_second_turn_goes_on_from_the_cache_that_was_returned(llama, cached, static):
+def test_a_second_turn_continues_from_the_returned_cache(llama, cached, static):
     p, ids = positions_for(llama, [STORY]), words(1, 13)
     cache = cached(StaticCache(config=llama.config, max_cache_len=32)) if static else {}
     first = llama.generate(input_ids=ids, position_ids=p, **cache, **GREEDY, **ASK)
@@ -74,7 +74,7 @@ def test_a_second_turn_goes_on_from_the_cache_that_was_returned(llama, cached, s
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("scheme", SERVED)
-def test_behind_a_image_tokens_go_on_where_the_scheme_says_or_are_refused(tiny, scheme, use_cache):
+def test_tokens_after_an_image_continue_at_the_scheme_s_position_or_are_refused(tiny, scheme, use_cache):
     model = tiny("llama", initializer_range=0.2)
     set_rope(model, SCHEMES[scheme].replace(pairing="half", fraction=1.0, channel_offset="start"))
     for segments in ("text:3 image:2x5", "text:1 image:3x4", "text:5 video:2x2x2"):
@@ -91,13 +91,13 @@ def test_behind_a_image_tokens_go_on_where_the_scheme_says_or_are_refused(tiny, 
                 model.generate(**run, **GREEDY)
 
 
-def test_of_segments_side_by_side_one_that_ends_in_an_image_is_enough_to_refuse(llama):
+def test_one_row_that_ends_in_an_image_is_enough_to_refuse_a_batch(llama):
     p = positions_for(llama, ["text:3 image:2x5", STORY])
     with pytest.raises(ValueError, match="end it with a text token"):
         llama.generate(input_ids=words(2, 13), position_ids=p, **GREEDY)
 
 
-def test_the_cache_of_a_image_may_be_gone_on_from_at_the_right_places(llama, cached):
+def test_the_cache_of_an_image_may_be_continued_at_the_right_positions(llama, cached):
     segments, ids = "text:3 image:2x5", words(1, 17)
     p, whole = (positions_for(llama, [more]) for more in (segments, segments + " text:4"))
     with torch.no_grad():

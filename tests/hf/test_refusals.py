@@ -37,7 +37,7 @@ IDS = torch.arange(4, 12)[None]
 
 
 @pytest.mark.parametrize("ask", [lambda x: set_rope(x, "flat"), rope_of, explain, unset_rope])
-def test_what_is_no_model_of_transformers_is_refused_in_one_sentence(ask):
+def test_anything_but_a_model_of_transformers_is_refused_in_one_sentence(ask):
     with pytest.raises(ValueError, match="a model of transformers is needed, or a part of one, not str"):
         ask("gpt2")
 
@@ -74,7 +74,7 @@ def test_a_model_that_rotates_by_tables_without_inv_freq_is_not_rotated_twice():
         set_rope(model, "flat")
 
 
-def test_an_attention_that_rotates_inside_is_told_from_one_that_does_not():
+def test_an_attention_that_rotates_inside_is_distinguished_from_one_that_does_not():
     model = vjepa2().encoder.layer[0].attention
     assert names_rotation(type(model))
     vit = ViTModel(ViTConfig(**SIZES, image_size=16, patch_size=4)).eval()
@@ -142,7 +142,7 @@ def test_the_fraction_that_is_written_is_read_back_as_it_was(head_dim, fraction)
         assert int(head_dim * rope["partial_rotary_factor"]) // 2 * 2 == rotated
 
 
-def test_a_rope_type_that_transformers_has_not_is_refused():
+def test_a_rope_type_unknown_to_transformers_is_refused():
     config = LlamaConfig(**TEXT)
     config.rope_parameters = {"rope_type": "ntk", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ValueError, match="transformers has no rope_type 'ntk'; it has default"):

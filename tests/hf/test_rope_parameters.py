@@ -160,7 +160,7 @@ def test_cosine_and_sine_are_those_of_the_familys_own_rotary_module(model_type):
 
 
 @given(st.integers(1, 300), st.data())
-def test_a_part_of_n_in_d_is_n_whatever_rounding_leaves(pairs, data):
+def test_a_fraction_n_of_d_pairs_rotates_n_pairs_despite_rounding(pairs, data):
     n = data.draw(st.integers(1, pairs))
     assert Scheme(layout="flat", fraction=n / pairs).pairs(2 * pairs) == n
     turning = Scheme(layout="flat", unrotated_fraction=1 - n / pairs).omega(2 * pairs)
@@ -292,7 +292,7 @@ def test_deepseek_without_interleaving_is_half():
     torch.testing.assert_close(scores, theirs_q @ theirs_k.mT, rtol=0, atol=1e-4)
 
 
-def test_nobody_needs_transformers_to_be_read():
+def test_rope_parameters_are_read_without_transformers():
     old = SimpleNamespace(
         model_type="llama",
         hidden_size=64,

@@ -56,7 +56,7 @@ def test_a_scheme_is_saved_and_one_line_brings_it_back(tiny, tmp_path, model_typ
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_a_model_that_waits_has_no_rope_yet(tiny, tmp_path, capsys, model_type):
+def test_a_model_with_a_pending_scheme_has_no_rope_yet(tiny, tmp_path, capsys, model_type):
     model = tiny(model_type)
     set_rope(model, "rope-tv")
     model.save_pretrained(tmp_path)
@@ -68,7 +68,7 @@ def test_a_model_that_waits_has_no_rope_yet(tiny, tmp_path, capsys, model_type):
     assert "saved with a scheme; call" in capsys.readouterr().out
 
 
-def test_undone_the_config_is_what_it_was(tiny):
+def test_unset_rope_restores_the_config(tiny):
     model = tiny("llama")
     before = dict(model.config.rope_parameters)
     handle = set_rope(model, "rope-tv", theta=5e5)
@@ -77,7 +77,7 @@ def test_undone_the_config_is_what_it_was(tiny):
     assert model.config.rope_parameters == before
 
 
-def test_its_own_rope_leaves_the_config_alone(tiny):
+def test_setting_its_own_rope_does_not_change_the_config(tiny):
     model = tiny("llama")
     before = dict(model.config.rope_parameters)
     set_rope(model, rope_of(model))
@@ -143,7 +143,7 @@ def test_the_scheme_and_omega_of_a_model_that_had_none_are_saved_and_brought_bac
     assert not hasattr(other, "rope_mm")
 
 
-def test_a_config_of_a_running_model_is_shared_by_no_other(tiny):
+def test_a_patched_model_shares_its_config_with_no_other_model(tiny):
     model = tiny("llama")
     other = type(model)(model.config)
     set_rope(model, "rope-tv")
@@ -153,7 +153,7 @@ def test_a_config_of_a_running_model_is_shared_by_no_other(tiny):
     set_rope(other, "flat")
 
 
-def test_a_model_made_of_a_copy_of_the_config_of_one_that_runs_waits_for_its_scheme():
+def test_a_model_built_from_a_copy_of_a_patched_config_has_a_pending_scheme():
     model = ViTModel(ViTConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1)).eval()
     pixels = torch.randn(1, 3, 224, 224)
     set_rope(model, "rope-vit-axial")
@@ -166,7 +166,7 @@ def test_a_model_made_of_a_copy_of_the_config_of_one_that_runs_waits_for_its_sch
     assert torch.equal(copy.deepcopy(model)(pixels)[0], model(pixels)[0])
 
 
-def test_a_tower_waits_for_its_scheme_and_undone_it_does_not(tmp_path):
+def test_a_vision_tower_has_a_pending_scheme_until_unset_rope(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = PixtralVisionModel(PixtralVisionConfig(**sizes, image_size=16, patch_size=4)).eval()
     pixels = torch.randn(1, 3, 16, 16)
@@ -183,7 +183,7 @@ def test_a_tower_waits_for_its_scheme_and_undone_it_does_not(tmp_path):
     assert torch.equal(PixtralVisionModel.from_pretrained(tmp_path)(pixels)[0], before)
 
 
-def test_where_nobody_knows_our_schemes_the_model_does_not_load(tiny, tmp_path, monkeypatch):
+def test_a_saved_scheme_does_not_load_without_rope_mm(tiny, tmp_path, monkeypatch):
     model = ViTModel(ViTConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1))
     set_rope(model, "rope-vit-axial")
     model.save_pretrained(tmp_path / "vit")
@@ -234,7 +234,9 @@ def seen(model):
 
 @pytest.mark.parametrize("attention", [None, "eager"])
 @pytest.mark.parametrize(("make", "tower"), [(llava, "vision_tower"), (qwen, "visual")])
-def test_a_composite_of_which_the_tower_alone_has_a_scheme_waits_for_it(tmp_path, make, tower, attention):
+def test_a_composite_model_with_a_scheme_in_its_tower_alone_has_a_pending_scheme(
+    tmp_path, make, tower, attention
+):
     model = make()
     before = seen(model)
     set_rope(getattr(model.model, tower), "rope-vit-axial", theta=50.0, pairing="half", layout="grid")
@@ -254,7 +256,7 @@ def test_a_composite_of_which_the_tower_alone_has_a_scheme_waits_for_it(tmp_path
 
 
 @pytest.mark.parametrize(("make", "tower"), [(llava, "vision_tower"), (qwen, "visual")])
-def test_of_a_composite_every_part_is_explained_and_undone(capsys, make, tower):
+def test_explain_and_unset_rope_reach_every_part_of_a_composite_model(capsys, make, tower):
     model = make()
     before = seen(model)
     set_rope(model, "rope-tv")
@@ -284,7 +286,7 @@ def test_the_learned_omega_of_a_tower_is_read_from_the_folder_that_it_names(tmp_
     assert torch.equal(seen(loaded), seen(model))
 
 
-def test_of_several_learned_omegas_each_comes_back_to_its_own_place(tmp_path):
+def test_each_of_several_learned_omegas_is_restored_to_its_own_module(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 20}
     sizes |= {f"{part}_num_hidden_layers": 1 for part in ("encoder", "decoder")}
     sizes |= {f"{part}_num_attention_heads": 2 for part in ("encoder", "decoder")}
@@ -301,7 +303,7 @@ def test_of_several_learned_omegas_each_comes_back_to_its_own_place(tmp_path):
         assert torch.equal(mine.ropes[None].omega_param, part.ropes[None].omega_param)
 
 
-def test_a_learned_omega_of_several_that_may_be_meant_is_refused(tmp_path):
+def test_an_ambiguous_learned_omega_is_refused(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**sizes, "vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2}
     eyes = {**sizes, "image_size": 16, "patch_size": 4}
@@ -318,7 +320,7 @@ def test_a_learned_omega_of_several_that_may_be_meant_is_refused(tmp_path):
     set_rope(eye)
 
 
-def test_an_attention_that_is_not_there_is_refused_and_the_model_waits_on(tmp_path):
+def test_an_unavailable_attention_is_refused_and_the_scheme_stays_pending(tmp_path):
     model = ViTModel(ViTConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1))
     set_rope(model, "rope-vit-axial")
     model.save_pretrained(tmp_path)
@@ -333,7 +335,7 @@ def test_an_attention_that_is_not_there_is_refused_and_the_model_waits_on(tmp_pa
 
 @pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
 @pytest.mark.parametrize("attention", [None, "eager", "sdpa"])
-def test_who_asks_for_an_attention_gets_it_once_the_scheme_is_set(tmp_path, attention, later):
+def test_a_requested_attention_is_used_once_the_scheme_is_set(tmp_path, attention, later):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model, pixels = ViTModel(ViTConfig(**sizes, image_size=16, patch_size=4)), torch.randn(1, 3, 16, 16)
     set_rope(model, "rope-vit-axial")

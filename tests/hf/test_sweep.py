@@ -147,7 +147,7 @@ def test_the_page_of_families_has_a_row_for_each_within_these_bounds(families_pa
 
 
 @pytest.mark.slow
-def test_every_causal_model_with_rotary_is_unchanged_by_its_own(tiny):
+def test_every_causal_model_with_rotary_is_unchanged_by_its_own_rope(tiny):
     served, refused = {}, {}
     for model_type in sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
         try:

@@ -41,7 +41,7 @@ def rows_of(shape, layouts=cases.LAYOUTS, ways=rotary.WAYS):
     return list(plans)
 
 
-def test_the_bytes_of_a_token_are_those_of_the_readme():
+def test_the_bytes_per_token_are_those_of_the_documentation():
     model = cases.SHAPES[0]
     by_pass = {way: cases.floor(model, what) / model.s for way, what in cases.PASSES.items()}
     assert by_pass["forward"] == by_pass["backward"] == 20_480 + 4
@@ -50,11 +50,11 @@ def test_the_bytes_of_a_token_are_those_of_the_readme():
 
 
 @pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
-def test_no_cache_holds_the_heads(shape):
+def test_the_heads_of_every_shape_are_larger_than_any_cache(shape):
     assert cases.floor(shape, cases.Pass(1)) > 300e6
 
 
-def test_the_issue_s_shapes_are_all_there():
+def test_the_bench_has_every_required_shape():
     heads = {shape[2:5] for shape in cases.SHAPES}
     assert heads == {(32, 8, 128), (28, 4, 128), (16, 16, 80), (16, 16, 72), (24, 24, 128), (8, 1, 128)}
     assert [shape.b for shape in cases.DECODE] == [1, 8, 128]
@@ -69,7 +69,7 @@ def test_the_dry_run_lists_every_row_on_any_machine(monkeypatch, capsys):
         assert any(f"| {word} |" in line for line in lines), word
 
 
-def test_without_a_gpu_one_sentence_says_so(monkeypatch, capsys):
+def test_without_a_gpu_the_bench_ends_with_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["rotary.py"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert rotary.main() == 2
@@ -78,7 +78,7 @@ def test_without_a_gpu_one_sentence_says_so(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_every_contender_that_is_here_turns_heads_alike_there_and_back(eager, device):
+def test_every_installed_contender_rotates_heads_alike_forward_and_backward(eager, device):
     rows = rotary.measure(rows_of(SMALL), Made(), device, torch.float32)
     assert {row.plan.way for row in rows} == set(rotary.WAYS)
     assert {"rope_mm", "rope_mm hf", "rope_mm table", "transformers", "Inductor"} <= {
@@ -88,7 +88,7 @@ def test_every_contender_that_is_here_turns_heads_alike_there_and_back(eager, de
     assert all(row.share == 0.75 for row in rows if row.plan.bytes)
 
 
-def test_who_turns_otherwise_or_fails_is_named_and_not_compared(monkeypatch, device):
+def test_a_contender_that_rotates_otherwise_or_fails_is_named_and_not_compared(monkeypatch, device):
     def sign(case):
         return lambda q, k: (q, -k)
 
@@ -128,7 +128,7 @@ def test_the_table_has_rates_shares_and_ratios():
     ]
 
 
-def test_goals_are_held_against_the_worst_row():
+def test_goals_are_compared_with_the_worst_row():
     lines = rotary.goals(made_up()).splitlines()[2:]
     assert lines == [
         "| forward, share of copy | >= 93% | 80% | no |",
@@ -174,14 +174,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_it_is_said_where_it_was_measured():
+def test_the_report_names_the_machine_and_the_versions():
     facts = report.provenance(["torch", "no-such-package"])
     assert facts["torch"] == torch.__version__ and facts["no-such-package"] == "not installed"
     assert facts["device"] and facts["command"].startswith("python ")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_contenders_on_a_cpu_turn_heads_alike(eager, dtype):
+def test_contenders_on_a_cpu_rotate_heads_alike(eager, dtype):
     q, k = (torch.randn(1, 7, heads, 128, dtype=dtype) for heads in (4, 2))
     calls = cpu.contenders(7, dtype)
     ours = calls["rope_mm"](q, k)
@@ -192,7 +192,7 @@ def test_contenders_on_a_cpu_turn_heads_alike(eager, dtype):
         torch.testing.assert_close(x, z, **close)
 
 
-def test_ratios_on_a_cpu_are_of_calls_of_one_round(eager, monkeypatch):
+def test_ratios_on_a_cpu_compare_calls_of_one_round(eager, monkeypatch):
     seconds = {"copy": 4, "transformers": 10, "rope_mm": 3, "rope_mm compiled": 6}
     learned = {"rope_mm, learned Omega": 4, "rope_mm, learned Omega per head": 5}
     seconds |= learned
@@ -226,7 +226,7 @@ def test_ratios_on_a_cpu_are_of_calls_of_one_round(eager, monkeypatch):
     }
 
 
-def test_the_first_call_of_a_round_is_not_counted_and_missed_goals_are_said():
+def test_the_first_call_of_a_round_is_not_counted_and_missed_goals_are_reported():
     ticks, calls = count(), []
     both = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
     times = cpu.alternate(both, 2, lambda: next(ticks))

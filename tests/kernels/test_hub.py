@@ -52,7 +52,7 @@ def test_the_project_has_the_files_that_the_builder_asks_for(project):
     assert "someone/rope-mm-kernels" in card and "REPO_ID" not in card
 
 
-def test_its_package_has_every_module_and_needs_none_of_ours(project, package):
+def test_the_built_kernel_package_has_every_module_and_imports_none_of_rope_mm(project, package):
     theirs = {path.name for path in (project / "torch-ext" / "rope_mm_kernels").iterdir()} - {"__pycache__"}
     ours = {path.name for path in Path(rope_mm_kernels.__file__).parent.glob("*.py")}
     assert theirs == ours | {"layers.py"}
@@ -63,7 +63,7 @@ def test_its_package_has_every_module_and_needs_none_of_ours(project, package):
         )
 
 
-def test_it_turns_heads_as_ours_and_so_do_gradients(package, device):
+def test_the_built_kernel_package_gives_the_outputs_and_gradients_of_ours(package, device):
     inputs = Case().make(device)
     for ours, theirs in (
         (rope_mm_kernels.rotate, package.rotate),
@@ -77,7 +77,7 @@ def test_it_turns_heads_as_ours_and_so_do_gradients(package, device):
 
 
 @pytest.mark.parametrize("axis", [1, 2])
-def test_its_layer_is_transformers_function_gradients_included(axis, package, device):
+def test_the_built_layer_equals_the_function_of_transformers_with_gradients(axis, package, device):
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     q, k = (torch.randn(2, 5, heads, 16, device=device, requires_grad=True) for heads in (4, 2))
@@ -92,7 +92,7 @@ def test_its_layer_is_transformers_function_gradients_included(axis, package, de
         torch.testing.assert_close(x, y, atol=2e-6, rtol=1e-5)
 
 
-def test_its_layers_are_what_kernelize_accepts(package):
+def test_kernelize_accepts_the_built_layers(package):
     for name in package.layers.__all__:
         layer = getattr(package.layers, name)
         members = {member for member in vars(layer) if not member.startswith("__")}
@@ -100,7 +100,7 @@ def test_its_layers_are_what_kernelize_accepts(package):
         assert "__init__" not in vars(layer) and layer.has_backward
 
 
-def test_imports_are_made_relative_wherever_they_stand_or_refused():
+def test_every_import_is_made_relative_or_refused():
     text = "from rope_mm_kernels.a.b import c\ndef f():\n    from rope_mm_kernels import d\n"
     assert writer.relative(text) == "from .a.b import c\ndef f():\n    from . import d\n"
     for bad in ("import rope_mm_kernels", "import rope_mm_kernels.table as t"):
@@ -108,7 +108,7 @@ def test_imports_are_made_relative_wherever_they_stand_or_refused():
             writer.relative(bad)
 
 
-def test_a_folder_that_holds_something_is_left_alone(project, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_is_not_empty_is_left_unchanged(project, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="holds files already"):
         writer.write(project, {})
     out = tmp_path / "new"

@@ -27,7 +27,7 @@ def test_results_and_gradients_are_those_of_two_steps_in_float64(case: Case, dev
     agree(results(norm_rotate, inputs, case.how), right, plain)
 
 
-def test_it_is_torch_s_own_norm(device: str) -> None:
+def test_the_norm_equals_that_of_torch(device: str) -> None:
     q, k, positions, omega, *weights = Case().make(device, normed=True)
     right = (torch.nn.functional.rms_norm(x, (16,), w, 1e-6) for x, w in zip((q, k), weights, strict=True))
     agree(norm_rotate(q, k, positions * 0, omega, *weights), tuple(x.double() for x in right))
@@ -63,7 +63,7 @@ def test_gradients_are_the_same_bits_every_time(device: str) -> None:
         ({"omega": torch.ones(3, 9)}, "9 pairs need"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_words(change: dict[str, object], words: str) -> None:
+def test_inputs_that_do_not_fit_are_refused_with_a_message(change: dict[str, object], words: str) -> None:
     names = ("q", "k", "positions", "omega", "q_weight", "k_weight")
     fit = dict(zip(names, Case().make("cpu", normed=True), strict=True))
     with pytest.raises(ValueError, match=words):

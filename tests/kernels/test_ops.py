@@ -194,7 +194,7 @@ def test_an_exported_module_holds_the_op_and_can_be_trained_and_differentiated_t
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="there is no CUDA device")
-def test_launches_are_recorded_in_a_cuda_graph_there_and_back() -> None:
+def test_launches_are_recorded_in_a_cuda_graph_forward_and_backward() -> None:
     case = Case(n=2, pairing="block", blocks=(3, 5))
     inputs = case.make("cuda", normed=True)
     for turn, given in ((rotate, inputs[:4]), (norm_rotate, inputs)):
@@ -211,9 +211,7 @@ def test_launches_are_recorded_in_a_cuda_graph_there_and_back() -> None:
 
 
 @pytest.mark.compile
-def test_the_door_of_the_library_opens_to_the_op_in_a_graph(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rotate_calls_the_op_in_a_compiled_graph(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rope_mm.rotary.dispatch, "unsupported_reason", lambda device, dtype: "")
     rope = rope_mm.Rotary(16, learnable=True).to(device)
     q, k, positions, _ = (x.detach() for x in Case().make(device))

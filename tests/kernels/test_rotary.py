@@ -52,14 +52,16 @@ def test_results_and_gradients_are_those_of_complex_multiplication(
 @settings(max_examples=8)
 @given(blocks=some.lists(some.sampled_from((1, 2, 3, 8)), min_size=1, max_size=4), tail=some.booleans())
 @pytest.mark.parametrize("device", ["cuda" if torch.cuda.is_available() else "cpu"])
-def test_blocks_of_any_sizes_are_halves_of_their_own(blocks: list[int], tail: bool, device: str) -> None:
+def test_each_block_of_any_size_is_rotated_as_a_half_of_its_own(
+    blocks: list[int], tail: bool, device: str
+) -> None:
     r = sum(blocks)
     case = Case(b=1, s=3, d=2 * r + 3, r=r, a=2, pairing="block", blocks=tuple(blocks), tail=tail)
     inputs = case.make(device)
     agree(*(results(turn, inputs, case.how) for turn in (rotate, truth, eager)))
 
 
-def test_equal_blocks_are_as_unequal_ones(device: str) -> None:
+def test_equal_blocks_give_the_results_of_the_definition(device: str) -> None:
     case = Case(d=48, r=24, pairing="block", blocks=(8, 8, 8), tail=True)
     inputs = case.make(device)
     agree(*(results(turn, inputs, case.how) for turn in (rotate, truth, eager)))
@@ -140,7 +142,7 @@ def test_cosine_and_sine_of_real_positions_are_3e_7_from_the_truth(base: float, 
     assert turns(positions, base ** -torch.linspace(0, 1, 32, dtype=torch.float64)[None], device) <= 3e-7
 
 
-def test_angles_of_transformers_are_rounded_and_then_exact(device: str) -> None:
+def test_hf_mode_rounds_angles_to_float32_and_rotates_exactly(device: str) -> None:
     positions = torch.stack((STEPS, STEPS.flip(0) / 3), -1)
     omega = torch.cat((OMEGA, OMEGA.roll(7, -1)))
     assert turns(positions, omega, device, mode="hf") <= 3e-7
@@ -243,14 +245,14 @@ def test_given_angles_rotate_as_positions_do_with_gradients(pairing: str, n: int
     assert results(rotate_by_angles, shared, how)[-1].shape == shared[2].shape
 
 
-def test_inputs_are_left_alone(device: str) -> None:
+def test_inputs_are_not_modified(device: str) -> None:
     inputs = Case().make(device)
     before = [x.detach().clone() for x in inputs]
     results(rotate, inputs, {})
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
 
 
-def test_in_place_is_the_same_and_tells_autograd(device: str) -> None:
+def test_in_place_rotation_gives_the_same_result_and_raises_the_version_of_its_inputs(device: str) -> None:
     case = Case(d=24, r=9, tail=True, pairing="interleaved", factor=2.0)
     q, k, positions, omega = (x.detach() for x in case.make(device))
     wanted = rotate(q, k, positions, omega, **case.how)
@@ -261,7 +263,7 @@ def test_in_place_is_the_same_and_tells_autograd(device: str) -> None:
 
 
 @pytest.mark.parametrize("case", [Case(), Case(n=2, batched=True, d=24, r=9, tail=True, factor=1.5)], ids=str)
-def test_in_place_has_the_gradients_of_rotate(case: Case, device: str) -> None:
+def test_in_place_rotation_has_the_gradients_of_rotate(case: Case, device: str) -> None:
     inputs = case.make(device)
 
     def in_place(q, k, positions, omega, **how):
@@ -272,7 +274,7 @@ def test_in_place_has_the_gradients_of_rotate(case: Case, device: str) -> None:
     agree(penalty(in_place, inputs, case.how), penalty(truth, wider(inputs), case.how), units=32)
 
 
-def test_in_place_refuses_what_it_would_corrupt(device: str) -> None:
+def test_in_place_rotation_refuses_inputs_that_it_would_corrupt(device: str) -> None:
     q, k, positions, omega = (x.detach() for x in Case().make(device))
     with pytest.raises(ValueError, match="leaf that requires grad"):
         rotate_(q.clone().requires_grad_(), k, positions, omega)
@@ -298,7 +300,7 @@ def test_offsets_beyond_2_31_elements_are_right(device: str, monkeypatch: pytest
         assert torch.equal(rotate_(far, k, positions, omega)[0], wanted)
 
 
-def test_many_lanes_need_wide_counters() -> None:
+def test_launches_with_many_lanes_use_64_bit_counters() -> None:
     q = torch.empty(1, dtype=torch.float16).as_strided((2**20, 2**9, 1, 64), (0, 0, 0, 0))
     spec = rope_mm_kernels.plan.KernelSpec(1, 1, 32, (32,), 0, "exact")
     for whole, wide in ((q, True), (q[: 2**18], False)):
@@ -336,16 +338,14 @@ def test_forward_mode_derivatives_are_refused(device: str) -> None:
         ({"k": torch.ones(2, 5, 2, 16, dtype=torch.float16)}, "give both in one dtype"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_words(change: dict[str, object], words: str) -> None:
+def test_inputs_that_do_not_fit_are_refused_with_a_message(change: dict[str, object], words: str) -> None:
     fit = dict(zip(("q", "k", "positions", "omega"), Case().make("cpu"), strict=True))
     with pytest.raises(ValueError, match=words):
         rotate(**{**fit, **change})
 
 
 @pytest.mark.parametrize("pairing", BOTH)
-def test_the_door_of_the_library_opens_to_the_kernel(
-    pairing: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rotate_calls_the_kernel(pairing: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs: Inputs = Case(n=2).make(device)
     q, k, positions, omega = inputs
     tables = rotation.cos_sin(positions, omega)

@@ -74,7 +74,7 @@ def test_tables_may_have_16_bits_and_strides(device: str) -> None:
         ({"k": torch.ones(2, 4, 2, 16)}, "alike but for the heads"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_words(change: dict[str, object], words: str) -> None:
+def test_inputs_that_do_not_fit_are_refused_with_a_message(change: dict[str, object], words: str) -> None:
     q, k, _, _ = Case().make("cpu")
     fit = {"q": q, "k": k, "cos": torch.ones(1, 5, 16), "sin": torch.ones(1, 5, 16)}
     with pytest.raises(ValueError, match=words):

@@ -76,7 +76,7 @@ def test_a_finished_run_is_not_trained_again(whole, adversarial, monkeypatch):
     assert adversarial.train(whole, **LABELS) == before
 
 
-def test_a_mistake_leaves_a_run_as_it_was(adversarial, tmp_path):
+def test_invalid_flags_leave_an_existing_run_unchanged(adversarial, tmp_path):
     output_dir = tmp_path / "run"
     adversarial.train(output_dir, steps=1)
     before = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
@@ -114,7 +114,9 @@ def test_a_scheme_is_trained_and_saved(scheme, adversarial, runs, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_together_resume_to_the_bit_and_go_on_as_one(adversarial, runs, tmp_path):
+def test_two_processes_train_together_resume_bit_exactly_and_one_process_continues_the_run(
+    adversarial, runs, tmp_path
+):
     whole, parts, alone = tmp_path / "whole", tmp_path / "parts", tmp_path / "alone"
     settings = {"checkpoint_every": 3, "loss.name": "rasgan"}
     adversarial.torchrun(whole, **settings)
@@ -129,7 +131,7 @@ def test_two_processes_train_together_resume_to_the_bit_and_go_on_as_one(adversa
         assert ours == pytest.approx(theirs, abs=1e-4, rel=1e-4)
 
 
-def test_two_micro_batches_are_the_batch(adversarial, runs, tmp_path):
+def test_two_micro_batches_give_the_same_step_as_the_whole_batch(adversarial, runs, tmp_path):
     for parts in (1, 2):
         adversarial.train(tmp_path / str(parts), steps=2, gradient_accumulation_steps=parts)
     for ours, theirs in zip(runs.lines(tmp_path / "2"), runs.lines(tmp_path / "1"), strict=True):

@@ -66,7 +66,7 @@ def test_every_table_is_measured_at_toy_sizes(title):
         assert text.count("not measured") == 2 * (title == "Length, memory and time")
 
 
-def test_a_step_s_ratio_is_of_times_of_one_round_and_a_missed_goal_is_said(times):
+def test_the_ratio_of_steps_compares_times_of_one_round_and_a_missed_goal_is_reported(times):
     times.update({"RopeMM": [2.0, 6.0, 4.0], "Llama": [1.0, 2.0, 2.0], "Qwen3": [2.0, 6.0, 4.0]})
     llama, qwen = cells(bench.steps_table([TOY], 3))
     assert llama == [
@@ -83,7 +83,7 @@ def test_a_step_s_ratio_is_of_times_of_one_round_and_a_missed_goal_is_said(times
     assert "missed" not in bench.steps_table([TOY], 3)
 
 
-def test_packing_counts_tokens_and_not_what_fills_the_rows(times):
+def test_packing_counts_tokens_without_padding(times):
     times.update({"packed": [1.0, 2.0, 3.0], "padded": [2.0, 4.0, 6.0]})
     text = bench.packing_table(TOY, 3)
     packed, padded = cells(text)
@@ -96,7 +96,7 @@ def test_packing_counts_tokens_and_not_what_fills_the_rows(times):
     assert int(packed[2]) / int(padded[2]) == pytest.approx(1, abs=0.05)
 
 
-def test_the_most_memory_is_what_is_held_at_once():
+def test_peak_memory_is_the_largest_amount_held_at_once():
     kept = []
 
     def step():
@@ -119,7 +119,7 @@ def test_a_mask_takes_memory_that_grows_with_the_square_of_the_length():
     assert long > 1.5 * short
 
 
-def test_what_is_printed_is_in_the_file_as_well(monkeypatch, capsys, tmp_path):
+def test_the_tables_that_are_printed_are_also_in_the_file(monkeypatch, capsys, tmp_path):
     def half():
         assert "made up" in out.read_text()  # what was measured before is there already
         return "no more"
@@ -140,7 +140,7 @@ def test_too_few_rounds_for_quartiles_are_refused(monkeypatch, capsys):
     assert "--rounds must be at least 2, which have quartiles, not 1" in capsys.readouterr().err
 
 
-def test_help_needs_no_path_to_the_other_benches():
+def test_the_help_of_the_bench_works_without_a_path_to_the_kernel_benches():
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     command = [sys.executable, str(ROOT / "train" / "bench.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=env)

@@ -69,7 +69,7 @@ def test_a_critic_counts_among_the_weights_and_costs_operations(done):
     assert 2 * took["flow"]["TFLOP"] < took["gan-qp"]["TFLOP"] < took["rpgan+r1+r2"]["TFLOP"]
 
 
-def test_one_pass_of_a_flow_is_not_several(done):
+def test_a_flow_generates_other_images_in_one_pass_than_in_several(done):
     (flow,) = report(done)["heads"]["flow"]
     assert flow["metrics"]["1"]["frechet"] != flow["metrics"]["2"]["frechet"]
 
@@ -99,7 +99,7 @@ def test_a_folder_of_other_runs_is_refused(done, tmp_path):
         compare_heads.main(read(tmp_path, global_batch_size=8))
 
 
-def test_real_images_are_compared_with_others_and_generated_from_their_captions(tmp_path):
+def test_half_of_the_held_out_images_are_the_reference_and_the_captions_of_the_others_are_generated(tmp_path):
     config = read(tmp_path, eval_samples=1000)
     eval_set, test = compare_heads.make_eval_set(config), load_splits("digits")["test"]
     assert len(eval_set.evaluator.rows) == len(eval_set.evaluator.real) == 180 == len(test) / 2
@@ -109,7 +109,7 @@ def test_real_images_are_compared_with_others_and_generated_from_their_captions(
     assert eval_set.evaluator.labels[eval_set.shown].tolist() == [i // 2 for i in range(20)]
 
 
-def test_the_class_of_an_image_is_the_first_one_that_is_a_word_of_its_caption():
+def test_the_class_of_an_image_is_the_first_class_named_in_its_caption():
     captions = ["a Cat face", "catfish", "family: man, man", "the man", "face with hat"]
     images = SimpleNamespace(captions=captions)
     rows, labels = compare_heads.find_classes(images, ["man", "face", "cat", "family"], 4)
@@ -133,7 +133,7 @@ def test_the_class_of_an_image_is_the_first_one_that_is_a_word_of_its_caption():
         ({"heads.mse.image_head": "msr"}, "did you mean 'mse'"),
     ],
 )
-def test_what_makes_no_comparison_is_refused_in_a_sentence(tmp_path, changes, reason):
+def test_a_configuration_without_anything_to_compare_is_refused_in_a_sentence(tmp_path, changes, reason):
     with pytest.raises(ValueError, match=reason):
         compare_heads.main(read(tmp_path, **changes))
     assert not (tmp_path / "out" / "heads.json").exists()

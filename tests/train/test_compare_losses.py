@@ -26,7 +26,7 @@ def compare(out, **changes):
     compare_losses.main(load(compare_losses.CompareLosses, flags(out, **changes)))
 
 
-def test_losses_are_compared_over_seeds_and_nothing_is_done_twice(tmp_path, capsys, monkeypatch):
+def test_losses_are_compared_over_seeds_and_finished_runs_are_not_repeated(tmp_path, capsys, monkeypatch):
     out = tmp_path / "losses"
     compare(out)
     printed = capsys.readouterr().out

@@ -70,7 +70,7 @@ def test_a_comparison_leaves_a_table_a_figure_and_all_numbers(toy):
     assert (out / "compare.png").stat().st_size < 200_000
 
 
-def test_what_is_done_is_not_run_again_and_more_seeds_go_on(toy, monkeypatch):
+def test_finished_runs_are_not_repeated_and_more_seeds_are_added(toy, monkeypatch):
     monkeypatch.setattr(compare, "draw_figure", lambda *args: None)
     out = start(toy)
     files = [path for path in out.rglob("*") if path.is_file()]
@@ -105,7 +105,7 @@ def test_a_folder_of_other_runs_is_refused(toy):
         (["--config", str(SMALL), "--schemes.flat.scheme", "flatt"], "flatt"),
     ],
 )
-def test_a_mistake_is_answered_in_one_line(flags, reason, tmp_path, capsys):
+def test_invalid_input_is_refused_in_one_line(flags, reason, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(
             compare.main,
@@ -117,7 +117,7 @@ def test_a_mistake_is_answered_in_one_line(flags, reason, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_schemes_of_a_configuration_differ_in_nothing_but_the_scheme(path):
+def test_models_of_a_comparison_differ_in_nothing_but_the_scheme(path):
     config = load(
         compare.CompareSchemes,
         [
@@ -188,7 +188,7 @@ def test_an_answer_is_right_if_and_only_if_greedy_decoding_writes_it(asked):
 
 
 @torch.no_grad()
-def test_a_drawing_is_right_if_it_shows_what_was_asked_whatever_else_is_asked_beside_it(asked):
+def test_a_generated_image_is_right_if_it_shows_the_requested_square_whatever_else_is_in_the_batch(asked):
     model, tasks = asked
     drawings, mixed = tasks["generation"], [*tasks["generation"], *tasks["cell"]]
     found = generate_answers(model, mixed)
@@ -206,7 +206,7 @@ def test_a_drawing_is_right_if_it_shows_what_was_asked_whatever_else_is_asked_be
     assert score_answers(model, drawings).tolist() == same and not all(same)
 
 
-def test_what_is_to_be_drawn_is_never_shown(asked):
+def test_the_model_never_sees_the_image_that_it_has_to_generate(asked):
     model, tasks = asked
     one = tasks["generation"][:1]
     before = generate_answers(model, one).patches
@@ -214,7 +214,7 @@ def test_what_is_to_be_drawn_is_never_shown(asked):
     assert torch.equal(generate_answers(model, one).patches, before)
 
 
-def test_captions_say_what_the_judge_of_sprites_sees():
+def test_captions_agree_with_the_classification_of_sprites():
     for number in range(20):
         quiz = make_sprite(torch.Generator().manual_seed(number), 16)
         seen = {name: int(index) for name, index in classify_sprites(quiz.document[0][None]).items()}
@@ -231,7 +231,7 @@ def test_captions_say_what_the_judge_of_sprites_sees():
         assert list(MOTIONS)[classify_videos(quiz.document[0][None])["motion"]] in quiz.answer
 
 
-def test_the_picture_of_a_number_has_the_colour_that_is_the_answer():
+def test_the_image_with_the_requested_number_has_the_colour_of_the_answer():
     for number in range(20):
         quiz = make_order(torch.Generator().manual_seed(number), images=4, words=2)
         pictures = torch.stack([part for part in quiz.document if not isinstance(part, str)])
@@ -240,7 +240,7 @@ def test_the_picture_of_a_number_has_the_colour_that_is_the_answer():
         assert all(len(part.split()) == 2 for part in quiz.document if isinstance(part, str))
 
 
-def test_noise_is_tukeys_where_seeds_have_no_effect_and_p_counts_what_shuffling_reaches():
+def test_noise_is_tukeys_difference_when_seeds_have_no_effect_and_p_is_the_share_of_shuffles():
     torch.manual_seed(0)
     scores = torch.randn(4, 60, dtype=torch.float64) * 0.1
     scores -= scores.mean(0)  # no effect of seeds is left to take away
@@ -251,7 +251,7 @@ def test_noise_is_tukeys_where_seeds_have_no_effect_and_p_counts_what_shuffling_
     assert ours == pytest.approx(theirs * (236 / 177) ** 0.5, rel=0.02)  # 177 degrees of freedom, not 236
 
 
-def test_three_seeds_of_two_schemes_can_never_be_told_apart_by_shuffling():
+def test_three_seeds_of_two_schemes_are_too_few_for_a_significant_p():
     apart = estimate_noise(torch.tensor([[0.0, 0.01, 0.02], [0.9, 0.91, 0.92]]))
     assert apart["p"] == pytest.approx(0.25, abs=0.02)  # 2 of 8 shuffles are as extreme
     assert apart["differ"] == pytest.approx(0.0, abs=1e-6)

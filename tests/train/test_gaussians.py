@@ -47,7 +47,7 @@ def double():
     ],
     ids=str,
 )
-def test_a_seed_among_others_is_trained_as_it_is_alone(row, double):
+def test_seeds_trained_together_give_the_results_of_seeds_trained_alone(row, double):
     row, settings = gaussians.Row(**row), gaussians.Settings(width=16, batch_size=32, samples=50)
     both, alone = (gaussians.GanExperiment(row, settings, seeds) for seeds in ([3, 5], [5]))
     for step in range(10):
@@ -108,7 +108,7 @@ def test_a_row_that_cannot_be_trained_is_refused_before_any_is(row, reason, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_without_rows_the_configuration_is_named_and_without_matplotlib_the_cure(
+def test_missing_rows_name_the_configuration_and_missing_matplotlib_names_the_installation(
     tmp_path, monkeypatch, capsys
 ):
     with pytest.raises(SystemExit):

@@ -54,7 +54,7 @@ def refuse(capsys):
         (["--describe", "videos:9999"], "videos:9999 cannot be read as an image: its rows are 0 to"),
     ],
 )
-def test_flags_that_make_no_task_are_refused_and_write_nothing(
+def test_flags_without_a_task_are_refused_and_nothing_is_written(
     flags, message, model, video, refuse, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -64,7 +64,7 @@ def test_flags_that_make_no_task_are_refused_and_write_nothing(
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "generation_spec.json", "config.json"])
-def test_a_model_cut_short_is_said_to_be(name, model, refuse, tmp_path):
+def test_a_truncated_model_file_is_reported(name, model, refuse, tmp_path):
     shutil.copytree(model, tmp_path / "model")
     file = tmp_path / "model" / name
     file.write_bytes(file.read_bytes()[:-20])

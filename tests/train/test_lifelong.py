@@ -89,7 +89,7 @@ def load_states(folder, key):
     return next(state for state in states if key in state)
 
 
-def test_such_a_run_reads_its_own_rows_from_its_first_step_on_and_is_resumed_as_any(
+def test_a_run_that_starts_from_another_reads_its_own_rows_from_the_first_step_and_resumes(
     first, tmp_path, monkeypatch
 ):
     changes = {"init_from": first, "steps": 2, "data.filter": NEW}
@@ -127,17 +127,19 @@ def test_such_a_run_reads_its_own_rows_from_its_first_step_on_and_is_resumed_as_
         ({"data.filter": "{shape: []}"}, "no row of train holds one of .. in column 'shape'"),
     ],
 )
-def test_what_does_not_fit_the_start_is_refused_and_the_folder_left(first, tmp_path, changes, message):
+def test_a_run_that_does_not_fit_its_init_from_is_refused_and_the_folder_unchanged(
+    first, tmp_path, changes, message
+):
     with pytest.raises(ValueError, match=message):
         lifelong.pretrain.main(run_of(tmp_path / "next", init_from=first, **changes))
     assert not (tmp_path / "next").exists()
 
 
-def test_a_start_that_is_not_done_is_refused(first, tmp_path):
+def test_init_from_refuses_a_folder_without_a_finished_run(first, tmp_path):
     cut = shutil.copytree(first, tmp_path / "cut")
     (cut / "result.json").unlink()
     for start in (cut, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match="holds no run that is done; give the --out of one"):
+        with pytest.raises(ValueError, match="holds no finished run; give the output_dir of one"):
             lifelong.pretrain.main(run_of(tmp_path / "next", init_from=start))
 
 
@@ -238,7 +240,7 @@ def test_the_table_has_means_deviations_and_the_difference_of_the_text_losses():
 
 
 @pytest.mark.parametrize("changes", [{"data.paths": "[digits]"}, {}])
-def test_what_makes_no_comparison_is_refused(tmp_path, changes):
+def test_a_configuration_without_anything_to_compare_is_refused(tmp_path, changes):
     config = read(tmp_path, **changes)
     with pytest.raises(ValueError, match=r"give data\.paths \[sprites\], and in new"):
         lifelong.runs(config if changes else lifelong.replace(config, new={}))

@@ -58,7 +58,7 @@ def test_a_run_leaves_metrics_samples_and_a_model_that_loads(whole, runs):
 
 
 @pytest.mark.parametrize("head", IMAGE_HEADS)
-def test_a_run_stopped_and_resumed_ends_as_one_that_was_not(head, pretrain, runs, tmp_path):
+def test_a_stopped_and_resumed_run_ends_as_an_uninterrupted_one(head, pretrain, runs, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     result = pretrain.train(whole, image_head=head)
     shutil.copytree(whole, parts)
@@ -81,13 +81,13 @@ def test_patches_of_two_frames_and_frames_that_see_each_other_are_trained(pretra
     assert not video[:2].any() if "temporal_patch_size" in changes else video[:2].all()
 
 
-def test_workers_change_nothing(whole, pretrain, runs, tmp_path):
+def test_the_number_of_workers_does_not_change_the_result(whole, pretrain, runs, tmp_path):
     pretrain.train(tmp_path / "run", num_workers=1)
     assert runs.same(tmp_path / "run", whole)
 
 
 @pytest.mark.slow
-def test_a_signal_to_all_processes_of_a_run_with_workers_saves(pretrain, runs, tmp_path):
+def test_a_signal_to_all_processes_of_a_run_with_workers_saves_a_checkpoint(pretrain, runs, tmp_path):
     output_dir = tmp_path / "run"
     command = pretrain.command(output_dir, num_workers=1, steps=100_000)
     options = {"env": runs.environment(), "start_new_session": True, "stderr": subprocess.PIPE}
@@ -103,7 +103,7 @@ def test_a_signal_to_all_processes_of_a_run_with_workers_saves(pretrain, runs, t
 
 
 @pytest.mark.parametrize("head", ["mse", pytest.param("flow", marks=pytest.mark.slow)])
-def test_images_are_learned_and_with_them_the_text(head, pretrain, runs, tmp_path):
+def test_images_and_text_are_learned_together(head, pretrain, runs, tmp_path):
     settings = {"optim.lr": 1e-2, "ema_decay": 0.5, "model.hidden_size": 32, "model.num_hidden_layers": 2}
     templates = {"data.templates": "['{caption}{image:generate}', '{image}{caption}']"}
     more = {"image_head": head, "steps": 100, "global_batch_size": 16, "checkpoint_every": 100}
@@ -119,9 +119,7 @@ def test_images_are_learned_and_with_them_the_text(head, pretrain, runs, tmp_pat
 
 
 @pytest.mark.parametrize("resting", ["critic", "model"])
-def test_each_model_of_the_adversarial_head_learns_while_the_other_rests(
-    resting, pretrain, runs, tmp_path, monkeypatch
-):
+def test_generator_and_critic_learn_while_the_other_is_frozen(resting, pretrain, runs, tmp_path, monkeypatch):
     settings = {"optim.lr": 1e-2, "optim.critic_lr": 1e-2, "loss.penalties": "{r2: 0.1}"}
     if resting == "critic":
         monkeypatch.setattr(CriticTrainer, "step", lambda *args, **kwargs: {})

@@ -45,7 +45,7 @@ def forget(output_dir, step):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["flow", "adversarial"])
-def test_two_processes_are_one_with_the_same_documents_and_resume_to_the_bit(
+def test_two_processes_train_as_one_on_the_same_documents_and_resume_bit_exactly(
     head, pretrain, runs, check_close, tmp_path
 ):
     one, two = tmp_path / "one", tmp_path / "two"
@@ -76,7 +76,7 @@ def test_a_stream_resumes_on_another_number_of_processes(pretrain, check_close, 
 
 
 @pytest.mark.parametrize("head", IMAGE_HEADS)
-def test_three_micro_batches_are_the_batch(head, pretrain, check_close, tmp_path):
+def test_three_micro_batches_give_the_same_step_as_the_whole_batch(head, pretrain, check_close, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = {"image_head": head, "steps": 2, **SEVEN}
     pretrain.train(whole, **settings)

@@ -53,7 +53,7 @@ def test_a_row_that_cannot_be_read_is_named_skipped_and_counted(head, torn, pret
     assert runs.same(parts, whole)  # nothing depends on who read it
 
 
-def test_what_was_skipped_before_an_interruption_is_counted_after_it(torn, pretrain, runs, tmp_path):
+def test_the_count_of_skipped_rows_continues_after_an_interruption(torn, pretrain, runs, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     pretrain.train(whole, **TEMPLATES, **torn, steps=6)
     shutil.copytree(whole, parts)
@@ -64,13 +64,13 @@ def test_what_was_skipped_before_an_interruption_is_counted_after_it(torn, pretr
 
 
 @pytest.mark.parametrize("head", ["flow", "adversarial"])
-def test_a_micro_batch_of_which_nothing_can_be_read_trains_nothing(head, torn, pretrain, tmp_path):
+def test_a_micro_batch_without_readable_rows_changes_no_weight(head, torn, pretrain, tmp_path):
     settings = {"global_batch_size": 2, "gradient_accumulation_steps": 2, "steps": 8, "image_head": head}
     result = pretrain.train(tmp_path / "run", **{**TEMPLATES, **torn, **settings})
     assert result["skipped_documents"] == 2
 
 
-def test_strict_stops_at_such_a_row(torn, pretrain, refusal, tmp_path):
+def test_strict_data_stops_at_a_row_that_cannot_be_read(torn, pretrain, refusal, tmp_path):
     settings = {"data.strict": "true", "steps": 8, **TEMPLATES, **torn}
     last = refusal(pretrain, tmp_path / "run", **settings)
     assert last.startswith("error: row ") and "column 'image' cannot be read: cannot identify" in last
@@ -114,7 +114,7 @@ def jsonl(path):
 
 
 @pytest.mark.parametrize("source", [folder, parquet, webdataset, classes, jsonl])
-def test_what_datasets_loads_is_trained_on_its_columns_named_by_templates(source, pretrain, runs, tmp_path):
+def test_templates_name_the_columns_of_any_source_that_datasets_loads(source, pretrain, runs, tmp_path):
     (tmp_path / "source").mkdir()
     path, templates = source(tmp_path / "source")
     data = {"data.paths": f"[{path}]", "data.templates": templates}
@@ -122,7 +122,7 @@ def test_what_datasets_loads_is_trained_on_its_columns_named_by_templates(source
     assert ("loss/image" in runs.lines(tmp_path / "run")[0]) == ("generate" in templates)
 
 
-def test_several_tars_are_one_source(tmp_path):
+def test_several_tar_files_are_read_as_one_source(tmp_path):
     shard, _ = webdataset(tmp_path)
     shard.with_name("shard-001.tar").write_bytes(shard.read_bytes())
     splits = load_splits(str(tmp_path / "shard-*.tar"))
@@ -130,7 +130,7 @@ def test_several_tars_are_one_source(tmp_path):
 
 
 @pytest.mark.parametrize("lengths", [(1, 2, 3), (1,)])
-def test_videos_of_any_lengths_are_learned_and_shown(lengths, pretrain, tmp_path):
+def test_videos_of_different_lengths_are_trained_on_and_sampled(lengths, pretrain, tmp_path):
     rows = [
         {"frames": [PILImage.new("L", (4, 4), 9 * i)] * lengths[i % len(lengths)], "caption": "abcd"[i % 4]}
         for i in range(40)
@@ -172,7 +172,7 @@ def streamed(shards, pretrain, tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_resumes_to_the_bit_and_says_what_it_skips(
+def test_a_stream_resumes_bit_exactly_and_reports_skipped_rows(
     workers, shards, streamed, pretrain, runs, tmp_path, capfd
 ):
     parts = tmp_path / "parts"
@@ -188,7 +188,7 @@ def test_a_stream_resumes_to_the_bit_and_says_what_it_skips(
             assert line.startswith("skipped: row 5 of shard 1, column 'image' cannot be read: ")
 
 
-def test_a_stream_that_breaks_off_ends_a_run_in_one_sentence(pretrain, refusal, tmp_path):
+def test_a_stream_that_fails_ends_the_run_with_one_sentence(pretrain, refusal, tmp_path):
     shard, templates = webdataset(tmp_path)
     shard.with_name("shard-001.tar").write_bytes(shard.read_bytes()[:3000])
     data = {"data.paths": f"[{tmp_path}/shard-*.tar]", "data.templates": templates}
@@ -225,7 +225,7 @@ def test_the_rows_of_a_step_that_is_not_finite_are_named(shards, pretrain, tmp_p
         ({"tokenizer": "words"}, "the words of a stream are not known before it is read"),
     ],
 )
-def test_what_makes_no_stream_is_refused_in_one_sentence(
+def test_invalid_settings_of_a_stream_are_refused_in_one_sentence(
     changes, message, shards, pretrain, refusal, tmp_path
 ):
     settings = {**TEMPLATES, **STREAM, **shards, **changes}

@@ -8,7 +8,9 @@ import pytest
 from rope_mm.training.image_heads import IMAGE_HEADS
 
 
-def test_samples_that_fail_cost_no_step_and_are_made_when_the_run_is_resumed(pretrain, tmp_path, monkeypatch):
+def test_a_failure_while_sampling_loses_no_step_and_the_resumed_run_samples_again(
+    pretrain, tmp_path, monkeypatch
+):
     def full(pipeline, held_out, path):
         raise OSError("no space left")
 
@@ -43,9 +45,7 @@ def test_a_run_resumes_with_other_keys_on_which_no_result_depends_and_with_no_ot
     assert (parts / "run.yaml").read_text() == (whole / "run.yaml").read_text()
 
 
-def test_what_prepares_batches_can_be_pickled_for_workers_that_are_spawned(
-    pretrain, runs, tmp_path, monkeypatch
-):
+def test_the_dataset_can_be_pickled_for_spawned_workers(pretrain, runs, tmp_path, monkeypatch):
     make_loader = pretrain.module.PackedDocumentDataset.make_loader
 
     def sent(self, *steps):

@@ -36,9 +36,7 @@ def content(folder):
 
 
 @pytest.mark.parametrize("method", ["autograd", "fd"])
-def test_two_steps_and_two_more_are_four_with_penalties_and_everything_on(
-    method, adversarial, runs, tmp_path
-):
+def test_two_steps_and_two_resumed_ones_equal_four_with_every_penalty_on(method, adversarial, runs, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = {**SHORT, **EVERYTHING, "loss.method": method}
     adversarial.train(whole, **settings)
@@ -69,7 +67,7 @@ def poisoned(training, step, real):
 
 
 @pytest.mark.parametrize("real", [True, False])
-def test_a_number_that_is_not_finite_stops_the_run_and_its_batch_is_kept(
+def test_a_non_finite_loss_stops_the_run_and_its_batch_is_saved(
     real, adversarial, refusal, tmp_path, monkeypatch
 ):
     output_dir, settings = tmp_path / "run", {**SHORT, "log_every": 4}
@@ -90,7 +88,7 @@ def test_a_number_that_is_not_finite_stops_the_run_and_its_batch_is_kept(
     adversarial.train(output_dir, **settings)
 
 
-def test_a_run_that_collapses_is_warned_of_in_its_metrics_and_on_the_progress_line(
+def test_a_collapsing_run_is_reported_in_its_metrics_and_on_the_progress_line(
     adversarial, runs, tmp_path, monkeypatch, capsys
 ):
     coverage = iter([0.9, 0.6, 0.4])
@@ -102,7 +100,7 @@ def test_a_run_that_collapses_is_warned_of_in_its_metrics_and_on_the_progress_li
     assert warned["warning"] in capsys.readouterr().err
 
 
-def test_the_progress_line_tells_speed_and_remaining_time(script, tmp_path, capsys):
+def test_the_progress_line_shows_speed_and_remaining_time(script, tmp_path, capsys):
     script.train(tmp_path / "run", steps=2)
     first = next(line for line in capsys.readouterr().err.splitlines() if " 1/2 " in line)
     for name in ("lr ", "grad_norm", "images/s ", "tokens/s ", "ETA 0:00:"):
@@ -122,7 +120,7 @@ def start(script, runs, output_dir, until, **changes):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(script, runs, tmp_path):
+def test_a_run_killed_at_any_moment_resumes_to_the_same_result(script, runs, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     settings = {"steps": 40, "checkpoint_every": 3, "sample_every": 40}
     script.train(whole, **settings)
@@ -155,7 +153,7 @@ def test_sigterm_saves_and_a_second_command_is_refused_while_the_first_one_runs(
     assert f"stopped by SIGTERM at step {checkpoint.step_of(newest)}, saved" in said.decode()
 
 
-def test_a_folder_in_use_is_refused_with_its_process_and_free_after_it(adversarial, refusal, tmp_path):
+def test_a_folder_in_use_is_refused_with_its_process_id_and_free_afterwards(adversarial, refusal, tmp_path):
     output_dir = tmp_path / "run"
     output_dir.mkdir()
     (output_dir / ".lock-holder").write_text("process 7 on somewhere")
@@ -168,7 +166,7 @@ def test_a_folder_in_use_is_refused_with_its_process_and_free_after_it(adversari
     adversarial.train(output_dir, steps=1)
 
 
-def test_a_full_disk_is_reported_and_costs_no_earlier_checkpoint(script, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_reported_and_earlier_checkpoints_are_kept(script, tmp_path, monkeypatch, capsys):
     output_dir, saved = tmp_path / "run", Accelerator.save_state
 
     def full(self, path):
@@ -187,7 +185,7 @@ def test_a_full_disk_is_reported_and_costs_no_earlier_checkpoint(script, tmp_pat
     assert checkpoint.latest(output_dir / "checkpoints").name == "step-000004"
 
 
-def test_a_full_disk_costs_no_earlier_model(adversarial, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_keeps_the_earlier_model(adversarial, tmp_path, monkeypatch, capsys):
     output_dir = tmp_path / "run"
     adversarial.train(output_dir, steps=1)
     before = {path: path.read_bytes() for path in (output_dir / "model").iterdir()}
@@ -214,7 +212,9 @@ def test_a_finished_run_is_extended_as_if_it_had_never_ended(adversarial, runs, 
     assert runs.lines(longer) == runs.lines(whole)
 
 
-def test_extending_a_run_whose_rates_end_says_what_happens_to_them(adversarial, refusal, runs, tmp_path):
+def test_extending_a_run_whose_rate_decays_explains_the_rates_and_needs_extend(
+    adversarial, refusal, runs, tmp_path
+):
     output_dir = tmp_path / "run"
     adversarial.train(output_dir, steps=2)  # of digits.yaml, whose rate falls to 0.02 of itself
     said = refusal(adversarial, output_dir, steps=4)
@@ -225,9 +225,7 @@ def test_extending_a_run_whose_rates_end_says_what_happens_to_them(adversarial, 
     assert "steps already, more than steps 3" in refusal(adversarial, output_dir, steps=3, extend="true")
 
 
-def test_data_that_has_changed_is_refused_with_its_counts_unless_it_is_meant(
-    pretrain, refusal, bars, tmp_path
-):
+def test_changed_data_is_refused_with_its_row_counts_unless_allowed(pretrain, refusal, bars, tmp_path):
     from datasets import Dataset
 
     data, output_dir = tmp_path / "bars.parquet", tmp_path / "run"

@@ -25,7 +25,7 @@ def patches():
     return module
 
 
-def test_a_step_that_is_not_finite_is_skipped_as_if_its_updates_had_not_been(
+def test_a_non_finite_step_is_skipped_and_leaves_no_update(
     adversarial, patches, runs, tmp_path, monkeypatch, capsys
 ):
     training, run, without = adversarial.module.Training, tmp_path / "run", tmp_path / "without"
@@ -51,7 +51,7 @@ def test_a_step_that_is_not_finite_is_skipped_as_if_its_updates_had_not_been(
     assert runs.same(run, without)
 
 
-def test_pretraining_skips_such_a_step_too(pretrain, patches, runs, tmp_path, monkeypatch):
+def test_pretraining_skips_a_non_finite_step_too(pretrain, patches, runs, tmp_path, monkeypatch):
     module, settings = pretrain.module, {"image_head": "adversarial", "steps": 3}
     read = module.PackedDocumentDataset.__getitem__
 
@@ -71,7 +71,9 @@ def test_pretraining_skips_such_a_step_too(pretrain, patches, runs, tmp_path, mo
     assert runs.same(tmp_path / "run", tmp_path / "without")
 
 
-def test_too_many_such_steps_in_a_row_stop_the_run(adversarial, patches, refusal, tmp_path, monkeypatch):
+def test_too_many_non_finite_steps_in_a_row_stop_the_run(
+    adversarial, patches, refusal, tmp_path, monkeypatch
+):
     training = adversarial.module.Training
     micro_batch = training.micro_batch
     for step in range(2, 14):
@@ -110,7 +112,7 @@ def test_a_document_longer_than_a_row_is_named_skipped_and_counted(texts, pretra
     assert {line.split(";")[0] for line in named} == {f"skipped: row {row}: {why}" for row in long}
 
 
-def test_strict_stops_at_such_a_document_and_the_run_resumes_without_it_as_advised(
+def test_strict_data_stops_at_a_long_document_and_the_advised_command_resumes_without_it(
     texts, pretrain, runs, tmp_path
 ):
     settings = {**texts[0], "global_batch_size": 1, "steps": 16, "checkpoint_every": 1}  # an epoch
@@ -127,7 +129,7 @@ def test_a_length_that_no_document_fits_is_refused_at_once(texts, pretrain, tmp_
         pretrain.train(tmp_path / "run", **{**texts[0], "max_length": 1})
 
 
-def test_what_to_do_with_such_a_step_is_one_of_two(adversarial, tmp_path):
+def test_on_nan_takes_one_of_two_values(adversarial, tmp_path):
     with pytest.raises(ValueError, match="on_nan must be one of stop, skip, not 'ignore'"):
         adversarial.config(tmp_path, on_nan="ignore")
 

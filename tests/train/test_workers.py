@@ -12,7 +12,9 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("end", "code"), [("stopped", 0), ("failed", 2)])
-def test_busy_workers_delay_no_end_and_none_outlives_it(end, code, pretrain, runs, tmp_path):
+def test_a_run_ends_without_waiting_for_busy_workers_and_leaves_none_running(
+    end, code, pretrain, runs, tmp_path
+):
     script = str(Path(__file__).with_name("busy_workers.py"))
     words = [sys.executable, script, end, *pretrain.flags(tmp_path / "run", num_workers=2, steps=20)]
     process = subprocess.Popen(words, env=runs.environment(), start_new_session=True, stderr=subprocess.PIPE)

@@ -38,7 +38,7 @@ def test_every_penalty_is_used_by_name_and_changes_the_critic(name, toy):
     assert any(not torch.equal(a, b) for a, b in zip(free, held, strict=True))
 
 
-def test_penalties_from_the_pass_of_the_scores_equal_those_from_passes_of_their_own(toy):
+def test_penalties_from_the_scoring_pass_equal_penalties_from_separate_passes(toy):
     shared = toy.trainer(penalties={"r1": 2.0, "r2": 1.0})
     apart = toy.trainer(penalties={"r1": 2.0, "r2": 1.0}, fraction=0.9)  # of four rows that is all four
     assert shared.critic.loss.penalties.from_scores and not apart.critic.loss.penalties.from_scores
@@ -192,7 +192,7 @@ def test_compiled_models_have_the_gradients_of_plain_ones(toy):
         ({"optim": AdversarialOptim(schedule="cosin")}, "schedule 'cosin' is unknown; did you mean 'cosine'"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_runs(wrong, message, toy):
+def test_arguments_that_do_not_fit_are_refused_before_anything_runs(wrong, message, toy):
     with pytest.raises(ValueError, match=message):
         toy.trainer(**wrong)
 

@@ -29,7 +29,7 @@ def test_the_newest_checkpoint_is_found_by_its_number(tmp_path):
     verify(found)
 
 
-def test_older_checkpoints_go_and_other_files_stay(tmp_path):
+def test_older_checkpoints_are_deleted_and_other_files_kept(tmp_path):
     (tmp_path / "step-notes").mkdir()
     for step in range(5):
         save(tmp_path, step, state(step), keep=2)
@@ -43,7 +43,7 @@ def test_keeping_no_checkpoint_is_refused(tmp_path):
         save(tmp_path, 1, state(1), keep=0)
 
 
-def test_a_step_that_is_saved_already_stays(tmp_path):
+def test_a_saved_step_is_not_overwritten(tmp_path):
     save(tmp_path, 1, state(1))
     save(tmp_path, 1, state(2))
     assert (tmp_path / "step-000001" / "sampler" / "state.json").read_text() == "1"
@@ -168,7 +168,7 @@ print(deaths, sorted(steps))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork, no SIGKILL")
-def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+def test_a_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, tmp_path],
         capture_output=True,
@@ -232,7 +232,7 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
     assert (tmp_path / "run.yaml").read_text() == "old"
 
 
-def test_a_folder_takes_all_files_or_none_and_keeps_the_others(tmp_path):
+def test_a_folder_receives_all_files_or_none_and_keeps_other_files(tmp_path):
     folder = tmp_path / "model"
 
     def content():

@@ -57,7 +57,7 @@ def yaml(tmp_path):
     return write
 
 
-def test_nothing_given_is_the_defaults():
+def test_without_arguments_the_configuration_has_its_defaults():
     assert load(Example, []) == Example()
 
 
@@ -76,7 +76,7 @@ def test_a_rate_without_a_dot_is_a_float(yaml):
 
 
 @pytest.mark.parametrize("flags", [["--dry-run"], ["--dry_run"], ["--dry-run=true"], ["--dry-run", "yes"]])
-def test_a_switch_is_written_as_one_likes(flags):
+def test_a_boolean_flag_may_be_written_in_several_ways(flags):
     read = load(Example, [*flags, "--steps", "5"])
     assert read.dry_run and read.steps == 5
 
@@ -85,13 +85,13 @@ def test_a_negative_number_is_a_value_and_not_a_flag():
     assert load(Example, ["--optim.lr", "-1"]).optim.lr == -1
 
 
-def test_text_stays_text():
+def test_a_string_that_looks_like_a_number_stays_a_string():
     read = load(Example, ["--out", "001", "--note=1e3", "--loss", "no"])
     assert (read.out, read.note, read.loss) == ("001", "1e3", "no")
     assert load(Example, ["--note", "x", "--note", "null"]).note is None
 
 
-def test_tuples_are_tuples():
+def test_tuple_options_are_read_as_tuples():
     read = load(Example, ["--optim.betas", "[0.5, 0.9]", "--sizes=[4]", "--words", "[a, b]"])
     assert (read.optim.betas, read.sizes, read.words) == ((0.5, 0.9), (4,), ("a", "b"))
 
@@ -170,12 +170,12 @@ def test_a_key_without_a_default_must_be_given():
         load(Strict, [])
 
 
-def test_the_rules_of_the_schema_speak():
+def test_the_checks_of_the_schema_give_the_error_message():
     with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
         load(Strict, ["--out", "x", "--steps", "0"])
 
 
-def test_help_is_a_file_of_the_defaults(capsys, yaml):
+def test_help_prints_a_configuration_file_of_the_defaults(capsys, yaml):
     with pytest.raises(SystemExit) as left:
         load(Example, ["--help"])
     printed = capsys.readouterr().out
@@ -198,14 +198,14 @@ examples = st.builds(
 
 
 @given(examples)
-def test_what_is_dumped_is_read_back(tmp_path_factory, example):
+def test_a_dumped_configuration_is_read_back_equal(tmp_path_factory, example):
     file = tmp_path_factory.mktemp("dump") / "run.yaml"
     file.write_text(dump(example), encoding="utf-8")
     assert load(Example, ["--config", str(file)]) == example
 
 
 @given(examples, st.booleans())
-def test_flags_say_what_a_file_says(example, joined):
+def test_flags_and_a_file_give_the_same_configuration(example, joined):
     values = {
         "out": example.out,
         "steps": example.steps,
@@ -243,7 +243,7 @@ def test_a_script_ends_in_one_line_and_code_2(tmp_path):
     assert done.stderr == "error: --step: step is unknown; did you mean steps?\n"
 
 
-def test_a_run_hands_over_the_configuration_and_keeps_the_exit_codes(capsys):
+def test_run_passes_the_configuration_on_and_keeps_exit_codes(capsys):
     seen = []
     config.run(seen.append, Example, ["--steps", "7"])
     assert seen == [Example(steps=7)]
@@ -285,7 +285,7 @@ class Brush:
     start: str = option("", "from where")
 
 
-def test_a_dict_that_is_given_replaces_the_default_and_a_key_of_it_does_not(yaml):
+def test_a_given_dict_replaces_the_default_and_a_single_key_of_it_does_not(yaml):
     file = yaml("paint: {shares: {blue: 2.0}}\n")
     assert load(Brush, ["--config", file]).paint.shares == {"blue": 2.0}
     assert load(Brush, ["--paint.shares", "{}"]).paint.shares == {}

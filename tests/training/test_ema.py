@@ -18,7 +18,7 @@ def train(model):
 
 
 @pytest.mark.parametrize("warm_up", [True, False])
-def test_the_average_is_the_one_of_the_formula(warm_up):
+def test_the_average_follows_the_formula(warm_up):
     model = net()
     ema = Ema(model, decay=0.5, warm_up=warm_up)
     expected = [p.detach().double() for p in model.parameters()]
@@ -32,7 +32,7 @@ def test_the_average_is_the_one_of_the_formula(warm_up):
     torch.testing.assert_close([p.double() for p in ema.model.parameters()], expected)
 
 
-def test_buffers_are_those_of_the_model():
+def test_the_average_has_the_buffers_of_the_model():
     model = net()
     ema = Ema(model)
     train(model)
@@ -76,7 +76,7 @@ def test_tied_weights_stay_tied():
     assert ema.model[0].weight is ema.model[1].weight
 
 
-def test_resuming_goes_on_where_it_stopped():
+def test_the_average_resumes_from_its_state():
     model = net()
     whole = Ema(model)
     train(model)

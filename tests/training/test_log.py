@@ -33,7 +33,7 @@ def test_an_interrupted_and_resumed_run_leaves_the_file_of_an_uninterrupted_one(
     assert (tmp_path / "resumed" / FILE).read_bytes() == (tmp_path / "whole" / FILE).read_bytes()
 
 
-def test_what_the_step_resumed_at_has_said_is_not_said_again(tmp_path):
+def test_resuming_does_not_repeat_lines_of_the_step_resumed_at(tmp_path):
     for start, names in ((1, ["critic"]), (1, ["critic", "coverage"]), (2, ["critic", "critic"])):
         with Log(tmp_path, total=2, step=start) as log:
             for name in names:
@@ -42,7 +42,7 @@ def test_what_the_step_resumed_at_has_said_is_not_said_again(tmp_path):
     assert lines == [(1, "critic"), (1, "coverage"), (2, "critic"), (2, "critic")]
 
 
-def test_a_last_line_that_only_lacks_its_end_is_kept(tmp_path):
+def test_a_last_line_without_a_newline_is_kept(tmp_path):
     (tmp_path / FILE).write_text('{"step": 1, "critic": 2.0}\n{"step": 2, "critic": 1.0}')
     losses(tmp_path, [3], start=2)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
@@ -80,7 +80,7 @@ def test_only_the_main_process_writes(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_terminal_a_line_is_printed_now_and_then(tmp_path, capsys):
+def test_without_a_terminal_a_line_is_printed_from_time_to_time(tmp_path, capsys):
     with Log(tmp_path, total=100, desc="gan", bar=False, pause=3600) as log:
         for step in range(1, 101):
             log(step, critic=0.693147, phase="main")

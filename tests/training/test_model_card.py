@@ -25,7 +25,7 @@ def test_the_card_of_a_run_is_read_by_the_hub_and_says_what_was_measured(tmp_pat
     assert "torch 2.13.0" in card.text
 
 
-def test_a_run_without_metrics_says_so(tmp_path):
+def test_the_card_of_a_run_without_metrics_states_it(tmp_path):
     write_run(tmp_path / "run")
     write_model_card(tmp_path / "run", {})
     assert "No metric was measured." in (tmp_path / "run" / "model" / "README.md").read_text()

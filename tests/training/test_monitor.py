@@ -54,13 +54,13 @@ def test_scores_that_drift_together_are_warned_of():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_one_number_that_is_not_finite_is_enough(value):
+def test_a_single_non_finite_number_is_detected(value):
     terms = {"critic": torch.tensor(0.7), "r1": torch.tensor(1.0)}
     assert finite(terms)
     assert not finite(terms | {"fake": torch.tensor(value)})
 
 
-def test_a_kept_batch_reads_back_and_leaves_nothing_beside_it(tmp_path):
+def test_a_saved_batch_is_read_back_and_no_temporary_file_remains(tmp_path):
     batch = {"real": torch.randn(2, 3)}
     keep_batch(tmp_path / "nan-step-7.pt", 7, {"critic": torch.tensor(float("nan"))}, [batch])
     kept = torch.load(tmp_path / "nan-step-7.pt")

@@ -51,7 +51,7 @@ def video(frames=3, generate=False, seed=6):
     return Visual(pixels(frames, 1, 4, 4, seed=seed), generate)
 
 
-def test_a_noisy_copy_sees_what_its_image_sees_and_itself_and_nothing_sees_it():
+def test_a_noisy_copy_attends_to_itself_and_to_the_context_of_its_image_and_nothing_attends_to_it():
     rank = make_block_ids([Text(1), Video(2, 1, 2), Text(1)])
     rank, token = torch.cat([rank, -rank[1:5]])[None], torch.arange(10)
     seen = make_mask_fn(rank)(torch.tensor(0), torch.tensor(0), token[:, None], token)
@@ -149,7 +149,7 @@ DOCUMENTS = [["one ", image(True), "a"], [image(seed=8), "two", video(2, True)],
 
 
 @pytest.mark.parametrize("neighbour", [0, 1, 2, 3])
-def test_a_neighbour_changes_nothing_not_even_a_bit(neighbour):
+def test_a_packed_neighbour_does_not_change_a_document_by_one_bit(neighbour):
     """Logits, generated patches and gradients of all other documents, whatever one of them holds."""
     model = make()
     pack = packer(model)(DOCUMENTS, seeds(4))
@@ -184,7 +184,7 @@ def test_a_neighbour_changes_nothing_not_even_a_bit(neighbour):
 
 @pytest.mark.parametrize("backend", ["eager", "flex_attention"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_packed_documents_are_the_same_on_every_backend_and_alone(backend, uncompiled):
+def test_packed_documents_give_the_same_outputs_on_every_backend_and_alone(backend, uncompiled):
     model = make()
     pack = packer(model)(DOCUMENTS, seeds(4))
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_a_document_that_no_row_can_hold_is_refused():
         packer(make(), length=12)([["four!", image(True)]], seeds(1))
 
 
-def test_an_image_generated_last_is_not_read_and_all_else_is_as_if_it_were():
+def test_the_clean_copy_of_a_last_image_is_omitted_and_changes_no_other_output():
     model = make()
     ended = [["see ", image(seed=8), " go ", video(3, True)], [image(True)], ["a", image(True), "b"]]
     pack = packer(model)(ended, seeds(3))

@@ -14,7 +14,7 @@ def content(out):
 
 
 @pytest.mark.parametrize("name", ["model/a.txt", "samples/a.txt", "checkpoints/step-000001/a", "result.json"])
-def test_files_of_no_run_are_not_deleted_unasked(name, tmp_path):
+def test_files_that_belong_to_no_run_are_not_deleted(name, tmp_path):
     write_text(tmp_path / name, "mine")
     with pytest.raises(ValueError, match=r"holds (\w|\.)+, but no run.yaml to resume from; .* --restart"):
         open_(tmp_path)

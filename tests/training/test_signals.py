@@ -16,7 +16,7 @@ class Empty:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_first_signal_is_a_wish_and_a_second_stops_at_once(number):
+def test_the_first_signal_asks_for_a_stop_and_the_second_stops_at_once(number):
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt) as stopped, Stop() as stop:
         os.kill(os.getpid(), number)

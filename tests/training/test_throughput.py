@@ -21,7 +21,7 @@ def make(**settings):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_the_cost_of_words_is_what_torch_counts(tied, kv_heads):
+def test_the_flops_of_text_are_those_that_torch_counts(tied, kv_heads):
     model = make(tie_word_embeddings=tied, num_key_value_heads=kv_heads)
     ids = torch.randint(60, (2, 7))
     with FlopCounterMode(display=False) as counter:
@@ -33,13 +33,13 @@ def test_the_cost_of_words_is_what_torch_counts(tied, kv_heads):
     assert mine == pytest.approx(counter.get_total_flops(), rel=2e-4)  # it counts the angles, too
 
 
-def test_pairs_are_those_of_one_document_without_padding():
+def test_attention_pairs_are_counted_within_documents_and_without_padding():
     document = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 2, 2, 2]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
     assert count_pairs(document, mask) == 4 + 9 + 1 + 4 + 9
 
 
-def test_speed_is_a_share_of_a_peak_that_is_known():
+def test_utilisation_is_the_share_of_a_known_peak():
     assert Speed(None)(100, 4e9, 2.0) == {"tokens/s": 50.0, "GFLOP/s": 2.0}
     assert Speed(8e9)(100, 4e9, 2.0) == {"tokens/s": 50.0, "MFU": 0.25}
 
@@ -54,7 +54,7 @@ def test_speed_is_a_share_of_a_peak_that_is_known():
         ("Some GPU", None),
     ],
 )
-def test_the_peak_is_that_of_the_gpu_by_name(monkeypatch, name, peak):
+def test_the_peak_is_looked_up_by_the_name_of_the_gpu(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda")) == peak
     assert peak_flops(torch.device("cpu")) is None
@@ -84,7 +84,7 @@ def test_a_step_of_the_model_shows_its_rotations_and_compiled_ones_are_not_guess
     assert "not seen" in str(measure_share(lambda: torch.ones(3).sum(), 1))
 
 
-def test_profiled_steps_are_the_run_s_own():
+def test_profiled_steps_are_steps_of_the_run():
     said, taken = [], []
 
     def step(number):

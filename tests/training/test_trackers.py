@@ -45,7 +45,7 @@ class Stub(GeneralTracker):
         self.finished = True
 
 
-def test_trackers_are_told_the_configuration_and_every_line_as_it_is_shown(tmp_path):
+def test_trackers_receive_the_configuration_and_every_logged_line(tmp_path):
     stub = Stub()
     accelerator = Accelerator(log_with=[stub])
     with (
@@ -59,7 +59,7 @@ def test_trackers_are_told_the_configuration_and_every_line_as_it_is_shown(tmp_p
     assert stub.finished
 
 
-def test_a_run_without_trackers_tells_nobody(tmp_path):
+def test_a_run_without_trackers_sends_nothing(tmp_path):
     accelerator = Accelerator(log_with=read_trackers(""))
     with tracking(accelerator, tmp_path / "run", Example()):
         assert accelerator.trackers == []
