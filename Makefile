@@ -55,7 +55,7 @@ test-lowest:
 	grep -vE '^(nvidia|cuda|triton)' build/lowest.txt > build/lowest-cpu.txt
 	build/lowest/bin/pip install --quiet $(TORCH) -r build/lowest-cpu.txt
 	build/lowest/bin/pip install --quiet --no-deps -e .
-	build/lowest/bin/python $(pytest) -m "not gpu and not slow" -k "$(not_at_lowest)" tests/test_arguments.py tests/models tests/hf
+	build/lowest/bin/python $(pytest) -m "not gpu and not slow" -k "$(not_at_lowest)" tests/checks tests/models tests/hf
 
 bench: .venv/installed
 	PYTHONPATH=.:kernels $(py) kernels/bench/cpu.py
