@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"rope-mm: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `rope-mm schemes | head` closed the pipe: nobody reads on
+    except BrokenPipeError:  # `rope-mm schemes | head` closed the pipe: no reader is left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code

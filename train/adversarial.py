@@ -262,6 +262,11 @@ def load_data(data: Data) -> tuple[CaptionedImages, CaptionedImages]:
 def limit_captions(images: CaptionedImages, tokenizer: PreTrainedTokenizerBase, data: Data) -> int:
     """Cut the captions that are too long; how many there were.
 
+    Args:
+        images: whose captions are cut.
+        tokenizer: counts tokens.
+        data: with the longest length and what to do beyond it.
+
     Raises:
         ValueError: one that is too long, where `data.long_captions` refuses it.
     """

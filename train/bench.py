@@ -135,8 +135,8 @@ def uneven(count: int, longest: int) -> list[Document]:
     Args:
         count: number of documents.
         longest: bytes of text before the image, at most."""
-    draw, pixels = random.Random(0), torch.zeros(1, 8, 8)
-    sizes = [round(longest ** draw.random()) for _ in range(count)]
+    lengths, pixels = random.Random(0), torch.zeros(1, 8, 8)
+    sizes = [round(longest ** lengths.random()) for _ in range(count)]
     return [["a" * size, Visual(pixels), "b" * (1 + size // 2)] for size in sizes]
 
 

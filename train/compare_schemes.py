@@ -3,7 +3,7 @@
     python train/compare_schemes.py --config configs/compare/small.yaml
 
 The same command again resumes, and skips runs that are finished. table.md, compare.json and compare.png in
-OUTPUT_DIR tell how many answers are right at trained and at untrained sizes, and which differences are within
+OUTPUT_DIR show the share of right answers at trained and at untrained sizes, and which differences are within
 the noise. The figure needs matplotlib: pip install rope-mm[plots].
 """
 

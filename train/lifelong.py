@@ -5,7 +5,7 @@
 Four runs of `train/pretrain.py` for each seed, in OUTPUT_DIR/<name>-<seed>: "text" and "images" read the same
 documents, rows of data.filter, and the first has no image loss; "new" and "mixed" start from the end of
 "images", with rows of `new` alone and with those of both. The same command again resumes. table.md,
-lifelong.json and lifelong.png in OUTPUT_DIR tell the text loss, and how many images and captions are right.
+lifelong.json and lifelong.png in OUTPUT_DIR show the text loss and the shares of right images and captions.
 """
 
 import json

@@ -94,7 +94,14 @@ def damping(figure: Any, seed: int) -> dict:
 
 
 def threshold(descent: Callable[[float], Descent], game: Dirac, low: float, high: float) -> float:
-    """Rate at which a step begins to grow."""
+    """Rate at which a step begins to grow.
+
+    Args:
+        descent: learning rate -> a step of both players.
+        game: the Dirac-GAN.
+        low: rate at which a step shrinks.
+        high: rate at which a step grows.
+    """
     return float(brentq(lambda rate: growth(descent(rate), game.field, ORIGIN) - 1 - 1e-6, low, high))  # type: ignore
 
 
@@ -155,7 +162,13 @@ def closed_kl(time: float) -> float:
 
 
 def quantiles(count: int, mean: float, spread: float) -> Tensor:
-    """Sorted particles (n, 1) of a normal distribution."""
+    """Sorted particles (n, 1) of a normal distribution.
+
+    Args:
+        count: n, of particles.
+        mean: of the distribution.
+        spread: its standard deviation.
+    """
     z = Normal(0, 1).icdf((torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count)
     return mean + spread * z / z.std(correction=0)
 

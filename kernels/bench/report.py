@@ -58,7 +58,7 @@ def provenance(packages: Iterable[str]) -> dict[str, str]:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make the file under another name, then give it its own: nobody sees half of it."""
+    """Let `write` make the file under another name, then give it its own: so no reader sees half of it."""
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(part)

@@ -1,7 +1,7 @@
 """The kernels as ops of PyTorch, for graphs: torch.compile, torch.export and who looks at what is called.
 
 Here a function takes tensors and numbers, and last a KernelSpec; its op takes the fields one by one.
-An op costs some microseconds more than a function, so without a graph nobody comes through here.
+An op costs some microseconds more than a function, so calls without a graph do not go through here.
 """
 
 from collections.abc import Callable

@@ -96,7 +96,7 @@ def plan(
     lanes = LANES if 4 * max(heads) > most else 2 * LANES
     if whole:
         lanes = max(lanes, chunks)
-    # triton tells only multiples of 16 apart, and heads of 72 channels are aligned, too: counted in eights
+    # triton distinguishes only multiples of 16, and heads of 72 channels are aligned, too: counted in eights
     strided = (*big, *sources) if spec.mode == "table" else big
     unit = math.gcd(8, *(stride for x in strided for stride in x.stride()[:3]))
     parts = math.ceil(b * s * chunks / lanes)

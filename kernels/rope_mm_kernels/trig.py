@@ -60,7 +60,7 @@ def cos_sin(turn, low):
     halves = turn + ROUND_HALF
     # the low word comes last, where the sum is small and so is its rounding
     left = (turn - (halves - ROUND_HALF)) + low
-    # the last bit of `halves` tells odd from even, and half a turn changes both signs
+    # the last bit of `halves` distinguishes odd from even, and half a turn changes both signs
     odd = halves.to(tl.int32, bitcast=True) << 31
     size = tl.abs(left)
     s = sine(0.25 - tl.abs(size - 0.25))

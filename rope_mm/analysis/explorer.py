@@ -294,7 +294,7 @@ def serve(port: int = 8137) -> ThreadingHTTPServer:
     """A server of the page on 127.0.0.1; call its `serve_forever`, and `server_close` when done.
 
     Args:
-        port: 0 takes any that is free; `server.server_port` tells which.
+        port: 0 takes any that is free; `server.server_port` is the one that was taken.
 
     Raises:
         ValueError: a port that is in use or not allowed.

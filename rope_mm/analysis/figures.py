@@ -8,7 +8,7 @@ from rope_mm.files import write_file
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches.
+    """An empty figure; width and height are in inches.
 
     Raises:
         MissingPackage: no matplotlib.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rope_mm.segments import Segment
 
-DEAD_TURN = 0.1  # radians over the whole sequence, below which a pair tells no two tokens apart
+DEAD_TURN = 0.1  # radians over the whole sequence, below which a pair distinguishes no two tokens
 REACH = 64  # distances of the decay curves
 
 

@@ -55,7 +55,7 @@ class Neighborhood(NamedTuple):
 
 
 def image_in_text(scheme: Scheme, image: Segment, before: int) -> Neighborhood:
-    """An image after so many text tokens and before two more."""
+    """An image after `before` text tokens and before two more."""
     p = rotating_positions(scheme, [Text(before), image, Text(2)])
     return Neighborhood(p[before - 1], p[before:-2], p[-2], p[-1] - p[-2])
 
@@ -104,7 +104,14 @@ def central(image: Neighborhood) -> bool:
 
 
 def causal(scheme: Scheme, y: int, x: int, frames: int = 6) -> bool:
-    """Whether a longer video begins as the shorter one: p_k of t frames = p_k of more."""
+    """Whether a longer video begins as the shorter one: p_k of t frames = p_k of more.
+
+    Args:
+        scheme: whose positions are compared.
+        y: rows of patches.
+        x: columns of patches.
+        frames: of the longest video.
+    """
     whole = rotating_positions(scheme, [Text(2), Video(frames, y, x)])
     shorter = (rotating_positions(scheme, [Text(2), Video(t, y, x)]) for t in range(1, frames))
     return all(same(part, whole[: len(part)]) for part in shorter)

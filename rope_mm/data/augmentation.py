@@ -14,24 +14,48 @@ from rope_mm.registry import Registry
 
 
 def brightness(images: Tensor, u: Tensor, strength: float) -> Tensor:
-    """All entries of an image moved by up to `strength`."""
+    """All entries of an image moved by up to `strength`.
+
+    Args:
+        images: (n, ch, y, x), in [-1, 1].
+        u: (n, 2), uniform in [-1, 1].
+        strength: as the first sentence says.
+    """
     return images + strength * u[:, 0, None, None, None]
 
 
 def contrast(images: Tensor, u: Tensor, strength: float) -> Tensor:
-    """Distances from the image's mean times 1 - strength to 1 + strength."""
+    """Distances from the image's mean times 1 - strength to 1 + strength.
+
+    Args:
+        images: (n, ch, y, x), in [-1, 1].
+        u: (n, 2), uniform in [-1, 1].
+        strength: as the first sentence says.
+    """
     mean = images.mean((1, 2, 3), keepdim=True)
     return mean + (images - mean) * (1 + strength * u[:, 0, None, None, None])
 
 
 def saturation(images: Tensor, u: Tensor, strength: float) -> Tensor:
-    """Distances of the channels from their mean times 1 - strength to 1 + strength."""
+    """Distances of the channels from their mean times 1 - strength to 1 + strength.
+
+    Args:
+        images: (n, ch, y, x), in [-1, 1].
+        u: (n, 2), uniform in [-1, 1].
+        strength: as the first sentence says.
+    """
     grey = images.mean(1, keepdim=True)
     return grey + (images - grey) * (1 + strength * u[:, 0, None, None, None])
 
 
 def translation(images: Tensor, u: Tensor, strength: float) -> Tensor:
-    """Moved by whole pixels, up to `strength` of the sides; 0 comes in at the border."""
+    """Moved by whole pixels, up to `strength` of the sides; 0 comes in at the border.
+
+    Args:
+        images: (n, ch, y, x), in [-1, 1].
+        u: (n, 2), uniform in [-1, 1].
+        strength: as the first sentence says.
+    """
     *_, height, width = images.shape
     y = torch.arange(height, device=u.device) - (u[:, :1] * strength * height).round().long()
     x = torch.arange(width, device=u.device) - (u[:, 1:] * strength * width).round().long()
@@ -42,7 +66,13 @@ def translation(images: Tensor, u: Tensor, strength: float) -> Tensor:
 
 
 def cutout(images: Tensor, u: Tensor, strength: float) -> Tensor:
-    """A rectangle of `strength` times the sides, anywhere, set to 0."""
+    """A rectangle of `strength` times the sides, anywhere, set to 0.
+
+    Args:
+        images: (n, ch, y, x), in [-1, 1].
+        u: (n, 2), uniform in [-1, 1].
+        strength: as the first sentence says.
+    """
 
     def covered(size: int, u: Tensor) -> Tensor:
         cut = round(strength * size)

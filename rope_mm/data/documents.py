@@ -261,7 +261,13 @@ class MapDocuments(DocumentDataset):
                             yield from self.readers[name](stored)
 
     def batch(self, seed: int, step: int, batch: int) -> list[list[int]]:
-        """Numbers of the rows in each document of a step's batch, each row once in an epoch."""
+        """Numbers of the rows in each document of a step's batch, each row once in an epoch.
+
+        Args:
+            seed: of the order of rows.
+            step: 0, 1, ...
+            batch: how many documents.
+        """
         rows = self.order.batch(seed, step, batch * self.rows_per_document)
         return rows.view(batch, self.rows_per_document).tolist()
 

@@ -236,7 +236,7 @@ def load(path: str, **how: Any) -> Any:
 def find_images(rows: Any, folder: Path) -> Any:
     """The rows with columns of image bytes, {bytes, path} or image paths as columns of images.
 
-    What a column holds is told by its type and its first row; paths are as seen from `folder`, or from here.
+    The type and the first row of a column show what it holds; paths are as seen from `folder`, or from here.
 
     Args:
         rows: a Dataset or IterableDataset.

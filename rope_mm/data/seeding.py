@@ -1,4 +1,7 @@
-"""Randomness as a function of (seed, step): nothing to save, and a resumed run draws what it would have."""
+"""Randomness as a function of (seed, step), without a state to save.
+
+A resumed run gets the same numbers as an uninterrupted one.
+"""
 
 import hashlib
 

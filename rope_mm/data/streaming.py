@@ -209,7 +209,13 @@ class StreamingDocuments(DocumentDataset):
         raise ValueError("the words of a stream are not known before it is read; name another tokenizer")
 
     def batch(self, seed: int, step: int, batch: int) -> list[list[RowId]]:
-        """Ids of the rows in each document of a step's batch, each row once in an epoch."""
+        """Ids of the rows in each document of a step's batch, each row once in an epoch.
+
+        Args:
+            seed: of the order of rows.
+            step: 0, 1, ...
+            batch: how many documents.
+        """
         if self.asked != (seed, step, batch):
             self.hold(seed, step * batch * self.rows_per_document, batch * self.rows_per_document)
             self.asked = seed, step, batch
@@ -339,7 +345,7 @@ def load_documents(
 
 
 def with_features(rows: IterableDataset, path: str) -> IterableDataset:
-    """A stream whose columns are known, from its first row where nothing tells, with images as images."""
+    """A stream with known columns and decoded images; without declared columns the first row shows them."""
     if rows.features is not None:
         return find_images(rows, Path(path).parent)
     for _, first in read_rows(rows, f" of {path}"):

@@ -52,7 +52,7 @@ def save_sheet(path: Path, images: Tensor, captions: Sequence[str]) -> None:
 
 
 def fit_caption(caption: str, font: Any, height: int) -> list[str]:
-    """The lines of a caption, as many as fit a row; the last one tells by three dots that there is more.
+    """The lines of a caption, as many as fit a row; the last one ends in three dots where text is cut.
 
     Args:
         caption: of any length.

@@ -115,7 +115,7 @@ def distribution_metrics(real: Tensor, fake: Tensor) -> dict[str, float]:
 
 
 def report_skipped(images: int, real: int) -> None:
-    """Say in the log which metrics are left out for want of samples, and how many they need.
+    """Say in the log which metrics are skipped because there are too few samples, and how many they need.
 
     Args:
         images: generated ones.

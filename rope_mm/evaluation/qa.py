@@ -79,7 +79,13 @@ def encode_qa(sample: QASample, patch_size: int, tokenizer: PreTrainedTokenizerB
 def place_qa(
     samples: Sequence[EncodedQA], tokenizer: PreTrainedTokenizerBase, scheme: Scheme
 ) -> list[PlacedQA]:
-    """Samples with their tokens at the positions of a scheme."""
+    """Samples with their tokens at the positions of a scheme.
+
+    Args:
+        samples: from `encode_qa`.
+        tokenizer: from `load_qa_tokenizer`.
+        scheme: places the tokens.
+    """
     rows = encode([sample.sequence for sample in samples], tokenizer, scheme, add_end=True)
     return list(map(PlacedQA, rows, samples))
 

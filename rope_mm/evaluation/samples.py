@@ -55,7 +55,13 @@ def write_samples(pipeline: RopeMMPipeline, held_out: MapDocuments, path: Path) 
 
 
 def write_video_samples(pipeline: RopeMMPipeline, pairs: Sequence[tuple[Document, Any]], path: Path) -> None:
-    """Write a sheet of true videos, and beside each how the model continues its first half."""
+    """Write a sheet of true videos, and beside each how the model continues its first half.
+
+    Args:
+        pipeline: of the model.
+        pairs: prompts and true videos.
+        path: of the PNG file.
+    """
     pairs = [(before, video) for before, video in pairs if len(video.pixels) > 1]
     if not pairs:
         return

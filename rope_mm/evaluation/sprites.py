@@ -1,6 +1,6 @@
 """What an image or video of sprites shows, found without learning, and metrics of what a model generates.
 
-Each image is compared with all drawings that are possible, so every true sprite is classified correctly.
+Each image is compared with all possible sprites, so every true sprite is classified correctly.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ EVAL_SAMPLES = 128  # held-out images or videos, of 512
 
 
 def classify_sprites(images: Tensor) -> dict[str, Tensor]:
-    """The most likely drawing of each image under white noise.
+    """The most likely sprite in each image under white noise.
 
     ‖image - background - mask x (colour - background)‖² is least among all masks and colours.
 
@@ -68,7 +68,7 @@ def classify_sprites(images: Tensor) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=8)
 def templates(y: int, x: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Factors (m,) and masks (m, y x) of all drawings: each shape at each place, shifted; last, none."""
+    """Factors (m,) and masks (m, y x) of all sprites: each shape at each place, shifted; last, none."""
     names = {name: FACTORS[name] for name in ("shape", "row", "column")}
     drawings = all_combinations({**names, "down": range(3), "right": range(3)})
     shift = torch.stack([drawings.pop("down"), drawings.pop("right")], 1) - 1

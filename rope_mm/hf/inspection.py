@@ -97,7 +97,7 @@ def frequency_counts(module: Any) -> dict[str | None, int]:
 
 
 def layer_types(module: Any) -> dict[str | None, Any]:
-    """The rope type of each layer type that a rotary module tells apart; None is the key of one for all."""
+    """The rope type of each layer type that a rotary module distinguishes; None is the key of one for all."""
     kinds = getattr(module, "rope_type", None)
     return kinds if isinstance(kinds, dict) and kinds else {None: kinds}
 
@@ -115,7 +115,7 @@ def read_module(module: nn.Module, owner: nn.Module) -> dict[str | None, ModelRo
         owner: the module that holds and calls it.
 
     Returns:
-        A ModelRope for each layer type that the module tells apart; the key is None where it serves all.
+        A ModelRope for each layer type that the module distinguishes; the key is None where it serves all.
 
     Raises:
         ValueError: a module that takes positions or gives tables in no known way.

@@ -157,7 +157,7 @@ def place_inputs(
 
 
 def newest(seen: list[Segment], tokens: int) -> list[Segment]:
-    """The last images that fill so many tokens; those before them are in the cache."""
+    """The last images, which fill this number of tokens; earlier ones are in the cache."""
     for first in range(len(seen) + 1):
         if sum(x.tokens for x in seen[first:]) <= tokens:
             return seen[first:]

@@ -84,7 +84,14 @@ def of_scores(scores: Tensor, images: Tensor) -> Tensor:
 
 
 def by_autograd(critic: Critic, images: Tensor, sigma: float, generator: torch.Generator | None) -> Tensor:
-    """The gradient itself, by double backward through plain attention."""
+    """The gradient itself, by double backward through plain attention.
+
+    Args:
+        critic: images -> scores (n,).
+        images: where the gradient is taken, (n, ...).
+        sigma: step of finite differences; the other estimators ignore it.
+        generator: of random directions; None: torch's own.
+    """
     images = images.detach().requires_grad_()
     with twice_differentiable():
         return of_scores(critic(images), images)
@@ -95,6 +102,12 @@ def by_difference(critic: Critic, images: Tensor, sigma: float, generator: torch
 
     Its mean over e is ‖g‖² + sigma² / 4 (2 ‖H‖² + (tr H)²) for a quadratic critic of Hessian H. Both calls
     see the same random numbers (dropout), and run without autocast.
+
+    Args:
+        critic: images -> scores (n,).
+        images: where the gradient is taken, (n, ...).
+        sigma: step of finite differences; the other estimators ignore it.
+        generator: of random directions; None: torch's own.
 
     Raises:
         ValueError: a sigma that the rounding of the critic outweighs.
@@ -116,7 +129,14 @@ def by_difference(critic: Critic, images: Tensor, sigma: float, generator: torch
 
 
 def by_jvp(critic: Critic, images: Tensor, sigma: float, generator: torch.Generator | None) -> Tensor:
-    """(∇D·v)² with v normal: one forward derivative, right on average."""
+    """(∇D·v)² with v normal: one forward derivative, right on average.
+
+    Args:
+        critic: images -> scores (n,).
+        images: where the gradient is taken, (n, ...).
+        sigma: step of finite differences; the other estimators ignore it.
+        generator: of random directions; None: torch's own.
+    """
     images = images.detach()
     noise = torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=generator)
     with twice_differentiable():
@@ -126,6 +146,12 @@ def by_jvp(critic: Critic, images: Tensor, sigma: float, generator: torch.Genera
 
 def by_head(critic: Any, images: Tensor, sigma: float, generator: torch.Generator | None) -> Tensor:
     """The gradient of `critic.head` by what the frozen `critic.backbone` gives it (LADD, arXiv 2403.12015).
+
+    Args:
+        critic: images -> scores (n,).
+        images: where the gradient is taken, (n, ...).
+        sigma: step of finite differences; the other estimators ignore it.
+        generator: of random directions; None: torch's own.
 
     Raises:
         ValueError: a critic without the two parts.
@@ -141,7 +167,14 @@ def by_head(critic: Any, images: Tensor, sigma: float, generator: torch.Generato
 
 
 def by_best_method(critic: Critic, images: Tensor, sigma: float, generator: torch.Generator | None) -> Tensor:
-    """`autograd` where the critic has second derivatives, else `fd`."""
+    """`autograd` where the critic has second derivatives, else `fd`.
+
+    Args:
+        critic: images -> scores (n,).
+        images: where the gradient is taken, (n, ...).
+        sigma: step of finite differences; the other estimators ignore it.
+        generator: of random directions; None: torch's own.
+    """
     leaf = images.detach().requires_grad_()
     with twice_differentiable():
         scores = critic(leaf)

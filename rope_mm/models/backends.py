@@ -23,6 +23,11 @@ ATTENTIONS: Registry[tuple[str, ...]] = Registry(
 def with_attention(config: RopeMMConfig, attention: str, device: torch.device) -> RopeMMConfig:
     """The config of models that train on a device with a backend of ATTENTIONS.
 
+    Args:
+        config: is changed and returned.
+        attention: a key of ATTENTIONS.
+        device: of the training.
+
     Raises:
         ValueError: an unknown backend, or one that has no backward there.
     """

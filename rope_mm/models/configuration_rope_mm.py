@@ -166,6 +166,12 @@ def config_for(
 ) -> RopeMMConfig:
     """The config of a training script: its data's tokenizer and channels, its rope, and fields of the model.
 
+    Args:
+        tokenizer: gives the vocabulary and special tokens.
+        channels: of images.
+        rope: fields of rope_parameters.
+        model: other fields of the config.
+
     Raises:
         ValueError: as `read_config`, and fields that have a key of their own.
     """

@@ -252,7 +252,7 @@ class RopeMMModel(RopeMMPreTrainedModel):
         raise ValueError("give either input_ids or inputs_embeds")
 
     def check_cache(self, cache: Cache | None, document_ids: Tensor | None) -> None:
-        """Refuse what a cache, where there is one, cannot serve."""
+        """Refuse inputs that do not fit the cache, if there is one."""
         if cache is None:
             return
         if document_ids is not None:

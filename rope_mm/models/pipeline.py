@@ -265,6 +265,11 @@ class RopeMMPipeline:
         """Videos of the same lengths that continue the first half of the given ones (t, ch, y, x), t >= 2.
 
         The half is rounded down to whole patches; where frames see each other nothing is given.
+
+        Args:
+            prompts: the parts of a document before each video.
+            videos: (t, ch, y, x) each, in [-1, 1].
+            generator: of the noise.
         """
         made: dict[int, Tensor] = {}
         depth = self.processor.temporal_patch_size

@@ -210,7 +210,13 @@ class RopeMMProcessor(ProcessorMixin):
         return segment, patches.flatten(0, 1)[token_order(segment, self.scheme)]
 
     def decode_frames(self, patches: Tensor, y: int, x: int) -> Tensor:
-        """Frames (b, t, ch, rows, columns) of patches (b, t / depth, y * x, p) in the order of tokens."""
+        """Frames (b, t, ch, rows, columns) of patches (b, t / depth, y * x, p) in the order of tokens.
+
+        Args:
+            patches: (b, t / depth, y * x, p).
+            y: rows of patches.
+            x: columns of patches.
+        """
         raster = patches[..., token_order(Image(y, x), self.scheme).argsort(), :].flatten(0, 1)
         tubelets = to_images(raster, y, x, self.patch_size).unflatten(0, patches.shape[:2])
         return from_tubelets(tubelets, self.temporal_patch_size)
@@ -315,6 +321,11 @@ class RopeMMProcessor(ProcessorMixin):
         self, model: PreTrainedModel, documents: Sequence[Sequence[Part]], max_new_tokens: int = 64
     ) -> list[str]:
         """The most likely text after each document, up to its end or `max_new_tokens`.
+
+        Args:
+            model: that generates.
+            documents: strings and images, each document in order.
+            max_new_tokens: of each text.
 
         Raises:
             ValueError: words without a token.

@@ -99,7 +99,14 @@ class Attention(nn.Module):
         return self.out(y.flatten(-2)), weights
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor | None]:
-        """Values (b, s, h, d) that queries (b, h, s, d) find at keys and values (b, g, s, d); no weights."""
+        """Values (b, s, h, d) that queries (b, h, s, d) find at keys and values (b, g, s, d); no weights.
+
+        Args:
+            q: queries (b, h, s, d).
+            k: keys (b, g, s, d).
+            v: values (b, g, s, d).
+            mask: (b, 1, s, s), true where a query sees a key; None: every query sees every key.
+        """
         y = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
         return y.transpose(1, 2), None
 

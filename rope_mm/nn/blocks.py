@@ -41,7 +41,14 @@ class Block(nn.Module):
         self.mlp = GatedMLP(width, inner)
 
     def forward(self, x: Tensor, angles: RotaryAngles, mask: Any, **context: Any) -> Tensor:
-        """The stream x (b, s, c) -> (b, s, c); see `Attention.forward` for the other arguments."""
+        """The stream x (b, s, c) -> (b, s, c); see `Attention.forward` for the other arguments.
+
+        Args:
+            x: the stream (b, s, c).
+            angles: of q and k, for all layers.
+            mask: what sees what, in the form of the attention backend.
+            **context: passed on to the attention, such as a cache.
+        """
         x = x + self.attention(self.norm_attention(x), angles, mask, **context)[0]
         return x + self.mlp(self.norm_mlp(x))
 

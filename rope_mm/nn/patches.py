@@ -20,7 +20,14 @@ def to_patches(images: Tensor, size: int) -> Tensor:
 
 
 def to_images(patches: Tensor, y: int, x: int, size: int) -> Tensor:
-    """Patches (b, y*x, ch*size*size) -> images (b, ch, size*y, size*x): the inverse of `to_patches`."""
+    """Patches (b, y*x, ch*size*size) -> images (b, ch, size*y, size*x): the inverse of `to_patches`.
+
+    Args:
+        patches: (b, y * x, ch * size * size).
+        y: rows of patches.
+        x: columns of patches.
+        size: pixels of a patch's side.
+    """
     tiled = patches.reshape(len(patches), y, x, -1, size, size)
     return tiled.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), -1, y * size, x * size)
 

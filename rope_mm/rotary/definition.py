@@ -53,7 +53,13 @@ def product(positions: Tensor, omega: Tensor) -> Tensor:
 
 
 def cos_sin_of(angle: Tensor, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of angles, times `factor`, rounded to `dtype` at the end."""
+    """Cosine and sine of angles, times `factor`, rounded to `dtype` at the end.
+
+    Args:
+        angle: radians, of any shape.
+        dtype: of the result.
+        factor: of both.
+    """
     angle = angle.to(torch.promote_types(angle.dtype, dtype))
     cos, sin = angle.cos(), angle.sin()
     if torch.compiler.is_compiling() or factor != 1:  # a graph would be traced again to know its value

@@ -183,7 +183,7 @@ class YaRN(Extension):
         count = ladder.count
 
         def index_of(turns: float) -> Tensor:
-            """Where on the ladder a frequency makes so many turns over the original length."""
+            """Where on the ladder a frequency makes the given number of turns over the original length."""
             return count * math.log(self.original_max_positions / (turns * math.tau)) / math.log(ladder.theta)
 
         low, high = index_of(self.beta_fast), index_of(self.beta_slow)

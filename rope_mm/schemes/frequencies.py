@@ -86,7 +86,15 @@ def bases(axes: int, heads: int, seed: int) -> Tensor:
 
 
 def dense(axes: int, pairs: int, heads: int, shares: Sequence[float], seed: int) -> Directions:
-    """Each head has random orthogonal axes, each with a run of pairs (RoPE-Mixed, arXiv 2403.13298)."""
+    """Each head has random orthogonal axes, each with a run of pairs (RoPE-Mixed, arXiv 2403.13298).
+
+    Args:
+        axes: number of position axes.
+        pairs: pairs of each head.
+        heads: number of heads.
+        shares: part of the pairs on each axis.
+        seed: of random directions.
+    """
     groups = chunk(apportion(pairs, shares))
     return Directions(bases(axes, heads, seed)[..., groups], groups)
 
@@ -95,6 +103,13 @@ def golden(axes: int, pairs: int, heads: int, shares: Sequence[float], seed: int
     """Directions spread evenly over heads and pairs (Golden-gate RoPE, jerryxio.ng/posts/nd-rope).
 
     On two axes each is a golden angle past the one before; on more they are a low-discrepancy sequence.
+
+    Args:
+        axes: number of position axes.
+        pairs: pairs of each head.
+        heads: number of heads.
+        shares: part of the pairs on each axis.
+        seed: of random directions.
     """
     number = torch.arange(heads * pairs, dtype=torch.float64)
     if axes == 2:
@@ -114,6 +129,13 @@ def simplex(axes: int, pairs: int, heads: int, shares: Sequence[float], seed: in
     """The a + 1 corners of a regular simplex share each frequency, rotated at random for each head (nD-RoPE).
 
     Corners are the unit vectors of a + 1 dimensions minus their mean, in the a dimensions orthogonal to it.
+
+    Args:
+        axes: number of position axes.
+        pairs: pairs of each head.
+        heads: number of heads.
+        shares: part of the pairs on each axis.
+        seed: of random directions.
     """
     corners = torch.eye(axes + 1, dtype=torch.float64) - 1 / (axes + 1)
     projected = torch.linalg.svd(corners).Vh[:axes] @ corners
@@ -122,7 +144,15 @@ def simplex(axes: int, pairs: int, heads: int, shares: Sequence[float], seed: in
 
 
 def headwise(axes: int, pairs: int, heads: int, shares: Sequence[float], seed: int) -> Directions:
-    """Each axis owns whole heads, in proportion to its share (MHRoPE, arXiv 2510.23095)."""
+    """Each axis owns whole heads, in proportion to its share (MHRoPE, arXiv 2510.23095).
+
+    Args:
+        axes: number of position axes.
+        pairs: pairs of each head.
+        heads: number of heads.
+        shares: part of the pairs on each axis.
+        seed: of random directions.
+    """
     owners = chunk(apportion(heads, shares))
     vectors = torch.eye(axes, dtype=torch.float64)[owners]
     return Directions(vectors[..., None].expand(heads, axes, pairs), [0] * pairs)
@@ -160,18 +190,39 @@ LADDERS = Registry("ladder", {"shared": shared_ladder, "own": own_ladder, "dealt
 
 
 def geometric(index: Tensor, count: Tensor, theta: float, freq_range: tuple[float, float]) -> Tensor:
-    """theta ** -(i / n): from 1 down, the last of n one step above 1 / theta (RoFormer)."""
+    """theta ** -(i / n): from 1 down, the last of n one step above 1 / theta (RoFormer).
+
+    Args:
+        index: (r,), place of each pair on its ladder.
+        count: (r,), pairs on the ladder.
+        theta: base of the frequencies.
+        freq_range: first and last frequency; geometric ignores it.
+    """
     return theta ** -(index / count)
 
 
 def logarithmic(index: Tensor, count: Tensor, theta: float, freq_range: tuple[float, float]) -> Tensor:
-    """From the first to the last frequency of the range in equal ratios (DINOv3's periods, timm's pixels)."""
+    """From the first to the last frequency of the range in equal ratios (DINOv3's periods, timm's pixels).
+
+    Args:
+        index: (r,), place of each pair on its ladder.
+        count: (r,), pairs on the ladder.
+        theta: base of the frequencies.
+        freq_range: first and last frequency; geometric ignores it.
+    """
     first, last = freq_range
     return first * (last / first) ** (index / (count - 1).clamp(min=1))
 
 
 def linear(index: Tensor, count: Tensor, theta: float, freq_range: tuple[float, float]) -> Tensor:
-    """From the first to the last frequency of the range in equal steps (rotary-embedding-torch's pixels)."""
+    """From the first to the last frequency of the range in equal steps (rotary-embedding-torch's pixels).
+
+    Args:
+        index: (r,), place of each pair on its ladder.
+        count: (r,), pairs on the ladder.
+        theta: base of the frequencies.
+        freq_range: first and last frequency; geometric ignores it.
+    """
     first, last = freq_range
     return first + (last - first) * index / (count - 1).clamp(min=1)
 

@@ -176,7 +176,13 @@ def override(config: Schema, values: Mapping[str, Any], source: str) -> Schema:
 
 
 def resolve(config: Any, entries: Sequence[Entry], known: dict[str, Any]) -> Any:
-    """The dataclass of a structured configuration with these entries, checked."""
+    """The dataclass of a structured configuration with these entries, checked.
+
+    Args:
+        config: structured configuration of OmegaConf.
+        entries: (source, dotted key, value), later ones replace earlier ones.
+        known: dotted key -> declared type.
+    """
     for source, key, value in entries:
         try:
             config = set_key(config, key, value, known)
@@ -192,7 +198,14 @@ def resolve(config: Any, entries: Sequence[Entry], known: dict[str, Any]) -> Any
 
 
 def set_key(config: Any, key: str, value: Any, known: dict[str, Any]) -> Any:
-    """The configuration with one dotted key set; a dict that is given replaces the one that was there."""
+    """The configuration with one dotted key set; a dict that is given replaces the one that was there.
+
+    Args:
+        config: structured configuration of OmegaConf.
+        key: dotted key.
+        value: of the key.
+        known: dotted key -> declared type.
+    """
     if is_dict(known.get(key)) and isinstance(value, dict):
         parent = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
         with omegaconf.read_write(parent):
@@ -255,7 +268,13 @@ def parts_of(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def check_number(key: str, number: float, limits: Mapping[str, Any]) -> None:
-    """Refuse a number outside of its limits, and one that is not finite."""
+    """Refuse a number outside of its limits, and one that is not finite.
+
+    Args:
+        key: that the message names.
+        number: the value.
+        limits: `minimum`, `above`, `maximum`, `below`, as far as there are any.
+    """
     low, over = limits.get("minimum"), limits.get("above")
     high, under = limits.get("maximum"), limits.get("below")
     fits = math.isfinite(number) and (low is None or number >= low) and (over is None or number > over)
@@ -273,7 +292,13 @@ def describe_range(limits: Mapping[str, Any]) -> str:
 
 
 def check_name(key: str, name: Any, registry: Registry) -> None:
-    """Refuse a name that a registry does not have; the message names the key."""
+    """Refuse a name that a registry does not have; the message names the key.
+
+    Args:
+        key: that the message names.
+        name: the value.
+        registry: of the allowed names.
+    """
     try:
         registry[name]
     except ValueError as error:
@@ -345,7 +370,13 @@ def known_keys(schema: type, prefix: str = "") -> dict[str, Any]:
 
 
 def check_key(key: str, known: dict[str, Any], source: str) -> None:
-    """Refuse a key that the schema lacks, naming today's name or the nearest; a free dict takes any key."""
+    """Refuse a key that the schema lacks, naming today's name or the nearest; a free dict takes any key.
+
+    Args:
+        key: dotted key.
+        known: dotted key -> declared type.
+        source: what the message names as the key's origin.
+    """
     free = (name for name, hint in known.items() if hint is Any or is_dict(hint))
     if key in known or any(key.startswith(f"{name}.") for name in free):
         return
@@ -421,7 +452,13 @@ def spell_key(key: str, known: dict[str, Any]) -> str:
 
 
 def read_value(text: str, hint: Any, flag: str) -> Any:
-    """The value of a flag: YAML, but left as text where the schema declares text."""
+    """The value of a flag: YAML, but left as text where the schema declares text.
+
+    Args:
+        text: after the flag.
+        hint: declared type.
+        flag: that the message names.
+    """
     if not text and str in get_args(hint):
         return text
     spelled = [choice for choice in get_args(hint) if str(choice) == text]

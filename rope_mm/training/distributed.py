@@ -65,7 +65,13 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def no_sync_if(accelerator: Accelerator, model: nn.Module, wanted: bool) -> AbstractContextManager:
-    """Context in which gradients accumulate in this process and are not yet sent to the others."""
+    """Context in which gradients accumulate in this process and are not yet sent to the others.
+
+    Args:
+        accelerator: devices and processes.
+        model: whose gradients accumulate.
+        wanted: False: gradients are sent as usual.
+    """
     return accelerator.no_sync(model) if wanted else nullcontext()
 
 
@@ -102,7 +108,13 @@ def all_gather_with_grad(rows: Tensor, accelerator: Accelerator) -> Tensor:
 
 
 def weighted_means(accelerator: Accelerator, values: Sequence[Tensor], weight: float) -> list[Tensor]:
-    """Means over all processes of scalars, each process with its weight."""
+    """Means over all processes of scalars, each process with its weight.
+
+    Args:
+        accelerator: devices and processes.
+        values: scalars of this process.
+        weight: of this process.
+    """
     if accelerator.num_processes == 1:
         return list(values)
     mine = torch.stack([*values, torch.ones_like(values[0])]).detach() * weight

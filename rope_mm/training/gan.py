@@ -182,6 +182,11 @@ def supports_double_backward(critic: PreTrainedModel, compiled: bool, sharded: b
     """Whether a critic has second derivatives.
 
     FSDP frees the weights that a second derivative needs (pytorch issue 172543).
+
+    Args:
+        critic: with its attention in the config.
+        compiled: whether it is compiled.
+        sharded: whether its weights are sharded (FSDP).
     """
     return not compiled and not sharded and critic.config._attn_implementation in DOUBLE_BACKWARD
 

@@ -109,7 +109,13 @@ class Log:
 
 
 def read_metric(name: str, value: Any, step: int) -> float | str:
-    """A metric as it is written."""
+    """A metric as it is written.
+
+    Args:
+        name: of the metric.
+        value: a number, a tensor of one number, or text.
+        step: that the message names.
+    """
     if isinstance(value, str):
         return value
     if not math.isfinite(number := float(value)):

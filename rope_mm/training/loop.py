@@ -162,7 +162,13 @@ def folder_options(config: Run) -> tuple[bool, bool, bool]:
 
 
 def dry_run(training: Training, config: Run, output_dir: Path) -> None:
-    """Check the folder as a run would, and print the configuration and what was resolved from it."""
+    """Check the folder as a run would, and print the configuration and what was resolved from it.
+
+    Args:
+        training: what would be trained.
+        config: of the run.
+        output_dir: of the run; nothing is written.
+    """
     restart, extend, changed = folder_options(config)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"{output_dir} is a file; give --output_dir a folder, which may be new")
@@ -279,7 +285,13 @@ def check_terms(
 
 
 def stopped(accelerator: Accelerator, step: int, number: int) -> int:
-    """Say that a signal stopped the run; the exit code."""
+    """Say that a signal stopped the run; the exit code.
+
+    Args:
+        accelerator: only the main process prints.
+        step: the last one that was saved.
+        number: of the signal.
+    """
     if accelerator.is_main_process:
         name = signal.Signals(number).name
         said = f"stopped by {name} at step {step}, saved; the same command resumes"
@@ -288,7 +300,13 @@ def stopped(accelerator: Accelerator, step: int, number: int) -> int:
 
 
 def is_due(config: Run, step: int, every: int) -> bool:
-    """Whether a step is the last one, or one after which something periodic is done."""
+    """Whether a step is the last one, or one after which something periodic is done.
+
+    Args:
+        config: of the run.
+        step: number of steps done.
+        every: period in steps.
+    """
     return step == config.steps or step % every == 0
 
 

@@ -2,7 +2,7 @@
 
 Each image or frame to generate gets a noisy copy at the same positions. The copy attends to all earlier
 tokens; nothing attends to it. So all images of a row train in one pass, each after the true ones before it,
-just as `sample_frames` generates them one by one. An image at the very end of a document is read by nobody,
+just as `sample_frames` generates them one by one. No token attends to an image at the very end of a document,
 so only its noisy copy is in the batch.
 """
 

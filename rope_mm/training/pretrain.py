@@ -97,7 +97,12 @@ class PretrainTrainer:
             self.critic = CriticTrainer(*prepared, objective, accelerator)
 
     def update_schedules(self, step: int, steps: int) -> None:
-        """Set the learning rates of a step of a run of so many steps."""
+        """Set the learning rates of a step.
+
+        Args:
+            step: from 0.
+            steps: of the whole run.
+        """
         factor = min(1.0, (step + 1) / max(self.optim.warmup_steps, 1))
         factor *= self.schedule(1.0, self.optim.final_lr_ratio, step / steps)
         rates = [(self.optimizer, self.optim.lr)]
@@ -132,7 +137,7 @@ class PretrainTrainer:
                 total = terms["loss/text"] + self.image_loss_weight * terms["loss/image"]
                 self.accelerator.backward(total * self.accelerator.num_processes)  # DDP takes the mean
             losses.append({name: term.detach() for name, term in terms.items()})
-        norm = {"grad_norm": self.clip() / self.accelerator.num_processes}
+        norm = {"grad_norm": self.clip_gradients() / self.accelerator.num_processes}
         self.optimizer.step()
         self.optimizer.zero_grad()
         return sum_terms(losses) | sum_terms(found) | norm
@@ -144,8 +149,12 @@ class PretrainTrainer:
             return documents
         return share_angles(documents, self.accelerator.unwrap_model(self.critic.critic))
 
-    def clip(self) -> Tensor:
-        """Clip the gradient of the model; its norm before."""
+    def clip_gradients(self) -> Tensor:
+        """Limit the gradient norm of the model to `max_grad_norm`.
+
+        Returns:
+            The norm before.
+        """
         if self.optim.max_grad_norm:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.optim.max_grad_norm)
             return cast(Tensor, norm).detach()
@@ -191,7 +200,13 @@ class PretrainTrainer:
         return out
 
     def losses(self, batch: PackedBatch, out: Any, totals: BatchTotals) -> dict[str, Tensor]:
-        """A batch's part of the text loss and of the image loss."""
+        """A batch's part of the text loss and of the image loss.
+
+        Args:
+            batch: what the model has read.
+            out: the model's output for it.
+            totals: of all processes, by which sums are divided.
+        """
         generated = out.patches[batch.noisy]
         if self.critic is None:
             image_loss = self.head.loss(generated, batch.target) / max(totals.patches, 1)

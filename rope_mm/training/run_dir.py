@@ -248,7 +248,13 @@ def resume(output_dir: Path, accelerator: Accelerator) -> int:
 
 
 def save(output_dir: Path, step: int, accelerator: Accelerator) -> None:
-    """Write the checkpoint of a step, whole or not at all."""
+    """Write the checkpoint of a step, whole or not at all.
+
+    Args:
+        output_dir: of the run.
+        step: number of steps done.
+        accelerator: of all models and states.
+    """
     checkpoint.save(
         output_dir / "checkpoints",
         step,
