@@ -7,12 +7,14 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.models.modeling_rope_mm import RopeMMCritic, RopeMMForConditionalGeneration
 from rope_mm.training.config import option
 from rope_mm.training.distributed import grad_norm, no_sync_if, prepare_model
 from rope_mm.training.gan import AdversarialLoss, CriticBatch, GANConfig
+from rope_mm.training.profile import ANGLES
 from rope_mm.training.schedule import SCHEDULES
 
 SharedBatch = TypeVar("SharedBatch", bound=CriticBatch)
@@ -226,7 +228,8 @@ def share_angles(batch: SharedBatch, model: Any) -> SharedBatch:
     rotary = model.model.rotary
     if rotary.omega_param is not None:
         return batch
-    return replace(batch, angles=rotary.angles(batch.sequences.positions))
+    with record_function(ANGLES):
+        return replace(batch, angles=rotary.angles(batch.sequences.positions))
 
 
 def mean_terms(terms: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -42,18 +42,23 @@ class Identity:
 
 @contextmanager
 def locked(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
-    """While entered, no other command trains in this folder.
+    """While entered, no other command trains in this folder; a new folder that stays empty is removed.
+
+    Args:
+        output_dir: the folder, made where there is none.
+        accelerator: the main process locks it for all.
 
     Raises:
         ValueError: another one does; with its process number.
     """
     lock = filelock.FileLock(output_dir / ".lock")
     holder = output_dir / ".lock-holder"
-    refused = 0
+    refused, new = 0, False
     if accelerator.is_main_process:
         if output_dir.exists() and not output_dir.is_dir():
             refused = 2
         else:
+            new = not output_dir.exists()
             output_dir.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(timeout=0)
@@ -73,6 +78,9 @@ def locked(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
     finally:
         if lock.is_locked:
             holder.unlink(missing_ok=True)
+            if new and all(file.name == ".lock" for file in output_dir.iterdir()):  # the run was refused
+                (output_dir / ".lock").unlink()
+                output_dir.rmdir()
             lock.release()
 
 
