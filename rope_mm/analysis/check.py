@@ -120,8 +120,8 @@ def linearity_error(rope: Call, positions: Tensor, of_q: Tensor, of_k: Tensor, d
 def probe_positions(axes: int, reach: float, whole: bool = False) -> Tensor:
     """Positions (n, m, axes): n starts, the first 0, and from each the same m steps, the first 0.
 
-    Starts and steps are near and far, fractional and negative. All are multiples of 1/4 below 2 * reach, so
-    their sums are exact, in float32, too, up to a reach of 2**20.
+    Starts and steps are near and far, fractional and negative. All are multiples of 1/16, so their sums
+    are exact, in float32, too, up to a reach of 2**19.
 
     Args:
         axes: how many coordinates a position has.
@@ -135,7 +135,7 @@ def probe_positions(axes: int, reach: float, whole: bool = False) -> Tensor:
         shape = (count, len(sizes), axes)
         numbers = (1 + torch.rand(shape, generator=seed, dtype=torch.float64)) / 2 * sizes[:, None]
         signs = torch.randint(2, shape, generator=seed) * 2 - 1
-        return (numbers.round() if whole else (numbers * signs * 4).round() / 4).flatten(0, 1)
+        return (numbers.round() if whole else (numbers * signs * 16).round() / 16).flatten(0, 1)
 
     zero, single = torch.zeros(1, axes).double(), torch.eye(axes).double()
     starts = torch.cat((zero, sample(2)))

@@ -21,9 +21,11 @@ def check_features(least: int = 2, /, **features: Tensor) -> list[Tensor]:
         features: by the name that a message calls them.
 
     Raises:
-        ValueError: features that are not (n, f) with n >= least, of different width, or not all finite.
+        ValueError: no tensors (n, f) with n >= least, of different width, or not all finite.
     """
     for name, x in features.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}; give a tensor, torch.as_tensor({name})")
         if x.dim() != 2 or len(x) < least or not x.shape[1]:
             raise ValueError(
                 f"{name} must be features (n, f) of at least {least} samples, not {tuple(x.shape)}; "

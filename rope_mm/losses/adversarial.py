@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -49,14 +49,15 @@ class GanLoss:
 
 
 def checked(equation: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An equation of scores and distances that refuses all but (b,), and computes in float32 at least."""
+    """An equation that refuses scores and distances other than (b,), and computes in float32 at least."""
 
     parameters = signature(equation)
 
     @wraps(equation)
     def on_scores(*args: Any, **options: Any) -> Tensor:
         given = parameters.bind(*args, **options)
-        tensors = {name: value for name, value in given.arguments.items() if isinstance(value, Tensor)}
+        asked = [name for name, p in parameters.parameters.items() if p.default is Parameter.empty]
+        tensors = {name: given.arguments[name] for name in asked}
         check_rows(**tensors)
         given.arguments.update({name: at_least_float32(tensor) for name, tensor in tensors.items()})
         return equation(*given.args, **given.kwargs)

@@ -4,6 +4,7 @@ A method takes a critic (images (b, ...) -> scores (b,)), images, the step `sigm
 random probes, and gives squared norms (b,) that the critic's weights have gradients of.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -110,8 +111,10 @@ def by_difference(critic: Critic, images: Tensor, sigma: float, generator: torch
         generator: of random directions; None: torch's own.
 
     Raises:
-        ValueError: a sigma that the rounding of the critic outweighs.
+        ValueError: a sigma that is not finite and positive, or that the rounding of the critic outweighs.
     """
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"sigma of finite differences must be a finite number > 0, not {sigma}")
     images = images.detach()
     noise = torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=generator)
     devices = [images.device] if images.is_cuda else []

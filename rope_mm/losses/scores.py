@@ -10,14 +10,18 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def check_rows(**tensors: Tensor) -> None:
-    """Refuse tensors that are not all (b,) with one b: broadcast, they would give a wrong number.
+    """Refuse what is not all (b,) with one b >= 1: broadcast, tensors would give a wrong number.
 
     Args:
         tensors: scores or distances, by the name that a message calls them.
 
     Raises:
-        ValueError: another shape, with all shapes and the cure.
+        ValueError: another shape, with all shapes and the cure; no tensor, complex numbers, no rows.
     """
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) or x.is_complex():
+            what = x.dtype if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise ValueError(f"{name} is {what}; give a tensor (b,) of real numbers")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
         named = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
@@ -25,3 +29,5 @@ def check_rows(**tensors: Tensor) -> None:
             f"scores and distances must be (b,), one number for each image and as many of each, not {named}; "
             "flatten scores (b, 1) with .squeeze(1)"
         )
+    if (0,) in shapes.values():
+        raise ValueError("scores of no images have no mean; give at least one")

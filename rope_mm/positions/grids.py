@@ -53,8 +53,9 @@ class Raster(NamedTuple):
 
 def fill(rasters: Sequence[Raster]) -> Tensor:
     """Positions (s, a) float64 of rasters, one after another; all have a axes."""
-    counts = torch.tensor([raster.tokens for raster in rasters])
-    which = torch.repeat_interleave(counts)
+    tokens = [raster.tokens for raster in rasters]
+    counts = torch.tensor(tokens)
+    which = torch.repeat_interleave(counts, output_size=sum(tokens))  # a size that fake tensors know, too
     number = torch.arange(len(which)) - (counts.cumsum(0) - counts)[which]
     shapes = torch.tensor([(r.grid[1] * r.grid[2], r.grid[2], r.merge, r.first_frame) for r in rasters])
     per_frame, columns, merge, first = shapes.T[:, which]

@@ -131,13 +131,28 @@ def check_answer(answer: Any, segment: Segment, layout: Layout) -> Placed:
         shape = (positions.tokens, *{len(row) for row in (positions.origin, *positions.steps)})
         finite = shape == (segment.tokens, a) and is_finite(positions)
     else:
-        positions = torch.as_tensor(positions).to("cpu", torch.float64)
+        positions = read_positions(who, positions)
         shape, finite = tuple(positions.shape), bool(positions.isfinite().all())
     if shape != (segment.tokens, a):
         raise ValueError(f"{who} must place {segment} at positions {(segment.tokens, a)}, not {shape}")
     if not finite:
         raise ValueError(f"{who} places {segment} at positions that are not finite")
     return positions, after
+
+
+def read_positions(who: str, positions: Any) -> Tensor:
+    """Positions that a rule answered, a tensor, an array or lists, as a tensor in float64 on the CPU.
+
+    Raises:
+        ValueError: what holds no real numbers.
+    """
+    try:
+        read = torch.as_tensor(positions)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{who} must return positions as a tensor, not {positions!r}") from None
+    if read.is_complex() or read.is_meta:
+        raise ValueError(f"{who} must return real positions on the CPU, not {read.dtype} on {read.device}")
+    return read.to("cpu", torch.float64)
 
 
 def continue_video(

@@ -165,7 +165,8 @@ class Scheme:
     @property
     def text_line(self) -> tuple[list[float], list[float]]:
         """Origin (a,) and step (a,): text at the cursor's `next` n stands at origin + n * step."""
-        first, second = place("text:2", self.layout, **dict(self.options))[0].tolist()
+        with unset_fake_temporarily():  # numbers, also in a forward of fake tensors
+            first, second = place("text:2", self.layout, **dict(self.options))[0].tolist()
         return first, [after - before for before, after in zip(first, second, strict=True)]
 
     @property

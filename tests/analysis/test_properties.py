@@ -221,6 +221,7 @@ def mixing_tokens(q, k, p):
 
 MISTAKES = {
     "cut to whole numbers": moved(torch.floor),
+    "cut to quarters": moved(lambda p: (p * 4).floor() / 4),
     "cast to int": moved(lambda p: p.long().double()),
     "cast to bfloat16": moved(lambda p: p.bfloat16().double()),
     "cast to float16": moved(lambda p: p.half().double()),

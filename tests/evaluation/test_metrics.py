@@ -34,6 +34,13 @@ def test_the_frechet_distance_is_that_of_the_two_gaussians():
     assert frechet(a, a) == pytest.approx(0, abs=1e-8)
 
 
+@pytest.mark.parametrize("metric", [frechet, kid, prdc])
+def test_features_that_are_no_tensors_are_refused(metric):
+    features = torch.randn(9, 3)
+    with pytest.raises(ValueError, match="is a ndarray; give a tensor"):
+        metric(features, features.numpy())
+
+
 def test_the_frechet_distance_of_a_shifted_cloud_is_the_squared_shift():
     a = torch.randn(300, 3)
     assert frechet(a, a + torch.tensor([3.0, 4.0, 0.0])) == pytest.approx(25, rel=1e-4)

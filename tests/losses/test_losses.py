@@ -355,6 +355,35 @@ def test_distances_of_images_of_different_shapes_are_refused(name, of_real, of_f
         DISTANCES[name](torch.zeros(of_real), torch.zeros(of_fake))
 
 
+@pytest.mark.parametrize("name", GAN_LOSSES)
+@pytest.mark.parametrize("side", ["critic", "generator"])
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0, 2.0], "give a tensor"),
+        (torch.zeros(2, dtype=torch.complex64), "real numbers"),
+        (torch.zeros(0), "at least one"),
+    ],
+)
+def test_scores_that_are_no_real_numbers_are_refused_on_both_sides(name, side, scores, message):
+    loss = GAN_LOSSES[name]
+    distance = [torch.ones(len(scores))] * (side == "critic" and loss.needs_distance)
+    with pytest.raises(ValueError, match=message):
+        getattr(loss, side)(scores, scores, *distance)
+
+
+def test_a_distance_that_is_a_number_is_refused():
+    with pytest.raises(ValueError, match="distance is a float"):
+        GAN_LOSSES["gan-qp"].critic(torch.ones(2), torch.ones(2), 0.5)
+
+
+@pytest.mark.parametrize("sigma", [math.nan, math.inf, 0.0, -1.0])
+def test_a_step_of_finite_differences_that_is_not_finite_and_positive_is_refused(sigma):
+    images = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="sigma of finite differences must be a finite number > 0"):
+        METHODS["fd"](lambda x: x.square().sum(1), images, sigma, None)
+
+
 def test_distances_of_bytes_do_not_wrap_around():
     dark, light = torch.zeros(1, 4, dtype=torch.uint8), torch.full((1, 4), 255, dtype=torch.uint8)
     assert [measure(dark, light).item() for measure in DISTANCES.values()] == [255, 255]

@@ -103,6 +103,12 @@ def test_fake_tensors_go_through_a_forward_and_a_backward():
     assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
+def test_fake_text_needs_no_positions():
+    with FakeTensorMode():
+        model = make()
+        assert model(torch.zeros(1, 5, dtype=torch.long)).logits.shape == (1, 5, model.config.vocab_size)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_ready_angles_give_what_the_positions_give(scheme):
     model = make(rope_parameters={"scheme": scheme})

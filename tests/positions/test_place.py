@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rope_mm import (
     LAYOUTS,
@@ -452,6 +453,21 @@ def test_a_layout_whose_rule_does_not_place_each_token_is_refused(monkeypatch, n
     monkeypatch.setitem(LAYOUTS, "mine", Layout(("y", "x"), rule, "this test"))
     with pytest.raises(ValueError, match=f"the rule of 'this test'.* {message}"):
         place("text:1 image:2x3", "mine")
+
+
+@pytest.mark.parametrize(
+    "positions", ["abc", torch.zeros(6, 3, dtype=torch.complex64), torch.zeros(6, 3, device="meta")]
+)
+def test_a_rule_whose_positions_are_no_real_numbers_is_refused(monkeypatch, positions):
+    rule = Layout(("t", "y", "x"), lambda cursor, segment: (positions, cursor.next + 1), "a paper")
+    monkeypatch.setitem(LAYOUTS, "mine", rule)
+    with pytest.raises(ValueError, match="the rule of 'a paper' must return"):
+        place("image:2x3", "mine")
+
+
+def test_positions_under_fake_tensors_have_their_shape():
+    with FakeTensorMode():
+        assert place("text:2 image:2x3 video:2x1x2", "m-rope")[0].shape == (12, 3)
 
 
 def test_a_rule_for_text_is_checked_as_well(monkeypatch):
