@@ -164,7 +164,9 @@ class RotaryAngles:
         check_heads(q, k)
         if self.cos is None:
             return self.launch(q, k)
-        if self.wide is None or self.cos.shape[-2] > 1 or q.numel() > cpu.TINY:
+        # one pass over few heads; its results are views, so it is for where nothing needs a gradient
+        graded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, self.cos))
+        if graded or self.wide is None or self.cos.shape[-2] > 1 or q.numel() > cpu.TINY:
             return self.rotate_checked(q), self.rotate_checked(k)
         self.check_fit(q)
         both = cpu.rotate_plain(torch.cat((q, k), 2), self.wide, self.spec.slot)

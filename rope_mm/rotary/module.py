@@ -194,6 +194,7 @@ class Rotary(nn.Module):
             k_positions: those of the keys where they are other tokens than the queries, as in
                 cross-attention; the number of keys may differ, too.
         """
+        self.check_width(q)
         if k is None:
             return self.rotate_one(q, positions), None
         if k_positions is not None:
@@ -210,8 +211,17 @@ class Rotary(nn.Module):
             x: heads (b, s, h, d).
             positions: (s, a) or (b, s, a), or the angles made of them.
         """
+        self.check_width(x)
         angles = positions if isinstance(positions, RotaryAngles) else self.angles_for(x, positions)
         return angles.rotate_one(x)
+
+    def check_width(self, x: Tensor) -> None:
+        """Refuse heads x (b, s, h, d) of another width than `head_dim`."""
+        if isinstance(x, Tensor) and x.dim() == 4 and x.shape[-1] != self.head_dim:
+            raise ValueError(
+                f"heads have {x.shape[-1]} channels, but this Rotary is for head_dim {self.head_dim}; make "
+                f"one of head_dim {x.shape[-1]}, or give it the channels that it shall rotate"
+            )
 
     def angles_for(self, x: Tensor, positions: Tensor) -> RotaryAngles:
         """The angles that rotate heads x (b, s, h, d) at positions (s, a) or (b, s, a), checked."""

@@ -344,3 +344,18 @@ def test_what_does_not_fit_is_refused_in_one_sentence(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call(*heads(), positions, torch.ones(3, 12))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("width", [8, 32])
+def test_a_rotary_refuses_heads_of_another_width_than_its_own(width):
+    rope, x = Rotary(16, "rope-tv"), torch.randn(1, 3, 2, width)
+    positions, _ = rope.place("text:3")
+    for call in (
+        lambda: rope(x, x, positions),
+        lambda: rope.rotate_one(x, positions),
+        lambda: rope(x, None, positions),
+    ):
+        with pytest.raises(
+            ValueError, match=f"heads have {width} channels, but this Rotary is for head_dim 16"
+        ):
+            call()

@@ -37,4 +37,4 @@ def test_without_matplotlib_the_cure_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit):
         run(theory.main, theory.Theory, ["--output_dir", str(tmp_path)])
-    assert "pip install rope-mm[plots]" in capsys.readouterr().err
+    assert "pip install 'rope-mm[plots]'" in capsys.readouterr().err

@@ -117,7 +117,7 @@ def test_missing_rows_name_the_configuration_and_missing_matplotlib_names_the_in
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit):
         train(tmp_path)
-    assert "pip install rope-mm[plots]" in capsys.readouterr().err
+    assert "pip install 'rope-mm[plots]'" in capsys.readouterr().err
 
 
 def test_the_configuration_of_the_published_table_can_be_trained():
