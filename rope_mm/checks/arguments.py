@@ -54,9 +54,12 @@ def refuse_unknown_cache(arguments: Mapping[str, Any]) -> None:
 
 
 def cache_of(output: Any) -> Any:
-    """The cache that a model's output brings, by whichever name; None where it brings none."""
-    found = (getattr(output, name, None) for name in ALIASES["cache"])
-    return next((cache for cache in found if cache is not None), None)
+    """The cache that a model's output brings, by whichever name; None where it brings none.
+
+    Older names are read only where the newer ones are absent: newer versions warn of them.
+    """
+    name = next((name for name in ALIASES["cache"] if hasattr(output, name)), None)
+    return None if name is None else getattr(output, name)
 
 
 def refuse_unknown(arguments: Mapping[str, Any], known: Iterable[str]) -> None:

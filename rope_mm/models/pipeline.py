@@ -131,6 +131,8 @@ class RopeMMPipeline:
             ValueError: a folder that holds none, or whose files are damaged.
         """
         folder = Path(folder)
+        if not folder.exists():
+            raise ValueError(f"the folder {folder} does not exist; give the folder model of a training run")
         if not (folder / SPEC_FILE).is_file():
             raise ValueError(f"{folder} holds no {SPEC_FILE}; give the folder model of a training run")
         try:
@@ -180,11 +182,12 @@ class RopeMMPipeline:
             output_type: "pil", or "pt" for tensors in [-1, 1].
 
         Raises:
-            ValueError: words without a token, a size that whole patches do not tile, a model of neither.
+            ValueError: no captions, words without a token, a size that whole patches do not tile, a model of
+                neither.
         """
         if output_type not in ("pil", "pt"):
             raise ValueError(f"output_type must be 'pil' or 'pt', not {output_type!r}")
-        captions = [prompt] if isinstance(prompt, str) else prompt
+        captions = read_captions(prompt)
         task = "text2video" if num_frames or "text2image" not in self.spec.tasks else "text2image"
         prompts = [self.prompt(task, caption) for caption in captions for _ in range(num_images_per_prompt)]
         options = {"size": (height, width), "steps": num_inference_steps, "guidance_scale": guidance_scale}
@@ -338,6 +341,18 @@ class RopeMMPipeline:
             own if side is None else side for own, side in zip(sides(self.spec.size), size, strict=True)
         )
         return grid_of((height, width), self.processor.patch_size)
+
+
+def read_captions(prompt: object) -> list[str]:
+    """The captions of a prompt.
+
+    Raises:
+        ValueError: what is neither a caption nor a list of one or more.
+    """
+    captions = [prompt] if isinstance(prompt, str) else prompt
+    if isinstance(captions, list | tuple) and captions and all(isinstance(text, str) for text in captions):
+        return list(captions)
+    raise ValueError(f"prompt must be a caption or a list of one or more captions, not {prompt!r}")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, Protocol, TypeVar
@@ -59,6 +59,7 @@ class Run:
 
 
 Config = TypeVar("Config", bound=Run)
+NOT_EVALUATED = "nothing was evaluated: the data has no labels or texts to compare with"
 
 
 def fingerprint(config: Run) -> str:
@@ -151,7 +152,7 @@ def launch(make: Callable[[Config, Accelerator], Training], config: Config, **op
         if accelerator.is_main_process:
             write_text(output_dir / "result.json", json.dumps(result, indent=1))
             write_model_card(output_dir, result)
-            print(json.dumps(result, indent=1))
+            print(json.dumps(result, indent=1) if result else NOT_EVALUATED)
             print(f"samples: {output_dir}/samples   model: {output_dir}/model")
 
 
@@ -205,7 +206,7 @@ def train(training: Training, config: Run, output_dir: Path) -> dict[str, float]
     shown = {"main": accelerator.is_main_process, "also": accelerator.log}
     with Stop() as stop, Log(output_dir, config.steps, step, desc=str(output_dir), **shown) as log:
         if step and is_due(config, step, config.sample_every):
-            metrics = evaluate(training, output_dir, step, log)
+            metrics = evaluate(training, output_dir, step, log, stop, saved=True)
         meter.start(step)
         while step < config.steps:
             terms, step = train_step(step), step + 1
@@ -213,12 +214,12 @@ def train(training: Training, config: Run, output_dir: Path) -> dict[str, float]
             if logged := is_due(config, step, config.log_every):
                 log(step, meter.read(step), **terms, **guard.counted())
             stopping = all_reduce_max(accelerator, stop.asked)
-            if stopping or is_due(config, step, config.checkpoint_every):
+            if saved := bool(stopping) or is_due(config, step, config.checkpoint_every):
                 save(output_dir, step, accelerator)
-            if stopping and step < config.steps:
+            if stopping:
                 raise KeyboardInterrupt(stopped(accelerator, step, stopping))
             if is_due(config, step, config.sample_every):
-                metrics = evaluate(training, output_dir, step, log)
+                metrics = evaluate(training, output_dir, step, log, stop, saved)
             if logged:
                 meter.start(step)
     write_model(output_dir, training.save_model, accelerator)
@@ -310,7 +311,9 @@ def is_due(config: Run, step: int, every: int) -> bool:
     return step == config.steps or step % every == 0
 
 
-def evaluate(training: Training, output_dir: Path, step: int, log: Log) -> dict[str, float]:
+def evaluate(
+    training: Training, output_dir: Path, step: int, log: Log, stop: Stop, saved: bool
+) -> dict[str, float]:
     """Samples and metrics of a step; metrics are logged, and what they and the losses so far warn of.
 
     Args:
@@ -318,8 +321,16 @@ def evaluate(training: Training, output_dir: Path, step: int, log: Log) -> dict[
         output_dir: the run's folder.
         step: its number, from 1.
         log: of the run.
+        stop: the signals that ask the run to stop.
+        saved: whether the step is saved, so that a signal may end its evaluation.
+
+    Raises:
+        KeyboardInterrupt: as `train`, of a saved step.
     """
-    metrics = training.evaluate(output_dir / "samples" / f"step-{step:06d}")
+    make = partial(training.evaluate, output_dir / "samples" / f"step-{step:06d}")
+    metrics = stop.unless_asked(make, {}) if saved else make()
+    if stopping := all_reduce_max(training.accelerator, stop.asked if saved else 0):
+        raise KeyboardInterrupt(stopped(training.accelerator, step, stopping))
     if metrics:
         log(step, **metrics)
     if training.accelerator.is_main_process and (alarm := warning(read_metrics(output_dir))):

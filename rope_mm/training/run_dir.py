@@ -135,16 +135,16 @@ def check_folder(
         changed_data: see `open_folder`.
 
     Raises:
-        ValueError: with the first line that differs from another run's, or with the files of no run.
+        ValueError: with the keys that differ from another run's, or with the files of no run.
     """
     remedy = "choose another --output_dir, or start anew with --restart"
     known = (output_dir / "run.yaml").exists()
-    if known:
-        check_config(output_dir, identity, extend, remedy)
-        check_data(output_dir, identity, changed_data, remedy)
     begun = checkpoint.latest(output_dir / "checkpoints") is not None
     lacking, lost = ("checkpoint", DONE) if known else ("run.yaml", MADE)
     found = [name for name in lost if (output_dir / name).exists()]
+    if known and (begun or found):  # of a run that ended before its first checkpoint nothing can be lost
+        check_config(output_dir, identity, extend, remedy)
+        check_data(output_dir, identity, changed_data, remedy)
     if found and not (known and begun):
         raise ValueError(f"{output_dir} holds {', '.join(found)}, but no {lacking} to resume from; {remedy}")
 
@@ -159,19 +159,22 @@ def check_config(output_dir: Path, identity: Identity, extend: bool, remedy: str
         remedy: what to do about another configuration.
 
     Raises:
-        ValueError: with the first line that differs.
+        ValueError: with all keys that differ, `steps` only where it may not.
     """
     old = (output_dir / "run.yaml").read_text(encoding="utf-8")
     if old == identity.config:
         return
     before, now = read_config(old), read_config(identity.config)
-    steps, more = before.pop("steps", None), now.pop("steps", None)
-    if before != now or None in (steps, more):
-        there, here = next(pair for pair in zip_lines(old, identity.config) if pair[0] != pair[1])
-        raise ValueError(
-            f"{output_dir} holds a run of another configuration ({there.strip()!r} there, {here.strip()!r} "
-            f"here); {remedy}"
-        )
+    steps, more = before.get("steps"), now.get("steps")
+    found = differences(before, now)
+    longer = None not in (steps, more)
+    if longer and (extend or identity.constant_schedule or found.keys() == {"steps"}):
+        found.pop("steps", None)
+    if found:
+        pairs = "; ".join(f"{there!r} there, {here!r} here" for there, here in found.values())
+        raise ValueError(f"{output_dir} holds a run of another configuration ({pairs}); {remedy}")
+    if steps == more:
+        return
     newest = checkpoint.latest(output_dir / "checkpoints")
     if newest is not None and checkpoint.step_of(newest) > more:
         raise ValueError(
@@ -234,11 +237,25 @@ def is_done(output_dir: Path, config: str) -> bool:
     return path.read_text(encoding="utf-8") == config
 
 
-def zip_lines(old: str, new: str) -> list[tuple[str, str]]:
-    """Lines of two texts side by side, the shorter one filled up."""
-    a, b = old.splitlines(), new.splitlines()
-    size = max(len(a), len(b)) + 1
-    return list(zip(a + [""] * (size - len(a)), b + ["(end)"] * (size - len(b)), strict=True))
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], group: str = ""
+) -> dict[str, tuple[str, str]]:
+    """What each of two configurations says of the keys in which they differ, by dotted key.
+
+    Args:
+        old: a configuration.
+        new: another one.
+        group: prefix of the keys.
+    """
+    found = {}
+    for key in dict.fromkeys([*old, *new]):
+        name, sides = f"{group}{key}", (old.get(key), new.get(key))
+        if key in old and key in new and all(isinstance(side, Mapping) for side in sides):
+            found |= differences(*cast(Any, sides), f"{name}.")
+        elif (key in old) != (key in new) or sides[0] != sides[1]:
+            there, here = (f"{name}: {part[key]}" if key in part else f"no {name}" for part in (old, new))
+            found[name] = there, here
+    return found
 
 
 def resume(output_dir: Path, accelerator: Accelerator) -> int:

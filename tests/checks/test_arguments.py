@@ -35,6 +35,15 @@ def test_an_argument_that_nobody_gave_is_none():
     assert takes_any_name(lambda x, cache=7: cache)(1) == 7
 
 
+def test_a_model_warns_of_no_old_name_where_it_makes_no_cache(monkeypatch):
+    from transformers.utils import generic
+
+    warned = []
+    monkeypatch.setattr(generic.logger, "warning_once", lambda message, *args: warned.append(message))
+    out = small()(torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+    assert cache_of(out) is None and not warned
+
+
 def test_the_spelling_is_that_of_the_signature():
     assert spelling(lambda x, past_key_values=None: x, "cache") == "past_key_values"
     assert spelling(lambda x, cache=None: x, "cache") == "cache"

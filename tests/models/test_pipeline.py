@@ -153,7 +153,15 @@ def test_what_the_pipeline_cannot_do_is_refused(call, message):
         make()("a", **call)
 
 
+@pytest.mark.parametrize("prompt", [[], 7, None, ["a", 7]])
+def test_what_is_no_caption_is_refused(prompt):
+    with pytest.raises(ValueError, match="must be a caption or a list of one or more captions, not"):
+        make()(prompt)
+
+
 def test_a_folder_without_a_whole_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^the folder .*/x does not exist; give the folder model of a"):
+        RopeMMPipeline.from_pretrained(tmp_path / "nope" / "x")
     with pytest.raises(ValueError, match=r"holds no generation_spec\.json; give the folder model"):
         RopeMMPipeline.from_pretrained(tmp_path)
     make().save_pretrained(tmp_path)

@@ -1,6 +1,7 @@
 """What may happen to a run: numbers that are not finite, signals, full disks, second commands."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -151,6 +152,38 @@ def test_sigterm_saves_and_a_second_command_is_refused_while_the_first_one_runs(
     checkpoint.verify(newest)
     assert checkpoint.step_of(newest) == len(runs.lines(output_dir))
     assert f"stopped by SIGTERM at step {checkpoint.step_of(newest)}, saved" in said.decode()
+
+
+@pytest.mark.parametrize("during", ["step", "evaluate"])
+def test_a_signal_at_the_end_does_not_wait_for_the_last_evaluation(
+    during, script, runs, tmp_path, monkeypatch, capsys
+):
+    output_dir, whole = tmp_path / "run", tmp_path / "whole"
+    asked, evaluated, before = [], [], getattr(script.module.Training, during)
+
+    def signalled(self, given):
+        if during == "evaluate" or given == 3:
+            asked.append(given)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before(self, given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.module.Training, "evaluate", lambda self, path: evaluated.append(path) or {})
+        before = before if during == "step" else script.module.Training.evaluate
+        patch.setattr(script.module.Training, during, signalled)
+        assert script.run(output_dir, **SHORT) == 0
+    said = capsys.readouterr()
+    assert len(asked) == 1 and not evaluated
+    assert "stopped by SIGTERM at step 4, saved; the same command resumes" in said.err
+    assert not (output_dir / "result.json").exists() and "model:" not in said.out
+    assert script.train(output_dir, **SHORT) == script.train(whole, **SHORT)
+    assert runs.same(output_dir, whole)
+
+
+def test_a_run_without_labels_says_that_nothing_was_evaluated(adversarial, tmp_path, capsys):
+    assert adversarial.train(tmp_path / "run", steps=1) == {}
+    said = capsys.readouterr().out
+    assert "nothing was evaluated: the data has no labels" in said and "{}" not in said
 
 
 def test_a_folder_in_use_is_refused_with_its_process_id_and_free_afterwards(adversarial, refusal, tmp_path):

@@ -41,3 +41,30 @@ def test_a_run_interrupted_before_its_first_checkpoint_starts_again_and_deletes_
         for name in ("samples/step-000001.png", "metrics.jsonl", "notes.txt"):
             write_text(tmp_path / name, "made")
     assert len(content(tmp_path)) == 6
+
+
+def test_all_keys_that_differ_are_named_but_not_those_that_may(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    there = "steps: 30\neval_samples: 50\ndata:\n  size: 8\n  path: a\n"
+    here = "steps: 40\neval_samples: 100\ndata:\n  size: 8\n  path: b\nema: 1\n"
+    open_(tmp_path, there)
+    write_text(tmp_path / "checkpoints/step-000030/a", "made")
+    rest = (
+        "'eval_samples: 50' there, 'eval_samples: 100' here; 'data.path: a' there, 'data.path: b' here; "
+        "'no ema' there, 'ema: 1' here"
+    )
+    for extend, steps in ((True, ""), (False, "'steps: 30' there, 'steps: 40' here; ")):
+        with pytest.raises(ValueError) as refused:
+            open_folder(tmp_path, Identity(here, {}), accelerator, extend=extend)
+        assert f"another configuration ({steps}{rest}); choose" in str(refused.value)
+
+
+def test_a_run_without_a_checkpoint_starts_on_repaired_data_and_with_another_configuration(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    data = [{"train": {"rows": rows, "digest": str(rows)}} for rows in (7, 8)]
+    open_folder(tmp_path, Identity("seed: 2\n", data[0]), accelerator)
+    open_folder(tmp_path, Identity("seed: 3\n", data[1]), accelerator)
+    assert '"rows": 8' in content(tmp_path)["data.json"] and content(tmp_path)["run.yaml"] == "seed: 3\n"
+    write_text(tmp_path / "checkpoints/step-000001/a", "made")
+    with pytest.raises(ValueError, match="holds a run on other data"):
+        open_folder(tmp_path, Identity("seed: 3\n", data[0]), accelerator)

@@ -38,3 +38,20 @@ def test_an_interruption_ends_a_script_with_its_code(raised, code):
     with pytest.raises(SystemExit) as stopped:
         run(main, Empty, [])
     assert stopped.value.code == code
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_what_need_not_be_waited_for(number):
+    done = []
+
+    def interrupted():
+        os.kill(os.getpid(), number)
+        done.append("never")
+
+    with Stop() as stop:
+        assert stop.unless_asked(lambda: 1, 2) == 1
+        assert stop.unless_asked(interrupted, 2) == 2 and stop.asked == number
+        assert stop.unless_asked(lambda: 1, 2) == 2  # asked before
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            os.kill(os.getpid(), number)
+    assert stopped.value.args == (128 + number,) and not done
