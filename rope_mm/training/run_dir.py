@@ -173,7 +173,7 @@ def check_config(output_dir: Path, identity: Identity, extend: bool, remedy: str
     if found:
         pairs = "; ".join(f"{there!r} there, {here!r} here" for there, here in found.values())
         raise ValueError(f"{output_dir} holds a run of another configuration ({pairs}); {remedy}")
-    if steps == more:
+    if steps == more or more is None:
         return
     newest = checkpoint.latest(output_dir / "checkpoints")
     if newest is not None and checkpoint.step_of(newest) > more:
@@ -249,10 +249,10 @@ def differences(
     """
     found = {}
     for key in dict.fromkeys([*old, *new]):
-        name, sides = f"{group}{key}", (old.get(key), new.get(key))
-        if key in old and key in new and all(isinstance(side, Mapping) for side in sides):
-            found |= differences(*cast(Any, sides), f"{name}.")
-        elif (key in old) != (key in new) or sides[0] != sides[1]:
+        name, before, now = f"{group}{key}", old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            found |= differences(before, now, f"{name}.")
+        elif (key in old) != (key in new) or before != now:
             there, here = (f"{name}: {part[key]}" if key in part else f"no {name}" for part in (old, new))
             found[name] = there, here
     return found
