@@ -45,6 +45,7 @@ CONFIG_FOLDERS = {
     "gaussians": "adversarial",
 }
 MOST_SHOWN = 100_000  # tokens, a line each
+SCHEMES_LEGEND = "docs/schemes.md, section 'What each scheme promises', explains each column"
 
 
 def print_schemes(args: argparse.Namespace) -> int:
@@ -189,7 +190,9 @@ def make_parser() -> argparse.ArgumentParser:
     sizes.add_argument("--head-dim", type=int, default=HEAD_DIM, help="channels of a head (%(default)s)")
     sizes.add_argument("--heads", type=int, help="rows of Omega, for schemes that give each head its own")
 
-    schemes = commands.add_parser("schemes", help="what every scheme promises, measured")
+    schemes = commands.add_parser(
+        "schemes", help="what every scheme promises, measured", epilog=SCHEMES_LEGEND
+    )
     schemes.add_argument("names", metavar="NAME", nargs="*", help="schemes; all if none is named")
     schemes.add_argument("--format", choices=FORMATS, default="text", help="of the table (%(default)s)")
     schemes.set_defaults(run=print_schemes)

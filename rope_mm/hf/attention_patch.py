@@ -112,6 +112,11 @@ def attention_slot(model: Any) -> RotarySlot:
     base, found = model, modules_using(model, ATTENTION_REGISTRY)
     while (inner := getattr(base, "base_model", base)) is not base:  # in its adapters, and in its head
         base = inner
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(base).__name__} is an encoder-decoder without rotary; encoder-decoders with position "
+            "embeddings or relative biases, such as BART and T5, are not served"
+        )
     if not hasattr(base, "config") or len({id(getattr(module, "config", None)) for module in found}) != 1:
         parts = ", ".join(
             name for name, part in model.named_children() if modules_using(part, ATTENTION_REGISTRY)
@@ -119,11 +124,6 @@ def attention_slot(model: Any) -> RotarySlot:
         raise ValueError(
             f"{type(model).__name__} has neither a rotary module nor one stack of attention to rotate"
             + (f"; give one of its parts: {parts}" if parts else "")
-        )
-    if base.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(base).__name__} is of an encoder-decoder, whose attention to the other sequence would be "
-            "rotated as well; it is not served"
         )
     refuse_own_rotation(base)
     return RotarySlot("rope_mm", base, "rope_mm", None)

@@ -26,8 +26,8 @@ COUNT = "rope_mm_frequencies"  # beside a scheme: how many frequencies the model
 OWN = "rope_mm_own_type"  # beside a scheme: the rope type of the model's own
 WAITS = "rope_mm_waits"  # beside a scheme: the attention waits for it, and not the rotary module
 PENDING_MESSAGE = (
-    "this model was saved with a scheme; call rope_mm.hf.set_rope(model) first, of a part of a model with "
-    "that part"
+    "this model was saved with a scheme that is not set yet. Call rope_mm.hf.set_rope(model) before it runs; "
+    "if only a part of the model has a scheme, such as its vision encoder, call set_rope with that part"
 )
 
 
@@ -206,8 +206,8 @@ def saved_schemes(site: Any) -> dict[str | None, Scheme]:
     if all(entries.values()):
         return {layer: Scheme.from_dict(entry[NAME]) for layer, entry in entries.items()}
     raise ValueError(
-        f"{type(config).__name__} holds no scheme of ours; give set_rope one, or load a model that was "
-        "saved after set_rope"
+        f"{type(config).__name__} contains no scheme of rope_mm; name one, as in set_rope(model, 'rope-tv'), "
+        "or load a model that was saved after set_rope"
     )
 
 

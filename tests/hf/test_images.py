@@ -44,6 +44,8 @@ from transformers import (
     SiglipVisionModel,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
@@ -645,11 +647,13 @@ def test_what_has_no_attention_that_can_be_served_is_refused(tiny):
             set_rope(model, Scheme(layout="flat"))
 
 
-def test_an_encoder_decoder_without_rotary_is_refused():
+def test_encoder_decoders_without_rotary_are_refused():
     sizes = {"vocab_size": 99, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
     model = BartModel(BartConfig(**sizes, encoder_attention_heads=2, decoder_attention_heads=2))
-    with pytest.raises(ValueError, match="is of an encoder-decoder"):
-        set_rope(model, "flat")
+    t5 = T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    for refused in (model, T5ForConditionalGeneration(t5)):
+        with pytest.raises(ValueError, match=r"is an encoder-decoder without rotary.* relative biases"):
+            set_rope(refused, "flat")
 
 
 @pytest.mark.parametrize("name", ["Yolos", "DPT", "ViTMAE", "Siglip2Vision", "Vivit", "VideoMAE"])

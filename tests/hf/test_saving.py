@@ -49,7 +49,7 @@ def test_a_scheme_is_saved_and_one_line_brings_it_back(tiny, tmp_path, model_typ
     set_rope(model, "rope-tv", theta=5e5, pairing=pairing)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
+    with pytest.raises(ValueError, match=r"Call rope_mm.hf.set_rope\(model\) before it runs"):
         logits(loaded)
     set_rope(loaded)
     assert torch.equal(logits(loaded), logits(model))
@@ -62,10 +62,10 @@ def test_a_model_with_a_pending_scheme_has_no_rope_yet(tiny, tmp_path, capsys, m
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     for ask in (rope_of, use_kernels):
-        with pytest.raises(ValueError, match="saved with a scheme; call"):
+        with pytest.raises(ValueError, match="saved with a scheme that is not set yet"):
             ask(loaded)
     explain(loaded)
-    assert "saved with a scheme; call" in capsys.readouterr().out
+    assert "saved with a scheme that is not set yet" in capsys.readouterr().out
 
 
 def test_unset_rope_restores_the_config(tiny):
@@ -112,7 +112,7 @@ def test_a_learned_omega_that_was_lost_is_refused(tiny, tmp_path):
 
 
 def test_a_config_without_a_scheme_is_refused(tiny):
-    with pytest.raises(ValueError, match="holds no scheme of ours"):
+    with pytest.raises(ValueError, match="contains no scheme of rope_mm"):
         set_rope(tiny("llama"))
 
 
@@ -131,7 +131,7 @@ def test_the_scheme_and_omega_of_a_model_that_had_none_are_saved_and_brought_bac
         model.rope_mm.ropes[None].omega_param.mul_(1.5)
     model.save_pretrained(tmp_path)
     loaded = ViTModel.from_pretrained(tmp_path).eval()
-    with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
+    with pytest.raises(ValueError, match=r"Call rope_mm.hf.set_rope\(model\) before it runs"):
         loaded(pixels)
     set_rope(loaded)
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_a_model_built_from_a_copy_of_a_patched_config_has_a_pending_scheme():
     pixels = torch.randn(1, 3, 224, 224)
     set_rope(model, "rope-vit-axial")
     other = ViTModel(copy.deepcopy(model.config)).eval()
-    with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
+    with pytest.raises(ValueError, match=r"Call rope_mm.hf.set_rope\(model\) before it runs"):
         other(pixels)
     set_rope(other)
     other.load_state_dict(model.state_dict())
@@ -174,7 +174,7 @@ def test_a_vision_tower_has_a_pending_scheme_until_unset_rope(tmp_path):
     handle = set_rope(model, "pixtral", theta=100.0)
     model.save_pretrained(tmp_path)
     loaded = PixtralVisionModel.from_pretrained(tmp_path).eval()
-    with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
+    with pytest.raises(ValueError, match=r"Call rope_mm.hf.set_rope\(model\) before it runs"):
         loaded(pixels)
     set_rope(loaded)
     assert torch.equal(loaded(pixels)[0], model(pixels)[0])
@@ -244,7 +244,7 @@ def test_a_composite_model_with_a_scheme_in_its_tower_alone_has_a_pending_scheme
     model.save_pretrained(tmp_path)
     told = {"attn_implementation": attention} if attention else {}
     loaded = type(model).from_pretrained(tmp_path, **told).eval()
-    with pytest.raises(ValueError, match=r"set_rope\(model\) first, of a part of a model with that part"):
+    with pytest.raises(ValueError, match=r"call set_rope with that part"):
         seen(loaded)
     part = getattr(loaded.model, tower)
     with pytest.raises(ValueError, match=r"saved with a scheme|no module with inv_freq"):
@@ -344,7 +344,7 @@ def test_a_requested_attention_is_used_once_the_scheme_is_set(tmp_path, attentio
     loaded = ViTModel.from_pretrained(tmp_path, **asked)
     if attention and later:
         loaded.set_attn_implementation(attention)
-    with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
+    with pytest.raises(ValueError, match=r"Call rope_mm.hf.set_rope\(model\) before it runs"):
         loaded(pixels)
     set_rope(loaded)
     assert loaded.config._attn_implementation == (attention or "sdpa")
@@ -424,7 +424,7 @@ def test_a_scheme_that_the_config_class_refuses_is_saved_beside_its_rope_paramet
     handle = set_rope(model, "rope-tv")
     model.save_pretrained(tmp_path)
     loaded = Phi3ForCausalLM.from_pretrained(tmp_path).eval()
-    with pytest.raises(ValueError, match=r"call rope_mm.hf.set_rope\(model\) first"):
+    with pytest.raises(ValueError, match=r"Call rope_mm.hf.set_rope\(model\) before it runs"):
         logits(loaded)
     set_rope(loaded)
     assert torch.equal(logits(loaded), logits(model))
