@@ -226,7 +226,7 @@ def test_a_task_that_no_template_trains_is_refused(pretrain, tmp_path):
         ({"attn_implementation": "spda"}, "attention 'spda' is unknown; did you mean 'sdpa'"),
         (
             {"attn_implementation": "flash_attention_2"},
-            "flash_attention_2 takes no mask, by which patches see each other",
+            "attention flash_attention_2 has no backward on cpu; take sdpa or eager",
         ),
         ({"data.size": 5}, "5 x 5 pixels do not divide into patches of 2 x 2"),
     ],

@@ -192,7 +192,11 @@ examples = st.builds(
     loss=st.sampled_from(["rsgan", "ns", "no"]),
     sizes=st.lists(st.integers(0, 99), min_size=1, max_size=4).map(tuple),
     dry_run=st.booleans(),
-    optim=st.builds(Optim, lr=st.floats(allow_nan=False), betas=st.tuples(st.floats(0, 1), st.floats(0, 1))),
+    optim=st.builds(
+        Optim,
+        lr=st.floats(allow_nan=False, allow_infinity=False),
+        betas=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    ),
     model=st.dictionaries(st.sampled_from(["a", "b", "c"]), st.integers() | words | st.booleans()),
 )
 

@@ -69,7 +69,7 @@ def test_trackers_are_read_by_name(monkeypatch):
     monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["tensorboard", "trackio"])
     assert read_trackers("tensorboard, trackio") == ["tensorboard", "trackio"]
     with pytest.raises(
-        ValueError, match="tracker 'wandb' needs a package: pip install wandb, or leave it out"
+        ValueError, match="tracker 'wandb' needs a package: pip install wandb, or run without it"
     ):
         read_trackers("tensorboard,wandb")
     with pytest.raises(ValueError, match="tracker 'wandbb' is unknown; did you mean 'wandb'"):
