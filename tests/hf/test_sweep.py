@@ -93,18 +93,19 @@ def decoding(model):
 
 
 def compiling(model):
-    """Graphs of a forward at two places of images, and the largest difference that compiling makes."""
+    """Graphs of forwards with images at one place, then at another, and the largest difference to eager."""
     handle = set_rope(model, "rope-tv", pairing=ropes(model)[0].pairing)
     torch._dynamo.reset()
-    counter, far = CompileCounter(), 0.0
+    counter, far, graphs = CompileCounter(), 0.0, []
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for rows in (SEGMENTS, SEGMENTS[::-1]):
         run = {"position_ids": positions_for(model, rows), "use_cache": False}
         ids = torch.randint(3, 97, (2, 13))
         with torch.no_grad():
             far = max(far, (compiled(ids, **run).logits - model(ids, **run).logits).abs().max().item())
+        graphs.append(counter.frame_count)
     handle.undo()
-    return counter.frame_count, far
+    return graphs, far
 
 
 def training(model):
@@ -129,7 +130,8 @@ def test_a_family_by_name(tiny, families, model_type):
     far = decoding(model)
     assert far < 1e-4
     graphs, compiled = compiling(model)
-    assert graphs == 1 and compiled < 1e-4
+    # one graph of the model; torch compiles the hook of the outermost forward, which splits positions, alone
+    assert graphs in ([1, 1], [2, 2]) and compiled < 1e-4
     op = training(model)
     families[model_type] = error, far, compiled, "yes" if op == "yes" else "refused"
     assert (op == "yes") == (model_type not in COMPLEX), op
