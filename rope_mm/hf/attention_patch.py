@@ -274,6 +274,8 @@ def can_be_probed(owner: Any) -> bool:
     tensors = [*owner.parameters(), *owner.buffers()]
     if any(x.is_meta for x in tensors) or not hasattr(owner, "main_input_name"):
         return False
+    if any(hasattr(x, "placements") for x in tensors):
+        return False  # shards: a part's own forward would gather them as if it were the whole model
     try:
         probe(owner)
     except Exception:  # inputs of another kind, or sizes that the probe does not know

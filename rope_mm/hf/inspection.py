@@ -140,7 +140,7 @@ def probe_calls(
     module: nn.Module, owner: nn.Module, layer: str | None
 ) -> Iterator[tuple[str, str, Tensor, Any]]:
     """Ways to call a module: name, axes, positions (s, a) with the origin and unit steps, and arguments."""
-    device, generator = next(module.buffers()).device, torch.Generator().manual_seed(0)
+    device, generator = next(module.buffers(), torch.empty(0)).device, torch.Generator().manual_seed(0)
     other = "grid" if getattr(owner, "include_temporal", False) else "video_grid"
     for call, (axes, shape) in (item for item in CALLS.items() if item[0] != other):
         a = len(axes)
