@@ -202,6 +202,10 @@ class Training:
         self.tokens += int(all_reduce_sum(self.accelerator, torch.tensor(mine)))
         self.generated += self.config.global_batch_size * self.config.critic_steps
         terms = self.trainer.train_step(batches)
+        # penalties are of the images that this process reads; the log has the mean over all of them
+        values = torch.stack([term.detach().float() for term in terms.values()])
+        mean = all_reduce_sum(self.accelerator, values) / self.accelerator.num_processes
+        terms = dict(zip(terms, mean, strict=True))
         self.average.update(self.trainer.unwrapped_generator)
         return terms | {"lr": torch.tensor(self.trainer.optimizer.param_groups[0]["lr"], dtype=torch.float64)}
 
