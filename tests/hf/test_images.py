@@ -453,7 +453,7 @@ def test_dinov3_saved_with_a_scheme_waits_for_it_and_runs_it_again(dinov3, tmp_p
     set_rope(dinov3, "dinov3", theta=50.0)
     dinov3.save_pretrained(tmp_path)
     loaded = DINOv3ViTModel.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="call rope_mm"):
+    with pytest.raises(ValueError, match="Call rope_mm"):
         seen_by(loaded, SIZES[1])
     set_rope(loaded)
     assert torch.equal(seen_by(loaded, SIZES[1]), seen_by(dinov3, SIZES[1]))
