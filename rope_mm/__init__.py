@@ -2,8 +2,8 @@
 
 from rope_mm.analysis.check import RotaryReport, check_rotary
 from rope_mm.analysis.properties import LayoutProperties, measure_properties, properties_table
-from rope_mm.hf.convert import convert_pairing
 from rope_mm.hf.rope_parameters import from_hf_config, to_rope_parameters
+from rope_mm.hf.weight_conversion import convert_pairing
 from rope_mm.positions.cursor import Cursor
 from rope_mm.positions.layouts import LAYOUTS, Layout
 from rope_mm.positions.place import PlacedBatch, augment_positions, pack, place, place_rows

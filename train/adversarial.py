@@ -30,13 +30,13 @@ from rope_mm.evaluation.images import IMAGE_EVALUATORS, ImageEvaluator
 from rope_mm.models import ImageBatcher, load_tokenizer
 from rope_mm.models.backends import with_attention
 from rope_mm.models.configuration_rope_mm import config_for
-from rope_mm.training.adversarial import AdversarialBatch, AdversarialOptim, AdversarialTrainer
+from rope_mm.training.adversarial_loss import GANConfig, as_it_is
+from rope_mm.training.adversarial_trainer import AdversarialBatch, AdversarialOptim, AdversarialTrainer
 from rope_mm.training.checkpoint import Stateful
 from rope_mm.training.config import check_options, option, run
 from rope_mm.training.distributed import all_reduce_sum
 from rope_mm.training.ema import Ema
 from rope_mm.training.fingerprint import fingerprint_rows
-from rope_mm.training.gan import GANConfig, as_it_is
 from rope_mm.training.loop import Run, fingerprint, launch
 from rope_mm.training.run_dir import Identity
 

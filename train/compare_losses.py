@@ -20,10 +20,10 @@ from tqdm import tqdm
 from rope_mm.analysis import markdown
 from rope_mm.analysis.figures import new_figure, save_figure
 from rope_mm.files import write_text
+from rope_mm.training.adversarial_loss import GANConfig
 from rope_mm.training.config import option, run
-from rope_mm.training.gan import GANConfig
-from rope_mm.training.log import read_metrics
 from rope_mm.training.loop import fingerprint
+from rope_mm.training.metrics_log import read_metrics
 from rope_mm.training.run_dir import is_done
 
 Runs = dict[str, list[dict[str, float]]]

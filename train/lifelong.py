@@ -30,9 +30,9 @@ from rope_mm.evaluation.sprites import classify_sprites
 from rope_mm.files import write_text
 from rope_mm.models.pipeline import RopeMMPipeline
 from rope_mm.training.config import check_options, option, run
-from rope_mm.training.dataset import PackedDocumentDataset
 from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.loop import fingerprint
+from rope_mm.training.packed_dataset import PackedDocumentDataset
 from rope_mm.training.packing import Packer
 from rope_mm.training.run_dir import is_done
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rope_mm.checks.extras import import_name
 
 if TYPE_CHECKING:
-    from rope_mm.hf.inspection import ModelRope
     from rope_mm.hf.patching import Handle, explain, rope_of, set_rope, unset_rope, use_kernels
     from rope_mm.hf.position_ids import positions_for
+    from rope_mm.hf.rotary_inspection import ModelRope
 
 __all__ = [
     "Handle",
@@ -29,7 +29,7 @@ __all__ = [
 
 HOMES = {
     "Handle": "patching",
-    "ModelRope": "inspection",
+    "ModelRope": "rotary_inspection",
     "explain": "patching",
     "positions_for": "position_ids",
     "rope_of": "patching",

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RotaryEmbeddingConfigMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rope_mm.hf.inspection import layer_types
+from rope_mm.hf.rotary_inspection import layer_types
 from rope_mm.schemes.scheme import Scheme
 
 NAME, ATTENTION_FIELD = "rope_mm", "_attn_implementation_internal"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rope_mm.hf.attention_patch import (
+from rope_mm.hf.attention_rotation import (
     ATTENTION_REGISTRY,
     attention_slot,
     can_be_probed,
@@ -19,7 +19,6 @@ from rope_mm.hf.attention_patch import (
     rotate_both,
     rotate_in_attention,
 )
-from rope_mm.hf.compatibility import make_rotary, refuse
 from rope_mm.hf.config_io import (
     PENDING_MESSAGE,
     load_learned_omega,
@@ -28,12 +27,19 @@ from rope_mm.hf.config_io import (
     waits_for_scheme,
     wake_slots,
 )
+from rope_mm.hf.forward_hooks import PositionHooks
 from rope_mm.hf.image_grids import parameters_of
-from rope_mm.hf.inspection import APPLY_FUNCTION, TOKEN_CALLS, frequency_counts, modules_using, read_module
-from rope_mm.hf.position_hooks import PositionHooks
+from rope_mm.hf.patch_positions import PIXELS
 from rope_mm.hf.position_ids import METHODS, position_methods
 from rope_mm.hf.rotary_embedding import Changes, RopeMMRotaryEmbedding, RotarySlot, describe, rotary_slots
-from rope_mm.hf.vision_positions import PIXELS
+from rope_mm.hf.rotary_inspection import (
+    APPLY_FUNCTION,
+    TOKEN_CALLS,
+    frequency_counts,
+    modules_using,
+    read_module,
+)
+from rope_mm.hf.scheme_support import make_rotary, refuse
 
 
 @dataclass(frozen=True, repr=False)

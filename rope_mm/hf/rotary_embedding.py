@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rope_mm.hf.inspection import TOKEN_CALLS, ModelRope, frequencies
-from rope_mm.hf.vision_positions import centres_in_radians, place_patches
+from rope_mm.hf.patch_positions import centres_in_radians, place_patches
+from rope_mm.hf.rotary_inspection import TOKEN_CALLS, ModelRope, frequencies
 from rope_mm.rotary import definition as rotation
 from rope_mm.rotary.dispatch import check_positions, make_angles
 from rope_mm.rotary.module import Rotary

@@ -21,10 +21,10 @@ from rope_mm.files import write_text
 from rope_mm.training.checkpoint import Stateful, TrainingState
 from rope_mm.training.config import check_options, dump, option
 from rope_mm.training.distributed import all_reduce_max
-from rope_mm.training.log import Log, read_metrics
+from rope_mm.training.health_checks import MAX_SKIPPED, NaNGuard, finite, keep_batch, warning
+from rope_mm.training.metrics_log import Log, read_metrics
 from rope_mm.training.model_card import write_model_card
-from rope_mm.training.monitor import MAX_SKIPPED, NaNGuard, finite, keep_batch, warning
-from rope_mm.training.profile import profiled
+from rope_mm.training.rotary_profile import profiled
 from rope_mm.training.run_dir import Identity, check_folder, locked, open_folder, resume, save, write_model
 from rope_mm.training.signals import Stop, exit_code
 from rope_mm.training.throughput import Speed, peak_flops

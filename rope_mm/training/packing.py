@@ -18,7 +18,7 @@ from rope_mm.data.documents import Document, Visual, first_fit
 from rope_mm.models.processing_rope_mm import RopeMMProcessor
 from rope_mm.models.sequences import PADDING, EncodedSequence, collate, encode
 from rope_mm.rotary.definition import widest_float
-from rope_mm.training.gan import CriticBatch
+from rope_mm.training.adversarial_loss import CriticBatch
 from rope_mm.training.throughput import count_pairs
 
 SampleTime = Callable[[int, torch.Generator], Tensor]

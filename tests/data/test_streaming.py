@@ -19,7 +19,7 @@ from PIL import Image as PILImage
 from rope_mm.data import MapDocuments, StreamingDocuments, load_documents, make_generator
 from rope_mm.data.documents import Unreadable
 from rope_mm.data.images import open_image
-from rope_mm.training.dataset import PackedDocumentDataset
+from rope_mm.training.packed_dataset import PackedDocumentDataset
 
 TEMPLATES = ["{caption}{image:generate}", "{image} what is it? {caption}"]
 FEATURES = Features(image=Image(), caption=Value("string"))

@@ -28,7 +28,7 @@ from transformers import (
 
 from rope_mm import SCHEMES, Video, from_hf_config, to_rope_parameters
 from rope_mm.hf import explain, rope_of, set_rope, unset_rope
-from rope_mm.hf.attention_patch import moves_with_inputs, names_rotation
+from rope_mm.hf.attention_rotation import moves_with_inputs, names_rotation
 from rope_mm.hf.image_grids import read_grids, square_side
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "train"))
 import pretrain
 
 from rope_mm.training.config import run
-from rope_mm.training.dataset import PackedDocumentDataset
+from rope_mm.training.packed_dataset import PackedDocumentDataset
 
 
 def stopped():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from rope_mm.data import FACTORS, load_splits, read_caption, render_sprites, select_rows
 from rope_mm.training.checkpoint import TrainingState
 from rope_mm.training.config import load
-from rope_mm.training.monitor import NaNGuard
+from rope_mm.training.health_checks import NaNGuard
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "lifelong" / "sprites.yaml"

@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 from rope_mm.data import captioned_videos
 from rope_mm.models import RopeMMForConditionalGeneration
 from rope_mm.models.pipeline import RopeMMPipeline
-from rope_mm.training.adversarial import CriticTrainer
+from rope_mm.training.adversarial_trainer import CriticTrainer
 from rope_mm.training.config import load
 from rope_mm.training.image_heads import IMAGE_HEADS
 

@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 
 from rope_mm.models import IMAGE_TOKEN, ImageBatcher, load_tokenizer, read_config
-from rope_mm.training.adversarial import AdversarialBatch, AdversarialOptim, AdversarialTrainer
-from rope_mm.training.gan import GANConfig
+from rope_mm.training.adversarial_loss import GANConfig
+from rope_mm.training.adversarial_trainer import AdversarialBatch, AdversarialOptim, AdversarialTrainer
 
 LOSSES, ROWS = ("rsgan", "rasgan", "gan-qp"), 4
 CAPTIONS = ["one", "a two", "three", "the four"]

@@ -6,13 +6,13 @@ from accelerate import Accelerator
 
 from rope_mm.data.documents import Visual
 from rope_mm.models import RopeMMProcessor, load_tokenizer, read_config
-from rope_mm.training.adversarial import (
+from rope_mm.training.adversarial_loss import AdversarialLoss, GANConfig
+from rope_mm.training.adversarial_trainer import (
     AdversarialBatch,
     AdversarialOptim,
     AdversarialTrainer,
     CriticTrainer,
 )
-from rope_mm.training.gan import AdversarialLoss, GANConfig
 from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.packing import Packer
 
@@ -86,7 +86,7 @@ def test_a_gradient_reaches_what_was_generated_and_no_weight_of_the_critic():
 def test_a_sharded_critic_is_penalised_by_finite_differences_and_not_otherwise(monkeypatch):
     _, of_images, trainer = make("rpgan")
     assert trainer.loss.penalties.method == "autograd"
-    monkeypatch.setattr("rope_mm.training.gan.is_sharded", lambda accelerator: True)
+    monkeypatch.setattr("rope_mm.training.adversarial_loss.is_sharded", lambda accelerator: True)
     critic, accelerator = of_images.critic, trainer.accelerator
     assert AdversarialLoss(GANConfig(), critic, accelerator).penalties.method == "fd"
     with pytest.raises(ValueError, match=r"compiled or sharded \(FSDP\).* use fd"):

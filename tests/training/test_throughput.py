@@ -8,7 +8,7 @@ from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 from rope_mm.models import RopeMMForConditionalGeneration, read_config
-from rope_mm.training.profile import WARM, Share, measure_share, profiled, rotary_share
+from rope_mm.training.rotary_profile import WARM, Share, measure_share, profiled, rotary_share
 from rope_mm.training.throughput import FlopCounter, Speed, count_pairs, peak_flops
 
 

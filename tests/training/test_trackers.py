@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from rope_mm.training import trackers
-from rope_mm.training.log import Log
+from rope_mm.training.metrics_log import Log
 from rope_mm.training.trackers import read_trackers, tracking
 
 

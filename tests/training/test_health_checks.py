@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rope_mm.training.monitor import finite, keep_batch, warning
+from rope_mm.training.health_checks import finite, keep_batch, warning
 from rope_mm.training.schedule import SCHEDULES
 
 

@@ -1,6 +1,6 @@
 """The scheme of a config whose model type no table names: read from the rotary module that the config makes.
 
-The module is found beside the config's class, made from the config and probed as `inspection` probes modules
+The module is found beside the config's class, made from the config and probed as `rotary_inspection` probes modules
 of live models. A scheme is returned only if its Omega is the module's.
 """
 
@@ -14,8 +14,15 @@ import torch
 from torch import nn
 
 from rope_mm.hf.cos_sin_tables import find_pairing
-from rope_mm.hf.inspection import APPLY_FUNCTION, NO_ANSWER, ModelRope, layer_types, match_scheme, read_layer
 from rope_mm.hf.rope_parameters import BASES, read_head_dim, scheme_of_family
+from rope_mm.hf.rotary_inspection import (
+    APPLY_FUNCTION,
+    NO_ANSWER,
+    ModelRope,
+    layer_types,
+    match_scheme,
+    read_layer,
+)
 from rope_mm.schemes.scheme import Scheme
 
 

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from rope_mm.losses import GAN_LOSSES, PENALTIES
-from rope_mm.training import adversarial
-from rope_mm.training.adversarial import AdversarialOptim
-from rope_mm.training.gan import LeCamEMA
+from rope_mm.training import adversarial_trainer
+from rope_mm.training.adversarial_loss import LeCamEMA
+from rope_mm.training.adversarial_trainer import AdversarialOptim
 
 ROOT = Path(__file__).parents[2]
 ALL = dict.fromkeys(PENALTIES, 0.5)
@@ -112,7 +112,7 @@ def test_both_models_use_one_set_of_angles_a_batch(toy, monkeypatch):
         )
     shared, _ = toy.step(trainer)
     assert len(made) == 1
-    monkeypatch.setattr(adversarial, "share_angles", lambda batch, model: batch)
+    monkeypatch.setattr(adversarial_trainer, "share_angles", lambda batch, model: batch)
     apart, _ = toy.step(trainer)
     assert len(made) == 1 + 4  # one for each pass: two of the critic's step, two of the generator's
     assert all(torch.equal(a, b) for a, b in zip(shared, apart, strict=True))
@@ -121,7 +121,7 @@ def test_both_models_use_one_set_of_angles_a_batch(toy, monkeypatch):
 def test_models_with_learned_frequencies_have_angles_of_their_own(toy):
     config = toy.batcher(rope_parameters={"scheme": "rope-tv", "learnable": True}).config
     trainer = toy.trainer(config=config)
-    assert adversarial.share_angles(toy.batch(), trainer.unwrapped_generator).angles is None
+    assert adversarial_trainer.share_angles(toy.batch(), trainer.unwrapped_generator).angles is None
     omegas = [model.model.rotary.omega_param for model in (trainer.critic.critic, trainer.generator)]
     before = [omega.clone() for omega in omegas]
     trainer.update_schedules(0.0)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rope_mm.hf.inspection import APPLY_FUNCTION, globals_used, modules_using
+from rope_mm.hf.patch_positions import image_size, patch_grid, place_tokens
 from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding, RotarySlot
-from rope_mm.hf.vision_positions import image_size, patch_grid, place_tokens
+from rope_mm.hf.rotary_inspection import APPLY_FUNCTION, globals_used, modules_using
 from rope_mm.rotary.dispatch import RotaryAngles
 
 ATTENTION_REGISTRY = re.compile("ALL_ATTENTION_FUNCTIONS$")

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rope_mm.hf.config_io import scheme_entries
-from rope_mm.hf.inspection import TOKEN_CALLS, ModelRope, read_module
+from rope_mm.hf.patch_positions import PIXELS
 from rope_mm.hf.rope_parameters import layer_config, read_head_dim
 from rope_mm.hf.rotary_embedding import Rope, RopeMMRotaryEmbedding, RotarySlot
-from rope_mm.hf.vision_positions import PIXELS
+from rope_mm.hf.rotary_inspection import TOKEN_CALLS, ModelRope, read_module
 from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.scheme import Scheme
 from rope_mm.schemes.zoo import read_scheme

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from rope_mm import SCHEMES, Rotary, Scheme, convert_pairing
-from rope_mm.hf.convert import permute_rows, read_both, reordering
+from rope_mm.hf.weight_conversion import permute_rows, read_both, reordering
 
 SMALL = {
     "vocab_size": 32,

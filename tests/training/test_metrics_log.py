@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rope_mm.training.log import FILE, Log, read_metrics
+from rope_mm.training.metrics_log import FILE, Log, read_metrics
 
 
 def losses(folder, steps, start=0):

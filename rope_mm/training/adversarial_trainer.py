@@ -11,10 +11,10 @@ from torch.profiler import record_function
 
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.models.modeling_rope_mm import RopeMMCritic, RopeMMForConditionalGeneration
+from rope_mm.training.adversarial_loss import AdversarialLoss, CriticBatch, GANConfig
 from rope_mm.training.config import option
 from rope_mm.training.distributed import grad_norm, no_sync_if, prepare_model
-from rope_mm.training.gan import AdversarialLoss, CriticBatch, GANConfig
-from rope_mm.training.profile import ANGLES
+from rope_mm.training.rotary_profile import ANGLES
 from rope_mm.training.schedule import SCHEDULES
 
 SharedBatch = TypeVar("SharedBatch", bound=CriticBatch)
