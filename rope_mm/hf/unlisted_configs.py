@@ -1,7 +1,7 @@
 """The scheme of a config whose model type no table names: read from the rotary module that the config makes.
 
-The module is found beside the config's class, made from the config and probed as `rotary_inspection` probes modules
-of live models. A scheme is returned only if its Omega is the module's.
+The module is found beside the config's class, made from the config and probed as `rotary_inspection` probes
+modules of live models. A scheme is returned only if its Omega is the module's.
 """
 
 import importlib
