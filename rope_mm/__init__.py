@@ -6,7 +6,8 @@ from rope_mm.hf.rope_parameters import from_hf_config, to_rope_parameters
 from rope_mm.hf.weight_conversion import convert_pairing
 from rope_mm.positions.cursor import Cursor
 from rope_mm.positions.layouts import LAYOUTS, Layout
-from rope_mm.positions.place import PlacedBatch, augment_positions, pack, place, place_rows
+from rope_mm.positions.packing import pack, positions_of
+from rope_mm.positions.place import PlacedBatch, augment_positions, place, place_rows
 from rope_mm.rotary.dispatch import rotate
 from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.scheme import Scheme
@@ -55,6 +56,7 @@ __all__ = [
     "parse_segments",
     "place",
     "place_rows",
+    "positions_of",
     "properties_table",
     "rotate",
     "timestamped_frames",

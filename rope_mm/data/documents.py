@@ -62,35 +62,6 @@ Document = list[str | Visual]
 Read = Callable[[Any], Any]  # which workers that are spawned must be able to pickle
 
 
-def too_long_message(length: int, room: int) -> str:
-    """What is said of a document that is longer than a row; both in tokens."""
-    return f"a document of {length} tokens does not fit a row of {room}; raise the length and begin anew"
-
-
-def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Numbers of the documents in each row: every one, in order, goes into the first row that has room.
-
-    Args:
-        lengths: of the documents, in tokens.
-        room: of a row, in tokens.
-
-    Raises:
-        ValueError: a document that is longer than a row.
-    """
-    rows: list[list[int]] = []
-    left: list[int] = []
-    for number, length in enumerate(lengths):
-        if length > room:
-            raise ValueError(too_long_message(length, room))
-        row = next((row for row, free in enumerate(left) if free >= length), len(rows))
-        if row == len(rows):
-            rows.append([])
-            left.append(room)
-        rows[row].append(number)
-        left[row] -= length
-    return rows
-
-
 def check_fits(templates: Sequence[str], columns: Sequence[set[str]], here: Sequence[set[str]]) -> None:
     """Refuse a template that fits no source, and a source that no template fits.
 

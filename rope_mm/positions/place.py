@@ -310,25 +310,6 @@ def check_rows(rows: Sequence[str | Sequence[Segment]]) -> None:
         raise ValueError("a batch needs at least one sequence")
 
 
-def pack(
-    rows: Sequence[str | Sequence[Segment]], layout: str = "rope-tv", **options: Any
-) -> tuple[Tensor, Tensor]:
-    """Positions (s, a) of sequences in one row, each counted from its own start, and their numbers (s,).
-
-    Args:
-        rows: sequences of segments, or their text forms.
-        layout: a key of LAYOUTS.
-        options: the layout's own numbers.
-
-    Raises:
-        ValueError: as `place`, and where there is no sequence.
-    """
-    check_rows(rows)
-    blocks = [place(row, layout, **options)[0] for row in rows]
-    lengths = torch.tensor([len(block) for block in blocks], device="cpu")
-    return torch.cat(blocks), torch.repeat_interleave(lengths)
-
-
 def augment_positions(
     positions: Any,
     shift: float = 0.0,

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from rope_mm.data.documents import DocumentDataset, Unreadable, too_long_message
+from rope_mm.data.documents import DocumentDataset, Unreadable
 from rope_mm.data.seeding import make_generator
+from rope_mm.positions.packing import too_long_message
 from rope_mm.training.packing import EncodedDocument, PackedBatch, Packer
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rope_mm.data.documents import Document, Visual, first_fit
+from rope_mm.data.documents import Document, Visual
 from rope_mm.models.processing_rope_mm import RopeMMProcessor
 from rope_mm.models.sequences import PADDING, EncodedSequence, collate, encode
+from rope_mm.positions.packing import first_fit
 from rope_mm.rotary.definition import widest_float
 from rope_mm.training.adversarial_loss import CriticBatch
 from rope_mm.training.throughput import count_pairs

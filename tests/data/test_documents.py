@@ -5,12 +5,10 @@ from io import BytesIO
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from rope_mm.data import MapDocuments, load_splits, make_generator
-from rope_mm.data.documents import Unreadable, Visual, first_fit
+from rope_mm.data.documents import Unreadable, Visual
 from rope_mm.data.streaming import StreamingDocuments
 from rope_mm.data.templates import Column, find_tasks, read_template
 
@@ -52,24 +50,6 @@ def test_a_template_is_text_and_columns_in_braces():
     for wrong in ("{caption", "{}", "{image:paint}", "{image!r}"):
         with pytest.raises(ValueError, match="template '"):
             read_template(wrong)
-
-
-@given(st.lists(st.integers(1, 20), max_size=40), st.integers(20, 50))
-def test_first_fit_packs_each_document_once_where_there_is_room_first(lengths, room):
-    rows = first_fit(lengths, room)
-    assert sorted(number for row in rows for number in row) == list(range(len(lengths)))
-    used = [0] * len(rows)
-    place = {number: row for row, numbers in enumerate(rows) for number in numbers}
-    for number, length in enumerate(lengths):
-        assert all(used[row] + length > room for row in range(place[number]))
-        used[place[number]] += length
-    assert all(total <= room for total in used)
-    assert rows == [sorted(row) for row in rows]
-
-
-def test_a_row_longer_than_the_room_is_refused():
-    with pytest.raises(ValueError, match="a document of 9 tokens does not fit a row of 8"):
-        first_fit([3, 9], 8)
 
 
 def test_rows_fill_the_templates_whose_columns_they_have(sources):

@@ -14,6 +14,7 @@ from rope_mm import (
     measure_properties,
     parse_segments,
     place,
+    positions_of,
     rotate,
 )
 from rope_mm.hf import set_rope
@@ -28,6 +29,7 @@ MOST_USED = [
     measure_properties,
     parse_segments,
     place,
+    positions_of,
     rotate,
     set_rope,
 ]

@@ -15,7 +15,7 @@ from rope_mm.models import (
 from rope_mm.models.masks import find_document_ids
 from rope_mm.models.position_ids import pack_position_ids, unpack_position_ids
 from rope_mm.nn.attention import Attention, make_block_ids, make_mask_fn
-from rope_mm.positions.place import pack
+from rope_mm.positions.packing import pack
 
 SEQUENCE = ["see ", Image(2, 3), " and ", Video(2, 2, 2), "."]
 ANEW = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"  # before 5.23

@@ -297,15 +297,6 @@ def test_rows_of_a_batch_are_placed_and_go_on_as_each_by_itself(side, rows, more
         assert torch.equal(row, whole[len(whole) - len(row) :])
 
 
-@given(rows=st.lists(SEQUENCES, min_size=1, max_size=4), size=st.integers(1, 9))
-def test_packed_sequences_restart_and_shards_of_a_row_are_its_parts(rows, size):
-    positions, number = pack(rows, "m-rope")
-    for i, segments in enumerate(rows):
-        assert torch.equal(positions[number == i], place(segments, "m-rope")[0])
-    assert torch.equal(torch.cat(positions.split(size)), positions)
-    assert number.tolist() == sorted(number.tolist())
-
-
 @given(seed=st.integers(0, 99), shift=st.floats(0, 2), jitter=st.floats(1, 3), rescale=st.floats(1, 3))
 def test_augmented_positions_are_moved_and_scaled_within_bounds(seed, shift, jitter, rescale):
     positions = torch.cartesian_prod(*[torch.linspace(-1, 1, 3, dtype=torch.float64)] * 2)
