@@ -317,6 +317,7 @@ def test_the_table_has_a_line_for_every_scheme_in_every_format():
 
 
 def test_every_scheme_keeps_to_the_definition(table):
+    assert table.keys() == SCHEMES.keys()
     for name, row in table.items():
         assert isinstance(row, LayoutProperties)
         assert (row.scheme, row.rotary) == (name, True)

@@ -78,7 +78,7 @@ print("worked")
 
 
 @pytest.mark.parametrize(
-    "room, package, name",
+    ("room", "package", "name"),
     [
         ("rope_mm.hf", "safetensors|transformers", "hf"),
         ("rope_mm.models", "transformers", "hf"),

@@ -73,7 +73,7 @@ def attended(processor, q, k, words=0, words_last=False, streams=False, **inputs
     text, images = torch.cat((q.flatten(2), k.flatten(2)), -1).split((words, q.shape[1] - words), 1)
     inputs |= {"encoder_hidden_states": text} if words else {}
     attention = "torch.nn.functional.scaled_dot_product_attention"
-    with patch(attention, stop), pytest.raises(Attention) as caught:
+    with patch(attention, stop), pytest.raises(Attention) as caught:  # noqa: PT011  it carries tensors alone
         processor(attn, images, **inputs)
     theirs = torch.stack([x.transpose(1, 2) for x in caught.value.args])
     return theirs.roll(words, 2) if words_last else theirs

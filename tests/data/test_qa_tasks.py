@@ -65,7 +65,7 @@ def test_the_generator_alone_decides(ask):
 
 
 @pytest.mark.parametrize(
-    "call, words",
+    ("call", "words"),
     [
         (lambda g: make_cell(g, rows=0), "rows must be 1 or more, not 0"),
         (lambda g: make_neighbour(g, words=0), "words must be 1 or more, not 0"),

@@ -68,7 +68,7 @@ def test_no_combination_of_shape_colour_and_place_is_in_both_splits(sprites):
     assert not train & test
 
 
-@pytest.mark.parametrize("make, names", [("sprites", FACTORS), ("videos", VIDEO_FACTORS)])
+@pytest.mark.parametrize(("make", "names"), [("sprites", FACTORS), ("videos", VIDEO_FACTORS)])
 def test_training_has_every_value_and_every_pair_of_values(make, names, request):
     train = factors_of(request.getfixturevalue(make)["train"], names)
     for one, other in combinations(names, 2):
@@ -238,7 +238,7 @@ ZERO = {name: torch.zeros(1, dtype=torch.long) for name in VIDEO_FACTORS}
 
 
 @pytest.mark.parametrize(
-    "call, words",
+    ("call", "words"),
     [
         (lambda: render_sprites(ZERO, 7), "8 pixels or more a side, not 7 x 7"),
         (

@@ -297,7 +297,9 @@ def test_videos_of_every_kind_of_column_are_documents_streamed_or_not(feature, c
     stored = Dataset.from_dict({"clip": [column(clip) for clip in clips]}, Features(clip=feature))
     stream = StreamingDocuments([stored.to_iterable_dataset()], ["{clip:generate}"], 4, 1)
     at_hand = MapDocuments([stored], ["{clip:generate}"], 4, 1)
-    for number, rows in enumerate(stream.batch(0, 0, 2)):
+    batch = stream.batch(0, 0, 2)
+    assert len(batch) == 2
+    for number, rows in enumerate(batch):
         for documents, document in ((stream, rows), (at_hand, [number])):
             (shown,) = documents.document(document, make_generator(0))
             assert torch.equal(shown.pixels, clips[number] / 127.5 - 1)
@@ -360,5 +362,5 @@ def test_images_of_a_stream_are_opened_where_they_are():
     fsspec.filesystem("memory").pipe("/far.png", png(7))
     picture = open_image({"bytes": None, "path": "memory://far.png"})
     assert picture.getpixel((0, 0)) == 7
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="further"):
         open_image({"bytes": None, "path": "memory://further.png"})

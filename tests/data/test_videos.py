@@ -128,7 +128,7 @@ def rows_of(frames):
 
 
 @pytest.mark.parametrize(
-    "frames, words",
+    ("frames", "words"),
     [
         (FRAMES[0, :2].tolist(), "row 0, column 'frames': .*it has 2 frames, not the 4 to take"),
         (FRAMES[0, :, :2].tolist(), r"1, 3, 4 channels: \(5, 2, 8, 8\)"),

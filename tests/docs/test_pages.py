@@ -30,9 +30,19 @@ def anchors(page: Path) -> set[str]:
     }
 
 
+def links(page: Path) -> list[str]:
+    """What a page links to inside the project."""
+    return re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8"))
+
+
+def test_pages_have_links_and_commands():
+    assert sum(map(len, map(links, PAGES))) > 50
+    assert sum(map(len, map(commands, PAGES))) > 20
+
+
 @by_page
 def test_every_link_leads_to_a_file_and_an_anchor_that_exist(page):
-    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
+    for target in links(page):
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), target

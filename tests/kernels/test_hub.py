@@ -93,6 +93,7 @@ def test_the_built_layer_equals_the_function_of_transformers_with_gradients(axis
 
 
 def test_kernelize_accepts_the_built_layers(package):
+    assert package.layers.__all__
     for name in package.layers.__all__:
         layer = getattr(package.layers, name)
         members = {member for member in vars(layer) if not member.startswith("__")}

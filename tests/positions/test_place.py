@@ -175,7 +175,7 @@ def assert_symmetric(segment, layout, text=3, **options):
         for here, there in zip(image, reversed(image), strict=True)
         for a, b in zip(here, there, strict=True)
     }
-    assert sums == around
+    assert sums == around, "the sums differ"
 
 
 @pytest.mark.parametrize("layout", SYMMETRIC)
@@ -198,7 +198,7 @@ def test_the_causal_family_is_symmetric_at_every_rate_and_drift(t, y, x, rate, d
 
 @pytest.mark.parametrize("layout", ["m-rope", "grid"])
 def test_layouts_that_promise_no_symmetry_have_none(layout):
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="the sums differ"):
         assert_symmetric(Image(2, 5), layout)
 
 
@@ -350,6 +350,7 @@ def test_coordinates_are_halves_only_where_one_side_is_odd_and_the_other_even(y,
 
 
 def test_a_video_of_one_frame_is_an_image():
+    assert LAYOUTS
     for layout in LAYOUTS:
         image, video = (place([Text(2), image, Text(1)], layout) for image in (Image(3, 4), Video(1, 3, 4)))
         assert torch.equal(image[0], video[0])

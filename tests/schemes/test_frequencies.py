@@ -193,7 +193,7 @@ def test_a_scheme_is_hashable_printable_and_reads_its_own_lists_as_tuples():
     assert spec == Scheme(layout="m-rope", ownership="chunk", axis_shares=(1, 1, 2), theta=500.0)
     assert hash(spec) == hash(read_scheme("m-rope", axis_shares=(1, 1, 2), theta=500.0))
     assert repr(spec) == "Scheme(layout='m-rope', theta=500.0, ownership='chunk', axis_shares=(1, 1, 2))"
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="cannot assign to field 'theta'"):
         spec.theta = 1.0
 
 

@@ -28,13 +28,13 @@ def test_alternating_thresholds_and_averages_are_as_published():
 
 
 def test_help_says_what_is_written(capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"^0$"):
         run(theory.main, theory.Theory, ["--help"])
     assert "theory.json" in capsys.readouterr().out
 
 
 def test_without_matplotlib_the_cure_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"^2$"):
         run(theory.main, theory.Theory, ["--output_dir", str(tmp_path)])
     assert "pip install 'rope-mm[plots]'" in capsys.readouterr().err

@@ -134,7 +134,9 @@ def test_two_processes_train_together_resume_bit_exactly_and_one_process_continu
 def test_two_micro_batches_give_the_same_step_as_the_whole_batch(adversarial, runs, tmp_path):
     for parts in (1, 2):
         adversarial.train(tmp_path / str(parts), steps=2, gradient_accumulation_steps=parts)
-    for ours, theirs in zip(runs.lines(tmp_path / "2"), runs.lines(tmp_path / "1"), strict=True):
+    parts, whole = runs.lines(tmp_path / "2"), runs.lines(tmp_path / "1")
+    assert len(whole) == 2
+    for ours, theirs in zip(parts, whole, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4, rel=1e-4)
 
 

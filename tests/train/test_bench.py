@@ -135,7 +135,7 @@ def test_the_tables_that_are_printed_are_also_in_the_file(monkeypatch, capsys, t
 
 def test_too_few_rounds_for_quartiles_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", "--rounds", "1"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"^2$"):
         bench.main()
     assert "--rounds must be at least 2, which have quartiles, not 1" in capsys.readouterr().err
 

@@ -102,7 +102,7 @@ def test_a_row_is_trained_anew_when_it_or_the_settings_change(tmp_path):
     ],
 )
 def test_a_row_that_cannot_be_trained_is_refused_before_any_is(row, reason, tmp_path, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"^2$"):
         train(tmp_path, rows={"fine": FREE, "mine": row})
     assert reason in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -111,11 +111,11 @@ def test_a_row_that_cannot_be_trained_is_refused_before_any_is(row, reason, tmp_
 def test_missing_rows_name_the_configuration_and_missing_matplotlib_names_the_installation(
     tmp_path, monkeypatch, capsys
 ):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"^2$"):
         run(gaussians.main, gaussians.Gaussians, ["--output_dir", str(tmp_path)])
     assert "configs/adversarial/gaussians.yaml" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"^2$"):
         train(tmp_path)
     assert "pip install 'rope-mm[plots]'" in capsys.readouterr().err
 

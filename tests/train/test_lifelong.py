@@ -104,7 +104,7 @@ def test_a_run_that_starts_from_another_reads_its_own_rows_from_the_first_step_a
 
     with monkeypatch.context() as patch:
         patch.setattr(lifelong.pretrain.Training, "step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=f"^{128 + signal.SIGINT}$"):
             lifelong.pretrain.main(run_of(tmp_path / "parts", **changes))
     lifelong.pretrain.main(run_of(tmp_path / "parts", **changes))
     whole, parts = (load_file(newest(tmp_path / name) / "model.safetensors") for name in ("whole", "parts"))

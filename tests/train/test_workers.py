@@ -22,7 +22,7 @@ def test_a_run_ends_without_waiting_for_busy_workers_and_leaves_none_running(
         _, said = process.communicate(timeout=90)  # most of it imports
         assert process.returncode == code, said.decode()[-2000:]
         assert b"Traceback" not in said
-        with pytest.raises(ProcessLookupError):
+        with pytest.raises(ProcessLookupError, match="No such process"):
             os.killpg(process.pid, 0)
     finally:
         with suppress(ProcessLookupError):

@@ -50,7 +50,9 @@ def test_the_average_of_a_bfloat16_model_is_kept_in_float32():
             p.fill_(0.0)
     for _ in range(10):
         ema.update(model)
-    for p in ema.model.parameters():
+    averages = list(ema.model.parameters())
+    assert averages
+    for p in averages:
         torch.testing.assert_close(p, torch.full_like(p, 1 - 0.999**10, dtype=torch.float32))
 
 

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from accelerate import Accelerator
 
@@ -54,9 +56,9 @@ def test_all_keys_that_differ_are_named_but_not_those_that_may(tmp_path):
         "'no ema' there, 'ema: 1' here"
     )
     for extend, steps in ((True, ""), (False, "'steps: 30' there, 'steps: 40' here; ")):
-        with pytest.raises(ValueError) as refused:
+        said = f"another configuration ({steps}{rest}); choose"
+        with pytest.raises(ValueError, match=re.escape(said)):
             open_folder(tmp_path, Identity(here, {}), accelerator, extend=extend)
-        assert f"another configuration ({steps}{rest}); choose" in str(refused.value)
 
 
 def test_a_run_without_a_checkpoint_starts_on_repaired_data_and_with_another_configuration(tmp_path):

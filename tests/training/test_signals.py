@@ -18,11 +18,11 @@ class Empty:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_asks_for_a_stop_and_the_second_stops_at_once(number):
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt) as stopped, Stop() as stop:
+    with Stop() as stop:
         os.kill(os.getpid(), number)
         assert stop.asked == number
-        os.kill(os.getpid(), number)
-    assert stopped.value.args == (128 + number,)
+        with pytest.raises(KeyboardInterrupt, match=f"^{128 + number}$"):
+            os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
 
 
@@ -35,9 +35,8 @@ def test_an_interruption_ends_a_script_with_its_code(raised, code):
     def main(config):
         raise KeyboardInterrupt(*raised)
 
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match=f"^{code}$"):
         run(main, Empty, [])
-    assert stopped.value.code == code
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -52,6 +51,6 @@ def test_a_signal_ends_what_need_not_be_waited_for(number):
         assert stop.unless_asked(lambda: 1, 2) == 1
         assert stop.unless_asked(interrupted, 2) == 2 and stop.asked == number
         assert stop.unless_asked(lambda: 1, 2) == 2  # asked before
-        with pytest.raises(KeyboardInterrupt) as stopped:
+        with pytest.raises(KeyboardInterrupt, match=f"^{128 + number}$"):
             os.kill(os.getpid(), number)
-    assert stopped.value.args == (128 + number,) and not done
+    assert not done
