@@ -48,9 +48,9 @@ def bare(tmp_path_factory) -> Path:
 
 
 def run(bare: Path, code: str) -> subprocess.CompletedProcess:
-    """Python that sees the standard library and one folder."""
-    code = f"import sys; sys.path.append({str(bare)!r})\n{code}"
-    return subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+    """Python that sees the standard library and one folder, where it starts."""
+    command = [sys.executable, "-E", "-s", "-S", "-c", code]
+    return subprocess.run(command, cwd=bare, capture_output=True, text=True)
 
 
 def test_the_core_works_with_torch_alone(bare):

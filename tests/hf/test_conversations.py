@@ -13,44 +13,18 @@ from transformers import (
     AutoModelForImageTextToText,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
+from vision_language_models import IMAGE, ROPE, TEXT, VIDEO, WINDOWED, qwen2_5_vl, visual_inputs, with_text
 
 from rope_mm import SCHEMES
 from rope_mm.checks.arguments import cache_of
 from rope_mm.hf import positions_for, set_rope
 
 WITHIN = 5e-5
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 100,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-TOWER = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2}
-TOWER |= {"temporal_patch_size": 2, "out_hidden_size": 64, "intermediate_size": 32, "window_size": 16}
-TOWER |= {"fullatt_block_indexes": [1], "tokens_per_second": 2}
-ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-IDS = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
 SQUARE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 SQUARE |= {"image_size": 16, "patch_size": 4}
-
-
-def qwen():
-    torch.manual_seed(0)
-    config = Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": ROPE}, vision_config=TOWER, **IDS)
-    return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
 def omni():
@@ -59,7 +33,7 @@ def omni():
     audio |= {"output_dim": 64, "num_mel_bins": 16, "n_window": 4}
     text = {**TEXT, "rope_parameters": ROPE}
     ids = {"image_token_index": 90, "video_token_index": 91, "audio_token_index": 94}
-    config = Qwen2_5OmniThinkerConfig(text_config=text, vision_config=TOWER, audio_config=audio, **ids)
+    config = Qwen2_5OmniThinkerConfig(text_config=text, vision_config=WINDOWED, audio_config=audio, **ids)
     config.vision_start_token_id, config.audio_start_token_id = 92, 95
     model = Qwen2_5OmniThinkerForConditionalGeneration(config).eval()
     for weight in model.parameters():
@@ -90,20 +64,12 @@ def true_logits(model, segments, scheme, **inputs):
 
 def image(*grids, text=3, last=4, video=False, first=5):
     """Inputs of text, images of these grids in patches with two tokens behind each, and text."""
-    token, ids, said = 91 if video else 90, [*range(first, first + text)], [f"text:{text}"]
+    token, ids, said = VIDEO if video else IMAGE, [*range(first, first + text)], [f"text:{text}"]
     for t, y, x in grids:
         ids += [token] * (t * y * x // 4) + [7, 8]
         said += [f"video:{t}x{y // 2}x{x // 2}" if video else f"image:{y // 2}x{x // 2}", "text:2"]
-    ids = torch.tensor([[*ids, *range(20, 20 + last)]])
-    kind, pixels = ("video", "pixel_values_videos") if video else ("image", "pixel_values")
-    grid = torch.tensor(grids)
-    generator = torch.Generator().manual_seed(len(ids[0]))
-    inputs = {
-        "input_ids": ids,
-        "mm_token_type_ids": (ids == 90).int() + 2 * (ids == 91).int(),
-        f"{kind}_grid_thw": grid,
-        pixels: torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 16, generator=generator),
-    }
+    ids += range(20, 20 + last)
+    inputs = visual_inputs(ids, grids, video, torch.Generator().manual_seed(len(ids)))
     return " ".join([*said, f"text:{last}"]), inputs
 
 
@@ -114,18 +80,14 @@ def logits(model, **inputs):
 
 @pytest.mark.parametrize("scheme", ["m-rope", "rope-tie", "videorope", "v2pe", "circle", "rope-tv"])
 def test_two_conversations_of_one_model_continue_from_their_own_caches(scheme, cached):
-    model, more = qwen(), torch.tensor([[30, 31, 32]])
+    model, more = qwen2_5_vl(), torch.tensor([[30, 31, 32]])
     talks = [image((1, 4, 8)), image((1, 8, 8), (1, 4, 4), text=6)]
     truths = [
         true_logits(
             model,
             f"{said} text:3",
             scheme,
-            **inputs
-            | {
-                "input_ids": torch.cat((inputs["input_ids"], more), 1),
-                "mm_token_type_ids": torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 3)),
-            },
+            **with_text(inputs, more),
         )
         for said, inputs in talks
     ]
@@ -138,7 +100,7 @@ def test_two_conversations_of_one_model_continue_from_their_own_caches(scheme, c
 
 
 def test_a_second_turn_of_generate_continues_between_whole_steps(cached):
-    model = qwen()
+    model = qwen2_5_vl()
     said, inputs = image((1, 4, 8))
     run = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "suppress_tokens": [90, 91, 92, 93]}
     run |= {"output_logits": True, "return_dict_in_generate": True}
@@ -154,7 +116,7 @@ def test_a_second_turn_of_generate_continues_between_whole_steps(cached):
 
 
 def test_a_new_image_in_the_second_turn_may_come_with_its_own_grid_alone(cached):
-    model = qwen()
+    model = qwen2_5_vl()
     (said, one), (more, two) = image((1, 4, 8)), image((1, 8, 4), first=30)
     joined = {name: torch.cat((one[name], two[name]), 0 if "ids" not in name else 1) for name in one}
     truth = true_logits(model, f"{said} {more}", "rope-tv", **joined)
@@ -180,7 +142,7 @@ def test_the_pace_of_a_video_is_kept_in_generate_of_qwen_omni():
 
 
 def test_get_rope_index_gives_the_same_for_positional_and_keyword_arguments():
-    model = qwen()
+    model = qwen2_5_vl()
     set_rope(model, "rope-tv")
     _, inputs = image((1, 4, 8))
     ids, kinds = (
@@ -197,7 +159,7 @@ def test_get_rope_index_gives_the_same_for_positional_and_keyword_arguments():
 
 
 def test_positions_of_another_rule_are_refused_where_images_stand_by_our_layout():
-    model = qwen()
+    model = qwen2_5_vl()
     said, inputs = image((1, 4, 8))
     theirs, _ = model.model.get_rope_index(
         inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
@@ -214,7 +176,7 @@ def test_positions_of_another_rule_are_refused_where_images_stand_by_our_layout(
 
 
 def test_images_are_placed_without_the_types_of_tokens_and_embeddings_alone_are_refused():
-    model = qwen()
+    model = qwen2_5_vl()
     said, inputs = image((1, 4, 8))
     truth = true_logits(model, said, "rope-tv", **inputs)
     set_rope(model, "rope-tv")
@@ -255,13 +217,9 @@ def test_an_image_of_unknown_size_is_refused_with_the_remedy():
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_step_with_the_whole_mask_needs_no_positions(padded, cached):
-    model, more = qwen(), torch.tensor([[30, 31]])
+    model, more = qwen2_5_vl(), torch.tensor([[30, 31]])
     said, inputs = image((1, 4, 8))
-    whole = inputs | {
-        "input_ids": torch.cat((inputs["input_ids"], more), 1),
-        "mm_token_type_ids": torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 2)),
-    }
-    truth = true_logits(model, f"{said} text:2", "rope-tv", **whole)
+    truth = true_logits(model, f"{said} text:2", "rope-tv", **with_text(inputs, more))
     set_rope(model, "rope-tv")
     pad = 3 * padded
     names = ("input_ids", "mm_token_type_ids")
@@ -276,7 +234,7 @@ def test_a_step_with_the_whole_mask_needs_no_positions(padded, cached):
 
 
 def test_a_mask_that_does_not_fit_is_refused():
-    model = qwen()
+    model = qwen2_5_vl()
     set_rope(model, "rope-tv")
     _, inputs = image((1, 4, 8))
     long = torch.ones(1, inputs["input_ids"].shape[1] + 2, dtype=torch.long)

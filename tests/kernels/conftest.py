@@ -3,24 +3,19 @@
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from truth import INTERPRETED
 
 pytest.importorskip("triton")
-HERE = Path(__file__).parent
-sys.path += [str(HERE), str(HERE.parents[1] / "kernels" / "bench")]
-
-INTERPRETED = not torch.cuda.is_available()
-# pytest brings this file, and a test that imports it by name brings it again; ops are registered only once
 if INTERPRETED and os.environ.get("TRITON_INTERPRET") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
     # it is read where kernels are decorated, triton's own included: what was imported before is imported anew
     for module in [name for name in sys.modules if name.startswith(("triton", "rope_mm_kernels"))]:
         if not module.startswith("triton._C"):
             del sys.modules[module]
-import triton  # noqa: E402
+import triton
 
 # cuBLAS asks for it where algorithms must be deterministic, and reads it at its first use
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

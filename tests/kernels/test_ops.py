@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import INTERPRETED
 from rope_mm_kernels import (
     definition,
     norm_rotary,
@@ -19,7 +18,7 @@ from rope_mm_kernels.plan import make_spec
 from rope_mm_kernels.table import table_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
-from truth import Case, agree, cotangents, results
+from truth import INTERPRETED, Case, agree, cotangents, results
 
 import rope_mm
 import rope_mm.rotary.dispatch

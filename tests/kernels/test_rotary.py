@@ -5,12 +5,23 @@ from dataclasses import replace
 import pytest
 import rope_mm_kernels.plan
 import torch
-from conftest import INTERPRETED
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from rope_mm_kernels import rotate, rotate_, rotate_by_angles
 from torch import Tensor
-from truth import Case, Inputs, agree, channel_pairs, cotangents, eager, penalty, results, truth, wider
+from truth import (
+    INTERPRETED,
+    Case,
+    Inputs,
+    agree,
+    channel_pairs,
+    cotangents,
+    eager,
+    penalty,
+    results,
+    truth,
+    wider,
+)
 
 import rope_mm.rotary.dispatch
 from rope_mm.rotary import definition as rotation

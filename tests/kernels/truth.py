@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+INTERPRETED = not torch.cuda.is_available()
+
 # q, k, positions, Omega and, for a normalised rotation, the weights of q and of k
 Inputs = tuple[Tensor, ...]
 

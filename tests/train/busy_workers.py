@@ -7,9 +7,7 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "train"))
 import pretrain
 
 from rope_mm.training.config import run

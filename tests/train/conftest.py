@@ -80,7 +80,8 @@ class Toy:
 
 
 def environment(**more):
-    return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", **more}
+    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "train"))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
 def weights(output_dir):

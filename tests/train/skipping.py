@@ -4,9 +4,10 @@ python skipping.py poisoned|idle STEP FLAGS...
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "train"))
+import adversarial
+
+from rope_mm.training.config import run
 
 
 def poisoned(before, step):
@@ -42,10 +43,6 @@ def idle(before, step):
 PATCHES = {"poisoned": ("micro_batch", poisoned), "idle": ("step", idle)}
 
 if __name__ == "__main__":
-    import adversarial
-
-    from rope_mm.training.config import run
-
     name, patch = PATCHES[sys.argv[1]]
     setattr(adversarial.Training, name, patch(getattr(adversarial.Training, name), int(sys.argv[2])))
     run(adversarial.main, adversarial.Adversarial, sys.argv[3:])

@@ -6,15 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench
+import cpu
 import pretrain
 import pytest
 import torch
 
 from rope_mm.training.config import load
-
-sys.path.append(str(Path(__file__).parents[2] / "kernels" / "bench"))
-import bench
-import cpu
 
 ROOT = Path(__file__).parents[2]
 TOY = bench.Size(16, 16, 1, 2, 1, 2, 128)

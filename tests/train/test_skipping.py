@@ -1,6 +1,5 @@
 """Steps and documents that a run skips by choice: named, counted, and without a trace in the weights."""
 
-import importlib.util
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from skipping import idle, poisoned
 
 from rope_mm.data import load_splits
 
@@ -16,27 +16,16 @@ SCRIPT = Path(__file__).with_name("skipping.py")
 SHORT = {"steps": 4, "checkpoint_every": 1, "sample_every": 4}
 
 
-@pytest.fixture(scope="module")
-def patches():
-    """The functions of skipping.py, which two processes run as a script."""
-    spec = importlib.util.spec_from_file_location("skipping", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_non_finite_step_is_skipped_and_leaves_no_update(
-    adversarial, patches, runs, tmp_path, monkeypatch, capsys
-):
+def test_a_non_finite_step_is_skipped_and_leaves_no_update(adversarial, runs, tmp_path, monkeypatch, capsys):
     training, run, without = adversarial.module.Training, tmp_path / "run", tmp_path / "without"
     with monkeypatch.context() as patch:
-        patch.setattr(training, "micro_batch", patches.poisoned(training.micro_batch, 1))
+        patch.setattr(training, "micro_batch", poisoned(training.micro_batch, 1))
         result = adversarial.train(run, **SHORT, on_nan="skip")
     assert "skipped: step 2, loss/critic" in capsys.readouterr().err
     assert result["skipped_steps"] == 1
     assert ["skipped_steps" in line for line in runs.lines(run)] == [False, True, True, True]
     with monkeypatch.context() as patch:
-        patch.setattr(training, "step", patches.idle(training.step, 1))
+        patch.setattr(training, "step", idle(training.step, 1))
         adversarial.train(without, **SHORT)
     assert runs.same(run, without)
     critics = [
@@ -51,7 +40,7 @@ def test_a_non_finite_step_is_skipped_and_leaves_no_update(
     assert runs.same(run, without)
 
 
-def test_pretraining_skips_a_non_finite_step_too(pretrain, patches, runs, tmp_path, monkeypatch):
+def test_pretraining_skips_a_non_finite_step_too(pretrain, runs, tmp_path, monkeypatch):
     module, settings = pretrain.module, {"image_head": "adversarial", "steps": 3}
     read = module.PackedDocumentDataset.__getitem__
 
@@ -66,18 +55,16 @@ def test_pretraining_skips_a_non_finite_step_too(pretrain, patches, runs, tmp_pa
         result = pretrain.train(tmp_path / "run", on_nan="skip", **settings)
     assert result["skipped_steps"] == 1
     with monkeypatch.context() as patch:
-        patch.setattr(module.Training, "step", patches.idle(module.Training.step, 1))
+        patch.setattr(module.Training, "step", idle(module.Training.step, 1))
         pretrain.train(tmp_path / "without", **settings)
     assert runs.same(tmp_path / "run", tmp_path / "without")
 
 
-def test_too_many_non_finite_steps_in_a_row_stop_the_run(
-    adversarial, patches, refusal, tmp_path, monkeypatch
-):
+def test_too_many_non_finite_steps_in_a_row_stop_the_run(adversarial, refusal, tmp_path, monkeypatch):
     training = adversarial.module.Training
     micro_batch = training.micro_batch
     for step in range(2, 14):
-        micro_batch = patches.poisoned(micro_batch, step)
+        micro_batch = poisoned(micro_batch, step)
     monkeypatch.setattr(training, "micro_batch", micro_batch)
     last = refusal(adversarial, tmp_path / "run", steps=20, on_nan="skip")
     assert "not finite at step 13, after 10 skipped steps: its batches are in " in last
