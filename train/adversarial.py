@@ -10,7 +10,7 @@ The same command again resumes from the last checkpoint, on any number of proces
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import CaptionedImages, draw_augmentation, load_images, make_generator
 from rope_mm.data.augmentation import AUGMENTATIONS
+from rope_mm.data.buckets import Size
 from rope_mm.data.seeding import EVALUATION
 from rope_mm.evaluation.image_grid import save_sheet
 from rope_mm.evaluation.images import IMAGE_EVALUATORS, ImageEvaluator
@@ -53,6 +54,10 @@ class Data:
     caption: str = option("caption", "column of captions; empty: none, the model is unconditional")
     label: str = option("", "column of classes, by which images are evaluated; empty: none")
     size: int = option(8, "pixels of a side", minimum=1)
+    aspect_ratio: Literal["square", "keep"] = option(
+        "square",
+        "of images; keep: their own, in as many patches as the square has at most, and one size a step",
+    )
     channels: int = option(1, "1 grey, 3 RGB, 4 RGBA")
     cache_in_memory: bool = option(False, "decode all images at the start and keep their bytes")
     background: str = option("white", "colour under what is transparent, where channels is 1 or 3")
@@ -110,7 +115,7 @@ class Training:
         model = with_attention(model, config.attn_implementation, accelerator.device)
         self.batcher = ImageBatcher(model, tokenizer, config.data.size)
         self.patches = self.batcher.grid.tokens  # refuses a size that whole patches do not tile
-        self.images, self.held_out = load_data(config.data)
+        self.images, self.held_out = load_data(config.data, model.patch_size)
         self.long_captions = sum(
             limit_captions(s, tokenizer, config.data) for s in (self.images, self.held_out)
         )
@@ -142,27 +147,33 @@ class Training:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         size, seed, device = self.config.global_batch_size, self.config.seed, self.accelerator.device
         mine = slice(part * world + rank, None, world * self.config.gradient_accumulation_steps)
-        rows = self.images.order.batch(seed, update, size)
+        pixels, rows = self.images.buckets.batch(seed, update, size)
+        batcher = replace(self.batcher, size=pixels)
         captions = self.images.draw_captions(rows, make_generator(seed, "captions", update))[mine]
-        noise = self.batcher.noise(make_generator(seed, "noise", update, 0), size)[mine]
-        real = self.batcher.to_patches(self.images.images(rows[mine]))
+        noise = batcher.noise(make_generator(seed, "noise", update, 0), size)[mine]
+        real = batcher.to_patches(self.images.images(rows[mine]))
         number = update * self.config.gradient_accumulation_steps + part
         return AdversarialBatch(
-            self.batcher.sequences(captions).to(device),
+            batcher.sequences(captions).to(device),
             real.to(device),
-            augment=self.augmentation(number),
+            augment=self.augmentation(number, batcher),
             generator=make_generator(seed, "probes", number, rank, device=device),
             noise=noise.to(device),
         )
 
-    def augmentation(self, number: int) -> Callable[[Tensor], Tensor]:
-        """How the patches of a micro-batch are changed before the critic sees them."""
+    def augmentation(self, number: int, batcher: ImageBatcher) -> Callable[[Tensor], Tensor]:
+        """How the patches of a micro-batch are changed before the critic sees them.
+
+        Args:
+            number: of the micro-batch.
+            batcher: of its images.
+        """
         config, process = self.config, self.accelerator
         if not config.augment:
             return as_it_is
         random = make_generator(config.seed, "augment", number, process.process_index)
         change = draw_augmentation(config.augment, self.batch_size, random, process.device)
-        return lambda patches: self.batcher.to_patches(change(self.batcher.to_images(patches)))
+        return lambda patches: batcher.to_patches(change(batcher.to_images(patches)))
 
     def identity(self) -> Identity:
         """All that the run depends on."""
@@ -219,16 +230,35 @@ class Training:
         if not self.accelerator.is_main_process:
             return {}
         shown = self.held_out.examples(SHEET)
-        captions = [caption for caption in shown for _ in range(SHEET)]
-        save_sheet(path.with_suffix(".png"), self.generate(captions, "sheet"), shown)
+        save_sheet(path.with_suffix(".png"), self.make_sheet(shown), shown)
         if self.evaluator is None:
             return {}
         captions = [self.held_out.captions[row] for row in self.evaluator.rows]
         return self.evaluator.evaluate(self.generate(captions, EVALUATION))
 
-    def generate(self, captions: list[str], key: str) -> Tensor:
-        """Images (n, ch, y, x) of captions by the averaged generator; the noise depends on the key."""
-        return self.pipeline(captions, generator=make_generator(key), output_type="pt").images
+    def make_sheet(self, captions: list[str]) -> list[Tensor]:
+        """SHEET images (ch, y, x) of each caption, in the sizes that are trained, in turn."""
+        sizes = self.images.buckets.sizes[:SHEET]
+        columns: list[Any] = [()] * SHEET
+        for place, size in enumerate(sizes):
+            here = range(place, SHEET, len(sizes))
+            key = ("sheet", place) if place else ("sheet",)
+            images = self.generate([caption for caption in captions for _ in here], *key, size=size)
+            for number, column in enumerate(here):
+                columns[column] = images[number :: len(here)]
+        return [image for row in zip(*columns, strict=True) for image in row]
+
+    def generate(self, captions: list[str], *key: str | int, size: Size | None = None) -> Tensor:
+        """Images (n, ch, y, x) of captions by the averaged generator.
+
+        Args:
+            captions: of each image.
+            key: of the noise.
+            size: pixels (y, x); None for the square.
+        """
+        height, width = size or (None, None)
+        options = {"height": height, "width": width, "generator": make_generator(*key)}
+        return self.pipeline(captions, output_type="pt", **options).images
 
     def save_model(self, path: Path) -> None:
         """Write the averaged generator, as `RopeMMPipeline.from_pretrained` reads it."""
@@ -257,10 +287,20 @@ def divide_batch(config: Adversarial, processes: int) -> int:
     return size
 
 
-def load_data(data: Data) -> tuple[CaptionedImages, CaptionedImages]:
-    """Images to train on, and held-out ones."""
-    columns = data.image, data.caption, data.label
-    return load_images(data.path, data.size, data.channels, *columns, data.cache_in_memory, data.background)
+def load_data(data: Data, patch_size: int) -> tuple[CaptionedImages, CaptionedImages]:
+    """Images to train on, and held-out ones.
+
+    Args:
+        data: where they come from.
+        patch_size: pixels of a patch's side.
+    """
+    columns, keep = (
+        (data.image, data.caption, data.label),
+        patch_size if data.aspect_ratio == "keep" else None,
+    )
+    return load_images(
+        data.path, data.size, data.channels, *columns, data.cache_in_memory, data.background, keep
+    )
 
 
 def limit_captions(images: CaptionedImages, tokenizer: PreTrainedTokenizerBase, data: Data) -> int:
@@ -300,6 +340,10 @@ def check(config: Adversarial) -> None:
         ValueError: with the key and its value.
     """
     check_options(config)
+    if config.data.aspect_ratio == "keep" and config.data.label:
+        raise ValueError(
+            "metrics by data.label compare images of one size; give data.label '' or data.aspect_ratio square"
+        )
     if config.loss.penalties.get("consistency") and not any(config.augment.values()):
         raise ValueError(
             "consistency compares images with augmented ones: give augment, such as {cutout: 0.5}"

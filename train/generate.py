@@ -1,6 +1,7 @@
 """Generate with a trained model: images, the text of an image, more frames of a video.
 
     python train/generate.py --model OUTPUT_DIR/model --prompt "a red square" --output square.png
+    python train/generate.py --model OUTPUT_DIR/model --prompts captions.txt --size 24x40 --output image.png
     python train/generate.py --model OUTPUT_DIR/model --describe photo.png
     python train/generate.py --model OUTPUT_DIR/model --continue_video cat.gif --frames 4 --output longer.gif
     python train/generate.py --model OUTPUT_DIR/model --continue_video cat.gif --frames 400 --cache rolling
@@ -37,7 +38,9 @@ class Generate:
     cache: Literal["whole", "rolling"] = option(
         "whole", "of keys and values; rolling: of as many frames as a training video has"
     )
-    num_images: int = option(1, "of the prompt, in files numbered from 0 where there are several", minimum=1)
+    prompts: str = option("", "file with a text on each line; images of all of them are generated")
+    num_images: int = option(1, "of each text, in files numbered from 0 where there are several", minimum=1)
+    size: str = option("", "height x width of the images in pixels, such as 24x40; empty: that of training")
     guidance_scale: float | None = option(None, "of sampling; null: that of training", minimum=0)
     num_inference_steps: int | None = option(None, "of sampling; null: those of training", minimum=1)
     zoom: int = option(8, "each pixel becomes a square of this side; 1: the native size", minimum=1)
@@ -105,10 +108,19 @@ def check(config: Generate) -> None:
         ValueError: nothing to do, or with the key and its value.
     """
     check_options(config)
-    if config.prompt is None and not (config.describe or config.continue_video):
-        raise ValueError("give one of --prompt TEXT, --describe FILE and --continue_video FILE")
-    if config.describe and (config.prompt is not None or config.continue_video):
+    if config.prompt is None and not (config.prompts or config.describe or config.continue_video):
+        raise ValueError(
+            "give one of --prompt TEXT, --prompts FILE, --describe FILE and --continue_video FILE"
+        )
+    if config.describe and (config.prompt is not None or config.prompts or config.continue_video):
         raise ValueError("--describe generates a text; give --prompt and --continue_video to another command")
+    if config.prompts and (config.prompt is not None or config.continue_video):
+        raise ValueError(
+            "--prompts generates images of the texts in a file; give the others to another command"
+        )
+    if config.size and config.continue_video:
+        raise ValueError("--size is of new images; the frames after a video have its size")
+    read_size(config.size)
     PILImage.init()  # now all formats are known
     formats, kind = (PILImage.SAVE_ALL, "a video") if config.continue_video else (PILImage.SAVE, "an image")
     if PILImage.registered_extensions().get(Path(config.output).suffix.lower()) not in formats:
@@ -142,10 +154,42 @@ def main(config: Generate) -> None:
         print(path)
 
 
+def read_size(text: str) -> tuple[int | None, int | None]:
+    """Height and width of a text such as 24x40; neither of an empty one.
+
+    Raises:
+        ValueError: another text.
+    """
+    if not text:
+        return None, None
+    height, cross, width = text.partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise ValueError(f"--size is height x width in pixels, such as 24x40, not {text!r}")
+    return int(height), int(width)
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a text file, without empty ones.
+
+    Raises:
+        ValueError: a file that cannot be read, or without a text.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts {path} cannot be read: {error}") from None
+    if not (texts := [line.strip() for line in lines if line.strip()]):
+        raise ValueError(f"--prompts {path} holds no text")
+    return texts
+
+
 def images_of(pipeline: RopeMMPipeline, config: Generate) -> list[Tensor]:
-    """Images (1, ch, y, x) of the prompt, or videos (t, ch, y, x) of a model of videos alone."""
+    """Images (1, ch, y, x) of the prompts, or videos (t, ch, y, x) of a model of videos alone."""
+    height, width = read_size(config.size)
     out = pipeline(
-        config.prompt or "",
+        read_prompts(config.prompts) if config.prompts else config.prompt or "",
+        height=height,
+        width=width,
         num_images_per_prompt=config.num_images,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,

@@ -12,7 +12,7 @@ with OUTPUT_DIR/model.
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -25,7 +25,7 @@ from rope_mm.data.documents import DocumentDataset
 from rope_mm.evaluation.samples import write_samples
 from rope_mm.evaluation.sprites import SPRITE_EVALUATORS
 from rope_mm.losses import GAN_LOSSES
-from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer
+from rope_mm.models import RopeMMConfig, RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer
 from rope_mm.models.backends import with_attention
 from rope_mm.models.configuration_rope_mm import config_for
 from rope_mm.models.pipeline import GenerationSpec, RopeMMPipeline
@@ -60,6 +60,9 @@ class Data:
     )
     filter: dict[str, list[Any]] = option({}, "column -> its values in the rows to use")
     size: int = option(8, "pixels of a side", minimum=1)
+    aspect_ratio: Literal["square", "keep"] = option(
+        "square", "of images; keep: their own, in as many patches as the square has at most"
+    )
     channels: int = option(1, "1 grey, 3 RGB, 4 RGBA")
     background: str = option("white", "colour under what is transparent, where channels is 1 or 3")
     rows_per_document: int = option(1, "rows joined in a document", minimum=1)
@@ -123,7 +126,7 @@ class Training:
     def __init__(self, config: Pretrain, accelerator: Accelerator):
         check_turns(config, accelerator.num_processes)
         self.config, self.accelerator, self.head = config, accelerator, IMAGE_HEADS[config.image_head]
-        self.documents, self.held_out = load_data(config.data)
+        self.documents, self.held_out = load_data(config.data, patch_size(config))
         load = load_initial_tokenizer if config.init_from else find_tokenizer
         tokenizer = load(config, self.documents)
         torch.manual_seed(config.seed)
@@ -274,8 +277,18 @@ def present(terms: dict[str, Tensor], totals: BatchTotals) -> dict[str, Tensor]:
     return {name: term for name, term in terms.items() if name not in absent and not name.startswith(critic)}
 
 
-def load_data(data: Data) -> tuple[DocumentDataset, MapDocuments]:
-    """Documents to train on, and held-out ones."""
+def patch_size(config: Pretrain) -> int:
+    """Pixels of a patch's side."""
+    return config.model.get("patch_size", RopeMMConfig.patch_size)
+
+
+def load_data(data: Data, patch_size: int) -> tuple[DocumentDataset, MapDocuments]:
+    """Documents to train on, and held-out ones.
+
+    Args:
+        data: where they come from.
+        patch_size: pixels of a patch's side.
+    """
     return load_documents(
         data.paths,
         filter=data.filter,
@@ -287,13 +300,14 @@ def load_data(data: Data) -> tuple[DocumentDataset, MapDocuments]:
         channels=data.channels,
         rows_per_document=data.rows_per_document,
         background=data.background,
+        keep_aspect=patch_size if data.aspect_ratio == "keep" else None,
     )
 
 
 def find_tokenizer(config: Pretrain, documents: DocumentDataset) -> PreTrainedTokenizerBase:
     """The tokenizer named; one of the data's words knows those of all rows, also of filtered ones."""
     if config.data.filter:
-        documents, _ = load_data(replace(config.data, filter={}))
+        documents, _ = load_data(replace(config.data, filter={}), patch_size(config))
     return load_tokenizer(config.tokenizer, documents.texts())
 
 

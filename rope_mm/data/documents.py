@@ -19,6 +19,7 @@ from rope_mm.data.pixels import (
     MODES,
     UNREADABLE,
     check_background,
+    keep_aspect_ratio,
     open_image,
     resize_center_crop,
 )
@@ -91,6 +92,8 @@ class DocumentDataset(ABC):
         channels: 1 (grey), 3 (RGB) or 4 (RGBA).
         rows_per_document: rows that are joined in a document.
         background: the colour under what is transparent, where channels is 1 or 3.
+        keep_aspect: pixels of a patch's side; then images and videos keep their shape, in as many patches as
+            a square of `size` has at most, see `keep_aspect_ratio`. None: all are cropped to `size`.
 
     Raises:
         ValueError: a source that no template fits, a template that fits no source, a column of no use.
@@ -106,12 +109,15 @@ class DocumentDataset(ABC):
         channels: int,
         rows_per_document: int = 1,
         background: str = BACKGROUND,
+        keep_aspect: int | None = None,
     ):
         check_background(background)
+        if keep_aspect and not isinstance(size, int):
+            raise ValueError(f"size must be the side of a square where images keep their shape, not {size}")
         if channels not in MODES:
             raise ValueError(f"images have {', '.join(map(str, MODES))} channels, not {channels}")
         self.size, self.channels, self.background = size, channels, background
-        self.rows_per_document = rows_per_document
+        self.keep_aspect, self.rows_per_document = keep_aspect, rows_per_document
         self.templates = parsed = [read_template(template) for template in templates]
         columns = [{part.column for part in template if isinstance(part, Column)} for template in parsed]
         here = [set(rows.column_names or ()) for rows in sources]
@@ -198,9 +204,16 @@ class DocumentDataset(ABC):
         if kind == "text":
             several = len(held) > 1 and generator is not None
             return held[int(torch.randint(len(held), (), generator=generator)) if several else 0]
-        frames = [resize_center_crop(frame, self.size, self.channels, self.background) for frame in held]
+        size = self.size_of(held[0])
+        frames = [resize_center_crop(frame, size, self.channels, self.background) for frame in held]
         pixels = torch.stack(frames) / 127.5 - 1
         return Visual(pixels[0] if kind == "image" else pixels, part.generate)
+
+    def size_of(self, image: PILImage.Image) -> int | tuple[int, int]:
+        """Pixels (y, x), or the side of a square, that an image is cropped and resized to."""
+        if not self.keep_aspect or not isinstance(self.size, int):
+            return self.size
+        return keep_aspect_ratio(image.height, image.width, self.size, self.keep_aspect)
 
 
 class MapDocuments(DocumentDataset):

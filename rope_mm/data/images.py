@@ -12,16 +12,22 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image as PILImage
 from torch import Tensor
 
+from rope_mm.data.buckets import Buckets, Size
 from rope_mm.data.pixels import (
     BACKGROUND,
     MODES,
     UNREADABLE,
     check_background,
+    keep_aspect_ratio,
     open_image,
     resize_center_crop,
+    upright_size,
 )
-from rope_mm.data.seeding import ShuffledOrder
-from rope_mm.data.synthetic.captioned_sprites import captioned_sprites, captioned_videos
+from rope_mm.data.synthetic.captioned_sprites import (
+    captioned_sprites,
+    captioned_sprites_of_three_shapes,
+    captioned_videos,
+)
 from rope_mm.data.synthetic.digits import captioned_digits
 from rope_mm.data.synthetic.stacked import read_npz, stack_digits, stacked_digits
 
@@ -41,12 +47,15 @@ class CaptionedImages:
         label: name of the column of labels, if any.
         cache_in_memory: decode all images at once and keep their bytes, for small data that is read often.
         background: the colour under what is transparent, where channels is 1 or 3.
+        keep_aspect: pixels of a patch's side; then an image keeps its shape, in as many patches as a square
+            of `size` has at most, see `keep_aspect_ratio`. None: all images are cropped to `size`.
 
     Attributes:
         captions: of each row, the first one where there are several.
         choices: all captions of the rows that have several.
         labels: (n,), or None.
-        order: in which rows are trained on.
+        sizes: pixels (y, x) of each row's image.
+        buckets: rows by size, in the order in which they are trained on.
 
     Raises:
         ValueError: a column that is missing, with those there are; columns that hold something else.
@@ -62,6 +71,7 @@ class CaptionedImages:
         label: str = "",
         cache_in_memory: bool = False,
         background: str = BACKGROUND,
+        keep_aspect: int | None = None,
     ):
         check_rows(rows, channels, image, caption, label)
         check_background(background)
@@ -73,12 +83,36 @@ class CaptionedImages:
             raise ValueError(f"column {image!r} holds {rows.features[image]}, not images")
         # undecoded, so that an image which cannot be read is named by its row
         self.rows = rows.cast_column(image, datasets.Image(decode=False))
-        self.size, self.channels, self.background = size, channels, background
-        self.image, self.order = image, ShuffledOrder(len(rows))
+        self.channels, self.background, self.image = channels, background, image
+        square = (size, size) if isinstance(size, int) else size
+        self.sizes = self.read_sizes(size, keep_aspect) if keep_aspect else [square] * len(rows)
+        self.buckets = Buckets(self.sizes)
+        if cache_in_memory and len(self.buckets.sizes) > 1:
+            raise ValueError(
+                "cache_in_memory needs images of one size; crop them all to it, or do not cache them"
+            )
         self.cache = self.decode(range(len(rows))) if cache_in_memory else None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def read_sizes(self, size: int | Size, patch_size: int) -> list[Size]:
+        """Pixels (y, x) of each row's image that keeps its shape; an image is opened, but not decoded.
+
+        Args:
+            size: pixels of the side of a square with the most patches.
+            patch_size: pixels of a patch's side.
+        """
+        if not isinstance(size, int):
+            raise ValueError(f"size must be the side of a square where images keep their shape, not {size}")
+        sizes = []
+        for row in range(len(self.rows)):
+            try:
+                height, width = upright_size(self.rows[row][self.image])
+            except UNREADABLE:  # named when it is read
+                height, width = 1, 1
+            sizes.append(keep_aspect_ratio(height, width, size, patch_size))
+        return sizes
 
     def draw_captions(self, rows: Sequence[int] | Tensor, generator: torch.Generator) -> list[str]:
         """A caption of each of the rows, at random where there are several.
@@ -92,12 +126,14 @@ class CaptionedImages:
         return [texts[int(u * len(texts))] for texts, u in zip(choices, drawn, strict=True)]
 
     def images(self, indices: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Images (b, ch, y, x) in [-1, 1]; all of them if no indices are given.
+        """Images (b, ch, y, x) of one size in [-1, 1]; all of them if no indices are given.
 
         Raises:
-            ValueError: an image that cannot be decoded, with its row.
+            ValueError: an image that cannot be decoded, with its row; images of several sizes.
         """
         wanted = range(len(self)) if indices is None else [int(i) for i in indices]
+        if len(found := sorted({self.sizes[row] for row in wanted})) > 1:
+            raise ValueError(f"images of one size are read together; these have {found}")
         pixels = self.decode(wanted) if self.cache is None else self.cache[list(wanted)]
         return pixels / 127.5 - 1
 
@@ -117,7 +153,7 @@ class CaptionedImages:
     def decode_one(self, row: int, stored: dict) -> Tensor:
         """Pixels (ch, y, x) from what `datasets` stores: bytes or a path."""
         try:
-            return resize_center_crop(open_image(stored), self.size, self.channels, self.background)
+            return resize_center_crop(open_image(stored), self.sizes[row], self.channels, self.background)
         except UNREADABLE as error:
             message = f"row {row}, column {self.image!r}: the image does not decode ({error})"
             raise ValueError(message) from error
@@ -172,6 +208,7 @@ def read_labels(column: Sequence, name: str) -> Tensor:
 EMBEDDED: dict[str, Callable[[], DatasetDict]] = {
     "digits": captioned_digits,
     "sprites": captioned_sprites,
+    "sprites-aspect": captioned_sprites_of_three_shapes,
     "videos": captioned_videos,
     "stacked-digits": stacked_digits,
 }
@@ -367,6 +404,7 @@ def load_images(
     label: str = "",
     cache_in_memory: bool = False,
     background: str = BACKGROUND,
+    keep_aspect: int | None = None,
 ) -> tuple[CaptionedImages, CaptionedImages]:
     """Train and test images of a source.
 
@@ -379,11 +417,13 @@ def load_images(
         label: name of the column of labels, if any.
         cache_in_memory: decode all images at once.
         background: the colour under what is transparent.
+        keep_aspect: pixels of a patch's side, where images keep their shape.
 
     Raises:
         ValueError: as from `load_splits` and `CaptionedImages`.
     """
-    splits, columns = load_splits(path), (image, caption, label, cache_in_memory, background)
+    splits = load_splits(path)
+    columns = image, caption, label, cache_in_memory, background, keep_aspect
     return (
         CaptionedImages(splits["train"], size, channels, *columns),
         CaptionedImages(splits["test"], size, channels, *columns),

@@ -21,6 +21,7 @@ from torch import Tensor
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 BACKGROUND = "white"
 ORIENTATION = 0x0112  # the EXIF tag that says how to turn an image upright
+SIDEWAYS = 5, 6, 7, 8  # of its numbers, those that exchange height and width
 GREY_RANGES = 255, 65_535, 2**31 - 1  # of whole numbers of more than 8 bits, where the file does not say
 
 # what opening and fitting an image raise if its bytes are none
@@ -45,21 +46,41 @@ LOG = logging.getLogger(__name__)
 LOG.addFilter(Once())
 
 
-def open_file(stored: Mapping[str, Any]) -> PILImage.Image:
-    """An image file from what `datasets` stores, its first frame loaded.
+def read_file(stored: Mapping[str, Any]) -> BytesIO:
+    """The bytes of an image file from what `datasets` stores.
 
     Args:
         stored: {"bytes", "path"}; without bytes the path is read, here or wherever fsspec reaches.
-
-    Raises:
-        ValueError: what does not decode, with its path where there is one.
     """
     content, path = stored["bytes"], stored["path"]
     if not content:
         with cast(Any, fsspec.open(os.fspath(path))) as file:
             content = file.read()
+    return BytesIO(content)
+
+
+def upright_size(stored: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of an image that stands upright, read without decoding it.
+
+    Args:
+        stored: see `read_file`.
+    """
+    image = PILImage.open(read_file(stored))
+    return (image.width, image.height) if orientation(image) in SIDEWAYS else (image.height, image.width)
+
+
+def open_file(stored: Mapping[str, Any]) -> PILImage.Image:
+    """An image file from what `datasets` stores, its first frame loaded.
+
+    Args:
+        stored: see `read_file`.
+
+    Raises:
+        ValueError: what does not decode, with its path where there is one.
+    """
+    content, path = read_file(stored), stored["path"]
     try:
-        image = PILImage.open(BytesIO(content))
+        image = PILImage.open(content)
         image.load()  # here, where its path is known
         return image
     except UNREADABLE as error:
@@ -84,13 +105,17 @@ def open_image(stored: Mapping[str, Any]) -> PILImage.Image:
     return upright(image)
 
 
+def orientation(image: PILImage.Image) -> int:
+    """The number of an image's EXIF orientation, 1 for upright."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except (*UNREADABLE, KeyError, AttributeError):  # a damaged block beside a good image
+        return 1
+
+
 def upright(image: PILImage.Image) -> PILImage.Image:
     """The image turned and flipped as its EXIF orientation says."""
-    try:
-        turned = image.getexif().get(ORIENTATION, 1) != 1
-    except (*UNREADABLE, KeyError, AttributeError):  # a damaged block beside a good image
-        return image
-    return ImageOps.exif_transpose(image) if turned else image
+    return ImageOps.exif_transpose(image) if orientation(image) != 1 else image
 
 
 def resize_center_crop(
@@ -109,6 +134,30 @@ def resize_center_crop(
     fitted = ImageOps.fit(flat, (width, height), PILImage.Resampling.BOX)
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
     return pixels.view(height, width, channels).permute(2, 0, 1)
+
+
+def keep_aspect_ratio(height: int, width: int, side: int, patch_size: int) -> tuple[int, int]:
+    """Pixels (y, x) of whole patches in the shape of an image, in as many patches as a square has at most.
+
+    The most patches for which the shorter side, rounded to whole patches, has its share of the longer one: as
+    the NaFlex form of SigLIP 2 (arXiv 2502.14786) resizes, but that what is left over is cropped.
+
+    Args:
+        height: of the image, in pixels or any other unit.
+        width: of the image.
+        side: of the square, in pixels.
+        patch_size: pixels of a patch's side.
+
+    Raises:
+        ValueError: a square that whole patches do not tile.
+    """
+    if side % patch_size or side < patch_size:
+        raise ValueError(f"size {side} is no multiple of patches of {patch_size} pixels")
+    most, ratio = (side // patch_size) ** 2, min(height, width) / max(height, width)
+    shapes = [(long, max(1, round(long * ratio))) for long in range(1, most + 1)]
+    long, short = max(shape for shape in shapes if shape[0] * shape[1] <= most)
+    y, x = (long, short) if height >= width else (short, long)
+    return y * patch_size, x * patch_size
 
 
 def to_channels(image: PILImage.Image, channels: int, background: str = BACKGROUND) -> PILImage.Image:

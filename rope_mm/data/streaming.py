@@ -170,6 +170,7 @@ class StreamingDocuments(DocumentDataset):
         channels: 1 (grey), 3 (RGB) or 4 (RGBA).
         rows_per_document: rows that are joined in a document.
         background: the colour under what is transparent, where channels is 1 or 3.
+        keep_aspect: see `DocumentDataset`.
         shuffle: rows that are shuffled together.
         apart: how many rows, the first ones of each source, are skipped.
 
@@ -187,10 +188,11 @@ class StreamingDocuments(DocumentDataset):
         channels: int,
         rows_per_document: int = 1,
         background: str = BACKGROUND,
+        keep_aspect: int | None = None,
         shuffle: int = 0,
         apart: Sequence[int] = (),
     ):
-        super().__init__(sources, templates, size, channels, rows_per_document, background)
+        super().__init__(sources, templates, size, channels, rows_per_document, background, keep_aspect)
         self.blocks = ShuffleBuffer(cast(Any, self.sources), max(shuffle, 1), apart or [0] * len(sources))
         self.reader: Iterator[tuple[StreamState, RowId, Any]] = iter(())
         self.owner: tuple[int, int] | None = None
@@ -323,7 +325,7 @@ def load_documents(
         streaming: whether they become `StreamingDocuments`, which keep only some rows in memory.
         shuffle: how many of its rows are shuffled together.
         held_out: how many rows of each stream are for the held-out ones.
-        how: templates, size, channels, rows_per_document and background of both, see `DocumentDataset`.
+        how: templates, size, channels and so on of both, see `DocumentDataset`.
 
     Raises:
         ValueError: as from `load_splits`, `select_rows`, `DocumentDataset` and `StreamingDocuments`; a choice

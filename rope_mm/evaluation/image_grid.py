@@ -17,14 +17,15 @@ MARGIN = 320  # pixels of a caption's line at most
 MORE = "…"
 
 
-def save_sheet(path: Path, images: Tensor, captions: Sequence[str]) -> None:
+def save_sheet(path: Path, images: Tensor | Sequence[Tensor], captions: Sequence[str]) -> None:
     """Write images, as many in each row, with the row's caption beside them.
 
-    A caption is wrapped, and cut where it is taller than its row.
+    A caption is wrapped, and cut where it is taller than its row. An image that is smaller than another one
+    stands at the top left of its place.
 
     Args:
         path: of the PNG file.
-        images: (n, ch, y, x) in [-1, 1], n a multiple of the captions; alpha is composited on white.
+        images: n of (ch, y, x) in [-1, 1], n a multiple of the captions; alpha is composited on white.
         captions: one for each row.
 
     Raises:
@@ -33,8 +34,9 @@ def save_sheet(path: Path, images: Tensor, captions: Sequence[str]) -> None:
     columns, rest = divmod(len(images), len(captions)) if captions else (0, 1)
     if rest or not columns:
         raise ValueError(f"{len(images)} images do not fill {len(captions)} rows of equal length")
-    zoom = -(-TILE // max(images.shape[-2:]))
-    height, width = (size * zoom for size in images.shape[-2:])
+    most = [max(image.shape[axis] for image in images) for axis in (-2, -1)]
+    zoom = -(-TILE // max(most))
+    height, width = (size * zoom for size in most)
     font: Any = ImageFont.load_default(TEXT)
     texts = [fit_caption(caption, font, height) for caption in captions]
     margin = int(max(font.getlength(line) for lines in texts for line in lines)) + 2 * GAP
@@ -46,7 +48,8 @@ def save_sheet(path: Path, images: Tensor, captions: Sequence[str]) -> None:
             draw.text((GAP, top + number * TEXT), line, fill="black", font=font)
     for place, pixels in enumerate(images):
         row, column = divmod(place, columns)
-        tile = to_image(pixels).resize((width, height), PILImage.Resampling.NEAREST)
+        size = pixels.shape[-1] * zoom, pixels.shape[-2] * zoom
+        tile = to_image(pixels).resize(size, PILImage.Resampling.NEAREST)
         sheet.paste(tile, (margin + column * (width + GAP), row * (height + GAP)))
     write_file(path, lambda part: sheet.save(part, format="PNG"))
 

@@ -1,10 +1,10 @@
 """Samples of every task that a pretrained model was trained on, written to files."""
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from rope_mm.data.documents import Document, MapDocuments
@@ -35,11 +35,7 @@ def write_samples(pipeline: RopeMMPipeline, held_out: MapDocuments, path: Path) 
     """
     metrics: dict[str, float] = {}
     if pairs := eval_pairs(pipeline, held_out, "text2image", ROWS):
-        prompts = [before for before, _ in pairs for _ in range(COLUMNS - 1)]
-        images = pipeline.generate_image(prompts, make_generator("sheet")).unflatten(0, (len(pairs), -1))
-        true = torch.stack([value.pixels for _, value in pairs])[:, None]
-        captions = [document_text(before) for before, _ in pairs]
-        save_sheet(path.with_name(f"{path.name}.png"), torch.cat([true, images], 1).flatten(0, 1), captions)
+        write_image_samples(pipeline, pairs, path.with_name(f"{path.name}.png"))
     if pairs := eval_pairs(pipeline, held_out, "text2video", ROWS):
         write_video_samples(pipeline, pairs, path.with_name(f"{path.name}-videos.png"))
     for task in ("image2text", "video2text"):
@@ -52,6 +48,21 @@ def write_samples(pipeline: RopeMMPipeline, held_out: MapDocuments, path: Path) 
             write_text(path.with_name(f"{path.name}-{task}.txt"), lines)
             metrics[f"exact_match/{task}"] = sum(true == text for true, text in texts) / len(texts)
     return metrics
+
+
+def write_image_samples(pipeline: RopeMMPipeline, pairs: Sequence[tuple[Document, Any]], path: Path) -> None:
+    """Write a sheet of true images, and beside each what the model generates in its size.
+
+    Args:
+        pipeline: of the model.
+        pairs: prompts and true images.
+        path: of the PNG file.
+    """
+    shown = [pair for pair in pairs for _ in range(COLUMNS - 1)]
+    prompts, true = [before for before, _ in shown], [image.pixels for _, image in shown]
+    made = iter(pipeline.generate_image_like(prompts, true, make_generator("sheet")))
+    rows = [[image.pixels, *islice(made, COLUMNS - 1)] for _, image in pairs]
+    save_sheet(path, [image for row in rows for image in row], [document_text(before) for before, _ in pairs])
 
 
 def write_video_samples(pipeline: RopeMMPipeline, pairs: Sequence[tuple[Document, Any]], path: Path) -> None:

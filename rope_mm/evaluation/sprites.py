@@ -3,7 +3,7 @@
 Each image is compared with all possible sprites, so every true sprite is classified correctly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,7 +23,7 @@ from rope_mm.data.synthetic.sprites import (
     trajectory,
 )
 from rope_mm.evaluation.samples import eval_pairs
-from rope_mm.models.pipeline import RopeMMPipeline
+from rope_mm.models.pipeline import RopeMMPipeline, group_by_size
 
 MAX_IMAGES = 128  # compared at once, each with some 5,000 drawings
 EVAL_SAMPLES = 128  # held-out images or videos, of 512
@@ -139,16 +139,14 @@ class SpriteEvaluator:
         """Shares of correct images or videos and of correct captions, for tasks that the documents have."""
         metrics = {}
         if pairs := eval_pairs(pipeline, held_out, self.generating, EVAL_SAMPLES):
-            true = torch.stack([value.pixels for _, value in pairs])
+            true = [value.pixels for _, value in pairs]
             prompts, generator = [before for before, _ in pairs], make_generator(EVALUATION)
-            if true.dim() == 5:
-                made = torch.stack(pipeline.continue_video(prompts, true, generator))
-            else:
-                made = pipeline.generate_image(prompts, generator)
-            metrics[f"acc/{self.generating}"] = self.accuracy(true, self.classify(made))
+            generate = pipeline.continue_video if true[0].dim() == 4 else pipeline.generate_image_like
+            made = generate(prompts, true, generator)
+            metrics[f"acc/{self.generating}"] = self.accuracy(true, self.classify_each(made))
         if pairs := eval_pairs(pipeline, held_out, self.captioning, EVAL_SAMPLES):
             visuals = [[part for part in before if not isinstance(part, str)] for before, _ in pairs]
-            true = torch.stack([parts[-1].pixels for parts in visuals])
+            true = [parts[-1].pixels for parts in visuals]
             captions = [
                 read_caption(text) for text in pipeline.generate_text([before for before, _ in pairs])
             ]
@@ -156,14 +154,25 @@ class SpriteEvaluator:
             metrics[f"acc/{self.captioning}"] = self.accuracy(true, read)
         return metrics
 
-    def accuracy(self, true: Tensor, found: dict[str, Tensor]) -> float:
+    def classify_each(self, visuals: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Factors of images or videos that may differ in size."""
+        found = {name: torch.empty(len(visuals), dtype=torch.long) for name in self.factors}
+        for group in group_by_size([[visual] for visual in visuals]):
+            factors = self.classify(torch.stack([visuals[number] for number in group]))
+            for name, numbers in found.items():
+                numbers[group] = factors[name]
+        return found
+
+    def accuracy(self, true: Sequence[Tensor], found: dict[str, Tensor]) -> float:
         """The share of images or videos of which every factor was found."""
-        factors = self.classify(true)
+        factors = self.classify_each(true)
         correct = torch.stack([factors[name] == found[name] for name in self.factors]).all(0)
         return float(correct.float().mean())
 
 
+IMAGES = SpriteEvaluator("text2image", "image2text", classify_sprites, tuple(FACTORS))
 SPRITE_EVALUATORS = {
-    "sprites": SpriteEvaluator("text2image", "image2text", classify_sprites, tuple(FACTORS)),
+    "sprites": IMAGES,
+    "sprites-aspect": IMAGES,
     "videos": SpriteEvaluator("text2video", "video2text", classify_videos, tuple(VIDEO_FACTORS)),
 }

@@ -235,6 +235,26 @@ class RopeMMPipeline:
         """Images (b, ch, y, x) after prompts, on the CPU; see `generate` for the options."""
         return torch.stack(self.generate(prompts, None, [], generator, **options))
 
+    def generate_image_like(
+        self,
+        prompts: Sequence[Sequence[Part]],
+        images: Sequence[Tensor],
+        generator: torch.Generator | None = None,
+    ) -> list[Tensor]:
+        """Images (ch, y, x) after prompts, on the CPU, each in the size of a given one.
+
+        Args:
+            prompts: documents.
+            images: (ch, y, x), one for each prompt.
+            generator: of the noise.
+        """
+        made: dict[int, Tensor] = {}
+        for group in group_by_size([[image] for image in images]):
+            size = tuple(images[group[0]].shape[-2:])
+            found = self.generate_image([prompts[number] for number in group], generator, size=size)
+            made.update(zip(group, found, strict=True))
+        return [made[number] for number in range(len(prompts))]
+
     def generate_video(
         self,
         prompts: Sequence[Sequence[Part]],

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, concatenate_datasets
 from torch import Tensor
 
 from rope_mm.data.seeding import batch_indices, make_generator
@@ -29,6 +29,7 @@ SPRITE_PHRASES = (
     "the {shape} at the {row} {column} is {colour}",
     "in the {row} row, {column} column, a {colour} {shape}",
 )
+THREE_SHAPES = (16, 16), (12, 20), (20, 12)  # pixels (y, x)
 VIDEO_PHRASES = (
     "a {colour} {shape} {motion}, first at the {row} {column}",
     "{row} {column} at first: a {colour} {shape}, {motion}",
@@ -63,6 +64,13 @@ def captioned_sprites(
     columns = Features(image=Image())
     counts = {"train": count, "test": held_out}
     return build_splits(combinations, is_held_out(combinations), counts, seed, phrases, draw, columns)
+
+
+def captioned_sprites_of_three_shapes() -> DatasetDict:
+    """Sprites on square, wide and tall canvases, of 16 x 16, 12 x 20 and 20 x 12 pixels in equal numbers."""
+    splits = [captioned_sprites(4096, 170, size, seed) for seed, size in enumerate(THREE_SHAPES)]
+    names = splits[0].keys()
+    return DatasetDict({name: concatenate_datasets([split[name] for split in splits]) for name in names})
 
 
 def captioned_videos(
