@@ -10,6 +10,8 @@ from rope_mm.data import (
     MapDocuments,
     captioned_sprites,
     captioned_videos,
+    load_splits,
+    make_generator,
     render_sprites,
     render_videos,
 )
@@ -44,13 +46,16 @@ class Oracle:
         """Factors (n,) with the mistake."""
         return {**factors, "colour": (factors["colour"] + self.off) % len(VIDEO_FACTORS["colour"])}
 
-    def generate_image(self, prompts, generator):
-        read = [read_caption(caption) for (caption,) in prompts]
-        factors = {name: torch.tensor([caption[name] for caption in read]) for name in read[0]}
-        return render_sprites(self.change(factors)) / 127.5 - 1
+    def generate_image_like(self, prompts, images, generator):
+        made = []
+        for (caption,), image in zip(prompts, images, strict=True):
+            factors = {name: torch.tensor([value]) for name, value in read_caption(caption).items()}
+            made.append(render_sprites(self.change(factors), tuple(image.shape[-2:]))[0] / 127.5 - 1)
+        return made
 
     def continue_video(self, prompts, true, generator):
-        return list(render_videos(self.change(classify_videos(true)), true.shape[1]) / 127.5 - 1)
+        factors = self.change(classify_videos(torch.stack(true)))
+        return list(render_videos(factors, len(true[0])) / 127.5 - 1)
 
     def generate_text(self, prompts):
         visuals = [[part for part in prompt if not isinstance(part, str)][-1] for prompt in prompts]
@@ -76,3 +81,13 @@ def test_the_metric_is_the_share_with_every_factor_correct(off, share, sprites, 
 def test_a_task_without_a_template_has_no_metric():
     captioning = MapDocuments([captioned_sprites(1, 8)["test"]], ["{image}{caption}"], **SHAPE)
     assert SPRITE_EVALUATORS["sprites"].evaluate(Oracle(), captioning) == {"acc/image2text": 1.0}
+
+
+def test_images_of_several_shapes_are_evaluated_each_in_its_own():
+    held_out = load_splits("sprites-aspect")["test"]
+    documents = MapDocuments([held_out], ["{caption}{image:generate}"], **SHAPE, keep_aspect=4)
+    sizes = {tuple(documents.document([row], make_generator(0))[1].pixels.shape[1:]) for row in (0, 200, 400)}
+    assert sizes == {(16, 16), (12, 20), (20, 12)}
+    evaluator = SPRITE_EVALUATORS["sprites-aspect"]
+    assert evaluator.evaluate(Oracle(), documents) == {"acc/text2image": 1.0}
+    assert evaluator.evaluate(Oracle(1), documents) == {"acc/text2image": 0.0}
