@@ -15,6 +15,7 @@ import runpy
 import sys
 import webbrowser
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,7 @@ def find_config(program: str, name: str) -> str:
 
 def train(args: argparse.Namespace) -> int:
     """Run a training program in this process, with its own flags."""
+    import_module("rope_mm.training")  # without its extra it says what to install
     path = programs()[args.program]
     flags = list(args.flags)
     for place, flag in enumerate(flags):

@@ -3,11 +3,21 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 
 class MissingPackage(ImportError, ValueError):
-    """A package of an extra is not installed; the message has the line that installs it."""
+    """A package of an extra is not installed; the message has the line that installs it.
+
+    Args:
+        package: its name.
+        extra_name: the extra that has it.
+    """
+
+    def __init__(self, package: str, extra_name: str):
+        line = f"pip install 'rope-mm[{extra_name}]'"
+        super().__init__(f"{package} is not installed; run: {line}", name=package)
 
 
 @contextmanager
@@ -28,9 +38,22 @@ def extra(name: str) -> Iterator[None]:
         package = (error.name or "a package").split(".")[0]
         if package.startswith("rope_mm"):
             raise
-        raise MissingPackage(
-            f"{package} is not installed; run: pip install 'rope-mm[{name}]'", name=error.name
-        ) from error
+        raise MissingPackage(package, name) from error
+
+
+def require(extra_name: str, *packages: str) -> None:
+    """Refuse to go on without the packages of an extra, and import none of them.
+
+    Args:
+        extra_name: the extra.
+        packages: what must be there, by the names that code imports.
+
+    Raises:
+        MissingPackage: the first that is not installed, and how to install it.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise MissingPackage(package, extra_name)
 
 
 def import_name(room: str, homes: Mapping[str, str], name: str, extra_name: str) -> Any:

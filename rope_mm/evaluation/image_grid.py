@@ -5,12 +5,16 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from PIL import Image as PILImage
-from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
-from rope_mm.data.pixels import to_image
+from rope_mm.checks.extras import extra
 from rope_mm.files import write_file
+
+with extra("train"):
+    from PIL import Image as PILImage
+    from PIL import ImageDraw, ImageFont
+
+    from rope_mm.data.pixels import to_image
 
 GAP, TEXT, TILE = 4, 14, 48  # pixels between images, of a letter, and of an image at least
 MARGIN = 320  # pixels of a caption's line at most

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
+from rope_mm.checks.extras import extra
 from rope_mm.data.synthetic.qa_tasks import WORDS, QASample
 from rope_mm.data.synthetic.sprites import PLACES, VIDEO_FACTORS
 from rope_mm.evaluation.sprites import classify_sprites
@@ -17,6 +17,9 @@ from rope_mm.models.tokenizers import load_tokenizer
 from rope_mm.nn.patches import to_images, to_patches
 from rope_mm.schemes.scheme import Scheme
 from rope_mm.segments import Image, Segment, Video
+
+with extra("train"):
+    from transformers import PreTrainedTokenizerBase
 
 START, NO_LABEL = "look", -100
 LARGEST_NUMBER = 64  # of those that have a token

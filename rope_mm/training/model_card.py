@@ -22,7 +22,7 @@ scheme `{scheme}`.
 ```python
 from rope_mm.models import RopeMMPipeline
 
-pipeline = RopeMMPipeline.from_pretrained("{name}")
+pipeline = RopeMMPipeline.from_pretrained("{folder}")
 ```
 
 ## Results
@@ -49,12 +49,13 @@ encodings and losses, not for use as a product.
 
 
 def model_card(
-    name: str, scheme: str, config: str, versions: Mapping[str, Any], result: Mapping[str, Any]
+    name: str, folder: str, scheme: str, config: str, versions: Mapping[str, Any], result: Mapping[str, Any]
 ) -> ModelCard:
     """A card with the library, tags and license field that the hub reads, and the run in words.
 
     Args:
         name: of the model.
+        folder: where it was saved.
         scheme: of its positions.
         config: of the run, as YAML.
         versions: package -> version.
@@ -66,6 +67,7 @@ def model_card(
         TEXT.format(
             header=header.to_yaml(),
             name=name,
+            folder=folder,
             scheme=scheme,
             results=markdown.table(("metric", "value"), rows) if rows else "No metric was measured.",
             config=config.strip(),
@@ -85,5 +87,6 @@ def write_model_card(output_dir: Path, result: Mapping[str, Any]) -> None:
     versions = json.loads((output_dir / "versions.json").read_text(encoding="utf-8"))
     model = json.loads((output_dir / "model" / "config.json").read_text(encoding="utf-8"))
     rope = model["rope_parameters"]
-    card = model_card(output_dir.name, rope.get("scheme") or rope["layout"], config, versions, result)
+    scheme, folder = rope.get("scheme") or rope["layout"], (output_dir / "model").as_posix()
+    card = model_card(output_dir.name, folder, scheme, config, versions, result)
     write_text(output_dir / "model" / "README.md", str(card))

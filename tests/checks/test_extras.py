@@ -91,6 +91,51 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(bare, room, p
     assert re.search(expected, done.stderr), done.stderr[-2000:]
 
 
+def test_every_module_is_imported_by_torch_alone_or_names_its_extra(bare):
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted((ROOT / "rope_mm").rglob("*.py"))
+        if path.stem != "__main__" and (path.parent.name != "hf" or path.stem == "__init__")  # lazy names
+    ]
+    done = run(
+        bare,
+        f"""
+import warnings; warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+from importlib import import_module
+import rope_mm
+from rope_mm.checks.extras import MissingPackage
+for name in {modules}:
+    try:
+        import_module(name)
+        print(name, "imported")
+    except MissingPackage as missing:
+        print(name, missing)
+""",
+    )
+    answers = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert list(answers) == modules, done.stderr[-2000:]
+    assert answers["rope_mm.training.config"].endswith("run: pip install 'rope-mm[train]'")
+    assert answers["rope_mm.evaluation.image_grid"].endswith("run: pip install 'rope-mm[train]'")
+    assert answers["rope_mm.evaluation.metrics"] == "imported"
+
+
+def test_the_command_train_without_its_extra_names_the_line(bare):
+    done = run(
+        bare, "import sys, rope_mm.cli; sys.exit(rope_mm.cli.main(['train', 'adversarial', '--help']))"
+    )
+    assert done.returncode == 2
+    said = r"rope-mm: \w+ is not installed; run: pip install 'rope-mm\[train\]'"
+    assert re.fullmatch(said, done.stderr.splitlines()[-1])
+
+
+def test_a_clone_without_its_kernels_on_the_path_says_what_to_do(bare, tmp_path):
+    for link in bare.iterdir():
+        if link.name != "rope_mm_kernels":
+            (tmp_path / link.name).symlink_to(link)
+    done = run(tmp_path, "import rope_mm")
+    assert "run `pip install -e .` in the folder of the repository" in done.stderr
+
+
 def test_a_figure_without_matplotlib_names_its_line(bare):
     done = run(bare, "from rope_mm.analysis.figures import new_figure; new_figure(1, 1)")
     assert "matplotlib is not installed; run: pip install 'rope-mm[plots]'" in done.stderr

@@ -19,6 +19,7 @@ def test_the_card_of_a_run_is_read_by_the_hub_and_says_what_was_measured(tmp_pat
     card = ModelCard.load(tmp_path / "digits" / "model" / "README.md")
     assert card.data.library_name == "rope_mm"
     assert "rope-tv" in card.data.tags
+    assert f'RopeMMPipeline.from_pretrained("{tmp_path}/digits/model")' in card.text
     assert "| `accuracy` | 0.9991 |" in card.text
     assert "note" not in card.text
     assert "rope: {scheme: rope-tv}" in card.text
