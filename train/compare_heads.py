@@ -6,7 +6,8 @@ Every head trains the same model on the same images, for the number of steps in 
 that all take as many floating-point operations; OUTPUT_DIR/table.md shows these beside CPU time. Each run is
 one of `train/pretrain.py` in OUTPUT_DIR/<head>-<seed>: the same command again resumes the one that was
 interrupted and skips those that are finished. heads.json holds the numbers, heads.png is a figure of them,
-and samples.png shows images. The figure needs matplotlib: pip install rope-mm[plots].
+samples.png shows images, and index.html has all of it and the curves of the runs. The figure needs
+matplotlib: pip install rope-mm[plots].
 """
 
 import json
@@ -40,8 +41,9 @@ from rope_mm.training.config import check_options, dump, option, override, run
 from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.loop import fingerprint
 from rope_mm.training.run_dir import is_done
+from rope_mm.training.run_page import write_comparison_page
 
-FREE = "output_dir", "restart", "dry_run", "on_nan", "trackers", "profile"  # on which no result depends
+FREE = "output_dir", "restart", "dry_run", "on_nan", "trackers", "page", "profile"  # they change no result
 SHOWN = 2  # of each class on the sheet
 
 
@@ -228,8 +230,32 @@ def check(config: CompareHeads) -> None:
         raise ValueError("passes must name at least one number, not []")
 
 
+def write_report(
+    config: CompareHeads, real: dict[str, float], runs: Runs, samples: dict[str, Tensor]
+) -> None:
+    """Write table, figure, sheet and numbers of the runs so far.
+
+    Args:
+        config: of the comparison.
+        real: metrics of real images.
+        runs: head -> what `run_head` returned, for each seed.
+        samples: images for the sheet, by the name of their row.
+    """
+    output_dir = Path(config.output_dir)
+    report = {"settings": settings(config), "real": real, "heads": runs}
+    write_text(output_dir / "heads.json", json.dumps(report, indent=1))
+    write_text(output_dir / "table.md", write_table(real, runs))
+    draw_figure(output_dir / "heads.png", real, runs)
+    save_sheet(output_dir / "samples.png", torch.cat(list(samples.values())), list(samples))
+
+
+def settings(config: CompareHeads) -> dict[str, Any]:
+    """The keys that a result depends on."""
+    return {name: value for name, value in asdict(config).items() if name not in FREE}
+
+
 def main(config: CompareHeads) -> None:
-    """Run what is not finished; table, figure and sheet after each run.
+    """Run what is not finished; table, figure and sheet after each run, a page at the end.
 
     Raises:
         ValueError: as `train/pretrain.py`; nothing to compare; no matplotlib.
@@ -244,18 +270,17 @@ def main(config: CompareHeads) -> None:
     plan = list(product(range(config.seed, config.seed + config.seeds), config.heads))
     each = [(head, configure(config, head, seed)) for seed, head in plan]
     eval_set, runs = make_eval_set(config), cast(Runs, {})
-    output_dir = Path(config.output_dir)
-    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
     real, samples = eval_set.evaluator.evaluate(eval_set.real), {REAL: eval_set.real[eval_set.shown]}
     for head, own in (bar := tqdm(each, desc="heads")):
         bar.set_postfix_str(own.output_dir)
         runs.setdefault(head, []).append(run_head(own, config.passes, eval_set, samples))
-        report = {"settings": settings, "real": real, "heads": runs}
-        write_text(output_dir / "heads.json", json.dumps(report, indent=1))
-        write_text(output_dir / "table.md", write_table(real, runs))
-        draw_figure(output_dir / "heads.png", real, runs)
-        save_sheet(output_dir / "samples.png", torch.cat(list(samples.values())), list(samples))
-    print(f"\n{write_table(real, runs)}\n{output_dir}/table.md, heads.png, samples.png")
+        write_report(config, real, runs, samples)
+    output_dir, table = Path(config.output_dir), write_table(real, runs)
+    if config.page:
+        folders = {Path(own.output_dir).name: Path(own.output_dir) for _, own in each}
+        figures = ["heads.png", "samples.png"]
+        write_comparison_page(output_dir, table, figures, settings(config), folders)
+    print(f"\n{table}\n{output_dir}/table.md, heads.png, samples.png")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ rope-mm[plots].
 """
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from rope_mm.training.config import option, run
 from rope_mm.training.loop import fingerprint
 from rope_mm.training.metrics_log import read_metrics
 from rope_mm.training.run_dir import is_done
+from rope_mm.training.run_page import write_comparison_page
 
 Runs = dict[str, list[dict[str, float]]]
 
@@ -34,7 +35,7 @@ class CompareLosses(Adversarial):
     """Train with every loss and every seed; the other keys are those of `train/adversarial.py`.
 
     A row is a loss and its penalties, "rpgan+r1+r2", whose gammas are those of `loss.penalties`.
-    OUTPUT_DIR/table.md, losses.json and losses.png are written after each run.
+    OUTPUT_DIR/table.md, losses.json and losses.png are written after each run, index.html at the end.
     """
 
     output_dir: str = option("runs/losses", "folder of all runs and of the table")
@@ -119,22 +120,25 @@ def draw_figure(path: Path, curves: dict[str, list[list[dict]]], metric: str) ->
 
 
 def main(config: CompareLosses) -> None:
-    """Run what is not finished; table and figure after each run.
+    """Run what is not finished; table and figure after each run, a page at the end.
 
     Raises:
         ValueError: as `train/adversarial.py`; no matplotlib.
     """
-    output_dir, rows, curves = Path(config.output_dir), {}, {}
+    output_dir, rows, curves, folders = Path(config.output_dir), {}, {}, {}
     for name, each in (bar := tqdm(runs(config), desc="losses")):
         bar.set_postfix_str(each.output_dir)
         metrics = result(each)
         if not metrics:
             continue
         rows.setdefault(name, []).append(metrics)
-        curves.setdefault(name, []).append(read_metrics(Path(each.output_dir)))
+        folder = folders[f"{name}, seed {each.seed}"] = Path(each.output_dir)
+        curves.setdefault(name, []).append(read_metrics(folder))
         write_text(output_dir / "losses.json", json.dumps(rows, indent=1))
         write_text(output_dir / "table.md", table(rows))
         draw_figure(output_dir / "losses.png", curves, config.metric)
+    if rows and config.page:
+        write_comparison_page(output_dir, table(rows), ["losses.png"], asdict(config), folders)
     if rows:
         print(f"\n{table(rows)}\n{output_dir}/table.md   {output_dir}/losses.png")
 

@@ -2,9 +2,9 @@
 
     python train/compare_schemes.py --config configs/compare/small.yaml
 
-The same command again resumes, and skips runs that are finished. table.md, compare.json and compare.png in
-OUTPUT_DIR show the share of right answers at trained and at untrained sizes, and which differences are within
-the noise. The figure needs matplotlib: pip install rope-mm[plots].
+The same command again resumes, and skips runs that are finished. table.md, compare.json, compare.png and
+index.html in OUTPUT_DIR show the share of right answers at trained and at untrained sizes, which differences
+are within the noise, and the losses over the steps. The figure needs matplotlib: pip install rope-mm[plots].
 """
 
 import json
@@ -34,7 +34,9 @@ from rope_mm.evaluation.qa import (
 from rope_mm.files import write_text
 from rope_mm.models import IMAGE_TOKEN, RopeMMForConditionalGeneration, read_config
 from rope_mm.training.config import check_options, option, run
+from rope_mm.training.run_page import write_comparison_page
 
+EVERY = 20  # steps between two points of a loss
 FREE = "output_dir", "schemes", "seeds", "threads", "device"  # may change when the command is repeated
 
 
@@ -137,7 +139,7 @@ def train(config: CompareSchemes, benchmark: Benchmark, scheme: str, seed: int, 
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / config.warmup_steps, 1.25 * (1 - step / config.steps))
     )
-    loss = torch.zeros(())
+    loss, losses = torch.zeros(()), {"text": [], "image": []}
     for step in range(config.steps):
         chosen = batch_indices(len(placed), config.global_batch_size, seed, step).tolist()
         found = generate_answers(model, [placed[i] for i in chosen])
@@ -147,15 +149,17 @@ def train(config: CompareSchemes, benchmark: Benchmark, scheme: str, seed: int, 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 20 == 19:
-            bar.set_postfix(
-                step=step + 1, text_loss=found.text_loss.item(), image_loss=found.image_loss.item()
-            )
+        if (step + 1) % EVERY == 0 or step + 1 == config.steps:
+            now = {"text": found.text_loss.item(), "image": found.image_loss.item()}
+            bar.set_postfix(step=step + 1, **now)
+            for name, value in now.items():
+                losses[name].append((step + 1, value))
     if not loss.isfinite():
         raise ValueError(f"the loss of {scheme}, seed {seed}, is not finite; give a lower --lr")
     metrics = benchmark.evaluate(model.eval())
     cost = {"data_cpu_s": made - began, "cpu_s": time.process_time() - made}
-    return {"metrics": metrics, "parameters": model.num_parameters(), "loss": loss.item(), **cost}
+    sizes = {"parameters": model.num_parameters(), "loss": loss.item()}
+    return {"metrics": metrics, **sizes, **cost, "losses": losses}
 
 
 def check(config: CompareSchemes) -> None:
@@ -192,6 +196,16 @@ def read_run(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     return done
 
 
+def loss_curves(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """The losses of every run over its steps, by scheme and seed; runs of earlier versions have none."""
+    return {
+        f"{scheme}, seed {seed}": {f"loss/{name}": points for name, points in run["losses"].items()}
+        for scheme, seeds in runs.items()
+        for seed, run in enumerate(seeds)
+        if any(run.get("losses", {}).values())
+    }
+
+
 def main(config: CompareSchemes) -> None:
     """Run what is not finished; the table of all runs.
 
@@ -221,6 +235,7 @@ def main(config: CompareSchemes) -> None:
     write_text(output_dir / "compare.json", json.dumps(report, indent=1))
     write_text(output_dir / "table.md", table)
     draw_figure(output_dir / "compare.png", summary)
+    write_comparison_page(output_dir, table, ["compare.png"], report["settings"], curves=loss_curves(runs))
     print(f"{table}\n{output_dir}/table.md, compare.json, compare.png")
 
 

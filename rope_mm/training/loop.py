@@ -26,6 +26,7 @@ from rope_mm.training.metrics_log import Log, read_metrics
 from rope_mm.training.model_card import write_model_card
 from rope_mm.training.rotary_profile import profiled
 from rope_mm.training.run_dir import Identity, check_folder, locked, open_folder, resume, save, write_model
+from rope_mm.training.run_page import write_run_page
 from rope_mm.training.signals import Stop, exit_code
 from rope_mm.training.throughput import Speed, peak_flops
 from rope_mm.training.trackers import read_trackers, tracking
@@ -47,6 +48,7 @@ class Run:
         0, "steps, after the first, of which rotary's share of the time is printed", minimum=0
     )
     trackers: str = option("", "tensorboard, wandb, trackio, or several with commas between")
+    page: bool = option(True, "write index.html after each evaluation: curves, samples and configuration")
     restart: bool = option(False, "delete the run in output_dir and start anew")
     extend: bool = option(False, "go on with another number of steps although the rates' schedule changes")
     dry_run: bool = option(False, "check all that needs no training, print the configuration and stop")
@@ -54,7 +56,7 @@ class Run:
     # keys on which no result depends, or only by rounding: a run resumes whatever they say
     resumable_keys: ClassVar[tuple[str, ...]] = (
         *("output_dir", "log_every", "sample_every", "checkpoint_every", "on_nan", "threads", "profile"),
-        *("trackers", "restart", "extend", "dry_run"),
+        *("trackers", "page", "restart", "extend", "dry_run"),
     )
 
 
@@ -154,6 +156,9 @@ def launch(make: Callable[[Config, Accelerator], Training], config: Config, **op
             write_model_card(output_dir, result)
             print(json.dumps(result, indent=1) if result else NOT_EVALUATED)
             print(f"samples: {output_dir}/samples   model: {output_dir}/model")
+            if config.page:
+                lacking = write_run_page(output_dir)
+                print(f"page: {output_dir}/index.html{lacking and f' ({lacking})'}")
 
 
 def folder_options(config: Run) -> tuple[bool, bool, bool]:
@@ -206,7 +211,7 @@ def train(training: Training, config: Run, output_dir: Path) -> dict[str, float]
     shown = {"main": accelerator.is_main_process, "also": accelerator.log}
     with Stop() as stop, Log(output_dir, config.steps, step, desc=str(output_dir), **shown) as log:
         if step and is_due(config, step, config.sample_every):
-            metrics = evaluate(training, output_dir, step, log, stop, saved=True)
+            metrics = evaluate(training, config, step, log, stop, saved=True)
         meter.start(step)
         while step < config.steps:
             terms, step = train_step(step), step + 1
@@ -219,7 +224,7 @@ def train(training: Training, config: Run, output_dir: Path) -> dict[str, float]
             if stopping:
                 raise KeyboardInterrupt(stopped(accelerator, step, stopping))
             if is_due(config, step, config.sample_every):
-                metrics = evaluate(training, output_dir, step, log, stop, saved)
+                metrics = evaluate(training, config, step, log, stop, saved)
             if logged:
                 meter.start(step)
     write_model(output_dir, training.save_model, accelerator)
@@ -312,13 +317,15 @@ def is_due(config: Run, step: int, every: int) -> bool:
 
 
 def evaluate(
-    training: Training, output_dir: Path, step: int, log: Log, stop: Stop, saved: bool
+    training: Training, config: Run, step: int, log: Log, stop: Stop, saved: bool
 ) -> dict[str, float]:
     """Samples and metrics of a step; metrics are logged, and what they and the losses so far warn of.
 
+    Then the page of the run is written, but for the last step's, which has the result, too.
+
     Args:
         training: what is trained.
-        output_dir: the run's folder.
+        config: of the run.
         step: its number, from 1.
         log: of the run.
         stop: the signals that ask the run to stop.
@@ -327,14 +334,18 @@ def evaluate(
     Raises:
         KeyboardInterrupt: as `train`, of a saved step.
     """
+    output_dir = Path(config.output_dir)
     make = partial(training.evaluate, output_dir / "samples" / f"step-{step:06d}")
     metrics = stop.unless_asked(make, {}) if saved else make()
     if stopping := all_reduce_max(training.accelerator, stop.asked if saved else 0):
         raise KeyboardInterrupt(stopped(training.accelerator, step, stopping))
     if metrics:
         log(step, **metrics)
-    if training.accelerator.is_main_process and (alarm := warning(read_metrics(output_dir))):
-        log(step, warning=alarm)
+    if training.accelerator.is_main_process:
+        if alarm := warning(read_metrics(output_dir)):
+            log(step, warning=alarm)
+        if config.page and step < config.steps:
+            write_run_page(output_dir)
     return metrics
 
 

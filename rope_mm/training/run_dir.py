@@ -22,7 +22,7 @@ from rope_mm.training.distributed import all_reduce_max
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 DONE = ("model", "result.json")
-MADE = ("checkpoints", "samples", "metrics.jsonl", *DONE)
+MADE = ("checkpoints", "samples", "metrics.jsonl", "index.html", *DONE)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ def open_folder(
             checkpoint.clear(output_dir / "checkpoints")
             for name in ("samples", "model"):
                 shutil.rmtree(output_dir / name, ignore_errors=True)
-            (output_dir / "result.json").unlink(missing_ok=True)
+            for name in ("result.json", "index.html"):
+                (output_dir / name).unlink(missing_ok=True)
         elif steps_of(output_dir) not in (None, read_config(identity.config).get("steps")):
             (output_dir / "result.json").unlink(missing_ok=True)  # of fewer steps
         versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}

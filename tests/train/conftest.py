@@ -23,14 +23,15 @@ TEMPLATES = (
 ADVERSARIAL = {
     "config": ROOT / "configs" / "adversarial" / "digits.yaml",
     "steps": 6, "global_batch_size": 2, "eval_samples": 20, "log_every": 1, "sample_every": 6,
-    "checkpoint_every": 2, "threads": 1, "data.label": "",
+    "checkpoint_every": 2, "threads": 1, "page": False, "data.label": "",
     "model.hidden_size": 16, "model.intermediate_size": 16, "model.patch_size": 2,
     "model.num_hidden_layers": 1,
 }  # fmt: skip
 PRETRAIN = {
     "config": ROOT / "configs" / "pretrain" / "tiny.yaml",
     "steps": 4, "global_batch_size": 8, "max_length": 64, "log_every": 1, "sample_every": 100,
-    "checkpoint_every": 2, "threads": 1, "num_workers": 0, "tokenizer": "bytes", "image_head": "mse",
+    "checkpoint_every": 2, "threads": 1, "page": False, "num_workers": 0, "tokenizer": "bytes",
+    "image_head": "mse",
     "image_loss_weight": 1.0, "guidance_scale": 1.0, "optim.lr": 2e-3, "optim.warmup_steps": 2,
     "model.patch_size": 2, "model.hidden_size": 16, "model.intermediate_size": 16,
     "model.num_hidden_layers": 1, "model.num_attention_heads": 2, "model.num_key_value_heads": 2,

@@ -22,7 +22,7 @@ SHARED = next((p / "shared" / "data" for p in ROOT.parents if (p / "shared" / "d
 HEADS = "mse", "flow", "rpgan+r1+r2", "gan-qp"
 TOY = {
     "global_batch_size": 4, "eval_samples": 70, "classifier_epochs": 1, "classifier_samples": 60,
-    "passes": "[1, 2]", "checkpoint_every": 1, "model.hidden_size": 8, "model.intermediate_size": 8,
+    "passes": "[1, 2]", "checkpoint_every": 1, "page": "false", "model.hidden_size": 8, "model.intermediate_size": 8,
     "model.num_hidden_layers": 1, "model.num_attention_heads": 1, "model.num_key_value_heads": 1,
     **{f"heads.{head}.steps": 2 for head in HEADS},
 }  # fmt: skip
@@ -80,9 +80,13 @@ def test_a_finished_run_is_not_trained_again_and_an_interrupted_one_resumes(done
     monkeypatch.setattr(
         compare_heads, "train", lambda config, how: (trained.append(config.output_dir), real(config, how))
     )
-    config = read(tmp_path)
+    config = read(tmp_path, page="true")
     compare_heads.main(config)
     assert not trained and report(config)["heads"] == before["heads"]
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/png") == 2  # heads.png and samples.png
+    assert page.count("data:image/webp") == len(HEADS) == page.count("<h2>Samples of ")
+    config = read(tmp_path)
     run = out / "rpgan+r1+r2-0"
     shutil.rmtree(run / "checkpoints" / "step-000002")
     (run / "result.json").unlink()

@@ -15,7 +15,7 @@ CONFIG = ROOT / "configs" / "adversarial" / "digits.yaml"
 def flags(out, **changes):
     settings = {
         "config": CONFIG, "output_dir": out, "steps": 4, "global_batch_size": 2,
-        "eval_samples": 70, "sample_every": 2, "threads": 1,
+        "eval_samples": 70, "sample_every": 2, "threads": 1, "page": "false",
         "model.hidden_size": 16, "model.intermediate_size": 16, "model.num_hidden_layers": 1, "seeds": 2,
         "metric": "frechet", "losses": "[ns, rpgan+r1]", **changes,
     }  # fmt: skip
@@ -54,9 +54,13 @@ def test_an_interrupted_run_is_trained_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(
         compare_losses, "train", lambda config: (trained.append(config.output_dir), real(config))
     )
-    compare(out, seeds=1, losses="[ns]")
+    compare(out, seeds=1, losses="[ns]", page="true")
     assert trained == [str(out / "ns-0")]
     assert (out / "losses.json").read_text() == before
+    page = (out / "index.html").read_text()
+    assert '<a href="ns-0/index.html">ns, seed 0</a>' in page and "<td>ns</td>" in page
+    assert page.count("data:image/png") == 1 and page.count("data:image/webp") == 1
+    assert "<h1>ns-0</h1>" in (out / "ns-0" / "index.html").read_text()
 
 
 def test_a_dry_run_prints_every_configuration_and_touches_nothing(tmp_path, capsys):

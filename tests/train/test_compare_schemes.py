@@ -68,10 +68,15 @@ def test_a_comparison_leaves_a_table_a_figure_and_all_numbers(toy):
     table = (out / "table.md").read_text()
     assert table.count("| flat |") == table.count("| tv |") == 2
     assert (out / "compare.png").stat().st_size < 200_000
+    page = (out / "index.html").read_text()
+    assert page.count("<td>flat</td>") == page.count("<td>tv</td>") == 2
+    assert page.count("data:image/png") == 1 and "<svg" in page
+    assert [point[0] for point in run["losses"]["text"]] == [3]
 
 
 def test_finished_runs_are_not_repeated_and_more_seeds_are_added(toy, monkeypatch):
-    monkeypatch.setattr(compare, "draw_figure", lambda *args: None)
+    for name in ("draw_figure", "write_comparison_page"):
+        monkeypatch.setattr(compare, name, lambda *args, **options: None)
     out = start(toy)
     files = [path for path in out.rglob("*") if path.is_file()]
     before = {path: path.read_bytes() for path in files}
