@@ -22,7 +22,8 @@ PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{title}</title>
 <style>
 body {{ font: 16px/1.5 sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }}
@@ -171,9 +172,7 @@ def animation(frames: Mapping[str, Path], most: int) -> bytes:
     durations = [SHOWN] * (len(pictures) - 1) + [LAST]
     file = io.BytesIO()
     options: dict[str, Any] = {"lossless": True, "quality": 0, "method": 0, "loop": 0}
-    pictures[0].save(
-        file, "WEBP", save_all=True, append_images=pictures[1:], duration=durations, **options
-    )
+    pictures[0].save(file, "WEBP", save_all=True, append_images=pictures[1:], duration=durations, **options)
     return file.getvalue()
 
 

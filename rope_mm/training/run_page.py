@@ -1,4 +1,4 @@
-"""OUTPUT_DIR/index.html: the curves, samples, configuration and command of a run, or of a comparison of runs."""
+"""OUTPUT_DIR/index.html: curves, samples, configuration and command of a run, or of a comparison of runs."""
 
 import json
 import re
@@ -145,9 +145,7 @@ def result_table(output_dir: Path) -> str:
     """The result of a finished run."""
     path = output_dir / "result.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    rows = [
-        (name, f"{value:.6g}" if isinstance(value, float) else value) for name, value in result.items()
-    ]
+    rows = [(name, f"{value:.6g}" if isinstance(value, float) else value) for name, value in result.items()]
     return web_page.html_table(("metric", "value"), rows) if rows else ""
 
 

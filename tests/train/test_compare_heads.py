@@ -22,7 +22,8 @@ SHARED = next((p / "shared" / "data" for p in ROOT.parents if (p / "shared" / "d
 HEADS = "mse", "flow", "rpgan+r1+r2", "gan-qp"
 TOY = {
     "global_batch_size": 4, "eval_samples": 70, "classifier_epochs": 1, "classifier_samples": 60,
-    "passes": "[1, 2]", "checkpoint_every": 1, "page": "false", "model.hidden_size": 8, "model.intermediate_size": 8,
+    "passes": "[1, 2]", "checkpoint_every": 1, "page": "false",
+    "model.hidden_size": 8, "model.intermediate_size": 8,
     "model.num_hidden_layers": 1, "model.num_attention_heads": 1, "model.num_key_value_heads": 1,
     **{f"heads.{head}.steps": 2 for head in HEADS},
 }  # fmt: skip
