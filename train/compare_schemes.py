@@ -151,7 +151,7 @@ def train(config: CompareSchemes, benchmark: Benchmark, scheme: str, seed: int, 
         schedule.step()
         if (step + 1) % EVERY == 0 or step + 1 == config.steps:
             now = {"text": found.text_loss.item(), "image": found.image_loss.item()}
-            bar.set_postfix(step=step + 1, **now)
+            bar.set_postfix({"step": step + 1} | now)
             for name, value in now.items():
                 losses[name].append((step + 1, value))
     if not loss.isfinite():
