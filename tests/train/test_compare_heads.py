@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import compare_heads
 import numpy
@@ -116,7 +117,7 @@ def test_half_of_the_held_out_images_are_the_reference_and_the_captions_of_the_o
 
 def test_the_class_of_an_image_is_the_first_class_named_in_its_caption():
     captions = ["a Cat face", "catfish", "family: man, man", "the man", "face with hat"]
-    images = SimpleNamespace(captions=captions)
+    images: Any = cast(Any, SimpleNamespace(captions=captions))
     rows, labels = compare_heads.find_classes(images, ["man", "face", "cat", "family"], 4)
     assert rows == [0, 2, 3, 4]
     assert labels.tolist() == [2, 3, 0, 1]

@@ -218,21 +218,26 @@ def test_the_model_never_sees_the_image_that_it_has_to_generate(asked):
     assert torch.equal(generate_answers(model, one).patches, before)
 
 
+def one_of(image):
+    """A batch of one image or video."""
+    return image[None]
+
+
 def test_captions_agree_with_the_classification_of_sprites():
     for number in range(20):
         quiz = make_sprite(torch.Generator().manual_seed(number), 16)
-        seen = {name: int(index) for name, index in classify_sprites(quiz.document[0][None]).items()}
+        seen = {name: int(index) for name, index in classify_sprites(one_of(quiz.document[0])).items()}
         assert (
             quiz.answer
             == f"{list(COLOURS)[seen['colour']]} at the {ROWS[seen['row']]} {COLUMNS[seen['column']]}"
         )
         for size in (16, (8, 16), (8, 48), (32, 32)):
             quiz = make_generation(torch.Generator().manual_seed(number), size)
-            seen = {name: int(index) for name, index in classify_sprites(quiz.answer[None]).items()}
+            seen = {name: int(index) for name, index in classify_sprites(one_of(quiz.answer)).items()}
             told = f"{list(COLOURS)[seen['colour']]} at the {ROWS[seen['row']]} {COLUMNS[seen['column']]}"
             assert quiz.question == f"generate {told}"
         quiz = make_motion(torch.Generator().manual_seed(number), 4, 16)
-        assert list(MOTIONS)[classify_videos(quiz.document[0][None])["motion"]] in quiz.answer
+        assert list(MOTIONS)[classify_videos(one_of(quiz.document[0]))["motion"]] in quiz.answer
 
 
 def test_the_image_with_the_requested_number_has_the_colour_of_the_answer():
