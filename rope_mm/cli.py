@@ -1,4 +1,4 @@
-"""The command rope-mm: what the schemes promise, what one does, whether it is a rotary encoding.
+"""The command rope-mm: properties of the schemes, what one does, whether it is a rotary encoding.
 
 rope-mm schemes --format markdown
 rope-mm show rope-tv "text:5 image:2x3" --head-dim 64
@@ -24,7 +24,7 @@ from rope_mm.analysis.check import check_rotary
 from rope_mm.analysis.explorer import serve
 from rope_mm.analysis.figures import save_figure
 from rope_mm.analysis.pictures import EXAMPLE, PICTURES, NotShown, picture, text_picture
-from rope_mm.analysis.properties import FORMATS, HEAD_DIM, properties_table
+from rope_mm.analysis.properties import FORMATS, HEAD_DIM, legend, properties_table
 from rope_mm.registry import Registry
 from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.frequencies import ownership_map
@@ -46,12 +46,14 @@ CONFIG_FOLDERS = {
     "gaussians": "adversarial",
 }
 MOST_SHOWN = 100_000  # tokens, a line each
-SCHEMES_LEGEND = "docs/schemes.md, section 'What each scheme promises', explains each column"
+SHOWN = "text:2 image:2x3 text:2"  # where no segments are given
 
 
 def print_schemes(args: argparse.Namespace) -> int:
-    """The table of promises."""
+    """The table of properties and, where a person reads it, what its columns mean."""
     print(properties_table(args.names or SCHEMES, args.format))
+    if args.format == "text":
+        print(f"\n{legend()}")
     return 0
 
 
@@ -66,7 +68,7 @@ def wavelengths(rope: Rotary) -> list[str]:
 
 
 def print_positions(args: argparse.Namespace) -> int:
-    """The axis of each pair, the waves of each axis, and where every token stands."""
+    """The axis of each pair, the waves of each axis, and the position of every token."""
     segments = parse_segments(args.segments)
     if (tokens := sum(segment.tokens for segment in segments)) > MOST_SHOWN:
         raise ValueError(f"{tokens} tokens are too many to show, a line each; {MOST_SHOWN} are the most")
@@ -161,7 +163,7 @@ def train(args: argparse.Namespace) -> int:
 
 def add_train(commands: Any) -> None:
     """The subcommand train."""
-    page = commands.add_parser("train", help="a training program (needs rope-mm[train])", add_help=False)
+    page = commands.add_parser("train", help="run a training program (needs rope-mm[train])", add_help=False)
     page.add_argument("program", metavar="PROGRAM", help=f"one of {', '.join(programs())}")
     page.add_argument("flags", nargs=argparse.REMAINDER, help="its own flags; --help lists them")
     page.set_defaults(run=train)
@@ -184,7 +186,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Subcommands and their arguments."""
     parser = argparse.ArgumentParser(prog="rope-mm", description="Look at rotary position encodings.")
     parser.add_argument("--version", action="version", version=f"rope-mm {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    parser.set_defaults(run=lambda args: parser.print_help() or 0)
     sizes = argparse.ArgumentParser(add_help=False)
     sizes.add_argument(
         "name", metavar="NAME", help="a scheme, such as rope-tv; `rope-mm schemes` lists them all"
@@ -193,27 +196,38 @@ def make_parser() -> argparse.ArgumentParser:
     sizes.add_argument("--heads", type=int, help="rows of Omega, for schemes that give each head its own")
 
     schemes = commands.add_parser(
-        "schemes", help="what every scheme promises, measured", epilog=SCHEMES_LEGEND
+        "schemes",
+        help="a table of the properties of every scheme, measured",
+        epilog=f"columns:\n{legend()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     schemes.add_argument("names", metavar="NAME", nargs="*", help="schemes; all if none is named")
     schemes.add_argument("--format", choices=FORMATS, default="text", help="of the table (%(default)s)")
     schemes.set_defaults(run=print_schemes)
 
-    show = commands.add_parser("show", parents=[sizes], help="pairs, waves, and positions of tokens")
+    show = commands.add_parser(
+        "show", parents=[sizes], help="a scheme in numbers: pairs, wavelengths, and positions of tokens"
+    )
     show.add_argument(
         "segments",
         metavar="SEGMENTS",
+        nargs="?",
+        default=SHOWN,
         help='such as "unrotated:1 text:5 image:2x3 video:4x2x2@2fps": a class token, text, an image of 2 '
-        "rows and 3 columns of patches, and 4 frames at 2 a second",
+        'rows and 3 columns of patches, and 4 frames at 2 a second; "%(default)s" if omitted',
     )
     show.set_defaults(run=print_positions)
 
-    check = commands.add_parser("check", parents=[sizes], help="is it a rotation, is it relative?")
+    check = commands.add_parser(
+        "check", parents=[sizes], help="test that a scheme is a rotation and depends on distances only"
+    )
     check.set_defaults(run=print_check)
 
     add_lens(commands)
     add_train(commands)
-    page = commands.add_parser("explore", help="a local page: positions, frequencies, promises")
+    page = commands.add_parser(
+        "explore", help="a local page in the browser: positions, frequencies, properties"
+    )
     page.add_argument("--port", type=int, default=8137, help="of the page; 0 takes any (%(default)s)")
     page.add_argument("--no-browser", action="store_true", help="do not open a browser")
     page.set_defaults(run=explore)

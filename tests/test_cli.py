@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +9,7 @@ import pytest
 
 import rope_mm
 from rope_mm import Rotary, check_rotary, cli, properties_table
+from rope_mm.analysis.properties import COLUMNS, legend
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,6 +17,25 @@ ROOT = Path(__file__).parent.parent
 def test_schemes_prints_the_table_of_those_named(capsys):
     assert cli.main(["schemes", "--format", "markdown", "rope-tv", "m-rope"]) == 0
     assert capsys.readouterr().out == properties_table(["rope-tv", "m-rope"], "markdown") + "\n"
+
+
+def test_the_command_alone_lists_its_commands_with_a_line_each(capsys):
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    for command in ("schemes", "show", "check", "lens", "train", "explore"):
+        assert re.search(rf"^    {command} +\w.*$", printed, re.MULTILINE), command
+
+
+def test_the_table_for_a_person_ends_with_the_meaning_of_each_column(capsys):
+    assert cli.main(["schemes", "rope-tv"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == f"{properties_table(['rope-tv'])}\n\n{legend()}\n"
+    assert [line.partition("  ")[0] for line in legend().splitlines()] == list(COLUMNS)
+
+
+def test_show_without_segments_shows_an_example(capsys):
+    assert cli.main(["show", "rope-tv"]) == 0
+    assert "image:2x3" in capsys.readouterr().out
 
 
 def test_schemes_prints_all_without_a_name(capsys, monkeypatch):

@@ -269,6 +269,27 @@ COLUMNS: dict[str, Callable[[LayoutProperties], str]] = {
 }
 
 
+LEGEND: dict[str, str] = {
+    "compatible": "a text alone is rotated as by RoPE in one dimension",
+    "equivalent": "n patches count as n text tokens; no (x): each counts as x",
+    "symmetric": "the gap before an image equals the gap after it; no (t): on these axes only",
+    "central": "the k-th patch stands as far from the text before as the k-th last from the text after",
+    "causal": "a longer video moves no earlier frame",
+    "inside text": "an image lies between the text before and after it, on every axis",
+    "collisions": "tokens of one example that share a position; in brackets: text tokens on a patch",
+    "density": "patches per position in a 16 x 16 image",
+    "distances": "mean distance per axis of its patches from the text before, and from the text after",
+    "integral": "all positions are whole numbers",
+    "rotary": "it is a rotation, and attention depends on distances only",
+}
+
+
+def legend() -> str:
+    """What the columns of the table mean, a line each."""
+    width = max(map(len, LEGEND))
+    return "\n".join(f"{name:{width}}  {meaning}" for name, meaning in LEGEND.items())
+
+
 def markdown(rows: list[LayoutProperties]) -> str:
     """A table whose first cells are names in code."""
     lines = [[f"`{row.scheme}`", *(cell(row) for cell in COLUMNS.values())] for row in rows]
