@@ -182,19 +182,8 @@ def add_lens(commands: Any) -> None:
     lens.set_defaults(run=show_pictures)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Subcommands and their arguments."""
-    parser = argparse.ArgumentParser(prog="rope-mm", description="Look at rotary position encodings.")
-    parser.add_argument("--version", action="version", version=f"rope-mm {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    parser.set_defaults(run=lambda args: parser.print_help() or 0)
-    sizes = argparse.ArgumentParser(add_help=False)
-    sizes.add_argument(
-        "name", metavar="NAME", help="a scheme, such as rope-tv; `rope-mm schemes` lists them all"
-    )
-    sizes.add_argument("--head-dim", type=int, default=HEAD_DIM, help="channels of a head (%(default)s)")
-    sizes.add_argument("--heads", type=int, help="rows of Omega, for schemes that give each head its own")
-
+def add_schemes(commands: Any) -> None:
+    """The subcommand schemes."""
     schemes = commands.add_parser(
         "schemes",
         help="a table of the properties of every scheme, measured",
@@ -205,9 +194,17 @@ def make_parser() -> argparse.ArgumentParser:
     schemes.add_argument("--format", choices=FORMATS, default="text", help="of the table (%(default)s)")
     schemes.set_defaults(run=print_schemes)
 
-    show = commands.add_parser(
-        "show", parents=[sizes], help="a scheme in numbers: pairs, wavelengths, and positions of tokens"
+
+def add_show_and_check(commands: Any) -> None:
+    """The subcommands show and check, of one scheme in one size."""
+    sizes = argparse.ArgumentParser(add_help=False)
+    sizes.add_argument(
+        "name", metavar="NAME", help="a scheme, such as rope-tv; `rope-mm schemes` lists them all"
     )
+    sizes.add_argument("--head-dim", type=int, default=HEAD_DIM, help="channels of a head (%(default)s)")
+    sizes.add_argument("--heads", type=int, help="rows of Omega, for schemes that give each head its own")
+    about = "a scheme in numbers: pairs, wavelengths, and positions of tokens"
+    show = commands.add_parser("show", parents=[sizes], help=about)
     show.add_argument(
         "segments",
         metavar="SEGMENTS",
@@ -217,20 +214,28 @@ def make_parser() -> argparse.ArgumentParser:
         'rows and 3 columns of patches, and 4 frames at 2 a second; "%(default)s" if omitted',
     )
     show.set_defaults(run=print_positions)
-
-    check = commands.add_parser(
-        "check", parents=[sizes], help="test that a scheme is a rotation and depends on distances only"
-    )
+    about = "test that a scheme is a rotation and depends on distances only"
+    check = commands.add_parser("check", parents=[sizes], help=about)
     check.set_defaults(run=print_check)
 
-    add_lens(commands)
-    add_train(commands)
-    page = commands.add_parser(
-        "explore", help="a local page in the browser: positions, frequencies, properties"
-    )
+
+def add_explore(commands: Any) -> None:
+    """The subcommand explore."""
+    about = "a local page in the browser: positions, frequencies, properties"
+    page = commands.add_parser("explore", help=about)
     page.add_argument("--port", type=int, default=8137, help="of the page; 0 takes any (%(default)s)")
     page.add_argument("--no-browser", action="store_true", help="do not open a browser")
     page.set_defaults(run=explore)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Subcommands and their arguments; without one the help is printed."""
+    parser = argparse.ArgumentParser(prog="rope-mm", description="Look at rotary position encodings.")
+    parser.add_argument("--version", action="version", version=f"rope-mm {__version__}")
+    parser.set_defaults(run=lambda args: parser.print_help() or 0)
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    for add in (add_schemes, add_show_and_check, add_lens, add_train, add_explore):
+        add(commands)
     return parser
 
 
