@@ -258,8 +258,8 @@ def parse_segment(word: str) -> Segment:
         raise ValueError(f"{word!r} is not a segment; write {OTHER_NAMES[name]}:{match[2]}")
     kind = SEGMENT_TYPES[name]
     if len(sizes) != len(kind.names()):
-        wanted = " x ".join(kind.names())
-        raise ValueError(f"{word!r} has {len(sizes)} sizes, but {name} takes {wanted}")
+        wanted = "N" if kind.names() == ["length"] else "x".join(map(str.upper, kind.names()))
+        raise ValueError(f"{word!r} has the wrong number of sizes; write {name}:{wanted}")
     if any(len(size) > 10 for size in sizes):
         raise ValueError(f"{word!r} is too long; {MOST} tokens are the most")
     rate = read_rate(word, match[3], kind) if match[3] is not None else {}
@@ -292,6 +292,8 @@ def read_segments(segments: str | Sequence[Segment]) -> list[Segment]:
         return parse_segments(segments)
     if isinstance(segments, Segment):
         raise ValueError(f"a sequence is a list of segments; write [{segments!r}]")
+    if not isinstance(segments, Iterable):
+        raise ValueError(f"a sequence is a list of segments, such as 'text:5 image:2x3', not {segments!r}")
     segments = list(segments)
     for entry in segments:
         if not isinstance(entry, Segment):

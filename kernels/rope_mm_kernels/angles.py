@@ -30,8 +30,9 @@ def exact(
     A: tl.constexpr, r: tl.constexpr, BLOCKS: tl.constexpr, UNIT: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Of positions @ Omega as if it were not rounded."""
-    turn, low = tl.zeros((pair.shape[0], V), tl.float32), tl.zeros((pair.shape[0], V), tl.float32)
-    for axis in tl.static_range(A):
+    position = load_position(positions, 0, batch, step)
+    turn, low = turns(position, load_omega(omega, 0, row, pair, A, r, V))
+    for axis in tl.static_range(1, A):
         position = load_position(positions, axis, batch, step)
         more, lower = turns(position, load_omega(omega, axis, row, pair, A, r, V))
         turn, low = turn + more, low + lower

@@ -19,6 +19,18 @@ POSITION_DTYPES = (*INTEGERS, *OMEGA_DTYPES)
 PAIRINGS = ("half", "interleaved", "block")
 MODES = ("exact", "hf")
 FARTHEST = 2**24  # beyond it float32 cannot count by one
+FARTHEST_WIDE = 2**53  # beyond it float64 cannot either
+FASTEST = 2**40  # radians beyond which the kernel's angles are further off than bfloat16 rounds
+
+FINITE_POSITIONS = "positions hold NaN or infinity; every token needs a finite position"
+FINITE_OMEGA = "Omega holds NaN or infinity; every pair needs finite radians per step"
+NEAR_FLOAT32 = "positions in float32 cannot count past 2**24; give them in float64 or as whole numbers"
+NEAR_FLOAT64 = "positions cannot be counted past 2**53; give smaller ones, counted from another start"
+NEAR_ANGLES = "angles past 2**40 radians are not exact; give smaller positions, counted from another start"
+# a copy of this package under another name, as the Kernel Hub makes, has ops of its own
+PACKAGE = __name__.partition(".")[0]
+NAMESPACE = "rope_mm" if PACKAGE == "rope_mm_kernels" else f"rope_mm_{PACKAGE}"
+IS_EXPORTING = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 has none: all graphs are taken as exported
 
 
 def shape_of(x: Tensor) -> str:
@@ -76,7 +88,7 @@ def check_omega(omega: Tensor) -> None:
 
 
 def check_positions(positions: Tensor, omega: Tensor) -> None:
-    """Refuse positions that are not (s, a) or (b, s, a), cannot count, are not finite or too far."""
+    """Refuse positions that are not (s, a) or (b, s, a), and positions and Omega whose numbers do not fit."""
     check_omega(omega)
     check_tensors(positions=positions)
     a = omega.shape[-2]
@@ -94,7 +106,7 @@ def check_positions(positions: Tensor, omega: Tensor) -> None:
         )
     if positions.dtype not in POSITION_DTYPES:
         raise ValueError(f"positions are {positions.dtype}; give whole numbers, float32 or float64")
-    check_position_values(positions)
+    check_values(positions, omega)
 
 
 def has_readable_values(x: Tensor) -> bool:
@@ -109,23 +121,44 @@ def has_readable_values(x: Tensor) -> bool:
     )
 
 
-def check_position_values(positions: Tensor) -> None:
-    """Refuse numbers that are not finite, that float32 cannot count, or that stand in another order.
+def largest(x: Tensor) -> float:
+    """The largest absolute value, 0 of no numbers; NaN or infinity where any number is."""
+    if not x.numel():
+        return 0.0
+    low, high = (float(end) for end in x.detach().aminmax())  # one pass; a NaN is both of its results
+    return max(abs(low), abs(high)) if low == low else low
+
+
+def check_values(positions: Tensor, omega: Tensor) -> None:
+    """Refuse numbers of positions and Omega that make no angles, by `check_readable_values`.
 
     On a CPU alone: elsewhere the host would wait for the numbers. A recorded graph looks when it runs.
     """
-    finite = "positions hold NaN or infinity; every token needs a finite position"
-    near = "positions in float32 cannot count past 2**24; give them in float64 or as whole numbers"
-    is_float32 = positions.dtype == torch.float32
-    if torch.compiler.is_compiling() and positions.device.type == "cpu" and positions.is_floating_point():
-        reached = positions.abs() <= FARTHEST if is_float32 else positions.isfinite()
-        torch._assert_async(reached.all(), f"{finite}; {near}" if is_float32 else finite)
-    if not has_readable_values(positions) or not positions.numel():
+    if torch.compiler.is_compiling():
+        if positions.device.type == omega.device.type == "cpu":
+            check_recorded_values(positions.detach(), omega.detach())
         return
-    if positions.is_floating_point() and not positions.isfinite().all():
-        raise ValueError(finite)
-    if is_float32 and positions.abs().max() > FARTHEST:
-        raise ValueError(near)
+    if has_readable_values(positions) and has_readable_values(omega):
+        check_readable_values(positions, omega)
+
+
+def check_readable_values(positions: Tensor, omega: Tensor) -> None:
+    """Refuse numbers that are not finite or too far for their dtype, and positions in another order.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    farthest, fastest = largest(positions), largest(omega)
+    if not math.isfinite(fastest):
+        raise ValueError(FINITE_OMEGA)
+    if not math.isfinite(farthest):
+        raise ValueError(FINITE_POSITIONS)
+    if positions.dtype == torch.float32 and farthest > FARTHEST:
+        raise ValueError(NEAR_FLOAT32)
+    if farthest > FARTHEST_WIDE:
+        raise ValueError(NEAR_FLOAT64)
+    if farthest * fastest > FASTEST:
+        raise ValueError(NEAR_ANGLES)
     cube = positions.dim() == 3 and positions.shape[0] == positions.shape[1] == positions.shape[2] > 1
     # three rows of three tokens on three axes fit both orders; in ours no token counts up over its axes
     if cube and (positions.diff(dim=-1) == 1).all():
@@ -133,6 +166,32 @@ def check_position_values(positions: Tensor) -> None:
             f"positions {shape_of(positions)} hold Hugging Face's order (a, b, s), not (b, s, a): "
             "give positions.permute(1, 2, 0)"
         )
+
+
+def check_recorded_values(positions: Tensor, omega: Tensor) -> None:
+    """Let a graph look when it runs: a compiled one by `check_readable_values`, an exported one without Python."""
+    if IS_EXPORTING is not None and not IS_EXPORTING():
+        torch._assert_async(check_values_op(positions, omega), FINITE_POSITIONS)  # keeps the op in the graph
+        return
+    torch._assert_async(omega.isfinite().all(), FINITE_OMEGA)
+    if not positions.is_floating_point():
+        return
+    narrow = positions.dtype == torch.float32
+    reached = positions.abs() <= (FARTHEST if narrow else FARTHEST_WIDE)
+    torch._assert_async(reached.all(), f"{FINITE_POSITIONS}; {NEAR_FLOAT32 if narrow else NEAR_FLOAT64}")
+
+
+@torch.library.custom_op(f"{NAMESPACE}::check_values", mutates_args=())
+def check_values_op(positions: Tensor, omega: Tensor) -> Tensor:
+    """`check_readable_values` as an op, so that a compiled graph refuses by the same list when it runs."""
+    check_readable_values(positions, omega)
+    return torch.ones((), dtype=torch.bool)
+
+
+@check_values_op.register_fake
+def make_fake_answer(positions: Tensor, omega: Tensor) -> Tensor:
+    """The shape of the answer of `check_values_op`."""
+    return positions.new_empty((), dtype=torch.bool)
 
 
 def check_spec(pairing: str, blocks: Sequence[int], factor: float = 1.0, mode: str = "exact") -> None:
@@ -221,6 +280,8 @@ def check_tables(q: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
     if not cos.is_floating_point() or not sin.is_floating_point():
         raise ValueError(f"cos is {cos.dtype} and sin {sin.dtype}; give tables of floating point numbers")
+    if any(has_readable_values(x) and not math.isfinite(largest(x)) for x in (cos, sin)):
+        raise ValueError("cos or sin holds NaN or infinity; every token needs finite tables")
 
 
 def check_table_rotation(
@@ -245,7 +306,7 @@ def check_angles(q: Tensor, angle: Tensor) -> None:
         raise ValueError(
             f"angles {shape_of(angle)} must be (s, r), (b, s, r) or (b, s, heads, r) for q {shape_of(q)}"
         )
-    if has_readable_values(angle) and not angle.isfinite().all():
+    if has_readable_values(angle) and not math.isfinite(largest(angle)):
         raise ValueError("angles hold NaN or infinity; every token needs finite angles")
 
 

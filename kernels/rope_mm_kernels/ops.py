@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
+from rope_mm_kernels.checks import NAMESPACE
 from rope_mm_kernels.plan import KernelSpec
 from rope_mm_kernels.trig import cos_sin
 
-# a copy of this package under another name, as the Kernel Hub makes, has ops of its own
-_package = __name__.partition(".")[0]
-NAMESPACE = "rope_mm" if _package == "rope_mm_kernels" else f"rope_mm_{_package}"
 INTERPRETED = not isinstance(cos_sin, JITFunction)
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")

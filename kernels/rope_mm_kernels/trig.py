@@ -1,5 +1,7 @@
 """Positions and Omega -> cosine and sine, 3e-7 from the truth up to 2**22 turns (26 million radians).
 
+Beyond, the error doubles with the angle, as its two words have 48 bits: 3e-3 at 2**40 radians.
+
 Angles are counted in turns, so that whole ones can be dropped exactly; what is left is at most half a turn,
 for which a short polynomial will do. No branch, no library: CUDA, HIP and the interpreter run the same code.
 """
@@ -56,8 +58,9 @@ def flip(x, bits):
 
 @triton.jit
 def cos_sin(turn, low):
-    """Cosine and sine of turn + low, |low| <= 1/8, less half turns and folded into the quarter of `sine`."""
-    halves = turn + ROUND_HALF
+    """Cosine and sine of turn + low, less half turns and folded into the quarter of `sine`."""
+    # far positions have low words of many turns
+    halves = (turn + low) + ROUND_HALF
     # the low word comes last, where the sum is small and so is its rounding
     left = (turn - (halves - ROUND_HALF)) + low
     # the last bit of `halves` distinguishes odd from even, and half a turn changes both signs

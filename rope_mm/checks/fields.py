@@ -94,7 +94,7 @@ class Reals:
         return tuple(self.each.read(value) for value in values)
 
     def __str__(self) -> str:
-        return f"{self.count or 'a list of'} numbers, each {self.each}"
+        return f"{self.count or 'a list of'} number{'s' * (self.count != 1)}, each {self.each}"
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,35 @@ class OneOf:
 
 
 @dataclass(frozen=True)
+class Names:
+    """A sequence of names, read as a tuple; one name stands for a sequence of one."""
+
+    def read(self, values: Any) -> tuple[str, ...]:
+        """The names as a tuple; ValueError where there are others than names."""
+        names = (values,) if isinstance(values, str) else tuple(values)
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError
+        return names
+
+    def __str__(self) -> str:
+        return "a list of names"
+
+
+@dataclass(frozen=True)
+class String:
+    """A string."""
+
+    def read(self, value: Any) -> str:
+        """The string; ValueError where it is none."""
+        if not isinstance(value, str):
+            raise ValueError
+        return value
+
+    def __str__(self) -> str:
+        return "a string"
+
+
+@dataclass(frozen=True)
 class Flag:
     """True or False."""
 
@@ -133,7 +162,7 @@ class Flag:
         return "True or False"
 
 
-Rule = Real | Reals | OneOf | Flag
+Rule = Real | Reals | OneOf | Names | String | Flag
 
 Number = Annotated[float, Real()]
 Positive = Annotated[float, Real(above=0)]

@@ -46,7 +46,9 @@ BASES = {
     "sam3_vit_model": SCHEMES["sam2"],  # its layers without windows multiply positions by window / grid
 }
 FAMILIES: Registry[Scheme] = Registry(
-    "model_type", {model_type: base for names, base in BASES.items() for model_type in names.split()}
+    "model_type",
+    {model_type: base for names, base in BASES.items() for model_type in names.split()},
+    listing="`sorted(rope_mm.hf.rope_parameters.FAMILIES)`",
 )
 
 ALIASES = {"su": "longrope", "mrope": "default", "axial": "default"}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import relu, softplus
 
 from rope_mm.losses.divergences import F_DIVERGENCES, MONOTONE, Curve, FDivergence, Monotone
-from rope_mm.losses.scores import at_least_float32, check_rows
+from rope_mm.losses.scores import at_least_float32, check_rows, is_readable
 from rope_mm.registry import Registry
 
 
@@ -149,13 +149,18 @@ def gan_qp_critic(
         power: m of the term delta^m / (m (λ d)^(m - 1)), even; any has the same optimum for two points.
 
     Raises:
-        ValueError: an odd power, which has no optimum, or a λ that is not positive.
+        ValueError: an odd power, which has no optimum, a λ that is not positive, or a distance that is negative
+            or not finite.
     """
     if power < 2 or power % 2:
         raise ValueError(f"gan-qp wants an even power of at least 2, not {power}")
     if not 0 < qp_lambda < math.inf:
         raise ValueError(f"qp_lambda must be a positive number, not {qp_lambda}")
-    delta, steep = real - fake, qp_lambda * distance.clamp_min(1e-6)
+    if is_readable(distance) and not (distance.isfinite() & (distance >= 0)).all():
+        raise ValueError(f"a distance must be finite and at least 0, but one is {distance.min().item()}")
+    # elsewhere than on a CPU nobody looks, and NaN is seen where a wrong number would not be
+    distance = distance.masked_fill(distance < 0, math.nan).clamp_min(1e-6)
+    delta, steep = real - fake, qp_lambda * distance
     return (delta**power / (power * steep ** (power - 1)) - delta).mean()
 
 
@@ -213,6 +218,7 @@ GAN_LOSSES = Registry(
     }
     | {f"f-gan-{name}": f_gan(name, divergence) for name, divergence in F_DIVERGENCES.items()}
     | {f"monoflow-{name}": monoflow(h) for name, h in MONOTONE.items()},
+    listing="`sorted(rope_mm.losses.GAN_LOSSES)`",
 )
 
 

@@ -9,6 +9,12 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether the host may look at the numbers: an accelerator would make it wait, a recorded graph has none."""
+    recorded = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return x.device.type == "cpu" and type(x) is Tensor and not recorded
+
+
 def check_rows(**tensors: Tensor) -> None:
     """Refuse what is not all (b,) with one b >= 1: broadcast, tensors would give a wrong number.
 

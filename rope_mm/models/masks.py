@@ -100,7 +100,9 @@ def make_mask(
         kv_offset=start,
         mask_function=causal_mask_function if causal else make_mask_fn(rows[0], *rows[1:], past=past),
         attention_mask=None if mask is None else mask.to(x.device, torch.bool),
-        allow_is_causal_skip=causal and not (getattr(cache, "is_compileable", False) and x.shape[1] == 1),
+        allow_is_causal_skip=causal
+        and has_values(x)
+        and not (getattr(cache, "is_compileable", False) and x.shape[1] == 1),
         dtype=x.dtype,
         device=x.device,
         config=config,

@@ -1,9 +1,9 @@
 """Where a sequence of segments stopped, so that `place` can go on there."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
-from rope_mm.checks.fields import Count, Number, Positive, WholeNumber, check_fields
+from rope_mm.checks.fields import Count, Number, Positive, String, WholeNumber, check_fields
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,24 @@ class Cursor:
     next: Number = 0.0
     tokens: WholeNumber = 0
     images: WholeNumber = 0
-    layout: str = ""
+    layout: Annotated[str, String()] = ""
     video: OpenVideo | None = None
 
     def __post_init__(self):
         check_fields(self)
-        if isinstance(self.video, Mapping):  # from JSON
-            object.__setattr__(self, "video", OpenVideo(**self.video))
+        object.__setattr__(self, "video", read_video(self.video))
+
+
+def read_video(video: Any) -> OpenVideo | None:
+    """The video of a cursor, from one or from its dict, as JSON holds it.
+
+    Raises:
+        ValueError: what is neither.
+    """
+    if video is None or isinstance(video, OpenVideo):
+        return video
+    try:
+        return OpenVideo(**video)
+    except TypeError:
+        known = ", ".join(field.name for field in fields(OpenVideo))
+        raise ValueError(f"Cursor: video must be an OpenVideo or a dict of its {known}, not {video!r}") from None

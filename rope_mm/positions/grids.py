@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from rope_mm.positions.cursor import Cursor
 from rope_mm.segments import Segment
 
+LARGE = 1 << 12  # tokens of a raster that is computed by itself
 UNIT = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
 TextRule = Callable[[Cursor, int, int], "tuple[Raster, float]"]
 
@@ -52,7 +54,34 @@ class Raster(NamedTuple):
 
 
 def fill(rasters: Sequence[Raster]) -> Tensor:
-    """Positions (s, a) float64 of rasters, one after another; all have a axes."""
+    """Positions (s, a) float64 of rasters, one after another; all have a axes.
+
+    Small ones are computed together, as each call of torch costs more than their numbers; large ones by
+    themselves, as that takes no more memory than their positions.
+    """
+    blocks = []
+    for large, run in groupby(rasters, lambda raster: raster.tokens > LARGE):
+        blocks += [fill_alone(raster) for raster in run] if large else [fill_together(list(run))]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def fill_alone(raster: Raster) -> Tensor:
+    """Positions (s, a) float64 of one raster."""
+    (t, y, x), merge = raster.grid, raster.merge
+    numbers = torch.tensor((raster.origin, *raster.steps), dtype=torch.float64)
+    origin, of_t, of_y, of_x = numbers
+    a = len(origin)
+    frames = origin + raster.frame_numbers()[:, None] * of_t
+    rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * step for n, step in ((y, of_y), (x, of_x)))
+    in_blocks = frames.view(t, 1, 1, 1, 1, a) + rows.view(1, y // merge, 1, merge, 1, a)
+    positions = (in_blocks + columns.view(1, 1, x // merge, 1, merge, a)).view(t, y * x, a)
+    if raster.offsets is not None:
+        positions += raster.offsets
+    return positions.view(-1, a)
+
+
+def fill_together(rasters: Sequence[Raster]) -> Tensor:
+    """Positions (s, a) float64 of rasters, one after another."""
     tokens = [raster.tokens for raster in rasters]
     counts = torch.tensor(tokens)
     which = torch.repeat_interleave(counts, output_size=sum(tokens))  # a size that fake tensors know, too

@@ -311,4 +311,5 @@ LAYOUTS: Registry[Layout] = Registry(
             TYX, vision.z_image, "Z-Image, arXiv 2511.22699", text_rule=text_along_axes(0, first=1.0)
         ),
     },
+    listing="`sorted(rope_mm.LAYOUTS)`",
 )

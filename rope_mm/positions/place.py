@@ -24,6 +24,8 @@ from rope_mm.segments import Audio, MoreFrames, Segment, Text, Unrotated, Video,
 
 Placed = tuple[Raster | Tensor, float]
 
+MOST_TOKENS = 2**24  # of one call, whose positions on three axes take 400 MB
+
 
 def place(
     segments: str | Sequence[Segment], layout: str = "rope-tv", cursor: Cursor | None = None, **options: Any
@@ -51,16 +53,42 @@ def place(
     chosen = LAYOUTS[layout]
     options = read_options(layout, options)
     name = layout_id(layout, options)
-    cursor = cursor or Cursor()
+    cursor = read_cursor(cursor)
     if cursor.layout not in ("", name):
         raise ValueError(f"this cursor stopped in layout {cursor.layout!r}, so it cannot go on in {name!r}")
     pieces = []
     with on_cpu():
-        for segment in read_segments(segments):
+        for segment in check_tokens(read_segments(segments)):
             cursor = cursor if cursor.layout else replace(cursor, layout=name)
             piece, cursor = place_segment(segment, chosen, cursor, options)
             pieces.append(piece)
         return join(pieces, len(chosen.axes)), cursor
+
+
+def read_cursor(cursor: Any) -> Cursor:
+    """A cursor, or the start for None.
+
+    Raises:
+        ValueError: what is no cursor.
+    """
+    if cursor is None or isinstance(cursor, Cursor):
+        return cursor or Cursor()
+    hint = "; write Cursor(**it)" if isinstance(cursor, Mapping) else ""
+    raise ValueError(f"a sequence goes on from the Cursor that `place` returned, not from {cursor!r}{hint}")
+
+
+def check_tokens(segments: Sequence[Segment]) -> Sequence[Segment]:
+    """The segments, if their positions fit memory.
+
+    Raises:
+        ValueError: more tokens than `MOST_TOKENS`.
+    """
+    if (tokens := sum(segment.tokens for segment in segments)) > MOST_TOKENS:
+        raise ValueError(
+            f"{tokens} tokens are too many for one call; place at most {MOST_TOKENS} at a time and go on from "
+            "the cursor"
+        )
+    return segments
 
 
 def on_cpu() -> Any:
@@ -284,7 +312,9 @@ def place_rows(
         ValueError: as `place`, and where there is no row, not one cursor for each row, or no such side.
     """
     check_rows(rows)
-    cursors = cursors or [Cursor()] * len(rows)
+    cursors = [None] * len(rows) if cursors is None else cursors
+    if not isinstance(cursors, Sequence):
+        raise ValueError(f"cursors must be a list, one for each row, not {cursors!r}")
     if len(cursors) != len(rows):
         raise ValueError(f"{len(rows)} rows need as many cursors, not {len(cursors)}")
     if padding_side not in ("left", "right"):
@@ -304,8 +334,10 @@ def check_rows(rows: Sequence[str | Sequence[Segment]]) -> None:
     Raises:
         ValueError: one string, or an empty list.
     """
-    if isinstance(rows, str):
-        raise ValueError(f"a batch is a list of sequences, not one string; write [{rows!r}]")
+    if isinstance(rows, str | Segment):
+        raise ValueError(f"a batch is a list of sequences, not one; write [{rows!r}]")
+    if not isinstance(rows, Sequence):
+        raise ValueError(f"a batch is a list of sequences such as ['text:5', 'text:2 image:2x3'], not {rows!r}")
     if not len(rows):
         raise ValueError("a batch needs at least one sequence")
 

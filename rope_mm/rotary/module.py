@@ -132,7 +132,7 @@ class Rotary(nn.Module):
                 "call `rope.angles(positions)` outside of it and pass the angles instead of positions"
             )
         if length is None and positions.numel():
-            length = (positions.detach().flatten(0, -2).amax(0) + 1).tolist()
+            length = (positions.detach().flatten(0, -2).amax(0) + 1).clamp(min=0).tolist()
         return self.omega_at(length or 0.0)
 
     def angles(

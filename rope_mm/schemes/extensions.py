@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from rope_mm.checks.fields import Positive, Real, Reals, Switch, check_fields
+from rope_mm.checks.fields import Names, Positive, Real, Reals, Switch, check_fields
 from rope_mm.registry import Registry
 from rope_mm.schemes.frequencies import Ladder
 
@@ -31,12 +31,11 @@ class Extension:
         applies_to_text: whether it is meant for axes along which text is counted, too (of the class).
     """
 
-    axes: tuple[str, ...] = ()
+    axes: Annotated[tuple[str, ...], Names()] = ()
     needs_length: ClassVar[bool] = False
     applies_to_text: ClassVar[bool] = True
 
     def __post_init__(self):
-        object.__setattr__(self, "axes", tuple(self.axes))
         check_fields(self)
 
     @property

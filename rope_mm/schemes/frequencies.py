@@ -262,8 +262,7 @@ def check_ownership(ownership: str) -> None:
     Raises:
         ValueError: a name that is in neither registry, with all the names there are.
     """
-    if ownership not in OWNERSHIPS and ownership not in DIRECTIONS:
-        Registry("ownership", OWNERSHIPS | DIRECTIONS)[ownership]
+    _ = Registry("ownership", OWNERSHIPS | DIRECTIONS)[ownership]
 
 
 def pair_directions(

@@ -1,8 +1,9 @@
 """Scheme: a layout, frequencies and a pairing of channels in one frozen spec."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
 from typing import Annotated, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from rope_mm.checks.fields import (
     Count,
     Flag,
+    Names,
     OneOf,
     Positive,
     Real,
@@ -47,13 +49,26 @@ OLD_FIELDS = {
     "scale": "freq_scale",
     "attention": "attention_factor",
 }
+# what other libraries call a field
+FOREIGN_FIELDS = {
+    "base": "theta",
+    "rope_theta": "theta",
+    "rope_base": "theta",
+    "rope_scaling": "extensions",
+    "scaling": "extensions",
+    "extension": "extensions",
+    "partial_rotary_factor": "fraction",
+    "rotary_percent": "fraction",
+    "mrope_section": "axis_shares",
+    "interleaved": "pairing",
+}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Scheme:
     """Where tokens stand and by how much each pair of channels rotates: frozen, hashable, printable, JSON.
 
-    Lists are read as tuples, and dicts as options and extensions.
+    Lists are read as tuples, dicts as options and extensions, and one extension as a tuple of one.
 
     Attributes:
         layout: key of LAYOUTS.
@@ -94,7 +109,7 @@ class Scheme:
     freq_range: Annotated[tuple[float, float], Reals(count=2)] = (1.0, 1.0)
     freq_scale: float | tuple[float, ...] = 1.0
     ownership: str = "round-robin"
-    axis_order: tuple[str, ...] = ()
+    axis_order: Annotated[tuple[str, ...], Names()] = ()
     axis_shares: Annotated[tuple[float, ...], Reals(Real(at_least=0))] | None = None
     pairing: Annotated[str, OneOf(PAIRING_NAMES)] = "half"
     fraction: Annotated[float, Real(above=0, at_most=1)] = 1.0
@@ -108,13 +123,10 @@ class Scheme:
 
     def __post_init__(self):
         check_fields(self)
-        options = self.options.items() if isinstance(self.options, Mapping) else self.options
-        options = dict(options)
         read = {
-            "options": tuple((name, read_options(self.layout, options)[name]) for name in options),
-            "axis_order": tuple(self.axis_order),
+            "options": tuple(read_options(self.layout, name_options(self.options)).items()),
             "freq_scale": read_scale(self.freq_scale),
-            "extensions": tuple(map(read_extension, self.extensions)),
+            "extensions": read_extensions(self.extensions),
         }
         for name, value in read.items():
             object.__setattr__(self, name, value)
@@ -220,7 +232,7 @@ class Scheme:
             ValueError: a head_dim that is odd or leaves no pair to rotate, or frequencies that overflow.
         """
         rows = 1 if heads is None else read_value("Scheme", "heads", heads, Count)
-        lengths = [length] * len(self.axes) if isinstance(length, int | float) else length
+        lengths = read_lengths(length, len(self.axes))
         # numbers, also where models are built on the meta device or of fake tensors
         with torch.device("cpu"), unset_fake_temporarily():
             omega = fill_omega(self, head_dim, rows, lengths)
@@ -269,11 +281,56 @@ def refuse_unknown(entries: Mapping[str, Any]) -> None:
     Raises:
         ValueError: an unknown field.
     """
-    known = Scheme.__dataclass_fields__
-    if old := [name for name in entries if name in OLD_FIELDS]:
-        raise ValueError(f"a scheme has no {old}; write {[OLD_FIELDS[name] for name in old]}")
-    if unknown := set(entries) - set(known):
-        raise ValueError(f"a scheme has no {sorted(unknown)}; it has {', '.join(known)}")
+    known, other = Scheme.__dataclass_fields__, OLD_FIELDS | FOREIGN_FIELDS
+    for name in entries:
+        if name in other:
+            raise ValueError(f"a scheme has no field {name!r}; write {other[name]!r}")
+        if name not in known:
+            near = [repr(field) for field in get_close_matches(str(name), known, n=3, cutoff=0.4)]
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise ValueError(f"a scheme has no field {name!r}; {hint}`help(rope_mm.Scheme)` lists them")
+
+
+def name_options(options: Any) -> dict[str, Any]:
+    """A layout's numbers by name, from a mapping or from (name, value) pairs.
+
+    Raises:
+        ValueError: what is neither.
+    """
+    try:
+        return dict(options)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"Scheme: options must be a dict of the layout's numbers by name, not {options!r}"
+        ) from None
+
+
+def read_extensions(extensions: Any) -> tuple[Extension, ...]:
+    """Extensions as a tuple, from one of them or several, each an Extension or its dict.
+
+    Raises:
+        ValueError: what is neither, and as `read_extension`.
+    """
+    if isinstance(extensions, Extension | Mapping):
+        return (read_extension(extensions),)
+    if isinstance(extensions, str) or not isinstance(extensions, Iterable):
+        raise ValueError(
+            f"Scheme: extensions must be extensions such as YaRN(factor=4, original_max_positions=64), "
+            f"not {extensions!r}"
+        )
+    return tuple(map(read_extension, extensions))
+
+
+def read_lengths(length: Any, axes: int) -> Sequence[float]:
+    """For each axis the number that positions are below, from one number or one for each axis.
+
+    Raises:
+        ValueError: what is neither.
+    """
+    each = Real(at_least=0)
+    if isinstance(length, Iterable) and not isinstance(length, str):
+        return apply_rule("Scheme", "length", list(length), Reals(each, axes))
+    return [apply_rule("Scheme", "length", length, each)] * axes
 
 
 def read_scale(scale: Any) -> float | tuple[float, ...]:

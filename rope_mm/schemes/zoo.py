@@ -165,7 +165,9 @@ ALIASES = {
     "rope-3d": "grid",
 }
 
-SCHEMES: Registry[Scheme] = Registry("scheme", TEXT | MULTIMODAL | VISION | DIFFUSION, ALIASES)
+SCHEMES: Registry[Scheme] = Registry(
+    "scheme", TEXT | MULTIMODAL | VISION | DIFFUSION, ALIASES, listing="`rope-mm schemes`"
+)
 
 
 def read_scheme(scheme: str | Scheme, **changes: Any) -> Scheme:

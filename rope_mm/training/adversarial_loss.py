@@ -43,6 +43,9 @@ class GANConfig:
     fraction: float = option(1.0, "of the batch that penalties are taken on", above=0, maximum=1)
     sigma: float = option(0.01, "step of finite differences, fd", above=0)
 
+    def __post_init__(self):
+        check_options(self, "loss.")
+
 
 def as_it_is(patches: Tensor) -> Tensor:
     """Patches without augmentation."""
@@ -291,7 +294,6 @@ class AdversarialLoss:
         checkpointing: bool = False,
         gather: bool = False,
     ):
-        check_options(config, "loss.")
         self.loss, self.distance, self.qp_lambda = (
             GAN_LOSSES[config.name],
             DISTANCES[config.distance],

@@ -12,7 +12,7 @@ from torch.profiler import record_function
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.models.modeling_rope_mm import RopeMMCritic, RopeMMForConditionalGeneration
 from rope_mm.training.adversarial_loss import AdversarialLoss, CriticBatch, GANConfig
-from rope_mm.training.config import option
+from rope_mm.training.config import check_options, option
 from rope_mm.training.distributed import grad_norm, no_sync_if, prepare_model
 from rope_mm.training.rotary_profile import ANGLES
 from rope_mm.training.schedule import SCHEDULES
@@ -33,6 +33,9 @@ class AdversarialOptim:
     final_lr_ratio: float = option(1.0, "final rates over the first ones", minimum=0)
     final_beta2: float | None = option(None, "null: beta2 stays", minimum=0, below=1)
     final_gamma: float = option(1.0, "final gammas of penalties over the first ones", minimum=0)
+
+    def __post_init__(self):
+        check_options(self, "optim.")
 
     @property
     def constant(self) -> bool:

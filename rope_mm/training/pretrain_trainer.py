@@ -12,7 +12,7 @@ from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.models.modeling_rope_mm import RopeMMCritic, RopeMMForConditionalGeneration
 from rope_mm.training.adversarial_loss import AdversarialLoss, CriticBatch, GANConfig
 from rope_mm.training.adversarial_trainer import CriticTrainer, share_angles
-from rope_mm.training.config import option
+from rope_mm.training.config import check_options, option
 from rope_mm.training.distributed import grad_norm, no_sync_if, precision, prepare_model
 from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.packing import PackedBatch
@@ -32,6 +32,9 @@ class PretrainOptim:
     critic_betas: tuple[float, float] = option((0.0, 0.99), "of the critic's AdamW", minimum=0, below=1)
     weight_decay: float = option(0.0, "of AdamW", minimum=0)
     max_grad_norm: float = option(1.0, "a longer gradient is clipped to this length; 0: none is", minimum=0)
+
+    def __post_init__(self):
+        check_options(self, "optim.")
 
     @property
     def constant(self) -> bool:

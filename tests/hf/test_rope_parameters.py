@@ -311,7 +311,7 @@ def plain(**entries):
 
 
 UNREADABLE = {
-    "model_type 'bert' is unknown; there are: cohere": (plain(model_type="bert"), None),
+    "model_type 'bert' is unknown; .*FAMILIES.* lists all": (plain(model_type="bert"), None),
     "did you mean 'qwen3'": (plain(model_type="qwen33"), None),
     "give layer_type, one of": (lambda: AutoConfig.for_model("gemma3_text"), None),
     "layer_type 'full' is unknown; there are: sliding_attention": (

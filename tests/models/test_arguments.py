@@ -103,6 +103,16 @@ def test_fake_tensors_go_through_a_forward_and_a_backward():
     assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_meta_text_goes_through_a_forward_with_a_mask(attention):
+    with torch.device("meta"):
+        model = make()
+        ids = torch.zeros(2, 5, dtype=torch.long)
+    model.set_attn_implementation(attention)
+    out = model(ids, attention_mask=torch.ones_like(ids), labels=ids)
+    assert out.logits.shape == (2, 5, model.config.vocab_size)
+
+
 def test_fake_text_needs_no_positions():
     with FakeTensorMode():
         model = make()

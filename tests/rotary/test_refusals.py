@@ -1,5 +1,6 @@
 """One table of refusals, the same on a CPU, in a recorded graph and by the kernel."""
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -72,12 +73,29 @@ VALUES = {
         {"positions": torch.full((S, A), 2.0**24 + 2)},
         r"cannot count past 2\*\*24",
     ),
+    "real positions beyond what float64 counts": (
+        {"positions": torch.full((S, A), 2.0**54, dtype=torch.float64)},
+        r"cannot be counted past 2\*\*53",
+    ),
+    "an Omega that is no number": ({"omega": torch.full((A, R), torch.nan)}, "Omega holds NaN or infinity"),
+    "an infinite Omega": ({"omega": torch.full((A, R), torch.inf).double()}, "Omega holds NaN or infinity"),
+}
+# an exported graph, which runs without Python, does not know these
+FAR = {
+    "whole numbers beyond what float64 counts": (
+        {"positions": torch.full((S, A), 2**54 + 1)},
+        r"cannot be counted past 2\*\*53",
+    ),
+    "angles that no path can make": (
+        {"positions": torch.full((S, A), 2.0**30).double(), "omega": torch.full((A, R), 2.0**11)},
+        r"angles past 2\*\*40 radians",
+    ),
 }
 FACTORS = {
     "a factor of nothing": ({"factor": 0.0}, "factor is 0.0"),
     "a factor that is no number": ({"factor": torch.nan}, "factor is nan"),
 }
-REFUSED = {**FORMS, **VALUES, **FACTORS}
+REFUSED = {**FORMS, **VALUES, **FAR, **FACTORS}
 
 
 def by_kernel(q, k, positions, omega, **how):
@@ -128,6 +146,20 @@ def test_a_graph_refuses_values_when_it_runs(name):
         recorded(**{**FIT, **change})
 
 
+def test_a_compiled_graph_refuses_values_in_the_same_words_when_it_runs():
+    compiled = torch.compile(rotate, fullgraph=True, backend="aot_eager")
+    refused = {**VALUES, **FAR}
+    assert refused
+    for change, _ in refused.values():
+        with pytest.raises(ValueError, match="2|NaN") as eager:
+            rotate(**{**FIT, **change})
+        with pytest.raises(ValueError, match="2|NaN") as error:
+            compiled(**{**FIT, **change})
+        assert str(error.value) == str(eager.value)
+    for x, y in zip(compiled(**FIT), rotate(**FIT), strict=True):
+        torch.testing.assert_close(x, y)
+
+
 @pytest.mark.parametrize("mode", ["exact", "hf"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize(
@@ -161,6 +193,20 @@ def test_whole_numbers_and_float64_reach_beyond_what_float32_counts():
     assert not torch.equal(whole, rotate(q, None, far - 1, torch.ones(1, 4))[0])
 
 
+@pytest.mark.parametrize("power", [24, 26, 30, 34, 38])
+def test_every_path_rotates_far_tokens_by_their_angle(power):
+    far = (2**power + 3 * torch.arange(S))[:, None]
+    q, omega = torch.randn(1, S, 1, 8), torch.tensor([[1.0, 0.3, 0.01, 1e-4]])
+    with mpmath.workdps(50):
+        exact = [[float(mpmath.fmod(int(n) * mpmath.mpf(w), 2 * mpmath.pi)) for w in omega[0].tolist()] for n in far]
+    wanted = rotate_by_angles(q, None, torch.tensor(exact, dtype=torch.float64))[0]
+    # the words of the kernel have 48 bits, and 2**40 radians of these are whole
+    bound = max(2e-6, 2.0 ** (power - 46))
+    for positions in (far, far.double()):
+        torch.testing.assert_close(rotate(q, None, positions, omega)[0], wanted, atol=bound, rtol=0)
+        torch.testing.assert_close(by_kernel(q, q, positions, omega)[0], wanted, atol=bound, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -168,6 +214,8 @@ def test_whole_numbers_and_float64_reach_beyond_what_float32_counts():
         ({"cos": torch.ones(1, S, D + 2), "sin": torch.ones(1, S, D + 2)}, "of the d channels"),
         ({"cos": torch.ones(1, S, D).int()}, "give tables of floating point numbers"),
         ({"cos": [1.0]}, "cos is a list"),
+        ({"cos": torch.full((1, S, D), torch.nan)}, "cos or sin holds NaN or infinity"),
+        ({"sin": torch.full((1, S, D), torch.inf)}, "cos or sin holds NaN or infinity"),
         ({"k": torch.ones(B, S - 1, G, D)}, "alike but for the heads"),
         ({"pairing": "block"}, "sum to the 8 pairs"),
     ],

@@ -207,7 +207,9 @@ def test_a_scheme_is_hashable_printable_and_reads_its_own_lists_as_tuples():
         ({"channel_offset": "middle"}, "'start', 'end' or 'padded'"),
         ({"axis_order": ("z",)}, r"axis_order names \['z'\]"),
         ({"options": (("rate", 2.0),)}, "takes no options"),
-        ({"bases": 3}, "a scheme has no \\['bases'\\]"),
+        ({"bases": 3}, "a scheme has no field 'bases'; .*`help"),
+        ({"base": 3}, "a scheme has no field 'base'; write 'theta'$"),
+        ({"pairs": 3}, "did you mean 'pairing'"),
         ({"fraction": 0.01}, "makes no whole pairs"),
         ({"fraction": 0.0}, "fraction must be a finite number > 0 and <= 1, not 0.0"),
         ({"theta": 0}, "Scheme: theta must be a finite number > 0, not 0"),
@@ -233,8 +235,20 @@ def test_a_scheme_is_hashable_printable_and_reads_its_own_lists_as_tuples():
         ),
         ({"extensions": [5]}, "holds extensions or their dicts, not 5"),
         ({"theta": 1e-300, "freq_scale": 1e300}, "frequencies that are not finite"),
-        ({"still": 0.5}, r"a scheme has no \['still'\]; write \['unrotated_fraction'\]"),
-        ({"slot": "tail", "band": (1, 2)}, r"write \['channel_offset', 'freq_range'\]"),
+        ({"still": 0.5}, "a scheme has no field 'still'; write 'unrotated_fraction'"),
+        ({"slot": "tail"}, "write 'channel_offset'"),
+        ({"extensions": 3}, "extensions must be extensions such as YaRN"),
+        ({"extensions": "yarn"}, "extensions must be extensions such as YaRN"),
+        ({"extensions": [{"rope_type": ["yarn"]}]}, r"rope_type \['yarn'\] is unknown"),
+        ({"options": 3}, "options must be a dict"),
+        ({"options": ["rate"]}, "options must be a dict"),
+        ({"axis_order": 3}, "axis_order must be a list of names, not 3"),
+        ({"axis_order": [["t"]]}, "axis_order must be a list of names"),
+        ({"axis_order": "tyx"}, "axis_order names"),
+        *(
+            ({name: [value]}, f"{name} .*{value}.* is unknown")
+            for name, value in (("layout", "grid"), ("ladder", "own"), ("spacing", "log"), ("ownership", "chunk"))
+        ),
     ],
 )
 def test_a_scheme_that_makes_no_sense_is_refused(change, message):

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 from rope_mm.losses import GAN_LOSSES, PENALTIES
 from rope_mm.training import adversarial_trainer
-from rope_mm.training.adversarial_loss import LeCamEMA
+from rope_mm.training.adversarial_loss import GANConfig, LeCamEMA
 from rope_mm.training.adversarial_trainer import AdversarialOptim
 
 ROOT = Path(__file__).parents[2]
@@ -189,12 +189,26 @@ def test_compiled_models_have_the_gradients_of_plain_ones(toy):
         ({"fraction": 0.0}, "loss.fraction must be above 0 and at most 1, not 0.0"),
         ({"penalties": {"r3": 1.0}}, "penalty 'r3' is unknown"),
         ({"penalties": {"r1": -1.0}}, "loss.penalties.r1 must be at least 0, not -1.0"),
-        ({"optim": AdversarialOptim(schedule="cosin")}, "schedule 'cosin' is unknown; did you mean 'cosine'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_before_anything_runs(wrong, message, toy):
     with pytest.raises(ValueError, match=message):
         toy.trainer(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (AdversarialOptim, {"schedule": "cosin"}, "optim.schedule: schedule 'cosin' is unknown; did you mean"),
+        (AdversarialOptim, {"lr": float("nan")}, "optim.lr must be at least 0, not nan"),
+        (GANConfig, {"sigma": float("nan")}, "loss.sigma must be above 0, not nan"),
+        (GANConfig, {"qp_lambda": -1.0}, "loss.qp_lambda must be above 0, not -1.0"),
+        (GANConfig, {"penalties": {"r1": float("inf")}}, "loss.penalties.r1 must be at least 0, not inf"),
+    ],
+)
+def test_numbers_of_a_configuration_are_checked_when_it_is_made(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        config(**change)
 
 
 def test_rates_beta2_and_gammas_follow_the_schedule(toy):

@@ -1,0 +1,93 @@
+"""What `place` refuses, in one sentence, and what it costs to refuse or to place much."""
+
+import tracemalloc
+
+import pytest
+import torch
+
+from rope_mm import Cursor, Image, Rotary, Text, Video, pack, place, place_rows
+from rope_mm.positions.grids import LARGE, Raster, fill, fill_alone, fill_together
+from rope_mm.positions.place import MOST_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        (None, "a sequence is a list of segments, such as .*, not None"),
+        (5, "a sequence is a list of segments, such as .*, not 5"),
+        (Text(3), r"write \[Text\(length=3\)\]"),
+        (["text:3"], "holds segments such as"),
+    ],
+)
+def test_what_is_no_sequence_is_refused(segments, message):
+    with pytest.raises(ValueError, match=message):
+        place(segments)
+
+
+@pytest.mark.parametrize(
+    ("cursor", "hint"), [(5, "5$"), ("text:2", "'text:2'$"), ({"next": 3.0}, r"write Cursor\(\*\*it\)")]
+)
+def test_what_is_no_cursor_is_refused_wherever_one_is_given(cursor, hint):
+    calls = (
+        lambda: place("text:2", "flat", cursor),
+        lambda: Rotary(8, "flat").place("text:2", cursor),
+        lambda: place_rows(["text:2"], "flat", [cursor]),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=f"goes on from the Cursor that `place` returned, not from .*{hint}"):
+            call()
+    with pytest.raises(ValueError, match="cursors must be a list, one for each row, not 5"):
+        place_rows(["text:2"], "flat", 5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layout": 3}, "Cursor: layout must be a string, not 3"),
+        ({"video": 5}, "Cursor: video must be an OpenVideo or a dict of its start, t, y, x"),
+        ({"video": {"frames": 3}}, "Cursor: video must be an OpenVideo or a dict of its start, t, y, x"),
+        ({"video": Video(1, 2, 3)}, "Cursor: video must be an OpenVideo or a dict"),
+    ],
+)
+def test_a_cursor_is_checked_when_it_is_made(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Cursor(**fields)
+
+
+@pytest.mark.parametrize("rows", [5, None, Text(2)])
+def test_what_is_no_batch_is_refused(rows):
+    for function in (place_rows, pack):
+        with pytest.raises(ValueError, match="a batch is a list of sequences"):
+            function(rows)
+
+
+@pytest.mark.parametrize("segments", ["text:2147483647", "image:40000x50000", "text:16777217", "text:9000000 " * 2])
+def test_absurd_sizes_are_refused_before_memory_is_taken(segments):
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f"place at most {MOST_TOKENS} at a time and go on from the cursor"):
+        place(segments)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("merge", [1, 2])
+@pytest.mark.parametrize("pace", [None, 0.7])
+@pytest.mark.parametrize("offsets", [False, True])
+def test_a_raster_has_the_same_positions_alone_and_beside_others(merge, pace, offsets):
+    moved = torch.rand(4 * 6, 3, dtype=torch.float64) if offsets else None
+    steps = ((1.0, 0.1, 0.2), (0.3, 1.0, 0.4), (0.5, 0.6, 1.0))
+    raster = Raster((5, 4, 6), (0.5, 2.0, 7.0), steps, merge, pace, 3, moved)
+    assert torch.equal(fill_alone(raster), fill_together([raster]))
+
+
+def test_large_and_small_segments_keep_their_order():
+    segments = [Text(3), Text(LARGE + 1), Image(70, 70), Text(2), Image(2, 2)]
+    for layout in ("rope-tv", "m-rope-hf"):
+        whole, cursor = place(segments, layout), None
+        pieces = []
+        for segment in segments:
+            piece, cursor = place([segment], layout, cursor)
+            pieces.append(piece)
+        assert torch.equal(whole[0], torch.cat(pieces)) and whole[1] == cursor
+    two = Raster((1, 70, 70), (0.0,), ((1.0,),) * 3), Raster((2, 1, 1), (5.0,), ((1.0,),) * 3)
+    assert torch.equal(fill(two), fill_together(two))
