@@ -15,9 +15,13 @@ LARGE = {"scheme": SCHEMES, "layout": LAYOUTS, "GAN loss": GAN_LOSSES, "model_ty
 def test_many_names_are_not_listed_but_the_nearest_and_the_place_of_all(kind, unknown):
     registry = LARGE[kind]
     assert len(registry) > MOST_LISTED
-    with pytest.raises(ValueError, match=f"{kind} {unknown!r} is unknown; .*`.*` lists all {len(registry)}$") as e:
+    with pytest.raises(
+        ValueError, match=f"{kind} {unknown!r} is unknown; .*`.*` lists all {len(registry)}$"
+    ) as e:
         registry[unknown]
-    named = [name for name in (*registry, *registry.aliases) if repr(name) in str(e.value) and name != unknown]
+    named = [
+        name for name in (*registry, *registry.aliases) if repr(name) in str(e.value) and name != unknown
+    ]
     assert len(named) <= 3 and len(str(e.value)) < 200
 
 

@@ -30,7 +30,9 @@ NEAR_ANGLES = "angles past 2**40 radians are not exact; give smaller positions, 
 # a copy of this package under another name, as the Kernel Hub makes, has ops of its own
 PACKAGE = __name__.partition(".")[0]
 NAMESPACE = "rope_mm" if PACKAGE == "rope_mm_kernels" else f"rope_mm_{PACKAGE}"
-IS_EXPORTING = getattr(torch.compiler, "is_exporting", None)  # torch 2.6 has none: all graphs are taken as exported
+IS_EXPORTING = getattr(
+    torch.compiler, "is_exporting", None
+)  # torch 2.6 has none: all graphs are taken as exported
 
 
 def shape_of(x: Tensor) -> str:

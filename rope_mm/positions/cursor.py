@@ -68,4 +68,6 @@ def read_video(video: Any) -> OpenVideo | None:
         return OpenVideo(**video)
     except TypeError:
         known = ", ".join(field.name for field in fields(OpenVideo))
-        raise ValueError(f"Cursor: video must be an OpenVideo or a dict of its {known}, not {video!r}") from None
+        raise ValueError(
+            f"Cursor: video must be an OpenVideo or a dict of its {known}, not {video!r}"
+        ) from None

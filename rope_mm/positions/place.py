@@ -337,7 +337,9 @@ def check_rows(rows: Sequence[str | Sequence[Segment]]) -> None:
     if isinstance(rows, str | Segment):
         raise ValueError(f"a batch is a list of sequences, not one; write [{rows!r}]")
     if not isinstance(rows, Sequence):
-        raise ValueError(f"a batch is a list of sequences such as ['text:5', 'text:2 image:2x3'], not {rows!r}")
+        raise ValueError(
+            f"a batch is a list of sequences such as ['text:5', 'text:2 image:2x3'], not {rows!r}"
+        )
     if not len(rows):
         raise ValueError("a batch needs at least one sequence")
 

@@ -34,7 +34,9 @@ def test_what_is_no_cursor_is_refused_wherever_one_is_given(cursor, hint):
         lambda: place_rows(["text:2"], "flat", [cursor]),
     )
     for call in calls:
-        with pytest.raises(ValueError, match=f"goes on from the Cursor that `place` returned, not from .*{hint}"):
+        with pytest.raises(
+            ValueError, match=f"goes on from the Cursor that `place` returned, not from .*{hint}"
+        ):
             call()
     with pytest.raises(ValueError, match="cursors must be a list, one for each row, not 5"):
         place_rows(["text:2"], "flat", 5)
@@ -61,7 +63,9 @@ def test_what_is_no_batch_is_refused(rows):
             function(rows)
 
 
-@pytest.mark.parametrize("segments", ["text:2147483647", "image:40000x50000", "text:16777217", "text:9000000 " * 2])
+@pytest.mark.parametrize(
+    "segments", ["text:2147483647", "image:40000x50000", "text:16777217", "text:9000000 " * 2]
+)
 def test_absurd_sizes_are_refused_before_memory_is_taken(segments):
     tracemalloc.start()
     with pytest.raises(ValueError, match=f"place at most {MOST_TOKENS} at a time and go on from the cursor"):

@@ -198,7 +198,10 @@ def test_every_path_rotates_far_tokens_by_their_angle(power):
     far = (2**power + 3 * torch.arange(S))[:, None]
     q, omega = torch.randn(1, S, 1, 8), torch.tensor([[1.0, 0.3, 0.01, 1e-4]])
     with mpmath.workdps(50):
-        exact = [[float(mpmath.fmod(int(n) * mpmath.mpf(w), 2 * mpmath.pi)) for w in omega[0].tolist()] for n in far]
+        exact = [
+            [float(mpmath.fmod(int(n) * mpmath.mpf(w), 2 * mpmath.pi)) for w in omega[0].tolist()]
+            for n in far
+        ]
     wanted = rotate_by_angles(q, None, torch.tensor(exact, dtype=torch.float64))[0]
     # the words of the kernel have 48 bits, and 2**40 radians of these are whole
     bound = max(2e-6, 2.0 ** (power - 46))

@@ -247,7 +247,12 @@ def test_a_scheme_is_hashable_printable_and_reads_its_own_lists_as_tuples():
         ({"axis_order": "tyx"}, "axis_order names"),
         *(
             ({name: [value]}, f"{name} .*{value}.* is unknown")
-            for name, value in (("layout", "grid"), ("ladder", "own"), ("spacing", "log"), ("ownership", "chunk"))
+            for name, value in (
+                ("layout", "grid"),
+                ("ladder", "own"),
+                ("spacing", "log"),
+                ("ownership", "chunk"),
+            )
         ),
     ],
 )

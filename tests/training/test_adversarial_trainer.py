@@ -199,7 +199,11 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_runs(wrong, messa
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (AdversarialOptim, {"schedule": "cosin"}, "optim.schedule: schedule 'cosin' is unknown; did you mean"),
+        (
+            AdversarialOptim,
+            {"schedule": "cosin"},
+            "optim.schedule: schedule 'cosin' is unknown; did you mean",
+        ),
         (AdversarialOptim, {"lr": float("nan")}, "optim.lr must be at least 0, not nan"),
         (GANConfig, {"sigma": float("nan")}, "loss.sigma must be above 0, not nan"),
         (GANConfig, {"qp_lambda": -1.0}, "loss.qp_lambda must be above 0, not -1.0"),
