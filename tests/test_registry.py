@@ -26,11 +26,13 @@ def test_many_names_are_not_listed_but_the_nearest_and_the_place_of_all(kind, un
 
 
 def test_few_names_are_listed():
-    with pytest.raises(ValueError, match="colour 'rde' is unknown; did you mean 'red'. there are: blue, red"):
+    with pytest.raises(
+        ValueError, match=r"colour 'rde' is unknown; did you mean 'red'\? there are: blue, red"
+    ):
         Registry("colour", {"red": 1, "blue": 2})["rde"]
 
 
 @pytest.mark.parametrize("key", [["red"], {"red": 1}, None, 3])
 def test_what_is_no_name_is_refused_like_an_unknown_name(key):
-    with pytest.raises(ValueError, match="colour .* is unknown"):
+    with pytest.raises(ValueError, match=r"colour .* is unknown"):
         Registry("colour", {"red": 1, "blue": 2})[key]

@@ -171,7 +171,7 @@ def check_readable_values(positions: Tensor, omega: Tensor) -> None:
 
 
 def check_recorded_values(positions: Tensor, omega: Tensor) -> None:
-    """Let a graph look when it runs: a compiled one by `check_readable_values`, an exported one without Python."""
+    """Let a graph look when it runs, a compiled one by `check_readable_values`, an exported one by itself."""
     if IS_EXPORTING is not None and not IS_EXPORTING():
         torch._assert_async(check_values_op(positions, omega), FINITE_POSITIONS)  # keeps the op in the graph
         return

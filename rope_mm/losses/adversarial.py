@@ -149,8 +149,8 @@ def gan_qp_critic(
         power: m of the term delta^m / (m (λ d)^(m - 1)), even; any has the same optimum for two points.
 
     Raises:
-        ValueError: an odd power, which has no optimum, a λ that is not positive, or a distance that is negative
-            or not finite.
+        ValueError: an odd power, which has no optimum, a λ that is not positive, or a distance that is
+            negative or not finite.
     """
     if power < 2 or power % 2:
         raise ValueError(f"gan-qp wants an even power of at least 2, not {power}")

@@ -10,7 +10,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether the host may look at the numbers: an accelerator would make it wait, a recorded graph has none."""
+    """Whether the host may look at the numbers: an accelerator would make it wait, a graph has none."""
     recorded = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return x.device.type == "cpu" and type(x) is Tensor and not recorded
 

@@ -60,8 +60,9 @@ def fill(rasters: Sequence[Raster]) -> Tensor:
     themselves, as that takes no more memory than their positions.
     """
     blocks = []
-    for large, run in groupby(rasters, lambda raster: raster.tokens > LARGE):
-        blocks += [fill_alone(raster) for raster in run] if large else [fill_together(list(run))]
+    for large, group in groupby(rasters, lambda raster: raster.tokens > LARGE):
+        run = list(group)
+        blocks += map(fill_alone, run) if large else [fill_together(run)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 

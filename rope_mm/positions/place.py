@@ -85,8 +85,8 @@ def check_tokens(segments: Sequence[Segment]) -> Sequence[Segment]:
     """
     if (tokens := sum(segment.tokens for segment in segments)) > MOST_TOKENS:
         raise ValueError(
-            f"{tokens} tokens are too many for one call; place at most {MOST_TOKENS} at a time and go on from "
-            "the cursor"
+            f"{tokens} tokens are too many for one call; place at most {MOST_TOKENS} at a time and go on "
+            "from the cursor"
         )
     return segments
 

@@ -151,9 +151,9 @@ def test_a_compiled_graph_refuses_values_in_the_same_words_when_it_runs():
     refused = {**VALUES, **FAR}
     assert refused
     for change, _ in refused.values():
-        with pytest.raises(ValueError, match="2|NaN") as eager:
+        with pytest.raises(ValueError, match=r"2|NaN") as eager:
             rotate(**{**FIT, **change})
-        with pytest.raises(ValueError, match="2|NaN") as error:
+        with pytest.raises(ValueError, match=r"2|NaN") as error:
             compiled(**{**FIT, **change})
         assert str(error.value) == str(eager.value)
     for x, y in zip(compiled(**FIT), rotate(**FIT), strict=True):
