@@ -312,7 +312,7 @@ def place_rows(
         ValueError: as `place`, and where there is no row, not one cursor for each row, or no such side.
     """
     check_rows(rows)
-    cursors = [None] * len(rows) if cursors is None else cursors
+    cursors = [Cursor()] * len(rows) if cursors is None else cursors
     if not isinstance(cursors, Sequence):
         raise ValueError(f"cursors must be a list, one for each row, not {cursors!r}")
     if len(cursors) != len(rows):
