@@ -63,6 +63,7 @@ class Data:
     background: str = option("white", "colour under what is transparent, where channels is 1 or 3")
     max_caption_length: int = option(256, "tokens of a caption", minimum=1)
     long_captions: Literal["cut", "refuse"] = option("cut", "what becomes of longer captions")
+    flip: bool = option(False, "mirror each image, left to right, half of the times that it is read")
     changed: bool = option(False, "resume although the data has changed")
 
 
@@ -151,7 +152,11 @@ class Training:
         batcher = replace(self.batcher, size=pixels)
         captions = self.images.draw_captions(rows, make_generator(seed, "captions", update))[mine]
         noise = batcher.noise(make_generator(seed, "noise", update, 0), size)[mine]
-        real = batcher.to_patches(self.images.images(rows[mine]))
+        images = self.images.images(rows[mine])
+        if self.config.data.flip:
+            mirrored = torch.rand(size, generator=make_generator(seed, "flip", update))[mine] < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        real = batcher.to_patches(images)
         number = update * self.config.gradient_accumulation_steps + part
         return AdversarialBatch(
             batcher.sequences(captions).to(device),

@@ -65,6 +65,7 @@ class Data:
     )
     channels: int = option(1, "1 grey, 3 RGB, 4 RGBA")
     background: str = option("white", "colour under what is transparent, where channels is 1 or 3")
+    flip: bool = option(False, "mirror each image and video, left to right, half of the times")
     rows_per_document: int = option(1, "rows joined in a document", minimum=1)
     streaming: bool = option(False, "read rows as they come, and hold only some")
     shuffle: int = option(1_000, "rows of streams that are shuffled together; 0: none", minimum=0)
@@ -301,6 +302,7 @@ def load_data(data: Data, patch_size: int) -> tuple[DocumentDataset, MapDocument
         rows_per_document=data.rows_per_document,
         background=data.background,
         keep_aspect=patch_size if data.aspect_ratio == "keep" else None,
+        flip=data.flip,
     )
 
 

@@ -94,6 +94,7 @@ class DocumentDataset(ABC):
         background: the colour under what is transparent, where channels is 1 or 3.
         keep_aspect: pixels of a patch's side; then images and videos keep their shape, in as many patches as
             a square of `size` has at most, see `keep_aspect_ratio`. None: all are cropped to `size`.
+        flip: mirror each image and video, left to right, half of the times that it is read.
 
     Raises:
         ValueError: a source that no template fits, a template that fits no source, a column of no use.
@@ -110,6 +111,7 @@ class DocumentDataset(ABC):
         rows_per_document: int = 1,
         background: str = BACKGROUND,
         keep_aspect: int | None = None,
+        flip: bool = False,
     ):
         check_background(background)
         if keep_aspect and not isinstance(size, int):
@@ -117,7 +119,7 @@ class DocumentDataset(ABC):
         if channels not in MODES:
             raise ValueError(f"images have {', '.join(map(str, MODES))} channels, not {channels}")
         self.size, self.channels, self.background = size, channels, background
-        self.keep_aspect, self.rows_per_document = keep_aspect, rows_per_document
+        self.keep_aspect, self.flip, self.rows_per_document = keep_aspect, flip, rows_per_document
         self.templates = parsed = [read_template(template) for template in templates]
         columns = [{part.column for part in template if isinstance(part, Column)} for template in parsed]
         here = [set(rows.column_names or ()) for rows in sources]
@@ -207,6 +209,8 @@ class DocumentDataset(ABC):
         size = self.size_of(held[0])
         frames = [resize_center_crop(frame, size, self.channels, self.background) for frame in held]
         pixels = torch.stack(frames) / 127.5 - 1
+        if self.flip and generator is not None and torch.rand((), generator=generator) < 0.5:
+            pixels = pixels.flip(-1)
         return Visual(pixels[0] if kind == "image" else pixels, part.generate)
 
     def size_of(self, image: PILImage.Image) -> int | tuple[int, int]:

@@ -171,6 +171,7 @@ class StreamingDocuments(DocumentDataset):
         rows_per_document: rows that are joined in a document.
         background: the colour under what is transparent, where channels is 1 or 3.
         keep_aspect: see `DocumentDataset`.
+        flip: mirror each image and video half of the times that it is read.
         shuffle: rows that are shuffled together.
         apart: how many rows, the first ones of each source, are skipped.
 
@@ -189,10 +190,11 @@ class StreamingDocuments(DocumentDataset):
         rows_per_document: int = 1,
         background: str = BACKGROUND,
         keep_aspect: int | None = None,
+        flip: bool = False,
         shuffle: int = 0,
         apart: Sequence[int] = (),
     ):
-        super().__init__(sources, templates, size, channels, rows_per_document, background, keep_aspect)
+        super().__init__(sources, templates, size, channels, rows_per_document, background, keep_aspect, flip)
         self.blocks = ShuffleBuffer(cast(Any, self.sources), max(shuffle, 1), apart or [0] * len(sources))
         self.reader: Iterator[tuple[StreamState, RowId, Any]] = iter(())
         self.owner: tuple[int, int] | None = None
@@ -333,9 +335,8 @@ def load_documents(
     """
     if not streaming:
         splits = [select_rows(load_splits(path), filter or {}) for path in paths]
-        return MapDocuments([s["train"] for s in splits], **how), MapDocuments(
-            [s["test"] for s in splits], **how
-        )
+        train, test = ([s[name] for s in splits] for name in ("train", "test"))
+        return MapDocuments(train, **how), MapDocuments(test, **cast(Any, how | {"flip": False}))
     if filter:
         raise ValueError(
             f"rows of a stream cannot be filtered, here by {dict(filter)}; do not stream, or do not filter"
@@ -343,7 +344,7 @@ def load_documents(
     sources = [load_stream(path, held_out) for path in paths]
     apart = [source.apart for source in sources]
     documents = StreamingDocuments([source.train for source in sources], shuffle=shuffle, apart=apart, **how)
-    return documents, MapDocuments([source.test for source in sources], **how)
+    return documents, MapDocuments([source.test for source in sources], **cast(Any, how | {"flip": False}))
 
 
 def with_features(rows: IterableDataset, path: str) -> IterableDataset:

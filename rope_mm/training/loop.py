@@ -43,6 +43,7 @@ class Run:
     sample_every: int = option(500, "steps; samples and metrics are made", minimum=1)
     checkpoint_every: int = option(500, "steps; the newest two checkpoints remain", minimum=1)
     on_nan: Literal["stop", "skip"] = option("stop", "at a gradient that is not finite; skip: skip its step")
+    mixed_precision: Literal["", "no", "bf16"] = option("", "of forwards; empty: as accelerate is configured")
     threads: int = option(0, "of torch on the CPU; 0: torch decides", minimum=0)
     profile: int = option(
         0, "steps, after the first, of which rotary's share of the time is printed", minimum=0
@@ -141,6 +142,7 @@ def launch(make: Callable[[Config, Accelerator], Training], config: Config, **op
     if config.threads:
         torch.set_num_threads(config.threads)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight it saves
+    options["mixed_precision"] = config.mixed_precision or None  # None: as accelerate is configured
     output_dir, trackers = Path(config.output_dir), read_trackers(config.trackers)
     if config.dry_run:
         dry_run(make(config, Accelerator(**options)), config, output_dir)

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from rope_mm.training.distributed import all_reduce_max
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 DONE = ("model", "result.json")
 MADE = ("checkpoints", "samples", "metrics.jsonl", "index.html", *DONE)
+
+
+PATIENCE = 10.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def locked(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
         accelerator: the main process locks it for all.
 
     Raises:
-        ValueError: another one does; with its process number.
+        ValueError: another one does; with its process number. A folder that not all machines share.
     """
     lock = filelock.FileLock(output_dir / ".lock")
     holder = output_dir / ".lock-holder"
@@ -74,6 +78,7 @@ def locked(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
             f"{output_dir} is in use by {name}; wait for it, stop it, or choose another --output_dir"
         )
     try:
+        check_shared(holder, accelerator)
         yield
     finally:
         if lock.is_locked:
@@ -82,6 +87,27 @@ def locked(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
                 (output_dir / ".lock").unlink()
                 output_dir.rmdir()
             lock.release()
+
+
+def check_shared(file: Path, accelerator: Accelerator) -> None:
+    """Refuse a folder that some process does not see: there a run would begin anew while others resume.
+
+    Args:
+        file: that the main process has just written.
+        accelerator: the processes.
+
+    Raises:
+        ValueError: a process that does not see the file within PATIENCE seconds.
+    """
+    end = time.monotonic() + PATIENCE  # a network file system may show a new file late
+    while not (seen := file.is_file()) and time.monotonic() < end:
+        time.sleep(0.1)
+    missing = all_reduce_max(accelerator, 0 if seen else accelerator.process_index + 1)
+    if missing:
+        raise ValueError(
+            f"process {missing - 1} does not see the folder {file.parent.absolute()} of process 0; give "
+            "--output_dir a folder on a file system that all machines share"
+        )
 
 
 def open_folder(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from rope_mm.data import MapDocuments, make_generator
+from rope_mm.data import MapDocuments, load_documents, make_generator
 from rope_mm.data.buckets import Buckets
 from rope_mm.data.images import CaptionedImages
 from rope_mm.data.pixels import keep_aspect_ratio
@@ -112,3 +112,15 @@ def test_documents_hold_images_in_their_own_shape(rows):
         ValueError, match=r"size must be the side of a square where images keep their shape, not \(8, 4\)"
     ):
         MapDocuments([rows], ["{caption}{image:generate}"], (8, 4), 1, keep_aspect=2)
+
+
+def test_a_flipped_document_mirrors_half_of_its_images_and_what_is_evaluated_stays(rows, tmp_path):
+    rows.to_parquet(tmp_path / "rows.parquet")
+    options = {"templates": ["{caption}{image:generate}"], "size": 8, "channels": 1}
+    train, held_out = load_documents([str(tmp_path / "rows.parquet")], flip=True, **options)
+    left = [train.document([0], make_generator(i))[1].pixels[0, 0, 0].item() for i in range(60)]
+    assert 15 < sum(value == left[0] for value in left) < 45
+    assert (
+        len({tuple(held_out.document([0], make_generator(i))[1].pixels[0, 0].tolist()) for i in range(9)})
+        == 1
+    )

@@ -4,6 +4,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate import Accelerator
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
@@ -86,6 +88,17 @@ def test_documents_of_images_of_several_shapes_are_packed_and_trained(pretrain, 
     assert all(line["loss/image"] > 0 for line in runs.lines(tmp_path / "run") if "loss/image" in line)
     assert (tmp_path / "run" / "samples" / "step-000004.png").stat().st_size > 1000
     assert (tmp_path / "run" / "samples" / "step-000004-image2text.txt").read_text().count("photo") >= 3
+
+
+def test_flipped_images_reach_the_critic_mirrored(adversarial, tmp_path):
+    config = adversarial.config(tmp_path / "run", **{"data.flip": "true", "global_batch_size": 64})
+    plain = adversarial.config(tmp_path / "run", **{"global_batch_size": 64})
+    accelerator = Accelerator()
+    flipped, straight = (adversarial.module.Training(c, accelerator) for c in (config, plain))
+    ours, theirs = (t.batcher.to_images(t.micro_batch(0).real) for t in (flipped, straight))
+    mirrored = (ours == theirs.flip(-1)).flatten(1).all(1)
+    assert 16 < int(mirrored.sum()) < 48
+    assert torch.equal(ours[~mirrored], theirs[~mirrored])
 
 
 def test_metrics_by_labels_need_images_of_one_size(adversarial, refusal, photos, tmp_path):

@@ -139,6 +139,8 @@ def test_bf16_is_near_float32_and_keeps_weights_and_penalties_in_it(pretrain, ru
     first, its = runs.lines(tmp_path / "half")[0], runs.lines(tmp_path / "full")[0]
     assert first == pytest.approx(its, rel=2e-2, abs=2e-2)
     assert first["loss/text"] != its["loss/text"]
+    pretrain.train(tmp_path / "flag", image_head="adversarial", steps=1, mixed_precision="bf16")
+    assert runs.same(tmp_path / "flag", tmp_path / "half")
     # at the same weights, of the same images but for their rounding
     assert first["penalty/r1"] == pytest.approx(its["penalty/r1"], rel=1e-5)
 

@@ -1,0 +1,56 @@
+"""Two machines, as two launchers of one process each: with one file system, and with one for each."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def launch(script, folders, environment, **changes):
+    """The exit codes and error messages of the same relative command in one working directory per machine."""
+    port, machines = free_port(), []
+    for rank, folder in enumerate(folders):
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+        command += ["--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+        command += [str(script.path), *script.flags("run", **changes)]
+        env = environment(ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo")
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        machines.append(subprocess.Popen(command, cwd=folder, env=env, **pipes))
+    messages = [machine.communicate(timeout=240)[1] for machine in machines]
+    return [machine.returncode for machine in machines], messages
+
+
+def test_two_machines_that_share_the_folder_train_and_resume_bit_exactly(adversarial, runs, tmp_path):
+    run, settings = tmp_path / "run", {"steps": 2, "checkpoint_every": 1}
+    codes, messages = launch(adversarial, [tmp_path] * 2, runs.environment, **settings)
+    assert codes == [0, 0], messages
+    shutil.copytree(run / "model", tmp_path / "before" / "model")
+    shutil.rmtree(run / "checkpoints" / "step-000002")
+    shutil.rmtree(run / "model")
+    codes, messages = launch(adversarial, [tmp_path] * 2, runs.environment, **settings)
+    assert codes == [0, 0], messages
+    assert runs.same(run, tmp_path / "before")
+
+
+def test_machines_that_do_not_share_the_folder_are_refused_before_anything_is_written(
+    adversarial, runs, tmp_path
+):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    codes, messages = launch(adversarial, folders, runs.environment)
+    assert all(code != 0 for code in codes)
+    for text in messages:
+        assert "process 1 does not see the folder" in text
+        assert "give --output_dir a folder on a file system that all machines share" in text
+    assert [sorted(os.listdir(folder)) for folder in folders] == [[], []]
