@@ -1,6 +1,5 @@
 """Two machines, as two launchers of one process each: with one file system, and with one for each."""
 
-import os
 import shutil
 import socket
 import subprocess
@@ -53,4 +52,4 @@ def test_machines_that_do_not_share_the_folder_are_refused_before_anything_is_wr
     for text in messages:
         assert "process 1 does not see the folder" in text
         assert "give --output_dir a folder on a file system that all machines share" in text
-    assert [sorted(os.listdir(folder)) for folder in folders] == [[], []]
+    assert [list(folder.iterdir()) for folder in folders] == [[], []]
