@@ -3,7 +3,8 @@
 - `set_rope(model, "rope-tv")` lets a live model rotate by a scheme and returns a `Handle`; `handle.undo()` or
   `unset_rope(model)` gives the model its own rotary back.
 - `rope_of(model)` reads what a model rotates by, as a `ModelRope`; `explain(model)` prints it for every part.
-- `positions_for(model, inputs)` makes the `position_ids` of text, images and videos by the model's scheme.
+- `positions_for(model, inputs)` makes the `position_ids` of text, images and videos by the model's scheme;
+  `position_ids_of(positions)` those of positions that were placed without a model.
 - `use_kernels(model)` rotates queries and keys by this library's kernels.
 """
 
@@ -13,13 +14,14 @@ from rope_mm.checks.extras import import_name
 
 if TYPE_CHECKING:
     from rope_mm.hf.patching import Handle, explain, rope_of, set_rope, unset_rope, use_kernels
-    from rope_mm.hf.position_ids import positions_for
+    from rope_mm.hf.position_ids import position_ids_of, positions_for
     from rope_mm.hf.rotary_inspection import ModelRope
 
 __all__ = [
     "Handle",
     "ModelRope",
     "explain",
+    "position_ids_of",
     "positions_for",
     "rope_of",
     "set_rope",
@@ -31,6 +33,7 @@ HOMES = {
     "Handle": "patching",
     "ModelRope": "rotary_inspection",
     "explain": "patching",
+    "position_ids_of": "position_ids",
     "positions_for": "position_ids",
     "rope_of": "patching",
     "set_rope": "patching",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rope_mm.checks.arguments import cache_of, read, refuse_unknown_cache
 from rope_mm.hf.image_grids import takes_images
+from rope_mm.hf.packed_rows import refuse_hidden_documents, refuse_packing_leak
 from rope_mm.hf.position_ids import ENDS_IN_IMAGE, Conversation, next_positions, place_forward
 from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding
 from rope_mm.schemes.scheme import Scheme
@@ -143,6 +144,8 @@ class PositionHooks:
         kept, counted = ids[0].long(), rows == 1 + a or rows == 4 != a
         if rows == 1 and self.state.positions is None:  # one row for all axes
             self.state.positions = ids.movedim(0, -1).expand(-1, -1, a)
+        if self.state.positions is not None:
+            refuse_hidden_documents(self.scheme, self.state.positions, kept if counted else None, kwargs)
         if counted:
             refuse_packing_leak(module, kept, kwargs)
         if rows == 1 + a:
@@ -174,29 +177,6 @@ def check_position_shape(ids: Tensor | None, kwargs: dict[str, Any]) -> None:
         raise ValueError(
             f"position_ids {tuple(ids.shape)} do not fit {b} rows of {s} tokens; give (b, s), or "
             "(1 + axes, b, s) as `positions_for` makes them"
-        )
-
-
-def caches_by_default(config: Any) -> bool:
-    """Whether a model of this config, or the text in it, makes a cache without being asked."""
-    return any(getattr(part, "use_cache", False) for part in (config, config.get_text_config()))
-
-
-def refuse_packing_leak(module: Any, tokens: Tensor, kwargs: dict[str, Any]) -> None:
-    """Refuse packed rows where transformers would let documents see one another."""
-    if tokens.shape[-1] == 1 or torch.compiler.is_compiling():
-        return
-    mask: Any = kwargs.get("attention_mask")
-    use_cache = kwargs.get("use_cache")
-    cached = caches_by_default(module.config) if use_cache is None else use_cache
-    padded = getattr(mask, "ndim", 0) == 2  # one of more axes says itself what sees what
-    there = mask[:, -tokens.shape[-1] :].bool() if padded else torch.ones_like(tokens, dtype=torch.bool)
-    leaks = cached if mask is None else padded or read(kwargs, "cache") is not None
-    count = tokens.where(there, -1)
-    if leaks and (there & (count < count.cummax(-1).values)).any():
-        raise ValueError(
-            "token positions start again within a row, and with a cache or a mask (b, s) transformers "
-            "lets the documents see one another; pass use_cache=False and no mask"
         )
 
 

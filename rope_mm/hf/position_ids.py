@@ -6,13 +6,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin
 
 from rope_mm.checks.arguments import ALIASES, read
 from rope_mm.hf.image_grids import IMAGES, PACES, VIDEOS, parameters_of, read_grids, takes_images, token_kinds
+from rope_mm.hf.packed_rows import VARLEN
 from rope_mm.hf.rotary_embedding import scheme_of
 from rope_mm.positions.grids import Cursor
-from rope_mm.positions.place import place_rows
+from rope_mm.positions.packing import check_cu_seqlens
+from rope_mm.positions.place import PlacedBatch, check_rows
 from rope_mm.rotary.definition import widest_float
 from rope_mm.schemes.scheme import Scheme
 from rope_mm.segments import Segment, segments_from_token_types
@@ -23,6 +26,7 @@ ENDS_IN_IMAGE = (
 )
 # arguments of get_rope_index that say nothing about positions of ours: audio stands as text does
 HARMLESS = {"audio_seqlens", "audio_feature_lengths", *ALIASES["cache"]}
+Row = str | Sequence[Segment] | Sequence[str | Sequence[Segment]]
 
 
 class Conversation(NamedTuple):
@@ -44,16 +48,23 @@ class Placed(NamedTuple):
         positions: (b, s, a).
         mask: (b, s), which tokens are no padding.
         next: (b,), the position of each row's next token.
+        begins: (b, s), at which tokens a document begins behind another one.
     """
 
     positions: Tensor
     mask: Tensor
     next: Tensor
+    begins: Tensor
+
+    @property
+    def numbers(self) -> Tensor:
+        """Numbers (b, s) of tokens in their documents, padding not counted."""
+        return count_tokens(self.mask, self.begins)
 
 
 def positions_for(
     model: nn.Module,
-    inputs: Sequence[str | Sequence[Segment]] | Mapping[str, Any],
+    inputs: Sequence[Row] | Mapping[str, Any],
     padding_side: str = "right",
 ) -> Tensor:
     """position_ids of segments, or of what a processor made, by the scheme that a model runs.
@@ -64,11 +75,12 @@ def positions_for(
     Args:
         model: a model that `set_rope` gave a scheme.
         inputs: segments for each row, as text or as a list, or a dict with input_ids, grids and, of padded
-            rows, attention_mask, as a processor makes it.
+            rows, attention_mask, as a processor makes it. A row of several documents is a list of them; in a
+            dict, cu_seq_lens_q (counted over all rows) or position_ids (b, s) say where documents begin.
         padding_side: "right" or "left", where segments make rows of unequal lengths.
 
     Returns:
-        (1 + a, b, s): token positions, then the position on each axis.
+        (1 + a, b, s): token positions, from 0 in each document, then the position on each axis.
 
     Raises:
         ValueError: a model without a scheme of ours, tokens that do not match their grids, or an argument
@@ -76,22 +88,91 @@ def positions_for(
     """
     scheme = scheme_of(model)
     if isinstance(inputs, Mapping) and "input_ids" in inputs:
-        known = {*parameters_of(type(model)), "mm_token_type_ids", *PACES}
+        known = {*parameters_of(type(model)), "mm_token_type_ids", *PACES, *VARLEN}
         refuse_unknown(inputs, known, type(model).__name__)
         placed = place_inputs(getattr(model, "config", None), scheme, **inputs)
-        positions, mask, after = placed.positions, placed.mask, placed.next[:, None]
     elif isinstance(inputs, Mapping) or any(isinstance(x, Segment) for x in inputs):
         raise ValueError(
             f"{inputs!r} is neither a list of rows of segments, as [[Text(3), Image(2, 2)]], nor what a "
             "processor makes, which has input_ids"
         )
     else:
-        rows = place_rows(inputs, scheme.layout, padding_side=padding_side, **dict(scheme.options))
-        positions, mask = rows.positions, rows.mask
-        after = positions.new_tensor([[cursor.next] for cursor in rows.cursors])
-    tokens = (mask.long().cumsum(-1) - 1).clamp(min=0).to(positions)
-    tokens[:, -1] += 0.25 * (mask[:, -1] & off_text_step(positions[:, -1] + 1, after))
-    return torch.cat((tokens[None], positions.movedim(-1, 0)))
+        placed = place_documents(inputs, scheme, padding_side)
+    tokens = placed.numbers.to(placed.positions)
+    off_step = off_text_step(placed.positions[:, -1] + 1, placed.next[:, None])
+    tokens[:, -1] += 0.25 * (placed.mask[:, -1] & off_step)
+    return torch.cat((tokens[None], placed.positions.movedim(-1, 0)))
+
+
+def position_ids_of(positions: Tensor | PlacedBatch, document_ids: Tensor | None = None) -> Tensor:
+    """position_ids as transformers takes them, of positions that were placed without a model.
+
+        position_ids_of(*pack(["text:3 image:2x2", "text:4"]))
+
+    Args:
+        positions: (s, a), as `pack` and `place` give them, (b, s, a), or what `place_rows` gives.
+        document_ids: (s,) or (b, s), the number of each token's document, as `pack` gives it; None where
+            each row is one document.
+
+    Returns:
+        (1 + a, b, s): token positions, from 0 in each document, then the position on each axis.
+
+    Raises:
+        ValueError: document_ids that do not fit the positions.
+    """
+    mask = None
+    if isinstance(positions, PlacedBatch):
+        positions, mask = positions.positions, positions.mask
+    positions = positions.view(-1, *positions.shape[-2:])
+    b, s = positions.shape[:2]
+    mask = torch.ones(b, s, dtype=torch.bool, device=positions.device) if mask is None else mask
+    begins = torch.zeros_like(mask)
+    if document_ids is not None:
+        if document_ids.shape not in ((s,), (b, s)):
+            raise ValueError(
+                f"document_ids {tuple(document_ids.shape)} do not fit positions of {b} rows of {s} tokens"
+            )
+        begins[:, 1:] = document_ids.to(mask.device).diff() != 0
+    return torch.cat((count_tokens(mask, begins)[None].to(positions), positions.movedim(-1, 0)))
+
+
+def place_documents(rows: Sequence[Row], scheme: Scheme, padding_side: str) -> Placed:
+    """Place rows of segments; a row of several documents starts anew in each.
+
+    Raises:
+        ValueError: as `place_rows`.
+    """
+    check_rows(rows)
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side must be 'left' or 'right', not {padding_side!r}")
+    placed = [[scheme.place(document) for document in documents_of(row)] for row in rows]
+    blocks = [torch.cat([positions for positions, _ in row]) for row in placed]
+    begins = [torch.zeros(len(block), dtype=torch.bool) for block in blocks]
+    for row, begin in zip(placed, begins, strict=True):
+        ends = torch.tensor([len(positions) for positions, _ in row]).cumsum(0)
+        begin[ends[:-1]] = True
+    masks = [torch.ones_like(begin) for begin in begins]
+    positions, mask, begin = (
+        pad_sequence(list(x), batch_first=True, padding_side=padding_side) for x in (blocks, masks, begins)
+    )
+    return Placed(positions, mask, positions.new_tensor([row[-1][1].next for row in placed]), begin)
+
+
+def documents_of(row: Row) -> Sequence[Any]:
+    """The documents of a row: itself, or those in it."""
+    several = not isinstance(row, str) and len(row) and not any(isinstance(x, Segment) for x in row)
+    return row if several else [row]
+
+
+def count_tokens(mask: Tensor, begins: Tensor) -> Tensor:
+    """Numbers (b, s) of tokens in their documents.
+
+    Args:
+        mask: (b, s), which tokens are no padding.
+        begins: (b, s), at which of them a document begins behind another one.
+    """
+    tokens = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return tokens - (tokens * begins).cummax(-1).values
 
 
 def off_text_step(step: Tensor, after: Tensor) -> Tensor:
@@ -126,10 +207,11 @@ def place_inputs(
         input_ids: (b, s); None where mm_token_type_ids say what stands where.
         attention_mask: (b, s), 0 at padding.
         starts: where each row's first token stands; 0 if None.
-        inputs: mm_token_type_ids, image_grid_thw, video_grid_thw, the seconds of a video's grid.
+        inputs: mm_token_type_ids, image_grid_thw, video_grid_thw, the seconds of a video's grid, and
+            cu_seq_lens_q or position_ids (b, s), which say where documents begin.
 
     Raises:
-        ValueError: tokens of images that do not match their grids.
+        ValueError: tokens of images that do not match their grids, or documents that do not fit the rows.
     """
     kinds = token_kinds(config, input_ids, inputs.get("mm_token_type_ids"))
     if kinds is None:
@@ -140,20 +222,51 @@ def place_inputs(
     mask = (torch.ones_like(kinds) if getattr(attention_mask, "ndim", 0) != 2 else attention_mask).bool()  # pyright: ignore
     if mask.shape != kinds.shape:
         raise ValueError(f"attention_mask {tuple(mask.shape)} does not fit tokens {tuple(kinds.shape)}")
+    begins = find_begins(mask, inputs.get("cu_seq_lens_q"), inputs.get("position_ids"))
     seen = read_grids(config, inputs, kinds * mask)
     if starts is not None:
         seen = {kind: newest(seen[kind], int((kinds[mask] == kind).sum())) for kind in seen}
     positions = torch.zeros(*kinds.shape, len(scheme.axes), dtype=torch.float64)
     after = torch.zeros(len(kinds), dtype=torch.float64)
-    for row, (kind, there) in enumerate(zip(kinds.cpu(), mask.cpu(), strict=True)):
-        start = Cursor(next=float(starts[row])) if starts is not None else None
-        placed, cursor = scheme.place(segments_from_token_types(kind[there].tolist(), seen), start)
-        positions[row, there], after[row] = placed, cursor.next
+    for row, (kind, there, begin) in enumerate(zip(kinds.cpu(), mask.cpu(), begins.cpu(), strict=True)):
+        cursor = Cursor(next=float(starts[row])) if starts is not None else None
+        lengths = begin.cumsum(0)[there].unique_consecutive(return_counts=True)[1].tolist()
+        blocks = []
+        for document in kind[there].split(lengths):
+            placed, after_it = scheme.place(segments_from_token_types(document.tolist(), seen), cursor)
+            blocks.append(placed)
+            after[row], cursor = after_it.next, None
+        positions[row, there] = torch.cat(blocks) if blocks else positions[row, there]
     if left := [str(visual) for visuals in seen.values() for visual in visuals]:
         came = ", ".join(left)
         raise ValueError(f"grids came for {came}, but there are no tokens left for them to stand on")
     device, dtype = kinds.device, widest_float(kinds.device)
-    return Placed(positions.to(device, dtype), mask, after.to(device, dtype))
+    return Placed(positions.to(device, dtype), mask, after.to(device, dtype), begins)
+
+
+def find_begins(mask: Tensor, cu_seqlens: Tensor | None, numbers: Tensor | None) -> Tensor:
+    """At which tokens (b, s) a document begins behind another one.
+
+    Args:
+        mask: (b, s), which tokens are no padding.
+        cu_seqlens: (n + 1,), where documents begin and end, counted over all rows.
+        numbers: (b, s) or (1, s), numbers of tokens, which start anew in each document; others count as none.
+
+    Raises:
+        ValueError: lengths that do not end with the tokens, or a document in two rows.
+    """
+    begins = torch.zeros_like(mask)
+    if cu_seqlens is not None:
+        ends, (b, s) = check_cu_seqlens(cu_seqlens).to(mask.device), mask.shape
+        if ends[-1] != b * s or not torch.isin(torch.arange(0, b * s, s, device=mask.device), ends).all():
+            raise ValueError(
+                f"cu_seq_lens_q {cu_seqlens.tolist()} must count all {b} x {s} tokens, row after row, and no "
+                "document may stand in two rows"
+            )
+        begins.view(-1)[ends[:-1]] = True
+    elif numbers is not None and numbers.dim() == 2:
+        begins[:, 1:] = (numbers.diff() != 1).to(mask.device) & mask[:, 1:] & mask[:, :-1]
+    return begins
 
 
 def newest(seen: list[Segment], tokens: int) -> list[Segment]:
@@ -194,6 +307,7 @@ def place_forward(
     starts = conversation_starts(cache, past, len(tokens)) if past else None
     inputs = {name: kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw", *PACES)}
     inputs["mm_token_type_ids"] = last_columns(kwargs.get("mm_token_type_ids"), s)
+    inputs["cu_seq_lens_q"] = None if past else kwargs.get("cu_seq_lens_q")
     mask = kwargs.get("attention_mask")
     if padded := getattr(mask, "ndim", 0) == 2:
         check_mask(mask, past, s)
@@ -211,7 +325,7 @@ def place_forward(
             f"{' and '.join(images)} came, but no token says where the image stands; give input_ids with the "
             "config's image tokens, or position_ids"
         )
-    count = token_numbers(mask if padded else None, past, tokens)
+    count = token_numbers(mask if padded else None, past, tokens) if past else placed.numbers
     return torch.cat((count[None].to(placed.positions), placed.positions.movedim(-1, 0))), placed.next
 
 

@@ -328,7 +328,7 @@ def place_rows(
     return PlacedBatch(positions, mask, after)
 
 
-def check_rows(rows: Sequence[str | Sequence[Segment]]) -> None:
+def check_rows(rows: Sequence[Any]) -> None:
     """Refuse what is no list of sequences.
 
     Raises:
