@@ -20,8 +20,17 @@ from rope_mm.schemes.scheme import Scheme
 VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 REMEDY = "rope_mm.hf.PackingCollator makes batches that keep them apart"
 # documents of one image at the start, where some layouts bring the text behind it back to 0
-IMAGE_FIRST = ("image:1x1 text:2", "image:2x2 text:3", "image:3x2 text:3", "image:1x4 text:2",
-               "image:5x5 text:2", "image:4x4 text:2", "video:2x2x4 text:2", "video:3x2x2 text:2")  # fmt: skip
+SHAPES = (
+    "image:1x1",
+    "image:2x2",
+    "image:3x2",
+    "image:1x4",
+    "image:5x5",
+    "image:4x4",
+    "video:2x2x4",
+    "video:3x2x2",
+)
+IMAGE_FIRST = [f"{shape} text:3" for shape in SHAPES]
 
 
 def is_flash(config: Any) -> bool:
