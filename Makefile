@@ -71,10 +71,12 @@ check: .venv/installed
 	$(py) -m pyright
 	.venv/bin/lint-imports
 
+# first the pages of the gallery, half a minute, and the tutorials as notebooks; both folders are ignored.
 # mkdocs finds dead links, anchors and pages (never with -q, which hides what --strict counts); Zensical, its successor,
 # builds the same pages
 docs: .venv/installed
 	$(py) -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(py) gallery/scheme_pages.py docs/gallery
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 	.venv/bin/zensical build --strict
 

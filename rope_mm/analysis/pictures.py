@@ -24,7 +24,7 @@ MAX_TOKENS = 2_048
 # Okabe and Ito's colours, and a shape beside each, so that no difference rests on colour alone
 STYLES = {Text: ("#000000", "o"), Image: ("#D55E00", "s"), Video: ("#0072B2", "^")}
 OTHER = ("#009E73", "D")
-AXIS_COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7")
+AXIS_COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 LETTERS = {Text: "t", Image: "i", Video: "v"}
 
 
@@ -82,6 +82,11 @@ def read_subject(
 def style_of(segment: Segment) -> tuple[str, str]:
     """Colour and marker of a segment's type."""
     return next((style for kind, style in STYLES.items() if isinstance(segment, kind)), OTHER)
+
+
+def axis_colour(number: int) -> str:
+    """Colour of an axis by its number; they repeat after six."""
+    return AXIS_COLOURS[number % len(AXIS_COLOURS)]
 
 
 def plane_axes(axes: Sequence[str]) -> tuple[int, int]:
@@ -175,11 +180,11 @@ def draw_wavelengths(figure: Any, subject: Subject) -> None:
         if pair["wavelength"] is None:
             continue
         axis = int(torch.tensor(pair["omega"]).abs().argmax())
-        colour, dead = AXIS_COLOURS[axis], pair["state"] != "useful"
+        colour, dead = axis_colour(axis), pair["state"] != "useful"
         panel.plot(number, pair["wavelength"], "o", color=colour, mfc="none" if dead else colour)
     for axis, reach in enumerate(span):
         name = subject.scheme.axes[axis]
-        panel.axhline(max(reach, 1e-3), color=AXIS_COLOURS[axis], linewidth=1, label=f"room on {name}")
+        panel.axhline(max(reach, 1e-3), color=axis_colour(axis), linewidth=1, label=f"room on {name}")
     panel.axhspan(math.tau * max(*span, 1.0) / DEAD_TURN, 1e9, color="#999999", alpha=0.2, label="dead band")
     panel.axhspan(1e-3, 2.0, color="#999999", alpha=0.4, label="beyond Nyquist")
     tops = math.tau / subject.omega.abs()[subject.omega != 0]
@@ -191,8 +196,8 @@ def draw_wavelengths(figure: Any, subject: Subject) -> None:
 def draw_decay(figure: Any, subject: Subject) -> None:
     """The expected score of two equal heads by their distance: on each axis, and on all axes at once."""
     panel = figure.add_subplot()
-    for colour, axis, speeds in zip(AXIS_COLOURS, subject.scheme.axes, subject.omega, strict=False):
-        panel.plot(decay(speeds), color=colour, label=f"on {axis}")
+    for number, (axis, speeds) in enumerate(zip(subject.scheme.axes, subject.omega, strict=True)):
+        panel.plot(decay(speeds), color=axis_colour(number), label=f"on {axis}")
     panel.plot(decay(subject.omega.sum(0)), color="#000000", linestyle="--", label="on all axes at once")
     panel.axhline(0, color="#999999", linewidth=0.8)
     panel.set(xlabel="distance", ylabel="mean of cos(angle)", ylim=(-1.05, 1.05))

@@ -8,10 +8,16 @@ SEGMENTS = "text:3 image:2x3 text:2 video:2x2x2 text:2"
 
 
 @pytest.mark.parametrize("name", PICTURES)
-@pytest.mark.parametrize("scheme", ["flat", "mixed", "vrope"])
-def test_every_picture_can_be_made_of_schemes_with_one_three_and_four_axes(name, scheme, tmp_path):
+@pytest.mark.parametrize("scheme", ["flat", "mixed", "vrope", "dual"])
+def test_every_picture_can_be_made_of_schemes_with_one_three_four_and_five_axes(name, scheme, tmp_path):
     save_figure(tmp_path / "picture.png", picture(name, scheme, SEGMENTS))
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_decay_of_every_axis_is_shown():
+    (panel,) = picture("decay", "dual", SEGMENTS).axes
+    shown = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert shown == ["on t", "on y", "on x", "on i", "on j", "on all axes at once"]
 
 
 def test_two_schemes_stand_side_by_side():
