@@ -1,0 +1,124 @@
+"""train/evaluate.py: metrics of generated images against real ones, in the features of a network."""
+
+import json
+
+import evaluate
+import numpy
+import pytest
+import torch
+from PIL import Image as PILImage
+from torch import nn
+
+from rope_mm.evaluation.features import INPUTS, extract_features, load_network
+from rope_mm.evaluation.metrics import frechet, kid, prdc
+from rope_mm.training.config import load, run
+
+
+class Quarters(nn.Module):
+    """The mean of each quarter of an image, channel by channel: 12 features."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.avg_pool2d(images.float(), 4).flatten(1)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    path, batch = tmp_path_factory.mktemp("network") / "quarters.pt2", torch.export.Dim("batch", min=1)
+    images = torch.zeros(2, 3, 8, 8)
+    torch.export.save(torch.export.export(Quarters(), (images,), dynamic_shapes=({0: batch},)), path)
+    return path
+
+
+def write_images(folder, count, seed):
+    folder.mkdir()
+    pixels = numpy.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=numpy.uint8)
+    for number, image in enumerate(pixels):
+        PILImage.fromarray(image).save(folder / f"{number:03}.png")
+    return torch.from_numpy(pixels).double().permute(0, 3, 1, 2)
+
+
+def flags(**given):
+    return [text for key, value in given.items() for text in (f"--{key}", str(value))]
+
+
+def test_two_folders_are_compared_by_the_features_of_the_network(network, tmp_path, capsys):
+    real, fake = write_images(tmp_path / "real", 40, 0), write_images(tmp_path / "fake", 30, 1)
+    settings = {"features": network, "size": 8, "output": tmp_path / "metrics.json"}
+    given = flags(real=tmp_path / "real", generated=tmp_path / "fake", **settings)
+    evaluate.main(load(evaluate.Evaluate, given))
+    ours = json.loads((tmp_path / "metrics.json").read_text())
+    a, b = (
+        images.unflatten(2, (2, 4)).unflatten(4, (2, 4)).mean((3, 5)).flatten(1) for images in (real, fake)
+    )
+    assert ours["real"] == 40 and ours["generated"] == 30 and ours["features"] == 12
+    a, b = a / 255, b / 255
+    assert ours["frechet"] == pytest.approx(frechet(b, a), rel=1e-5)
+    assert ours["kid"] == pytest.approx(kid(b, a), rel=1e-4)
+    assert {name: ours[name] for name in prdc(a, b)} == pytest.approx(prdc(a, b))
+    assert "Fréchet distance is too large" not in capsys.readouterr().err
+    evaluate.main(load(evaluate.Evaluate, [*given, "--num_images", "12"]))
+    assert "12 images for 12 features: the Fréchet distance is too large" in capsys.readouterr().err
+
+
+def test_the_images_of_a_model_are_compared_with_the_real_ones_of_their_captions(
+    network, adversarial, tmp_path, capsys
+):
+    adversarial.train(tmp_path / "run", steps=1)
+    given = flags(
+        real="digits", split="test", model=tmp_path / "run" / "model", caption="caption", num_images=20
+    )
+    evaluate.main(load(evaluate.Evaluate, [*given, *flags(features=network, size=8)]))
+    found = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))
+    assert found["real"] == found["generated"] == 20 and found["frechet"] > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "give --real SOURCE, and one of --generated SOURCE and --model FOLDER"),
+        ({"real": "digits", "model": "m", "generated": "g"}, "give --real SOURCE, and one of"),
+        ({"real": "digits", "generated": "digits"}, "give --features FILE"),
+        ({"real": "digits", "generated": "digits", "features": "none.pt"}, "none.pt holds no network"),
+        (
+            {"real": "digits", "generated": "digits", "split": "dev"},
+            "digits has no split 'dev'; it has train, test",
+        ),
+        ({"real": "digits", "generated": "digits", "image": "photo"}, "the data has no column 'photo'"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_one_sentence(given, message, network, capsys):
+    settings = (
+        given
+        if not given.get("generated") or "none" in message or "FILE" in message
+        else (given | {"features": network})
+    )
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run(evaluate.main, evaluate.Evaluate, flags(**settings))
+    (said,) = capsys.readouterr().err.splitlines()
+    assert message in said
+
+
+def test_each_input_range_is_that_of_its_name():
+    images = [torch.full((1, 4, 4), value) for value in (-1.0, 1.0)]
+    ends = {
+        name: extract_features(lambda batch: batch.flatten(1), images, 4, name)[:, 0].tolist()
+        for name in INPUTS
+    }
+    assert ends["0..1"] == [0, 1] and ends["-1..1"] == [-1, 1] and ends["uint8"] == [0, 255]
+    assert ends["imagenet"] == pytest.approx([-0.485 / 0.229, 0.515 / 0.229])
+
+
+def test_a_network_that_gives_no_rows_of_features_is_refused():
+    images = [torch.zeros(3, 4, 4)] * 2
+    with pytest.raises(ValueError, match=r"the network must give features \(2, f\), not \(2, 3, 4, 4\)"):
+        extract_features(lambda batch: batch, images, 4)
+    with pytest.raises(ValueError, match="there are no images to take features of"):
+        extract_features(lambda batch: batch, [], 4)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_torchscript_file_gives_the_features_of_its_network(tmp_path):
+    torch.jit.save(torch.jit.script(Quarters()), str(tmp_path / "quarters.pt"))
+    images = list(torch.rand(70, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    found = extract_features(load_network(tmp_path / "quarters.pt"), images, 8)
+    torch.testing.assert_close(found, Quarters()((torch.stack(images) + 1) / 2).double())
