@@ -3,8 +3,8 @@
     python train/evaluate.py --real my/images --generated my/samples --features inception.pt --size 299
     python train/evaluate.py --real my/images --model runs/mine/model --caption text --features dinov2.pt2
 
-The features are those of a network in a file of yours, which torch.export or TorchScript wrote: with the pool3
-layer of Inception the Fréchet distance is the FID. A model generates an image of each real one's caption.
+The features are those of a network in a file of yours, which torch.export or TorchScript wrote: with layer
+pool3 of Inception the Fréchet distance is the FID. A model generates an image of each real one's caption.
 """
 
 import json
