@@ -10,13 +10,14 @@ from rope_mm.rotary.definition import PAIRINGS
 
 # how r angles fill a table: on both channels of their pairs, or once each
 TABLE_FORMATS: dict[str, Callable[..., Tensor]] = {name: join for name, (_, join) in PAIRINGS.items()}
-TABLE_FORMATS |= dict.fromkeys(("single", "complex"), lambda first, _second, _blocks: first)
+COMPLEX = {"complex": torch.complex64, "complex128": torch.complex128}
+TABLE_FORMATS |= dict.fromkeys(("single", *COMPLEX), lambda first, _second, _blocks: first)
 
 
 def fill_tables(angle: Tensor, table_format: str, factor: float = 1.0, axes: int = 1) -> Any:
-    """Cosine and sine (..., d) of angles (..., r) in float32, times `factor`; for "complex" in one tensor."""
-    if table_format == "complex":
-        return (torch.polar(torch.ones_like(angle), angle) * factor).to(torch.complex64)
+    """Cosine and sine (..., d) of angles (..., r) in float32, times `factor`; in one tensor if complex."""
+    if table_format in COMPLEX:
+        return (torch.polar(torch.ones_like(angle), angle) * factor).to(COMPLEX[table_format])
     once, blocks = (angle.cos() * factor, angle.sin() * factor), (angle.shape[-1] // axes,) * axes
     return tuple(TABLE_FORMATS[table_format](x.float(), x.float(), blocks) for x in once)
 

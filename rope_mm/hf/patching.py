@@ -28,6 +28,15 @@ from rope_mm.hf.config_io import (
     wake_slots,
 )
 from rope_mm.hf.forward_hooks import PositionHooks
+from rope_mm.hf.diffusers_rotary import (
+    DiffusersRotary,
+    describe_rope,
+    explain_diffusers,
+    is_of_diffusers,
+    rope_of_diffusers,
+    rotary_of,
+    set_diffusers_rope,
+)
 from rope_mm.hf.image_grids import parameters_of
 from rope_mm.hf.patch_positions import PIXELS
 from rope_mm.hf.position_ids import METHODS, position_methods
@@ -55,7 +64,7 @@ class Handle:
     """
 
     model: nn.Module
-    slots: list[tuple[RopeMMRotaryEmbedding, int]]
+    slots: list[tuple[RopeMMRotaryEmbedding | DiffusersRotary, int]]
 
     def undo(self) -> None:
         """Revert this change and every later one."""
@@ -66,7 +75,11 @@ class Handle:
 
     def __repr__(self) -> str:
         active = [rotary for rotary, older in self.slots if len(rotary.undo) > older]
-        ropes = {describe(rope): None for rotary, _ in self.slots for rope in rotary.ropes.values()}
+        ropes = {
+            (describe_rope if isinstance(rotary, DiffusersRotary) else describe)(rope): None
+            for rotary, _ in self.slots
+            for rope in rotary.ropes.values()
+        }
         state = f"in {len(active)} rotary module{'s' * (len(active) != 1)}" if active else "undone"
         return f"<Handle of {type(self.model).__name__}, {state}: {'; '.join(ropes)}>"
 
@@ -100,14 +113,18 @@ def rope_of(model: nn.Module) -> Any:
     """Read what a model rotates by.
 
     Args:
-        model: a model of transformers; of a composite model its text is meant, so give a tower itself.
+        model: a model of transformers or diffusers; of a composite model its text is meant, so give a tower
+            itself.
 
     Returns:
-        A ModelRope, or the Rotary that `set_rope` put in, or a dict of them by layer type.
+        A ModelRope, or of diffusers a DiffusersRope, or the Rotary that `set_rope` put in, or a dict of them
+        by layer type.
 
     Raises:
         ValueError: no rotary, angles that are not linear in position, or parts that differ.
     """
+    if is_of_diffusers(model):
+        return rope_of_diffusers(model)
     found = [ropes_of(site) for site in rotary_slots(model)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no module with inv_freq, so no rotary that can be read")
@@ -120,10 +137,11 @@ def rope_of(model: nn.Module) -> Any:
 
 
 def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **changes: Any) -> Handle:
-    """Let a live model of transformers rotate by a scheme; `handle.undo()` or `unset_rope` reverts it.
+    """Let a live model of transformers or diffusers rotate by a scheme; `handle.undo()` or `unset_rope` reverts it.
 
     Args:
-        model: a decoder, a vision-language model (its text is meant), a tower, or a model without rotary.
+        model: a decoder, a vision-language model (its text is meant), a tower, a model without rotary, or the
+            transformer of a diffusion pipeline.
         scheme: a key of SCHEMES, a Scheme, a Rotary, what `rope_of` gave, or a dict of them by layer type;
             None for the one with which the model was saved.
         layout: another layout than the scheme's.
@@ -145,6 +163,8 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
         >>> handle.undo()
     """
     changes |= {"layout": layout} if layout else {}
+    if is_of_diffusers(model):
+        return Handle(model, [(set_diffusers_rope(model, scheme, changes), 0)])
     slots = rotary_slots(model) or [attention_slot(model)]
     if any(site.ours for site in slots):
         raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
@@ -232,6 +252,9 @@ def unset_rope(model: nn.Module) -> None:
     Raises:
         ValueError: a model that has them already.
     """
+    if is_of_diffusers(model):
+        Handle(model, [(rotary, 0)] if (rotary := rotary_of(model)) else []).undo()
+        return
     Handle(model, [(site.module, 0) for site in rotary_slots(model, every=True) if site.ours]).undo()
 
 
@@ -247,6 +270,8 @@ def use_kernels(model: nn.Module) -> Handle:
         ValueError: a family whose attention calls no function that can be replaced, or answers that differ;
             the model is as it was.
     """
+    no_op = f"{type(model).__name__} is of diffusers, whose attention rotates by itself; take set_rope"
+    refuse({no_op: is_of_diffusers(model)})
     slots = rotary_slots(model)
     found = [module for site in slots for module in modules_using(site.owner, APPLY_FUNCTION)]
     kinds = {type(module).__name__ for module in found}
@@ -280,6 +305,9 @@ def use_kernels(model: nn.Module) -> Handle:
 
 def explain(model: nn.Module) -> None:
     """Print one line for each rotary module of a model: what it runs and what applies it."""
+    if is_of_diffusers(model):
+        print(explain_diffusers(model))
+        return
     for site in rotary_slots(model, every=True):
         bare = site.ours and not site.module.interfaces
         name = (

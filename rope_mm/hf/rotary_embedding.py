@@ -149,17 +149,17 @@ class RotarySlot(NamedTuple):
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no model of transformers.
+    """Refuse what is no model of transformers or a part of one.
 
     Raises:
         ValueError: with its type.
     """
-    config = getattr(model, "config", None)
-    if not isinstance(model, nn.Module) or (config is not None and not hasattr(config, "get_text_config")):
-        raise ValueError(
-            f"a model of transformers is needed, or a part of one, not {type(model).__name__}; load it first "
-            "by AutoModel.from_pretrained. Models of diffusers are not served"
-        )
+    config, inner = getattr(model, "config", None), getattr(model, "transformer", None)
+    if isinstance(model, nn.Module) and (config is None or hasattr(config, "get_text_config")):
+        return
+    load = "give its transformer, pipeline.transformer" if isinstance(inner, nn.Module) else "load it first"
+    given = f"the string {model!r}" if isinstance(model, str) else type(model).__name__
+    raise ValueError(f"a model of transformers or diffusers is needed, or a part of one, not {given}; {load}")
 
 
 def rotary_slots(model: Any, every: bool = False) -> list[RotarySlot]:
