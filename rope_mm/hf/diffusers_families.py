@@ -1,4 +1,4 @@
-"""The rotary classes of diffusers that can be served: their scheme, how positions reach them, and their tables.
+"""The rotary classes of diffusers that can be served: their schemes, their positions and their tables.
 
 A family is found by the class that makes a model's tables. Everything else is read from the live object:
 `diffusers_rotary` calls it on a small example and compares its tables bit for bit.
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from rope_mm.rotary.definition import widest_float
 from rope_mm.schemes.scheme import Scheme
 from rope_mm.schemes.zoo import SCHEMES
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Tables = Any  # cosine and sine (..., d), or one complex tensor (..., d / 2)
 
 
@@ -62,13 +63,18 @@ def axial(name: str, channels: Any, theta: float) -> Scheme:
     return SCHEMES[name].replace(theta=float(theta), axis_shares=None if len(set(shares)) == 1 else shares)
 
 
+def outside_graphs(function: Function) -> Function:
+    """A function that torch.compile does not record, for it reads numbers out of tensors."""
+    return torch.compiler.disable(function)  # pyright: ignore
+
+
 @lru_cache(maxsize=32)
 def place_on_cpu(scheme: Scheme, segments: str) -> Tensor:
     """Positions (s, a) of segments, the same at every step of a sampler."""
     return scheme.place(segments)[0]
 
 
-@torch.compiler.disable
+@outside_graphs
 def place(scheme: Scheme, segments: str, device: torch.device) -> Tensor:
     """Positions (s, a) of segments in the widest floats of a device."""
     return place_on_cpu(scheme, segments).to(device, widest_float(device))
@@ -103,7 +109,7 @@ def examples_of_ids(module: Any) -> list[tuple]:
     return [(torch.randint(0, 512, (256, len(module.axes_dim)), generator=generator).float(),)]
 
 
-@torch.compiler.disable
+@outside_graphs
 def sizes_of_images(ids: Tensor, axes: tuple[str, ...]) -> list[str]:
     """Images as segments, from ids (s, a): a run of tokens that share all coordinates but y and x is one.
 
@@ -134,8 +140,8 @@ def place_ids(arguments: Mapping[str, Any], scheme: Scheme, axes: tuple[str, ...
     text, images = (arguments[name] for name in ("txt_ids", "img_ids"))
     if arguments.get("kv_cache_mode") is not None:
         raise ValueError(
-            f"with kv_cache_mode={arguments['kv_cache_mode']!r} reference images keep the keys that they had, "
-            f"and layout {scheme.layout!r} would place the others elsewhere; leave kv_cache_mode at None"
+            f"with kv_cache_mode={arguments['kv_cache_mode']!r} reference images keep the keys that they "
+            f"had, and layout {scheme.layout!r} would place the others elsewhere; leave kv_cache_mode at None"
         )
     n, ids = text.shape[-2], images.reshape(-1, *images.shape[-2:])[0]
     p = place(scheme, " ".join([f"text:{n}", *sizes_of_images(ids, axes)]), images.device)
@@ -170,7 +176,7 @@ def positions_of_z_image(_module: Any, scheme: Scheme, own: bool, ids: Tensor) -
     return ids if own else place_z_image(scheme, ids)
 
 
-@torch.compiler.disable
+@outside_graphs
 def place_z_image(scheme: Scheme, ids: Tensor) -> Tensor:
     """Positions (s, a) of the captions or images with these ids (s, 3)."""
     t, away = ids[:, 0], (ids[:, 1:] != 0).any(-1)
@@ -194,7 +200,7 @@ def positions_of_lumina2(_module: Any, scheme: Scheme, own: bool, ids: Tensor) -
     return ids if own else place_lumina2(scheme, ids)
 
 
-@torch.compiler.disable
+@outside_graphs
 def place_lumina2(scheme: Scheme, ids: Tensor) -> Tensor:
     """Positions (b, s, a) of rows with these ids (b, s, 3)."""
     rows = ids.new_zeros((*ids.shape[:2], len(scheme.axes)), dtype=torch.float64)
@@ -312,7 +318,7 @@ def positions_of_ltx(
     rope_interpolation_scale: Any = None,
     video_coords: Any = None,
 ) -> Tensor:
-    """Frames, rows and columns, or coordinates (b, 3, s) in seconds and pixels; from -1 to 1 in its own layout."""
+    """Frames, rows and columns, or coordinates (b, 3, s) in seconds and pixels; its own run from -1 to 1."""
     device = hidden_states.device
     if not own:
         if video_coords is not None:
@@ -351,7 +357,7 @@ def video_size(config: Any, latents: Tensor) -> tuple[int, int, int]:
 
 
 def resized(config: Any, down: int, across: int) -> list[tuple[int, int]]:
-    """First and last coordinate of rows and of columns, as a video is resized into the model's sample size."""
+    """First and last coordinate of rows and of columns of a video resized into the model's sample size."""
     tall, wide = config.sample_height // config.patch_size, config.sample_width // config.patch_size
     by_height = down / across > tall / wide
     size = (tall, round(tall / down * across)) if by_height else (round(wide / across * down), wide)

@@ -8,17 +8,16 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from rope_mm.hf.scheme_support import refuse
 from rope_mm.hf.cos_sin_tables import TABLE_FORMATS, fill_tables
 from rope_mm.hf.diffusers_families import Family, rotary_places
 from rope_mm.hf.rotary_embedding import Changes
+from rope_mm.hf.scheme_support import refuse
 from rope_mm.rotary import definition
 from rope_mm.rotary.dispatch import RotarySpec
 from rope_mm.rotary.module import Rotary
@@ -139,7 +138,7 @@ def slot_of(model: Any) -> DiffusersSlot:
         unknown = sorted({type(part).__name__ for part in parts_that_rotate(model)})
         has = f"rotates by {', '.join(unknown)}" if unknown else "has no part that is known to make tables"
         raise ValueError(
-            f"{name} {has}, and is not served; docs/huggingface.md names the models of diffusers that are"
+            f"{name} {has}, and is not served; docs/models.md names the models of diffusers that are"
         )
     return DiffusersSlot(model, *found[0])
 
@@ -199,8 +198,8 @@ def closest_rope(slot: DiffusersSlot, scheme: Scheme, calls: list[tuple[tuple, A
             best, error = replace(rope, error=off), off
     if best is None or error > CLOSE:
         raise ValueError(
-            f"{type(slot.part).__name__} makes tables that differ by {error:.1e} from those of {scheme}; it is "
-            "not served"
+            f"{type(slot.part).__name__} makes tables that differ by {error:.1e} from those of {scheme}; it "
+            "is not served"
         )
     return best
 
@@ -337,11 +336,7 @@ class DiffusersRotary(nn.Module, Changes):
             ValueError: no tables were asked for.
         """
         calls, self.calls = self.calls, 0
-        refuse(
-            {
-                f"the forward of {type(model).__name__} asked for no tables, so the scheme had no effect": not calls
-            }
-        )
+        refuse({f"{type(model).__name__} asked for no tables, so the scheme had no effect": not calls})
 
     def extra_repr(self) -> str:
         return describe_rope(self.rope)
@@ -377,7 +372,8 @@ def make_rope(slot: DiffusersSlot, given: Any, read: DiffusersRope, changes: Map
         })  # fmt: skip
     if isinstance(given, str):  # the pairing belongs to the weights
         changes = {"pairing": read.pairing} | dict(changes)
-    scheme = read_scheme(getattr(given, "scheme", given), **changes)
+    spec: Any = getattr(given, "scheme", given)
+    scheme = read_scheme(spec, **changes)
     check_scheme(slot, scheme, read, name)
     if made:
         return given
@@ -434,8 +430,8 @@ def set_diffusers_rope(model: Any, given: Any, changes: dict[str, Any]) -> Diffu
     slot = slot_of(model)
     holder = slot.part if slot.family.leaf == "forward" else None
     refuse({
-        f"something has replaced the forward of {slot.name} already, such as context parallelism or offloading; "
-        "call set_rope before it": holder is not None and "forward" in vars(holder)
+        f"something has replaced the forward of {slot.name} already, such as context parallelism or "
+        "offloading; call set_rope before it": holder is not None and "forward" in vars(holder)
     })  # fmt: skip
     read = read_rope(slot)
     rotary = DiffusersRotary(slot, make_rope(slot, given, read, changes), read)
@@ -454,4 +450,5 @@ def explain_diffusers(model: Any) -> str:
         what = str(error)
     placed = "by model and pipeline" if ours is None or ours.own else f"by layout {ours.rope.scheme.layout!r}"
     text = "; text is not rotated" if slot.family.unrotated_text else ""
-    return f"{slot.name or slot.family.leaf}: {what}; positions {placed}{text}; applied by the model's own function"
+    name = slot.name or slot.family.leaf
+    return f"{name}: {what}; positions {placed}{text}; applied by the model's own function"

@@ -27,7 +27,6 @@ from rope_mm.hf.config_io import (
     waits_for_scheme,
     wake_slots,
 )
-from rope_mm.hf.forward_hooks import PositionHooks
 from rope_mm.hf.diffusers_rotary import (
     DiffusersRotary,
     describe_rope,
@@ -37,6 +36,7 @@ from rope_mm.hf.diffusers_rotary import (
     rotary_of,
     set_diffusers_rope,
 )
+from rope_mm.hf.forward_hooks import PositionHooks
 from rope_mm.hf.image_grids import parameters_of
 from rope_mm.hf.patch_positions import PIXELS
 from rope_mm.hf.position_ids import METHODS, position_methods
@@ -137,7 +137,7 @@ def rope_of(model: nn.Module) -> Any:
 
 
 def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **changes: Any) -> Handle:
-    """Let a live model of transformers or diffusers rotate by a scheme; `handle.undo()` or `unset_rope` reverts it.
+    """Let a live model rotate by a scheme; `handle.undo()` or `unset_rope` reverts it.
 
     Args:
         model: a decoder, a vision-language model (its text is meant), a tower, a model without rotary, or the

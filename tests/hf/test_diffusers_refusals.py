@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import diffusers
 import pytest
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from rope_mm.hf import positions_for, rope_of, set_rope, unset_rope, use_kernels
 from rope_mm.schemes.extensions import DynamicNTK, YaRN
 from rope_mm.schemes.scheme import Scheme
 
+diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
 
 YARN = YaRN(factor=4.0, original_max_positions=8)
@@ -19,7 +19,7 @@ SQUARE = Scheme(layout="rope-tv", pairing="interleaved")
 
 
 @pytest.mark.parametrize(
-    "kind, config, match",
+    ("kind", "config", "match"),
     [
         ("UNet1DModel", {"block_out_channels": (32,), "down_block_types": ("DownBlock1D",),
                          "up_block_types": ("UpBlock1D",), "mid_block_type": "UNetMidBlock1D"},
@@ -27,7 +27,7 @@ SQUARE = Scheme(layout="rope-tv", pairing="interleaved")
         ("OmniGenTransformer2DModel", {"in_channels": 4, "hidden_size": 48, "num_attention_heads": 2,
                                        "num_key_value_heads": 2, "intermediate_size": 32, "num_layers": 1,
                                        "pad_token_id": 0, "vocab_size": 9,
-                                       "rope_scaling": {"short_factor": [1.0] * 12, "long_factor": [1.0] * 12}},
+                                       "rope_scaling": {"short_factor": [1.0], "long_factor": [1.0]}},
          "rotates by OmniGenSuScaledRotaryEmbedding, and is not served"),
         ("CogVideoXTransformer3DModel", {"num_attention_heads": 1, "attention_head_dim": 16, "num_layers": 1,
                                          "text_embed_dim": 8, "time_embed_dim": 8},
@@ -44,7 +44,7 @@ def test_a_model_without_known_tables_is_refused_by_name(kind, config, match):
 
 
 @pytest.mark.parametrize(
-    "given, match",
+    ("given", "match"),
     [
         ("black-forest-labs/FLUX.1-dev", "not the string 'black-forest-labs/FLUX.1-dev'; load it first"),
         (SimpleNamespace(transformer=nn.Linear(1, 1)), "give its transformer, pipeline.transformer"),
@@ -59,7 +59,7 @@ def test_what_is_no_model_is_refused_by_every_function(given, match):
 
 
 @pytest.mark.parametrize(
-    "name, scheme, match",
+    ("name", "scheme", "match"),
     [
         ("Flux", "golden-gate", "has an Omega for each head"),
         (
@@ -128,7 +128,7 @@ def test_coordinates_of_ltx_are_refused_under_another_layout(tiny_diffusers):
 
 
 @pytest.mark.parametrize(
-    "tables, match",
+    ("tables", "match"),
     [(lambda cos, sin: None, "was given no image_rotary_emb"),
      (lambda cos, sin: (sin, cos), "is not what Scheme"),
      (lambda cos, sin: (cos[1:], sin[1:]), "is not what Scheme")],

@@ -37,8 +37,8 @@ IDS = torch.arange(4, 12)[None]
 
 
 @pytest.mark.parametrize("ask", [lambda x: set_rope(x, "flat"), rope_of, explain, unset_rope])
-def test_anything_but_a_model_of_transformers_is_refused_in_one_sentence(ask):
-    with pytest.raises(ValueError, match="a model of transformers is needed, or a part of one, not str"):
+def test_a_string_is_refused_in_one_sentence(ask):
+    with pytest.raises(ValueError, match="is needed, or a part of one, not the string 'gpt2'; load it first"):
         ask("gpt2")
 
 
