@@ -211,7 +211,7 @@ def set_key(config: Any, key: str, value: Any, known: dict[str, Any]) -> Any:
         with omegaconf.read_write(parent):
             OmegaConf.update(config, key, {}, merge=False)
     nested = reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), value)
-    return OmegaConf.merge(config, nested)
+    return OmegaConf.unsafe_merge(config, nested)  # `merge` copies the whole configuration for every key
 
 
 def is_dict(hint: Any) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 
+from rope_mm.data import EMBEDDED
 from rope_mm.training.config import load, run
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +105,15 @@ def equal(ours, theirs):
 def lines(output_dir):
     path = output_dir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(autouse=True, scope="session")
+def embedded_rows_are_made_once():
+    """Rows of embedded sources are the same in every run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, make in EMBEDDED.items():
+            patch.setitem(EMBEDDED, name, cache(make))
+        yield
 
 
 @pytest.fixture(scope="session")

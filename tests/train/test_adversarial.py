@@ -42,6 +42,7 @@ def test_a_run_leaves_its_configuration_metrics_images_and_a_model_that_loads(wh
     assert [image.size for image in images] == [(8, 8)] * 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_says_so_and_the_same_command_resumes(
     whole, adversarial, runs, tmp_path, monkeypatch, capsys
 ):

@@ -138,6 +138,7 @@ def test_too_few_rounds_for_quartiles_are_refused(monkeypatch, capsys):
     assert "--rounds must be at least 2, which have quartiles, not 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_help_of_the_bench_works_without_a_path_to_the_kernel_benches():
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     command = [sys.executable, str(ROOT / "train" / "bench.py"), "--help"]

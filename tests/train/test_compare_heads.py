@@ -76,6 +76,7 @@ def test_a_flow_generates_other_images_in_one_pass_than_in_several(done):
     assert flow["metrics"]["1"]["frechet"] != flow["metrics"]["2"]["frechet"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again_and_an_interrupted_one_resumes(done, tmp_path, monkeypatch):
     out, before, trained, real = tmp_path / "out", report(done), [], compare_heads.train
     shutil.copytree(done.output_dir, out)

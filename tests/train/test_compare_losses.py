@@ -26,6 +26,7 @@ def compare(out, **changes):
     compare_losses.main(load(compare_losses.CompareLosses, flags(out, **changes)))
 
 
+@pytest.mark.slow
 def test_losses_are_compared_over_seeds_and_finished_runs_are_not_repeated(tmp_path, capsys, monkeypatch):
     out = tmp_path / "losses"
     compare(out)

@@ -74,6 +74,7 @@ def test_a_comparison_leaves_a_table_a_figure_and_all_numbers(toy):
     assert [point[0] for point in run["losses"]["text"]] == [3]
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated_and_more_seeds_are_added(toy, monkeypatch):
     for name in ("draw_figure", "write_comparison_page"):
         monkeypatch.setattr(compare, name, lambda *args, **options: None)
@@ -267,6 +268,7 @@ def test_three_seeds_of_two_schemes_are_too_few_for_a_significant_p():
     assert estimate_noise(torch.rand(3, 1))["differ"] is None
 
 
+@pytest.mark.slow
 def test_schemes_that_do_not_differ_give_any_p_with_equal_chance():
     torch.manual_seed(1)
     p = torch.tensor([estimate_noise(torch.rand(4, 3))["p"] for _ in range(30)])

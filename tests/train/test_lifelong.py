@@ -158,6 +158,7 @@ def test_rows_are_taken_by_the_names_or_the_numbers_of_their_labels():
     assert len(select_rows(splits, {})["train"]) == len(splits["train"])
 
 
+@pytest.mark.slow
 def test_both_runs_of_a_seed_read_the_same_text_in_the_same_order(tmp_path):
     plan = lifelong.runs(read(tmp_path, steps=3))
     text, images = (
@@ -172,6 +173,7 @@ def test_both_runs_of_a_seed_read_the_same_text_in_the_same_order(tmp_path):
     assert same(*begun)
 
 
+@pytest.mark.slow
 def test_the_same_command_again_trains_nothing_and_prints_the_same(tmp_path, capsys, monkeypatch):
     config = read(tmp_path / "all", seeds=1)
     lifelong.main(config)

@@ -118,6 +118,7 @@ def test_images_and_text_are_learned_together(head, pretrain, runs, tmp_path):
         assert (images - bars).square().mean() < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resting", ["critic", "model"])
 def test_generator_and_critic_learn_while_the_other_is_frozen(resting, pretrain, runs, tmp_path, monkeypatch):
     settings = {"optim.lr": 1e-2, "optim.critic_lr": 1e-2, "loss.penalties": "{r2: 0.1}"}
@@ -174,6 +175,7 @@ def test_a_model_generates_texts_images_and_more_frames(generate, tmp_path):
         assert made.n_frames == 12
 
 
+@pytest.mark.slow
 def test_sprites_and_videos_are_evaluated_and_held_out_rows_are_named_by_number(pretrain, generate, tmp_path):
     run, size = tmp_path / "run", {"data.size": 8, "data.channels": 3, "model.patch_size": 8}
     size["data.templates"] = "['{caption}{image:generate}', '{image}{caption}', '{frames:generate}{caption}']"

@@ -30,6 +30,7 @@ def test_a_failure_while_sampling_loses_no_step_and_the_resumed_run_samples_agai
     }
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_other_keys_on_which_no_result_depends_and_with_no_others(
     pretrain, runs, tmp_path
 ):

@@ -154,6 +154,7 @@ def test_sigterm_saves_and_a_second_command_is_refused_while_the_first_one_runs(
     assert f"stopped by SIGTERM at step {checkpoint.step_of(newest)}, saved" in said.decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("during", ["step", "evaluate"])
 def test_a_signal_at_the_end_does_not_wait_for_the_last_evaluation(
     during, script, runs, tmp_path, monkeypatch, capsys

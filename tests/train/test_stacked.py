@@ -48,6 +48,7 @@ def test_with_captions_the_accuracy_of_digits_is_measured_too(caption, two_steps
     assert {"modes", "accuracy"} < set(metrics)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_metrics(two_steps):
     one, _ = two_steps("stacked-digits.yaml")
     two, _ = two_steps("stacked-digits.yaml", restart="true")
