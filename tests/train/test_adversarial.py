@@ -63,6 +63,7 @@ def test_ctrl_c_saves_says_so_and_the_same_command_resumes(
     assert runs.same(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_a_profile_prints_rotary_s_share_and_changes_nothing(script, runs, tmp_path, capsys):
     script.train(tmp_path / "plain", steps=4)
     assert "rotary's share" not in capsys.readouterr().out
@@ -71,6 +72,7 @@ def test_a_profile_prints_rotary_s_share_and_changes_nothing(script, runs, tmp_p
     assert runs.same(tmp_path / "plain", tmp_path / "profiled")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(whole, adversarial, monkeypatch):
     monkeypatch.setattr(adversarial.module.Training, "step", None)
     before = json.loads((whole / "result.json").read_text())

@@ -40,7 +40,7 @@ def refuse(capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "give one of --prompt TEXT, --describe FILE and --continue_video FILE"),
+        ([], "give one of --prompt TEXT, --prompts FILE, --describe FILE and --continue_video FILE"),
         (["--describe", "VIDEO", "--prompt", "a"], "--describe generates a text"),
         (["--continue_video", "VIDEO", "--frames", 0], "frames must be at least 1, not 0"),
         (["--continue_video", "VIDEO", "--context_frames", -1], "context_frames must be at least 0, not -1"),

@@ -211,6 +211,7 @@ class Fixed:
         return [self.caption] * len(prompts)
 
 
+@pytest.mark.slow
 def test_a_model_of_right_images_covers_all_and_one_of_one_sprite_covers_one(tmp_path):
     config = read(tmp_path, images_per_combination=8, eval_rows=4096, **{"data.size": 16})
     evaluator = lifelong.LifelongEvaluator(config)

@@ -84,6 +84,7 @@ def test_three_micro_batches_give_the_same_step_as_the_whole_batch(head, pretrai
     check_close(parts, whole)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(pretrain, check_close, tmp_path):
     pretrain.train(tmp_path / "kept", image_head="adversarial", steps=1)
     pretrain.train(tmp_path / "anew", image_head="adversarial", steps=1, gradient_checkpointing="true")
@@ -108,6 +109,7 @@ def test_what_a_compiled_critic_cannot_do_is_refused_before_the_folder_is_touche
     assert not (tmp_path / "run" / "run.yaml").exists()
 
 
+@pytest.mark.slow
 def test_eager_attention_trains_as_sdpa_does(pretrain, runs, tmp_path, monkeypatch):
     eager, calls = modeling_rope_mm.eager_attention, []
     monkeypatch.setattr(
