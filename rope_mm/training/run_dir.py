@@ -236,8 +236,8 @@ def check_data(output_dir: Path, identity: Identity, changed_data: bool, remedy:
         there, here = describe_data(old), describe_data(identity.data)
         raise ValueError(
             f"{output_dir} holds a run on other data ({there} there, {here} here); --data.changed true goes "
-            "on with the new data, where rows that were trained on may be held out unless it has a test split "
-            f"of its own; or {remedy}"
+            "on with the new data, where rows that were trained on may be held out if it has no test split; "
+            f"or {remedy}"
         )
 
 
