@@ -13,7 +13,7 @@ from rope_mm.segments import Segment
 
 LARGE = 1 << 12  # tokens of a raster that is computed by itself
 UNIT = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
-TextRule = Callable[[Cursor, int, int], "tuple[Raster, float]"]
+TextRule = Callable[[Cursor, int, int], "tuple[Raster | Tensor, float]"]
 
 
 class Raster(NamedTuple):
@@ -204,6 +204,15 @@ def text_along_axes(*axes: int, first: float = 0.0) -> TextRule:
 def text_at_origin(cursor: Cursor, n: int, a: int) -> tuple[Raster, float]:
     """Text stands at the origin: it is not rotated."""
     return at_origin(n, a), cursor.next
+
+
+def causal_middle(number: Tensor, stride: int) -> Tensor:
+    """The middle of latents (n,) in frames: the first latent has one frame, the others have `stride`.
+
+    A causal autoencoder makes such latents (LTX-2, `causal_offset` 1).
+    """
+    end = stride * number + 1
+    return ((end - stride).clamp(min=0) + end) / 2
 
 
 def at_origin(n: int, a: int) -> Raster:

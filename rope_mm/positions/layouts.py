@@ -4,7 +4,7 @@ A rule is `(cursor, segment, **options) -> positions, next`: the cursor's `next`
 would stand, the segment is an image or a video, and the `next` returned is where the text token after it
 stands. Positions are a Raster or a tensor (n, a). Text is counted on all axes at once, n -> (n, ..., n),
 unless the layout says otherwise. All is 0-based. Here are the rules that count text and images in one
-sequence; `vision_layouts` has the others.
+sequence; `vision_layouts` and `audio_layouts` have the others.
 """
 
 import math
@@ -15,7 +15,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from rope_mm.checks.fields import NotNegative, Positive, Real
+from rope_mm.checks.fields import NotNegative, Positive, Real, Reals
+from rope_mm.positions import audio_layouts as audio
 from rope_mm.positions import vision_layouts as vision
 from rope_mm.positions.cursor import Cursor
 from rope_mm.positions.grids import (
@@ -44,6 +45,7 @@ class Layout:
         source: where the rule was published.
         text_rule: `(cursor, n, a) -> (positions, next)` of n text tokens.
         positions_per_second: of the time axis, where a video's audio can go with it; else None.
+        audio_rule: as `text_rule`, of audio tokens; None places them as text.
     """
 
     axes: tuple[str, ...]
@@ -51,6 +53,7 @@ class Layout:
     source: str
     text_rule: TextRule = text_on_diagonal
     positions_per_second: float | None = None
+    audio_rule: TextRule | None = None
 
 
 def flat(cursor: Cursor, segment: Segment):
@@ -105,6 +108,56 @@ def m_rope_time(cursor: Cursor, segment: Segment, rate: Positive = 2.0):
 def tm_rope(cursor: Cursor, segment: Segment):
     """M-RoPE in real time with 25 positions a second, which audio tokens are counted by."""
     return m_rope_time(cursor, segment, rate=25.0)
+
+
+def tarope(cursor: Cursor, segment: Segment):
+    """Time alone: a frame's patches stand at its second times 25, as its audio tokens of 40 ms do."""
+    step = 25 * getattr(segment, "seconds_per_frame", 0.0)
+    raster = Raster(segment.grid, (cursor.next,), ((step,), (0,), (0,)))
+    return raster, cursor.next + step * (segment.grid[0] - 1) + 1
+
+
+def mape(cursor: Cursor, segment: Segment, starts: Annotated[tuple[float, ...], Reals()] = (1000.0, 2000.0)):
+    """M-RoPE in real time, with given times of the first images, so that groups of tokens are told apart.
+
+    In Lance the first image is what the encoder saw, the second its clean latents.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        starts: t of the first frame of each image, in order; further ones stand where M-RoPE puts them.
+    """
+    raster, after = m_rope_time(cursor, segment)
+    start = starts[cursor.images] if cursor.images < len(starts) else cursor.next
+    return raster._replace(origin=(start, *raster.origin[1:])), after
+
+
+def m_rope_2d(cursor: Cursor, segment: Segment):
+    """M-RoPE on rows and columns; a video is images in a row."""
+    t, y, x = segment.grid
+    span = max(y, x)
+    return Raster(segment.grid, (cursor.next,) * 2, ((span, span), (1, 0), (0, 1))), cursor.next + t * span
+
+
+def lumos(cursor: Cursor, segment: Segment, t: Positive = 4.0, y: Positive = 8.0, x: Positive = 8.0):
+    """Steps of frames and pixels from the next text token on; text counts patches as tokens.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        t: step between frames.
+        y: step between rows.
+        x: step between columns.
+    """
+    raster = Raster(segment.grid, (cursor.next,) * 3, vision.scaled(t, y, x))
+    return raster, cursor.next + segment.tokens
+
+
+def msrope_in_sequence(cursor: Cursor, segment: Segment):
+    """Rows and columns centered on 0, t goes on from the text; text goes on past the longest side."""
+    _, y, x = segment.grid
+    origin = (cursor.next, y // 2 - y, x // 2 - x)
+    return Raster(segment.grid, origin, UNIT), cursor.next + max(segment.grid)
 
 
 def spatial_reset(cursor: Cursor, segment: Segment, step: Positive = 1.0):
@@ -279,6 +332,10 @@ LAYOUTS: Registry[Layout] = Registry(
         "m-rope-hf": Layout(TYX, m_rope_hf, "transformers 5, Qwen2VLModel.get_rope_index"),
         "m-rope-time": Layout(TYX, m_rope_time, "Qwen2.5-VL, arXiv 2502.13923"),
         "tm-rope": Layout(TYX, tm_rope, "Qwen2.5-Omni, arXiv 2503.20215", positions_per_second=25.0),
+        "tarope": Layout(("t",), tarope, "TaRoPE, arXiv 2603.11095", positions_per_second=25.0),
+        "mape": Layout(TYX, mape, "Lance, arXiv 2605.18678, data/common.py::shift_position_ids"),
+        "m-rope-2d": Layout(YX, m_rope_2d, "NeoMME, NeoMMEProcessor._image_positions"),
+        "lumos": Layout(TYX, lumos, "Lumos-1, arXiv 2507.08801, generate_mm_position_ids"),
         "m-rope-spatial-reset": Layout(TYX, spatial_reset, "MRoPE-I, arXiv 2510.23095; IL-RoPE"),
         "omni": Layout(TYX, spatial_reset, "OmniGen2, arXiv 2506.18871"),
         "videorope": Layout(TYX, videorope, "VideoRoPE, arXiv 2502.05173"),
@@ -303,7 +360,29 @@ LAYOUTS: Registry[Layout] = Registry(
             "FLUX.2, Flux2Pipeline._prepare_image_ids",
             text_rule=text_along_axes(3),
         ),
+        "flux3": Layout(
+            (*TYX, "l"), vision.flux3, "FLUX.3, Flux3PrepareLatentsStep", text_rule=text_along_axes(3)
+        ),
         "msrope": Layout(TYX, vision.msrope, "Qwen-Image, arXiv 2508.02324"),
+        "msrope-layers": Layout(TYX, vision.msrope_layers, "Qwen-Image-Layered, QwenEmbedLayer3DRope"),
+        "msrope-in-sequence": Layout(TYX, msrope_in_sequence, "Qwen-Image 2.1, QwenImage21Rope"),
+        "frames": Layout(
+            TYX, vision.frames, "Helios, HeliosRotaryPosEmbed(frame_indices)", text_rule=text_at_origin
+        ),
+        "ltx2": Layout(
+            TYX,
+            vision.ltx2,
+            "LTX-2, LTX2AudioVideoRotaryPosEmbed",
+            text_rule=text_at_origin,
+            audio_rule=audio.ltx2_audio,
+        ),
+        "music-flamingo": Layout(
+            ("w", "i"),
+            audio.unrotated,
+            "Music Flamingo, MusicFlamingoRotaryEmbedding",
+            text_rule=text_at_origin,
+            audio_rule=audio.music_flamingo,
+        ),
         "lumina": Layout(
             TYX, vision.lumina, "Lumina-Image 2.0, arXiv 2503.21758", text_rule=text_along_axes(0)
         ),

@@ -126,7 +126,9 @@ def place_segment(
         case VideoAudio():
             block, after, video = continue_audio(segment, layout, cursor)
         case Text() | Audio():
-            block, after = check_answer(layout.text_rule(cursor, segment.tokens, a), segment, layout)
+            audio_rule = layout.audio_rule if isinstance(segment, Audio) else None
+            rule = audio_rule or layout.text_rule
+            block, after = check_answer(rule(cursor, segment.tokens, a), segment, layout)
         case _:
             block, after = place_image(layout, cursor, segment, options)
             seconds = getattr(segment, "seconds_per_frame", 1.0)

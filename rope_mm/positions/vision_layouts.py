@@ -3,9 +3,11 @@
 import math
 from typing import Annotated
 
-from rope_mm.checks.fields import Count, NotNegative, Number, OneOf, Positive, WholeNumber
+import torch
+
+from rope_mm.checks.fields import Count, NotNegative, Number, OneOf, Positive, Reals, WholeNumber
 from rope_mm.positions.cursor import Cursor
-from rope_mm.positions.grids import UNIT, Raster, check_blocks
+from rope_mm.positions.grids import UNIT, Raster, causal_middle, check_blocks, grid_positions
 from rope_mm.segments import Segment
 
 NORMS = ("separate", "min", "max")
@@ -116,6 +118,44 @@ def ltx(cursor: Cursor, segment: Segment, patch: Positive = 32.0, seconds: Posit
     return Raster(segment.grid, (-1,) * 3, scaled(seconds / 10, patch / 1024, patch / 1024)), cursor.next
 
 
+def ltx2(cursor: Cursor, segment: Segment, patch: Positive = 32.0, stride: Count = 8, fps: Positive = 24.0):
+    """The middle of each patch, where 20 seconds and 2048 pixels each span -1 to 1.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        patch: pixels from one patch to the next.
+        stride: frames of the video in each latent frame after the first, which has one.
+        fps: frames of the video in a second.
+    """
+    t, y, x = grid_positions(segment.grid, (0, patch / 2, patch / 2), scaled(1, patch, patch)).unbind(-1)
+    seconds = causal_middle(t, stride) / fps
+    return torch.stack((seconds / 10, y / 1024, x / 1024), -1) - 1, cursor.next
+
+
+def frames(cursor: Cursor, segment: Segment, numbers: Annotated[tuple[float, ...] | None, Reals()] = None):
+    """Rows and columns from 0, and frames at given numbers.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        numbers: t of each frame; None counts them from 0.
+
+    Raises:
+        ValueError: not one number for each frame.
+    """
+    raster = Raster(segment.grid, (0, 0, 0), UNIT)
+    if numbers is None:
+        return raster, cursor.next
+    if len(numbers) != segment.grid[0]:
+        raise ValueError(
+            f"{segment} has {segment.grid[0]} frames, but `numbers` has {len(numbers)}; give one for each"
+        )
+    positions = grid_positions(*raster[:3])
+    positions[:, 0] = torch.tensor(numbers, dtype=torch.float64)[positions[:, 0].long()]
+    return positions, cursor.next
+
+
 def flux(cursor: Cursor, segment: Segment):
     """Images start at the origin, the k-th one at t = k."""
     return Raster(segment.grid, (cursor.images, 0, 0), UNIT), cursor.next
@@ -132,11 +172,44 @@ def flux2(cursor: Cursor, segment: Segment, step: Positive = 10.0):
     return Raster(segment.grid, (step * cursor.images, 0, 0, 0), [(*row, 0) for row in UNIT]), cursor.next
 
 
+def flux3(cursor: Cursor, segment: Segment, step: Positive = 0.5):
+    """Images start at the origin in steps of `step`, the k-th one at l = -k; text counts l from 0.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        step: from one row or column to the next.
+    """
+    steps = [(*row, 0) for row in scaled(1, step, step)]
+    return Raster(segment.grid, (0, 0, 0, -cursor.images), steps), cursor.next
+
+
 def msrope(cursor: Cursor, segment: Segment):
     """The k-th image is centered on row and column 0 at t = k; text starts past the largest half side."""
     _, y, x = segment.grid
     origin = (cursor.images, y // 2 - y, x // 2 - x)
     return Raster(segment.grid, origin, UNIT), max(cursor.next, y // 2, x // 2)
+
+
+def msrope_layers(cursor: Cursor, segment: Segment, layers: Count = 4):
+    """As `msrope`, for a composite, its layers and then the image that they are made of, which has t = -1.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        layers: how many layers there are.
+
+    Raises:
+        ValueError: an image after the one that the layers are made of.
+    """
+    if cursor.images > layers + 1:
+        raise ValueError(
+            f"with layers={layers} the composite, the layers and their source are {layers + 2} images, but "
+            f"this is number {cursor.images + 1}; give the number of layers as the option `layers`"
+        )
+    raster, after = msrope(cursor, segment)
+    number = cursor.images if cursor.images <= layers else -1
+    return raster._replace(origin=(number, *raster.origin[1:])), max(after, cursor.images)
 
 
 def lumina(cursor: Cursor, segment: Segment, multiple: Count = 1, first: WholeNumber = 0):

@@ -60,6 +60,12 @@ def meta233(counts: list[int]) -> list[int]:
     return [pattern[pair % len(pattern)] for pair in range(sum(counts))]
 
 
+def meta466(counts: list[int]) -> list[int]:
+    """`meta233` with every pair twice, which Lumos-1's code has: t t t t y y x x y y x x y y x x."""
+    pairs = sum(counts)
+    return [meta233([(pairs + 1) // 2, *(0 for _ in counts[1:])])[pair // 2] for pair in range(pairs)]
+
+
 OWNERSHIPS = Registry(
     "ownership",
     {
@@ -68,6 +74,7 @@ OWNERSHIPS = Registry(
         "round-robin": round_robin,
         "yx-then-t": yx_then_t,
         "meta233": meta233,
+        "meta466": meta466,
     },
 )
 
@@ -158,8 +165,31 @@ def headwise(axes: int, pairs: int, heads: int, shares: Sequence[float], seed: i
     return Directions(vectors[..., None].expand(heads, axes, pairs), [0] * pairs)
 
 
+def spiral(axes: int, pairs: int, heads: int, shares: Sequence[float], seed: int) -> Directions:
+    """Two pairs along an axis and two at 45 degrees to it in turn, four directions (Spiral RoPE, 2602.03227).
+
+    Args:
+        axes: number of position axes, which must be 2.
+        pairs: pairs of each head.
+        heads: number of heads.
+        shares: part of the pairs on each axis.
+        seed: of random directions.
+
+    Raises:
+        ValueError: other than two axes.
+    """
+    if axes != 2:
+        raise ValueError(f"the directions of 'spiral' lie in a plane of two axes, not {axes}; take 'golden'")
+    groups = chunk(apportion(pairs, shares))
+    places = own_ladder(groups)[0]
+    eighths = [2 * group + place // 2 % 2 for group, place in zip(groups, places, strict=True)]
+    angle = torch.tensor(eighths, dtype=torch.float64) * math.pi / 4
+    return Directions(torch.stack((angle.cos(), angle.sin()))[None], groups)
+
+
 DIRECTIONS = Registry(
-    "ownership", {"dense": dense, "golden": golden, "simplex": simplex, "headwise": headwise}
+    "ownership",
+    {"dense": dense, "golden": golden, "simplex": simplex, "headwise": headwise, "spiral": spiral},
 )
 
 

@@ -39,12 +39,17 @@ MULTIMODAL = {
     "m-rope-ernie-4.5-vl": Scheme(
         layout="m-rope", ownership="yx-then-t", axis_shares=(10, 11, 11), theta=5e5, pairing="interleaved"
     ),
+    "tarope": Scheme(layout="tarope"),
     "tm-rope": Scheme(layout="tm-rope", ownership="chunk", axis_shares=(2, 3, 3), theta=1e6),
     "m-rope-i": Scheme(layout="m-rope-spatial-reset", ownership="stride3", axis_shares=(6, 5, 5)),
     "mh-rope": Scheme(
         layout="m-rope-spatial-reset", ownership="headwise", axis_shares=(2, 3, 3), per_head=True
     ),
+    "lance": Scheme(layout="mape", ownership="chunk", axis_shares=(2, 3, 3), theta=1e6),
+    "neomme": Scheme(layout="m-rope-2d"),
+    "neomme-global": Scheme(layout="m-rope-2d", theta=1e6, fraction=0.25),
     "mm-rope": Scheme(layout="m-rope", ownership="meta233"),
+    "mm-rope-lumos-1": Scheme(layout="lumos", ownership="meta466"),
     "videorope": Scheme(layout="videorope", ownership="yx-then-t", axis_shares=(2, 3, 3)),
     "hope": Scheme(layout="hope", ownership="yx-then-t", axis_shares=(2, 3, 3), freq_scale=(0.0, 1.0, 1.0)),
     "vrope": Scheme(layout="vrope"),
@@ -106,6 +111,9 @@ VISION = {
     "gemma4-vision": axial(layout="grid", axis_order=XY, theta=100.0, pairing="block"),
     "minimax-m3-vision": axial(layout="grid", options=(("merge", 2),), fraction=78 / 80),
     "genlip": Scheme(layout="grid", ownership="stride3", axis_shares=(2, 3, 3)),
+    "spiral-rope": Scheme(
+        layout="grid", axis_order=YX, ownership="spiral", ladder="own", freq_scale=1.5, pairing="interleaved"
+    ),
     "golden-gate": Scheme(
         layout="normalized-corners",
         axis_order=XY,
@@ -123,6 +131,8 @@ VISION = {
 DIFFUSION = {
     "flux": axial(layout="flux", axis_shares=(2, 7, 7), pairing="interleaved"),
     "flux2": axial(layout="flux2", theta=2000.0, pairing="interleaved"),
+    "flux3": axial(layout="flux3", pairing="interleaved"),
+    "krea2": axial(layout="flux", axis_shares=(2, 3, 3), theta=1000.0, pairing="interleaved"),
     "hunyuan-video": axial(layout="flux", axis_shares=(2, 7, 7), theta=256.0, pairing="interleaved"),
     "wan": axial(layout="flux", axis_shares=(22, 21, 21), pairing="interleaved"),
     "cogvideox": axial(
@@ -143,14 +153,40 @@ DIFFUSION = {
         per_head=True,
         ladder_over_heads=True,
     ),
+    "ltx2": Scheme(
+        layout="ltx2",
+        ownership="round-robin",
+        ladder="own",
+        spacing="log",
+        freq_range=(1.0, 10_000.0),
+        freq_scale=math.pi / 2,
+        channel_offset="padded",
+        per_head=True,
+        ladder_over_heads=True,
+    ),
     "mochi": Scheme(
         layout="mochi", ownership="dense", ladder="own", pairing="interleaved", learnable=True, per_head=True
     ),
     "cosmos": axial(layout="grid", axis_shares=(22, 21, 21), extensions=(NTK(factor=2.0, axes=("t",)),)),
     "allegro": axial(layout="grid", options=(("t", 0.5),), pairing="block"),
+    "kandinsky5": axial(
+        layout="grid", options=(("y", 0.5), ("x", 0.5)), axis_shares=(2, 3, 3), pairing="interleaved"
+    ),
+    "helios": axial(layout="frames", axis_shares=(22, 21, 21), pairing="interleaved"),
     "qwen-image": axial(layout="msrope", axis_shares=(2, 7, 7), pairing="interleaved"),
+    "qwen-image-layered": axial(layout="msrope-layers", axis_shares=(2, 7, 7), pairing="interleaved"),
+    "qwen-image-2.1": axial(layout="msrope-in-sequence", axis_shares=(2, 7, 7), pairing="interleaved"),
+    "ideogram4": Scheme(
+        layout="grid", options=(("first", 65_536.0),), ownership="stride3", axis_shares=(6, 5, 5), theta=5e6
+    ),
     "lumina2": axial(layout="lumina", pairing="interleaved"),
     "z-image": axial(layout="z-image", axis_shares=(2, 3, 3), theta=256.0, pairing="interleaved"),
+}
+
+# audio tokens with a time of their own
+AUDIO = {
+    "ltx2-audio": DIFFUSION["ltx2"].replace(axis_order=("t",)),
+    "music-flamingo": axial(layout="music-flamingo", theta=1200.0, pairing="interleaved", fraction=0.4),
 }
 
 # other names that people look for
@@ -163,10 +199,12 @@ ALIASES = {
     "vit-2d": "rope-2d",
     "axial-3d": "grid",
     "rope-3d": "grid",
+    "hunyuan-video-1.5": "hunyuan-video",
+    "kandinsky6": "kandinsky5",
 }
 
 SCHEMES: Registry[Scheme] = Registry(
-    "scheme", TEXT | MULTIMODAL | VISION | DIFFUSION, ALIASES, listing="`rope-mm schemes`"
+    "scheme", TEXT | MULTIMODAL | VISION | DIFFUSION | AUDIO, ALIASES, listing="`rope-mm schemes`"
 )
 
 

@@ -4,6 +4,9 @@
     Wiselnn570/VideoRoPE 7712ca3, videorope-transformer/modeling_videorope.py
     johncaged/VRoPE 6a7adbc, vrope.py
     lose4578/CircleRoPE 063fb2c, code/circle_rope.py and config.json
+    alibaba-damo-academy/Lumos f7c9cd2, modeling_chameleon_mm_rope.py, 3 x 2 patches and row markers
+    bytedance/Lance 4baeee0, data/common.py, after M-RoPE: encoder's tokens, clean latents, noise
+    huajianduzhuo-code/Spiral_RoPE bde84ff, RoPE_DeiT/rope.py, a grid of 5 x 5, 16 channels, rotate=2
 
 with a temporal stride of 1 (2 for VideoRoPE, HoPE's draws from [1.0]), V2PE's stride of 16, CircleRoPE's
 radius of 10, alpha of 0.5 and move_to_origin. Over 300 random sequences they gave what ours gave, fractions
@@ -48,6 +51,20 @@ CIRCLE = [
     (3, 10.07107, -4.07107), (-2.90782, 7.19328, 10.71454), (13.52747, 13.52747, 13.52747),
     (15.52747, 22.59854, 8.45641), (7.50578, 18.21951, 20.85714), (23.75319, 23.75319, 23.75319),
 ]  # fmt: skip
+LUMOS = [
+    (5, 5, 5), (6, 6, 6), (6, 6, 14), (6, 6, 22), (6, 14, 6), (6, 22, 14), (6, 22, 22), (15, 15, 15),
+]  # fmt: skip
+LANCE = [
+    (1, 1, 1), (1000, 2, 2), (1000, 3, 4), (5, 5, 5), (2000, 6, 6), (2000, 7, 7), (8, 8, 8), (9, 9, 9),
+    (9, 10, 10), (11, 11, 11),
+]  # fmt: skip
+# angles of patches (row, column) less those of the patch in the middle
+SPIRAL = {
+    (1, 2): [-1.5, -0.15, -0.01061, -0.00106, 0, 0, 0.01061, 0.00106],
+    (2, 3): [0, 0, 0.01061, 0.00106, 1.5, 0.15, 0.01061, 0.00106],
+    (3, 3): [1.5, 0.15, 0.02121, 0.00212, 1.5, 0.15, 0, 0],
+    (2, 0): [0, 0, -0.02121, -0.00212, -3, -0.3, -0.02121, -0.00212],
+}
 JJJ = "JJJYmmm/Multimodal-RoPEs"
 
 
@@ -73,6 +90,43 @@ def test_positions_are_those_that_released_code_gave(agree, scheme, original, go
     agree(scheme, f"{original} (golden)", positions[TOKENS], theirs, within, "positions")
 
 
+@pytest.mark.parametrize(
+    ("scheme", "original", "segments", "tokens", "golden"),
+    [
+        (
+            "mm-rope-lumos-1",
+            "alibaba-damo-academy/Lumos modeling_chameleon_mm_rope.py",
+            "text:6 image:3x3 text:1",
+            [5, 6, 7, 8, 9, 13, 14, 15],
+            LUMOS,
+        ),
+        (
+            "lance",
+            "bytedance/Lance shift_position_ids",
+            "text:2 image:2x3 text:1 image:2x2 text:1 image:2x2 text:1",
+            [1, 2, 7, 8, 9, 12, 13, 14, 17, 18],
+            LANCE,
+        ),
+    ],
+)
+def test_positions_of_models_with_their_own_order_of_images(
+    agree, scheme, original, segments, tokens, golden
+):
+    positions, _ = Rotary(128, scheme).place(segments)
+    theirs = torch.tensor(golden, dtype=torch.float64)
+    agree(scheme, f"{original} (golden)", positions[tokens], theirs, 0, "positions")
+
+
+def test_spiral_rope_turns_along_four_directions(agree):
+    """At the corners, out of the circle's reach, it repeats the border; ours is as in the article."""
+    rope = Rotary(16, "spiral-rope")
+    positions, _ = rope.place("image:5x5")
+    angles = ((positions - positions[12]) @ rope.omega).view(5, 5, -1)
+    ours = torch.stack([angles[place] for place in SPIRAL])
+    theirs = torch.tensor(list(SPIRAL.values()))
+    agree("spiral-rope", "huajianduzhuo-code/Spiral_RoPE rope.py (golden)", ours, theirs, 1e-5, "angles")
+
+
 def test_a_image_alone_lies_on_the_circle_that_circlerope_gave_it(agree):
     golden = [
         (0, 7.07107, -7.07107), (7.52747, -1.0246, -6.50287), (5.83187, -7.86487, 2.033),
@@ -89,6 +143,7 @@ def test_a_image_alone_lies_on_the_circle_that_circlerope_gave_it(agree):
         ("m-rope", "tyx", "t" * 16 + "y" * 24 + "x" * 24),
         ("m-rope-i", "tyx", "tyx" * 20 + "tttt"),
         ("mm-rope", "tyx", "ttyxyxyx" * 8),
+        ("mm-rope-lumos-1", "tyx", "ttttyyxxyyxxyyxx" * 4),
         # Wiselnn570's; JJJYmmm's freq_allocation/videorope.py is off by one: "t" + "yx" * 23 + "y" + "t" * 16
         ("videorope", "tyx", "yx" * 24 + "t" * 16),
         ("vrope", "pqrs", "pqrs" * 16),

@@ -12,7 +12,7 @@ from rope_mm.schemes import zoo
 PAGE = Path(__file__).parents[2] / "docs" / "schemes.md"
 PROMISES: dict[str, Iterable[str]] = {
     "promises": [*zoo.TEXT, *zoo.MULTIMODAL],
-    "vision-promises": [*zoo.VISION, *zoo.DIFFUSION],
+    "vision-promises": [*zoo.VISION, *zoo.DIFFUSION, *zoo.AUDIO],
 }
 
 
