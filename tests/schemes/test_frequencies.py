@@ -95,8 +95,10 @@ def test_headwise_gives_whole_heads_to_axes_and_every_head_the_whole_ladder():
         assert torch.equal(head.sum(0), SCHEMES["flat"].omega(16)[0])
 
 
-@pytest.mark.parametrize("axes", [1, 2, 3, 4])
-@pytest.mark.parametrize("ownership", DIRECTIONS)
+ON_AXES = [(name, axes) for name in DIRECTIONS for axes in (1, 2, 3, 4) if name != "spiral" or axes == 2]
+
+
+@pytest.mark.parametrize(("ownership", "axes"), ON_AXES)
 def test_directions_are_unit_vectors_and_frequencies_their_lengths(ownership, axes):
     omega = make_omega(axes, 12, ownership=ownership, heads=4)
     speed = 1e4 ** (-torch.arange(12, dtype=torch.float64) / 12)
