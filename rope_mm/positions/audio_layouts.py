@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from rope_mm.positions.cursor import Cursor
-from rope_mm.positions.grids import Raster, at_origin, causal_middle
+from rope_mm.positions.grids import Raster, causal_latents
 from rope_mm.segments import Segment
 
 
-def ltx2_audio(cursor: Cursor, n: int, a: int) -> tuple[Tensor, float]:
+def ltx2_audio(cursor: Cursor, n: int, a: int) -> tuple[Raster, float]:
     """The middle of each token on the first axis, in seconds, of which 20 span -1 to 1.
 
     A token has four spectrogram frames of 10 ms, the first one has one (LTX-2's `prepare_audio_coords`).
@@ -20,9 +20,11 @@ def ltx2_audio(cursor: Cursor, n: int, a: int) -> tuple[Tensor, float]:
         n: number of audio tokens.
         a: number of axes.
     """
-    number = cursor.next + torch.arange(n, dtype=torch.float64)
-    seconds = causal_middle(number, 4) / 100
-    return torch.nn.functional.pad(seconds[:, None] / 10 - 1, (0, a - 1)), cursor.next + n
+    start, lead = causal_latents(4)
+    step = 0.04 / 10
+    steps = ((step, *(0.0 for _ in range(a - 1))),) * 3
+    origin = (start * step - 1, *(0.0 for _ in range(a - 1)))
+    return Raster((n, 1, 1), origin, steps, lead=lead, first_frame=int(cursor.next)), cursor.next + n
 
 
 def music_flamingo(cursor: Cursor, n: int, a: int) -> tuple[Tensor, float]:
@@ -44,4 +46,4 @@ def music_flamingo(cursor: Cursor, n: int, a: int) -> tuple[Tensor, float]:
 
 def unrotated(cursor: Cursor, segment: Segment) -> tuple[Raster, float]:
     """An image or video in a layout for audio: it is not rotated."""
-    return at_origin(segment.tokens, 2), cursor.next
+    return Raster(segment.grid, (0.0, 0.0), ((0.0, 0.0),) * 3), cursor.next

@@ -30,6 +30,7 @@ class Raster(NamedTuple):
         pace: where it is given, frame k stands floor(k * pace) steps from frame 0, not k.
         first_frame: the number of the first frame of the grid.
         offsets: what is added to the tokens (y*x, a) of every frame.
+        lead: how many steps frame 0 stands after the origin, from which the others are counted.
     """
 
     grid: tuple[int, int, int]
@@ -39,6 +40,7 @@ class Raster(NamedTuple):
     pace: float | None = None
     first_frame: int = 0
     offsets: Tensor | None = None
+    lead: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -47,10 +49,13 @@ class Raster(NamedTuple):
         return t * y * x
 
     def frame_numbers(self) -> Tensor:
-        """How many steps each frame (t,) is from frame 0, float64."""
+        """How many steps each frame (t,) is from the origin, float64."""
         k = torch.arange(self.first_frame, self.first_frame + self.grid[0], dtype=torch.float64)
-        # 69 * (2 / 15) * 25 is a little below 230
-        return k if self.pace is None else (k * self.pace + 1e-6).floor()
+        if self.pace is not None:
+            k = (k * self.pace + 1e-6).floor()  # 69 * (2 / 15) * 25 is a little below 230
+        if self.lead and not self.first_frame:
+            k[0] += self.lead
+        return k
 
 
 def fill(rasters: Sequence[Raster]) -> Tensor:
@@ -100,7 +105,7 @@ def fill_together(rasters: Sequence[Raster]) -> Tensor:
     t = (frame + first).double()
     start = 0
     for raster in rasters:
-        if raster.pace is not None:
+        if raster.pace is not None or raster.lead:
             t[start : start + raster.tokens] = raster.frame_numbers().repeat_interleave(
                 raster.grid[1] * raster.grid[2]
             )
@@ -122,7 +127,7 @@ def add_offsets(positions: Tensor, rasters: Sequence[Raster]) -> Tensor:
 def same_frames(one: Raster, other: Raster) -> bool:
     """Whether two rasters put every frame that both have in the same place, however many frames they have."""
     numbers = [
-        (*r.grid[1:], *r.origin, *(n for step in r.steps for n in step), r.merge, r.pace)
+        (*r.grid[1:], *r.origin, *(n for step in r.steps for n in step), r.merge, r.pace, r.lead)
         for r in (one, other)
     ]
     if one.offsets is None or other.offsets is None:
@@ -175,6 +180,15 @@ def centred(start: float, span: float, sizes: Sequence[int]) -> list[float]:
     return [start + (span - size) / 2 for size in sizes]
 
 
+def causal_latents(stride: int) -> tuple[float, float]:
+    """Origin and lead, in steps, of the middles of latents: the first has one frame, the others `stride`.
+
+    A causal autoencoder makes such latents (LTX-2, `causal_offset` 1): latent k > 0 has its middle at
+    stride * k + 1 - stride / 2 frames, latent 0 at 1/2.
+    """
+    return 1 / stride - 1 / 2, (stride - 1) / (2 * stride)
+
+
 def diagonal(start: float, n: int, a: int, step: float = 1.0) -> Raster:
     """A run of n tokens along all a axes at once."""
     return Raster((n, 1, 1), (start,) * a, ((step,) * a,) * 3)
@@ -204,15 +218,6 @@ def text_along_axes(*axes: int, first: float = 0.0) -> TextRule:
 def text_at_origin(cursor: Cursor, n: int, a: int) -> tuple[Raster, float]:
     """Text stands at the origin: it is not rotated."""
     return at_origin(n, a), cursor.next
-
-
-def causal_middle(number: Tensor, stride: int) -> Tensor:
-    """The middle of latents (n,) in frames: the first latent has one frame, the others have `stride`.
-
-    A causal autoencoder makes such latents (LTX-2, `causal_offset` 1).
-    """
-    end = stride * number + 1
-    return ((end - stride).clamp(min=0) + end) / 2
 
 
 def at_origin(n: int, a: int) -> Raster:

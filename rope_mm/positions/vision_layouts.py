@@ -7,7 +7,7 @@ import torch
 
 from rope_mm.checks.fields import Count, NotNegative, Number, OneOf, Positive, Reals, WholeNumber
 from rope_mm.positions.cursor import Cursor
-from rope_mm.positions.grids import UNIT, Raster, causal_middle, check_blocks, grid_positions
+from rope_mm.positions.grids import UNIT, Raster, causal_latents, check_blocks, grid_positions
 from rope_mm.segments import Segment
 
 NORMS = ("separate", "min", "max")
@@ -128,9 +128,10 @@ def ltx2(cursor: Cursor, segment: Segment, patch: Positive = 32.0, stride: Count
         stride: frames of the video in each latent frame after the first, which has one.
         fps: frames of the video in a second.
     """
-    t, y, x = grid_positions(segment.grid, (0, patch / 2, patch / 2), scaled(1, patch, patch)).unbind(-1)
-    seconds = causal_middle(t, stride) / fps
-    return torch.stack((seconds / 10, y / 1024, x / 1024), -1) - 1, cursor.next
+    step, side = stride / fps / 10, patch / 1024
+    start, lead = causal_latents(stride)
+    origin = (start * step - 1, side / 2 - 1, side / 2 - 1)
+    return Raster(segment.grid, origin, scaled(step, side, side), lead=lead), cursor.next
 
 
 def frames(cursor: Cursor, segment: Segment, numbers: Annotated[tuple[float, ...] | None, Reals()] = None):

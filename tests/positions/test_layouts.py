@@ -29,7 +29,11 @@ OWN_TEXT = {
     "fixed-extent": [[0, 0, 0], [0, 0, 0]],
     "mochi": [[0, 0, 0], [0, 0, 0]],
     "flux": [[0, 0, 0], [0, 0, 0]],
+    "frames": [[0, 0, 0], [0, 0, 0]],
+    "ltx2": [[0, 0, 0], [0, 0, 0]],
+    "music-flamingo": [[0, 0], [0, 0]],
     "flux2": [[0, 0, 0, 0], [0, 0, 0, 1]],
+    "flux3": [[0, 0, 0, 0], [0, 0, 0, 1]],
     "lumina": [[0, 0, 0], [1, 0, 0]],
     "z-image": [[1, 0, 0], [2, 0, 0]],
 }
@@ -189,7 +193,9 @@ def test_more_frames_and_audio_need_their_video_and_audio_a_time_in_seconds():
             place(segments, "flat")
     with pytest.raises(ValueError, match="write audio for sound alone"):
         place("video_audio:3", "tm-rope")
-    with pytest.raises(ValueError, match=r"has no time in seconds for video_audio:3; take \['tm-rope'\]"):
+    with pytest.raises(
+        ValueError, match=r"has no time in seconds for video_audio:3; take \['tm-rope', 'tarope'\]"
+    ):
         place("video:2x2x2 video_audio:3", "m-rope")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rope_mm import SCHEMES, Image, Rotary, Text, Video, place
-from rope_mm.positions.grids import causal_middle
+from rope_mm.positions.grids import Raster, causal_latents, fill
 
 
 def test_frames_stand_at_the_numbers_that_are_given():
@@ -37,7 +37,11 @@ def test_more_images_than_layers_and_their_source_are_refused():
 
 def test_the_first_latent_of_a_causal_autoencoder_has_one_frame_and_the_others_eight():
     """Frames 0, 1 to 8, 9 to 16: their middles."""
-    assert causal_middle(torch.arange(3.0), 8).tolist() == [0.5, 5.0, 13.0]
+    start, lead = causal_latents(8)
+    small = Raster((3, 1, 1), (8 * start,), ((8,), (0,), (0,)), lead=lead)
+    large = small._replace(grid=(3, 100, 100))
+    assert fill([small]).flatten().tolist() == [0.5, 5.0, 13.0]
+    assert torch.equal(fill([large])[::10_000], fill([small]))
 
 
 def test_spiral_directions_on_three_axes_are_refused():
