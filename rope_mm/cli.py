@@ -3,6 +3,7 @@
 rope-mm schemes --format markdown
 rope-mm show rope-tv "text:5 image:2x3" --head-dim 64
 rope-mm check m-rope
+rope-mm choose vit
 rope-mm train adversarial --config digits
 rope-mm lens rope-tv "text:5 image:4x6 text:5" --compare m-rope --out pictures
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 from rope_mm import __version__
 from rope_mm.analysis.check import check_rotary
+from rope_mm.analysis.choosing import CHOICES, explain_choice, list_tasks
 from rope_mm.analysis.explorer import serve
 from rope_mm.analysis.figures import save_figure
 from rope_mm.analysis.pictures import EXAMPLE, PICTURES, NotShown, picture, text_picture
@@ -91,6 +93,15 @@ def print_check(args: argparse.Namespace) -> int:
     report = check_rotary(Rotary(args.head_dim, args.name, heads=args.heads))
     print(report)
     return 0 if report.ok else 1
+
+
+def print_choice(args: argparse.Namespace) -> int:
+    """What to take for a task; the tasks, where none is named."""
+    if args.task is None:
+        print(f"{list_tasks()}\n\nrope-mm choose TASK says what to take for it, and why")
+        return 0
+    print(explain_choice(args.task, args.head_dim))
+    return 0
 
 
 def explore(args: argparse.Namespace) -> int:
@@ -219,6 +230,14 @@ def add_show_and_check(commands: Any) -> None:
     check.set_defaults(run=print_check)
 
 
+def add_choose(commands: Any) -> None:
+    """The subcommand choose."""
+    page = commands.add_parser("choose", help="which scheme for which task, with the reason and the code")
+    page.add_argument("task", metavar="TASK", nargs="?", help=f"one of {', '.join(CHOICES)}")
+    page.add_argument("--head-dim", type=int, default=HEAD_DIM, help="channels of a head (%(default)s)")
+    page.set_defaults(run=print_choice)
+
+
 def add_explore(commands: Any) -> None:
     """The subcommand explore."""
     about = "a local page in the browser: positions, frequencies, properties"
@@ -234,7 +253,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rope-mm {__version__}")
     parser.set_defaults(run=lambda args: parser.print_help() or 0)
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    for add in (add_schemes, add_show_and_check, add_lens, add_train, add_explore):
+    for add in (add_schemes, add_choose, add_show_and_check, add_lens, add_train, add_explore):
         add(commands)
     return parser
 

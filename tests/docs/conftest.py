@@ -7,6 +7,7 @@ import pytest
 
 from rope_mm import properties_table
 from rope_mm.analysis import markdown
+from rope_mm.analysis.choosing import choices_table
 from rope_mm.schemes import zoo
 
 PAGE = Path(__file__).parents[2] / "docs" / "schemes.md"
@@ -17,7 +18,9 @@ PROMISES: dict[str, Iterable[str]] = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-promises", action="store_true", help="write the tables of docs/schemes.md")
+    parser.addoption(
+        "--write-promises", action="store_true", help="write the tables of schemes.md and choosing.md"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +31,11 @@ def promises(request: pytest.FixtureRequest) -> dict[str, str]:
         for name, table in tables.items():
             markdown.write_table(PAGE, name, table)
     return tables
+
+
+@pytest.fixture(scope="session")
+def choices(request: pytest.FixtureRequest) -> str:
+    """The table of choices; with --write-promises the page gets it."""
+    if request.config.getoption("--write-promises", default=False):
+        markdown.write_table(PAGE.with_name("choosing.md"), "choices", choices_table())
+    return choices_table()

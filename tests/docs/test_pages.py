@@ -143,6 +143,11 @@ def test_every_scheme_loss_and_penalty_has_a_row(name, page):
     assert any(f"`{name}`" in row.split("|")[1] for row in rows)
 
 
+def test_the_guide_to_a_scheme_has_the_table_that_the_command_prints(choices):
+    _, body, _ = markdown.split_page(DOCS / "choosing.md", "choices")
+    assert body.strip() == choices, "write it anew: pytest tests/docs --write-promises"
+
+
 @pytest.mark.slow
 def test_the_promises_are_those_that_are_measured(promises):
     assert list(promises) == ["promises", "vision-promises"]
