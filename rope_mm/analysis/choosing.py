@@ -7,6 +7,7 @@ from rope_mm.analysis.properties import HEAD_DIM, properties_table
 from rope_mm.registry import Registry
 from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.frequencies import ownership_map
+from rope_mm.schemes.zoo import SCHEMES
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ def explain_choice(task: str, head_dim: int = HEAD_DIM) -> str:
     because = choice.because.partition(" ([")[0].replace("`", "")
     lines = [f"{choice.task}: {choice.name.replace('`', '')}", f"because: {because}", "", choice.code]
     if choice.scheme:
-        fields = {} if choice.theta is None else {"theta": choice.theta}
-        rope = Rotary(head_dim, choice.scheme, **fields)
+        scheme = SCHEMES[choice.scheme]
+        rope = Rotary(head_dim, scheme if choice.theta is None else scheme.replace(theta=choice.theta))
         lines += [
             "",
             f"axis of each pair, at head_dim {head_dim}",
