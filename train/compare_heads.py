@@ -42,6 +42,7 @@ from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.loop import fingerprint
 from rope_mm.training.run_dir import is_done
 from rope_mm.training.run_page import write_comparison_page
+from rope_mm.training.threads import choose_threads
 
 FREE = "output_dir", "restart", "dry_run", "on_nan", "trackers", "page", "profile"  # they change no result
 SHOWN = 2  # of each class on the sheet
@@ -264,8 +265,7 @@ def main(config: CompareHeads) -> None:
     if config.dry_run:
         print(dump(replace(config, dry_run=False)), end="")
         return
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    choose_threads(config.threads)
     disable_progress_bar()
     plan = list(product(range(config.seed, config.seed + config.seeds), config.heads))
     each = [(head, configure(config, head, seed)) for seed, head in plan]

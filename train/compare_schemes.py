@@ -35,6 +35,7 @@ from rope_mm.files import write_text
 from rope_mm.models import IMAGE_TOKEN, RopeMMForConditionalGeneration, read_config
 from rope_mm.training.config import check_options, option, run
 from rope_mm.training.run_page import write_comparison_page
+from rope_mm.training.threads import choose_threads
 
 EVERY = 20  # steps between two points of a loss
 FREE = "output_dir", "schemes", "seeds", "threads", "device"  # may change when the command is repeated
@@ -58,7 +59,11 @@ class CompareSchemes:
     model: dict[str, Any] = option({}, "fields of RopeMMConfig")
     trained: dict[str, dict[str, Any]] = option({}, "task -> form -> sizes, to train and to evaluate on")
     untrained: dict[str, dict[str, Any]] = option({}, "task -> form -> sizes, to evaluate on only")
-    threads: int = option(0, "of torch on the CPU; 0: torch decides", minimum=0)
+    threads: int = option(
+        0,
+        "of torch on the CPU, at most OMP_NUM_THREADS where that is set; 0: as many as are faster",
+        minimum=0,
+    )
     device: str = option("cpu", "of torch")
 
 
@@ -213,8 +218,7 @@ def main(config: CompareSchemes) -> None:
         ValueError: a configuration that makes no comparison, runs of another one in its folder.
     """
     check(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    choose_threads(config.threads)
     output_dir, benchmark = Path(config.output_dir), Benchmark(config)
     whole = {name: value for name, value in asdict(config).items() if name not in FREE}
     plan = [(seed, scheme) for seed in range(config.seeds) for scheme in config.schemes]

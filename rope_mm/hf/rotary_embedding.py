@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from rope_mm.hf.patch_positions import centres_in_radians, place_patches
 from rope_mm.hf.rotary_inspection import TOKEN_CALLS, ModelRope, frequencies
@@ -61,6 +62,8 @@ class RopeMMRotaryEmbedding(nn.Module, Changes):
         ropes: what it runs, by layer type.
         interfaces: how the model calls it and reads its tables, by layer type; empty if it never does.
         original: the module that it replaces, None where there was none.
+        specs: how their angles meet channels, by layer type.
+        own_omegas: the model's own frequencies (a, r), of layer types that keep them.
         use_op: whether attention rotates by our op, and gets RotaryAngles in place of tables.
         undo: calls that, the last one first, make the model what it was; a copy of the model copies them.
         position_state: positions of the forward that is under way, shared with the hooks that set them.
@@ -70,6 +73,13 @@ class RopeMMRotaryEmbedding(nn.Module, Changes):
         nn.Module.__init__(self)
         self.ropes, self.interfaces, self.original = ropes, interfaces, original
         self.learned = nn.ModuleList(rope for rope in ropes.values() if isinstance(rope, Rotary))
+        self.specs = {layer: rope.spec for layer, rope in ropes.items()}
+        with unset_fake_temporarily():  # numbers, also where models are built of fake tensors
+            self.own_omegas = {
+                layer: torch.tensor(rope.omega, device="cpu")
+                for layer, rope in ropes.items()
+                if isinstance(rope, ModelRope)
+            }
         self.config, self.use_op = config, not interfaces
         self.undo = []
         self.position_state = PositionState()
@@ -84,18 +94,19 @@ class RopeMMRotaryEmbedding(nn.Module, Changes):
     def forward(self, x: Tensor, position_ids: Tensor | None = None, layer_type: str | None = None):
         layer = layer_type if layer_type in self.ropes else None
         rope, interface = self.ropes[layer], self.interfaces[layer]
-        positions, omega = self.positions(x, position_ids, rope, interface), torch.as_tensor(rope.omega)
+        positions = self.positions(x, position_ids, rope, interface)
+        omega = rope.omega if isinstance(rope, Rotary) else self.own_omegas[layer]
         if omega.is_meta:
             raise ValueError(
                 "the learned Omega is on the meta device, as when accelerate offloads it; keep the rotary "
                 "module on a device, by a line of its own in device_map"
             )
         if self.use_op:
-            angles = make_angles(positions, omega, rope.spec, x.dtype)
+            angles = make_angles(positions, omega, self.specs[layer], x.dtype)
             return angles, angles
         check_positions(positions, omega)
         own = isinstance(rope, ModelRope)
-        angle = rope.angles(positions) if own else rotation.angles(positions, omega)[..., 0, :]
+        angle = rope.angles(positions, omega) if own else rotation.angles(positions, omega)[..., 0, :]
         return interface.tables(angle, rope.spec.factor, x.dtype)
 
     def positions(self, x: Tensor, ids: Tensor | None, rope: Rope, interface: ModelRope) -> Tensor:

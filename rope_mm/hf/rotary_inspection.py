@@ -63,10 +63,18 @@ class ModelRope:
         """How many pairs of channels are rotated."""
         return len(self.omega[0])
 
-    def angles(self, positions: Tensor) -> Tensor:
-        """Radians (..., r) at positions (..., a), in float32 as transformers makes them."""
-        omega = torch.tensor(self.omega, device=positions.device)
-        angle: Any = sum(positions[..., axis, None].float() * row for axis, row in enumerate(omega))
+    def angles(self, positions: Tensor, omega: Tensor | None = None) -> Tensor:
+        """Radians (..., r) at positions (..., a), in float32 as transformers makes them.
+
+        Args:
+            positions: (..., a).
+            omega: the numbers of `omega` as a tensor (a, r), if there is one already.
+        """
+        rows = (torch.tensor(self.omega) if omega is None else omega).to(positions.device)
+        steps = positions.float()
+        if len(rows) == 1:
+            return steps * rows
+        angle: Any = sum(steps[..., axis, None] * row for axis, row in enumerate(rows))
         return angle
 
     @property

@@ -52,7 +52,8 @@ def make_rope(
             f"this rope was read from another kind of module ({given.call_format}, {given.pairs} pairs); "
             f"{name} takes {interface.call_format} and rotates {interface.pairs} pairs"
         )
-        refuse({why: changes or mine != theirs})
+        fixed = f"a rope that was read from a model cannot change {sorted(changes)}; give a scheme"
+        refuse({why: mine != theirs, fixed: changes})
         return given
     if made := isinstance(given, Rotary):
         why = (

@@ -36,6 +36,8 @@ def angles(positions: Tensor, omega: Tensor, mode: str = "exact") -> Tensor:
         products = positions.float()[..., None, :, None] * omega
         return sum(products.unbind(-2), products.new_zeros(()))
     wide = widest_float(positions.device)
+    if omega.shape[0] == omega.shape[1] == 1 and wide == torch.float64:
+        return positions.to(wide).unsqueeze(-1) * omega[0].to(positions.device, wide)
     positions, omega = positions.to(wide), omega.to(positions.device, wide)
     if wide == torch.float64:  # which autocast leaves alone
         return product(positions, omega)

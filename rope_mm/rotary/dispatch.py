@@ -7,6 +7,7 @@ compiler makes one pass over memory.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 
 import torch
@@ -46,7 +47,7 @@ class RotarySpec:
     def __post_init__(self):
         checks.check_spec(self.pairing, self.blocks, self.factor, self.mode)
 
-    @property
+    @cached_property
     def slot(self) -> Slot:
         """The channels alone."""
         return Slot(self.pairing, self.blocks, self.tail)
@@ -170,7 +171,7 @@ class RotaryAngles:
             return self.rotate_checked(q), self.rotate_checked(k)
         self.check_fit(q)
         both = cpu.rotate_plain(torch.cat((q, k), 2), self.wide, self.spec.slot)
-        q_rotated, k_rotated = both.split((q.shape[2], k.shape[2]), 2)
+        q_rotated, k_rotated = torch.split_with_sizes(both, (q.shape[2], k.shape[2]), 2)
         return q_rotated, k_rotated
 
     def rotate_one(self, x: Tensor) -> Tensor:
@@ -204,7 +205,8 @@ class RotaryAngles:
         """q and k rotated by the Triton kernel."""
         from rope_mm_kernels import rotary  # triton is optional
 
-        how = {name: value for name, value in vars(self.spec).items() if name != "mode"}
+        spec = self.spec
+        how = {"pairing": spec.pairing, "blocks": spec.blocks, "tail": spec.tail, "factor": spec.factor}
         if self.angle is not None:
             rotated = rotary.rotate_by_angles(q, k, self.angle, **how)
             return (q.copy_(rotated[0]), k.copy_(rotated[1])) if in_place else rotated

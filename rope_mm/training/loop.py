@@ -12,7 +12,6 @@ from operator import getitem
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, Protocol, TypeVar
 
-import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -28,6 +27,7 @@ from rope_mm.training.rotary_profile import profiled
 from rope_mm.training.run_dir import Identity, check_folder, locked, open_folder, resume, save, write_model
 from rope_mm.training.run_page import write_run_page
 from rope_mm.training.signals import Stop, exit_code
+from rope_mm.training.threads import choose_threads
 from rope_mm.training.throughput import Speed, peak_flops
 from rope_mm.training.trackers import read_trackers, tracking
 
@@ -44,7 +44,11 @@ class Run:
     checkpoint_every: int = option(500, "steps; the newest two checkpoints remain", minimum=1)
     on_nan: Literal["stop", "skip"] = option("stop", "at a gradient that is not finite; skip: skip its step")
     mixed_precision: Literal["", "no", "bf16"] = option("", "of forwards; empty: as accelerate is configured")
-    threads: int = option(0, "of torch on the CPU; 0: torch decides", minimum=0)
+    threads: int = option(
+        0,
+        "of torch on the CPU, at most OMP_NUM_THREADS where that is set; 0: as many as are faster",
+        minimum=0,
+    )
     profile: int = option(
         0, "steps, after the first, of which rotary's share of the time is printed", minimum=0
     )
@@ -139,8 +143,7 @@ def launch(make: Callable[[Config, Accelerator], Training], config: Config, **op
         ValueError: a configuration, data or a folder that cannot be used, a loss that is not finite.
     """
     check_options(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    choose_threads(config.threads)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight it saves
     options["mixed_precision"] = config.mixed_precision or None  # None: as accelerate is configured
     output_dir, trackers = Path(config.output_dir), read_trackers(config.trackers)
