@@ -266,8 +266,17 @@ def of_latents(name: str, channels: str, **more: Any) -> Family:
 
 
 def images_of_qwen(video_fhw: Any) -> list[tuple[int, int, int]]:
-    """Sizes of a sample's images: of the first sample where a list of them is given, as the original does."""
+    """Sizes of a sample's images.
+
+    Raises:
+        ValueError: samples whose sizes differ; diffusers gives all of them the positions of the first one.
+    """
     first = video_fhw[0] if isinstance(video_fhw, list) else video_fhw
+    if isinstance(video_fhw, list) and any(sizes != first for sizes in video_fhw):
+        raise ValueError(
+            f"samples with images of the sizes {video_fhw} would all get the positions of the first one; "
+            "give the model one batch for each size"
+        )
     return first if isinstance(first, list) else [first]
 
 

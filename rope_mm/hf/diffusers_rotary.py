@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rope_mm.hf.cos_sin_tables import TABLE_FORMATS, fill_tables
+from rope_mm.hf.diffusers_attention import AttentionRotary, is_bare, make_attention_rotary
 from rope_mm.hf.diffusers_families import Family, rotary_places
 from rope_mm.hf.rotary_embedding import Changes
 from rope_mm.hf.scheme_support import refuse
@@ -338,6 +339,11 @@ class DiffusersRotary(nn.Module, Changes):
         calls, self.calls = self.calls, 0
         refuse({f"{type(model).__name__} asked for no tables, so the scheme had no effect": not calls})
 
+    def explain(self) -> str:
+        """One line on what runs."""
+        placed = "by model and pipeline" if self.own else f"by layout {self.rope.scheme.layout!r}"
+        return explain_slot(self.slot, describe_rope(self.rope), placed)
+
     def extra_repr(self) -> str:
         return describe_rope(self.rope)
 
@@ -400,18 +406,24 @@ def check_scheme(slot: DiffusersSlot, scheme: Scheme, read: DiffusersRope, name:
     })  # fmt: skip
 
 
-def rotary_of(model: Any) -> DiffusersRotary | None:
+def rotary_of(model: Any) -> DiffusersRotary | AttentionRotary | None:
     """Our part of a model of diffusers, None where there is none."""
     return getattr(model, "rope_mm", None)
+
+
+def no_rotary(model: Any) -> str:
+    """What is said of a model that can be given a rotary."""
+    return f"{type(model).__name__} has no rotary; give it one by set_rope"
 
 
 def rope_of_diffusers(model: Any) -> Any:
     """What a model of diffusers rotates by: a DiffusersRope, or the Rotary that `set_rope` put in."""
     ours = rotary_of(model)
+    refuse({no_rotary(model): not ours and is_bare(model)})
     return ours.rope if ours else read_rope(slot_of(model))
 
 
-def set_diffusers_rope(model: Any, given: Any, changes: dict[str, Any]) -> DiffusersRotary:
+def set_diffusers_rope(model: Any, given: Any, changes: dict[str, Any]) -> DiffusersRotary | AttentionRotary:
     """Let a model of diffusers rotate by a scheme.
 
     Args:
@@ -427,6 +439,10 @@ def set_diffusers_rope(model: Any, given: Any, changes: dict[str, Any]) -> Diffu
         f"{name} has a rope of ours already; `unset_rope` it first": rotary_of(model),
         f"diffusers saves no scheme with {name}; name one": given is None,
     })  # fmt: skip
+    if is_bare(model):
+        rotary = make_attention_rotary(model, given, changes)
+        rotary.train(model.training).install(model)
+        return rotary
     slot = slot_of(model)
     holder = slot.part if slot.family.leaf == "forward" else None
     refuse({
@@ -443,12 +459,18 @@ def set_diffusers_rope(model: Any, given: Any, changes: dict[str, Any]) -> Diffu
 def explain_diffusers(model: Any) -> str:
     """One line on what a model of diffusers rotates by, and where its tokens stand."""
     ours = rotary_of(model)
-    slot = ours.slot if ours else slot_of(model)
+    if ours:
+        return ours.explain()
+    if is_bare(model):
+        return no_rotary(model)
     try:
-        what = describe_rope(rope_of_diffusers(model))
+        return explain_slot(slot_of(model), describe_rope(rope_of_diffusers(model)), "by model and pipeline")
     except ValueError as error:
-        what = str(error)
-    placed = "by model and pipeline" if ours is None or ours.own else f"by layout {ours.rope.scheme.layout!r}"
+        return str(error)
+
+
+def explain_slot(slot: DiffusersSlot, what: str, placed: str) -> str:
+    """One line on what makes a model's tables."""
     text = "; text is not rotated" if slot.family.unrotated_text else ""
     name = slot.name or slot.family.leaf
     return f"{name}: {what}; positions {placed}{text}; applied by the model's own function"

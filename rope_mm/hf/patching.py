@@ -27,6 +27,7 @@ from rope_mm.hf.config_io import (
     waits_for_scheme,
     wake_slots,
 )
+from rope_mm.hf.diffusers_attention import AttentionRotary
 from rope_mm.hf.diffusers_rotary import (
     DiffusersRotary,
     describe_rope,
@@ -64,7 +65,7 @@ class Handle:
     """
 
     model: nn.Module
-    slots: list[tuple[RopeMMRotaryEmbedding | DiffusersRotary, int]]
+    slots: list[tuple[RopeMMRotaryEmbedding | DiffusersRotary | AttentionRotary, int]]
 
     def undo(self) -> None:
         """Revert this change and every later one."""
@@ -76,7 +77,7 @@ class Handle:
     def __repr__(self) -> str:
         active = [rotary for rotary, older in self.slots if len(rotary.undo) > older]
         ropes = {
-            (describe_rope if isinstance(rotary, DiffusersRotary) else describe)(rope): None
+            (describe if isinstance(rotary, RopeMMRotaryEmbedding) else describe_rope)(rope): None
             for rotary, _ in self.slots
             for rope in rotary.ropes.values()
         }

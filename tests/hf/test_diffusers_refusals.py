@@ -169,3 +169,11 @@ def test_functions_for_transformers_alone_say_so_of_a_model_of_diffusers(tiny_di
         use_kernels(model)
     with pytest.raises(ValueError, match="not FluxTransformer2DModel"):
         positions_for(model, ["text:2"])
+
+
+def test_samples_of_several_sizes_in_a_batch_of_qwen_image_are_refused(tiny_diffusers):
+    model, inputs = tiny_diffusers("Qwen-Image")
+    set_rope(model, rope_of(model))
+    inputs["img_shapes"] = [[(1, 4, 3), (1, 2, 3)], [(1, 3, 4), (1, 2, 3)]]
+    with pytest.raises(ValueError, match="would all get the positions of the first one"):
+        model(**inputs)
