@@ -8,8 +8,9 @@ from rope_mm.positions.cursor import Cursor
 from rope_mm.positions.layouts import LAYOUTS, Layout
 from rope_mm.positions.packing import pack, positions_of
 from rope_mm.positions.place import PlacedBatch, augment_positions, place, place_rows
-from rope_mm.rotary.dispatch import rotate
+from rope_mm.rotary.dispatch import rotate, rotate_, rotate_by_angles, rotate_by_table
 from rope_mm.rotary.module import Rotary
+from rope_mm.rotary.polar import PoPE
 from rope_mm.schemes.scheme import Scheme
 from rope_mm.schemes.zoo import SCHEMES
 from rope_mm.segments import (
@@ -38,6 +39,7 @@ __all__ = [
     "LayoutProperties",
     "MoreFrames",
     "PlacedBatch",
+    "PoPE",
     "Rotary",
     "RotaryReport",
     "Scheme",
@@ -59,6 +61,9 @@ __all__ = [
     "positions_of",
     "properties_table",
     "rotate",
+    "rotate_",
+    "rotate_by_angles",
+    "rotate_by_table",
     "timestamped_frames",
     "to_rope_parameters",
 ]

@@ -432,6 +432,13 @@ def rotate_by_angles(
 
     Raises:
         ValueError: what does not fit together.
+
+    Examples:
+        >>> q, k = torch.ones(1, 6, 4, 16), torch.ones(1, 6, 2, 16)
+        >>> steps = torch.rand(1, 6, 2, 8)  # of each token, key head and pair, from a layer of the model
+        >>> q, k = rotate_by_angles(q, k, steps.cumsum(1))
+        >>> q.shape, k.shape
+        (torch.Size([1, 6, 4, 16]), torch.Size([1, 6, 2, 16]))
     """
     keys = keys_or_empty(q, k)
     checks.check_angle_rotation(q, keys, angles, pairing, blocks, factor)

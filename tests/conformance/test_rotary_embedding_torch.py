@@ -54,6 +54,23 @@ def test_position_interpolation(same_words, words, offset, factor):
 
 
 @few
+@given(words=st.integers(1, 20))
+def test_xpos_is_a_scheme_times_a_decay_which_is_no_rotation(agree, words):
+    """Scores, as the original counts its decay from the middle of the sequence (docs/schemes.md)."""
+    rope = Rotary(32, "gpt-j", fraction=1.0)
+    positions, _ = rope.place([Text(words)])
+    q, k = torch.randn(2, 1, words, 2, 32)
+    zeta = (torch.arange(16) / 16 + 0.4) / 1.4
+    decay = (zeta ** (positions / 512)).repeat_interleave(2, -1)[:, None]
+    q2, k2 = rope(q, k, positions)
+    ours = torch.einsum("bqhd,bkhd->bhqk", q2 * decay, k2 / decay)
+    original = RotaryEmbedding(32, use_xpos=True)
+    heads = original.rotate_queries_and_keys(q.transpose(1, 2), k.transpose(1, 2))
+    theirs = torch.einsum("bhqd,bhkd->bhqk", *heads)
+    agree("gpt-j", "rotary-embedding-torch use_xpos (with its decay)", ours, theirs, 5e-5, "scores")
+
+
+@few
 @given(y=SIZES, x=SIZES)
 def test_pixels(agree, y, x):
     rope, original = Rotary(32, "pixel-linear"), RotaryEmbedding(16, freqs_for="pixel", max_freq=10)

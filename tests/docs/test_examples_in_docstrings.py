@@ -7,6 +7,7 @@ from inspect import getmodule
 import pytest
 
 from rope_mm import (
+    PoPE,
     Rotary,
     Scheme,
     check_rotary,
@@ -16,11 +17,13 @@ from rope_mm import (
     place,
     positions_of,
     rotate,
+    rotate_by_angles,
 )
 from rope_mm.hf import set_rope
 from rope_mm.losses import gamma
 
 MOST_USED = [
+    PoPE,
     Rotary,
     Scheme,
     check_rotary,
@@ -31,6 +34,7 @@ MOST_USED = [
     place,
     positions_of,
     rotate,
+    rotate_by_angles,
     set_rope,
 ]
 
