@@ -4,10 +4,9 @@ This is how a model without rotary gets one, and how our op replaces a model's o
 """
 
 import inspect
-import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -17,12 +16,22 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rope_mm.hf.patch_positions import image_size, patch_grid, place_tokens
+from rope_mm.hf.attention_positions import (
+    AttentionCall,
+    AttentionContext,
+    ForwardHooks,
+    ReadCall,
+    query_key_positions,
+    reads_images,
+)
+from rope_mm.hf.image_grids import parameters_of
+from rope_mm.hf.probing import find_first_patch, probe
+from rope_mm.hf.projection_rotation import hook_projections, projected_attentions, prove_projections
+from rope_mm.hf.relative_bias import DroppedBias, settle_bias
 from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding, RotarySlot
-from rope_mm.hf.rotary_inspection import APPLY_FUNCTION, globals_used, modules_using
+from rope_mm.hf.rotary_inspection import ATTENTION_REGISTRY, globals_used, modules_using
 from rope_mm.rotary.dispatch import RotaryAngles
 
-ATTENTION_REGISTRY = re.compile("ALL_ATTENTION_FUNCTIONS$")
 OWN_ROTATION = re.compile(r"rotary|rotate_|freqs_ci|(^|_)rope(_|$)")  # names in the code of such an attention
 
 
@@ -75,58 +84,61 @@ class RotatingAttention:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
 
         def rotated(module: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any):
-            rope, grid = module.rope_mm_context
-            if q.shape[2] != k.shape[2]:
-                raise ValueError(
-                    f"{q.shape[2]} queries meet {k.shape[2]} keys, as with a cache, and this rotation then "
-                    "does not know where they stand; pass use_cache=False"
-                )
-            p = place_tokens(rope.scheme, k.shape[2], grid, k.device)
-            q, k = (x.transpose(1, 2) for x in rope(q.transpose(1, 2), k.transpose(1, 2), p))
+            context, call = module.rope_mm_context, module.rope_mm_call
+            if call.cross:
+                context.note("cross", module)
+                return attend(module, q, k, *args, **kwargs)
+            context.note("rotated", module)
+            q, k = rotate_queries_keys(context, call, q, k)
             return attend(module, q, k, *args, **kwargs)
 
         return rotated
 
 
-def pass_positions(model: Any, args: tuple, kwargs: dict[str, Any]):
-    """Before a model's forward: pass its rotary and the image's grid along with the arguments."""
-    grid, pixels = None, kwargs.get("pixel_values", args[0] if args else None)
-    if model.main_input_name == "pixel_values" and pixels is not None:
-        grid = patch_grid(model.config, pixels)
-    return args, {**kwargs, "rope_mm": (model.rope_mm.ropes[None], grid)}
+def rotate_queries_keys(context: Any, call: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q (b, h, s, d) and k (b, g, n, d) of one call, rotated; the cache holds keys that are not rotated."""
+    p, p_k = query_key_positions(context, call, q.shape[2], k.shape[2], k.device)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    q, k = context.rotary(q, k, p) if p is p_k else context.rotary(q, k, p, p_k)
+    return q.transpose(1, 2), k.transpose(1, 2)
 
 
-def receive_positions(attention: Any, args: tuple, kwargs: dict[str, Any]):
-    """Before an attention's forward: take what its model passed, also when checkpointing calls it again."""
-    if "rope_mm" not in kwargs:
-        raise ValueError(
-            f"{type(attention).__name__} got no positions: its model does not pass arguments on to it, "
-            "so it is not served"
-        )
-    attention.rope_mm_context = kwargs["rope_mm"]
-    return args, {name: value for name, value in kwargs.items() if name != "rope_mm"}
+def attention_modules(owner: nn.Module) -> list[nn.Module]:
+    """Attention modules that can rotate: in their interface, or else behind their projections."""
+    return [*modules_using(owner, ATTENTION_REGISTRY), *projected_attentions(owner)]
 
 
 def attention_slot(model: Any) -> RotarySlot:
-    """The slot for a rotary in a model without one, beside the layers of its one stack of attention."""
-    base, found = model, modules_using(model, ATTENTION_REGISTRY)
+    """The slot for a rotary in a model without one, beside the layers of its attention.
+
+    Raises:
+        ValueError: no attention that can be changed, several models in one, or a rotation of another kind.
+    """
+    base, found = model, attention_modules(model)
     while (inner := getattr(base, "base_model", base)) is not base:  # in its adapters, and in its head
         base = inner
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(base).__name__} is an encoder-decoder without rotary; encoder-decoders with position "
-            "embeddings or relative biases, such as BART and T5, are not served"
-        )
-    if not hasattr(base, "config") or len({id(getattr(module, "config", None)) for module in found}) != 1:
-        parts = ", ".join(
-            name for name, part in model.named_children() if modules_using(part, ATTENTION_REGISTRY)
-        )
+    within = {id(module) for module in base.modules()}
+    kinds = {type(config) for config in configs_of(model, found)}
+    one = found and kinds == {type(getattr(base, "config", None))}
+    if not one or not all(id(module) in within for module in found):
+        parts = ", ".join(name for name, part in model.named_children() if attention_modules(part))
         raise ValueError(
             f"{type(model).__name__} has neither a rotary module nor one stack of attention to rotate"
             + (f"; give one of its parts: {parts}" if parts else "")
         )
     refuse_own_rotation(base)
     return RotarySlot("rope_mm", base, "rope_mm", None)
+
+
+def configs_of(model: nn.Module, modules: list[nn.Module]) -> list[Any]:
+    """The configs that modules of a model follow: their own, or that of the nearest module around them."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = []
+    for module in modules:
+        path = names[id(module)].split(".")
+        around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1))
+        found.append(next((part.config for part in around if hasattr(part, "config")), None))
+    return found
 
 
 def refuse_own_rotation(base: Any) -> None:
@@ -137,7 +149,7 @@ def refuse_own_rotation(base: Any) -> None:
     Raises:
         ValueError: with the attention's name.
     """
-    named = [module for module in modules_using(base, ATTENTION_REGISTRY) if names_rotation(type(module))]
+    named = [module for module in attention_modules(base) if names_rotation(type(module))]
     if named and (base.device.type == "meta" or not moves_with_inputs(base, named[0])):
         raise ValueError(
             f"{type(named[0]).__name__} rotates by tables of its own and not by a module with inv_freq, so "
@@ -184,15 +196,72 @@ def moves_with_inputs(base: Any, attention: Any) -> bool:
     return bool((one - other).norm() <= 1e-3 * one.norm())
 
 
-def rotate_in_attention(base: nn.Module, rotary: RopeMMRotaryEmbedding) -> None:
-    """Let a model's attention rotate by the module beside its layers."""
-    rotary.undo.append(base.register_forward_pre_hook(pass_positions, with_kwargs=True).remove)
+def rotate_in_attention(base: Any, rotary: RopeMMRotaryEmbedding, relative_bias: str | None) -> None:
+    """Let a model's attention rotate by the module beside its layers, and prove that it does.
+
+    Raises:
+        ValueError: a bias of relative positions about which the caller says nothing, or an attention that the
+            change does not reach.
+    """
+    dropped = settle_bias(base, relative_bias, rotary)
+    rope: Any = rotary.ropes[None]
+    context = AttentionContext(rope, reads_images(base))
+    by_interface, by_projection = modules_using(base, ATTENTION_REGISTRY), projected_attentions(base)
+    attentions = [*by_interface, *by_projection]
+    rotary.rotating = len(attentions)
+    there = base.device.type != "meta"
+    before = probe(base) if by_projection and there else []
+    hook_forward(base, rotary, context)
+    for module in attentions:
+        rotary.set_attr(module, "rope_mm_call", AttentionCall())
     exchange(rotary, base, ATTENTION_REGISTRY, RotatingAttention)
-    for module in modules_using(base, ATTENTION_REGISTRY):
-        rotary.set_attr(module, "rope_mm_context", None)
-        rotary.undo.append(module.register_forward_pre_hook(receive_positions, with_kwargs=True).remove)
-    if base.device.type != "meta":
+    for module in by_interface:
+        rotary.set_attr(module, "rope_mm_context", context)
+        rotary.undo.append(module.register_forward_pre_hook(ReadCall(module), with_kwargs=True).remove)
+    for module in by_projection:
+        hook_projections(module, rotary, context, rope.head_dim)
+    if there:
+        context.first_patch = find_first_patch(base, attentions) if context.of_images else None
+        rotary.crossing = prove_attention(base, context, attentions, dropped)
+        rotary.rotating -= rotary.crossing
+    if before:
+        prove_projections(base, context, before, rope.head_dim)
+
+
+def hook_forward(base: Any, rotary: RopeMMRotaryEmbedding, context: AttentionContext) -> None:
+    """Put hooks around a model's forward, which keep what its attentions must know."""
+    hooks = ForwardHooks(context, base)
+    rotary.undo.append(base.register_forward_pre_hook(hooks.before, with_kwargs=True).remove)
+    rotary.undo.append(base.register_forward_hook(hooks.after, always_call=True).remove)
+    if "noise" in parameters_of(type(base)) and hasattr(base, "embeddings"):
+        rotary.undo.append(base.embeddings.register_forward_hook(hooks.keep_shuffled).remove)
+
+
+def prove_attention(
+    base: Any, context: AttentionContext, attentions: list[nn.Module], dropped: list[DroppedBias]
+) -> int:
+    """Run a small forward, to see that every attention rotates, or that its keys are of another sequence.
+
+    Returns:
+        How many attentions rotate nothing, as their keys are of another sequence.
+
+    Raises:
+        ValueError: with the attention that is not reached; or whatever the forward raises.
+    """
+    context.calls = {}
+    try:
         probe(base)
+        calls = context.calls
+    finally:
+        context.calls = None
+    reached = {id(module) for modules in calls.values() for module in modules}
+    missed = sorted({type(module).__name__ for module in attentions if id(module) not in reached})
+    if missed or not calls.get("rotated"):
+        raise ValueError(f"{', '.join(missed) or type(base).__name__} is not reached, so it is not served")
+    if not all(hook.calls for hook in dropped):
+        raise ValueError("a bias of relative positions is read past the module that holds it; keep it")
+    rotated = {id(module) for module in calls["rotated"]}
+    return len(reached - rotated)
 
 
 def rotate_both(
@@ -220,80 +289,3 @@ def rotate_both(
     else:
         q, k = angles.rotate(q, k)
     return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 1 else (q, k)
-
-
-def probe_inputs(owner: Any) -> dict[str, Any]:
-    """Inputs of a probe: noise for 8 tokens, 8 token ids, or an image of 2 x 3 patches or of its own size."""
-    config, generator = owner.config, torch.Generator().manual_seed(0)
-    if owner.main_input_name == "pixel_values":
-        free = modules_using(owner, APPLY_FUNCTION)  # from tables of positions, which fit one size
-        image = image_size(config, 2, 3) if free else getattr(config, "image_size", image_size(config, 2, 3))
-        y, x = image if isinstance(image, Iterable) else (image, image)
-        name, size = "pixel_values", (getattr(config, "num_channels", 3), y, x)
-    elif "inputs_embeds" in inspect.signature(type(owner).forward).parameters:
-        name, size = "inputs_embeds", (8, owner.get_input_embeddings().weight.shape[-1])
-    elif owner.main_input_name == "input_values":  # a wave of sound, long enough for all convolutions
-        name, size = "input_values", (64 * math.prod(getattr(config, "conv_stride", (8,))),)
-    elif owner.main_input_name == "input_ids":
-        return {"input_ids": torch.arange(8, device=owner.device)[None]}
-    else:
-        raise ValueError(
-            f"{type(owner).__name__} reads {owner.main_input_name}, for which there is no probe to prove "
-            "the change; it is not served"
-        )
-    noise = torch.randn(1, *size, generator=generator).to(owner.device, owner.dtype)
-    return {name: noise, "use_cache": False} if name == "inputs_embeds" else {name: noise}
-
-
-@torch.no_grad()
-def probe(owner: Any) -> list[Tensor]:
-    """Outputs of a small forward: of the first attention that calls a rotary function, and of the model."""
-    modes, recorded = [(module, module.training) for module in owner.modules()], []
-    first = modules_using(owner, APPLY_FUNCTION)[:1]
-    hooks = [module.register_forward_hook(lambda *call: recorded.append(call[-1][0])) for module in first]
-    try:
-        stream = owner.eval()(**probe_inputs(owner))[0]
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes:
-            module.training = mode
-    return [*recorded, stream if isinstance(stream, Tensor) else stream[-1]]  # of a backbone's maps the last
-
-
-def check_equal_answers(before: list[Tensor], after: list[Tensor]) -> None:
-    """Refuse outputs of a first attention, or of a model, that differ by more than rounding."""
-    for times, one, other in zip((8, 256), before, after, strict=True):
-        error, eps = ((one - other).norm() / one.norm()).item(), torch.finfo(one.dtype).eps
-        if not error <= times * eps:
-            raise ValueError(f"the outputs of the probe differ by {error:.1e} of their norm")
-
-
-def can_be_probed(owner: Any) -> bool:
-    """Whether a small forward runs on a part as it is."""
-    tensors = [*owner.parameters(), *owner.buffers()]
-    if any(x.is_meta for x in tensors) or not hasattr(owner, "main_input_name"):
-        return False
-    if any(hasattr(x, "placements") for x in tensors):
-        return False  # shards: a part's own forward would gather them as if it were the whole model
-    try:
-        probe(owner)
-    except Exception:  # inputs of another kind, or sizes that the probe does not know
-        return False
-    return True
-
-
-def prove_call(owner: Any, rotary: RopeMMRotaryEmbedding) -> None:
-    """Run a small forward, to see that it calls our module.
-
-    Raises:
-        ValueError: a forward that does not call it; or whatever the forward raises.
-    """
-    calls: list[int] = []
-    hook = rotary.register_forward_hook(lambda *_: calls.append(1))
-    try:
-        probe(owner)
-    finally:
-        hook.remove()
-    if not calls:
-        raise ValueError(f"{type(owner).__name__} does not call its rotary module; it is not served")

@@ -7,6 +7,7 @@ registry. An attention that waits must do so also where `from_pretrained` is giv
 property for that when such a config is read or written, and lose it with the last model of this kind.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -14,16 +15,21 @@ from weakref import WeakSet
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RotaryEmbeddingConfigMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rope_mm.hf.rotary_inspection import layer_types
+from rope_mm.hf.rotary_inspection import ATTENTION_REGISTRY, globals_used, layer_types
 from rope_mm.schemes.scheme import Scheme
 
 NAME, ATTENTION_FIELD = "rope_mm", "_attn_implementation_internal"
+EXPERTS_FIELD, OWN_POST_INIT = "_experts_implementation_internal", PreTrainedModel.post_init
+# fields of a saved config with values that transformers alone refuses; a caller may ask for another attention
+LOCKS = "attn_implementation", "experts_implementation"
 COUNT = "rope_mm_frequencies"  # beside a scheme: how many frequencies the model's own module has
 OWN = "rope_mm_own_type"  # beside a scheme: the rope type of the model's own
+BIAS = "rope_mm_relative_bias"  # beside a scheme: whether a bias of relative positions is kept or dropped
 WAITS = "rope_mm_waits"  # beside a scheme: the attention waits for it, and not the rotary module
 PENDING_MESSAGE = (
     "this model was saved with a scheme that is not set yet. Call rope_mm.hf.set_rope(model) before it runs; "
@@ -57,7 +63,7 @@ def validate_saved(config: Any, rope: dict[str, Any], ignore_keys: Any = None) -
         guard_attention()
         rope["rope_type"] = rope[OWN]
         known = set(config.ignore_keys_at_rope_validation or ())
-        config.ignore_keys_at_rope_validation = known | {NAME, COUNT, OWN, WAITS}
+        config.ignore_keys_at_rope_validation = known | {NAME, COUNT, OWN, WAITS, BIAS}
 
 
 class Running(str):
@@ -118,6 +124,22 @@ def guard_attention() -> None:
     setattr(PreTrainedConfig, ATTENTION_FIELD, property(get_attention, set_attention))
 
 
+def post_init(model: Any) -> None:
+    """Replaces the end of a model's construction: a model of a config with a scheme waits for it.
+
+    Where its attention looks nothing up, its forward waits. The locks of the config are there again, in case
+    that it is saved as it is.
+    """
+    OWN_POST_INIT(model)
+    if not is_pending(model.config):
+        return
+    guard_attention()
+    for lock in LOCKS:
+        vars(model.config).setdefault(lock, NAME)
+    if not any(globals_used(part, ATTENTION_REGISTRY) for part in model.modules()):
+        vars(model)["forward"] = mark_pending
+
+
 def release_guard(rotary: Any) -> None:
     """Undo `guard_attention` after the last of these models."""
     PATCHED.discard(rotary)
@@ -127,6 +149,8 @@ def release_guard(rotary: Any) -> None:
 
 ROPE_INIT_FUNCTIONS[NAME] = pending_frequencies  # pyright: ignore[reportArgumentType]
 ALL_ATTENTION_FUNCTIONS.register(NAME, mark_pending)
+ALL_EXPERTS_FUNCTIONS.register(NAME, mark_pending)
+PreTrainedModel.post_init = post_init  # pyright: ignore[reportAttributeAccessIssue]
 setattr(RotaryEmbeddingConfigMixin, f"_validate_{NAME}_rope_parameters", validate_saved)
 
 
@@ -146,11 +170,13 @@ def save_schemes(rotary: Any, schemes: dict[str | None, Scheme], counts: dict[st
         layer: {NAME: scheme.to_dict(), OWN: own[layer].get(OWN) or own[layer].get("rope_type", "default")}
         for layer, scheme in schemes.items()
     }
+    if rotary.relative_bias:
+        held = {layer: {**entry, BIAS: rotary.relative_bias} for layer, entry in held.items()}
     by_rope = {layer: {**entry, COUNT: counts.get(layer)} for layer, entry in held.items()}
     if counts and write_fields(rotary, checked, {"rope_parameters": by_layer(old, own, by_rope)}):
         return
     waiting = {layer: {**entry, WAITS: True} for layer, entry in held.items()}
-    guarded = {"attn_implementation": Running(NAME)}
+    guarded = dict(zip(LOCKS, (Running(NAME), NAME), strict=True))
     if not write_fields(rotary, checked, {"rope_parameters": by_layer(old, own, waiting), **guarded}):
         write_fields(rotary, False, {NAME: waiting.get(None) or waiting, **guarded})
     guard_attention()
@@ -211,15 +237,22 @@ def saved_schemes(site: Any) -> dict[str | None, Scheme]:
     )
 
 
+def saved_bias(site: Any) -> str | None:
+    """What became of the bias of relative positions of the model that was saved."""
+    entries = [scheme_entry(config_of(site), layer) for layer in layer_types(site.module)]
+    return next((entry[BIAS] for entry in entries if BIAS in entry), None)
+
+
 def config_of(site: Any) -> Any:
     """The config that a slot's rotary module reads, or would read."""
     return getattr(site.module or site.owner, "config", None)
 
 
-def wake_slots(sites: list[Any], changes: Any) -> list[Any]:
+def wake_slots(model: nn.Module, sites: list[Any], changes: Any) -> list[Any]:
     """Make slots that wait for a saved scheme what they would be without one.
 
     Args:
+        model: the model that `set_rope` was given.
         sites: RotarySlots.
         changes: records how to undo it.
 
@@ -232,7 +265,14 @@ def wake_slots(sites: list[Any], changes: Any) -> list[Any]:
     for site, waits in zip(sites, waiting, strict=True):
         if waits:
             remove_schemes(config_of(site), changes)
+            for config in copied_configs(site):
+                remove_schemes(config, changes)
+    for part in model.modules() if any(waiting) else ():
+        if vars(part).get("forward") is mark_pending:
+            changes.undo.append(partial(vars(part).update, forward=vars(part).pop("forward")))
     for n, site in enumerate(sites):
+        if waiting[n]:
+            choose_experts(site.owner, changes)
         if attentions[n]:
             choose_attention(site.owner, changes)
         elif waiting[n]:
@@ -242,28 +282,47 @@ def wake_slots(sites: list[Any], changes: Any) -> list[Any]:
     return sites
 
 
+def copied_configs(site: Any) -> list[Any]:
+    """Configs in a model that are copies of its own, as the stacks of T5 have them."""
+    if site.module is not None:
+        return []
+    mine = site.owner.config
+    found = {id(x): x for x in (getattr(part, "config", None) for part in site.owner.modules())}
+    return [x for x in found.values() if type(x) is type(mine) and x is not mine and scheme_entries(x)]
+
+
 def remove_schemes(config: Any, changes: Any) -> None:
     """Give a config its own rope parameters back."""
 
     def own(entry: Any) -> Any:
         if not isinstance(entry, dict):
             return entry
-        kept = {key: own(x) for key, x in entry.items() if key not in (NAME, COUNT, OWN, WAITS)}
+        kept = {key: own(x) for key, x in entry.items() if key not in (NAME, COUNT, OWN, WAITS, BIAS)}
         return kept | ({"rope_type": entry[OWN]} if OWN in entry else {})
 
+    for lock in LOCKS:
+        if vars(config).get(lock) == NAME:
+            changes.undo.append(partial(vars(config).update, {lock: vars(config).pop(lock)}))
     if hasattr(config, NAME):
         changes.set_attr(config, NAME, None)
     if rope := getattr(config, "rope_parameters", None):
         changes.set_attr(config, "rope_parameters", own(rope))
 
 
+def choose_experts(model: Any, changes: Any) -> None:
+    """Give a model that waited its default of experts, where its config asks for none."""
+    if vars(model.config).get(EXPERTS_FIELD) == NAME:
+        changes.set_attr(model.config, EXPERTS_FIELD, model._check_and_adjust_experts_implementation(None))
+
+
 def choose_attention(model: Any, changes: Any) -> None:
     """Give a model that waited the attention that was asked for, or else its default."""
     asked = vars(model.config).get(ATTENTION_FIELD)
     changes.set_attr(model.config, ATTENTION_FIELD, asked)
-    model.set_attn_implementation(
-        model._check_and_adjust_attn_implementation(asked if asked != NAME else None)
-    )
+    chosen = model._check_and_adjust_attn_implementation(asked if asked != NAME else None, is_init_check=True)
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(chosen)
+    setattr(model.config, ATTENTION_FIELD, chosen)
 
 
 def load_learned_omega(learned: Tensor, folder: str, name: str, end: str) -> None:

@@ -10,7 +10,7 @@ from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 
 from rope_mm.rotary.definition import widest_float
 from rope_mm.schemes.scheme import Scheme
-from rope_mm.segments import Image, Text, Unrotated
+from rope_mm.segments import Image, Segment, Text, Unrotated, Video
 
 PIXELS = "pixels"  # the call format of a module that takes the image
 
@@ -29,14 +29,14 @@ def patch_grid(config: Any, pixels: Tensor) -> tuple[int, int]:
 
 
 @torch.compiler.assume_constant_result
-def positions_as_lists(scheme: Scheme, tokens: int, grid: tuple[int, int] | None) -> list[list[float]]:
-    """Positions (s, a) of text, or of an image behind tokens that are not rotated."""
-    still = tokens - grid[0] * grid[1] if grid else 0
-    seen = Image(*grid) if grid else Text(tokens)
+def positions_as_lists(scheme: Scheme, tokens: int, grid: tuple[int, ...] | None) -> list[list[float]]:
+    """Positions (s, a) of text, or of an image or a video behind tokens that are not rotated."""
+    still = tokens - math.prod(grid) if grid else 0
+    seen: Segment = (Video(*grid) if len(grid) == 3 else Image(*grid)) if grid else Text(tokens)
     return scheme.place([Unrotated(still), seen] if still else [seen])[0].tolist()
 
 
-def place_tokens(scheme: Scheme, tokens: int, grid: tuple[int, int] | None, device: torch.device) -> Tensor:
+def place_tokens(scheme: Scheme, tokens: int, grid: tuple[int, ...] | None, device: torch.device) -> Tensor:
     """`positions_as_lists` as a tensor of the widest floats that a device has."""
     return torch.tensor(positions_as_lists(scheme, tokens, grid), dtype=widest_float(device), device=device)
 

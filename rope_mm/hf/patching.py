@@ -9,13 +9,8 @@ from typing import Any
 from torch import nn
 
 from rope_mm.hf.attention_rotation import (
-    ATTENTION_REGISTRY,
     attention_slot,
-    can_be_probed,
-    check_equal_answers,
     exchange,
-    probe,
-    prove_call,
     rotate_both,
     rotate_in_attention,
 )
@@ -23,6 +18,7 @@ from rope_mm.hf.config_io import (
     PENDING_MESSAGE,
     load_learned_omega,
     save_schemes,
+    saved_bias,
     saved_schemes,
     waits_for_scheme,
     wake_slots,
@@ -41,6 +37,8 @@ from rope_mm.hf.forward_hooks import PositionHooks
 from rope_mm.hf.image_grids import parameters_of
 from rope_mm.hf.patch_positions import PIXELS
 from rope_mm.hf.position_ids import METHODS, position_methods
+from rope_mm.hf.probing import can_be_probed, check_equal_answers, probe, prove_call
+from rope_mm.hf.relative_bias import refuse_choice
 from rope_mm.hf.rotary_embedding import Changes, RopeMMRotaryEmbedding, RotarySlot, describe, rotary_slots
 from rope_mm.hf.rotary_inspection import (
     APPLY_FUNCTION,
@@ -50,6 +48,7 @@ from rope_mm.hf.rotary_inspection import (
     read_module,
 )
 from rope_mm.hf.scheme_support import make_rotary, refuse
+from rope_mm.hf.untouched_parts import cross_attentions, untouched_parts
 
 
 @dataclass(frozen=True, repr=False)
@@ -137,7 +136,13 @@ def rope_of(model: nn.Module) -> Any:
     return found[0][None] if list(found[0]) == [None] else found[0]
 
 
-def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **changes: Any) -> Handle:
+def set_rope(
+    model: nn.Module,
+    scheme: Any = None,
+    layout: str | None = None,
+    relative_bias: str | None = None,
+    **changes: Any,
+) -> Handle:
     """Let a live model rotate by a scheme; `handle.undo()` or `unset_rope` reverts it.
 
     Args:
@@ -146,6 +151,8 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
         scheme: a key of SCHEMES, a Scheme, a Rotary, what `rope_of` gave, or a dict of them by layer type;
             None for the one with which the model was saved.
         layout: another layout than the scheme's.
+        relative_bias: of a model that adds a bias of relative positions to its scores (T5, BEiT, Swin):
+            "keep" it beside the rotation, or "drop" it.
         changes: fields of the scheme to replace.
 
     Returns:
@@ -165,14 +172,18 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
     """
     changes |= {"layout": layout} if layout else {}
     if is_of_diffusers(model):
+        refuse_choice(model, relative_bias)
         return Handle(model, [(set_diffusers_rope(model, scheme, changes), 0)])
     slots = rotary_slots(model) or [attention_slot(model)]
     if any(site.ours for site in slots):
         raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
+    if slots[0].module:
+        refuse_choice(model, relative_bias)
     given = [saved_schemes(site) if scheme is None else scheme for site in slots]
+    relative_bias = relative_bias or (saved_bias(slots[0]) if scheme is None else None)
     handle, woken = Handle(model, []), Changes()
     try:
-        slots = wake_slots(slots, woken)
+        slots = wake_slots(model, slots, woken)
         swaps = [(site, make_rotary(site, one, changes)) for site, one in zip(slots, given, strict=True)]
         check_learned(model, swaps)
         for site, rotary in swaps if scheme is None else ():
@@ -183,7 +194,7 @@ def set_rope(model: nn.Module, scheme: Any = None, layout: str | None = None, **
         with all_or_nothing(handle, f"{type(model).__name__} cannot run what set_rope gave it"):
             provable = [site for site, _ in swaps if site.module and can_be_probed(site.owner)]
             for site, rotary in swaps:
-                install(site, rotary)
+                install(site, rotary, relative_bias)
             hook_positions(model, [swap for swap in swaps if swap[0].module])
             for site, rotary in swaps:
                 if site in provable:
@@ -210,15 +221,16 @@ def check_learned(model: nn.Module, swaps: list[tuple[RotarySlot, RopeMMRotaryEm
     refuse({late: learned and adapted, shared: len(set(learned)) < len(learned)})
 
 
-def install(site: RotarySlot, rotary: RopeMMRotaryEmbedding) -> None:
+def install(site: RotarySlot, rotary: RopeMMRotaryEmbedding, relative_bias: str | None) -> None:
     """Put our module in its slot, its scheme in the config, and hooks around the owner's forward."""
     owner, config = site.owner, rotary.config
     rotary.set_attr(owner, site.leaf, rotary)
+    rotary.relative_bias = relative_bias
     if config and len(rotary.learned) == len(rotary.ropes):
         schemes: Any = {layer: rope.scheme for layer, rope in rotary.ropes.items()}
         save_schemes(rotary, schemes, frequency_counts(site.module))
     if not site.module:
-        rotate_in_attention(owner, rotary)
+        rotate_in_attention(owner, rotary, relative_bias)
 
 
 def hook_positions(model: nn.Module, swaps: list[tuple[RotarySlot, RopeMMRotaryEmbedding]]) -> None:
@@ -305,15 +317,17 @@ def use_kernels(model: nn.Module) -> Handle:
 
 
 def explain(model: nn.Module) -> None:
-    """Print one line for each rotary module of a model: what it runs and what applies it."""
+    """Print one line for each rotary module of a model: what it runs and what applies it.
+
+    Of a model that we changed, what the scheme leaves as it is follows: cross-attention, biases of relative
+    positions and learned position embeddings.
+    """
     if is_of_diffusers(model):
         print(explain_diffusers(model))
         return
     for site in rotary_slots(model, every=True):
         bare = site.ours and not site.module.interfaces
-        name = (
-            f"{len(modules_using(site.owner, ATTENTION_REGISTRY))} attention modules" if bare else site.name
-        )
+        name = f"{site.module.rotating} attention modules" if bare else site.name
         how = "our op" if site.ours and site.module.use_op else "the model's own function"
         try:
             lines = {layer: describe(rope) for layer, rope in ropes_of(site).items()}
@@ -321,3 +335,7 @@ def explain(model: nn.Module) -> None:
             lines = {None: str(error)}
         for layer, what in lines.items():
             print(f"{name}{f' ({layer})' if layer else ''}: {what}; applied by {how}")
+        if site.ours:
+            crossing = site.module.crossing + len(cross_attentions(site.owner))
+            for line in untouched_parts(site.owner, crossing, site.module.relative_bias == "drop"):
+                print(line)

@@ -67,6 +67,9 @@ class RopeMMRotaryEmbedding(nn.Module, Changes):
         use_op: whether attention rotates by our op, and gets RotaryAngles in place of tables.
         undo: calls that, the last one first, make the model what it was; a copy of the model copies them.
         position_state: positions of the forward that is under way, shared with the hooks that set them.
+        rotating: of a model that had no rotary: how many attention modules rotate.
+        crossing: of such a model: how many rotate nothing, as their keys are of another sequence.
+        relative_bias: of such a model: "keep" or "drop", as `set_rope` was given for its relative positions.
     """
 
     def __init__(self, ropes: dict[Any, Rope], interfaces: dict[Any, ModelRope], original: Any, config: Any):
@@ -83,6 +86,8 @@ class RopeMMRotaryEmbedding(nn.Module, Changes):
         self.config, self.use_op = config, not interfaces
         self.undo = []
         self.position_state = PositionState()
+        self.rotating, self.crossing = 0, 0
+        self.relative_bias: str | None = None
         self.call_format = next((rope.call_format for rope in interfaces.values()), "")
         self.axes = len(self.first.omega)
 

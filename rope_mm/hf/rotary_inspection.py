@@ -28,6 +28,7 @@ CALLS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 TOKEN_CALLS = "mrope", "tokens"  # positions of decoders, which grow with every token
 NO_ANSWER = RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError
 
+ATTENTION_REGISTRY = re.compile("ALL_ATTENTION_FUNCTIONS$")
 APPLY_FUNCTION = re.compile(r"apply_(multimodal_)?rotary_(pos_)?emb\w*$")
 
 
@@ -209,6 +210,29 @@ def modules_using(owner: nn.Module, pattern: re.Pattern[str]) -> list[nn.Module]
     """Modules of an owner whose forward looks such a global up, except cross-attention."""
     mine = (module for module in owner.modules() if "cross" not in type(module).__name__.lower())
     return [module for module in mine if globals_used(module, pattern)]
+
+
+def attention_head_dim(owner: Any, attentions: list[nn.Module]) -> int:
+    """Channels of a head of the attention modules of a model without rotary.
+
+    Raises:
+        ValueError: heads that differ, or a size that neither the modules nor the config say.
+    """
+    found = set(map(module_head_dim, attentions))
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(owner).__name__} has heads of {sorted(found)} channels, and one Omega fits one size"
+        )
+    return found.pop() if found and found != {0} else read_head_dim(owner.config)
+
+
+def module_head_dim(module: Any) -> int:
+    """Channels of a head of an attention module; 0 where it does not say."""
+    for name in ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "dim_per_head"):
+        if isinstance(size := getattr(module, name, None), int):
+            return size
+    width, heads = getattr(module, "dim_out", None), getattr(module, "num_attention_heads", None)
+    return width // heads if width and heads else 0
 
 
 def detect_pairing(rope: ModelRope, owner: nn.Module) -> str:

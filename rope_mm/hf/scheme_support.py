@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rope_mm.hf.attention_rotation import attention_modules
 from rope_mm.hf.config_io import scheme_entries
 from rope_mm.hf.patch_positions import PIXELS
 from rope_mm.hf.rope_parameters import layer_config, read_head_dim
 from rope_mm.hf.rotary_embedding import Rope, RopeMMRotaryEmbedding, RotarySlot
-from rope_mm.hf.rotary_inspection import TOKEN_CALLS, ModelRope, read_module
+from rope_mm.hf.rotary_inspection import TOKEN_CALLS, ModelRope, attention_head_dim, read_module
 from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.scheme import Scheme
 from rope_mm.schemes.zoo import read_scheme
@@ -28,12 +29,15 @@ def make_rotary(site: RotarySlot, scheme: Any, changes: dict[str, Any]) -> RopeM
     layers = list(interfaces) or [None]
     shared = "its config holds the scheme of another model; give each model copy.deepcopy(config)"
     refuse({shared: scheme_entries(config)})
+    width = 0 if original else attention_head_dim(site.owner, attention_modules(site.owner))
     given = scheme if isinstance(scheme, Mapping) else dict.fromkeys(layers, scheme)
     unlike = f"layers are of the types {layers}, but schemes came for {list(given)}"
     refuse({unlike: set(given) != set(layers)})
     name = type(original or site.owner).__name__
     ropes = {
-        layer: make_rope(given[layer], interfaces.get(layer), name, layer_config(config, layer), changes)
+        layer: make_rope(
+            given[layer], interfaces.get(layer), name, layer_config(config, layer), changes, width
+        )
         for layer in layers
     }
     layouts = {rope.scheme and (rope.scheme.layout, rope.scheme.options) for rope in ropes.values()}
@@ -42,10 +46,15 @@ def make_rotary(site: RotarySlot, scheme: Any, changes: dict[str, Any]) -> RopeM
 
 
 def make_rope(
-    given: Any, interface: ModelRope | None, name: str, config: Any, changes: dict[str, Any]
+    given: Any,
+    interface: ModelRope | None,
+    name: str,
+    config: Any,
+    changes: dict[str, Any],
+    width: int,
 ) -> Rope:
     """What runs: a rope of the same kind or a Rotary as given, a scheme as a Rotary."""
-    width = 2 * interface.pairs if interface else read_head_dim(config)
+    width = 2 * interface.pairs if interface else width
     if isinstance(given, ModelRope) and interface:
         mine, theirs = ((rope.call_format, rope.table_format, rope.pairs) for rope in (given, interface))
         why = (
@@ -68,7 +77,9 @@ def make_rope(
     if interface:
         check_scheme(chosen, interface, name, read_head_dim(config) if config else width)
         chosen = chosen.replace(fraction=1.0, channel_offset="start")
-    heads = config.num_attention_heads if chosen.per_head else None
+    heads: Any = config.num_attention_heads if chosen.per_head else None
+    unlike = f"{chosen} has an Omega for each head, but the numbers of heads of {name} differ"
+    refuse({unlike: heads is not None and not isinstance(heads, int)})
     return given if made else Rotary(width, chosen, heads=heads)
 
 
