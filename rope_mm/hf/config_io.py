@@ -150,7 +150,7 @@ def release_guard(rotary: Any) -> None:
 ROPE_INIT_FUNCTIONS[NAME] = pending_frequencies  # pyright: ignore[reportArgumentType]
 ALL_ATTENTION_FUNCTIONS.register(NAME, mark_pending)
 ALL_EXPERTS_FUNCTIONS.register(NAME, mark_pending)
-PreTrainedModel.post_init = post_init  # pyright: ignore[reportAttributeAccessIssue]
+PreTrainedModel.post_init = post_init  # pyright: ignore
 setattr(RotaryEmbeddingConfigMixin, f"_validate_{NAME}_rope_parameters", validate_saved)
 
 
