@@ -9,6 +9,7 @@ The same command again resumes from the last checkpoint, on any number of proces
 --dry-run checks and prints the configuration, Ctrl-C and SIGTERM save and stop.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -25,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 from rope_mm.data import CaptionedImages, draw_augmentation, load_images, make_generator
 from rope_mm.data.augmentation import AUGMENTATIONS
 from rope_mm.data.buckets import Size
+from rope_mm.data.images import Unreadable
 from rope_mm.data.seeding import EVALUATION
 from rope_mm.evaluation.image_grid import save_sheet
 from rope_mm.evaluation.images import IMAGE_EVALUATORS, ImageEvaluator
@@ -64,6 +67,7 @@ class Data:
     max_caption_length: int = option(256, "tokens of a caption", minimum=1)
     long_captions: Literal["cut", "refuse"] = option("cut", "what becomes of longer captions")
     flip: bool = option(False, "mirror each image, left to right, half of the times that it is read")
+    strict: bool = option(False, "stop at an image that cannot be read, instead of taking the next one")
     changed: bool = option(False, "resume although the data has changed")
 
 
@@ -93,7 +97,27 @@ class Adversarial(Run):
     evaluator: str = option("caption", "metrics of generated images", choices=IMAGE_EVALUATORS)
     eval_samples: int = option(1_000, "images generated for an evaluation", minimum=1)
 
-    resumable_keys: ClassVar[tuple[str, ...]] = (*Run.resumable_keys, "data.changed", "data.cache_in_memory")
+    resumable_keys: ClassVar[tuple[str, ...]] = (
+        *Run.resumable_keys,
+        "data.strict",
+        "data.changed",
+        "data.cache_in_memory",
+    )
+
+
+class SkippedRows:
+    """Rows that are skipped, each with the reason; an interrupted run continues with them."""
+
+    def __init__(self):
+        self.rows: dict[int, str] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows."""
+        return {"rows": dict(self.rows)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.rows = dict(state["rows"])
 
 
 class Training:
@@ -126,6 +150,7 @@ class Training:
         self.average = Ema(self.trainer.unwrapped_generator, config.ema_decay)
         self.pipeline = self.batcher.pipeline(self.average.model, captioned=bool(config.data.caption))
         self.tokens, self.generated, self.flops = 0, 0, 0.0
+        self.skipped = SkippedRows()
 
     @cached_property
     def evaluator(self) -> ImageEvaluator | None:
@@ -135,8 +160,11 @@ class Training:
             return None
         most = max(CLASSIFIER_SAMPLES, config.eval_samples)
         known, unknown = range(min(len(labels), most)), range(min(len(test_labels), CLASSIFIER_SAMPLES))
-        train = self.images.images(known), labels[: len(known)]
-        test = self.held_out.images(unknown), test_labels[: len(unknown)]
+        images, rows = self.images.read(known)
+        test_images, self.test_rows = self.held_out.read(unknown)
+        for reason in self.held_out.unreadable.values():
+            print(f"skipped, held out: {reason}", file=sys.stderr, flush=True)
+        train, test = (images, labels[rows]), (test_images, test_labels[self.test_rows])
         return IMAGE_EVALUATORS[config.evaluator](train, test, config.eval_samples, config.seed)
 
     def micro_batch(self, update: int, part: int = 0) -> AdversarialBatch:
@@ -150,9 +178,9 @@ class Training:
         mine = slice(part * world + rank, None, world * self.config.gradient_accumulation_steps)
         pixels, rows = self.images.buckets.batch(seed, update, size)
         batcher = replace(self.batcher, size=pixels)
+        images, rows[mine] = self.read_images(rows[mine])
         captions = self.images.draw_captions(rows, make_generator(seed, "captions", update))[mine]
         noise = batcher.noise(make_generator(seed, "noise", update, 0), size)[mine]
-        images = self.images.images(rows[mine])
         if self.config.data.flip:
             mirrored = torch.rand(size, generator=make_generator(seed, "flip", update))[mine] < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
@@ -165,6 +193,30 @@ class Training:
             generator=make_generator(seed, "probes", number, rank, device=device),
             noise=noise.to(device),
         )
+
+    def read_images(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Images of these rows and, where one is skipped, of the rows after it; and the rows' numbers.
+
+        Raises:
+            ValueError: an image that cannot be read, where `data.strict` is set.
+        """
+        if not self.config.data.strict:
+            return self.images.read(rows)
+        try:
+            return self.images.images(rows), rows
+        except Unreadable as error:
+            message = f"{error}; repair it, or take the next image by --data.strict false"
+            raise ValueError(message) from error
+
+    def report_skipped(self) -> None:
+        """Name the images that are skipped from now on; every process then knows those of all."""
+        new = {row: why for row, why in self.images.unreadable.items() if row not in self.skipped.rows}
+        if not int(all_reduce_sum(self.accelerator, torch.tensor(len(new)))):
+            return
+        for row, why in sorted(chain.from_iterable(gather_object([list(new.items())]))):
+            if row not in self.skipped.rows and self.accelerator.is_main_process:
+                print(f"skipped: {why}", file=sys.stderr, flush=True)
+            self.skipped.rows[row] = self.images.unreadable[row] = why
 
     def augmentation(self, number: int, batcher: ImageBatcher) -> Callable[[Tensor], Tensor]:
         """How the patches of a micro-batch are changed before the critic sees them.
@@ -194,10 +246,12 @@ class Training:
 
     def states(self) -> dict[str, Stateful]:
         """What a checkpoint holds beside models and optimizers."""
-        return {"ema": self.average, "lecam": self.trainer.critic.loss.lecam}
+        lecam = self.trainer.critic.loss.lecam
+        return {"ema": self.average, "lecam": lecam, "skipped_images": self.skipped}
 
     def begin(self, step: int) -> None:
-        """Report cut captions; batches are made when their step begins."""
+        """Report cut captions, and skip what the run has skipped before; each step makes its batches."""
+        self.images.unreadable |= self.skipped.rows
         if self.long_captions and self.accelerator.is_main_process:
             length = self.config.data.max_caption_length
             print(f"cut: {self.long_captions} captions of more than {length} tokens", flush=True)
@@ -222,6 +276,9 @@ class Training:
         values = torch.stack([term.detach().float() for term in terms.values()])
         mean = all_reduce_sum(self.accelerator, values) / self.accelerator.num_processes
         terms = dict(zip(terms, mean, strict=True))
+        self.report_skipped()
+        if self.skipped.rows:
+            terms["skipped_images"] = torch.tensor(float(len(self.skipped.rows)))
         self.average.update(self.trainer.unwrapped_generator)
         return terms | {"lr": torch.tensor(self.trainer.optimizer.param_groups[0]["lr"], dtype=torch.float64)}
 
@@ -238,7 +295,7 @@ class Training:
         save_sheet(path.with_suffix(".png"), self.make_sheet(shown), shown)
         if self.evaluator is None:
             return {}
-        captions = [self.held_out.captions[row] for row in self.evaluator.rows]
+        captions = [self.held_out.captions[self.test_rows[row]] for row in self.evaluator.rows]
         return self.evaluator.evaluate(self.generate(captions, EVALUATION))
 
     def make_sheet(self, captions: list[str]) -> list[Tensor]:

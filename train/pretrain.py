@@ -69,9 +69,6 @@ class Data:
     rows_per_document: int = option(1, "rows joined in a document", minimum=1)
     streaming: bool = option(False, "read rows as they come, and hold only some")
     shuffle: int = option(1_000, "rows of streams that are shuffled together; 0: none", minimum=0)
-    eval_samples: int = option(
-        256, "rows of a stream held out, from its test split or else its own first ones", minimum=1
-    )
     strict: bool = option(False, "stop at a row that cannot be read or is too long, instead of skipping it")
     changed: bool = option(False, "resume although the data has changed")
 
@@ -105,6 +102,9 @@ class Pretrain(Run):
     compile: str = option("", "a backend of torch.compile, such as inductor; empty: none")
     gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass, to save memory")
     ema_decay: float = option(0.995, "of the average of the model's weights", minimum=0, below=1)
+    eval_samples: int = option(
+        256, "rows of a stream held out, from its test split or else its own first ones", minimum=1
+    )
     num_workers: int = option(0, "processes that prepare batches ahead", minimum=0)
 
     resumable_keys: ClassVar[tuple[str, ...]] = (
@@ -127,7 +127,7 @@ class Training:
     def __init__(self, config: Pretrain, accelerator: Accelerator):
         check_turns(config, accelerator.num_processes)
         self.config, self.accelerator, self.head = config, accelerator, IMAGE_HEADS[config.image_head]
-        self.documents, self.held_out = load_data(config.data, patch_size(config))
+        self.documents, self.held_out = load_data(config.data, config.eval_samples, patch_size(config))
         load = load_initial_tokenizer if config.init_from else find_tokenizer
         tokenizer = load(config, self.documents)
         torch.manual_seed(config.seed)
@@ -137,6 +137,7 @@ class Training:
         self.make_datasets()
         model = RopeMMForConditionalGeneration(settings)
         self.average, self.skipped = Ema(model, config.ema_decay), Count()
+        self.named: set[str] = set()
         options = accelerator, config.image_loss_weight, config.compile, config.gradient_checkpointing
         self.trainer = PretrainTrainer(model, config.image_head, config.optim, config.loss, *options)
         self.tokens, self.generated, self.flops = 0, 0, 0.0
@@ -229,7 +230,7 @@ class Training:
         return totals
 
     def report_skipped(self, skipped: list[str]) -> None:
-        """Say which documents this process skips, and why.
+        """Say which documents this process skips, and why; each reason once.
 
         Raises:
             ValueError: the first of them, where `data.strict` is set.
@@ -237,7 +238,9 @@ class Training:
         if skipped and self.config.data.strict:
             raise ValueError(f"{skipped[0]}; repair it, or skip its document by --data.strict false")
         for reason in skipped:
-            print(f"skipped: {reason}", file=sys.stderr, flush=True)
+            if reason not in self.named:
+                print(f"skipped: {reason}", file=sys.stderr, flush=True)
+                self.named.add(reason)
 
     def batches(self, step: int) -> list[Any]:
         """The rows of a step's documents, and this process's batches as the model reads them."""
@@ -283,11 +286,12 @@ def patch_size(config: Pretrain) -> int:
     return config.model.get("patch_size", RopeMMConfig.patch_size)
 
 
-def load_data(data: Data, patch_size: int) -> tuple[DocumentDataset, MapDocuments]:
+def load_data(data: Data, eval_samples: int, patch_size: int) -> tuple[DocumentDataset, MapDocuments]:
     """Documents to train on, and held-out ones.
 
     Args:
         data: where they come from.
+        eval_samples: rows of a stream that are held out.
         patch_size: pixels of a patch's side.
     """
     return load_documents(
@@ -295,7 +299,7 @@ def load_data(data: Data, patch_size: int) -> tuple[DocumentDataset, MapDocument
         filter=data.filter,
         streaming=data.streaming,
         shuffle=data.shuffle,
-        held_out=data.eval_samples,
+        held_out=eval_samples,
         templates=data.templates,
         size=data.size,
         channels=data.channels,
@@ -309,7 +313,8 @@ def load_data(data: Data, patch_size: int) -> tuple[DocumentDataset, MapDocument
 def find_tokenizer(config: Pretrain, documents: DocumentDataset) -> PreTrainedTokenizerBase:
     """The tokenizer named; one of the data's words knows those of all rows, also of filtered ones."""
     if config.data.filter:
-        documents, _ = load_data(replace(config.data, filter={}), patch_size(config))
+        unfiltered = replace(config.data, filter={})
+        documents, _ = load_data(unfiltered, config.eval_samples, patch_size(config))
     return load_tokenizer(config.tokenizer, documents.texts())
 
 

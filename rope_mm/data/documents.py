@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image as PILImage
 from torch import Tensor
 
-from rope_mm.data.images import is_text
+from rope_mm.data.images import Unreadable, is_text, stored_row
 from rope_mm.data.pixels import (
     BACKGROUND,
     MODES,
@@ -53,10 +53,6 @@ class Record(NamedTuple):
     source: int
     name: str
     values: Mapping[str, Any]
-
-
-class Unreadable(ValueError):
-    """A row that cannot be read: its number, its column and why."""
 
 
 Document = list[str | Visual]
@@ -267,7 +263,8 @@ class MapDocuments(DocumentDataset):
     def at(self, source: int, row: int) -> Record:
         """A row of a source."""
         (values,) = self.sources[source][row].to_pylist()
-        name = f"row {row} of source {source}" if len(self.sources) > 1 else f"row {row}"
+        number = stored_row(self.sources[source], row)
+        name = f"row {number} of source {source}" if len(self.sources) > 1 else f"row {number}"
         return Record(source, name, values)
 
     def eval_prompts(self, task: Task, count: int) -> list[tuple[Document, str | Visual]]:

@@ -32,6 +32,22 @@ from rope_mm.data.synthetic.digits import captioned_digits
 from rope_mm.data.synthetic.stacked import read_npz, stack_digits, stacked_digits
 
 
+class Unreadable(ValueError):
+    """A row that cannot be read: its number, its column and why.
+
+    Attributes:
+        row: its number in the split, where there is one.
+    """
+
+    row: int = -1
+
+
+def stored_row(rows: Dataset, row: int) -> int:
+    """The number that a row of a shuffled or selected split has in the source, by which people find it."""
+    indices = getattr(rows, "_indices", None)  # `datasets` has no public name for it
+    return row if indices is None else int(indices.column(0)[row].as_py())
+
+
 class CaptionedImages:
     """Rows of a split as images in [-1, 1], captions, and labels where there is a column.
 
@@ -56,6 +72,7 @@ class CaptionedImages:
         labels: (n,), or None.
         sizes: pixels (y, x) of each row's image.
         buckets: rows by size, in the order in which they are trained on.
+        unreadable: row -> why its image cannot be read, of the rows that were tried.
 
     Raises:
         ValueError: a column that is missing, with those there are; columns that hold something else.
@@ -84,6 +101,7 @@ class CaptionedImages:
         # undecoded, so that an image which cannot be read is named by its row
         self.rows = rows.cast_column(image, datasets.Image(decode=False))
         self.channels, self.background, self.image = channels, background, image
+        self.unreadable: dict[int, str] = {}
         square = (size, size) if isinstance(size, int) else size
         self.sizes = self.read_sizes(size, keep_aspect) if keep_aspect else [square] * len(rows)
         self.buckets = Buckets(self.sizes)
@@ -91,7 +109,7 @@ class CaptionedImages:
             raise ValueError(
                 "cache_in_memory needs images of one size; crop them all to it, or do not cache them"
             )
-        self.cache = self.decode(range(len(rows))) if cache_in_memory else None
+        self.cache = torch.stack(self.decode_all(square)) if cache_in_memory else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -129,13 +147,62 @@ class CaptionedImages:
         """Images (b, ch, y, x) of one size in [-1, 1]; all of them if no indices are given.
 
         Raises:
-            ValueError: an image that cannot be decoded, with its row; images of several sizes.
+            Unreadable: an image that cannot be decoded, with its row.
+            ValueError: images of several sizes.
         """
         wanted = range(len(self)) if indices is None else [int(i) for i in indices]
+        for row in wanted if self.unreadable else ():
+            self.check_readable(row)
         if len(found := sorted({self.sizes[row] for row in wanted})) > 1:
             raise ValueError(f"images of one size are read together; these have {found}")
         pixels = self.decode(wanted) if self.cache is None else self.cache[list(wanted)]
         return pixels / 127.5 - 1
+
+    def read(self, rows: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """Images (b, ch, y, x), and the rows (b,) that they are of.
+
+        An image that cannot be read is replaced by the next one of its size, and `unreadable` has the reason.
+
+        Args:
+            rows: their numbers.
+
+        Raises:
+            ValueError: no image of a size can be read.
+        """
+        while True:
+            found = [self.next_readable(int(row)) for row in rows]
+            try:
+                return self.images(found), torch.tensor(found)
+            except Unreadable as error:
+                self.unreadable[error.row] = str(error)
+
+    def next_readable(self, row: int) -> int:
+        """This row or the next one of its size that is not known as unreadable."""
+        if row not in self.unreadable:
+            return row
+        following = (*range(row + 1, len(self)), *range(row))
+        for other in following:
+            if self.sizes[other] == self.sizes[row] and other not in self.unreadable:
+                return other
+        raise ValueError(f"no image of {self.sizes[row]} pixels can be read: {self.unreadable[row]}")
+
+    def check_readable(self, row: int) -> None:
+        """Refuse a row that is known as unreadable."""
+        if row in self.unreadable:
+            error = Unreadable(self.unreadable[row])
+            error.row = row
+            raise error
+
+    def decode_all(self, size: Size) -> list[Tensor]:
+        """Pixels (ch, y, x) of every row, black where an image cannot be read."""
+        pixels = []
+        for row, file in enumerate(self.rows[self.image]):
+            try:
+                pixels.append(self.decode_one(row, file))
+            except Unreadable as error:
+                self.unreadable[row] = str(error)
+                pixels.append(torch.zeros(self.channels, *size, dtype=torch.uint8))
+        return pixels
 
     def examples(self, count: int) -> list[str]:
         """Captions to show: of each label the first one, labels evenly apart, or the first different ones."""
@@ -155,8 +222,10 @@ class CaptionedImages:
         try:
             return resize_center_crop(open_image(stored), self.sizes[row], self.channels, self.background)
         except UNREADABLE as error:
-            message = f"row {row}, column {self.image!r}: the image does not decode ({error})"
-            raise ValueError(message) from error
+            name = f"row {stored_row(self.rows, row)}, column {self.image!r}"
+            self.unreadable[row] = f"{name}: the image does not decode ({error})"
+            self.check_readable(row)
+            raise
 
 
 def check_rows(rows: Dataset, channels: int, *columns: str) -> None:
@@ -187,7 +256,8 @@ def read_captions(rows: Dataset, column: str) -> list[list[str]]:
     for row, held in enumerate(stored):
         texts = held if isinstance(held, list) else [held]
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"row {row}, column {column!r}: a caption is text, not {held!r}")
+            name = f"row {stored_row(rows, row)}, column {column!r}"
+            raise ValueError(f"{name}: a caption is text, not {held!r}")
         captions.append(texts)
     return captions
 

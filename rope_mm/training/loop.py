@@ -154,6 +154,9 @@ def launch(make: Callable[[Config, Accelerator], Training], config: Config, **op
     with locked(output_dir, accelerator):
         training = make(config, accelerator)  # what cannot be used is refused before the folder is touched
         open_folder(output_dir, training.identity(), accelerator, *folder_options(config))
+        if accelerator.is_main_process:
+            resolved = "; ".join(training.describe().splitlines())
+            print(f"training: {config.steps} steps in {output_dir}; {resolved}", flush=True)
         with tracking(accelerator, output_dir, config):
             result = train(training, config, output_dir) | training.extra_results()
         if accelerator.is_main_process:

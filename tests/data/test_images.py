@@ -89,16 +89,37 @@ def test_a_missing_column_is_answered_with_those_there_are(tmp_path):
 @pytest.mark.parametrize(
     "damage", [lambda whole: whole[:50], lambda whole: b"no picture"], ids=["cut", "text"]
 )
-def test_an_image_that_does_not_decode_is_named_by_its_row(damage, tmp_path):
+def test_an_image_that_does_not_decode_is_named_by_its_file_and_its_row_in_the_source(damage, tmp_path):
     folder = squares(tmp_path / "squares", count=5)
     for path in folder.glob("*.png"):
         path.write_bytes(damage(path.read_bytes()))
     train, _ = load_images(str(folder))
     with pytest.raises(
-        ValueError, match=r"row 2, column 'image': the image does not decode \(.*\.png\)"
+        ValueError, match=r"row (\d), column 'image': the image does not decode \(.*/\1\.png\)"
     ) as error:
         train.images([2])
     assert "\n" not in str(error.value) and "BytesIO" not in str(error.value)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_image_that_cannot_be_read_gives_way_to_the_next_one(cached, tmp_path):
+    folder = squares(tmp_path / "squares", count=10)
+    broken = sorted(folder.glob("*.png"))[:3]
+    for path in broken:
+        path.write_bytes(b"no picture")
+    train, test = load_images(str(folder), cache_in_memory=cached)
+    read = [images.read(range(len(images))) for images in (train, test)]
+    assert len(train.unreadable) + len(test.unreadable) == 3
+    for images, (pixels, rows) in zip((train, test), read, strict=True):
+        assert not set(rows.tolist()) & set(images.unreadable)
+        assert torch.equal(pixels, images.images(rows))
+        kept = [row for row in range(len(images)) if row not in images.unreadable]
+        assert rows[kept].tolist() == kept
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"no picture")
+    train, _ = load_images(str(folder))
+    with pytest.raises(ValueError, match=r"no image of \(8, 8\) pixels can be read: row "):
+        train.read([0])
 
 
 def test_rows_that_are_not_captioned_images_are_refused():

@@ -155,6 +155,13 @@ def test_penalties_that_are_given_replace_the_default_ones(adversarial, runs, tm
     assert [name for name in first if name.startswith("penalty/")] == ["penalty/one-centred"]
 
 
+def test_a_run_says_at_once_what_it_trains_and_where(script, tmp_path, capsys):
+    script.train(tmp_path / "run", steps=1)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"training: 1 steps in {tmp_path}/run; scheme: ")
+    assert re.search(r"weights; data: \d+ rows, \d+ held out$", first)
+
+
 def folder_of_squares(folder, caption="square"):
     folder.mkdir()
     for i in range(10):
@@ -244,7 +251,29 @@ def damaged_image(adversarial, output_dir):
     data = folder_of_squares(output_dir.parent / "images")
     for i in range(10):
         (output_dir.parent / "images" / f"{i}.png").write_bytes(b"not an image")
-    return data, "does not decode"
+    return {**data, "data.strict": True}, "does not decode"
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_images_that_cannot_be_read_are_skipped_named_and_counted_once(
+    cached, adversarial, runs, tmp_path, capsys
+):
+    data = folder_of_squares(tmp_path / "images") | {"data.cache_in_memory": cached}
+    for i in range(3):
+        (tmp_path / "images" / f"{i}.png").write_bytes(b"not an image")
+    more = {"steps": 8, "checkpoint_every": 4, "sample_every": 8, "global_batch_size": 4}
+    adversarial.train(tmp_path / "whole", **data, **more)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: row ")]
+    counts = [line.get("skipped_images", 0) for line in runs.lines(tmp_path / "whole")]
+    assert counts == sorted(counts)
+    assert 1 <= counts[-1] == len(said) == len(set(said))
+    assert all(re.search(r"row (\d), column 'image': .*/\1\.png", line) for line in said)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for path in ("checkpoints/step-000008", "model"):
+        shutil.rmtree(tmp_path / "parts" / path)
+    adversarial.train(tmp_path / "parts", **data, **more)
+    assert runs.same(tmp_path / "parts", tmp_path / "whole")
+    assert runs.lines(tmp_path / "parts") == runs.lines(tmp_path / "whole")
 
 
 def cut_checkpoint(adversarial, output_dir):

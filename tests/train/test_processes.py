@@ -62,7 +62,7 @@ def test_two_processes_train_as_one_on_the_same_documents_and_resume_bit_exactly
 @pytest.mark.slow
 def test_a_stream_resumes_on_another_number_of_processes(pretrain, check_close, tmp_path):
     one, parts = tmp_path / "one", tmp_path / "parts"
-    stream = {"data.streaming": "true", "data.shuffle": 5, "data.eval_samples": 3}
+    stream = {"data.streaming": "true", "data.shuffle": 5, "eval_samples": 3}
     settings = {"image_head": "flow", "steps": 6, "checkpoint_every": 2, **SEVEN, **stream}
     pretrain.train(one, **settings)
     pretrain.torchrun(parts, **settings)

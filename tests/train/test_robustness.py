@@ -48,7 +48,7 @@ def test_two_steps_and_two_resumed_ones_equal_four_with_every_penalty_on(method,
     assert {"model.safetensors", "model_1.safetensors", "optimizer.bin", "optimizer_1.bin"} < ours.keys()
     assert [name for name in ours if "custom" in name] == ["custom_checkpoint_0.pkl"]
     state = ours["custom_checkpoint_0.pkl"]
-    assert state.keys() == {"ema", "lecam", "nan_guard"}
+    assert state.keys() == {"ema", "lecam", "nan_guard", "skipped_images"}
     assert state["lecam"]["batches"] == 16
     assert runs.equal(ours, theirs)
     assert (parts / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
