@@ -75,6 +75,19 @@ def check_fits(templates: Sequence[str], columns: Sequence[set[str]], here: Sequ
             raise ValueError(f"no template fits columns {names}")
 
 
+def check_generated(templates: Sequence[Template], kinds: Mapping[str, str]) -> None:
+    """Refuse a template that marks a column of text as one to generate.
+
+    Args:
+        templates: as read.
+        kinds: column -> text, image or video.
+    """
+    parts = [part for template in templates for part in template if isinstance(part, Column)]
+    generated = {part.column for part in parts if part.generate}
+    if texts := [name for name in sorted(generated) if kinds[name] == "text"]:
+        raise ValueError(f"column {texts[0]!r} holds text, which is always generated; write {{{texts[0]}}}")
+
+
 class DocumentDataset(ABC):
     """Rows of sources as documents, wherever the rows are.
 
@@ -128,12 +141,7 @@ class DocumentDataset(ABC):
         kinds = {name: choose_kind(feature, name) for name, feature in chosen.items()}
         self.kinds = {name: kind for name, (kind, _) in kinds.items()}
         self.readers = {name: read for name, (_, read) in kinds.items()}
-        parts = [part for template in parsed for part in template if isinstance(part, Column)]
-        generated = {part.column for part in parts if part.generate}
-        if texts := [name for name in sorted(generated) if self.kinds[name] == "text"]:
-            raise ValueError(
-                f"column {texts[0]!r} holds text, which is always generated; write {{{texts[0]}}}"
-            )
+        check_generated(parsed, self.kinds)
         # as stored, so that an image which cannot be read is named by its row
         self.sources = [
             rows.select_columns([name for name in used if name in names]).with_format("arrow")
