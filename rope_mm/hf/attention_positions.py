@@ -34,12 +34,14 @@ class AttentionCall(NamedTuple):
         past: how many tokens the cache held before; None without a cache.
         grid: rows and columns of its states, where it is given them.
         tokens: how many tokens its states have; None where that is not known.
+        kept: the patches (b, n) that its states are, where it is given them.
     """
 
     cross: bool = False
     past: int | Tensor | None = None
     grid: tuple[int, int] | None = None
     tokens: int | None = None
+    kept: Tensor | None = None
 
 
 @dataclass
@@ -103,8 +105,9 @@ class AttentionContext:
             return torch.stack([nn.functional.pad(p, (0, 0, 0, tokens - len(p))) for p in rows])
         (grid,) = self.grids
         patches = math.prod(grid)
-        if self.kept is not None:
-            whole = place_tokens(scheme, patches, grid, device)[self.kept]
+        kept = self.kept if call.kept is None else call.kept
+        if kept is not None:
+            whole = place_tokens(scheme, patches, grid, device)[kept]
             return self.with_others(whole, tokens - whole.shape[1])
         if tokens >= patches:
             return self.with_others(place_tokens(scheme, patches, grid, device), tokens - patches)
@@ -214,7 +217,7 @@ def read_call(attention: Any, arguments: dict[str, Any]) -> AttentionCall:
     elif states is not None and has_windows(attention):  # which are square, also where an image is smaller
         side = math.isqrt(states.shape[1])
         grid = (side, side) if side**2 == states.shape[1] else None
-    return AttentionCall(cross, past, grid, tokens)
+    return AttentionCall(cross, past, grid, tokens, arguments.get("position_mask"))
 
 
 def layer_index(attention: Any) -> int:

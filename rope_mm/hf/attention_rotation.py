@@ -35,6 +35,8 @@ from rope_mm.rotary.dispatch import RotaryAngles
 OWN_ROTATION = re.compile(r"rotary|rotate_|freqs_ci|(^|_)rope(_|$)")  # names in the code of such an attention
 
 
+METHOD = "apply_rotary_embeddings"  # of V-JEPA 2: rotates heads by ids, and is replaced by nothing
+
 CLONES: WeakValueDictionary[Any, Any] = WeakValueDictionary()  # while a model uses them, and no longer
 
 
@@ -149,7 +151,8 @@ def refuse_own_rotation(base: Any) -> None:
     Raises:
         ValueError: with the attention's name.
     """
-    named = [module for module in attention_modules(base) if names_rotation(type(module))]
+    own = [module for module in attention_modules(base) if not hasattr(module, METHOD)]
+    named = [module for module in own if names_rotation(type(module))]
     if named and (base.device.type == "meta" or not moves_with_inputs(base, named[0])):
         raise ValueError(
             f"{type(named[0]).__name__} rotates by tables of its own and not by a module with inv_freq, so "
@@ -216,6 +219,8 @@ def rotate_in_attention(base: Any, rotary: RopeMMRotaryEmbedding, relative_bias:
         rotary.set_attr(module, "rope_mm_call", AttentionCall())
     exchange(rotary, base, ATTENTION_REGISTRY, RotatingAttention)
     for module in by_interface:
+        if hasattr(module, METHOD):
+            rotary.set_attr(module, METHOD, keep_heads)
         rotary.set_attr(module, "rope_mm_context", context)
         rotary.undo.append(module.register_forward_pre_hook(ReadCall(module), with_kwargs=True).remove)
     for module in by_projection:
@@ -226,6 +231,11 @@ def rotate_in_attention(base: Any, rotary: RopeMMRotaryEmbedding, relative_bias:
         rotary.rotating -= rotary.crossing
     if before:
         prove_projections(base, context, before, rope.head_dim)
+
+
+def keep_heads(heads: Tensor, _positions: Any) -> Tensor:
+    """Replaces a rotation of a model's own."""
+    return heads
 
 
 def hook_forward(base: Any, rotary: RopeMMRotaryEmbedding, context: AttentionContext) -> None:

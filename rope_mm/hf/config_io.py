@@ -245,7 +245,7 @@ def saved_bias(site: Any) -> str | None:
 
 def config_of(site: Any) -> Any:
     """The config that a slot's rotary module reads, or would read."""
-    return getattr(site.module or site.owner, "config", None)
+    return getattr(site.module, "config", None) or getattr(site.owner, "config", None)
 
 
 def wake_slots(model: nn.Module, sites: list[Any], changes: Any) -> list[Any]:

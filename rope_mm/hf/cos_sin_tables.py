@@ -11,7 +11,7 @@ from rope_mm.rotary.definition import PAIRINGS
 # how r angles fill a table: on both channels of their pairs, or once each
 TABLE_FORMATS: dict[str, Callable[..., Tensor]] = {name: join for name, (_, join) in PAIRINGS.items()}
 COMPLEX = {"complex": torch.complex64, "complex128": torch.complex128}
-TABLE_FORMATS |= dict.fromkeys(("single", *COMPLEX), lambda first, _second, _blocks: first)
+TABLE_FORMATS |= dict.fromkeys(("single", "sin_cos", *COMPLEX), lambda first, _second, _blocks: first)
 
 
 def fill_tables(angle: Tensor, table_format: str, factor: float = 1.0, axes: int = 1) -> Any:
@@ -19,7 +19,8 @@ def fill_tables(angle: Tensor, table_format: str, factor: float = 1.0, axes: int
     if table_format in COMPLEX:
         return (torch.polar(torch.ones_like(angle), angle) * factor).to(COMPLEX[table_format])
     once, blocks = (angle.cos() * factor, angle.sin() * factor), (angle.shape[-1] // axes,) * axes
-    return tuple(TABLE_FORMATS[table_format](x.float(), x.float(), blocks) for x in once)
+    tables = tuple(TABLE_FORMATS[table_format](x.float(), x.float(), blocks) for x in once)
+    return tables[::-1] if table_format == "sin_cos" else tables
 
 
 def split_tables(tables: Any) -> tuple[Tensor, Tensor]:
@@ -37,17 +38,21 @@ def read_tables(tables: Any, p: Tensor, known: Tensor) -> tuple[str, Tensor, flo
         known: frequencies (n,) of the module; an arc tangent is rounded, so a frequency near one of these
             becomes that one.
     """
-    whole = torch.cat([x.reshape(-1, x.shape[-1]) for x in split_tables(tables)])
+    halves = [x.reshape(-1, x.shape[-1]) for x in split_tables(tables)]
+    origin = (p == 0).all(-1).int().argmax()
+    sine_first = not isinstance(tables, Tensor) and not halves[0][origin].any() and halves[1][origin].all()
+    whole = torch.cat(halves[::-1] if sine_first else halves)
     table_format, once = (
         ("complex", whole) if isinstance(tables, Tensor) else find_table_format(whole, p.shape[-1])
     )
+    if sine_first:  # GPT-J; each angle once
+        table_format, once = "sin_cos", whole
     (cos, sin), p = once.chunk(2), p.to(once)
     alone = (p > 0) & ((p != 0).sum(-1, keepdim=True) == 1)
     first = p.where(alone, torch.inf).argmin(0)
     omega = torch.atan2(sin[first], cos[first]) / p[first].diagonal()[:, None]
     nearest = known[(omega[..., None] - known).abs().argmin(-1)]
     near = (nearest - omega).abs() <= 1e-5 * omega.abs().clamp(min=1e-30)
-    origin = (p == 0).all(-1).int().argmax()
     return table_format, torch.where(near, nearest, omega), cos[origin, 0].item()
 
 

@@ -29,6 +29,8 @@ TOKEN_CALLS = "mrope", "tokens"  # positions of decoders, which grow with every 
 NO_ANSWER = RuntimeError, IndexError, TypeError, ValueError, AttributeError, KeyError
 
 ATTENTION_REGISTRY = re.compile("ALL_ATTENTION_FUNCTIONS$")
+# the pairing of functions that are given tables with each angle once
+TABLE_PAIRINGS = {"single": "half", "complex": "interleaved", "sin_cos": "interleaved"}
 APPLY_FUNCTION = re.compile(r"apply_(multimodal_)?rotary_(pos_)?emb\w*$")
 
 
@@ -90,9 +92,21 @@ class ModelRope:
 
 
 def frequencies(module: nn.Module) -> list[Tensor]:
-    """The `inv_freq`s of a rotary module; none for any other module."""
-    named = module.named_buffers(recurse=False)
-    return [x for name, x in named if name.endswith("inv_freq") and not list(module.children())]
+    """The `inv_freq`s of a rotary module, or those of its table of sines; none for any other module."""
+    named = dict(module.named_buffers(recurse=False))
+    found = [x for name, x in named.items() if name.endswith("inv_freq") and not list(module.children())]
+    if not found and longest_position(module):  # GPT-J, CodeGen
+        table = named["embed_positions"]
+        steps = torch.arange(0, table.shape[-1], 2, dtype=torch.int64, device=table.device)
+        found = [1.0 / (10000 ** (steps / table.shape[-1]))]
+    return found
+
+
+def longest_position(module: nn.Module) -> int:
+    """How many positions a rotary module has in its table; 0 for a module that computes them."""
+    table = dict(module.named_buffers(recurse=False)).get("embed_positions")
+    rotary = "rotary" in type(module).__name__.lower() and table is not None and table.dim() == 2
+    return len(table) if rotary and table is not None else 0
 
 
 def frequency_counts(module: Any) -> dict[str | None, int]:
@@ -129,7 +143,7 @@ def read_module(module: nn.Module, owner: nn.Module) -> dict[str | None, ModelRo
     Raises:
         ValueError: a module that takes positions or gives tables in no known way.
     """
-    config = getattr(module, "config", None)
+    config = getattr(module, "config", None) or getattr(owner, "config", None)
     return {
         layer: attach_scheme(read_layer(module, owner, layer, str(kind)), owner, config, layer)
         for layer, kind in layer_types(module).items()
@@ -153,7 +167,7 @@ def probe_calls(
     other = "grid" if getattr(owner, "include_temporal", False) else "video_grid"
     for call, (axes, shape) in (item for item in CALLS.items() if item[0] != other):
         a = len(axes)
-        far = torch.randint(0, 4096, (8, a), generator=generator)
+        far = torch.randint(0, longest_position(module) or 4096, (8, a), generator=generator)
         p = torch.cat((torch.zeros(1, a, dtype=torch.long), torch.eye(a, dtype=torch.long), far)).to(device)
         yield call, axes, p, (torch.zeros(1, 1, 1, device=device), shape(p), *([layer] if layer else ()))
     config: Any = getattr(module, "config", None)
@@ -237,7 +251,7 @@ def module_head_dim(module: Any) -> int:
 
 def detect_pairing(rope: ModelRope, owner: nn.Module) -> str:
     """The pairing of the function that an owner's attention calls; the tables' own where none is found."""
-    default = {"single": "half", "complex": "interleaved"}.get(rope.table_format, rope.table_format)
+    default = TABLE_PAIRINGS.get(rope.table_format, rope.table_format)
     found, r = modules_using(owner, APPLY_FUNCTION), rope.pairs
     if not found or any(p.is_meta for p in owner.parameters()):
         return default

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rope_mm.hf.attention_rotation import attention_modules
-from rope_mm.hf.config_io import scheme_entries
+from rope_mm.hf.config_io import config_of, scheme_entries
 from rope_mm.hf.patch_positions import PIXELS
 from rope_mm.hf.rope_parameters import layer_config, read_head_dim
 from rope_mm.hf.rotary_embedding import Rope, RopeMMRotaryEmbedding, RotarySlot
@@ -24,7 +24,7 @@ def refuse(refusals: dict[str, Any]) -> None:
 
 def make_rotary(site: RotarySlot, scheme: Any, changes: dict[str, Any]) -> RopeMMRotaryEmbedding:
     """The checked module for a slot."""
-    original, config = site.module, getattr(site.module or site.owner, "config", None)
+    original, config = site.module, config_of(site)
     interfaces = read_module(original, site.owner) if original else {}
     layers = list(interfaces) or [None]
     shared = "its config holds the scheme of another model; give each model copy.deepcopy(config)"

@@ -18,6 +18,7 @@ from rope_mm.hf.rope_parameters import BASES, read_head_dim, scheme_of_family
 from rope_mm.hf.rotary_inspection import (
     APPLY_FUNCTION,
     NO_ANSWER,
+    TABLE_PAIRINGS,
     ModelRope,
     layer_types,
     match_scheme,
@@ -82,7 +83,7 @@ def rotary_modules(config: Any) -> Iterator[nn.Module]:
 
 def pairing_beside(module: nn.Module, rope: ModelRope) -> str:
     """The pairing of the rotary function beside a module; its tables' own where there is none."""
-    default = {"single": "half", "complex": "interleaved"}.get(rope.table_format, rope.table_format)
+    default = TABLE_PAIRINGS.get(rope.table_format, rope.table_format)
     beside = vars(importlib.import_module(type(module).__module__))
     r = rope.pairs
     unit, angle = torch.eye(2 * r)[None, None], torch.linspace(0.5, 1, r).expand(1, 2 * r, r)
