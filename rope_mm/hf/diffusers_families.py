@@ -1,11 +1,11 @@
 """The rotary classes of diffusers that can be served: their schemes, their positions and their tables.
 
 A family is found by the class that makes a model's tables. Everything else is read from the live object:
-`diffusers_rotary` calls it on a small example and compares its tables bit for bit.
+`table_rotary` calls it on a small example and compares its tables bit for bit.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -31,7 +31,8 @@ class Family:
         positions: positions (..., s, a) of one call, from the module, a scheme, whether its layout is the
             model's own, and the call's arguments.
         examples: arguments of small calls of a module.
-        table_format: how angles fill tables, a key of `cos_sin_tables.TABLE_FORMATS`.
+        table_format: how angles fill tables, a key of `cos_sin_tables.TABLE_FORMATS`, or what gives it for a
+            module.
         pack: tables (..., s, d) in the shape in which the module returns them, from the tables, the module
             and the call's arguments.
         leaf: what is replaced: the module's method of this name; the module itself, which is no nn.Module,
@@ -39,6 +40,7 @@ class Family:
         tables: what makes the tables where the pipeline does it, from the model and latents.
         arguments: what to change in the model's arguments so that another layout places its tokens: from the
             arguments and the scheme.
+        columns: how many columns each pair has in the last dimension of what the module returns.
         wide: whether one table runs over the channels of all heads.
         unrotated_text: whether text is in the same attention and is not rotated.
     """
@@ -46,11 +48,12 @@ class Family:
     scheme: Callable[[Any, Any], Scheme]
     positions: Callable[..., Tensor]
     examples: Callable[[Any], list[tuple]]
-    table_format: str = "interleaved"
+    table_format: str | Callable[[Any], str] = "interleaved"
     pack: Callable[..., Any] = lambda tables, _module, *_args, **_more: tables
     leaf: str = "forward"
     tables: Callable[[Any, Tensor], Any] | None = None
     arguments: Callable[[Mapping[str, Any], Scheme], dict[str, Any]] | None = None
+    columns: int = 2
     wide: bool = False
     unrotated_text: bool = False
 
@@ -447,6 +450,7 @@ FAMILIES: dict[str, Family] = {
             ([[(1, 1, 256)]], None, 1),
         ],
         table_format="complex",
+        columns=1,
         pack=images_and_text,
     ),
     "transformer_z_image.RopeEmbedder": Family(
@@ -454,6 +458,7 @@ FAMILIES: dict[str, Family] = {
         positions=positions_of_z_image,
         examples=lambda module: examples_in_reach(module.axes_lens),
         table_format="complex",
+        columns=1,
         leaf="",
     ),
     "transformer_lumina2.Lumina2RotaryPosEmbed": Family(
@@ -461,6 +466,7 @@ FAMILIES: dict[str, Family] = {
         positions=positions_of_lumina2,
         examples=lambda module: examples_in_reach(module.axes_lens, (1,)),
         table_format="complex128",
+        columns=1,
         leaf="_get_freqs_cis",
     ),
     "transformer_ltx.LTXVideoRotaryPosEmbed": Family(
@@ -479,17 +485,3 @@ FAMILIES: dict[str, Family] = {
         unrotated_text=True,
     ),
 }
-
-
-def candidates(model: Any) -> Iterator[tuple[str, Any]]:
-    """The model, its children and its plain attributes, by name."""
-    yield "", model
-    yield from model.named_children()
-    yield from vars(model).items()
-
-
-def rotary_places(model: Any) -> list[tuple[str, Any, Family]]:
-    """Names, objects and families of what makes a model's tables."""
-    named = ((name, part, f"{type(part).__module__.rpartition('.')[2]}.{type(part).__name__}")
-             for name, part in candidates(model))  # fmt: skip
-    return [(name, part, FAMILIES[kind]) for name, part, kind in named if kind in FAMILIES]

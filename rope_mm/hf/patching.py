@@ -24,15 +24,6 @@ from rope_mm.hf.config_io import (
     wake_slots,
 )
 from rope_mm.hf.diffusers_attention import AttentionRotary
-from rope_mm.hf.diffusers_rotary import (
-    DiffusersRotary,
-    describe_rope,
-    explain_diffusers,
-    is_of_diffusers,
-    rope_of_diffusers,
-    rotary_of,
-    set_diffusers_rope,
-)
 from rope_mm.hf.forward_hooks import PositionHooks
 from rope_mm.hf.image_grids import parameters_of
 from rope_mm.hf.patch_positions import PIXELS
@@ -48,6 +39,15 @@ from rope_mm.hf.rotary_inspection import (
     read_module,
 )
 from rope_mm.hf.scheme_support import make_rotary, refuse
+from rope_mm.hf.table_rotary import (
+    TableRotary,
+    describe_rope,
+    explain_tables,
+    makes_tables,
+    rope_of_tables,
+    rotary_of,
+    set_table_rope,
+)
 from rope_mm.hf.untouched_parts import cross_attentions, untouched_parts
 
 
@@ -64,7 +64,7 @@ class Handle:
     """
 
     model: nn.Module
-    slots: list[tuple[RopeMMRotaryEmbedding | DiffusersRotary | AttentionRotary, int]]
+    slots: list[tuple[RopeMMRotaryEmbedding | TableRotary | AttentionRotary, int]]
 
     def undo(self) -> None:
         """Revert this change and every later one."""
@@ -113,18 +113,18 @@ def rope_of(model: nn.Module) -> Any:
     """Read what a model rotates by.
 
     Args:
-        model: a model of transformers or diffusers; of a composite model its text is meant, so give a tower
-            itself.
+        model: a model of transformers, diffusers or timm; of a composite model its text is meant, so give a
+            tower itself.
 
     Returns:
-        A ModelRope, or of diffusers a DiffusersRope, or the Rotary that `set_rope` put in, or a dict of them
-        by layer type.
+        A ModelRope, or of diffusers and timm a TableRope, or the Rotary that `set_rope` put in, or a dict of
+        them by layer type.
 
     Raises:
         ValueError: no rotary, angles that are not linear in position, or parts that differ.
     """
-    if is_of_diffusers(model):
-        return rope_of_diffusers(model)
+    if makes_tables(model):
+        return rope_of_tables(model)
     found = [ropes_of(site) for site in rotary_slots(model)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no module with inv_freq, so no rotary that can be read")
@@ -171,9 +171,9 @@ def set_rope(
         >>> handle.undo()
     """
     changes |= {"layout": layout} if layout else {}
-    if is_of_diffusers(model):
+    if makes_tables(model):
         refuse_choice(model, relative_bias)
-        return Handle(model, [(set_diffusers_rope(model, scheme, changes), 0)])
+        return Handle(model, [(set_table_rope(model, scheme, changes), 0)])
     slots = rotary_slots(model) or [attention_slot(model)]
     if any(site.ours for site in slots):
         raise ValueError(f"{type(model).__name__} has a rope of ours already; `unset_rope` it first")
@@ -265,7 +265,7 @@ def unset_rope(model: nn.Module) -> None:
     Raises:
         ValueError: a model that has them already.
     """
-    if is_of_diffusers(model):
+    if makes_tables(model):
         Handle(model, [(rotary, 0)] if (rotary := rotary_of(model)) else []).undo()
         return
     Handle(model, [(site.module, 0) for site in rotary_slots(model, every=True) if site.ours]).undo()
@@ -283,8 +283,8 @@ def use_kernels(model: nn.Module) -> Handle:
         ValueError: a family whose attention calls no function that can be replaced, or answers that differ;
             the model is as it was.
     """
-    no_op = f"{type(model).__name__} is of diffusers, whose attention rotates by itself; take set_rope"
-    refuse({no_op: is_of_diffusers(model)})
+    no_op = f"{type(model).__name__} rotates by its own function, where our op has no place; use set_rope"
+    refuse({no_op: makes_tables(model)})
     slots = rotary_slots(model)
     found = [module for site in slots for module in modules_using(site.owner, APPLY_FUNCTION)]
     kinds = {type(module).__name__ for module in found}
@@ -322,8 +322,8 @@ def explain(model: nn.Module) -> None:
     Of a model that we changed, what the scheme leaves as it is follows: cross-attention, biases of relative
     positions and learned position embeddings.
     """
-    if is_of_diffusers(model):
-        print(explain_diffusers(model))
+    if makes_tables(model):
+        print(explain_tables(model))
         return
     for site in rotary_slots(model, every=True):
         bare = site.ours and not site.module.interfaces

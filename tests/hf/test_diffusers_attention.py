@@ -135,7 +135,7 @@ def test_processors_put_in_later_and_layers_left_out_do_not_hide_that_attention_
             Scheme(layout="flat", extensions=(LONGER,)),
             "fixed factor",
         ),
-        (None, "diffusers saves no scheme"),
+        (None, "no scheme is saved with"),
     ],
 )
 def test_a_rotary_that_does_not_fit_is_refused(scheme, match):

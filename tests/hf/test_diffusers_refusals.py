@@ -74,7 +74,7 @@ def test_what_is_no_model_is_refused_by_every_function(given, match):
             "depends on the length",
         ),
         ("Flux", Rotary(32, SQUARE), "needs that head_dim, not 32"),
-        ("Flux", None, "diffusers saves no scheme with FluxTransformer2DModel"),
+        ("Flux", None, "no scheme is saved with FluxTransformer2DModel"),
         ("Flux", "no-such-scheme", "scheme 'no-such-scheme' is unknown"),
         (
             "HunyuanVideo",
@@ -165,7 +165,7 @@ def test_tables_on_the_meta_device_are_refused(tiny_diffusers):
 
 def test_functions_for_transformers_alone_say_so_of_a_model_of_diffusers(tiny_diffusers):
     model, _ = tiny_diffusers("Flux")
-    with pytest.raises(ValueError, match="is of diffusers, whose attention rotates by itself"):
+    with pytest.raises(ValueError, match="rotates by its own function"):
         use_kernels(model)
     with pytest.raises(ValueError, match="not FluxTransformer2DModel"):
         positions_for(model, ["text:2"])

@@ -1,6 +1,6 @@
-"""Models of diffusers: what they rotate by, and a scheme in its place.
+"""Models of diffusers and timm: what they rotate by, and a scheme in its place.
 
-A model of diffusers makes tables of cosine and sine once in a forward and hands them to every block. So the
+Such a model makes tables of cosine and sine once in a forward and hands them to every block. So the
 one thing that is replaced is what makes the tables; blocks, processors and attention backends stay.
 """
 
@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from rope_mm.hf.cos_sin_tables import TABLE_FORMATS, fill_tables
 from rope_mm.hf.diffusers_attention import AttentionRotary, is_bare, make_attention_rotary
-from rope_mm.hf.diffusers_families import Family, rotary_places
+from rope_mm.hf.diffusers_families import FAMILIES, Family
 from rope_mm.hf.rotary_embedding import Changes
 from rope_mm.hf.scheme_support import refuse
+from rope_mm.hf.timm_families import TIMM_FAMILIES
 from rope_mm.rotary import definition
 from rope_mm.rotary.dispatch import RotarySpec
 from rope_mm.rotary.module import Rotary
@@ -27,13 +28,13 @@ from rope_mm.schemes.zoo import read_scheme
 
 # Omega and angles: both in float64; angles rounded to float32; all in float32
 ARITHMETIC = "float64", "rounded", "float32"
-ULPS = 16  # how far a float32 frequency of diffusers may be from ours: its powers are made in float32, too
+ULPS = 16  # how far a model's float32 frequency may be from ours: its powers are made in float32, too
 CLOSE = 1e-4  # what tables may differ by where no arithmetic gives them bit for bit
 
 
 @dataclass(frozen=True)
-class DiffusersRope:
-    """What a model of diffusers rotates by: cosine and sine of positions @ omega.
+class TableRope:
+    """What a model of diffusers or timm rotates by: cosine and sine of positions @ omega.
 
     Attributes:
         scheme: ours with the same Omega; its layout's axes are those of the model's own positions.
@@ -79,8 +80,8 @@ class DiffusersRope:
 
 
 @dataclass(frozen=True)
-class DiffusersSlot:
-    """Where a model of diffusers makes its tables.
+class TableSlot:
+    """Where a model makes its tables.
 
     Attributes:
         model: the model.
@@ -93,6 +94,12 @@ class DiffusersSlot:
     name: str
     part: Any
     family: Family
+
+    @property
+    def table_format(self) -> str:
+        """How angles fill its tables."""
+        given = self.family.table_format
+        return given if isinstance(given, str) else given(self.part)
 
     @property
     def heads(self) -> int:
@@ -110,38 +117,49 @@ class DiffusersSlot:
         """The tables of a rope for one call, as the model's own part returns them."""
         family = self.family
         p = family.positions(self.part, rope.scheme, own, *args, **kwargs)
-        if isinstance(rope, DiffusersRope):
+        if isinstance(rope, TableRope):
             angle = rope.angles(p)
         else:
             angle = definition.angles(p, torch.as_tensor(rope.omega))
             angle = angle.expand(*angle.shape[:-2], self.heads, -1)
-        tables = fill_tables(angle.flatten(-2), family.table_format, rope.spec.factor)
-        if isinstance(rope, DiffusersRope) and rope.cast:
+        tables = fill_tables(angle.flatten(-2), self.table_format, rope.spec.factor)
+        if isinstance(rope, TableRope) and rope.cast:
             tables = tuple(table.to(rope.cast) for table in tables)
         return family.pack(tables, self.part, *args, **kwargs)
 
 
-def is_of_diffusers(model: Any) -> bool:
-    """Whether an object is a model of diffusers, whose package is not imported for that."""
-    return isinstance(model, nn.Module) and any(
-        kind.__module__.startswith("diffusers.") for kind in type(model).__mro__
-    )
+PACKAGES = "diffusers.", "timm."
 
 
-def slot_of(model: Any) -> DiffusersSlot:
-    """Where a model of diffusers makes its tables.
+def makes_tables(model: Any) -> bool:
+    """Whether an object is a model of diffusers or timm, which are not imported for that."""
+    kinds = type(model).__mro__
+    return isinstance(model, nn.Module) and any(kind.__module__.startswith(PACKAGES) for kind in kinds)
+
+
+def rotary_places(model: Any) -> Iterator[tuple[str, Any, Family]]:
+    """Names, objects and families of what makes a model's tables: itself, a child or a plain attribute."""
+    families = FAMILIES | TIMM_FAMILIES
+    for name, part in (("", model), *model.named_children(), *vars(model).items()):
+        kind = f"{type(part).__module__.rpartition('.')[2]}.{type(part).__name__}"
+        if kind in families:
+            yield name, part, families[kind]
+
+
+def slot_of(model: Any) -> TableSlot:
+    """Where a model makes its tables.
 
     Raises:
         ValueError: a model with no part or with several parts of a class that is known.
     """
-    found, name = rotary_places(model), type(model).__name__
+    found, name = list(rotary_places(model)), type(model).__name__
     if len(found) != 1:
         unknown = sorted({type(part).__name__ for part in parts_that_rotate(model)})
         has = f"rotates by {', '.join(unknown)}" if unknown else "has no part that is known to make tables"
         raise ValueError(
-            f"{name} {has}, and is not served; docs/models.md names the models of diffusers that are"
+            f"{name} {has}, and is not served; docs/models.md names the models of diffusers and timm that are"
         )
-    return DiffusersSlot(model, *found[0])
+    return TableSlot(model, *found[0])
 
 
 def parts_that_rotate(model: nn.Module) -> Iterator[nn.Module]:
@@ -158,7 +176,7 @@ def tensors_of(tables: Any) -> list[Tensor]:
     return [torch.view_as_real(x).movedim(-1, 0) if x.is_complex() else x for x in parts]
 
 
-def read_rope(slot: DiffusersSlot) -> DiffusersRope:
+def read_rope(slot: TableSlot) -> TableRope:
     """What a model rotates by: our scheme of its family, with the numbers that give its tables bit for bit.
 
     Raises:
@@ -166,22 +184,22 @@ def read_rope(slot: DiffusersSlot) -> DiffusersRope:
     """
     name = type(slot.part).__name__
     try:
-        scheme = slot.family.scheme(slot.part, slot.model.config)
+        scheme = slot.family.scheme(slot.part, getattr(slot.model, "config", None))
         calls = [(args, slot.original(*args)) for args in slot.family.examples(slot.part)]
         lost = any(x.is_meta for _, tables in calls for x in tensors_of(tables))
         refuse({f"{name} has tables on the meta device; load the weights first": lost})
         return closest_rope(slot, scheme, calls)
     except (RuntimeError, TypeError, AttributeError, IndexError, KeyError) as error:
         raise ValueError(
-            f"{name} does not answer as in the versions of diffusers that are known "
+            f"{name} does not answer as in the versions that are known "
             f"({type(error).__name__}: {error}); it is not served"
         ) from error
 
 
-def closest_rope(slot: DiffusersSlot, scheme: Scheme, calls: list[tuple[tuple, Any]]) -> DiffusersRope:
+def closest_rope(slot: TableSlot, scheme: Scheme, calls: list[tuple[tuple, Any]]) -> TableRope:
     """The arithmetic and the float32 numbers that give an original's tables, bit for bit where some do."""
     table, *_ = tree_leaves(calls[0][1])
-    r = table.shape[-1] // (1 if table.is_complex() else 2) // slot.heads
+    r = table.shape[-1] // slot.family.columns // slot.heads
     cast = table.dtype if table.dtype in (torch.bfloat16, torch.float16) else None
     heads = slot.heads if scheme.per_head else None
     omega = scheme.omega(2 * r, heads)
@@ -190,7 +208,7 @@ def closest_rope(slot: DiffusersSlot, scheme: Scheme, calls: list[tuple[tuple, A
     for arithmetic in ARITHMETIC:
         if error == 0:
             break
-        rope = DiffusersRope(scheme, as_tuples(exact), arithmetic, 0.0, cast)
+        rope = TableRope(scheme, as_tuples(exact), arithmetic, 0.0, cast)
         if arithmetic == "float32":
             rope = replace(rope, omega=as_tuples(fit_float32(slot, rope, exact, calls)))
         pairs = [pair for args, tables in calls for pair in compared(slot, rope, args, tables)]
@@ -210,9 +228,7 @@ def as_tuples(omega: Tensor) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, omega.tolist()))
 
 
-def compared(
-    slot: DiffusersSlot, rope: DiffusersRope, args: tuple, tables: Any
-) -> Iterator[tuple[Tensor, Tensor]]:
+def compared(slot: TableSlot, rope: TableRope, args: tuple, tables: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Our tables beside a model's own, in one structure.
 
     Raises:
@@ -224,12 +240,11 @@ def compared(
     yield from zip(ours, theirs, strict=True)
 
 
-def fit_float32(
-    slot: DiffusersSlot, rope: DiffusersRope, exact: Tensor, calls: list[tuple[tuple, Any]]
-) -> Tensor:
+def fit_float32(slot: TableSlot, rope: TableRope, exact: Tensor, calls: list[tuple[tuple, Any]]) -> Tensor:
     """The float32 numbers near an Omega (a, r) whose tables are a model's own; the nearest where none are."""
     nearest, pairs = exact.float(), torch.arange(exact.shape[1])
-    pair_of_channel = TABLE_FORMATS[slot.family.table_format](pairs, pairs, (len(pairs),))
+    pair_of_channel = TABLE_FORMATS[slot.table_format](pairs, pairs, (len(pairs),))
+    pair_of_channel = pair_of_channel.repeat(max(1, slot.family.columns // 2))
     fitted, open_pairs = nearest.clone(), torch.ones(len(pairs), dtype=torch.bool)
     for step in sorted(range(-ULPS, ULPS + 1), key=abs):
         numbers = (nearest.view(torch.int32) + step).view(torch.float32).where(nearest != 0, nearest)
@@ -246,7 +261,7 @@ def fit_float32(
     return fitted
 
 
-class DiffusersRotary(nn.Module, Changes):
+class TableRotary(nn.Module, Changes):
     """What makes a model's tables by a scheme, beside the model's own part, which stays where it is.
 
     A child of the model, so that a learned Omega is in the model's parameters and moves with them.
@@ -258,7 +273,7 @@ class DiffusersRotary(nn.Module, Changes):
         undo: calls that, the last one first, make the model what it was.
     """
 
-    def __init__(self, slot: DiffusersSlot, rope: Any, read: DiffusersRope):
+    def __init__(self, slot: TableSlot, rope: Any, read: TableRope):
         nn.Module.__init__(self)
         self.undo = []
         self.ropes = {None: rope}
@@ -275,7 +290,7 @@ class DiffusersRotary(nn.Module, Changes):
         return self.ropes[None]
 
     @property
-    def slot(self) -> DiffusersSlot:
+    def slot(self) -> TableSlot:
         """Where it stands."""
         return self.places[0]
 
@@ -357,14 +372,14 @@ def describe_rope(rope: Any) -> str:
     return f"the model's own, {same}{cast} ({rope.scheme})"
 
 
-def make_rope(slot: DiffusersSlot, given: Any, read: DiffusersRope, changes: Mapping[str, Any]) -> Any:
+def make_rope(slot: TableSlot, given: Any, read: TableRope, changes: Mapping[str, Any]) -> Any:
     """What runs: a rope of the model as it was read, or a scheme as a Rotary.
 
     Raises:
         ValueError: what the model's tables cannot express.
     """
     name, pairs = type(slot.model).__name__, read.pairs // slot.heads
-    if isinstance(given, DiffusersRope):
+    if isinstance(given, TableRope):
         other = (given.axes, given.pairs, given.pairing) != (read.axes, read.pairs, read.pairing)
         refuse(
             {f"this rope was read from another kind of model than {name}; give its scheme": changes or other}
@@ -386,7 +401,7 @@ def make_rope(slot: DiffusersSlot, given: Any, read: DiffusersRope, changes: Map
     return Rotary(2 * pairs, scheme, heads=slot.heads if scheme.per_head else None)
 
 
-def check_scheme(slot: DiffusersSlot, scheme: Scheme, read: DiffusersRope, name: str) -> None:
+def check_scheme(slot: TableSlot, scheme: Scheme, read: TableRope, name: str) -> None:
     """Refuse a scheme that the tables of a model cannot express."""
     pairs = read.pairs // slot.heads
     factor = scheme.attention_scaling
@@ -406,8 +421,8 @@ def check_scheme(slot: DiffusersSlot, scheme: Scheme, read: DiffusersRope, name:
     })  # fmt: skip
 
 
-def rotary_of(model: Any) -> DiffusersRotary | AttentionRotary | None:
-    """Our part of a model of diffusers, None where there is none."""
+def rotary_of(model: Any) -> TableRotary | AttentionRotary | None:
+    """Our part of a model of diffusers or timm, None where there is none."""
     return getattr(model, "rope_mm", None)
 
 
@@ -416,18 +431,18 @@ def no_rotary(model: Any) -> str:
     return f"{type(model).__name__} has no rotary; give it one by set_rope"
 
 
-def rope_of_diffusers(model: Any) -> Any:
-    """What a model of diffusers rotates by: a DiffusersRope, or the Rotary that `set_rope` put in."""
+def rope_of_tables(model: Any) -> Any:
+    """What a model of diffusers or timm rotates by: a TableRope, or the Rotary that `set_rope` put in."""
     ours = rotary_of(model)
     refuse({no_rotary(model): not ours and is_bare(model)})
     return ours.rope if ours else read_rope(slot_of(model))
 
 
-def set_diffusers_rope(model: Any, given: Any, changes: dict[str, Any]) -> DiffusersRotary | AttentionRotary:
-    """Let a model of diffusers rotate by a scheme.
+def set_table_rope(model: Any, given: Any, changes: dict[str, Any]) -> TableRotary | AttentionRotary:
+    """Let a model of diffusers or timm rotate by a scheme.
 
     Args:
-        model: a transformer of diffusers.
+        model: a transformer of diffusers, or an EVA of timm.
         given: as in `set_rope`.
         changes: fields of the scheme to replace.
 
@@ -437,7 +452,7 @@ def set_diffusers_rope(model: Any, given: Any, changes: dict[str, Any]) -> Diffu
     name = type(model).__name__
     refuse({
         f"{name} has a rope of ours already; `unset_rope` it first": rotary_of(model),
-        f"diffusers saves no scheme with {name}; name one": given is None,
+        f"no scheme is saved with {name}; name one": given is None,
     })  # fmt: skip
     if is_bare(model):
         rotary = make_attention_rotary(model, given, changes)
@@ -450,26 +465,26 @@ def set_diffusers_rope(model: Any, given: Any, changes: dict[str, Any]) -> Diffu
         "offloading; call set_rope before it": holder is not None and "forward" in vars(holder)
     })  # fmt: skip
     read = read_rope(slot)
-    rotary = DiffusersRotary(slot, make_rope(slot, given, read, changes), read)
+    rotary = TableRotary(slot, make_rope(slot, given, read, changes), read)
     rotary.train(model.training)
     rotary.install()
     return rotary
 
 
-def explain_diffusers(model: Any) -> str:
-    """One line on what a model of diffusers rotates by, and where its tokens stand."""
+def explain_tables(model: Any) -> str:
+    """One line on what a model of diffusers or timm rotates by, and where its tokens stand."""
     ours = rotary_of(model)
     if ours:
         return ours.explain()
     if is_bare(model):
         return no_rotary(model)
     try:
-        return explain_slot(slot_of(model), describe_rope(rope_of_diffusers(model)), "by model and pipeline")
+        return explain_slot(slot_of(model), describe_rope(rope_of_tables(model)), "by model and pipeline")
     except ValueError as error:
         return str(error)
 
 
-def explain_slot(slot: DiffusersSlot, what: str, placed: str) -> str:
+def explain_slot(slot: TableSlot, what: str, placed: str) -> str:
     """One line on what makes a model's tables."""
     text = "; text is not rotated" if slot.family.unrotated_text else ""
     name = slot.name or slot.family.leaf
