@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rope_mm.checks.extras import import_name
 
 if TYPE_CHECKING:
+    from rope_mm.hf.packing_collator import PackingCollator
     from rope_mm.hf.patching import Handle, explain, rope_of, set_rope, unset_rope, use_kernels
     from rope_mm.hf.position_ids import position_ids_of, positions_for
     from rope_mm.hf.rotary_inspection import ModelRope
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Handle",
     "ModelRope",
+    "PackingCollator",
     "explain",
     "position_ids_of",
     "positions_for",
@@ -32,6 +34,7 @@ __all__ = [
 HOMES = {
     "Handle": "patching",
     "ModelRope": "rotary_inspection",
+    "PackingCollator": "packing_collator",
     "explain": "patching",
     "position_ids_of": "position_ids",
     "positions_for": "position_ids",
