@@ -5,6 +5,8 @@
 - `rope_of(model)` reads what a model rotates by, as a `ModelRope`; `explain(model)` prints it for every part.
 - `positions_for(model, inputs)` makes the `position_ids` of text, images and videos by the model's scheme;
   `position_ids_of(positions)` those of positions that were placed without a model.
+- `PackingCollator(processor, model, max_length)` packs examples of text and images for Trainer;
+  `packed_equals_alone(model, examples, collator)` checks any collator.
 - `use_kernels(model)` rotates queries and keys by this library's kernels.
 """
 
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rope_mm.checks.extras import import_name
 
 if TYPE_CHECKING:
+    from rope_mm.hf.packing_check import PackingReport, packed_equals_alone
     from rope_mm.hf.packing_collator import PackingCollator
     from rope_mm.hf.patching import Handle, explain, rope_of, set_rope, unset_rope, use_kernels
     from rope_mm.hf.position_ids import position_ids_of, positions_for
@@ -22,7 +25,9 @@ __all__ = [
     "Handle",
     "ModelRope",
     "PackingCollator",
+    "PackingReport",
     "explain",
+    "packed_equals_alone",
     "position_ids_of",
     "positions_for",
     "rope_of",
@@ -35,7 +40,9 @@ HOMES = {
     "Handle": "patching",
     "ModelRope": "rotary_inspection",
     "PackingCollator": "packing_collator",
+    "PackingReport": "packing_check",
     "explain": "patching",
+    "packed_equals_alone": "packing_check",
     "position_ids_of": "position_ids",
     "positions_for": "position_ids",
     "rope_of": "patching",

@@ -1,101 +1,298 @@
 """Whether packed examples give the logits and the loss of each alone, for any collator."""
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from rope_mm.hf.packed_rows import VARLEN, is_flash
-from rope_mm.hf.row_packing import Placer, make_placer, pack_examples, text_model
+from rope_mm.hf.document_isolation import forward, special_tokens, tolerance
+from rope_mm.hf.packed_rows import VARLEN, is_flash, takes_lengths
+from rope_mm.hf.row_packing import Placer, make_placer, text_model
 from rope_mm.hf.training_examples import IGNORED, Example, encode_example
 
-LOG = logging.getLogger(__name__)
+Batch = dict[str, Any]
+Spot = tuple[int, int]  # the row and the column of an example's first token
 
 
-@torch.no_grad()
-def needs_mask(model: nn.Module, placer: Placer) -> bool:
-    """Whether a model keeps documents apart only by a mask that comes with the batch, by a small forward.
+@dataclass(frozen=True)
+class PackingReport:
+    """How examples in a packed batch differ from each alone; it prints as one sentence.
+
+    Attributes:
+        differences: the largest difference of each example's logits; None where the batch has not all of it.
+        size: the largest logit.
+        leaks: the numbers of the examples whose logits change when the text of others does.
+        loss: of the batch, and as the logits of each alone give it; None without labels.
+        ok: whether all differences are rounding.
+        sentence: what is wrong and what to do, or how large the differences are.
+    """
+
+    differences: list[float | None]
+    size: float
+    leaks: list[int]
+    loss: tuple[float, float] | None
+    ok: bool
+    sentence: str
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is compared: a model, examples, and where they stand in a batch.
+
+    Attributes:
+        model: the model.
+        placer: of the model.
+        examples: as the model reads each alone.
+        spots: where each begins; None where the batch has not all of it.
+        alone: the logits (s, n) of each alone.
+        in_trainer: whether the outer config's cache is off, as the Trainer leaves it.
+    """
+
+    model: Any
+    placer: Placer
+    examples: Sequence[Example]
+    spots: Sequence[Spot | None]
+    alone: Sequence[Tensor]
+    in_trainer: bool
+
+    def found(self) -> Iterator[tuple[int, Example, Spot]]:
+        """The number, the example and the spot of each that the batch has."""
+        for number, (example, spot) in enumerate(zip(self.examples, self.spots, strict=True)):
+            if spot is not None:
+                yield number, example, spot
+
+    @property
+    def size(self) -> float:
+        """The largest logit."""
+        return max(x.abs().max().item() for x in self.alone)
+
+    @property
+    def most(self) -> float:
+        """The largest difference that rounding makes."""
+        return tolerance(self.alone[0]) * self.size
+
+    @property
+    def rows(self) -> int:
+        """The rows of position_ids."""
+        return len(self.placer.place(self.examples[0]))
+
+    def part(self, x: Tensor, example: Example, spot: Spot) -> Tensor:
+        """An example's part (s, ...) of (b, s, ...)."""
+        return x[spot[0], spot[1] : spot[1] + len(example)]
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Of a batch."""
+        return forward(self.model, batch, self.in_trainer).logits
+
+    def differences(self, batch: Batch) -> list[float | None]:
+        """The largest of each example."""
+        logits = self.logits(batch)
+        result: list[float | None] = [None] * len(self.examples)
+        for number, example, spot in self.found():
+            change = self.part(logits, example, spot) - self.alone[number]
+            result[number] = float(change.abs().max())
+        return result
+
+    def leaks(self, batch: Batch) -> list[int]:
+        """The examples whose logits change when the text of others does."""
+        before, result = self.logits(batch), set()
+        order = sorted(self.found(), key=lambda one: one[2])
+        for parity in (0, 1):
+            ids = batch["input_ids"].clone()
+            for _, example, spot in order[parity::2]:
+                self.part(ids, example, spot).copy_(other_text(example, self.placer.config))
+            after = self.logits({**batch, "input_ids": ids})
+            for number, example, spot in order[1 - parity :: 2]:
+                change = self.part(after - before, example, spot).abs().max().item()
+                result |= {number} if change > self.most else set()
+        return sorted(result)
+
+    def positions(self, batch: Batch, whole: bool) -> Batch:
+        """The batch with right position_ids, or with right token positions alone."""
+        right = torch.zeros(self.rows, *batch["input_ids"].shape, dtype=torch.float64)
+        for _, example, (row, start) in self.found():
+            right[:, row, start : start + len(example)] = self.placer.place(example)
+        given, axes = batch.get("position_ids"), self.rows - 1
+        if not whole and given is not None and given.dim() == 3 and len(given) >= axes:
+            right[1:] = given[len(given) - axes :].cpu()
+        right = right if self.placer.scheme else right.long()
+        return {**batch, "position_ids": right if axes else right[0]}
+
+    def lengths(self, batch: Batch) -> Batch:
+        """The batch with the cumulative lengths of its examples."""
+        s = batch["input_ids"].shape[1]
+        edges = {0, batch["input_ids"].numel()} | {row * s for row in range(len(batch["input_ids"]))}
+        for _, example, (row, start) in self.found():
+            edges |= {row * s + start, row * s + start + len(example)}
+        ends = torch.tensor(sorted(edges), dtype=torch.int32)
+        most = int(ends.diff().max())
+        return {**batch, **dict(zip(VARLEN, (ends, ends, most, most), strict=True))}
+
+
+def packed_equals_alone(
+    model: nn.Module,
+    examples: Sequence[Mapping[str, Any]],
+    collator: Callable[[Any], Mapping[str, Any]],
+    in_trainer: bool = True,
+) -> PackingReport:
+    """Run a batch of a collator, and each of its examples alone, and say what is wrong.
+
+    Examples are found in the batch by their tokens. Whether one sees another is measured: the text of the
+    others is changed. What would mend it is tried on the batch, so that the sentence names what helped.
+
+    Args:
+        model: a causal model of transformers.
+        examples: some that differ, as a data set has them; with images, if it has any.
+        collator: a PackingCollator, or any function that makes a batch of examples.
+        in_trainer: run it as transformers' Trainer does, with the cache off in the outer config only; False
+            for a plain forward.
+
+    Returns:
+        The report, whose `ok` and sentence are for a test: `assert report.ok, report`.
 
     Raises:
-        ValueError: a model that does not keep them apart by either.
+        ValueError: examples that cannot be read alone.
     """
-    base = text_model(model)
-    examples = [probe_example(base.config, begin, n) for begin, n in ((0, 7), (7, 5))]
-    try:
-        alone = torch.cat([run(base, pack_examples([x], placer, 7, 0, False)) for x in examples], 1)
-    except Exception as error:  # on another device than its kernels, in shards, without weights
-        LOG.warning(
-            "%s could not run the small forward that proves that it keeps documents apart (%s: %s); "
-            "packed_equals_alone proves it where it runs",
-            *(type(base).__name__, type(error).__name__, error),
-        )
-        return False
-    found: Any = []
-    for masked in (False, True)[: 1 if is_flash(base.config) else 2]:
-        try:
-            packed = run(base, pack_examples(examples, placer, 12, 0, masked))
-        except Exception as error:  # a mask of a form that the model does not take
-            found.append(f"{type(error).__name__}: {error}")
-            continue
-        found.append((packed - alone).abs().max().item() / alone.abs().max().item())
-        if found[-1] <= tolerance(alone):
-            return masked
-    wrong = f"{found[0]:.1e} of their size" if isinstance(found[0], float) else found[0]
-    raise ValueError(
-        f"{type(base).__name__} by {base.config.get_text_config()._attn_implementation} does not keep packed "
-        f"documents apart: in a small forward outputs differ from those of each alone by {wrong}. Layers "
-        "that carry a state (Mamba, linear attention), two-way attention and offsets are not served; pad "
-        "its examples instead, or try attn_implementation='sdpa'"
+    base, batch = text_model(model), dict(collator(examples))
+    placer = make_placer(model)
+    read = getattr(collator, "prepare", None) or (
+        lambda one: encode_example(getattr(collator, "processor", None), placer.config, placer.known, one)
     )
-
-
-def tolerance(outputs: Tensor) -> float:
-    """The largest difference, as a part of the largest output, that rounding makes."""
-    return max(1e-4, 8 * torch.finfo(outputs.dtype).eps)
-
-
-def probe_example(config: Any, begin: int, n: int) -> Example:
-    """n tokens of text that are no special ones of a config."""
-    text = config.get_text_config()
-    special = {
-        x
-        for part in (config, text)
-        for name, x in vars(part).items()
-        if re_token(name) and isinstance(x, int)
-    }
-    ids = [token for token in range(text.vocab_size) if token not in special][begin : begin + n]
-    tokens = torch.tensor(ids)
-    return Example({"input_ids": tokens, "labels": tokens}, {}, torch.zeros_like(tokens))
-
-
-def re_token(name: str) -> bool:
-    """Whether a config's field names a token."""
-    return name.endswith(("token_id", "token_index"))
-
-
-def run(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    """The logits (b, s, n) of a batch, or the last states of a model without a head; dropout is off."""
-    modes = [(module, module.training) for module in model.modules()]
-    deltas = [(part, part.rope_deltas) for part in model.modules() if hasattr(part, "rope_deltas")]
-    device = model.device
-    moved = {name: to_device(x, device) for name, x in batch.items() if name != "labels"}
+    whole = [one for one in map(read, examples) if one is not None]
+    spots = find_examples(batch["input_ids"], whole)
+    alone = [forward(base, dict(one.inputs()), False).logits[0] for one in whole]
+    trial = Trial(base, placer, whole, spots, alone, in_trainer)
     try:
-        model.eval()
-        with torch.no_grad():
-            return model(**moved)[0]
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for part, delta in deltas:
-            part.rope_deltas = delta
+        out = forward(base, batch, in_trainer)
+    except Exception as error:  # whatever a batch that does not fit raises
+        wrong = f"the model does not take this batch ({type(error).__name__}: {error})"
+        return PackingReport([None] * len(whole), trial.size, [], None, False, wrong)
+    differences, leaks = trial.differences(batch), trial.leaks(batch)
+    loss = None
+    if batch.get("labels") is not None and getattr(out, "loss", None) is not None:
+        loss = out.loss.item(), loss_alone(trial, batch["labels"])
+    wrong = explain(trial, batch, differences, leaks, loss)
+    told = [x for x in differences if x is not None]
+    good = (
+        f"packed equals alone: logits up to {trial.size:.2g} differ by at most {max(told, default=0.0):.1e}"
+    )
+    return PackingReport(differences, trial.size, leaks, loss, not wrong, wrong or good)
 
 
-def to_device(x: Any, device: torch.device) -> Any:
-    """A value of a batch on a device."""
-    if isinstance(x, dict):
-        return {name: to_device(one, device) for name, one in x.items()}
-    return x.to(device) if isinstance(x, Tensor) else x
+def find_examples(ids: Tensor, examples: Sequence[Example]) -> list[Spot | None]:
+    """Where in ids (b, s) the tokens of each example stand, each in a place of its own."""
+    taken, spots = torch.zeros_like(ids, dtype=torch.bool), []
+    for example in examples:
+        n, mine = len(example), example.tokens["input_ids"].to(ids)
+        spot = None
+        if n <= ids.shape[1]:
+            free = ~taken.unfold(1, n, 1).any(-1)
+            places = (free & (ids.unfold(1, n, 1) == mine).all(-1)).nonzero().tolist()
+            if places:
+                spot = tuple(places[0])
+                taken[spot[0], spot[1] : spot[1] + n] = True
+        spots.append(spot)
+    return spots
+
+
+def other_text(example: Example, config: Any) -> Tensor:
+    """The example's ids with other ids in the place of its text; special tokens and images stay."""
+    ids, special = example.tokens["input_ids"], special_tokens(config)
+    size = config.get_text_config().vocab_size
+    usual = [token for token in range(min(size, 4096)) if token not in special]
+    text = (example.kinds == 0) & ~torch.isin(ids, torch.tensor(sorted(special) or [-1]))
+    others = torch.tensor(usual)[(ids + len(usual) // 2) % len(usual)]
+    return others.where(text, ids)
+
+
+def loss_alone(trial: Trial, labels: Tensor) -> float:
+    """The mean over the labels (b, s) of a batch, by the logits of each example alone."""
+    losses, count = 0.0, 0
+    for number, example, spot in trial.found():
+        mine = trial.part(labels, example, spot)[1:].to(trial.alone[number].device)
+        logits = trial.alone[number][:-1].float()
+        losses += cross_entropy(logits, mine, ignore_index=IGNORED, reduction="sum").item()
+        count += int((mine != IGNORED).sum())
+    return losses / max(count, 1)
+
+
+def explain(
+    trial: Trial,
+    batch: Batch,
+    differences: Sequence[float | None],
+    leaks: Sequence[int],
+    loss: tuple[float, float] | None,
+) -> str:
+    """What is wrong with a batch, in one sentence; empty where nothing is."""
+    if missing := [number for number, x in enumerate(differences) if x is None]:
+        return f"the batch has not all tokens of examples {missing} in one piece"
+    worst = max(x for x in differences if x is not None)
+    first = next((number for number, x in enumerate(differences) if x is not None and x > trial.most), None)
+    begins = [(number, *spot) for number, _, spot in trial.found() if spot[1]]
+    crossing = [number for number, *spot in begins if batch_label(batch, *spot) != IGNORED]
+    if leaks:
+        how = f"logits of up to {trial.size:.2g} differ by {worst:.1e}"
+        return f"example {leaks[0]} sees the examples before it ({how}): {remedy(trial, batch)}"
+    if first is not None:
+        right = max(x or 0.0 for x in trial.differences(trial.positions(batch, whole=True)))
+        why = (
+            "its position_ids are not those that it has alone; make them for each example"
+            if (right <= trial.most)
+            else "pixels, grids or other inputs are not its own; give them in the order of the rows"
+        )
+        return f"example {first} sees no other, but differs by {differences[first]:.1e} from alone: {why}"
+    if crossing:
+        return (
+            f"the first token of example {crossing[0]} has a label, which the last token of the example "
+            f"before it is to predict; make it {IGNORED}"
+        )
+    if loss is not None and abs(loss[0] - loss[1]) > trial.most:
+        return f"logits are those of each alone, but the loss is {loss[0]:.4g}, not {loss[1]:.4g}"
+    return ""
+
+
+def batch_label(batch: Batch, row: int, column: int) -> int:
+    """The label of a token; that of no prediction where the batch has none."""
+    labels = batch.get("labels")
+    return IGNORED if labels is None else int(labels[row, column])
+
+
+def remedy(trial: Trial, batch: Batch) -> str:
+    """What keeps the examples of a batch apart: the fewest changes that do, tried one after another."""
+    config, mask = trial.placer.config, batch.get("attention_mask")
+    changes: dict[str, Callable[[Batch], Batch]] = {}
+    if batch.get("use_cache") is not False:
+        changes["put use_cache=False in the batch (the Trainer switches the outer config's off alone)"] = (
+            lambda one: {**one, "use_cache": False}
+        )
+    if getattr(mask, "ndim", 0) == 2:
+        changes["leave attention_mask (b, s) out"] = lambda one: {**one, "attention_mask": None}
+    rows = (
+        f"position_ids ({trial.rows}, b, s) whose row 0 starts"
+        if trial.rows > 1
+        else ("position_ids (b, s) that start")
+    )
+    changes[f"give {rows} at 0 in each example"] = lambda one: trial.positions(one, whole=False)
+    if is_flash(config) and not takes_lengths(batch):
+        changes[f"give {', '.join(VARLEN)}"] = trial.lengths
+    for count in range(1, len(changes) + 1):
+        for chosen in combinations(changes, count):
+            trying = batch
+            for name in chosen:
+                trying = changes[name](trying)
+            try:
+                if not trial.leaks(trying):
+                    return " and ".join(chosen)
+            except Exception:  # a batch that the model does not take mends nothing
+                continue
+    return (
+        f"{type(trial.model).__name__} by {config.get_text_config()._attn_implementation} does not keep them "
+        "apart whatever the batch says; take another attn_implementation, or pad"
+    )

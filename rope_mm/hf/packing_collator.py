@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import get_worker_info
 
-from rope_mm.hf.packing_check import needs_mask
+from rope_mm.hf.document_isolation import needs_mask
 from rope_mm.hf.row_packing import Placer, make_placer, pack_examples
 from rope_mm.hf.training_examples import Example, cut_example, encode_example
 
@@ -131,5 +131,3 @@ def pad_token(processor: Any, config: Any) -> int:
     tokenizer = getattr(processor, "tokenizer", processor)
     found = (getattr(x, "pad_token_id", None) for x in (tokenizer, config.get_text_config(), config))
     return next((token for token in found if isinstance(token, int) and token >= 0), 0)
-
-

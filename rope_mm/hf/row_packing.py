@@ -188,5 +188,3 @@ def make_mask(config: Any, numbers: Tensor) -> Any:
     given["inputs_embeds"] = torch.empty(*numbers.shape, 1, dtype=dtype)
     given[spelling(create_masks_for_generate, "cache") or "cache"] = None
     return create_masks_for_generate(**given)
-
-

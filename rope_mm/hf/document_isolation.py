@@ -1,0 +1,127 @@
+"""Whether a model keeps the documents of a row apart, by a small forward of it."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rope_mm.hf.packed_rows import is_flash
+from rope_mm.hf.row_packing import Placer, pack_examples, text_model
+from rope_mm.hf.training_examples import Example
+
+LOG = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def needs_mask(model: nn.Module, placer: Placer) -> bool:
+    """Whether a model keeps documents apart only by a mask that comes with the batch, by a small forward.
+
+    Raises:
+        ValueError: a model that does not keep them apart by either.
+    """
+    base = text_model(model)
+    examples = [probe_example(base.config, begin, n) for begin, n in ((0, 7), (7, 5))]
+    try:
+        alone = torch.cat([run(base, pack_examples([x], placer, 7, 0, False)) for x in examples], 1)
+    except Exception as error:  # on another device than its kernels, in shards, without weights
+        LOG.warning(
+            "%s could not run the small forward that proves that it keeps documents apart (%s: %s); "
+            "packed_equals_alone proves it where it runs",
+            *(type(base).__name__, type(error).__name__, error),
+        )
+        return False
+    found: Any = []
+    for masked in (False, True)[: 1 if is_flash(base.config) else 2]:
+        try:
+            packed = run(base, pack_examples(examples, placer, 12, 0, masked))
+        except Exception as error:  # a mask of a form that the model does not take
+            found.append(f"{type(error).__name__}: {error}")
+            continue
+        found.append((packed - alone).abs().max().item() / alone.abs().max().item())
+        if found[-1] <= tolerance(alone):
+            return masked
+    wrong = f"{found[0]:.1e} of their size" if isinstance(found[0], float) else found[0]
+    raise ValueError(
+        f"{type(base).__name__} by {base.config.get_text_config()._attn_implementation} does not keep packed "
+        f"documents apart: in a small forward outputs differ from those of each alone by {wrong}. Layers "
+        "that carry a state (Mamba, linear attention), two-way attention and offsets are not served; pad "
+        "its examples instead, or try attn_implementation='sdpa'"
+    )
+
+
+def tolerance(outputs: Tensor) -> float:
+    """The largest difference, as a part of the largest output, that rounding makes."""
+    return max(1e-4, 8 * torch.finfo(outputs.dtype).eps)
+
+
+def probe_example(config: Any, begin: int, n: int) -> Example:
+    """n tokens of text that are no special ones of a config."""
+    text = config.get_text_config()
+    special = special_tokens(config)
+    ids = [token for token in range(text.vocab_size) if token not in special][begin : begin + n]
+    tokens = torch.tensor(ids)
+    return Example({"input_ids": tokens, "labels": tokens}, {}, torch.zeros_like(tokens))
+
+
+def special_tokens(config: Any) -> set[int]:
+    """The tokens that a config or its text's names, as of images."""
+    parts = (config, config.get_text_config())
+    fields = [
+        field
+        for part in parts
+        for field in vars(part).items()
+        if field[0].endswith(("token_id", "token_index"))
+    ]
+    return {value for _, value in fields if isinstance(value, int)}
+
+
+def run(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """The logits (b, s, n) of a batch, or the last states of a model without a head."""
+    return forward(model, {name: x for name, x in batch.items() if name != "labels"}, False)[0]
+
+
+def forward(model: Any, batch: Mapping[str, Any], in_trainer: bool) -> Any:
+    """What a model answers to a batch, without dropout; the model is left as it was.
+
+    Args:
+        model: of transformers.
+        batch: the arguments of its forward.
+        in_trainer: whether the cache is off in its outer config, and only there.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    deltas = [(part, part.rope_deltas) for part in model.modules() if hasattr(part, "rope_deltas")]
+    moved = {name: to_device(x, model.device) for name, x in batch.items()}
+    try:
+        model.eval()
+        with torch.no_grad(), without_outer_cache(model.config, in_trainer):
+            return model(**moved)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for part, delta in deltas:
+            part.rope_deltas = delta
+
+
+@contextmanager
+def without_outer_cache(config: Any, off: bool) -> Iterator[None]:
+    """The cache off in this config, not in those within it."""
+    before = vars(config).get("use_cache")
+    if off:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if off and before is None:
+            del config.use_cache
+        elif off:
+            config.use_cache = before
+
+
+def to_device(x: Any, device: torch.device) -> Any:
+    """A value of a batch on a device."""
+    if isinstance(x, dict):
+        return {name: to_device(one, device) for name, one in x.items()}
+    return x.to(device) if isinstance(x, Tensor) else x
