@@ -42,3 +42,11 @@ def cached():
     name = spelling(GenerationMixin.prepare_inputs_for_generation, "cache")
     assert name is not None
     return lambda cache: {name: cache}
+
+
+@pytest.fixture(params=[2, 3])
+def flash(request, monkeypatch):
+    """flash-attn 2 and 3 by plain torch: how to switch a model to it, and the calls that were made."""
+    from flash_attn_functions import install
+
+    return install(monkeypatch, request.param)

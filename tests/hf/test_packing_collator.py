@@ -1,6 +1,8 @@
 """PackingCollator: packed examples of text, images and videos have the logits and losses of each alone."""
 
 import pickle
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from transformers import (
 )
 from vision_language_models import IMAGE, TEXT, VIDEO, qwen2_5_vl, qwen2_vl, qwen3_vl, visual_inputs
 
-from rope_mm.hf import PackingCollator, packed_equals_alone, rope_of, set_rope
+from rope_mm.hf import PackingCollator, PackingReport, packed_equals_alone, rope_of, set_rope
 
 WITHIN = 2e-6  # of the largest logit
 SQUARE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -67,9 +69,9 @@ def square(images, seed, text=4):
 def assert_equal_alone(model, examples, max_length=64, rows=None, **options):
     collator = PackingCollator(None, model, max_length, **options)
     report = packed_equals_alone(model, examples, collator)
-    assert len(report.differences) == len(examples)
+    assert isinstance(report, PackingReport) and len(report.differences) == len(examples)
     assert report.ok, report
-    assert max(report.differences) < WITHIN * report.size
+    assert not report.leaks and max(report.differences) < WITHIN * report.size
     assert report.loss[0] == pytest.approx(report.loss[1], rel=1e-5)
     batch = collator(examples)
     assert rows is None or len(batch["input_ids"]) == rows
@@ -116,9 +118,44 @@ def test_packed_texts_of_a_llama_with_a_scheme_equal_each_alone(tiny, scheme):
     assert batch["position_ids"][0].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
 
 
+@pytest.mark.parametrize("scheme", [None, "rope-tv"])
+@pytest.mark.parametrize("make", [*QWENS, llava])
+def test_flash_attention_gets_one_row_and_its_lengths(make, scheme, flash):
+    model = make()
+    if scheme:
+        set_rope(model, scheme)
+    model.config.get_text_config()._attn_implementation_internal = None
+    flash.switch(SimpleNamespace(config=model.config.get_text_config()))
+    examples = [square(1, 1), square(0, 2), square(2, 3)] if make is llava else examples_of(make)
+    batch = assert_equal_alone(model, examples, 24 if make is not llava else 45, rows=1)
+    ends = [0, *torch.tensor([one["input_ids"].shape[-1] for one in examples]).cumsum(0).tolist()]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == sorted(ends)
+    assert batch["cu_seq_lens_q"].dtype == torch.int32 and "attention_mask" not in batch
+    before = flash.calls["varlen"]
+    model(**batch)
+    assert flash.calls["varlen"] == before + 2
+
+
+def test_flash_attention_without_lengths_over_several_rows_leaks_and_the_report_says_so(flash, tiny):
+    model = tiny("llama")
+    texts = [{"input_ids": list(range(start, start + 8))} for start in (5, 20, 31, 50)]
+    right = PackingCollator(None, model, 16)
+    flash.switch(model)
+
+    def collator(examples):
+        model.config._attn_implementation_internal = "sdpa"
+        batch = right(examples)
+        flash.switch(model)
+        return batch
+
+    report = packed_equals_alone(model, texts, collator)
+    assert report.leaks == [1, 3]
+    assert report.sentence.endswith("give cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k")
+
+
 @pytest.mark.parametrize("family", ["mamba", "jamba", "bert", "roberta"])
 def test_models_that_do_not_keep_documents_apart_are_refused(tiny, family):
-    with pytest.raises(ValueError, match="does not keep packed documents apart|takes no position_ids"):
+    with pytest.raises(ValueError, match=r"does not keep packed documents apart|takes no position_ids"):
         PackingCollator(None, tiny(family), 16)
 
 
@@ -157,7 +194,8 @@ def test_in_the_trainer_logits_and_loss_are_those_of_each_alone(make, scheme, tm
         losses += cross_entropy(logits[:-1], one.tokens["labels"][1:], reduction="sum").item()
         count += int((one.tokens["labels"][1:] != -100).sum())
     seen, logged = trained(model, examples, collator, tmp_path, remove_unused_columns=False)
-    assert len(seen) == 1 and model.config.use_cache is False
+    assert len(seen) == 1 and model.config.use_cache is False and seen[0][0]["use_cache"] is False
+    assert make is llava or model.config.text_config.use_cache, "the Trainer leaves the text's cache on"
     arguments, out = seen[0]
     for ids, logits in alone:
         ((row, start),) = (arguments["input_ids"].unfold(1, len(ids), 1) == ids).all(-1).nonzero().tolist()
@@ -301,8 +339,6 @@ def test_the_report_says_what_is_wrong_with_a_batch(name):
     model = qwen2_5_vl()
     report = packed_equals_alone(model, EXAMPLES[:3], packed_otherwise(change)(model))
     assert not report.ok
-    import re
-
     assert re.search(message, str(report)), report
 
 
