@@ -77,6 +77,7 @@ check: .venv/installed
 docs: .venv/installed
 	$(py) -m pip install --quiet -c constraints.txt -e ".[docs]"
 	$(py) gallery/scheme_pages.py docs/gallery
+	$(py) gallery/notebooks.py docs/notebooks
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 	.venv/bin/zensical build --strict
 
