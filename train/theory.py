@@ -1,4 +1,4 @@
-"""The theory behind the adversarial losses, run: every figure and number from its equation.
+"""The theory behind the adversarial losses, run: every figure, animation and number from its equation.
 
     python train/theory.py --output_dir runs/theory
 
@@ -17,9 +17,10 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
+from torch.func import vmap
 from tqdm import tqdm
 
-from rope_mm.analysis.figures import new_figure, save_figure
+from rope_mm.analysis.figures import new_figure, save_animation, save_figure
 from rope_mm.files import write_text
 from rope_mm.losses import F_DIVERGENCES, METHODS, MONOTONE
 from rope_mm.theory.dynamics import Descent, Dirac, average, eigenvalues, flow, growth, walk, wedge
@@ -40,7 +41,8 @@ from rope_mm.training.config import option, run
 class Theory:
     """Draw the Dirac-GAN's dynamics, flows of particles, MonoFlow and the bias of finite differences.
 
-    Writes OUTPUT_DIR/<chapter>.png after each chapter, and at the end theory.json with all numbers.
+    Writes OUTPUT_DIR/<chapter>.png after each chapter, particles.webp, and at the end theory.json with all
+    numbers.
     """
 
     output_dir: str = option("runs/theory", "folder of the figures and numbers")
@@ -76,6 +78,33 @@ def portraits(figure: Any, seed: int) -> dict:
             "theta_max": radius[:, 1].max().item(),
             "wedge": wedge(states[[0, -1]]).tolist(),
         }
+    return numbers
+
+
+# games of two numbers, phi and theta, whose velocities fill a plane
+GAMES = {
+    "ns": Dirac(loss="ns"),
+    "ns, r1 0.3": Dirac(loss="ns", penalties={"r1": 0.3}),
+    "wgan": Dirac(loss="wgan"),
+    "wgan, one-centred penalty 0.2": Dirac(loss="wgan", penalties={"one-centred": 0.2}),
+}
+
+
+def phase(figure: Any, seed: int) -> dict:
+    """Phase portraits: where each pair of a critic phi and a generator theta goes, and one path."""
+    numbers, line = {}, torch.linspace(-1.55, 1.55, 24, dtype=torch.float64)
+    start = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    for axes, (name, game) in zip(figure.subplots(1, len(GAMES)), GAMES.items(), strict=True):
+        states = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 2, 1)
+        towards = vmap(game.field)(states).view(len(line), len(line), 2)  # theta down, phi across
+        speeds = {"color": towards.norm(dim=-1).numpy(), "cmap": "cividis"}
+        axes.streamplot(line.numpy(), line.numpy(), *towards.movedim(-1, 0).numpy(), **speeds, linewidth=0.7)
+        path = flow(game.field, start, torch.linspace(0, 60, 1200), 1e-6)[..., 0]
+        axes.plot(path[:, 0], path[:, 1], color="#D55E00", linewidth=1)
+        axes.plot(0, 0, "o", color="black", markersize=4)
+        axes.set(title=name, xlabel="phi", aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
+        numbers[name] = {"distance_at_60": path[-1].norm().item()}
+    figure.axes[0].set_ylabel("theta")
     return numbers
 
 
@@ -222,6 +251,65 @@ def monoflow(figure: Any, seed: int) -> dict:
     return numbers
 
 
+PARTICLES, FILM_STEPS, FILM_TIME = 400, 40, 1.5
+PANELS = "exact ratio", "learned ratio", "Langevin"
+
+
+def particle_paths(seed: int) -> list[list[Tensor]]:
+    """Particles (n, 2) at each step of the flow of KL in three ways, in the order of PANELS."""
+    random = torch.Generator().manual_seed(seed)
+    start = torch.randn(PARTICLES, 2, generator=random) * 0.3 + torch.tensor([-2.0, 2.0])
+    noise = torch.randn(PARTICLES, 2, generator=random)
+    real = TARGET.mean + noise @ torch.linalg.cholesky(TARGET.covariance_matrix).T
+    h, time = MONOTONE["logit"], FILM_TIME
+    flows = (
+        transport(start, gaussian_ratio(TARGET), h, time, FILM_STEPS),
+        transport(start, learned_ratio(real), h, time, FILM_STEPS),
+        langevin(start, TARGET, time, FILM_STEPS, random),
+    )
+    return [[start, *path] for path in flows]
+
+
+def draw_particles(figure: Any, paths: list[list[Tensor]], step: int) -> None:
+    """Particles at a step, and circles of one and two standard deviations of what they come to.
+
+    Args:
+        figure: to draw in.
+        paths: as `particle_paths` gives them.
+        step: from 0.
+    """
+    turn = torch.linspace(0, math.tau, 100)
+    circle = torch.stack((turn.cos(), turn.sin()), -1) @ torch.linalg.cholesky(TARGET.covariance_matrix).T
+    for axes, name, path in zip(figure.subplots(1, len(paths)), PANELS, paths, strict=True):
+        axes.plot(path[step][:, 0], path[step][:, 1], "o", color="#0072B2", markersize=2, alpha=0.6)
+        for size in (1, 2):
+            axes.plot(*(size * circle).T, color="#D55E00", linewidth=1)
+        axes.set(title=name, xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
+    figure.suptitle(f"t = {FILM_TIME * step / FILM_STEPS:.2f}", fontsize=10)
+
+
+def particles(figure: Any, seed: int) -> dict:
+    """KL(q‖p) along the paths of `particle_paths`, which the animation shows."""
+    axes, numbers = figure.subplots(), {}
+    times = [FILM_TIME * step / FILM_STEPS for step in range(FILM_STEPS + 1)]
+    for name, path in zip(PANELS, particle_paths(seed), strict=True):
+        kl = [kl_divergence(gaussian(q), TARGET).item() for q in path]
+        axes.semilogy(times, kl, label=name)
+        numbers[name] = {"kl_start": kl[0], "kl_end": kl[-1]}
+    axes.set(xlabel="t", title="KL(q‖p) of the particles")
+    axes.legend()
+    return numbers
+
+
+def save_film(path: Path, seed: int) -> None:
+    """Write the particles of every second step as an animation."""
+    paths, figures = particle_paths(seed), []
+    for step in range(0, FILM_STEPS + 1, 2):
+        figures.append(new_figure(9, 3.4))
+        draw_particles(figures[-1], paths, step)
+    save_animation(path, figures)
+
+
 def many_steps(figure: Any, seed: int) -> dict:
     """Fifty generator steps on one critic: the usual loss overshoots, the projection descends."""
     numbers, axes = {}, figure.subplots()
@@ -274,11 +362,13 @@ def differences(figure: Any, seed: int) -> dict:
 
 CHAPTERS = {
     "portraits": (portraits, (20, 4.8)),
+    "phase": (phase, (16, 4.4)),
     "damping": (damping, (7, 5)),
     "steps": (steps, (7, 5)),
     "averages": (averages, (7, 5)),
     "divergences": (divergences, (7, 5)),
     "monoflow": (monoflow, (12, 5)),
+    "particles": (particles, (7, 5)),
     "many-steps": (many_steps, (7, 5)),
     "differences": (differences, (7, 5)),
 }
@@ -298,6 +388,8 @@ def main(config: Theory) -> None:
         numbers[name] = chapter(figure, config.seed)
         numbers[name]["seconds"] = round(time.perf_counter() - began, 1)
         save_figure(output_dir / f"{name}.png", figure, dpi=120)
+        if name == "particles":
+            save_film(output_dir / "particles.webp", config.seed)
     write_text(output_dir / "theory.json", json.dumps(numbers, indent=1, ensure_ascii=False))
     print(f"{len(numbers)} figures and their numbers: {output_dir}/theory.json")
 

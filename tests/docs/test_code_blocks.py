@@ -17,17 +17,22 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
+def takes_long(page: Path) -> bool:
+    """Whether the code of a page starts programs or trains."""
+    return "bash" in dict(blocks(page)) or page.stem == "qwen_vl"
+
+
 def pages() -> list:
-    """Each page that has code; slow where it starts programs or trains."""
+    """Each page that has code, slow where it takes long; such tutorials run as notebooks instead."""
     docs = ROOT / "docs"
-    found = [ROOT / "README.md", *sorted(docs.glob("*.md")), *sorted(docs.glob("tutorials/*.md"))]
+    tutorials = [page for page in sorted(docs.glob("tutorials/*.md")) if not takes_long(page)]
     return [
         pytest.param(
             page,
             id=str(page.relative_to(ROOT)),
-            marks=[pytest.mark.slow] if "bash" in dict(blocks(page)) or page.stem == "qwen_vl" else [],
+            marks=[pytest.mark.slow] if takes_long(page) else [],
         )
-        for page in found
+        for page in [ROOT / "README.md", *sorted(docs.glob("*.md")), *tutorials]
         if blocks(page)
     ]
 
