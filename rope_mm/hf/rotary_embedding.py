@@ -174,6 +174,7 @@ def check_model(model: Any) -> None:
     if isinstance(model, nn.Module) and (config is None or hasattr(config, "get_text_config")):
         return
     load = "give its transformer, pipeline.transformer" if isinstance(inner, nn.Module) else "load it first"
+    load = "give what was compiled, model._orig_mod" if hasattr(model, "_orig_mod") else load
     given = f"the string {model!r}" if isinstance(model, str) else type(model).__name__
     raise ValueError(f"a model of transformers or diffusers is needed, or a part of one, not {given}; {load}")
 

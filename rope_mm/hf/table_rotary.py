@@ -166,7 +166,8 @@ def parts_that_rotate(model: nn.Module) -> Iterator[nn.Module]:
     """Modules whose class's name speaks of a rotation."""
     words = "rotary", "rope", "embednd", "posembed"
     for part in model.modules():
-        if any(word in type(part).__name__.lower() for word in words):
+        name = type(part).__name__.lower()
+        if "attention" not in name and any(word in name for word in words):
             yield part
 
 

@@ -303,3 +303,32 @@ def test_a_handle_prints_what_it_put_in(tiny_diffusers):
     assert "in 1 rotary module: Scheme(layout='rope-tv'" in repr(handle)
     handle.undo()
     assert "undone" in repr(handle)
+
+
+def flux_pipeline(diffusers, transformer):
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    vae = diffusers.AutoencoderKL(block_out_channels=(32, 32), **blocks)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipeline = diffusers.FluxPipeline(vae=vae, scheduler=scheduler, transformer=transformer, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    prompt = {"prompt_embeds": torch.randn(1, WORDS, 32), "pooled_prompt_embeds": torch.randn(1, 32)}
+    return partial(pipeline, **prompt, height=32, width=24, num_inference_steps=2, output_type="latent")
+
+
+def test_a_pipeline_generates_the_same_image_under_the_models_own_rope_and_another_under_a_scheme(
+    tiny_diffusers,
+):
+    diffusers = pytest.importorskip("diffusers")
+    config = dict(tiny_diffusers("Flux")[0].config) | {"in_channels": 16, "out_channels": None}
+    model = diffusers.FluxTransformer2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
+    pipeline = flux_pipeline(diffusers, model)
+
+    def generate():
+        return pipeline(generator=torch.Generator().manual_seed(0)).images
+
+    before, handle = generate(), set_rope(model, rope_of(model))
+    assert torch.equal(generate(), before)
+    handle.undo()
+    set_rope(model, "rope-tv")
+    assert (generate() - before).abs().max() > 1e-3

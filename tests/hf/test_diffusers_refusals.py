@@ -50,6 +50,7 @@ def test_a_model_without_known_tables_is_refused_by_name(kind, config, match):
         (SimpleNamespace(transformer=nn.Linear(1, 1)), "give its transformer, pipeline.transformer"),
         (None, "not NoneType"),
         ({"config": 1}, "not dict"),
+        (SimpleNamespace(_orig_mod=nn.Linear(1, 1)), "give what was compiled, model._orig_mod"),
     ],
 )
 def test_what_is_no_model_is_refused_by_every_function(given, match):

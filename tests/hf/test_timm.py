@@ -22,8 +22,13 @@ KINDS = {
     "eva-02": EVA | {"ref_feat_shape": (2, 2), "qkv_fused": False},
     "rope-vit": EVA | {"rope_grid_indexing": "xy", "rope_temperature": 100.0, "attn_type": "rope"},
     "from one": EVA | {"rope_grid_indexing": "xy", "rope_grid_offset": 1.0, "attn_type": "rope"},
+    "dinov3": EVA | {"rope_type": "dinov3", "attn_type": "rope", "rope_rotate_half": True},
+    "mixed": EVA | {"rope_type": "mixed", "attn_type": "rope"},
     "halves": EVA | {"rope_rotate_half": True, "dynamic_img_size": True},
 }
+
+
+SERVED = [name for name in KINDS if name not in ("dinov3", "mixed")]
 
 
 def packages():
@@ -72,7 +77,7 @@ def images():
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", SERVED)
 def test_a_model_is_unchanged_to_the_bit_by_its_own_rope_and_after_undo(eva, images, name):
     model = eva(name)
     before, rope = run(model, images), rope_of(model)
@@ -86,7 +91,7 @@ def test_a_model_is_unchanged_to_the_bit_by_its_own_rope_and_after_undo(eva, ima
     assert torch.equal(run(model, images), before) and "get_embed" not in vars(model.rope)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", SERVED)
 @pytest.mark.parametrize(
     ("scheme", "extensions"), [("rope-tv", ()), ("grid", ()), ("grid", (NTK(factor=2.0, axes=("y", "x")),))]
 )
@@ -119,10 +124,14 @@ def test_a_learned_omega_gets_gradients_and_training_that_moves_coordinates_is_r
         model(images)
 
 
-def test_explain_names_the_rope_and_a_vit_without_one_is_refused(eva, capsys):
+def test_explain_names_the_rope_and_models_of_other_ropes_or_none_are_refused(eva, capsys):
     explain(eva("eva-02"))
     assert capsys.readouterr().out.startswith(
         "rope: the model's own, bit for bit (Scheme(layout='fixed-extent'"
     )
-    with pytest.raises(ValueError, match="VisionTransformer has no part that is known to make tables"):
-        set_rope(eva("vit"), "grid")
+    refused = {"vit": "VisionTransformer has no part that is known to make tables",
+               "mixed": "Eva rotates by RotaryEmbeddingMixed, and is not served",
+               "dinov3": "Eva rotates by RotaryEmbeddingDinoV3, and is not served"}  # fmt: skip
+    for name, match in refused.items():
+        with pytest.raises(ValueError, match=match):
+            set_rope(eva(name), "grid")
