@@ -19,7 +19,7 @@ import torch
 from rope_mm import Image, Rotary, place
 from rope_mm.schemes.frequencies import ownership_map
 
-STORY = "text:2 video:4x2x3 text:2 image:3x2 text:1"
+SEGMENTS = "text:2 video:4x2x3 text:2 image:3x2 text:1"
 # the last word, the video's first patch, the ends of its first row, its second row, its second frame, its
 # last patch, the word after it; the image's first and last patch, the last word
 TOKENS = [1, 2, 4, 5, 8, 25, 26, 28, 33, 34]
@@ -85,7 +85,7 @@ JJJ = "JJJYmmm/Multimodal-RoPEs"
     ],
 )
 def test_positions_are_those_that_released_code_gave(agree, scheme, original, golden, within):
-    positions, _ = Rotary(128, scheme).place(STORY)
+    positions, _ = Rotary(128, scheme).place(SEGMENTS)
     theirs = torch.tensor(golden, dtype=torch.float64)
     agree(scheme, f"{original} (golden)", positions[TOKENS], theirs, within, "positions")
 

@@ -170,7 +170,7 @@ def test_the_background_reaches_images_and_documents():
     assert documents.document([0], make_generator(0))[0].pixels.unique().tolist() == [-1]
 
 
-def test_an_epoch_is_shuffled_once(monkeypatch):
+def test_the_rows_of_an_epoch_are_shuffled_once(monkeypatch):
     made, real = [], torch.randperm
     monkeypatch.setattr(torch, "randperm", lambda *args, **more: made.append(args) or real(*args, **more))
     order = ShuffledOrder(10)

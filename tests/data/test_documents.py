@@ -115,7 +115,7 @@ def test_what_is_asked_of_a_model_is_spread_over_the_source(sources):
         (["{image}"], "no template fits columns"),
     ],
 )
-def test_templates_and_sources_fit_together(sources, templates, message):
+def test_templates_that_do_not_fit_the_columns_of_a_source_are_refused(sources, templates, message):
     with pytest.raises(ValueError, match=message):
         MapDocuments(sources, templates, 4, 1)
 

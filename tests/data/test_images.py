@@ -69,7 +69,7 @@ def test_an_imagefolder_with_captions_is_cropped_resized_and_split(tmp_path):
         torch.testing.assert_close(train.images([row]), torch.full((1, 3, 8, 8), 25 * grey / 127.5 - 1))
 
 
-def test_parquet_files_are_read(tmp_path):
+def test_a_parquet_file_is_read_as_captioned_images(tmp_path):
     column = [PILImage.new("L", (8, 8), 10 * i) for i in range(10)]
     features = Features(picture=ImageColumn(), words=Value("string"))
     rows = Dataset.from_dict(

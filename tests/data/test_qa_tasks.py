@@ -55,9 +55,9 @@ def test_one_frame_has_the_sprite_asked_for_and_periodic_ones_a_look_alike(seed,
 
 
 @pytest.mark.parametrize("ask", [make_cell, make_neighbour, make_frame])
-def test_the_generator_alone_decides(ask):
-    def flat(quiz: QASample):
-        return [part if isinstance(part, str) else part.tolist() for part in quiz.document], *quiz[1:]
+def test_a_question_depends_on_the_generator_alone(ask):
+    def flat(sample: QASample):
+        return [part if isinstance(part, str) else part.tolist() for part in sample.document], *sample[1:]
 
     assert flat(ask(make_generator(1))) == flat(ask(make_generator(1)))
     generator = make_generator(2)
@@ -74,6 +74,6 @@ def test_the_generator_alone_decides(ask):
         (lambda g: make_frame(g, period=0), "period must be 1 or more, not 0"),
     ],
 )
-def test_sizes_of_nothing_are_refused(call, words):
+def test_questions_of_impossible_sizes_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call(make_generator(0))

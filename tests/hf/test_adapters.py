@@ -10,7 +10,7 @@ from rope_mm.hf import explain, positions_for, rope_of, set_rope, unset_rope, us
 # peft 0.21 asks transformers 5.23 by the older of two names
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 IDS = torch.arange(3, 16)[None]
-STORY = "text:3 image:2x3 text:4"
+SEGMENTS = "text:3 image:2x3 text:4"
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -41,8 +41,8 @@ def test_the_scheme_may_come_before_or_after_the_adapters(llama, kernels):
     before, handle = adapted(before), set_rope(after, "rope-tv")
     change(after)
     assert rope_of(before).scheme == rope_of(after).scheme
-    p = positions_for(after, [STORY])
-    assert torch.equal(p, positions_for(before, [STORY]))
+    p = positions_for(after, [SEGMENTS])
+    assert torch.equal(p, positions_for(before, [SEGMENTS]))
     assert torch.equal(logits(before, position_ids=p), logits(after, position_ids=p))
     run = {"input_ids": IDS, "position_ids": p, "max_new_tokens": 3, "do_sample": False}
     assert torch.equal(before.generate(**run), after.generate(**run))
@@ -55,7 +55,7 @@ def test_adapters_learn_and_come_back_from_where_they_were_saved(llama, tmp_path
     model = llama()
     set_rope(model, "rope-tv")
     model = adapted(model).train()
-    inputs = {"position_ids": positions_for(model, [STORY]), "labels": IDS}
+    inputs = {"position_ids": positions_for(model, [SEGMENTS]), "labels": IDS}
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.SGD(learned, lr=0.1), []
     for _ in range(3):
@@ -102,7 +102,7 @@ def test_merged_adapters_leave_the_scheme_and_unmerged_ones_the_model(llama):
     model = llama()
     before = logits(model)
     handle = set_rope(model, "rope-tv")
-    inputs = {"position_ids": positions_for(model, [STORY])}
+    inputs = {"position_ids": positions_for(model, [SEGMENTS])}
     model = adapted(model)
     ours = logits(model, **inputs)
     merged = model.merge_and_unload()

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, ViTConfig, ViTModel
 from rope_mm.hf import positions_for, rope_of, set_rope, unset_rope, use_kernels
 
 IDS = torch.arange(3, 16)[None]
-STORY = "text:3 image:2x3 text:4"
+SEGMENTS = "text:3 image:2x3 text:4"
 CPU = torch.device("cpu")
 PLACES = dict.fromkeys(
     ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
@@ -46,7 +46,7 @@ def test_with_layers_on_the_disk_a_scheme_runs_as_in_memory_and_is_undone(llama,
     handle, _ = set_rope(spread, "rope-tv"), set_rope(llama, "rope-tv")
     if kernels:
         use_kernels(spread)
-    p = positions_for(llama, [STORY])
+    p = positions_for(llama, [SEGMENTS])
     assert (logits(spread, position_ids=p) - logits(llama, position_ids=p)).abs().max() < 3e-5
     out = spread.generate(input_ids=IDS, position_ids=p, max_new_tokens=3, do_sample=False)
     assert torch.equal(out, llama.generate(input_ids=IDS, position_ids=p, max_new_tokens=3, do_sample=False))
@@ -60,14 +60,14 @@ def test_a_model_dispatched_to_one_device_is_patched_like_any_other(llama, tmp_p
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto").eval()
     for one in (model, llama):
         set_rope(one, "rope-tv")
-    p = positions_for(llama, [STORY])
+    p = positions_for(llama, [SEGMENTS])
     assert torch.equal(logits(model, position_ids=p), logits(llama, position_ids=p))
 
 
 def test_a_model_that_runs_a_scheme_can_be_spread_afterwards(llama):
     before = logits(llama)
     set_rope(llama, "rope-tv")
-    p = positions_for(llama, [STORY])
+    p = positions_for(llama, [SEGMENTS])
     ours = logits(llama, position_ids=p)
     dispatch_model(llama, {"": "cpu"}, force_hooks=True)
     assert torch.equal(logits(llama, position_ids=p), ours)

@@ -11,7 +11,7 @@ from rope_mm.checks.arguments import cache_of
 from rope_mm.hf import positions_for, set_rope
 from rope_mm.schemes.zoo import MULTIMODAL
 
-STORY = "text:3 image:2x3 text:4"
+SEGMENTS = "text:3 image:2x3 text:4"
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
 ASK = {"output_logits": True, "return_dict_in_generate": True}
 # one Omega for all heads, and text tokens that advance along every axis
@@ -43,7 +43,7 @@ def test_prompt_lookup_decoding_does_not_change_the_answer(tiny, model_type):
     set_rope(model, "rope-tv")
     inputs = {
         "input_ids": torch.tensor([[5, 6, 7, 8] * 3 + [5]]),
-        "position_ids": positions_for(model, [STORY]),
+        "position_ids": positions_for(model, [SEGMENTS]),
     }
     run = inputs | GREEDY | {"max_new_tokens": 12}
     assert torch.equal(model.generate(**run, prompt_lookup_num_tokens=3), model.generate(**run))
@@ -52,13 +52,13 @@ def test_prompt_lookup_decoding_does_not_change_the_answer(tiny, model_type):
 def test_speculative_decoding_with_another_model_does_not_change_the_answer(tiny, llama):
     other = tiny("llama", initializer_range=0.2, num_hidden_layers=1)
     set_rope(other, "rope-tv")
-    run = {"input_ids": words(1, 13), "position_ids": positions_for(llama, [STORY]), **GREEDY}
+    run = {"input_ids": words(1, 13), "position_ids": positions_for(llama, [SEGMENTS]), **GREEDY}
     assert torch.equal(llama.generate(**run, assistant_model=other), llama.generate(**run))
 
 
 @pytest.mark.parametrize("static", [False, True])
 def test_a_second_turn_continues_from_the_returned_cache(llama, cached, static):
-    p, ids = positions_for(llama, [STORY]), words(1, 13)
+    p, ids = positions_for(llama, [SEGMENTS]), words(1, 13)
     cache = cached(StaticCache(config=llama.config, max_cache_len=32)) if static else {}
     first = llama.generate(input_ids=ids, position_ids=p, **cache, **GREEDY, **ASK)
     ids = torch.cat((first.sequences, words(1, 3)), 1)
@@ -92,7 +92,7 @@ def test_tokens_after_an_image_continue_at_the_scheme_s_position_or_are_refused(
 
 
 def test_one_row_that_ends_in_an_image_is_enough_to_refuse_a_batch(llama):
-    p = positions_for(llama, ["text:3 image:2x5", STORY])
+    p = positions_for(llama, ["text:3 image:2x5", SEGMENTS])
     with pytest.raises(ValueError, match="end it with a text token"):
         llama.generate(input_ids=words(2, 13), position_ids=p, **GREEDY)
 

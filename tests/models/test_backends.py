@@ -38,7 +38,7 @@ def inputs_of(model, *sequences, side="left"):
 @pytest.mark.parametrize("backend", ["eager", "flex_attention"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_backends_agree(backend, side, uncompiled):
+def test_every_attention_backend_gives_the_same_outputs(backend, side, uncompiled):
     model = make().eval()
     inputs = inputs_of(model, SEQUENCE, ["ab", Image(1, 2)], side=side)
     there = inputs["attention_mask"].bool()

@@ -102,7 +102,7 @@ def test_a_patch_sees_the_other_patches_of_its_image_but_not_a_later_frame(confi
     assert (before[10:] != after[10:]).any(dim=1).all()
 
 
-def test_padding_changes_nothing(config):
+def test_padding_does_not_change_the_outputs_of_a_row(config):
     model = RopeMMForConditionalGeneration(config).eval()
     alone, patches = inputs(config, SEQUENCE)
     padded = build_batch([SEQUENCE, [SEQUENCE[0] * 9]], load_tokenizer(), config.scheme)
@@ -127,7 +127,7 @@ def test_the_output_does_not_depend_on_the_position_of_the_first_token(scheme):
     torch.testing.assert_close(here.patches, there.patches, atol=1e-9, rtol=1e-9)
 
 
-def test_text_is_learned(config):
+def test_a_model_learns_a_sentence_by_heart(config):
     model, tokenizer = RopeMMForConditionalGeneration(config), load_tokenizer()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     sequences = build_batch([["to be or not to be"]], tokenizer, config.scheme)
@@ -140,7 +140,7 @@ def test_text_is_learned(config):
     assert cross_entropy(logits[0, :-1], sequences.input_ids[0, 1:]) < 0.3
 
 
-def test_bounded_patches_are_pixels(config):
+def test_bounded_patches_lie_in_the_range_of_pixels(config):
     sequences, patches = inputs(config, SEQUENCE)
     settings = {"hidden_size": 32, "intermediate_size": 48, "initializer_range": 2.0}
     free, bounded = (

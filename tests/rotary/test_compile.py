@@ -12,7 +12,7 @@ from rope_mm.rotary.dispatch import explain_dispatch
 
 pytestmark = pytest.mark.compile
 # equal sizes are taken for one, so there are never as many tokens as batch rows, heads, channels or pairs
-STORIES = ("text:3 image:2x4", "text:7", "text:2 image:3x4 text:7")
+SEQUENCES = ("text:3 image:2x4", "text:7", "text:2 image:3x4 text:7")
 LONG = [{"rope_type": "dynamic", "factor": 4, "original_max_positions": 8}]
 
 
@@ -48,8 +48,8 @@ def values_and_gradients(f, q, k, where):
 def test_one_graph_serves_all_positions_and_lengths(scheme, changes):
     rope = Rotary(24, scheme, heads=2 if SCHEMES[scheme].per_head else None, **changes)
     compiled, counted = counting(rope, dynamic=True)
-    for story in STORIES:
-        positions, _ = rope.place(story)
+    for segments in SEQUENCES:
+        positions, _ = rope.place(segments)
         inputs = *heads(positions), positions
         torch.testing.assert_close(
             values_and_gradients(compiled, *inputs), values_and_gradients(rope, *inputs)
@@ -62,7 +62,7 @@ def test_the_compiler_of_cpus_makes_of_it_what_it_is():
     rope = Rotary(24)
     compiled = torch.compile(rope, fullgraph=True, dynamic=True)
     for dtype in (torch.float32, torch.bfloat16):
-        positions, _ = rope.place(STORIES[2])
+        positions, _ = rope.place(SEQUENCES[2])
         inputs = *heads(positions, dtype), positions
         torch.testing.assert_close(
             values_and_gradients(compiled, *inputs), values_and_gradients(rope, *inputs)
@@ -72,8 +72,8 @@ def test_the_compiler_of_cpus_makes_of_it_what_it_is():
 def test_a_length_marked_as_dynamic_is_never_a_constant():
     rope = Rotary(24)
     compiled, counted = counting(rope, backend="eager")
-    for story in STORIES:
-        positions, _ = rope.place(story)
+    for segments in SEQUENCES:
+        positions, _ = rope.place(segments)
         q, k = heads(positions)
         for x, dim in ((q, 1), (k, 1), (positions, 0)):
             torch._dynamo.mark_dynamic(x, dim)  # raises where the graph makes a constant of it
@@ -84,8 +84,8 @@ def test_a_length_marked_as_dynamic_is_never_a_constant():
 def test_a_length_that_omega_depends_on_is_read_outside_of_the_graph():
     rope = Rotary(24, "flat", extensions=LONG)
     compiled, counted = counting(rope, dynamic=True)
-    for story in STORIES:
-        positions, _ = rope.place(story)
+    for segments in SEQUENCES:
+        positions, _ = rope.place(segments)
         inputs = *heads(positions), rope.angles(positions)
         torch.testing.assert_close(
             values_and_gradients(compiled, *inputs), values_and_gradients(rope, *inputs)
@@ -100,7 +100,7 @@ def test_a_length_that_omega_depends_on_is_read_outside_of_the_graph():
 
 def test_a_turn_back_and_keys_elsewhere_are_compiled():
     rope = Rotary(24)
-    positions, _ = rope.place(STORIES[0])
+    positions, _ = rope.place(SEQUENCES[0])
     q, k = heads(positions)
 
     def there_and_back(q, k, positions):
@@ -115,11 +115,11 @@ def test_a_turn_back_and_keys_elsewhere_are_compiled():
 
 def test_a_module_with_a_rotary_can_be_exported_with_any_length():
     rope = Rotary(24, learnable=True)
-    positions, _ = rope.place(STORIES[0])
+    positions, _ = rope.place(SEQUENCES[0])
     s = torch.export.Dim("s", min=2, max=4096)
     shapes = ({1: s}, {1: s}, {0: s}, None)
     exported = torch.export.export(rope, (*heads(positions), positions, None), dynamic_shapes=shapes)
-    positions, _ = rope.place(STORIES[2])
+    positions, _ = rope.place(SEQUENCES[2])
     q, k = heads(positions)
     torch.testing.assert_close(exported.module()(q, k, positions, None), rope(q, k, positions))
 
@@ -138,9 +138,9 @@ def test_the_model_is_one_graph_for_all_stories():
     config = read_config(hidden_size=32, intermediate_size=48, num_hidden_layers=1)
     model = RopeMMModel(config)
     compiled, counted = counting(model, backend="eager", dynamic=True)
-    for story in (["see ", Image(2, 3), "."], ["and ", Image(3, 5), " two"]):
-        sequences = build_batch([story] * 3, load_tokenizer(), config.scheme)
-        patches = torch.randn(3, story[1].tokens, config.patch_width)
+    for segments in (["see ", Image(2, 3), "."], ["and ", Image(3, 5), " two"]):
+        sequences = build_batch([segments] * 3, load_tokenizer(), config.scheme)
+        patches = torch.randn(3, segments[1].tokens, config.patch_width)
         given = {**sequences.inputs(), "patches": patches}
         torch.testing.assert_close(compiled(**given), model(**given))
     assert counted.frame_count == 1

@@ -8,7 +8,7 @@ from rope_mm import SCHEMES, Rotary, parse_segments, place, rotate
 from rope_mm.rotary import definition as rotation
 from rope_mm.rotary.dispatch import RotaryAngles
 
-STORY = parse_segments("text:4 image:2x4 text:2 video:2x2x2 unrotated:1 text:1")
+SEGMENTS = parse_segments("text:4 image:2x4 text:2 video:2x2x2 unrotated:1 text:1")
 TOKENS = 24
 # a text alone is rotated as by RoPE-1D of the same theta
 COMPATIBLE = [
@@ -59,7 +59,7 @@ def by_complex(x, positions, omega, pairing="half"):
 @given(shift=st.lists(st.floats(-50, 50), min_size=5, max_size=5))
 def test_scores_depend_only_on_relative_position(scheme, shift):
     rope = Rotary(24, scheme, heads=2 if SCHEMES[scheme].per_head else None)
-    positions, _ = rope.place(STORY)
+    positions, _ = rope.place(SEGMENTS)
     q, k = heads()
     turns = torch.tensor(shift, dtype=torch.float64)[: positions.shape[-1]]
     fastest = rope.omega.abs().max().clamp(min=1).item()
@@ -73,7 +73,7 @@ def test_scores_depend_only_on_relative_position(scheme, shift):
 def test_norms_are_kept(scheme):
     rope = Rotary(24, scheme)
     q, k = heads()
-    for before, after in zip((q, k), rope(q, k, rope.place(STORY)[0]), strict=True):
+    for before, after in zip((q, k), rope(q, k, rope.place(SEGMENTS)[0]), strict=True):
         torch.testing.assert_close(after.norm(dim=-1), before.norm(dim=-1))
 
 
@@ -131,7 +131,7 @@ def test_pairings_slices_and_factors_turn_the_channels_that_they_name(d, blocks,
 @pytest.mark.parametrize("scheme", ["rope-tv", "gemma4-vision", "deepseek-mla", "mh-rope"])
 def test_the_inverse_takes_a_turn_back_its_factor_included(scheme):
     rope = Rotary(24, scheme, heads=2 if SCHEMES[scheme].per_head else None, attention_factor=1.3)
-    positions, _ = rope.place(STORY)
+    positions, _ = rope.place(SEGMENTS)
     q, k = heads()
     angles = rope.angles(positions, torch.float64)
     for x, back in zip((q, k), angles.inverse.rotate(*angles.rotate(q, k)), strict=True):
@@ -161,7 +161,7 @@ def test_angles_are_as_wide_as_the_device_has_floats():
 
 def test_tokens_that_stand_still_are_not_rotated():
     rope = Rotary(24)
-    positions, _ = rope.place(STORY)
+    positions, _ = rope.place(SEGMENTS)
     q, k = heads()
     turned, _ = rope(q, k, positions)
     still = (positions == 0).all(-1)
@@ -196,8 +196,8 @@ def exact_turns(positions, omega):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_angles_are_exact_however_far_the_token_stands(scheme):
     rope = Rotary(16, scheme)
-    story, _ = rope.place("text:1 image:2x2")
-    positions = torch.cat([story + far for far in (0, 10**4, 10**6, 2**23 - 8)])
+    near, _ = rope.place("text:1 image:2x2")
+    positions = torch.cat([near + far for far in (0, 10**4, 10**6, 2**23 - 8)])
     cos, sin = rotation.cos_sin(positions, rope.omega)
     truth = exact_turns(positions, rope.omega)
     error = torch.complex(cos.double(), sin.double())[:, 0] - truth
@@ -209,7 +209,7 @@ def test_the_tables_rotate_as_the_module_does():
     for pairing in ("half", "interleaved"):
         rope = Rotary(16, "rope-tv", pairing=pairing)
         q, k = heads(d=16)
-        positions, _ = rope.place(STORY)
+        positions, _ = rope.place(SEGMENTS)
         cos, sin = (table[:, None, :] for table in rope.cos_sin(positions, torch.float64))
         swapped = torch.cat((-q[..., 8:], q[..., :8]), -1)
         if pairing == "interleaved":
@@ -220,7 +220,7 @@ def test_the_tables_rotate_as_the_module_does():
 def test_partial_rotation_turns_the_first_channels_and_leaves_the_rest():
     rope = Rotary(32, "rope-tv", fraction=0.25)
     q, k = heads(d=32)
-    turned, _ = rope(q, k, rope.place(STORY)[0])
+    turned, _ = rope(q, k, rope.place(SEGMENTS)[0])
     assert rope.omega.shape == (3, 4)
     assert torch.equal(turned[..., 8:], q[..., 8:])
     assert not torch.equal(turned[..., :8], q[..., :8])
@@ -228,7 +228,7 @@ def test_partial_rotation_turns_the_first_channels_and_leaves_the_rest():
 
 def test_a_turn_made_once_serves_every_layer():
     rope = Rotary(24)
-    positions, _ = rope.place(STORY)
+    positions, _ = rope.place(SEGMENTS)
     angles = rope.angles(positions, torch.float64)
     assert isinstance(angles, RotaryAngles)
     for _ in range(2):
@@ -240,7 +240,7 @@ def test_a_turn_made_once_serves_every_layer():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_results_have_the_dtype_of_what_is_rotated_and_its_rounding_alone(dtype):
     rope = Rotary(24)
-    positions = rope.place(STORY)[0] + 10_000
+    positions = rope.place(SEGMENTS)[0] + 10_000
     q, k = heads(dtype=dtype)
     for x, turned in zip((q, k), rope(q, k, positions), strict=True):
         truth = by_complex(x, positions, rope.omega)
@@ -264,7 +264,7 @@ def test_a_learned_omega_is_a_parameter_that_training_moves():
     optimizer = torch.optim.SGD(rope.parameters(), 0.1)
     before = rope.omega.detach().clone()
     q, k = heads(dtype=torch.float32)
-    scores(*rope(q, k, rope.place(STORY)[0])).square().mean().backward()
+    scores(*rope(q, k, rope.place(SEGMENTS)[0])).square().mean().backward()
     optimizer.step()
     assert rope.omega.shape == (2, 3, 12)
     assert not torch.equal(rope.omega, before)
@@ -274,7 +274,7 @@ def test_a_learned_omega_is_a_parameter_that_training_moves():
 
 def test_autocast_leaves_angles_exact():
     rope = Rotary(24)
-    positions = rope.place(STORY)[0] + 10_000
+    positions = rope.place(SEGMENTS)[0] + 10_000
     q, k = heads(dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         inside = (*rope(q, k, positions), *rope.cos_sin(positions))
@@ -296,7 +296,7 @@ def test_a_module_built_on_the_meta_device_has_its_omega_and_gets_its_learned_on
 
 def test_a_learned_omega_or_positions_in_half_precision_are_refused():
     rope = Rotary(24, learnable=True)
-    positions, _ = rope.place(STORY)
+    positions, _ = rope.place(SEGMENTS)
     q, k = heads()
     with pytest.raises(ValueError, match="cannot count past 256"):
         rope(q, k, positions.bfloat16())
@@ -340,7 +340,7 @@ def test_a_module_without_learned_omega_has_nothing_to_save():
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(call, message):
-    positions, _ = place(STORY)
+    positions, _ = place(SEGMENTS)
     with pytest.raises(ValueError, match=message) as error:
         call(*heads(), positions, torch.ones(3, 12))
     assert "\n" not in str(error.value)

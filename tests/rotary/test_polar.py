@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention, softplus
 from rope_mm import SCHEMES, PoPE
 
 few = settings(max_examples=10, deadline=None)
-STORY = "text:3 image:2x3 text:2"
+SEGMENTS = "text:3 image:2x3 text:2"
 FITTING = ["flat", "rope-tv", "m-rope-qwen3-vl", "flux2", "gemma4-vision", "golden-gate", "ltx2"]
 
 
@@ -17,7 +17,7 @@ def make(scheme, head_dim=8, heads=2, dtype=torch.float64):
     """A PoPE with a bias, its positions, and random queries of twice as many heads as the keys have."""
     pope = PoPE(head_dim, scheme, heads=heads).to(dtype)
     torch.nn.init.uniform_(pope.bias, -3, 3)
-    positions, _ = pope.rope.place(STORY)
+    positions, _ = pope.rope.place(SEGMENTS)
     q = torch.randn(2, len(positions), 2 * heads, head_dim, dtype=dtype)
     return pope, positions, q, torch.randn(2, len(positions), heads, head_dim, dtype=dtype)
 

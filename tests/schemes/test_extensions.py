@@ -44,7 +44,7 @@ def test_interpolation_is_division_of_the_positions(factor):
 
 
 @given(factor=FACTORS, theta=st.floats(10, 1e6), pairs=st.integers(2, 64))
-def test_ntk_is_a_larger_theta(factor, theta, pairs):
+def test_ntk_equals_a_scheme_with_a_larger_theta(factor, theta, pairs):
     flat = Scheme(layout="flat", theta=theta)
     larger = flat.replace(theta=theta * factor ** (pairs / (pairs - 1)))
     torch.testing.assert_close(
