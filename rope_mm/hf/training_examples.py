@@ -144,9 +144,7 @@ def run_processor(processor: Any, example: Mapping[str, Any], assistant_only: bo
     """
     if processor is None:
         raise ValueError(f"examples with {sorted(example)} need a processor; without one give input_ids")
-    images, videos = (
-        [*(example.get(f"{x}s") or []), *[example[x]] * (x in example)] for x in ("image", "video")
-    )
+    images, videos = visuals_of(example, "image"), visuals_of(example, "video")
     if "messages" in example:
         return dict(apply_template(processor, fill(example["messages"], images, videos), assistant_only))
     if "prompt" in example and "completion" in example:
@@ -156,6 +154,12 @@ def run_processor(processor: Any, example: Mapping[str, Any], assistant_only: bo
     raise ValueError(
         f"an example has {sorted(example)}; it needs input_ids, messages, text, or prompt and completion"
     )
+
+
+def visuals_of(example: Mapping[str, Any], kind: str) -> list[Any]:
+    """The images or videos of an example, in its column of one or of several."""
+    one = example.get(kind)
+    return [*(example.get(f"{kind}s") or []), *([] if one is None else [one])]
 
 
 def call_processor(processor: Any, text: str, images: list[Any], videos: list[Any]) -> Mapping[str, Any]:
