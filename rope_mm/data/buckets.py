@@ -13,7 +13,7 @@ Size = tuple[int, int]  # pixels (y, x)
 class Buckets:
     """Rows by the size of their images; the rows of a batch have one size.
 
-    A step's size is drawn by its number of rows. What a batch holds depends on seed, step and batch size
+    A step's size is chosen with probability proportional to its number of rows. What a batch holds depends on seed, step and batch size
     alone.
 
     Args:

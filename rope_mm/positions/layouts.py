@@ -118,7 +118,7 @@ def tarope(cursor: Cursor, segment: Segment):
 
 
 def mape(cursor: Cursor, segment: Segment, starts: Annotated[tuple[float, ...], Reals()] = (1000.0, 2000.0)):
-    """M-RoPE in real time, with given times of the first images, so that groups of tokens are told apart.
+    """M-RoPE in real time, with given times of the first images, so that groups of tokens differ.
 
     In Lance the first image is what the encoder saw, the second its clean latents.
 
