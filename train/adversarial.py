@@ -29,10 +29,10 @@ from rope_mm.data.augmentation import AUGMENTATIONS
 from rope_mm.data.buckets import Size
 from rope_mm.data.images import Unreadable
 from rope_mm.data.seeding import EVALUATION
-from rope_mm.evaluation.image_grid import save_sheet
-from rope_mm.evaluation.images import IMAGE_EVALUATORS, ImageEvaluator
+from rope_mm.evaluation.contact_sheet import save_sheet
+from rope_mm.evaluation.image_evaluators import IMAGE_EVALUATORS, ImageEvaluator
 from rope_mm.models import ImageBatcher, load_tokenizer
-from rope_mm.models.backends import with_attention
+from rope_mm.models.attention_backends import with_attention
 from rope_mm.models.configuration_rope_mm import config_for
 from rope_mm.training.adversarial_loss import GANConfig, as_it_is
 from rope_mm.training.adversarial_trainer import AdversarialBatch, AdversarialOptim, AdversarialTrainer

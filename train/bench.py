@@ -30,8 +30,8 @@ from rope_mm.data import make_generator
 from rope_mm.data.documents import Document, Visual
 from rope_mm.files import write_text
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer, read_config
+from rope_mm.training.collator import Packer
 from rope_mm.training.image_heads import from_noise
-from rope_mm.training.packing import Packer
 from rope_mm.training.rotary_profile import measure_share
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels" / "bench"))  # whose benches are run alike

@@ -30,9 +30,14 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import CaptionedImages, load_images, make_generator
-from rope_mm.evaluation.image_grid import save_sheet
-from rope_mm.evaluation.images import MIN_SAMPLES, CaptionEvaluator, report_skipped, train_classifier
-from rope_mm.evaluation.quality import COSTS, REAL, Runs, draw_figure, write_table
+from rope_mm.evaluation.contact_sheet import save_sheet
+from rope_mm.evaluation.head_comparison import COSTS, REAL, Runs, draw_figure, write_table
+from rope_mm.evaluation.image_evaluators import (
+    MIN_SAMPLES,
+    CaptionEvaluator,
+    report_skipped,
+    train_classifier,
+)
 from rope_mm.files import write_text
 from rope_mm.losses import twice_differentiable
 from rope_mm.models.pipeline import RopeMMPipeline

@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 from rope_mm.data import batch_indices
 from rope_mm.data.seeding import EVALUATION
 from rope_mm.data.synthetic.qa_tasks import make_qa_samples
-from rope_mm.evaluation.comparison import draw_figure, summarise, write_table
 from rope_mm.evaluation.qa import (
     EncodedQA,
     encode_qa,
@@ -31,6 +30,7 @@ from rope_mm.evaluation.qa import (
     place_qa,
     score_answers,
 )
+from rope_mm.evaluation.scheme_comparison import draw_figure, summarise, write_table
 from rope_mm.files import write_text
 from rope_mm.models import IMAGE_TOKEN, RopeMMForConditionalGeneration, read_config
 from rope_mm.training.config import check_options, option, run

@@ -25,15 +25,15 @@ from tqdm import tqdm
 from rope_mm.analysis import markdown
 from rope_mm.data import FACTORS, MapDocuments, captioned_sprites, make_generator, read_caption
 from rope_mm.data.images import resize_center_crop, select_rows
-from rope_mm.evaluation.image_grid import save_sheet
+from rope_mm.evaluation.contact_sheet import save_sheet
 from rope_mm.evaluation.sprites import classify_sprites
 from rope_mm.files import write_text
 from rope_mm.models.pipeline import RopeMMPipeline
+from rope_mm.training.collator import Packer
 from rope_mm.training.config import check_options, option, run
 from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.loop import fingerprint
 from rope_mm.training.packed_dataset import PackedDocumentDataset
-from rope_mm.training.packing import Packer
 from rope_mm.training.run_dir import is_done
 
 PHASES = {

@@ -26,12 +26,13 @@ from rope_mm.evaluation.samples import write_samples
 from rope_mm.evaluation.sprites import SPRITE_EVALUATORS
 from rope_mm.losses import GAN_LOSSES
 from rope_mm.models import RopeMMConfig, RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer
-from rope_mm.models.backends import with_attention
+from rope_mm.models.attention_backends import with_attention
 from rope_mm.models.configuration_rope_mm import config_for
 from rope_mm.models.pipeline import GenerationSpec, RopeMMPipeline
 from rope_mm.models.tokenizers import check_words
 from rope_mm.training.adversarial_loss import GANConfig
 from rope_mm.training.checkpoint import Count, Stateful
+from rope_mm.training.collator import PackedBatch, Packer, to_device
 from rope_mm.training.config import check_options, option, run
 from rope_mm.training.distributed import all_reduce_sum
 from rope_mm.training.ema import Ema
@@ -39,7 +40,6 @@ from rope_mm.training.fingerprint import fingerprint_rows
 from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.loop import Run, fingerprint, launch
 from rope_mm.training.packed_dataset import PackedDocumentDataset
-from rope_mm.training.packing import PackedBatch, Packer, to_device
 from rope_mm.training.pretrain_trainer import BatchTotals, PretrainOptim, PretrainTrainer
 from rope_mm.training.run_dir import Identity, check_initial_run, load_initial_run
 from rope_mm.training.throughput import FlopCounter

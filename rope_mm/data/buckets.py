@@ -13,8 +13,8 @@ Size = tuple[int, int]  # pixels (y, x)
 class Buckets:
     """Rows by the size of their images; the rows of a batch have one size.
 
-    A step's size is chosen with probability proportional to its number of rows. What a batch holds depends on seed, step and batch size
-    alone.
+    A step's size is chosen with probability proportional to its number of rows. What a batch holds depends
+    on seed, step and batch size alone.
 
     Args:
         sizes: pixels (y, x) of each row's image.

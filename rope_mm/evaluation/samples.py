@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rope_mm.data.documents import Document, MapDocuments
 from rope_mm.data.seeding import make_generator
 from rope_mm.data.templates import find_tasks
-from rope_mm.evaluation.image_grid import save_sheet
+from rope_mm.evaluation.contact_sheet import save_sheet
 from rope_mm.files import write_text
 from rope_mm.models.pipeline import RopeMMPipeline
 from rope_mm.models.tokenizers import knows_words

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 
-from rope_mm.models.sampling import sample_frames
+from rope_mm.models.image_generation import sample_frames
 from rope_mm.models.sequences import build_batch, require_list, token_order
 from rope_mm.models.tokenizers import IMAGE_TOKEN, check_words
 from rope_mm.nn.patches import from_tubelets, to_images, to_patches, to_tubelets

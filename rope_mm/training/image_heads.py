@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rope_mm.registry import Registry
-from rope_mm.training.packing import SampleTime
+from rope_mm.training.collator import SampleTime
 
 
 @dataclass(frozen=True)

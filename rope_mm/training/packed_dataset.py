@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from rope_mm.data.documents import DocumentDataset, Unreadable
 from rope_mm.data.seeding import make_generator
 from rope_mm.positions.packing import too_long_message
-from rope_mm.training.packing import EncodedDocument, PackedBatch, Packer
+from rope_mm.training.collator import EncodedDocument, PackedBatch, Packer
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.models.modeling_rope_mm import RopeMMCritic, RopeMMForConditionalGeneration
 from rope_mm.training.adversarial_loss import AdversarialLoss, CriticBatch, GANConfig
 from rope_mm.training.adversarial_trainer import CriticTrainer, share_angles
+from rope_mm.training.collator import PackedBatch
 from rope_mm.training.config import check_options, option
 from rope_mm.training.distributed import grad_norm, no_sync_if, precision, prepare_model
 from rope_mm.training.image_heads import IMAGE_HEADS
-from rope_mm.training.packing import PackedBatch
 from rope_mm.training.schedule import SCHEDULES
 
 

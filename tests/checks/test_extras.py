@@ -115,7 +115,7 @@ for name in {modules}:
     answers = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     assert list(answers) == modules, done.stderr[-2000:]
     assert answers["rope_mm.training.config"].endswith("run: pip install 'rope-mm[train]'")
-    assert answers["rope_mm.evaluation.image_grid"].endswith("run: pip install 'rope-mm[train]'")
+    assert answers["rope_mm.evaluation.contact_sheet"].endswith("run: pip install 'rope-mm[train]'")
     assert answers["rope_mm.evaluation.metrics"] == "imported"
 
 

@@ -19,7 +19,7 @@ from rope_mm.models import (
     load_tokenizer,
     read_config,
 )
-from rope_mm.models.backends import with_attention
+from rope_mm.models.attention_backends import with_attention
 from rope_mm.models.varlen import Run, find_runs, make_varlen_mask
 from rope_mm.nn.attention import make_mask_fn
 
@@ -103,7 +103,7 @@ def test_packed_text_is_one_call_a_layer_on_the_tensors_as_they_are(flash, ends,
 
 
 def test_packed_documents_with_noisy_copies_are_what_sdpa_computes(flash):
-    from rope_mm.training.packing import Packer
+    from rope_mm.training.collator import Packer
 
     model = make("rope-tv-causal")
     processor = RopeMMProcessor.from_config(model.config, load_tokenizer())

@@ -6,8 +6,8 @@ import torch
 from rope_mm import Image, Video
 from rope_mm.data.documents import read_template
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer, read_config
+from rope_mm.models.image_generation import classifier_free_guidance
 from rope_mm.models.pipeline import GenerationSpec, RopeMMPipeline, generates_unconditionally
-from rope_mm.models.sampling import classifier_free_guidance
 
 GRID = Image(2, 2)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

@@ -21,7 +21,7 @@ from rope_mm.models import (
     load_tokenizer,
     read_config,
 )
-from rope_mm.models.sampling import sample_frames
+from rope_mm.models.image_generation import sample_frames
 from rope_mm.nn.patches import to_patches
 
 ROOT = Path(__file__).parents[2]

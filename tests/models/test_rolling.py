@@ -11,7 +11,7 @@ from rope_mm.models import (
     load_tokenizer,
     read_config,
 )
-from rope_mm.models.sampling import UnrotatedKeyCache, sample_frames
+from rope_mm.models.image_generation import UnrotatedKeyCache, sample_frames
 
 GRID = 2, 2  # patches of a frame
 

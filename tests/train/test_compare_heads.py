@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from PIL import Image as PILImage
 
 from rope_mm.data import load_splits
-from rope_mm.evaluation.quality import NOTE, REAL, write_table
+from rope_mm.evaluation.head_comparison import NOTE, REAL, write_table
 from rope_mm.training.config import load
 
 ROOT = Path(__file__).parents[2]

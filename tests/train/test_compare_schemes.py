@@ -10,8 +10,8 @@ from scipy.stats import tukey_hsd
 
 from rope_mm.data.synthetic.qa_tasks import make_generation, make_motion, make_order, make_sprite
 from rope_mm.data.synthetic.sprites import COLOURS, COLUMNS, MOTIONS, ROWS
-from rope_mm.evaluation.comparison import estimate_noise
 from rope_mm.evaluation.qa import generate_answers, place_qa, score_answers
+from rope_mm.evaluation.scheme_comparison import estimate_noise
 from rope_mm.evaluation.sprites import classify_sprites, classify_videos
 from rope_mm.training.config import load, run
 

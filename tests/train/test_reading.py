@@ -12,7 +12,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from rope_mm.data import load_splits
-from rope_mm.evaluation.image_grid import GAP, TILE
+from rope_mm.evaluation.contact_sheet import GAP, TILE
 
 TEMPLATES = {
     "data.templates": "['{caption}{image:generate}', '{image}{caption}']",

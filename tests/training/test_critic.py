@@ -13,8 +13,8 @@ from rope_mm.training.adversarial_trainer import (
     AdversarialTrainer,
     CriticTrainer,
 )
+from rope_mm.training.collator import Packer
 from rope_mm.training.image_heads import IMAGE_HEADS
-from rope_mm.training.packing import Packer
 
 
 def make(loss):

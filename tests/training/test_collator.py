@@ -14,10 +14,10 @@ from rope_mm.models import (
     load_tokenizer,
     read_config,
 )
-from rope_mm.models.sampling import sample_frames
+from rope_mm.models.image_generation import sample_frames
 from rope_mm.nn.attention import make_block_ids, make_mask_fn
+from rope_mm.training.collator import Packer
 from rope_mm.training.image_heads import IMAGE_HEADS
-from rope_mm.training.packing import Packer
 
 TOKENIZER = load_tokenizer()
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

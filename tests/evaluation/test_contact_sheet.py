@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from rope_mm.evaluation.image_grid import GAP, MARGIN, save_sheet
+from rope_mm.evaluation.contact_sheet import GAP, MARGIN, save_sheet
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rope_mm.data import load_images
-from rope_mm.evaluation.images import (
+from rope_mm.evaluation.image_evaluators import (
     IMAGE_EVALUATORS,
     digits_of,
     mode_probs,

@@ -7,7 +7,7 @@ from typing import Any
 
 from rope_mm.analysis import markdown
 from rope_mm.analysis.figures import new_figure, save_figure
-from rope_mm.evaluation.images import FEATURES
+from rope_mm.evaluation.image_evaluators import FEATURES
 
 REAL = "real test images"
 COSTS = {"steps": ".0f", "TFLOP": ".2f", "CPU minutes": ".1f", "weights": ".0f"}  # how each is written
