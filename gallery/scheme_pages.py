@@ -41,6 +41,7 @@ GROUPS = {
     "Text, images and videos in one sequence": zoo.MULTIMODAL,
     "Images and videos by themselves": zoo.VISION,
     "Diffusion transformers": zoo.DIFFUSION,
+    "Audio": zoo.AUDIO,
 }
 TABLES = "promises", "vision-promises"  # of docs/schemes.md
 LADDERS = {"shared": "all pairs", "own": "the pairs of its axis", "dealt": "all pairs, dealt out to the axes"}
@@ -159,6 +160,8 @@ def original_table(name: str) -> str:
 def pitfall_list(name: str) -> str:
     """What released code got wrong with a scheme, and how that is excluded here."""
     items = [pitfall for pitfall in facts()["pitfalls"] if name in pitfall["schemes"]]
+    if not items:
+        return "No error of released code with it is known to us."
     return "\n".join(
         f"- {item['wrong']} *Here:* {item['here']} ({link_threads(item['seen'])})" for item in items
     )
