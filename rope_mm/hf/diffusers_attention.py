@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rope_mm.hf.diffusers_families import place, segment
+from rope_mm.hf.diffusers_positions import place, segment
 from rope_mm.hf.rotary_embedding import Changes
 from rope_mm.hf.scheme_support import refuse
 from rope_mm.rotary.dispatch import RotaryAngles

@@ -244,6 +244,9 @@ def lumina2_inputs(y: int, x: int) -> dict[str, Any]:
     }
 
 
+ONES = "num_layers", "num_key_value_heads", "text_num_key_value_heads", "num_layerwise_text_blocks"
+WIDTHS = "intermediate_size", "timestep_embed_dim", "text_hidden_dim", "text_intermediate_size"
+KREA = dict.fromkeys((*ONES, "num_refiner_text_blocks"), 1) | dict.fromkeys(WIDTHS, 32)
 DiffusersEntry = tuple[str, dict[str, Any], Callable[[int, int], dict[str, Any]]]
 DIFFUSERS: dict[str, DiffusersEntry] = {
     "Flux": (
@@ -273,6 +276,40 @@ DIFFUSERS: dict[str, DiffusersEntry] = {
         "Flux2Transformer2DModel",
         FLUX | {"axes_dims_rope": (4, 8, 8, 4), "timestep_guidance_channels": 16},
         flux2_inputs,
+    ),
+    "Krea 2": (
+        "Krea2Transformer2DModel",
+        KREA
+        | {
+            "in_channels": 4,
+            "attention_head_dim": D,
+            "num_attention_heads": HEADS,
+            "num_text_layers": 3,
+            "text_num_attention_heads": 2,
+            "axes_dims_rope": (8, 8, 8),
+        },
+        lambda y, x: {
+            "hidden_states": noise(1, y * x, 4),
+            "encoder_hidden_states": noise(1, TEXT, 3, 32),
+            "timestep": TIME,
+            "position_ids": torch.cat((torch.zeros(TEXT, 3), flux_inputs(y, x)["img_ids"])),
+        },
+    ),
+    "Cosmos": (
+        "CosmosTransformer3DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": HEADS,
+            "attention_head_dim": D,
+            "num_layers": 2,
+            "text_embed_dim": 32,
+            "adaln_lora_dim": 4,
+            "max_size": (16, 32, 32),
+            "extra_pos_embed_type": None,
+            "concat_padding_mask": False,
+        },
+        lambda y, x: wan_inputs(y, x, fps=30, timestep=torch.tensor([0.5])),
     ),
     "Wan": ("WanTransformer3DModel", WAN, wan_inputs),
     "Wan VACE": (

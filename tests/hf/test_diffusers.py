@@ -23,6 +23,8 @@ VIDEO = "video:3x4x3"
 SEGMENTS = {
     "Flux": f"text:{WORDS} image:4x3",
     "Flux2": f"text:{WORDS} image:4x3 image:2x3",
+    "Krea 2": f"text:{WORDS} image:4x3",
+    "Cosmos": VIDEO,
     "Wan": VIDEO,
     "HunyuanVideo": VIDEO,
     "Qwen-Image": f"text:{WORDS} image:4x3 image:2x3",
@@ -109,6 +111,11 @@ def impose(name, model, inputs, scheme, p):
         model.pos_embed.forward = lambda ids: (
             (cos[:WORDS], sin[:WORDS]) if len(ids) == WORDS else (cos[WORDS:], sin[WORDS:])
         )
+    elif name == "Krea 2":
+        model.rotary_emb.forward = lambda ids: (cos, sin)
+    elif name == "Cosmos":
+        halves = [x[:, ::2].repeat(1, 2) for x in (cos, sin)]
+        model.rope.forward = lambda latents, fps: halves
     elif name == "Wan":
         model.rope.forward = lambda latents: (cos[None, :, None], sin[None, :, None])
     elif name == "HunyuanVideo":
@@ -128,7 +135,7 @@ def test_a_scheme_of_another_layout_gives_what_its_tables_in_float64_give(tiny_d
     truth = copy.deepcopy(model)
     handle = set_rope(model, scheme)
     out, own = run(model, inputs), handle.slots[0][0].rope.scheme
-    assert own.pairing == "interleaved"
+    assert own.pairing == ("half" if name == "Cosmos" else "interleaved")
     p, _ = place(SEGMENTS[name], own.layout)
     expected = run(truth, impose(name, truth, inputs, own, p))
     assert (out - expected).abs().max() <= 1e-6 * expected.abs().max()
@@ -184,6 +191,8 @@ def rebuilt(name, model, inputs):
         model.pos_embed = kind(theta=50.0, axes_dim=part.axes_dim, scale_rope=True)
     elif name in ("Flux", "Flux2"):
         model.pos_embed = kind(theta=50.0, axes_dim=part.axes_dim)
+    elif name == "Krea 2":
+        model.rotary_emb = type(model.rotary_emb)(theta=50.0, axes_dim=model.rotary_emb.axes_dim)
     elif name == "LTX":
         model.rope.theta = 50.0
     else:
@@ -192,7 +201,10 @@ def rebuilt(name, model, inputs):
     return inputs
 
 
-@pytest.mark.parametrize("name", [*SEGMENTS, "SkyReels-V2", "Z-Image", "Lumina2"])
+REBUILT = [name for name in SEGMENTS if name != "Cosmos"]  # whose theta is fixed in its code
+
+
+@pytest.mark.parametrize("name", [*REBUILT, "SkyReels-V2", "Z-Image", "Lumina2"])
 def test_another_theta_gives_what_the_original_code_gives_with_it(tiny_diffusers, name):
     model, inputs = tiny_diffusers(name)
     truth = copy.deepcopy(model)
