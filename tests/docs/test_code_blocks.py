@@ -19,7 +19,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 def takes_long(page: Path) -> bool:
     """Whether the code of a page starts programs or trains."""
-    return "bash" in dict(blocks(page)) or page.stem == "qwen_vl"
+    return "bash" in dict(blocks(page)) or page.stem in ("qwen_vl", "pretrained")
 
 
 def pages() -> list:
