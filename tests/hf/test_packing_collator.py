@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
@@ -17,6 +18,7 @@ from transformers import (
 from vision_language_models import IMAGE, TEXT, VIDEO, qwen2_5_vl, qwen2_vl, qwen3_vl, visual_inputs
 
 from rope_mm.hf import PackingCollator, PackingReport, packed_equals_alone, rope_of, set_rope
+from rope_mm.hf.row_packing import join_media
 
 WITHIN = 2e-6  # of the largest logit
 SQUARE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -350,3 +352,34 @@ def test_in_the_trainer_a_text_model_needs_no_word_on_the_cache_and_elsewhere_it
     report = packed_equals_alone(model, examples, flattening, in_trainer=False)
     assert report.leaks == [1] and not report.ok and "put use_cache=False" in report.sentence
     assert model.config.use_cache is True
+
+
+def test_pixels_of_several_sizes_are_padded_only_where_their_sizes_are_given():
+    small, large = torch.ones(1, 3, 4, 6), torch.ones(2, 3, 8, 4)
+    sizes = [
+        {"pixel_values": x, "image_sizes": torch.tensor([x.shape[-2:]] * len(x))} for x in (small, large)
+    ]
+    joined = join_media("pixel_values", sizes)
+    assert joined.shape == (3, 3, 8, 6)
+    assert joined.sum() == small.sum() + large.sum()
+    assert torch.equal(joined[:1, :, :4, :6], small) and torch.equal(joined[1:, :, :8, :4], large)
+    tiles = [{"pixel_values": torch.ones(1, n, 3, 4, 4)} for n in (2, 5)]
+    assert join_media("pixel_values", tiles).shape == (2, 5, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"shapes \(1, 3, 4, 6\), \(2, 3, 8, 4\), which do not stand in one"):
+        join_media("pixel_values", [{"pixel_values": x} for x in (small, large)])
+
+
+def test_a_model_that_cannot_run_yet_is_served_with_a_word_in_the_log(caplog):
+    with torch.device("meta"):
+        model = qwen2_vl()
+    batch = PackingCollator(None, model, 64)(EXAMPLES)
+    assert batch["position_ids"].shape[0] == 4 and batch["use_cache"] is False
+    assert "could not run the small forward that proves that it keeps documents apart" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of peft 0.21
+def test_adapters_around_a_model_change_nothing_for_the_collator():
+    model = qwen2_5_vl()
+    set_rope(model, "rope-tv")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    assert packed_equals_alone(adapted, EXAMPLES, PackingCollator(None, adapted, 64)).ok
