@@ -59,6 +59,8 @@ test-lowest:
 
 bench: .venv/installed
 	PYTHONPATH=.:kernels $(py) kernels/bench/cpu.py
+	PYTHONPATH=.:kernels $(py) kernels/bench/cpu.py --threads 2
+	PYTHONPATH=.:kernels $(py) kernels/bench/library.py
 	PYTHONPATH=.:kernels $(py) kernels/bench/aot.py --quick
 	PYTHONPATH=.:kernels:kernels/bench $(py) train/bench.py --quick
 

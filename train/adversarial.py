@@ -10,7 +10,7 @@ The same command again resumes from the last checkpoint, on any number of proces
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -81,7 +81,7 @@ class Adversarial(Run):
         1, "parts of a batch that a process computes in turn", minimum=1
     )
     critic_steps: int = option(1, "steps of the critic before each of the generator", minimum=1)
-    tokenizer: str = option("bytes", "bytes, a folder or a hub name")
+    tokenizer: str = option("bytes", "bytes, words (of all captions), a folder or a hub name")
     data: Data = option(Data(), "what to train on")
     rope: dict[str, Any] = option({}, "the scheme and its fields", fill={"scheme": "rope-tv"})
     model: dict[str, Any] = option({}, "fields of RopeMMConfig, of generator and critic")
@@ -134,13 +134,18 @@ class Training:
     def __init__(self, config: Adversarial, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
         self.batch_size = divide_batch(config, accelerator.num_processes)
-        tokenizer = load_tokenizer(config.tokenizer)
+        words = config.tokenizer == "words"
+        tokenizer = load_tokenizer("bytes" if words else config.tokenizer)
         torch.manual_seed(config.seed)
         model = config_for(tokenizer, config.data.channels, config.rope, config.model)
+        # refuses a size that whole patches do not tile
+        self.patches = ImageBatcher(model, tokenizer, config.data.size).grid.tokens
+        self.images, self.held_out = load_data(config.data, model.patch_size)
+        if words:
+            tokenizer = load_tokenizer("words", texts_of(self.images, self.held_out))
+            model = config_for(tokenizer, config.data.channels, config.rope, config.model)
         model = with_attention(model, config.attn_implementation, accelerator.device)
         self.batcher = ImageBatcher(model, tokenizer, config.data.size)
-        self.patches = self.batcher.grid.tokens  # refuses a size that whole patches do not tile
-        self.images, self.held_out = load_data(config.data, model.patch_size)
         self.long_captions = sum(
             limit_captions(s, tokenizer, config.data) for s in (self.images, self.held_out)
         )
@@ -365,6 +370,12 @@ def load_data(data: Data, patch_size: int) -> tuple[CaptionedImages, CaptionedIm
     )
 
 
+def texts_of(*splits: CaptionedImages) -> Iterator[str]:
+    """The captions of images, and the others among which some are chosen."""
+    for images in splits:
+        yield from chain(images.captions, *images.choices.values())
+
+
 def limit_captions(images: CaptionedImages, tokenizer: PreTrainedTokenizerBase, data: Data) -> int:
     """Cut the captions that are too long; how many there were.
 
@@ -378,8 +389,7 @@ def limit_captions(images: CaptionedImages, tokenizer: PreTrainedTokenizerBase, 
     """
     most, cut = data.max_caption_length, {}
     # a token stands for a byte or more
-    texts = chain(images.captions, *images.choices.values())
-    for caption in {text for text in texts if len(text.encode()) > most}:
+    for caption in {text for text in texts_of(images) if len(text.encode()) > most}:
         tokens = tokenizer(caption, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if len(tokens) > most:
             cut[caption] = str(tokenizer.decode(tokens[:most])).rstrip("\ufffd")

@@ -1,4 +1,4 @@
-"""What training costs: steps beside transformers', packing, memory by length, rotary's share.
+"""What training costs: steps beside transformers', packing, memory by length, rotary's share, threads.
 
     python train/bench.py            all tables
     python train/bench.py --quick    small sizes and few rounds
@@ -10,17 +10,22 @@ spread is its quartiles.
 """
 
 import argparse
+import os
 import random
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import adversarial
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -31,14 +36,19 @@ from rope_mm.data.documents import Document, Visual
 from rope_mm.files import write_text
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer, read_config
 from rope_mm.training.collator import Packer
+from rope_mm.training.config import load
 from rope_mm.training.image_heads import from_noise
 from rope_mm.training.rotary_profile import measure_share
+from rope_mm.training.threads import fastest, speed_of
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels" / "bench"))  # whose benches are run alike
 import cpu
 import report
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 GOAL = 1.1  # of a step over Llama's
+STEP_GOAL = 0.67  # of an adversarial step on words over one on bytes
+THREADS_SECONDS = 5.0  # of each number of threads
 VOCAB = len(load_tokenizer())
 
 
@@ -239,14 +249,80 @@ def share_lines(sizes: list[Size]) -> str:
     return "\n\n".join(lines)
 
 
-def make_tables(sizes: list[Size], rounds: int, lengths: list[int]) -> dict[str, Callable[[], str]]:
+def make_tables(
+    sizes: list[Size], rounds: int, lengths: list[int], threads: int
+) -> dict[str, Callable[[], str]]:
     """Titles, and what measures and writes the table below each."""
     return {
         "A step on text": partial(steps_table, sizes, rounds),
         "Packed and padded": partial(packing_table, sizes[-1], rounds),
         "Length, memory and time": partial(lengths_table, sizes[-1], lengths),
         "Rotary's share": partial(share_lines, sizes),
+        "An adversarial step": partial(adversarial_table, rounds),
+        "Threads beside another job": partial(threads_table, sizes[0], threads),
     }
+
+
+def adversarial_step(tokenizer: str, flags: Iterable[str] = ()) -> Callable[[], object]:
+    """A step of digits.yaml, with captions of this tokenizer's tokens.
+
+    Args:
+        tokenizer: "words" or "bytes".
+        flags: that change the configuration.
+    """
+    here = ["--config", str(CONFIGS / "adversarial" / "digits.yaml"), "--tokenizer", tokenizer, *flags]
+    training = adversarial.Training(load(adversarial.Adversarial, here), Accelerator(cpu=True))
+    steps = count()
+    return lambda: training.step(next(steps))
+
+
+def adversarial_table(rounds: int, flags: Iterable[str] = ()) -> str:
+    """A step on captions of words over one on captions of bytes."""
+    names = ("words", "bytes")
+    steps = {name: adversarial_step(name, flags) for name in names}
+    times = cpu.alternate(steps, rounds, time.thread_time)
+    low, ratio, high = spread(times, *names)
+    ms = (f"{1e3 * statistics.median(times[name]):.1f}" for name in names)
+    goal = f"<= {STEP_GOAL}" + ", missed" * (ratio > STEP_GOAL)
+    row = ("digits.yaml", *ms, f"{ratio:.2f} ({low:.2f} to {high:.2f})", goal)
+    return markdown.table(("configuration", "words, ms", "bytes, ms", "ratio (quartiles)", "goal"), [row])
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """Another job that holds a core meanwhile."""
+    job = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        job.kill()
+        job.wait()
+
+
+def threads_table(size: Size, most: int) -> str:
+    """Steps a second by wall clock, of chosen threads and of each number of threads, beside another job."""
+    before = torch.get_num_threads()
+    ids = torch.randint(VOCAB - 2, (size.rows, size.length), generator=make_generator("bench"))
+    step = trainer(ours(size), {"input_ids": ids, "labels": ids})
+    step()
+    with busy_core():
+        chosen = fastest(most, speed_of)
+        found = {}
+        for number in {1, most, chosen}:
+            torch.set_num_threads(number)
+            start, steps = time.perf_counter(), 0
+            while (taken := time.perf_counter() - start) < THREADS_SECONDS or not steps:
+                step()
+                steps += 1
+            found[number] = steps / taken
+    torch.set_num_threads(before)
+    ratio = max(found.values()) / found[chosen]
+    rows = [
+        (number, f"{speed:.2f}", "chosen" * (number == chosen)) for number, speed in sorted(found.items())
+    ]
+    goal = "<= 2" + ", missed" * (ratio > 2)
+    table = markdown.table(("threads", "steps/s", ""), rows)
+    return f"{table}\n\nthe best over the chosen: {ratio:.2f}, goal {goal}"
 
 
 def publish(parts: Iterable[str], output: Path | None) -> None:
@@ -275,7 +351,7 @@ def main() -> None:
     lengths = [256, 512, 1024] if flags.quick else [512, 1024, 2048, 4096]
     found = report.provenance(("torch", "transformers"))
     where = "\n".join(f"- {key}: {value}" for key, value in found.items())
-    tables = make_tables(sizes, rounds, lengths).items()
+    tables = make_tables(sizes, rounds, lengths, os.cpu_count() or 1).items()
     publish(chain([where], (f"\n## {title}\n\n{make()}" for title, make in tables)), flags.output)
 
 

@@ -13,17 +13,16 @@ GAIN = 1.1  # over the speed of fewer threads, which more threads must reach
 def choose_threads(threads: int) -> int:
     """Let torch take a number of threads, and return it.
 
-    `OMP_NUM_THREADS` is a limit. Without a number and without the limit the machine is tried: where another
+    `OMP_NUM_THREADS` is a limit. Without a number the machine is tried: where another
     job holds a core, threads wait for each other, and fewer of them are many times faster.
 
     Args:
         threads: the number that a configuration asks for, 0 for none.
     """
     limit = os.environ.get("OMP_NUM_THREADS", "")
-    if limit.isdigit() and int(limit):
-        chosen = min(threads or int(limit), int(limit))
-    else:
-        chosen = threads or fastest(torch.get_num_threads(), speed_of)
+    limited = limit.isdigit() and int(limit) > 0
+    most = int(limit) if limited else threads or torch.get_num_threads()
+    chosen = min(threads, most) or fastest(most, speed_of)
     torch.set_num_threads(chosen)
     return chosen
 
@@ -35,6 +34,8 @@ def fastest(most: int, speed: Callable[[int], float]) -> int:
         most: the largest number.
         speed: of a trial with a number of threads.
     """
+    if most == 1:
+        return 1
     counts = [count for count in (2**power for power in range(most.bit_length())) if count < most] + [most]
     chosen, best = counts[0], speed(counts[0])
     for count in counts[1:]:

@@ -16,7 +16,7 @@ from rope_mm.training.config import load
 
 ROOT = Path(__file__).parents[2]
 TOY = bench.Size(16, 16, 1, 2, 1, 2, 128)
-TABLES = bench.make_tables([TOY], 2, [64, 128])
+TABLES = bench.make_tables([TOY], 2, [64, 128], threads=2)
 
 
 def cells(text):
@@ -50,7 +50,8 @@ def test_the_small_size_is_that_of_the_tiny_configuration():
 
 
 @pytest.mark.parametrize("title", TABLES)
-def test_every_table_is_measured_at_toy_sizes(title):
+def test_every_table_is_measured_at_toy_sizes(title, monkeypatch):
+    monkeypatch.setattr(bench, "THREADS_SECONDS", 0.05)
     text = TABLES[title]()
     assert "nan" not in text and "inf" not in text
     rows = {
@@ -58,6 +59,8 @@ def test_every_table_is_measured_at_toy_sizes(title):
         "Packed and padded": 2,
         "Length, memory and time": 6,  # of each way on a CPU two, and one line of those that it has not
         "Rotary's share": 0,
+        "An adversarial step": 1,
+        "Threads beside another job": 2,
     }
     if not torch.cuda.is_available():
         assert len(cells(text)) == rows[title]
@@ -79,6 +82,16 @@ def test_the_ratio_of_steps_compares_times_of_one_round_and_a_missed_goal_is_rep
     assert qwen[4:6] == ["Qwen3", "1.00 (1.00 to 1.00)"]
     times["Llama"] = [2.0, 6.0, 4.0]
     assert "missed" not in bench.steps_table([TOY], 3)
+
+
+def test_a_slow_step_on_words_and_slow_threads_are_reported(times, monkeypatch):
+    monkeypatch.setattr(bench, "adversarial_step", lambda name, flags: lambda: name)
+    times.update({"words": [1.0, 2.0], "bytes": [2.0, 4.0]})
+    assert cells(bench.adversarial_table(2)) == [
+        ["digits.yaml", "1500.0", "3000.0", "0.50 (0.50 to 0.50)", "<= 0.67"]
+    ]
+    times.update({"words": [2.0, 4.0]})
+    assert "missed" in bench.adversarial_table(2)
 
 
 def test_packing_counts_tokens_without_padding(times):

@@ -27,7 +27,7 @@ def test_the_environment_limits_what_a_configuration_asks_for(limit, asked, chos
 @pytest.mark.parametrize(
     ("most", "speeds", "chosen"),
     [
-        (1, {1: 5.0}, 1),
+        (1, {}, 1),  # nothing is tried
         (2, {1: 10.0, 2: 16.0}, 2),
         (2, {1: 10.0, 2: 0.5}, 1),  # another job holds a core
         (2, {1: 10.0, 2: 10.5}, 1),
@@ -39,7 +39,9 @@ def test_the_fewest_threads_are_taken_that_more_do_not_beat_by_much(most, speeds
     assert threads.fastest(most, speeds.__getitem__) == chosen
 
 
-def test_without_a_wish_the_machine_is_tried(monkeypatch):
+@pytest.mark.parametrize("limit", ["", "2"])
+def test_without_a_number_the_machine_is_tried(limit, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", limit)
     tried = []
     monkeypatch.setattr(threads, "speed_of", lambda count: tried.append(count) or {1: 9.0, 2: 1.0}[count])
     torch.set_num_threads(2)
