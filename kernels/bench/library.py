@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cpu
 import report
@@ -53,7 +53,7 @@ def generation(new_tokens: int = NEW_TOKENS, layers: int = 8) -> Iterator[Case]:
 
     from rope_mm.hf import rope_of, set_rope, use_kernels
 
-    def make() -> LlamaForCausalLM:
+    def make() -> Any:
         sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": layers}
         heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
         torch.manual_seed(0)

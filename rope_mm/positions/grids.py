@@ -96,10 +96,15 @@ def fill_together(rasters: Sequence[Raster]) -> Tensor:
     number = torch.arange(len(which)) - (counts.cumsum(0) - counts)[which]
     shapes = torch.tensor([(r.grid[1] * r.grid[2], r.grid[2], r.merge, r.first_frame) for r in rasters])
     per_frame, columns, merge, first = shapes.T[:, which]
-    frame, number = number // per_frame, number % per_frame
-    block_row, number = number // (merge * columns), number % (merge * columns)
-    block_column, inner = number // merge**2, number % merge**2
-    y, x = block_row * merge + inner // merge, block_column * merge + inner % merge
+    frame = number // per_frame
+    number = number - frame * per_frame
+    if all(raster.merge == 1 for raster in rasters):  # divisions of whole numbers are what takes time here
+        y = number // columns
+        x = number - y * columns
+    else:
+        block_row, number = number // (merge * columns), number % (merge * columns)
+        block_column, inner = number // merge**2, number % merge**2
+        y, x = block_row * merge + inner // merge, block_column * merge + inner % merge
     numbers = torch.tensor([(r.origin, *r.steps) for r in rasters], dtype=torch.float64)
     origin, of_t, of_y, of_x = numbers[which].unbind(1)
     t = (frame + first).double()
