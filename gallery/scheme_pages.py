@@ -34,6 +34,7 @@ PICTURES = {
     "ownership": "Which axis rotates which pair, and how far a full turn reaches",
 }
 SEGMENTS = "text:5 image:4x6 text:4 video:3x2x4 text:4"  # sizes that blocks of 2 x 2 patches tile, too
+AUDIO_SEGMENTS = "audio:1600"  # 64 seconds
 HEAD_DIM, HEADS, DPI = 64, 4, 80
 WORKERS = 2
 GROUPS = {
@@ -53,6 +54,11 @@ THREAD = re.compile(r"\b([\w.-]+/[\w.-]+)#(\d+)")
 def facts() -> dict[str, Any]:
     """What facts.yaml says, by "layouts", "schemes" and "pitfalls"."""
     return yaml.safe_load((ROOT / "gallery" / "facts.yaml").read_text(encoding="utf-8"))
+
+
+def segments_of(name: str) -> str:
+    """The sequence that the pictures of a scheme show."""
+    return AUDIO_SEGMENTS if name in zoo.AUDIO else SEGMENTS
 
 
 def position_formula(name: str) -> dict[str, str]:
@@ -206,7 +212,7 @@ All of the field: [What goes wrong](../pitfalls.md).
 
 ## Try it
 
-    rope-mm lens {name} "{SEGMENTS}" --out pictures
+    rope-mm lens {name} "{segments_of(name)}" --out pictures
     rope-mm explore
 
 In Python it is `Rotary(head_dim={HEAD_DIM}, scheme="{name}")`.
@@ -229,7 +235,7 @@ def index_page(names: Sequence[str]) -> str:
 
 Each scheme on a page: where tokens stand, which axis rotates which pair, its formula, what it promises, the
 code that it agrees with, and what released code got wrong with it. The sequence in the pictures is
-`{SEGMENTS}`: text as black dots, images as squares, videos as triangles.
+`{SEGMENTS}`: text as black dots, images as squares, videos as triangles; for audio it is `{AUDIO_SEGMENTS}`.
 
 """
         + "\n\n".join(parts)
@@ -250,7 +256,7 @@ def write_scheme(folder: Path, name: str) -> None:
         name: of the scheme.
     """
     for kind in PICTURES:
-        figure = picture(kind, name, SEGMENTS, head_dim=HEAD_DIM)
+        figure = picture(kind, name, segments_of(name), head_dim=HEAD_DIM)
         save_figure(folder / f"{name}-{kind}.png", figure, DPI)
     (folder / f"{name}.md").write_text(scheme_page(name), encoding="utf-8")
 
