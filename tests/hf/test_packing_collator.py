@@ -105,7 +105,7 @@ def test_packed_examples_of_llava_equal_each_alone(scheme):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_oss", "opt"])
 def test_packed_texts_equal_each_alone_by_token_numbers_or_by_a_mask(tiny, family):
-    model = tiny(family, vocab_size=100, word_embed_proj_dim=64)
+    model = tiny(family, vocab_size=100, word_embed_proj_dim=64, sliding_window=4)
     texts = [{"input_ids": list(range(start, start + n))} for start, n in ((5, 9), (20, 4), (31, 7))]
     batch = assert_equal_alone(model, texts, 16, rows=2)
     assert ("attention_mask" in batch) == (family in ("gpt_oss", "opt"))
