@@ -192,13 +192,7 @@ def set_rope(
                 load_learned_omega(learned, folder, f"{site.name}.{key}", f"{site.leaf}.{key}")
         handle.slots.extend((rotary, 0) for _, rotary in swaps)
         with all_or_nothing(handle, f"{type(model).__name__} cannot run what set_rope gave it"):
-            provable = [site for site, _ in swaps if site.module and can_be_probed(site.owner)]
-            for site, rotary in swaps:
-                install(site, rotary, relative_bias)
-            hook_positions(model, [swap for swap in swaps if swap[0].module])
-            for site, rotary in swaps:
-                if site in provable:
-                    prove_call(site.owner, rotary)
+            install_all(model, swaps, relative_bias)
     except ValueError:
         woken.restore()
         raise
@@ -219,6 +213,19 @@ def check_learned(model: nn.Module, swaps: list[tuple[RotarySlot, RopeMMRotaryEm
     )
     shared = "one learned Omega cannot be saved for several types of layers; give one Rotary for each of them"
     refuse({late: learned and adapted, shared: len(set(learned)) < len(learned)})
+
+
+def install_all(
+    model: nn.Module, swaps: list[tuple[RotarySlot, RopeMMRotaryEmbedding]], relative_bias: str | None
+) -> None:
+    """Put our modules in their slots, hook positions, and prove by small forwards that they are called."""
+    provable = [site for site, _ in swaps if site.module and can_be_probed(site.owner)]
+    for site, rotary in swaps:
+        install(site, rotary, relative_bias)
+    hook_positions(model, [swap for swap in swaps if swap[0].module])
+    for site, rotary in swaps:
+        if site in provable:
+            prove_call(site.owner, rotary)
 
 
 def install(site: RotarySlot, rotary: RopeMMRotaryEmbedding, relative_bias: str | None) -> None:
