@@ -61,6 +61,7 @@ class PositionHooks:
         refuse_unknown_cache(kwargs)
         ids, cache = kwargs.get("position_ids"), read(kwargs, "cache")
         check_position_shape(ids, kwargs)
+        check_padding(ids, kwargs, cache, self.axes)
         if places:
             self.check_given(module, ids, kwargs)
         if ids is None and places:
@@ -177,6 +178,30 @@ def check_position_shape(ids: Tensor | None, kwargs: dict[str, Any]) -> None:
         raise ValueError(
             f"position_ids {tuple(ids.shape)} do not fit {b} rows of {s} tokens; give (b, s), or "
             "(1 + axes, b, s) as `positions_for` makes them"
+        )
+
+
+def check_padding(ids: Tensor | None, kwargs: dict[str, Any], cache: Any, axes: int) -> None:
+    """Refuse a mask longer than its tokens, and positions that were made for padding on the other side."""
+    tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    mask: Any = kwargs.get("attention_mask")
+    if tokens is None or getattr(mask, "ndim", 0) != 2 or torch.compiler.is_compiling():
+        return
+    past, s = int(cache.get_seq_length()) if cache is not None else 0, tokens.shape[1]
+    if mask.shape[1] > past + s:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns, but the cache holds {past} tokens and {s} are new; "
+            f"give (b, {past + s})"
+        )
+    if past or ids is None or ids.dim() != 3 or len(ids) != 1 + axes or mask.shape[1] != s:
+        return
+    count = ids[0].expand(len(mask), -1)
+    first = count.gather(1, mask.long().argmax(-1, keepdim=True).to(count.device))
+    if (first >= 1).any():
+        raise ValueError(
+            "row 0 of position_ids counts padding as tokens: the first token that attention_mask keeps has "
+            f"the number {int(first.max())}; make them by positions_for(model, rows, padding_side='left'), or "
+            "of inputs with their attention_mask"
         )
 
 

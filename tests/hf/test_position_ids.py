@@ -5,6 +5,7 @@ import torch
 from transformers import ModernBertConfig, ModernBertModel
 
 from rope_mm import Image, Text
+from rope_mm.checks.arguments import cache_of
 from rope_mm.hf import positions_for, rope_of, set_rope, unset_rope
 
 IDS = torch.arange(3, 27).view(2, 12)
@@ -83,3 +84,29 @@ def test_an_encoder_without_a_cache_takes_positions_that_restart():
     assert model(IDS, position_ids=p)[0].isfinite().all()
     with pytest.raises(ValueError, match="lets the documents see one another"):
         model(IDS, position_ids=p, attention_mask=torch.ones(2, 12).long())
+
+
+@pytest.mark.parametrize("past", [0, 5])
+def test_a_mask_longer_than_the_tokens_is_refused(tiny, cached, past):
+    model, ids = tiny("llama"), torch.arange(3, 15)[None]
+    set_rope(model, "rope-tv")
+    mask = torch.ones(1, 14, dtype=torch.long)
+    cache = cache_of(model(ids[:, :past], use_cache=True)) if past else None
+    given = cached(cache) if past else {}
+    with pytest.raises(
+        ValueError, match=rf"has 14 columns, but the cache holds {past} tokens and {12 - past}"
+    ):
+        model(ids[:, past:], attention_mask=mask, **given)
+
+
+def test_positions_made_for_padding_on_the_right_are_refused_where_it_is_on_the_left(tiny):
+    model, ids = tiny("llama"), torch.arange(3, 13).view(2, 5)
+    set_rope(model, "rope-tv")
+    rows = ["text:5", "text:3"]
+    left = torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
+    with pytest.raises(ValueError, match="row 0 of position_ids counts padding as tokens"):
+        model.generate(ids, attention_mask=left, position_ids=positions_for(model, rows), max_new_tokens=2)
+    p = positions_for(model, rows, padding_side="left")
+    padded = model.generate(ids, attention_mask=left, position_ids=p, max_new_tokens=2, do_sample=False)
+    alone = model.generate(ids[1:, 2:], max_new_tokens=2, do_sample=False)
+    assert torch.equal(padded[1, 5:], alone[0, 3:])
