@@ -200,7 +200,7 @@ def check_padding(ids: Tensor | None, kwargs: dict[str, Any], cache: Any, axes: 
     if (first >= 1).any():
         raise ValueError(
             "row 0 of position_ids counts padding as tokens: the first token that attention_mask keeps has "
-            f"the number {int(first.max())}; make them by positions_for(model, rows, padding_side='left'), or "
+            f"the number {int(first.max())}; give positions_for padding_side='left', or "
             "of inputs with their attention_mask"
         )
 
