@@ -6,6 +6,7 @@ modules of live models. A scheme is returned only if its Omega is the module's.
 
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -43,6 +44,10 @@ def derive_scheme(config: Any, layer_type: str | None) -> Scheme:
     reasons: list[str] = []
     for module in modules:
         layer = layer_type if layer_type in layer_types(module) else None
+        if layer not in layer_types(module):
+            known = ", ".join(map(str, layer_types(module)))
+            reasons.append(f"its layers are rotated in different ways; give layer_type, one of {known}")
+            continue
         try:
             rope = read_layer(module, module, layer, str(layer_types(module).get(layer)))
         except (ValueError, KeyError) as error:
@@ -66,19 +71,27 @@ def rotary_modules(config: Any) -> Iterator[nn.Module]:
         beside = vars(importlib.import_module(name))
     except ImportError:
         return
-    kinds = [kind for name, kind in beside.items() if isinstance(kind, type) and issubclass(kind, nn.Module)]
-    for kind in (
-        kind for kind in kinds if "rotary" in kind.__name__.lower() or "rope" in kind.__name__.lower()
-    ):
+    kinds = [kind for kind in beside.values() if isinstance(kind, type) and issubclass(kind, nn.Module)]
+    named = [kind for kind in kinds if re.search("Rotary|R[Oo]P[Ee]|Rope", kind.__name__)]
+    # a module may be annotated with the config of another part, whose rope_parameters this one has as well
+    for kind in sorted(named, key=lambda kind: not is_made_for(kind, config)):
         given = inspect.signature(kind.__init__).parameters.get("config")
-        wanted = getattr(given and given.annotation, "__name__", given and given.annotation)
-        if given is None or wanted not in (inspect.Parameter.empty, "_empty", type(config).__name__):
+        vision = "Vision" in type(config).__name__ + kind.__name__  # its positions are other ones
+        borrowed = not vision and getattr(config, "rope_parameters", None)
+        if given is None or not (is_made_for(kind, config) or borrowed):
             continue
         try:
             with torch.device("cpu"):
                 yield kind(config).eval()
         except (*NO_ANSWER, NotImplementedError):
             continue
+
+
+def is_made_for(kind: type, config: Any) -> bool:
+    """Whether a module's class takes configs of this class, or of any."""
+    given = inspect.signature(kind.__init__).parameters.get("config")
+    wanted = getattr(given and given.annotation, "__name__", given and given.annotation)
+    return wanted in (inspect.Parameter.empty, "_empty", type(config).__name__)
 
 
 def pairing_beside(module: nn.Module, rope: ModelRope) -> str:

@@ -16,6 +16,7 @@ from rope_mm.analysis import markdown
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 ROWS: dict[str, tuple[float, float, float, str]] = {}
+PLAIN: dict[str, tuple[float | None, str, str]] = {}
 DIFFUSERS_ROWS: dict[str, tuple[str, ...]] = {}
 
 SIZES: dict[str, Any] = {
@@ -480,6 +481,18 @@ def families_page() -> list[list[str]]:
     return markdown.read_table(PAGE, "families")
 
 
+@pytest.fixture(scope="session")
+def types_without_rotary() -> dict[str, tuple[float | None, str, str]]:
+    """Rows of the second table: error with all tokens at one place, its bias, the reason of a refusal."""
+    return PLAIN
+
+
+@pytest.fixture
+def types_without_rotary_page() -> list[list[str]]:
+    """The rows of the second table as docs/models.md has them."""
+    return markdown.read_table(PAGE, "types without rotary")
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if ROWS and session.config.getoption("--write-families", default=False):
         titles = (
@@ -495,3 +508,10 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         titles = "model", "class", "layout", "its own rope: outputs", "exact angles"
         rows = [(name, *row) for name, row in sorted(DIFFUSERS_ROWS.items())]
         markdown.write_table(PAGE, "diffusers", markdown.table(titles, rows))
+    if PLAIN and session.config.getoption("--write-families", default=False):
+        titles = "model type", "served", "one place: error", "bias of relative positions"
+        plain = [
+            (name, reason or "yes", "" if error is None else markdown.round_up(error), bias)
+            for name, (error, bias, reason) in sorted(PLAIN.items())
+        ]
+        markdown.write_table(PAGE, "types without rotary", markdown.table(titles, plain))
