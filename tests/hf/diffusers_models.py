@@ -1,6 +1,7 @@
 """Tiny transformers of diffusers: class, config and inputs, by name."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
