@@ -69,8 +69,11 @@ def refuse_packing_leak(module: Any, tokens: Tensor, kwargs: Mapping[str, Any]) 
     mask: Any = kwargs.get("attention_mask")
     there = real_tokens(mask, tokens.shape[-1])
     use_cache = kwargs.get("use_cache")
-    cached = caches_by_default(module.config) if use_cache is None else use_cache
-    flash = is_flash(module.config) and len(tokens) > 1
+    config = getattr(module, "config", None)
+    if config is None:  # a layer that holds its rotary module itself; its model's forward was checked
+        return
+    cached = caches_by_default(config) if use_cache is None else use_cache
+    flash = is_flash(config) and len(tokens) > 1
     leaks = cached or flash if mask is None else there is not None or read(kwargs, "cache") is not None
     count = tokens if there is None else tokens.where(there, -1)
     if not leaks or not (count < count.cummax(-1).values).logical_and(count >= 0).any():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 
-from rope_mm.hf import positions_for, rope_of, set_rope, unset_rope
+from rope_mm.hf import explain, positions_for, rope_of, set_rope, unset_rope
 
 IDS = torch.arange(3, 12)[None]
 
@@ -99,3 +99,46 @@ def test_the_rotation_inside_the_attention_of_vjepa_2_gives_way_to_the_scheme():
     assert torch.equal(model(video)[0], outputs[0])
     assert torch.equal(model(video, **masks).predictor_output[0], outputs[1])
     assert all(torch.isfinite(x).all() for x in outputs)
+
+
+HYBRID = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+HYBRID |= {"vocab_size": 99, "pad_token_id": 0}
+
+
+def jamba():
+    more = {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}
+    return hf.JambaModel(hf.JambaConfig(**HYBRID, **more, use_mamba_kernels=False, mamba_dt_rank=4)), 2
+
+
+def granite_moe_hybrid():
+    more = {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2, "mamba_n_heads": 8}
+    more |= {"mamba_d_head": 16, "mamba_n_groups": 1, "num_local_experts": 2, "shared_intermediate_size": 32}
+    return hf.GraniteMoeHybridModel(hf.GraniteMoeHybridConfig(**HYBRID, **more)), 1
+
+
+def recurrent_gemma():
+    more = {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 16}
+    return hf.RecurrentGemmaModel(hf.RecurrentGemmaConfig(**HYBRID, **more)), None  # has a rotary
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [jamba, granite_moe_hybrid, recurrent_gemma])
+def test_the_attention_layers_of_hybrids_take_a_scheme(make, capsys):
+    torch.manual_seed(0)
+    model, attentions = make()
+    for weight in model.eval().parameters():
+        if weight.dim() == 2:
+            weight.normal_(0, 0.2)
+    before = model(IDS)[0]
+    same = {"freq_scale": 0.0} if attentions else {"theta": 1e4}
+    handle = set_rope(model, "flat", **same)
+    near = (model(IDS)[0] - before).abs().max()
+    assert near < 1e-4 and (near == 0 or not attentions)
+    handle.undo()
+    set_rope(model, "flat", theta=50.0)
+    assert (model(IDS)[0] - before).abs().max() > 1e-3
+    explain(model)
+    lines = capsys.readouterr().out
+    assert f"{attentions} attention modules" in lines if attentions else "rotary_emb" in lines
+    unset_rope(model)
+    assert torch.equal(model(IDS)[0], before)
