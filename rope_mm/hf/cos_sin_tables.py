@@ -42,9 +42,10 @@ def read_tables(tables: Any, p: Tensor, known: Tensor) -> tuple[str, Tensor, flo
     origin = (p == 0).all(-1).int().argmax()
     sine_first = not isinstance(tables, Tensor) and not halves[0][origin].any() and halves[1][origin].all()
     whole = torch.cat(halves[::-1] if sine_first else halves)
-    table_format, once = (
-        ("complex", whole) if isinstance(tables, Tensor) else find_table_format(whole, p.shape[-1])
-    )
+    if isinstance(tables, Tensor):
+        table_format, once = next(name for name, dtype in COMPLEX.items() if dtype == tables.dtype), whole
+    else:
+        table_format, once = find_table_format(whole, p.shape[-1])
     if sine_first:  # GPT-J; each angle once
         table_format, once = "sin_cos", whole
     (cos, sin), p = once.chunk(2), p.to(once)
@@ -53,7 +54,7 @@ def read_tables(tables: Any, p: Tensor, known: Tensor) -> tuple[str, Tensor, flo
     omega = torch.atan2(sin[first], cos[first]) / p[first].diagonal()[:, None]
     nearest = known[(omega[..., None] - known).abs().argmin(-1)]
     near = (nearest - omega).abs() <= 1e-5 * omega.abs().clamp(min=1e-30)
-    return table_format, torch.where(near, nearest, omega), cos[origin, 0].item()
+    return table_format, torch.where(near, nearest, omega).to(known.dtype), cos[origin, 0].item()
 
 
 def find_table_format(table: Tensor, axes: int) -> tuple[str, Tensor]:

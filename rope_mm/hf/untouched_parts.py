@@ -5,8 +5,11 @@ from typing import Any
 
 from torch import nn
 
+from rope_mm.hf.attention_positions import reads_images
 from rope_mm.hf.relative_bias import bias_modules
 from rope_mm.hf.rotary_inspection import ATTENTION_REGISTRY, globals_used
+from rope_mm.schemes.scheme import Scheme
+from rope_mm.segments import Image, Video
 
 EMBEDDINGS = re.compile(r"(position|pos)_embed|embed_positions|\bwpe\b|position_encoding")
 
@@ -24,6 +27,17 @@ def position_embeddings(owner: nn.Module) -> list[str]:
     return [name.removesuffix(".weight") for name in found]
 
 
+def idle_pairs(scheme: Scheme, video: bool) -> tuple[int, list[str]]:
+    """How many of 64 pairs rotate no patch against another, and the axes on which all patches are equal."""
+    p, _ = scheme.place([Video(2, 2, 2) if video else Image(2, 2)])
+    same = (p == p[:1]).all(0)
+    omega = scheme.omega(128)
+    omega = omega if omega.dim() == 2 else omega[0]
+    return int((omega[~same] == 0).all(0).sum()), [
+        axis for axis, x in zip(scheme.axes, same, strict=True) if x
+    ]
+
+
 def untouched_parts(owner: Any, crossing: int, dropped: bool) -> list[str]:
     """One line for each kind of what a scheme leaves as it is.
 
@@ -33,6 +47,15 @@ def untouched_parts(owner: Any, crossing: int, dropped: bool) -> list[str]:
         dropped: whether the biases of relative positions were dropped.
     """
     lines = []
+    rope = getattr(getattr(owner, "rope_mm", None), "ropes", {}).get(None)
+    if crossing == 0 and rope is not None and reads_images(owner):
+        video = any(hasattr(owner.config, name) for name in ("num_frames", "tubelet_size"))
+        idle, axes = idle_pairs(rope.scheme, video)
+        if idle:
+            lines.append(
+                f"patches differ on other axes than {', '.join(axes)}: {idle} of 64 pairs stand "
+                "still; a scheme of images alone, such as 'rope-vit-axial', uses them all"
+            )
     if crossing:
         lines.append(f"cross-attention of {crossing} modules: not rotated, as it is in the model")
     if biases := bias_modules(owner):

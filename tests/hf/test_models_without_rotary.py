@@ -33,7 +33,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_mm import SCHEMES, Image, Rotary, Scheme, Text, Unrotated, rotate
-from rope_mm.hf import rope_of, set_rope, unset_rope, use_kernels
+from rope_mm.hf import explain, rope_of, set_rope, unset_rope, use_kernels
 
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 EYE, READER = {**SMALL, "image_size": 16, "patch_size": 4}, {**SMALL, "vocab_size": 100}
@@ -175,3 +175,13 @@ def test_a_custom_rotary_module_is_the_one_that_runs():
     assert rope_of(model) is rope
     run(model).square().sum().backward()
     assert rope.omega_param.grad.abs().sum() > 0
+
+
+def test_explain_says_how_many_pairs_stand_still_where_there_are_images_alone(capsys):
+    model = bare(ViTModel, ViTConfig(**EYE))
+    for scheme, said in (("rope-tv", True), ("rope-vit-axial", False), ("flat", False)):
+        set_rope(model, scheme)
+        explain(model)
+        line = "patches differ on other axes than t: 22 of 64 pairs stand still"
+        assert (line in capsys.readouterr().out) == said
+        unset_rope(model)
