@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from rope_mm.checks.extras import import_name
 
 if TYPE_CHECKING:
-    from rope_mm.hf.packing_check import PackingReport, packed_equals_alone
-    from rope_mm.hf.packing_collator import PackingCollator
+    from rope_mm.hf.packing.check import PackingReport, packed_equals_alone
+    from rope_mm.hf.packing.collator import PackingCollator
     from rope_mm.hf.patching import Handle, explain, rope_of, set_rope, unset_rope, use_kernels
     from rope_mm.hf.position_ids import position_ids_of, positions_for
     from rope_mm.hf.rotary_inspection import ModelRope
@@ -39,10 +39,10 @@ __all__ = [
 HOMES = {
     "Handle": "patching",
     "ModelRope": "rotary_inspection",
-    "PackingCollator": "packing_collator",
-    "PackingReport": "packing_check",
+    "PackingCollator": "packing.collator",
+    "PackingReport": "packing.check",
     "explain": "patching",
-    "packed_equals_alone": "packing_check",
+    "packed_equals_alone": "packing.check",
     "position_ids_of": "position_ids",
     "positions_for": "position_ids",
     "rope_of": "patching",

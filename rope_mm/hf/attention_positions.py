@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rope_mm.hf.image_grids import parameters_of
-from rope_mm.hf.patch_positions import place_tokens
+from rope_mm.hf.image_positions import place_tokens
 from rope_mm.rotary.module import Rotary
 
 CROSS = (

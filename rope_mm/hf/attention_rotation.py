@@ -24,8 +24,8 @@ from rope_mm.hf.attention_positions import (
     query_key_positions,
     reads_images,
 )
+from rope_mm.hf.dry_run import find_first_patch, probe
 from rope_mm.hf.image_grids import parameters_of
-from rope_mm.hf.probing import find_first_patch, probe
 from rope_mm.hf.projection_rotation import hook_projections, projected_attentions, prove_projections
 from rope_mm.hf.relative_bias import DroppedBias, settle_bias
 from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding, RotarySlot

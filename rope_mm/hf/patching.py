@@ -14,6 +14,7 @@ from rope_mm.hf.attention_rotation import (
     rotate_both,
     rotate_in_attention,
 )
+from rope_mm.hf.build_rotary import make_rotary, refuse
 from rope_mm.hf.config_io import (
     PENDING_MESSAGE,
     load_learned_omega,
@@ -23,12 +24,21 @@ from rope_mm.hf.config_io import (
     waits_for_scheme,
     wake_slots,
 )
-from rope_mm.hf.diffusers_attention import AttentionRotary
-from rope_mm.hf.forward_hooks import PositionHooks
+from rope_mm.hf.dry_run import can_be_probed, check_equal_answers, probe, prove_call
 from rope_mm.hf.image_grids import parameters_of
-from rope_mm.hf.patch_positions import PIXELS
+from rope_mm.hf.image_positions import PIXELS
+from rope_mm.hf.other_libraries.diffusers_attention import AttentionRotary
+from rope_mm.hf.other_libraries.table_rotary import (
+    TableRotary,
+    describe_rope,
+    explain_tables,
+    makes_tables,
+    rope_of_tables,
+    rotary_of,
+    set_table_rope,
+)
+from rope_mm.hf.position_hooks import PositionHooks
 from rope_mm.hf.position_ids import METHODS, position_methods
-from rope_mm.hf.probing import can_be_probed, check_equal_answers, probe, prove_call
 from rope_mm.hf.relative_bias import refuse_choice
 from rope_mm.hf.rotary_embedding import Changes, RopeMMRotaryEmbedding, RotarySlot, describe, rotary_slots
 from rope_mm.hf.rotary_inspection import (
@@ -38,17 +48,7 @@ from rope_mm.hf.rotary_inspection import (
     modules_using,
     read_module,
 )
-from rope_mm.hf.scheme_support import make_rotary, refuse
-from rope_mm.hf.table_rotary import (
-    TableRotary,
-    describe_rope,
-    explain_tables,
-    makes_tables,
-    rope_of_tables,
-    rotary_of,
-    set_table_rope,
-)
-from rope_mm.hf.untouched_parts import cross_attentions, untouched_parts
+from rope_mm.hf.unrotated_modules import cross_attentions, untouched_parts
 
 
 @dataclass(frozen=True, repr=False)

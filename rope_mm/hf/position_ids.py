@@ -11,7 +11,7 @@ from transformers import GenerationMixin
 
 from rope_mm.checks.arguments import ALIASES, read
 from rope_mm.hf.image_grids import IMAGES, PACES, VIDEOS, parameters_of, read_grids, takes_images, token_kinds
-from rope_mm.hf.packed_rows import VARLEN
+from rope_mm.hf.packing.leaks import VARLEN
 from rope_mm.hf.rotary_embedding import scheme_of
 from rope_mm.positions.grids import Cursor
 from rope_mm.positions.packing import check_cu_seqlens

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rope_mm.hf.attention_positions import AttentionContext, ReadCall
-from rope_mm.hf.probing import probe
+from rope_mm.hf.dry_run import probe
 from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding
 from rope_mm.hf.rotary_inspection import ATTENTION_REGISTRY, globals_used
 from rope_mm.rotary.module import Rotary

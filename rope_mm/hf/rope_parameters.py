@@ -132,7 +132,7 @@ def from_hf_config(config: Any, layer_type: str | None = None) -> Scheme:
     rate = getattr(getattr(config, "vision_config", None), "tokens_per_second", None)
     config = text_config(config)
     if config.model_type not in FAMILIES and ".configuration_" in type(config).__module__:
-        from rope_mm.hf.unlisted_configs import derive_scheme  # the only part that needs transformers
+        from rope_mm.hf.infer_scheme import derive_scheme  # the only part that needs transformers
 
         return derive_scheme(config, layer_type)
     return scheme_of_family(config, FAMILIES[config.model_type], layer_type, rate=rate)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from rope_mm.hf.patch_positions import centres_in_radians, place_patches
+from rope_mm.hf.image_positions import centres_in_radians, place_patches
 from rope_mm.hf.rotary_inspection import TOKEN_CALLS, ModelRope, frequencies
 from rope_mm.rotary import definition as rotation
 from rope_mm.rotary.dispatch import check_positions, make_angles

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rope_mm.hf.cos_sin_tables import fill_tables, find_pairing, read_tables, split_tables
-from rope_mm.hf.patch_positions import PIXELS, centres_in_radians, image_size
+from rope_mm.hf.image_positions import PIXELS, centres_in_radians, image_size
 from rope_mm.hf.rope_parameters import from_hf_config, read_head_dim
 from rope_mm.rotary.dispatch import RotarySpec
 from rope_mm.schemes.scheme import Scheme

@@ -18,7 +18,7 @@ from transformers import (
 from vision_language_models import IMAGE, TEXT, VIDEO, qwen2_5_vl, qwen2_vl, qwen3_vl, visual_inputs
 
 from rope_mm.hf import PackingCollator, PackingReport, packed_equals_alone, rope_of, set_rope
-from rope_mm.hf.row_packing import join_media
+from rope_mm.hf.packing.rows import join_media
 
 WITHIN = 2e-6  # of the largest logit
 SQUARE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from rope_mm import SCHEMES, Image, Rotary, Scheme, from_hf_config, to_rope_parameters
+from rope_mm.hf.infer_scheme import rotary_modules
 from rope_mm.hf.rope_parameters import FAMILIES, read_head_dim
-from rope_mm.hf.unlisted_configs import rotary_modules
 
 # what defaults leave out; theta is always another one than the default
 SETTINGS = {

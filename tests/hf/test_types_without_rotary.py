@@ -117,7 +117,7 @@ REFUSED = {"deberta", "wavlm", "xlnet"}  # q, k and v of a head in one; weights 
 @torch.no_grad()
 def measure(name, sizes, bias):
     """The error with all tokens at one place, how far positions move outputs, and whether it is undone."""
-    from rope_mm.hf.probing import probe
+    from rope_mm.hf.dry_run import probe
 
     torch.manual_seed(0)
     model = getattr(hf, f"{name}Model")(getattr(hf, f"{name}Config")(**sizes)).eval()

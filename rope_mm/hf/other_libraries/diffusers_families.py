@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rope_mm.hf.diffusers_positions import (
+from rope_mm.hf.other_libraries.diffusers_positions import (
     patches,
     place_ids,
     positions_of_cogvideox,

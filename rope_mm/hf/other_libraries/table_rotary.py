@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from rope_mm.hf.build_rotary import refuse
 from rope_mm.hf.cos_sin_tables import TABLE_FORMATS, fill_tables
-from rope_mm.hf.diffusers_attention import AttentionRotary, is_bare, make_attention_rotary
-from rope_mm.hf.diffusers_families import FAMILIES, Family
+from rope_mm.hf.other_libraries.diffusers_attention import AttentionRotary, is_bare, make_attention_rotary
+from rope_mm.hf.other_libraries.diffusers_families import FAMILIES, Family
+from rope_mm.hf.other_libraries.timm_families import TIMM_FAMILIES
 from rope_mm.hf.rotary_embedding import Changes
-from rope_mm.hf.scheme_support import refuse
-from rope_mm.hf.timm_families import TIMM_FAMILIES
 from rope_mm.rotary import definition
 from rope_mm.rotary.dispatch import RotarySpec
 from rope_mm.rotary.module import Rotary

@@ -14,10 +14,10 @@ from transformers.masking_utils import create_masks_for_generate
 
 from rope_mm.checks.arguments import spelling
 from rope_mm.hf.image_grids import PACES, parameters_of
-from rope_mm.hf.packed_rows import VARLEN, is_flash
+from rope_mm.hf.packing.examples import IGNORED, Example
+from rope_mm.hf.packing.leaks import VARLEN, is_flash
 from rope_mm.hf.position_ids import place_inputs
 from rope_mm.hf.rotary_embedding import scheme_of
-from rope_mm.hf.training_examples import IGNORED, Example
 from rope_mm.positions.packing import first_fit
 from rope_mm.rotary.definition import widest_float
 from rope_mm.schemes.scheme import Scheme

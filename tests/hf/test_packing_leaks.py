@@ -8,7 +8,7 @@ from transformers import DataCollatorWithFlattening
 
 from rope_mm import SCHEMES, Image, Text, Video, pack, place_rows
 from rope_mm.hf import position_ids_of, positions_for, set_rope
-from rope_mm.hf.packed_rows import restarts_are_visible
+from rope_mm.hf.packing.leaks import restarts_are_visible
 
 DOCUMENTS = ["text:2 image:2x2 text:3", "text:4", "text:1 video:2x1x2 text:2"]
 SIZES = st.integers(1, 5)

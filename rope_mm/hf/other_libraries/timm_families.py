@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rope_mm.hf.diffusers_families import Family, Tables
-from rope_mm.hf.diffusers_positions import place, segment
+from rope_mm.hf.other_libraries.diffusers_families import Family, Tables
+from rope_mm.hf.other_libraries.diffusers_positions import place, segment
 from rope_mm.schemes.scheme import Scheme
 from rope_mm.schemes.zoo import SCHEMES, XY, YX
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rope_mm.hf.packed_rows import is_flash
-from rope_mm.hf.row_packing import Placer, pack_examples, text_model
-from rope_mm.hf.training_examples import Example
+from rope_mm.hf.packing.examples import Example
+from rope_mm.hf.packing.leaks import is_flash
+from rope_mm.hf.packing.rows import Placer, pack_examples, text_model
 
 LOG = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils.data import get_worker_info
 
-from rope_mm.hf.document_isolation import needs_mask
-from rope_mm.hf.row_packing import Placer, make_placer, pack_examples
-from rope_mm.hf.training_examples import Example, cut_example, encode_example
+from rope_mm.hf.packing.examples import Example, cut_example, encode_example
+from rope_mm.hf.packing.isolation import needs_mask
+from rope_mm.hf.packing.rows import Placer, make_placer, pack_examples
 
 LOG = logging.getLogger(__name__)
 MOST_WORKERS = 256

@@ -5,7 +5,7 @@ from typing import Any
 
 from rope_mm.hf.attention_rotation import attention_modules
 from rope_mm.hf.config_io import config_of, scheme_entries
-from rope_mm.hf.patch_positions import PIXELS
+from rope_mm.hf.image_positions import PIXELS
 from rope_mm.hf.rope_parameters import layer_config, read_head_dim
 from rope_mm.hf.rotary_embedding import Rope, RopeMMRotaryEmbedding, RotarySlot
 from rope_mm.hf.rotary_inspection import TOKEN_CALLS, ModelRope, attention_head_dim, read_module

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rope_mm.checks.arguments import cache_of, read, refuse_unknown_cache
 from rope_mm.hf.image_grids import takes_images
-from rope_mm.hf.packed_rows import refuse_hidden_documents, refuse_packing_leak
+from rope_mm.hf.packing.leaks import refuse_hidden_documents, refuse_packing_leak
 from rope_mm.hf.position_ids import ENDS_IN_IMAGE, Conversation, next_positions, place_forward
 from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding
 from rope_mm.schemes.scheme import Scheme

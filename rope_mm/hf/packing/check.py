@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from rope_mm.hf.document_isolation import forward, special_tokens, tolerance
-from rope_mm.hf.packed_rows import VARLEN, is_flash, takes_lengths
-from rope_mm.hf.row_packing import Placer, make_placer, text_model
-from rope_mm.hf.training_examples import IGNORED, Example, encode_example
+from rope_mm.hf.packing.examples import IGNORED, Example, encode_example
+from rope_mm.hf.packing.isolation import forward, special_tokens, tolerance
+from rope_mm.hf.packing.leaks import VARLEN, is_flash, takes_lengths
+from rope_mm.hf.packing.rows import Placer, make_placer, text_model
 
 Batch = dict[str, Any]
 Spot = tuple[int, int]  # the row and the column of an example's first token

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rope_mm.hf.diffusers_positions import place, segment
+from rope_mm.hf.build_rotary import refuse
+from rope_mm.hf.other_libraries.diffusers_positions import place, segment
 from rope_mm.hf.rotary_embedding import Changes
-from rope_mm.hf.scheme_support import refuse
 from rope_mm.rotary.dispatch import RotaryAngles
 from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.zoo import read_scheme

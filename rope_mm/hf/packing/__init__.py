@@ -1,0 +1,1 @@
+"""Examples of text, images and videos packed into rows, and the check that they do not see each other."""
