@@ -229,6 +229,7 @@ for kind, folder in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 
 
+@pytest.mark.slow
 def test_a_saved_scheme_that_no_rotary_module_looks_up_stops_a_fresh_process_too(tmp_path):
     names = []
     for make in (phi3, bloom):

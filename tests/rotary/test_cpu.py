@@ -62,7 +62,7 @@ def test_both_ways_rotate_as_the_definition(form, shared, n, spare, part):
 
 # torch's forward mode loads its own scripts
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     form=FORMS,
     shared=st.booleans(),
