@@ -53,6 +53,9 @@ SHOWN = "text:2 image:2x3 text:2"  # where no segments are given
 
 def print_schemes(args: argparse.Namespace) -> int:
     """The table of properties and, where a person reads it, what its columns mean."""
+    if args.only_names:
+        print("\n".join(args.names or SCHEMES))
+        return 0
     print(properties_table(args.names or SCHEMES, args.format))
     if args.format == "text":
         print(f"\n{legend()}")
@@ -202,6 +205,7 @@ def add_schemes(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     schemes.add_argument("names", metavar="NAME", nargs="*", help="schemes; all if none is named")
+    schemes.add_argument("--names", action="store_true", dest="only_names", help="the names alone, at once")
     schemes.add_argument("--format", choices=FORMATS, default="text", help="of the table (%(default)s)")
     schemes.set_defaults(run=print_schemes)
 
@@ -210,7 +214,7 @@ def add_show_and_check(commands: Any) -> None:
     """The subcommands show and check, of one scheme in one size."""
     sizes = argparse.ArgumentParser(add_help=False)
     sizes.add_argument(
-        "name", metavar="NAME", help="a scheme, such as rope-tv; `rope-mm schemes` lists them all"
+        "name", metavar="NAME", help="a scheme, such as rope-tv; `rope-mm schemes --names` lists them all"
     )
     sizes.add_argument("--head-dim", type=int, default=HEAD_DIM, help="channels of a head (%(default)s)")
     sizes.add_argument("--heads", type=int, help="rows of Omega, for schemes that give each head its own")

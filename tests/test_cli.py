@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import rope_mm
-from rope_mm import Rotary, check_rotary, cli, properties_table
+from rope_mm import SCHEMES, Rotary, check_rotary, cli, properties_table
 from rope_mm.analysis.properties import COLUMNS, legend
 
 ROOT = Path(__file__).parent.parent
@@ -148,3 +148,9 @@ def test_an_unknown_program_or_configuration_is_answered_with_those_there_are(ca
     assert "did you mean 'adversarial'?" in capsys.readouterr().err
     assert cli.main(["train", "adversarial", "--config", "digit"]) == 2
     assert "configuration of adversarial 'digit' is unknown; did you mean" in capsys.readouterr().err
+
+
+def test_the_names_of_all_schemes_are_printed_without_measuring_them(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "properties_table", None)
+    assert cli.main(["schemes", "--names"]) == 0
+    assert capsys.readouterr().out.split() == list(SCHEMES)

@@ -335,9 +335,9 @@ def load(path: str, **how: Any) -> Any:
         if builder:
             return datasets.load_dataset(builder, data_files=path, **how)
         return datasets.load_dataset(path, **how)
-    # what a source of any format may raise is for `datasets` to know
-    except Exception as error:
-        raise ValueError(f"`datasets` cannot load {path!r}: {error}".splitlines()[0]) from error
+    except Exception as error:  # of any kind: that of the source's format
+        here = "" if Path(path).exists() or "*" in path else "no such file or folder is here, and "
+        raise ValueError(f"{here}`datasets` cannot load {path!r}: {error}".splitlines()[0]) from error
 
 
 def find_images(rows: Any, folder: Path) -> Any:

@@ -204,7 +204,7 @@ ALIASES = {
 }
 
 SCHEMES: Registry[Scheme] = Registry(
-    "scheme", TEXT | MULTIMODAL | VISION | DIFFUSION | AUDIO, ALIASES, listing="`rope-mm schemes`"
+    "scheme", TEXT | MULTIMODAL | VISION | DIFFUSION | AUDIO, ALIASES, listing="`rope-mm schemes --names`"
 )
 
 

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from rope_mm.files import write_text
+from rope_mm.training import checkpoint
 from rope_mm.training.checkpoint import Stateful, TrainingState
 from rope_mm.training.config import check_options, dump, option
 from rope_mm.training.distributed import all_reduce_max
@@ -66,7 +67,7 @@ class Run:
 
 
 Config = TypeVar("Config", bound=Run)
-NOT_EVALUATED = "nothing was evaluated: the data has no labels or texts to compare with"
+NOT_EVALUATED = "nothing was evaluated: images need data.label, captions a template that ends in text"
 
 
 def fingerprint(config: Run) -> str:
@@ -156,7 +157,7 @@ def launch(make: Callable[[Config, Accelerator], Training], config: Config, **op
         open_folder(output_dir, training.identity(), accelerator, *folder_options(config))
         if accelerator.is_main_process:
             resolved = "; ".join(training.describe().splitlines())
-            print(f"training: {config.steps} steps in {output_dir}; {resolved}", flush=True)
+            print(f"{describe_start(output_dir, config.steps)} in {output_dir}; {resolved}", flush=True)
         with tracking(accelerator, output_dir, config):
             result = train(training, config, output_dir) | training.extra_results()
         if accelerator.is_main_process:
@@ -167,6 +168,15 @@ def launch(make: Callable[[Config, Accelerator], Training], config: Config, **op
             if config.page:
                 lacking = write_run_page(output_dir)
                 print(f"page: {output_dir}/index.html{lacking and f' ({lacking})'}")
+
+
+def describe_start(output_dir: Path, steps: int) -> str:
+    """What a command is about to do: train, resume, or nothing where all steps are done."""
+    newest = checkpoint.latest(output_dir / "checkpoints")
+    done = checkpoint.step_of(newest) if newest else 0
+    if not done:
+        return f"training: {steps} steps"
+    return f"done before: all {steps} steps" if done >= steps else f"resuming: step {done} of {steps}"
 
 
 def folder_options(config: Run) -> tuple[bool, bool, bool]:

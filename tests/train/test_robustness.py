@@ -184,7 +184,7 @@ def test_a_signal_at_the_end_does_not_wait_for_the_last_evaluation(
 def test_a_run_without_labels_says_that_nothing_was_evaluated(adversarial, tmp_path, capsys):
     assert adversarial.train(tmp_path / "run", steps=1) == {}
     said = capsys.readouterr().out
-    assert "nothing was evaluated: the data has no labels" in said and "{}" not in said
+    assert "nothing was evaluated: images need data.label" in said and "{}" not in said
 
 
 def test_a_folder_in_use_is_refused_with_its_process_id_and_free_afterwards(adversarial, refusal, tmp_path):

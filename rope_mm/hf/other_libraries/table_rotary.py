@@ -382,9 +382,11 @@ def make_rope(slot: TableSlot, given: Any, read: TableRope, changes: Mapping[str
     name, pairs = type(slot.model).__name__, read.pairs // slot.heads
     if isinstance(given, TableRope):
         other = (given.axes, given.pairs, given.pairing) != (read.axes, read.pairs, read.pairing)
-        refuse(
-            {f"this rope was read from another kind of model than {name}; give its scheme": changes or other}
-        )
+        refuse({
+            f"this rope was read from another kind of model than {name}; give its scheme": other,
+            f"what rope_of read takes no changes, here {sorted(changes)}; give its scheme, "
+            f"set_rope(model, rope_of(model).scheme, ...)": changes,
+        })  # fmt: skip
         return given
     if made := isinstance(given, Rotary):
         refuse({
