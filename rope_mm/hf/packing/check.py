@@ -11,7 +11,14 @@ from torch.nn.functional import cross_entropy
 
 from rope_mm.hf.packing.examples import IGNORED, Example, encode_example
 from rope_mm.hf.packing.isolation import forward, special_tokens, tolerance
-from rope_mm.hf.packing.leaks import VARLEN, is_flash, takes_lengths
+from rope_mm.hf.packing.leaks import (
+    MIXED,
+    VARLEN,
+    blocks_are_moved,
+    is_flash,
+    mixes_image_blocks,
+    takes_lengths,
+)
 from rope_mm.hf.packing.rows import Placer, make_placer, text_model
 
 Batch = dict[str, Any]
@@ -124,6 +131,12 @@ class Trial:
             right[1:] = given[len(given) - axes :].cpu()
         right = right if self.placer.scheme else right.long()
         return {**batch, "position_ids": right if axes else right[0]}
+
+    def mixes_images(self, batch: Batch) -> bool:
+        """Whether the model's mask of images moves blocks of one example into another, at right positions."""
+        numbers = self.positions(batch, whole=True)["position_ids"]
+        numbers = (numbers if numbers.dim() == 2 else numbers[0]).long()
+        return mixes_image_blocks(type(self.model), self.placer.config) and blocks_are_moved(numbers, batch)
 
     def lengths(self, batch: Batch) -> Batch:
         """The batch with the cumulative lengths of its examples."""
@@ -242,11 +255,12 @@ def explain(
         return f"example {leaks[0]} sees the examples before it ({how}): {remedy(trial, batch)}"
     if first is not None:
         right = max(x or 0.0 for x in trial.differences(trial.positions(batch, whole=True)))
-        why = (
-            "its position_ids are not those that it has alone; make them for each example"
-            if (right <= trial.most)
-            else "pixels, grids or other inputs are not its own; give them in the order of the rows"
-        )
+        if right <= trial.most:
+            why = "its position_ids are not those that it has alone; make them for each example"
+        elif trial.mixes_images(batch):
+            why = f"{type(trial.model).__name__} {MIXED}"
+        else:
+            why = "pixels, grids or other inputs are not its own; give them in the order of the rows"
         return f"example {first} sees no other, but differs by {differences[first]:.1e} from alone: {why}"
     if crossing:
         return (

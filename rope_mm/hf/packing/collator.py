@@ -9,8 +9,10 @@ from torch import nn
 from torch.utils.data import get_worker_info
 
 from rope_mm.hf.packing.examples import Example, cut_example, encode_example
-from rope_mm.hf.packing.isolation import needs_mask
-from rope_mm.hf.packing.rows import Placer, make_placer, pack_examples
+from rope_mm.hf.packing.isolation import mixes_images, needs_mask
+from rope_mm.hf.packing.leaks import MIXED
+from rope_mm.hf.packing.rows import Placer, make_placer, pack_examples, text_model
+from rope_mm.positions.packing import first_fit
 
 LOG = logging.getLogger(__name__)
 MOST_WORKERS = 256
@@ -39,7 +41,8 @@ class PackingCollator:
         skipped: how many were skipped, in all workers.
 
     Raises:
-        ValueError: a model that does not keep documents apart; when called, a batch of which nothing is left.
+        ValueError: a model that does not keep documents apart; when called, a batch of which nothing is left,
+            or a row of several examples with images, where the model's mask of images mixes them (Gemma 3).
     """
 
     def __init__(
@@ -61,6 +64,8 @@ class PackingCollator:
         self._placer = make_placer(model)
         self.counts = torch.zeros(2, MOST_WORKERS + 1, dtype=torch.long).share_memory_()
         self.needs_mask = prove and needs_mask(model, self._placer)
+        self.mixes_images = prove and mixes_images(model, self._placer, self.needs_mask)
+        self.model_name = type(text_model(model)).__name__
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the model, for workers that are spawned."""
@@ -104,6 +109,16 @@ class PackingCollator:
         worker = get_worker_info()
         self.counts[int(skipped), 0 if worker is None else 1 + worker.id % MOST_WORKERS] += 1
 
+    def refuse_images(self, examples: Sequence[Example]) -> None:
+        """Refuse a row of several examples with an image in it.
+
+        Raises:
+            ValueError: such a row.
+        """
+        for row in first_fit([len(x) for x in examples], self.max_length):
+            if len(row) > 1 and any((examples[n].kinds > 0).any() for n in row):
+                raise ValueError(f"{self.model_name} {MIXED}")
+
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One batch.
 
@@ -121,6 +136,8 @@ class PackingCollator:
                 f"no example of this batch of {len(examples)} has anything left to predict in "
                 f"{self.max_length} tokens; raise max_length, or the number of examples in a batch"
             )
+        if self.mixes_images:
+            self.refuse_images(kept)
         placer = self.placer
         pad_id = pad_token(self.processor, placer.config)
         return pack_examples(kept, placer, self.max_length, pad_id, self.needs_mask)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rope_mm.hf.image_grids import takes_images
 from rope_mm.hf.packing.examples import Example
-from rope_mm.hf.packing.leaks import is_flash
+from rope_mm.hf.packing.leaks import TYPES, is_flash
 from rope_mm.hf.packing.rows import Placer, pack_examples, text_model
 
 LOG = logging.getLogger(__name__)
@@ -50,6 +51,38 @@ def needs_mask(model: nn.Module, placer: Placer) -> bool:
         "that carry a state (Mamba, linear attention), two-way attention and offsets are not served; pad "
         "its examples instead, or try attn_implementation='sdpa'"
     )
+
+
+@torch.no_grad()
+def mixes_images(model: nn.Module, placer: Placer, masked: bool) -> bool:
+    """Whether the mask that a model makes of images mixes documents, by a small forward.
+
+    Masks are made of token types, so text with the types of an image shows it without pixels.
+
+    Args:
+        model: that keeps documents of text apart.
+        placer: of the model.
+        masked: whether it does so by a mask that comes with the batch.
+    """
+    base = text_model(model)
+    names = [name for name in TYPES if name in placer.known]
+    if not names or not takes_images(base):
+        return False
+    examples = []
+    for begin, n, (first, stop) in ((0, 7, (2, 5)), (7, 6, (3, 6))):
+        text = probe_example(base.config, begin, n)
+        types = torch.zeros(n, dtype=torch.long)
+        types[first:stop] = 1
+        examples.append(Example(text.tokens | dict.fromkeys(names, types), {}, text.kinds))
+    try:
+        alone = torch.cat([run(base, pack_examples([x], placer, 7, 0, False)) for x in examples], 1)
+    except Exception:  # a model that counts its images by the types
+        return False
+    try:
+        packed = run(base, pack_examples(examples, placer, 13, 0, masked))
+    except ValueError:  # refused by the hooks of `set_rope`
+        return True
+    return (packed - alone).abs().max().item() > tolerance(alone) * alone.abs().max().item()
 
 
 def tolerance(outputs: Tensor) -> float:

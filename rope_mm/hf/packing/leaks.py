@@ -5,6 +5,8 @@ rise by one, if there is no cache and no mask (b, s). flash-attention takes cumu
 arguments of VARLEN. Without them it reads the token positions of a batch of one row.
 """
 
+import inspect
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
@@ -18,7 +20,13 @@ from rope_mm.positions.place import place
 from rope_mm.schemes.scheme import Scheme
 
 VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+TYPES = ("token_type_ids", "mm_token_type_ids")  # what names the tokens of images
 REMEDY = "rope_mm.hf.PackingCollator makes batches that keep them apart"
+MIXED = (
+    "does not keep documents with images apart in one row: transformers lays the mask of one document's "
+    "images over the places of the next; put one example with images in a row, as with a batch of one and "
+    "gradient accumulation, or pad"
+)
 # documents of one image at the start, where some layouts bring the text behind it back to 0
 SHAPES = (
     "image:1x1",
@@ -76,7 +84,11 @@ def refuse_packing_leak(module: Any, tokens: Tensor, kwargs: Mapping[str, Any]) 
     flash = is_flash(config) and len(tokens) > 1
     leaks = cached or flash if mask is None else there is not None or read(kwargs, "cache") is not None
     count = tokens if there is None else tokens.where(there, -1)
-    if not leaks or not (count < count.cummax(-1).values).logical_and(count >= 0).any():
+    if not (count < count.cummax(-1).values).logical_and(count >= 0).any():
+        return
+    if mask is None and mixes_image_blocks(type(module), config) and blocks_are_moved(tokens, kwargs):
+        raise ValueError(f"{type(module).__name__} {MIXED}")
+    if not leaks:
         return
     if flash and not cached:
         raise ValueError(
@@ -87,6 +99,41 @@ def refuse_packing_leak(module: Any, tokens: Tensor, kwargs: Mapping[str, Any]) 
         "token positions start again within a row, and with a cache or a mask (b, s) transformers "
         f"lets the documents see one another; pass use_cache=False and no mask: {REMEDY}"
     )
+
+
+def mixes_image_blocks(cls: type, config: Any) -> bool:
+    """Whether the masks of a model of transformers lay blocks of images over places before these are renumbered.
+
+    `create_causal_mask` renumbers the places of packed rows within `or_mask_function`, but not within
+    `block_sequence_ids` (transformers, masking_utils.py). Gemma 3 and 4 give blocks of images by the former.
+    """
+    named = getattr(config.get_text_config(), "use_bidirectional_attention", False)
+    return named is not None and not is_flash(config) and names_block_function(cls.__module__)
+
+
+@cache
+def names_block_function(module: str) -> bool:
+    """Whether the source of a module gives blocks as or_mask_function."""
+    with suppress(OSError, TypeError, KeyError):
+        return "or_mask_function=blockwise_overlay" in inspect.getsource(sys.modules[module])
+    return False
+
+
+def blocks_are_moved(tokens: Tensor, kwargs: Mapping[str, Any]) -> bool:
+    """Whether images by token types stand elsewhere in the row than at the same numbers of its documents.
+
+    Args:
+        tokens: (b, s), token positions.
+        kwargs: the forward's arguments, of which token_type_ids or mm_token_type_ids (b, s) name the images.
+    """
+    given = next((kwargs[x] for x in TYPES if kwargs.get(x) is not None), None)
+    if given is None or given.shape[-1] != tokens.shape[-1]:
+        return False
+    images = (given > 0) & (given < 3)
+    tokens = tokens.to(given.device).expand(len(given), -1)
+    follows = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
+    moved = images.gather(1, tokens.clamp(0, tokens.shape[-1] - 1)) != images
+    return bool((moved & ((tokens > 0) | (follows > 0))).any())  # padding is documents of one token
 
 
 def refuse_hidden_documents(
