@@ -23,7 +23,9 @@ def gemma3():
     torch.manual_seed(0)
     text = {**TEXT, "sliding_window": 8, "query_pre_attn_scalar": 16}
     text["layer_types"] = ["sliding_attention", "full_attention"]
-    config = Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4, image_token_index=IMAGE)
+    config = Gemma3Config(
+        text_config=text, vision_config=VISION, mm_tokens_per_image=4, image_token_index=IMAGE
+    )
     return Gemma3ForConditionalGeneration(config).eval()
 
 
