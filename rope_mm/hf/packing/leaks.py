@@ -102,7 +102,7 @@ def refuse_packing_leak(module: Any, tokens: Tensor, kwargs: Mapping[str, Any]) 
 
 
 def mixes_image_blocks(cls: type, config: Any) -> bool:
-    """Whether the masks of a model of transformers lay blocks of images over places before these are renumbered.
+    """Whether a model of transformers lays blocks of images over places before these are renumbered.
 
     `create_causal_mask` renumbers the places of packed rows within `or_mask_function`, but not within
     `block_sequence_ids` (transformers, masking_utils.py). Gemma 3 and 4 give blocks of images by the former.
