@@ -9,8 +9,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rope_mm.checks.fields import Count, Positive, WholeNumber, read_value
+from rope_mm.checks.tensors import check_real_tensors
+
 ROWS = 128  # of a matrix of distances at a time: blocks that stay in the cache
 NEIGHBOURS = 5
+LARGEST = torch.finfo(torch.float32).max  # of a feature: its sixth power is finite in float64
 
 
 def check_features(least: int = 2, /, **features: Tensor) -> list[Tensor]:
@@ -21,11 +25,10 @@ def check_features(least: int = 2, /, **features: Tensor) -> list[Tensor]:
         features: by the name that a message calls them.
 
     Raises:
-        ValueError: no tensors (n, f) with n >= least, of different width, or not all finite.
+        ValueError: no real tensors (n, f) with n >= least, of different width, not all finite, or too large.
     """
+    check_real_tensors(**features)
     for name, x in features.items():
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} is a {type(x).__name__}; give a tensor, torch.as_tensor({name})")
         if x.dim() != 2 or len(x) < least or not x.shape[1]:
             raise ValueError(
                 f"{name} must be features (n, f) of at least {least} samples, not {tuple(x.shape)}; "
@@ -34,6 +37,11 @@ def check_features(least: int = 2, /, **features: Tensor) -> list[Tensor]:
         if not x.isfinite().all():
             rows = int((~x.isfinite()).any(1).sum())
             raise ValueError(f"{name} has {rows} of {len(x)} samples with nan or infinite features")
+        if x.dtype == torch.float64 and x.abs().max() > LARGEST:
+            raise ValueError(
+                f"{name} reaches past {LARGEST:.1e}, where powers of it overflow; divide all features by "
+                "one number"
+            )
     widths = {name: x.shape[1] for name, x in features.items()}
     if len(set(widths.values())) > 1:
         raise ValueError(f"features must be equally wide, not {widths}")
@@ -125,6 +133,7 @@ def sliced_wasserstein(
         raise ValueError(
             f"the sliced distance pairs sorted samples and wants as many, not {len(a)} and {len(b)}"
         )
+    directions = read_value("sliced_wasserstein", "directions", directions, Count)
     lines = torch.randn(a.shape[1], directions, generator=generator, dtype=torch.float64)
     lines = (lines / lines.norm(dim=0)).to(a.device)
     gap = (a @ lines).sort(0).values - (b @ lines).sort(0).values
@@ -167,6 +176,7 @@ def prdc(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
         ValueError: no more than k reals or fakes, or k < 1; as from `check_features`.
     """
     real, fake = check_features(real=real, fake=fake)
+    k = read_value("prdc", "k", k, WholeNumber)
     if k < 1 or min(len(real), len(fake)) <= k:
         raise ValueError(
             f"{k} neighbours need k >= 1 and more than {k} samples, "
@@ -206,6 +216,9 @@ def mode_statistics(labels: Tensor, weights: Tensor) -> dict[str, float]:
     Raises:
         ValueError: no labels, one that is no mode, a weight that is not a positive number.
     """
+    check_real_tensors(labels=labels, weights=weights)
+    if weights.dim() != 1:
+        raise ValueError(f"weights must be (K,), one for each mode, not {tuple(weights.shape)}")
     right = (weights > 0) & weights.isfinite()
     if not right.all() or not len(weights):
         raise ValueError(f"every mode needs a positive weight, and {int((~right).sum())} have none")
@@ -245,8 +258,7 @@ def gaussian_modes(samples: Tensor, centres: Tensor, sigma: float) -> dict[str, 
     Raises:
         ValueError: a sigma that is no positive number, no centres; as from `check_features` of the samples.
     """
-    if not 0 < sigma < math.inf or not len(centres):
-        raise ValueError(f"sigma must be positive and centres some, not {sigma} and {len(centres)}")
+    sigma = read_value("gaussian_modes", "sigma", sigma, Positive)
     check_features(samples=samples)
     samples, centres = check_features(1, samples=samples, centres=centres)
     f = samples.shape[1]
@@ -279,13 +291,16 @@ def conditional_accuracy(found: Tensor, asked: Tensor) -> dict[str, float]:
         `accuracy` of all samples; `worst_class_accuracy` of the caption with the smallest.
 
     Raises:
-        ValueError: no labels, or labels of different shapes.
+        ValueError: no labels, labels of different shapes, or not all finite.
     """
+    check_real_tensors(found=found, asked=asked)
     if found.shape != asked.shape or found.dim() not in (1, 2) or not found.numel():
         raise ValueError(
             "accuracy compares labels (n,) or (n, a), one for each sample, with as many, "
             f"not {tuple(found.shape)} with {tuple(asked.shape)}"
         )
+    if not (found.isfinite() & asked.isfinite()).all():
+        raise ValueError("labels must be finite numbers, but some are nan or infinite, which equal no label")
     right = (found == asked).view(len(asked), -1).all(1).double()
     _, caption = asked.unique(dim=0, return_inverse=True)
     each = torch.zeros(int(caption.max()) + 1, dtype=right.dtype, device=right.device)

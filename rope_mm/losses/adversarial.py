@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
+from rope_mm.checks.fields import Count, Positive, read_value
+from rope_mm.checks.tensors import check_real_tensors
 from rope_mm.losses.divergences import F_DIVERGENCES, MONOTONE, Curve, FDivergence, Monotone
 from rope_mm.losses.scores import at_least_float32, check_rows, is_readable
 from rope_mm.registry import Registry
@@ -52,11 +54,16 @@ def checked(equation: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """An equation that refuses scores and distances other than (b,), and computes in float32 at least."""
 
     parameters = signature(equation)
+    asked = [name for name, p in parameters.parameters.items() if p.default is Parameter.empty]
 
     @wraps(equation)
     def on_scores(*args: Any, **options: Any) -> Tensor:
-        given = parameters.bind(*args, **options)
-        asked = [name for name, p in parameters.parameters.items() if p.default is Parameter.empty]
+        try:
+            given = parameters.bind(*args, **options)
+        except TypeError as error:
+            raise ValueError(
+                f"this side of the loss takes ({', '.join(parameters.parameters)}): {error}"
+            ) from None
         tensors = {name: given.arguments[name] for name in asked}
         check_rows(**tensors)
         given.arguments.update({name: at_least_float32(tensor) for name, tensor in tensors.items()})
@@ -152,10 +159,10 @@ def gan_qp_critic(
         ValueError: an odd power, which has no optimum, a λ that is not positive, or a distance that is
             negative or not finite.
     """
+    qp_lambda = read_value("gan-qp", "qp_lambda", qp_lambda, Positive)
+    power = read_value("gan-qp", "power", power, Count)
     if power < 2 or power % 2:
         raise ValueError(f"gan-qp wants an even power of at least 2, not {power}")
-    if not 0 < qp_lambda < math.inf:
-        raise ValueError(f"qp_lambda must be a positive number, not {qp_lambda}")
     if is_readable(distance) and not (distance.isfinite() & (distance >= 0)).all():
         raise ValueError(f"a distance must be finite and at least 0, but one is {distance.min().item()}")
     # elsewhere than on a CPU nobody looks, and NaN is seen where a wrong number would not be
@@ -228,9 +235,10 @@ def difference(real: Tensor, fake: Tensor) -> Tensor:
     Raises:
         ValueError: images of different shapes, or without entries to average over.
     """
-    if real.shape != fake.shape or real.dim() < 2:
+    check_real_tensors(**{"the first image tensor": real, "the second image tensor": fake})
+    if real.shape != fake.shape or real.dim() < 2 or not real.numel():
         raise ValueError(
-            "a distance pairs images (b, ...) with as many of the same shape, "
+            "a distance pairs images (b, ...) with as many of the same shape, not empty, "
             f"not {tuple(real.shape)} with {tuple(fake.shape)}"
         )
     return (at_least_float32(real) - at_least_float32(fake)).flatten(1)

@@ -1,10 +1,16 @@
 """The energy score of several samples for one condition: a loss of a generator that needs no critic."""
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
+from rope_mm.checks.fields import Real, read_value
+from rope_mm.checks.tensors import check_real_tensors
 from rope_mm.losses.scores import at_least_float32
 
+Exponent = Annotated[float, Real(above=0, below=2)]
+Repulsion = Annotated[float, Real(at_least=0, at_most=1)]
 SMALLEST = 1e-12  # a distance whose power below 1 would have no gradient
 
 
@@ -24,15 +30,14 @@ def energy_score(samples: Tensor, target: Tensor, exponent: float = 1.0, repulsi
     Raises:
         ValueError: shapes that do not fit, less than two samples, an exponent or repulsion out of range.
     """
+    check_real_tensors(samples=samples, target=target)
     if samples.dim() != 3 or len(samples) < 2 or samples.shape[1:] != target.shape:
         raise ValueError(
             "the energy score takes 2 samples or more (m, n, d) of targets (n, d), "
             f"not {tuple(samples.shape)} of {tuple(target.shape)}"
         )
-    if not 0 < exponent < 2 or not 0 <= repulsion <= 1:
-        raise ValueError(
-            f"exponent must be in (0, 2) and repulsion in [0, 1], not {exponent} and {repulsion}"
-        )
+    exponent = read_value("energy_score", "exponent", exponent, Exponent)
+    repulsion = read_value("energy_score", "repulsion", repulsion, Repulsion)
     samples, target = at_least_float32(samples), at_least_float32(target)
     first, second = torch.triu_indices(len(samples), len(samples), 1).unbind()
     attraction = distance_power(samples - target, exponent).mean(0)

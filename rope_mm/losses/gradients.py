@@ -4,7 +4,6 @@ A method takes a critic (images (b, ...) -> scores (b,)), images, the step `sigm
 random probes, and gives squared norms (b,) that the critic's weights have gradients of.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rope_mm.losses.scores import at_least_float32
+from rope_mm.checks.fields import Positive, read_value
+from rope_mm.losses.scores import at_least_float32, check_rows
 from rope_mm.registry import Registry
 
 Critic = Callable[..., Tensor]
@@ -62,12 +62,25 @@ def coarsest_dtype(scores: Tensor, images: Tensor) -> torch.dtype:
     return max((kind for kind in types if kind.is_floating_point), key=lambda kind: torch.finfo(kind).eps)
 
 
+def check_scores(scores: Any, images: Tensor) -> None:
+    """Refuse scores that are not one for each image: a mean over images has another gradient.
+
+    Raises:
+        ValueError: no scores (b,) of images (b, ...).
+    """
+    check_rows(scores=scores)
+    if len(scores) != len(images):
+        raise ValueError(f"a critic gives one score for each image, not {len(scores)} for {len(images)}")
+
+
 def input_gradients(scores: Tensor, images: Tensor) -> Tensor:
     """Gradient (b, ...) of each score (b,) by its own image (b, ...), itself differentiable.
 
     Raises:
-        ValueError: scores that came through an operation without second derivative.
+        ValueError: scores that are not one for each image, or came through an operation without second
+            derivative.
     """
+    check_scores(scores, images)
     if reason := once_differentiable(scores):
         raise ValueError(f"a gradient penalty needs second derivatives, which {reason}, or take method='fd'")
     return torch.autograd.grad(scores.sum(), images, create_graph=True)[0]
@@ -113,8 +126,7 @@ def by_difference(critic: Critic, images: Tensor, sigma: float, generator: torch
     Raises:
         ValueError: a sigma that is not finite and positive, or that the rounding of the critic outweighs.
     """
-    if not 0 < sigma < math.inf:
-        raise ValueError(f"sigma of finite differences must be a finite number > 0, not {sigma}")
+    sigma = read_value("finite differences", "sigma", sigma, Positive)
     images = images.detach()
     noise = torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=generator)
     devices = [images.device] if images.is_cuda else []
@@ -122,6 +134,8 @@ def by_difference(critic: Critic, images: Tensor, sigma: float, generator: torch
         with torch.random.fork_rng(devices):
             scores = critic(images)
         moved = critic(images + sigma * noise)
+    for found in (scores, moved):
+        check_scores(found, images)
     coarsest = coarsest_dtype(scores, images)
     if sigma < (smallest := SMALLEST_STEP.get(coarsest, 0.1)):
         raise ValueError(
@@ -144,6 +158,7 @@ def by_jvp(critic: Critic, images: Tensor, sigma: float, generator: torch.Genera
     noise = torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=generator)
     with twice_differentiable():
         scores, slopes, *_ = torch.func.jvp(critic, (images,), (noise,))
+    check_scores(scores, images)
     return at_least_float32(slopes).square() + 0 * scores  # the zero as in `of_scores`
 
 
@@ -181,6 +196,7 @@ def by_best_method(critic: Critic, images: Tensor, sigma: float, generator: torc
     leaf = images.detach().requires_grad_()
     with twice_differentiable():
         scores = critic(leaf)
+    check_scores(scores, images)
     if once_differentiable(scores):
         return by_difference(critic, images, sigma, generator)
     return of_scores(scores, leaf)

@@ -4,16 +4,19 @@ Each entry is the ½ E, and gamma its weight outside; `gamma` translates the wei
 is each sample's own, over all its entries; then comes the mean over samples.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from rope_mm.checks.fields import NotNegative, Number, Positive, Real, read_value
+from rope_mm.checks.tensors import check_real_tensors
 from rope_mm.losses.divergences import Curve
 from rope_mm.losses.gradients import METHODS, Critic, squared_norms
-from rope_mm.losses.scores import at_least_float32, check_rows
+from rope_mm.losses.scores import at_least_float32, check_rows, is_readable
 from rope_mm.registry import Registry
 
 POINTS = {
@@ -21,6 +24,27 @@ POINTS = {
     "fake": lambda real, fake, mix: fake,
     "between": lambda real, fake, mix: mix * real + (1 - mix) * fake,
 }
+
+
+Fraction = Annotated[float, Real(above=0, at_most=1)]
+
+
+def check_pairs(real: Tensor, fake: Tensor) -> None:
+    """Refuse images that are not (b, ...) of one shape, with b >= 1: broadcast, they would pair otherwise."""
+    check_real_tensors(real=real, fake=fake)
+    if real.shape != fake.shape or real.dim() < 2 or not len(real):
+        raise ValueError(
+            "a gradient penalty pairs real images (b, ...) with as many fakes of the same shape, b at least "
+            f"1, not {tuple(real.shape)} with {tuple(fake.shape)}"
+        )
+
+
+def check_mean(name: str, mean: Tensor | float) -> None:
+    """Refuse a mean score that is no finite number, as a tensor (); elsewhere than on a CPU nobody looks."""
+    if isinstance(mean, Tensor) and mean.dim():
+        raise ValueError(f"{name} must be one mean score, a number or a tensor (), not {tuple(mean.shape)}")
+    if not isinstance(mean, Tensor) or is_readable(mean):
+        read_value("a penalty of scores", name, mean, Number)
 
 
 @dataclass(frozen=True)
@@ -68,11 +92,8 @@ class GradientPenalty:
             ValueError: a fraction outside (0, 1], a sigma that is no positive number, a method that estimates
                 only ‖∇D‖² for a penalty that is a curve of it.
         """
-        if not 0 < fraction <= 1 or not 0 < sigma < math.inf:
-            raise ValueError(
-                f"fraction must be in (0, 1] and sigma a positive number, not fraction {fraction} and sigma "
-                f"{sigma}"
-            )
+        read_value("a gradient penalty", "fraction", fraction, Fraction)
+        read_value("a gradient penalty", "sigma", sigma, Positive)
         if self.value is not None and method in ("fd", "jvp"):
             raise ValueError(
                 f"method {method!r} estimates ‖∇D‖² alone, and this penalty is a curve of it; take 'autograd'"
@@ -103,9 +124,11 @@ class GradientPenalty:
 
         Raises:
             ValueError: an unknown method, one that the critic or this penalty does not allow, a fraction or
-                sigma out of range.
+                sigma out of range, images of other shapes than (b, ...) of both, or none, scores that are not
+                one for each image.
         """
         self.check(method, fraction, sigma)
+        check_pairs(real, fake)
         rows = max(1, round(fraction * len(real)))
         real, fake = real[:rows], fake[:rows]
         mix = torch.rand(len(real), generator=generator, dtype=real.dtype, device=real.device)
@@ -130,10 +153,15 @@ class ScorePenalty:
         """The penalty of two sets of scores (b,), and for "lecam" of two mean scores, numbers or ().
 
         Raises:
-            ValueError: tensors that are not (b,) with one b.
+            ValueError: another number of arguments, scores that are not (b,) with one b, a mean that is no
+                finite number.
         """
-        tensors = {f"argument {i}": s for i, s in enumerate(scores, 1) if isinstance(s, Tensor) and s.dim()}
-        check_rows(**tensors)
+        names = tuple(signature(self.value).parameters)
+        if len(scores) != len(names):
+            raise ValueError(f"this penalty takes ({', '.join(names)}), not {len(scores)} arguments")
+        check_rows(**{f"argument {i}": s for i, s in enumerate(scores[:2], 1)})
+        for name, mean in zip(names[2:], scores[2:], strict=True):
+            check_mean(name, mean)
         return self.value(*(at_least_float32(s) if isinstance(s, Tensor) else s for s in scores))
 
 
@@ -195,10 +223,11 @@ def gamma(weight: float, convention: str, sigma: float = 1.0) -> float:
         sigma: the step of "apt".
 
     Raises:
-        ValueError: an unknown convention.
+        ValueError: an unknown convention, a weight that is no number >= 0, a sigma that is not positive.
 
     Examples:
         >>> gamma(10.0, "whole")  # w ‖∇D‖² is (2 w / 2) ‖∇D‖²
         20.0
     """
-    return CONVENTIONS[convention](weight, sigma)
+    weight = read_value("gamma", "weight", weight, NotNegative)
+    return CONVENTIONS[convention](weight, read_value("gamma", "sigma", sigma, Positive))

@@ -1,7 +1,11 @@
 """What every loss and penalty expects of a critic's scores: one number an image, in float32 at least."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from rope_mm.checks.tensors import check_real_tensors
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -15,7 +19,7 @@ def is_readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and type(x) is Tensor and not recorded
 
 
-def check_rows(**tensors: Tensor) -> None:
+def check_rows(**tensors: Any) -> None:
     """Refuse what is not all (b,) with one b >= 1: broadcast, tensors would give a wrong number.
 
     Args:
@@ -24,10 +28,7 @@ def check_rows(**tensors: Tensor) -> None:
     Raises:
         ValueError: another shape, with all shapes and the cure; no tensor, complex numbers, no rows.
     """
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor) or x.is_complex():
-            what = x.dtype if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise ValueError(f"{name} is {what}; give a tensor (b,) of real numbers")
+    check_real_tensors(**tensors)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
         named = ", ".join(f"{name} {shape}" for name, shape in shapes.items())

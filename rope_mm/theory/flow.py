@@ -5,7 +5,6 @@ identity is the Wasserstein gradient flow of KL(q‖p), whose other faces are La
 scheme. Su, kexue.fm/archives/9660 and 9662; MonoFlow, arXiv 2302.01075.
 """
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal
 from torch.func import grad, hessian
 
+from rope_mm.checks.fields import Positive, read_value
+from rope_mm.checks.tensors import check_real_tensors
 from rope_mm.losses import GAN_LOSSES
 from rope_mm.losses.divergences import Curve, FDivergence
 
@@ -145,9 +146,14 @@ def jko(particles: Tensor, p: Distribution, rate: float) -> Tensor:
         ValueError: a rate that is no positive number; particles that are not finite and rising, or where p
             has no density; a minimum that Newton's method does not reach.
     """
-    if not 0 < rate < math.inf:
-        raise ValueError(f"jko needs a positive rate, not {rate}")
-    if particles.dim() != 1 or not particles.isfinite().all() or not (particles.diff() > 0).all():
+    rate = read_value("jko", "rate", rate, Positive)
+    check_real_tensors(particles=particles)
+    if (
+        particles.dim() != 1
+        or not len(particles)
+        or not particles.isfinite().all()
+        or not (particles.diff() > 0).all()
+    ):
         raise ValueError("jko needs finite particles (n,) in rising order, no two the same; sort them")
 
     def objective(x: Tensor) -> Tensor:

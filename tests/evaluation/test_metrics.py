@@ -34,6 +34,47 @@ def test_the_frechet_distance_is_that_of_the_two_gaussians():
     assert frechet(a, a) == pytest.approx(0, abs=1e-8)
 
 
+@pytest.mark.parametrize("metric", [frechet, kid, prdc, sliced_wasserstein])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.ones(9, 3, dtype=torch.complex64), "a is torch.complex64|real is torch.complex64"),
+        (torch.randn(9, 3, dtype=torch.float64) * 1e200, "powers of it overflow"),
+    ],
+)
+def test_features_that_are_complex_or_too_large_for_powers_are_refused(metric, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        metric(wrong, wrong)
+
+
+@pytest.mark.parametrize("metric", [frechet, kid, prdc, sliced_wasserstein])
+def test_the_largest_features_that_are_taken_have_finite_metrics(metric):
+    largest = torch.full((200, 8), torch.finfo(torch.float32).max) * torch.randn(200, 1).sign()
+    found = metric(largest, -largest)
+    assert all(math.isfinite(value) for value in (found.values() if metric is prdc else [found]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mode_statistics(numpy.zeros(3, int), torch.ones(2)), "labels is a ndarray; give a tensor"),
+        (
+            lambda: mode_statistics(torch.zeros(3).long(), numpy.ones(2)),
+            "weights is a ndarray; give a tensor",
+        ),
+        (lambda: conditional_accuracy(numpy.ones(3), torch.ones(3)), "found is a ndarray; give a tensor"),
+        (lambda: conditional_accuracy(*[torch.full((3,), math.nan)] * 2), "labels must be finite"),
+        (lambda: prdc(torch.randn(9, 3), torch.randn(9, 3), 2.5), "k must be a whole number >= 0, not 2.5"),
+        (lambda: prdc(torch.randn(9, 3), torch.randn(9, 3), "2"), "k must be a whole number >= 0, not '2'"),
+        (lambda: gaussian_modes(torch.randn(9, 2), torch.eye(2), "1"), "sigma must be a finite number > 0"),
+        (lambda: sliced_wasserstein(torch.eye(3), torch.eye(3), 0), "directions must be a whole number >= 1"),
+    ],
+)
+def test_labels_and_numbers_that_are_none_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 @pytest.mark.parametrize("metric", [frechet, kid, prdc])
 def test_features_that_are_no_tensors_are_refused(metric):
     features = torch.randn(9, 3)
@@ -170,7 +211,7 @@ def test_samples_that_show_no_modes_are_refused(wrong):
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan])
 def test_a_deviation_of_modes_that_is_not_positive_is_refused(sigma):
-    with pytest.raises(ValueError, match="sigma must be positive"):
+    with pytest.raises(ValueError, match="sigma must be a finite number > 0, not"):
         gaussian_modes(torch.randn(9, 2), torch.zeros(3, 2), sigma)
 
 

@@ -371,7 +371,7 @@ def test_a_distance_that_is_a_number_is_refused():
 @pytest.mark.parametrize("sigma", [math.nan, math.inf, 0.0, -1.0])
 def test_a_step_of_finite_differences_that_is_not_finite_and_positive_is_refused(sigma):
     images = torch.ones(2, 3)
-    with pytest.raises(ValueError, match="sigma of finite differences must be a finite number > 0"):
+    with pytest.raises(ValueError, match="finite differences: sigma must be a finite number > 0"):
         METHODS["fd"](lambda x: x.square().sum(1), images, sigma, None)
 
 
@@ -400,7 +400,7 @@ def test_half_precision_scores_of_a_hundred_do_not_overflow():
 
 @pytest.mark.parametrize("qp_lambda", [0.0, -1.0, math.nan, math.inf])
 def test_a_lambda_of_gan_qp_that_is_not_positive_is_refused(qp_lambda):
-    with pytest.raises(ValueError, match="qp_lambda must be a positive number"):
+    with pytest.raises(ValueError, match="gan-qp: qp_lambda must be a finite number > 0"):
         GAN_LOSSES["gan-qp"].critic(REAL, FAKE, torch.ones(4), qp_lambda)
 
 

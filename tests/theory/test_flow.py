@@ -85,16 +85,16 @@ def test_jko_follows_the_closed_form_as_its_steps_shrink():
 
 
 @pytest.mark.parametrize(
-    "particles", [[1.0, 0.0], [0.0, 0.0], [0.0, math.inf], [-math.inf, 0.0], [math.nan, 0.0]]
+    "particles", [[1.0, 0.0], [0.0, 0.0], [0.0, math.inf], [-math.inf, 0.0], [math.nan, 0.0], []]
 )
 def test_jko_refuses_particles_that_are_not_finite_and_rising(particles):
     with pytest.raises(ValueError, match=r"jko needs finite particles .* sort them"):
         jko(torch.tensor(particles), P, 0.1)
 
 
-@pytest.mark.parametrize("rate", [0.0, -0.1, math.nan, math.inf])
+@pytest.mark.parametrize("rate", [0.0, -0.1, math.nan, math.inf, "1"])
 def test_jko_refuses_a_rate_at_which_it_would_never_end(rate):
-    with pytest.raises(ValueError, match="jko needs a positive rate"):
+    with pytest.raises(ValueError, match="jko: rate must be a finite number > 0"):
         jko(torch.tensor([0.0, 1.0]), P, rate)
 
 
@@ -220,3 +220,8 @@ def test_many_steps_on_one_critic_overshoot_unless_they_follow_the_projection():
     assert max(path[None][5:]) > 10
     assert path[0.1] == sorted(path[0.1], reverse=True)
     assert path[0.1][-1] < 0.05
+
+
+def test_jko_refuses_particles_that_are_no_tensor():
+    with pytest.raises(ValueError, match="particles is a list; give a tensor"):
+        jko([0.0, 1.0], P, 0.1)
