@@ -48,7 +48,7 @@ class Rotary(nn.Module):
         omega_param: the learned Omega, a float32 parameter; None where the scheme is not learnable.
 
     Raises:
-        ValueError: an unknown scheme or field, a head_dim without whole pairs.
+        ValueError: an unknown scheme or field, one without effect, a head_dim without whole pairs.
 
     Examples:
         >>> rope = Rotary(64, "rope-tv")
@@ -72,6 +72,8 @@ class Rotary(nn.Module):
         self.head_dim, self.heads = head_dim, heads
         self.scheme = read_scheme(scheme, **changes)
         scheme = self.scheme
+        if scheme.ladder_over_heads and heads is None and not scheme.per_head:
+            raise ValueError("ladder_over_heads has no effect without heads; give heads=, or leave it at False")
         blocks, tail = scheme.blocks(head_dim), scheme.channel_offset == "end"
         self.spec = RotarySpec(scheme.pairing, blocks, tail, scheme.attention_scaling, mode)
         # no buffer: those are cast with a model, averaged over processes, and lost on the meta device

@@ -29,11 +29,13 @@ class Extension:
         axes: names of the axes whose pairs are extended; () extends all pairs.
         needs_length: whether Omega depends on the length of the sequence (of the class).
         applies_to_text: whether it is meant for axes along which text is counted, too (of the class).
+        reads_theta: whether it depends on theta besides the frequencies (of the class).
     """
 
     axes: Annotated[tuple[str, ...], Names()] = ()
     needs_length: ClassVar[bool] = False
     applies_to_text: ClassVar[bool] = True
+    reads_theta: ClassVar[bool] = False
 
     def __post_init__(self):
         check_fields(self)
@@ -155,6 +157,7 @@ class YaRN(Extension):
     attention_factor: Positive | None = None
     mscale: Positive | None = None
     mscale_all_dim: Positive | None = None
+    reads_theta: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -39,6 +39,9 @@ from rope_mm.segments import Segment
 
 PAIRING_NAMES = ("half", "interleaved", "block")
 OFFSETS = ("start", "end", "padded")
+DEPENDENT = ("theta", "freq_range", "axis_shares", "ladder")  # have an effect only with some other fields
+ONE_GROUP = ("golden", "headwise")  # ownerships whose pairs share one ladder, whatever it is called
+UNSHARED = ("golden", "simplex")  # ownerships whose directions take no shares
 OLD_FIELDS = {
     "still": "unrotated_fraction",
     "slot": "channel_offset",
@@ -73,7 +76,7 @@ class Scheme:
     Attributes:
         layout: key of LAYOUTS.
         options: the layout's own numbers, as a dict or as (name, value) pairs.
-        theta: base of the geometric ladder.
+        theta: base of the spacing "geometric".
         ladder: "shared" (RoPE-1D's own), "own" (one for each axis) or "dealt", a key of LADDERS.
         spacing: "geometric" in theta, or "log" or "linear" over `freq_range`, a key of SPACINGS.
         freq_range: first and last frequency of the spacings "log" and "linear".
@@ -132,6 +135,7 @@ class Scheme:
             object.__setattr__(self, name, value)
         self.check_frequencies()
         self.check_extensions()
+        self.check_effects()
 
     def check_frequencies(self) -> None:
         """Refuse frequencies that do not fit one another or the layout's axes.
@@ -168,6 +172,32 @@ class Scheme:
             shared = self.text_axes & set(extension.axes or self.axes)
             if shared and not extension.applies_to_text:
                 raise ValueError(f"{extension} is for frames, but text is counted on {sorted(shared)}, too")
+
+    def check_effects(self) -> None:
+        """Refuse a field that is set and that the other fields leave without effect.
+
+        Raises:
+            ValueError: with the field that has an effect.
+        """
+        for name, why in self.unused.items():
+            if name in self.changed:
+                raise ValueError(f"{name} has no effect with {why}, not {getattr(self, name)!r}")
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """The fields that the others leave without effect: with what, and what to do."""
+        spacing, ownership = f"spacing {self.spacing!r}; ", f"ownership {self.ownership!r}; "
+        free = self.ownership in UNSHARED and self.pairing != "block"
+        reasons = {
+            "theta": (
+                self.spacing != "geometric" and not any(x.reads_theta for x in self.extensions),
+                f"{spacing}set freq_range, and leave theta at its default",
+            ),
+            "freq_range": (self.spacing == "geometric", f"{spacing}set theta, or spacing 'log' or 'linear'"),
+            "axis_shares": (free, f"{ownership}leave it at None"),
+            "ladder": (self.ownership in ONE_GROUP, f"{ownership}leave it at 'shared'"),
+        }
+        return {name: why for name, (unused, why) in reasons.items() if unused}
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -266,13 +296,15 @@ class Scheme:
         return cls(**entries)
 
     def replace(self, **changes: Any) -> "Scheme":
-        """This scheme with some fields changed.
+        """This scheme with some fields changed; fields that this leaves without effect get their defaults.
 
         Raises:
-            ValueError: an unknown field or extension, or a value that does not fit.
+            ValueError: an unknown field or extension, or a value that does not fit or has no effect.
         """
         refuse_unknown(changes)
-        return replace(self, **changes)
+        carried = [name for name in DEPENDENT if name not in changes]
+        bare = replace(self, **{x: Scheme.__dataclass_fields__[x].default for x in carried}, **changes)
+        return replace(bare, **{name: getattr(self, name) for name in carried if name not in bare.unused})
 
 
 def refuse_unknown(entries: Mapping[str, Any]) -> None:

@@ -27,14 +27,15 @@ def back(config, folder):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_is_saved_and_loaded_by_a_config_as_a_name_and_as_fields(scheme, tmp_path):
-    changed = SCHEMES[scheme].replace(theta=77.0)
-    named = read_config(**TOY, rope_parameters={"scheme": scheme, "theta": 77.0})
+    change = {"fraction": 0.5} if "theta" in SCHEMES[scheme].unused else {"theta": 77.0}
+    changed = SCHEMES[scheme].replace(**change)
+    named = read_config(**TOY, rope_parameters={"scheme": scheme, **change})
     written = read_config(**TOY, rope_parameters=changed)
-    held = read_config(**TOY, rope_parameters={"scheme": SCHEMES[scheme], "theta": 77.0})
+    held = read_config(**TOY, rope_parameters={"scheme": SCHEMES[scheme], **change})
     for number, config in enumerate((named, written, held)):
         again = back(config, tmp_path / str(number))
         assert again.scheme == config.scheme == changed
-        assert again.rope_parameters["rope_theta"] == 77.0
+        assert again.rope_parameters["rope_theta"] == changed.theta
 
 
 @pytest.mark.parametrize("kind", EXTENSIONS)
