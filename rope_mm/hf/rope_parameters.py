@@ -335,5 +335,10 @@ def without_config_fields(scheme: Scheme) -> Scheme:
     options = tuple(option for option in scheme.options if option[0] not in ("merge", "rate"))
     shares = scheme.axis_shares and (1,) * len(scheme.axis_order or scheme.axes)
     return scheme.replace(
-        theta=Scheme.theta, fraction=1.0, unrotated_fraction=0.0, extensions=(), options=options, axis_shares=shares
+        theta=Scheme.theta,
+        fraction=1.0,
+        unrotated_fraction=0.0,
+        extensions=(),
+        options=options,
+        axis_shares=shares,
     )

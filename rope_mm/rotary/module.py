@@ -73,7 +73,9 @@ class Rotary(nn.Module):
         self.scheme = read_scheme(scheme, **changes)
         scheme = self.scheme
         if scheme.ladder_over_heads and heads is None and not scheme.per_head:
-            raise ValueError("ladder_over_heads has no effect without heads; give heads=, or leave it at False")
+            raise ValueError(
+                "ladder_over_heads has no effect without heads; give heads=, or leave it at False"
+            )
         blocks, tail = scheme.blocks(head_dim), scheme.channel_offset == "end"
         self.spec = RotarySpec(scheme.pairing, blocks, tail, scheme.attention_scaling, mode)
         # no buffer: those are cast with a model, averaged over processes, and lost on the meta device
