@@ -33,7 +33,7 @@ def test_a_field_is_refused_exactly_where_it_would_not_change_omega(spacing, own
 
 @pytest.mark.parametrize("name", ["pixel-log", "pixel-linear", "golden-gate", "ltx", "ltx2", "ltx2-audio"])
 def test_theta_is_refused_where_frequencies_have_a_range(name):
-    with pytest.raises(ValueError, match="theta has no effect with spacing '.*'; set freq_range"):
+    with pytest.raises(ValueError, match=r"theta has no effect with spacing '.*'; set freq_range"):
         Rotary(16, name, theta=10.0)
 
 
