@@ -19,6 +19,7 @@ TOKEN_IDS = {  # the fields of a config with the token of each kind
     VIDEOS: ("video_token_id", "video_token_index"),
 }
 PACES = ("second_per_grid_ts", "second_per_grids", "video_second_per_grid")  # one argument, by family
+SIZES = ("image_grid_thw", "video_grid_thw", "image_sizes", *PACES)  # arguments that say sizes of images
 SHRINK = {"scale_factor": 1.0, "spatial_merge_size": 1.0, "downsample_ratio": -1.0}  # and its exponent
 
 
@@ -52,7 +53,8 @@ def read_grids(config: Any, inputs: Mapping[str, Any], kinds: Tensor) -> dict[in
 
     Args:
         config: the model's config.
-        inputs: image_grid_thw and video_grid_thw (n, 3), and the seconds of a video's grid, where there are.
+        inputs: image_grid_thw and video_grid_thw (n, 3), image_sizes (n, 2) of Pixtral's tower, and the
+            seconds of a video's grid, where there are.
         kinds: (b, s), the kinds of the tokens to place.
 
     Raises:
@@ -65,7 +67,7 @@ def read_grids(config: Any, inputs: Mapping[str, Any], kinds: Tensor) -> dict[in
     images = [(t, y // side, x // side) for t, y, x in images]
     videos = [(max(t // frames, 1), y // side, x // side) for t, y, x in videos]
     if not images and (kinds == IMAGES).any():
-        images = square_images(config, kinds)
+        images = sized_images(config, inputs.get("image_sizes"), kinds) or square_images(config, kinds)
     paces = next((inputs[name] for name in PACES if inputs.get(name) is not None), None)
     paces = [1.0] * len(videos) if paces is None else [float(pace) for pace in paces]
     if len(paces) != len(videos):
@@ -74,6 +76,26 @@ def read_grids(config: Any, inputs: Mapping[str, Any], kinds: Tensor) -> dict[in
         IMAGES: [Video(t, y, x) if t > 1 else Image(y, x) for t, y, x in images],
         VIDEOS: [Video(t, y, x, pace) for (t, y, x), pace in zip(videos, paces, strict=True)],
     }
+
+
+def sized_images(config: Any, sizes: Any, kinds: Tensor) -> list[tuple[int, int, int]]:
+    """Grids of images from their sizes in pixels (n, 2), of Pixtral's tower (Mistral 3); [] for other towers.
+
+    Raises:
+        ValueError: rows of an image's tokens with other tokens between them.
+    """
+    vision: Any = getattr(config, "vision_config", None)
+    if sizes is None or getattr(vision, "model_type", None) != "pixtral":
+        return []
+    side = vision.patch_size * getattr(config, "spatial_merge_size", 1)
+    images = [(1, int(y) // side, int(x) // side) for y, x in torch.as_tensor(sizes).tolist()]
+    runs = [len(list(run)) for row in kinds.tolist() for kind, run in groupby(row) if kind == IMAGES]
+    if runs == [x for _, y, x in images for _ in range(y)] and len(runs) > len(images):
+        raise ValueError(
+            f"{len(images)} images stand in {len(runs)} rows of tokens with other tokens between them, as of "
+            "[IMG_BREAK], which no layout places; take them out of input_ids, or give position_ids"
+        )
+    return images
 
 
 def square_images(config: Any, kinds: Tensor) -> list[tuple[int, int, int]]:

@@ -47,6 +47,7 @@ from rope_mm.hf.rotary_inspection import (
     frequency_counts,
     modules_using,
     read_module,
+    rotates_one_by_one,
 )
 from rope_mm.hf.unrotated_modules import cross_attentions, untouched_parts
 
@@ -301,6 +302,9 @@ def use_kernels(model: nn.Module) -> Handle:
         {
             f"{name} rotate in their own ways, and our op has one for all": len(kinds) > 1,
             f"{name} has no attention with a rotary function of its own to replace": not found,
+            f"{name} rotates queries and keys in two calls, and our op takes both in one; take set_rope": any(
+                map(rotates_one_by_one, found)
+            ),
             f"{name} rotates by our op already; undo that first": any(
                 site.ours and site.module.use_op for site in slots
             ),

@@ -10,7 +10,16 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin
 
 from rope_mm.checks.arguments import ALIASES, read
-from rope_mm.hf.image_grids import IMAGES, PACES, VIDEOS, parameters_of, read_grids, takes_images, token_kinds
+from rope_mm.hf.image_grids import (
+    IMAGES,
+    PACES,
+    SIZES,
+    VIDEOS,
+    parameters_of,
+    read_grids,
+    takes_images,
+    token_kinds,
+)
 from rope_mm.hf.packing.leaks import VARLEN
 from rope_mm.hf.rotary_embedding import scheme_of
 from rope_mm.positions.grids import Cursor
@@ -305,7 +314,7 @@ def place_forward(
         return None, None
     s, past = tokens.shape[1], int(cache.get_seq_length()) if cache is not None else 0
     starts = conversation_starts(cache, past, len(tokens)) if past else None
-    inputs = {name: kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw", *PACES)}
+    inputs = {name: kwargs.get(name) for name in SIZES}
     inputs["mm_token_type_ids"] = last_columns(kwargs.get("mm_token_type_ids"), s)
     inputs["cu_seq_lens_q"] = None if past else kwargs.get("cu_seq_lens_q")
     mask = kwargs.get("attention_mask")
@@ -350,9 +359,15 @@ def conversation_starts(cache: Any, past: int, rows: int) -> list[float]:
     """
     talk = getattr(cache, "rope_mm_conversation", None)
     if talk is None or talk.tokens != past:
+        why = (
+            f"this cache holds {past} tokens of unknown positions, as where another model filled it"
+            if talk is None
+            else f"this cache held {talk.tokens} tokens after the last forward that placed them and holds "
+            f"{past} now: it was cropped, or filled elsewhere"
+        )
         raise ValueError(
-            f"this cache holds {past} tokens of unknown positions, as where another model filled it; "
-            "give position_ids, as `positions_for` makes them for the whole sequence"
+            f"{why}; give position_ids of the new tokens, the last columns of what `positions_for` makes for "
+            "the whole sequence, or begin with a new cache"
         )
     starts = talk.next.repeat_interleave(rows // len(talk.next)).tolist()
     if any(start != start for start in starts):
@@ -412,7 +427,7 @@ def prepare_positions(self: Any, inputs: Tensor, given: dict[str, Any]) -> Tenso
     tokens = inputs if tokens is None or not tokens.shape[1] else tokens
     cache, scheme = read(given, "cache"), scheme_of(self)
     past = int(cache.get_seq_length()) if cache is not None else 0
-    named = {name: given.get(name) for name in ("image_grid_thw", "video_grid_thw", *PACES)}
+    named = {name: given.get(name) for name in SIZES}
     kinds = given.get("mm_token_type_ids")
     ids = tokens if tokens.ndim == 2 else None
     whole = tokens.shape[1] > past

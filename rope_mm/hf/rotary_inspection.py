@@ -226,6 +226,14 @@ def modules_using(owner: nn.Module, pattern: re.Pattern[str]) -> list[nn.Module]
     return [module for module in mine if globals_used(module, pattern)]
 
 
+def rotates_one_by_one(module: nn.Module) -> bool:
+    """Whether an attention's rotary function takes queries and keys in two calls, as GPT-J's does."""
+    forward = inspect.unwrap(type(module).forward)
+    functions = [forward.__globals__.get(name) for name in globals_used(module, APPLY_FUNCTION)]
+    names = [[*inspect.signature(x).parameters] for x in functions if inspect.isfunction(x)]
+    return any(re.match("sin|cos|freq", second) for _, second, *_ in (x for x in names if len(x) > 1))
+
+
 def attention_head_dim(owner: Any, attentions: list[nn.Module]) -> int:
     """Channels of a head of the attention modules of a model without rotary.
 

@@ -215,6 +215,24 @@ def test_an_image_of_unknown_size_is_refused_with_the_remedy():
             ask()
 
 
+def test_a_cache_that_was_cropped_is_refused_and_given_positions_go_on_from_it(cached):
+    model, more = qwen2_5_vl(), torch.tensor([[8, 9]])
+    set_rope(model, "rope-tv")
+    _, inputs = image((1, 4, 4), last=7)
+    n = inputs["input_ids"].shape[1]
+    short = inputs | {name: inputs[name][:, : n - 3] for name in ("input_ids", "mm_token_type_ids")}
+    whole = with_text(short, more)
+    cache = cache_of(model(**inputs, use_cache=True))
+    cache.crop(-3)
+    with pytest.raises(
+        ValueError, match=f"held {n} tokens .* holds {n - 3} now: it was cropped, or filled els"
+    ):
+        logits(model, input_ids=more, **cached(cache))
+    positions = positions_for(model, whole)[..., -2:]
+    out = logits(model, input_ids=more, position_ids=positions, **cached(cache))
+    assert (out - logits(model, **whole)[:, -2:]).abs().max() < WITHIN * out.abs().max()
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_step_with_the_whole_mask_needs_no_positions(padded, cached):
     model, more = qwen2_5_vl(), torch.tensor([[30, 31]])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 
-from rope_mm.hf import explain, positions_for, rope_of, set_rope, unset_rope
+from rope_mm.hf import explain, positions_for, rope_of, set_rope, unset_rope, use_kernels
 
 IDS = torch.arange(3, 12)[None]
 
@@ -58,6 +58,17 @@ def test_a_model_with_a_table_places_images_and_decodes_as_its_forward(name):
     run = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     run["position_ids"] = p
     assert torch.equal(model.generate(IDS, **run), model.generate(IDS, **run, use_cache=False))
+
+
+@pytest.mark.parametrize("name", ["GPTJ", "CodeGen"])
+def test_use_kernels_says_that_queries_and_keys_are_rotated_in_two_calls(name):
+    model = gpt(name)
+    with pytest.raises(
+        ValueError,
+        match=f"{name}Attention rotates queries and keys in two calls, and our op takes both in one",
+    ):
+        use_kernels(model)
+    assert rope_of(model).pairing == "interleaved"
 
 
 def vjepa2():

@@ -259,6 +259,14 @@ def test_a_long_example_is_cut_at_text_and_keeps_whole_images(limit):
         assert packed_equals_alone(model, [one], collator).ok
 
 
+@pytest.mark.parametrize("limit", [4, 5, 6, 7])
+def test_a_cut_behind_the_token_that_opens_an_image_takes_it_away(limit):
+    one = visual_inputs([1, 5, 6, 7, 92, *[IMAGE] * 4, 93, 8], [(1, 4, 4)])
+    cut = PackingCollator(None, qwen2_vl(), limit, prove=False).prepare(one)
+    assert cut.tokens["input_ids"].tolist() == cut.tokens["labels"].tolist() == [1, 5, 6, 7]
+    assert not cut.media
+
+
 def test_an_example_without_a_text_to_cut_at_is_skipped_and_said_once(caplog):
     model = qwen2_vl()
     images = visual_inputs([1, *[IMAGE] * 8], [WIDE]) | {"labels": torch.tensor([[-100] * 8 + [5]])}

@@ -269,7 +269,7 @@ def cut_example(example: Example, config: Any, limit: int) -> Example | None:
         if begin < end < stop:
             end = begin
     opens = {getattr(config, name, None) for name in OPENS_IMAGE} - {None}
-    while end and end < limit and int(example.tokens["input_ids"][end - 1]) in opens:
+    while end and int(example.tokens["input_ids"][end - 1]) in opens:  # what it opens is cut
         end -= 1
     kept = {kind: sum(k == kind and stop <= end for k, _, stop in spans) for kind in (0, IMAGES, VIDEOS)}
     media = keep_media(example.media, spans, kept)
