@@ -33,6 +33,7 @@ from rope_mm.evaluation.qa import (
 from rope_mm.evaluation.scheme_comparison import draw_figure, summarise, write_table
 from rope_mm.files import write_text
 from rope_mm.models import IMAGE_TOKEN, RopeMMForConditionalGeneration, read_config
+from rope_mm.models.configuration_rope_mm import read_rope
 from rope_mm.training.config import check_options, option, run
 from rope_mm.training.run_page import write_comparison_page
 from rope_mm.training.threads import choose_threads
@@ -47,7 +48,7 @@ class CompareSchemes:
 
     output_dir: str = option("runs/compare", "folder of all runs and of the table")
     schemes: dict[str, dict[str, Any]] = option({}, "name of a row -> fields of rope_parameters")
-    theta: float = option(100.0, "of every scheme that names none", above=0)
+    theta: float = option(100.0, "of every scheme that reads one and names none", above=0)
     seeds: int = option(3, "runs of each scheme", minimum=1)
     steps: int = option(1000, "of the optimizer", minimum=1)
     global_batch_size: int = option(64, "documents of a step", minimum=1)
@@ -115,12 +116,14 @@ def make_model(
         seed: of the weights.
     """
     torch.manual_seed(seed)
+    rope = config.schemes[scheme]
+    theta = {} if "theta" in read_rope(rope).unused else {"theta": config.theta}
     settings = read_config(
         **{"num_channels": 3, **config.model},
         vocab_size=len(tokenizer),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         eos_token_id=tokenizer.eos_token_id,
-        rope_parameters={"theta": config.theta, **config.schemes[scheme]},
+        rope_parameters={**theta, **rope},
     )
     return RopeMMForConditionalGeneration(settings).to(config.device)  # pyright: ignore[reportArgumentType]
 

@@ -1,6 +1,7 @@
 """The comparison of schemes on models of toy size: nothing is learned here, but everything else must work."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import compare_schemes as compare
@@ -8,6 +9,7 @@ import pytest
 import torch
 from scipy.stats import tukey_hsd
 
+from rope_mm import Scheme
 from rope_mm.data.synthetic.qa_tasks import make_generation, make_motion, make_order, make_sprite
 from rope_mm.data.synthetic.sprites import COLOURS, COLUMNS, MOTIONS, ROWS
 from rope_mm.evaluation.qa import generate_answers, place_qa, score_answers
@@ -147,6 +149,15 @@ def test_models_of_a_comparison_differ_in_nothing_but_the_scheme(path):
         assert all(torch.equal(weight, first[key]) for key, weight in ours.items()), name
         assert model.config.scheme.theta == config.theta
     assert {"m-rope-spatial-reset", "videorope", "mixed"} < models.keys()
+
+
+def test_the_theta_of_all_goes_to_the_schemes_that_read_one(toy):
+    schemes = {"tv": {"scheme": "rope-tv"}, "log": {"scheme": "ltx"}}
+    schemes["own"] = {"scheme": "rope-tv", "theta": 7.0}
+    config = replace(load(compare.CompareSchemes, toy), schemes=schemes, theta=50.0)
+    tokenizer = compare.Benchmark(config).tokenizer
+    thetas = [compare.make_model(config, tokenizer, name, 0).config.scheme.theta for name in schemes]
+    assert thetas == [50.0, Scheme.theta, 7.0]
 
 
 @pytest.fixture
