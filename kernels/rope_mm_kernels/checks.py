@@ -7,6 +7,8 @@ serves where triton is not installed.
 import difflib
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ FINITE_POSITIONS = "positions hold NaN or infinity; every token needs a finite p
 FINITE_OMEGA = "Omega holds NaN or infinity; every pair needs finite radians per step"
 NEAR_FLOAT32 = "positions in float32 cannot count past 2**24; give them in float64 or as whole numbers"
 NEAR_FLOAT64 = "positions cannot be counted past 2**53; give smaller ones, counted from another start"
+NARROW_ANGLES = "angles in float32 are not exact past 2**24 radians; give them in float64 or mod 2 pi"
 NEAR_ANGLES = "angles past 2**40 radians are not exact; give smaller positions, counted from another start"
 # a copy of this package under another name, as the Kernel Hub makes, has ops of its own
 PACKAGE = __name__.partition(".")[0]
@@ -196,15 +199,36 @@ def make_fake_answer(positions: Tensor, omega: Tensor) -> Tensor:
     return positions.new_empty((), dtype=torch.bool)
 
 
-def check_spec(pairing: str, blocks: Sequence[int], factor: float = 1.0, mode: str = "exact") -> None:
-    """Refuse an unknown pairing or mode, blocks of another pairing, a factor that no rotation has."""
+def check_spec(
+    pairing: str, blocks: Sequence[int], factor: float = 1.0, mode: str = "exact", tail: bool = False
+) -> None:
+    """Refuse an unknown pairing or mode, blocks of another pairing, a factor or tail that no rotation has."""
     check_choice("pairing", pairing, PAIRINGS)
     check_choice("mode", mode, MODES)
-    if blocks and pairing != "block":
-        raise ValueError(f"blocks {tuple(blocks)} belong to pairing 'block'; omit them with {pairing!r}")
-    # a graph may hold a factor without its value
-    if not torch.compiler.is_compiling() and not (math.isfinite(factor) and factor):
-        raise ValueError(f"factor is {factor}; give a finite number other than 0")
+    if pairing == "block":
+        check_blocks(blocks)
+    elif blocks:
+        raise ValueError(f"blocks {blocks} belong to pairing 'block'; omit them with {pairing!r}")
+    if not isinstance(tail, bool):
+        raise ValueError(f"tail is {tail!r}; give True, to rotate the last channels of a head, or False")
+    if not is_factor(factor):
+        raise ValueError(f"factor is {factor}; give a finite number > 0")
+
+
+def is_factor(factor: object) -> bool:
+    """Whether cosine and sine can be multiplied by it."""
+    return isinstance(factor, float | Real) and not isinstance(factor, bool) and 0 < factor < math.inf
+
+
+def check_blocks(blocks: Sequence[int]) -> None:
+    """Refuse blocks of pairs that are not whole numbers."""
+    if isinstance(blocks, str) or not isinstance(blocks, Sequence) or not all(map(is_whole, blocks)):
+        raise ValueError(f"blocks are {blocks!r}; give a tuple of whole numbers, the pairs of each block")
+
+
+def is_whole(number: object) -> bool:
+    """Whether it is a whole number, also one of numpy."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def check_pairs(x: Tensor, n: int, r: int, pairing: str, blocks: Sequence[int]) -> None:
@@ -223,7 +247,12 @@ def check_tokens(x: Tensor, positions: Tensor) -> None:
     if positions.shape[-2] == x.shape[1] and (positions.dim() == 2 or len(positions) in (1, len(x))):
         return
     message = f"positions {shape_of(positions)} do not fit q {shape_of(x)}"
-    if positions.shape[-2] == x.shape[2]:
+    (b, s, h, _), a = x.shape, positions.shape[-1]
+    if tuple(positions.shape) == (a, b, s):
+        raise ValueError(
+            f"{message}; these look like Hugging Face's order (a, b, s): give positions.permute(1, 2, 0)"
+        )
+    if positions.shape[-2] == h:
         raise ValueError(f"{message}, which looks like (b, heads, s, d); give q.transpose(1, 2), so too k")
     raise ValueError(f"{message}; give one position for each token, (s, a) or (b, s, a)")
 
@@ -235,8 +264,9 @@ def check_rotation(
     omega: Tensor,
     pairing: str = "half",
     blocks: Sequence[int] = (),
-    factor: float = 1.0,
+    factor: float = 1,  # whole: a graph would be traced again to compare a default of 1.0
     mode: str = "exact",
+    tail: bool = False,
 ) -> None:
     """Refuse what does not fit together, before anything is computed.
 
@@ -249,12 +279,13 @@ def check_rotation(
         blocks: pairs in each block, for "block".
         factor: what cosine and sine are multiplied by.
         mode: a key of MODES.
+        tail: whether the last 2r channels are rotated, not the first.
 
     Raises:
         ValueError: what is refused, in one sentence.
     """
     check_heads(q, k)
-    check_spec(pairing, blocks, factor, mode)
+    check_spec(pairing, blocks, factor, mode, tail)
     check_positions(positions, omega)
     check_tokens(q, positions)
     n = omega.shape[0] if omega.dim() == 3 else 1
@@ -262,8 +293,43 @@ def check_rotation(
         check_pairs(x, n, omega.shape[-1], pairing, blocks)
 
 
+@lru_cache(maxsize=1024)
+def shares_elements(terms: tuple[tuple[int, int, int], ...], gap: int) -> bool:
+    """Whether gap + sum of m * stride, low <= m <= high, is 0 for any m: exactly, from the longest stride on.
+
+    Args:
+        terms: (stride, low, high), strides > 0 that fall.
+        gap: elements between the starts of two views of one memory.
+    """
+    if not terms:
+        return gap == 0
+    (stride, low, high), *rest = terms
+    below, above = (sum(term[0] * term[end] for term in rest) for end in (1, 2))
+    first = max(low, -((gap + above) // stride))
+    last = min(high, -(gap + below) // stride)
+    return any(shares_elements(tuple(rest), gap + m * stride) for m in range(first, last + 1))
+
+
+def overlap(q: Tensor, k: Tensor) -> bool:
+    """Whether an element of q is one of k."""
+    if q is k:
+        return True
+    # a graph knows no addresses
+    if torch.compiler.is_compiling() or not torch._C._is_alias_of(q, k) or not q.numel() or not k.numel():
+        return False
+    reach: dict[int, tuple[int, int]] = {}  # for each stride, how far the indices of k are beyond those of q
+    for x, sign in ((q, -1), (k, 1)):
+        for size, stride in zip(x.shape, x.stride(), strict=True):
+            low, high = reach.get(stride, (0, 0))
+            reach[stride] = (low - (size - 1), high) if sign < 0 else (low, high + size - 1)
+    terms = sorted(((stride, *ends) for stride, ends in reach.items() if stride), reverse=True)
+    return shares_elements(tuple(terms), k.storage_offset() - q.storage_offset())
+
+
 def check_in_place(q: Tensor, k: Tensor) -> None:
     """Refuse q and k that rotation in place would corrupt."""
+    if overlap(q, k):
+        raise ValueError("q and k share elements, which would be rotated twice; call rotate")
     if torch.is_grad_enabled() and any(x.requires_grad and x.is_leaf for x in (q, k)):
         raise ValueError("q or k is a leaf that requires grad, which must not be overwritten; call rotate")
     if any(size > 1 and not stride for x in (q, k) for size, stride in zip(x.shape, x.stride(), strict=True)):
@@ -287,11 +353,17 @@ def check_tables(q: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def check_table_rotation(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairing: str, blocks: Sequence[int]
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pairing: str,
+    blocks: Sequence[int],
+    tail: bool = False,
 ) -> None:
     """Refuse what does not fit together for q (b, s, h, d) and k (b, s, g, d) rotated by given tables."""
     check_heads(q, k)
-    check_spec(pairing, blocks)
+    check_spec(pairing, blocks, tail=tail)
     check_tables(q, cos, sin)
     for x in (q, k):
         check_pairs(x, 1, cos.shape[-1] // 2, pairing, blocks)
@@ -308,16 +380,29 @@ def check_angles(q: Tensor, angle: Tensor) -> None:
         raise ValueError(
             f"angles {shape_of(angle)} must be (s, r), (b, s, r) or (b, s, heads, r) for q {shape_of(q)}"
         )
-    if has_readable_values(angle) and not math.isfinite(largest(angle)):
+    if not has_readable_values(angle):
+        return
+    farthest = largest(angle)
+    if not math.isfinite(farthest):
         raise ValueError("angles hold NaN or infinity; every token needs finite angles")
+    if angle.dtype == torch.float32 and farthest > FARTHEST:
+        raise ValueError(NARROW_ANGLES)
+    if farthest > FASTEST:
+        raise ValueError(NEAR_ANGLES)
 
 
 def check_angle_rotation(
-    q: Tensor, k: Tensor, angle: Tensor, pairing: str, blocks: Sequence[int], factor: float
+    q: Tensor,
+    k: Tensor,
+    angle: Tensor,
+    pairing: str,
+    blocks: Sequence[int],
+    factor: float,
+    tail: bool = False,
 ) -> None:
     """Refuse what does not fit together for q (b, s, h, d) and k (b, s, g, d) rotated by given angles."""
     check_heads(q, k)
-    check_spec(pairing, blocks, factor)
+    check_spec(pairing, blocks, factor, tail=tail)
     check_angles(q, angle)
     for x in (q, k):
         check_pairs(x, angle.shape[2] if angle.dim() == 4 else 1, angle.shape[-1], pairing, blocks)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rope_mm_kernels import definition
 from rope_mm_kernels.angles import store_angle_gradients
+from rope_mm_kernels.checks import is_factor
 from rope_mm_kernels.ops import differentiate, register
 from rope_mm_kernels.pairs import address, load_pairs, locate, pair_channels, pick, reach, store_pairs
 from rope_mm_kernels.plan import DTYPES, KernelSpec, make_spec, plan, source, view
@@ -250,8 +251,8 @@ def apply(q, k, positions, omega, q_weight: Tensor, k_weight: Tensor, eps: float
     if q_weight.shape != q.shape[3:] or k_weight.shape != q.shape[3:] or q_weight.dtype != k_weight.dtype:
         got = f"{q_weight.dtype} {(*q_weight.shape,)} and {k_weight.dtype} {(*k_weight.shape,)}"
         raise ValueError(f"the weights must be ({q.shape[3]},) and of one dtype, not {got}")
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}, but heads of zeros need a positive one")
+    if not is_factor(eps):
+        raise ValueError(f"eps is {eps!r}, but heads of zeros need a positive finite number")
     weights = q_weight.contiguous(), k_weight.contiguous()
     inputs = (q, k, positions, omega, *weights, float(eps), spec)
     if torch.compiler.is_compiling() and q.dtype in DTYPES:

@@ -53,7 +53,7 @@ def make_spec(
     Raises:
         ValueError: what does not fit together, by `check_rotation`.
     """
-    check_rotation(q, k, positions, omega, pairing, blocks, factor, mode)
+    check_rotation(q, k, positions, omega, pairing, blocks, factor, mode, tail)
     n, a, r = omega.shape if omega.dim() == 3 else (1, *omega.shape)
     front = q.shape[3] - 2 * r if tail else 0
     return KernelSpec(n, a, r, block_sizes(pairing, r, tuple(blocks)), front, mode, float(factor))

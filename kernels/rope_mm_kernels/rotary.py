@@ -351,7 +351,7 @@ def rotate_by_angles(
     Raises:
         ValueError: what does not fit together, by `checks.check_angle_rotation`.
     """
-    check_angle_rotation(q, k, angles, pairing, blocks, factor)
+    check_angle_rotation(q, k, angles, pairing, blocks, factor, tail)
     angles = (angles if angles.dim() == 4 else angles.unsqueeze(-2)).to(q.device)
     n, r = angles.shape[-2:]
     angles = angles.expand(*q.shape[:2], -1, -1)

@@ -13,7 +13,7 @@ def table_inputs(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairing: str, blocks: tuple[int, ...], tail: bool
 ) -> tuple[Tensor, Tensor, KernelSpec]:
     """Tables (b, s, 1, 2r) on the device of q, and their spec; refuses what does not fit together."""
-    check_table_rotation(q, k, cos, sin, pairing, blocks)
+    check_table_rotation(q, k, cos, sin, pairing, blocks, tail)
     (b, _, _, d), width = q.shape, cos.shape[-1]
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         raise ValueError("tables get no gradient here; call rotate for the gradient of omega, or detach them")

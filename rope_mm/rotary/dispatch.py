@@ -35,7 +35,7 @@ class RotarySpec:
         mode: "exact", or "hf" for angles rounded to float32 as in transformers.
 
     Raises:
-        ValueError: an unknown pairing or mode, blocks of another pairing, a factor of 0 or not finite.
+        ValueError: an unknown pairing or mode, blocks of another pairing, a factor or tail that is none.
     """
 
     pairing: str = "half"
@@ -45,7 +45,7 @@ class RotarySpec:
     mode: str = "exact"
 
     def __post_init__(self):
-        checks.check_spec(self.pairing, self.blocks, self.factor, self.mode)
+        checks.check_spec(self.pairing, self.blocks, self.factor, self.mode, self.tail)
 
     @cached_property
     def slot(self) -> Slot:
@@ -190,7 +190,7 @@ class RotaryAngles:
         """`rotate` that overwrites q and k, with the same gradients, and returns them.
 
         Raises:
-            ValueError: as `rotate`, and leaves that require grad, or expanded tensors.
+            ValueError: as `rotate`, and leaves that require grad, expanded tensors, q and k that overlap.
         """
         check_heads(q, k)
         checks.check_in_place(q, k)
@@ -353,7 +353,7 @@ def rotate(
         [0.0, 1.0]
     """
     keys = keys_or_empty(q, k)
-    checks.check_rotation(q, keys, positions, omega, pairing, blocks, factor, mode)
+    checks.check_rotation(q, keys, positions, omega, pairing, blocks, factor, mode, tail)
     angles = make_angles_for(q, positions, omega, RotarySpec(pairing, tuple(blocks), tail, factor, mode))
     return (angles.rotate_one(q), None) if k is None else angles.rotate(q, k)
 
@@ -384,9 +384,10 @@ def rotate_(
         mode: "exact", or "hf" for the angles of transformers, rounded to float32.
 
     Raises:
-        ValueError: as `rotate`, and a q or k that is a leaf that requires grad, or expanded.
+        ValueError: as `rotate`, and a q or k that is a leaf that requires grad, or expanded, or shares
+            elements with the other.
     """
-    checks.check_rotation(q, k, positions, omega, pairing, blocks, factor, mode)
+    checks.check_rotation(q, k, positions, omega, pairing, blocks, factor, mode, tail)
     spec = RotarySpec(pairing, tuple(blocks), tail, factor, mode)
     return make_angles_for(q, positions, omega, spec).rotate_(q, k)
 
@@ -441,7 +442,7 @@ def rotate_by_angles(
         (torch.Size([1, 6, 4, 16]), torch.Size([1, 6, 2, 16]))
     """
     keys = keys_or_empty(q, k)
-    checks.check_angle_rotation(q, keys, angles, pairing, blocks, factor)
+    checks.check_angle_rotation(q, keys, angles, pairing, blocks, factor, tail)
     made = angles_from(q, angles, RotarySpec(pairing, tuple(blocks), tail, factor))
     return (made.rotate_one(q), None) if k is None else made.rotate(q, k)
 
@@ -471,7 +472,7 @@ def rotate_by_table(
         ValueError: what does not fit together.
     """
     keys = keys_or_empty(q, k)
-    checks.check_table_rotation(q, keys, cos, sin, pairing, blocks)
+    checks.check_table_rotation(q, keys, cos, sin, pairing, blocks, tail)
     spec = RotarySpec(pairing, tuple(blocks), tail)
     learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     if kernel_supports(q.device, q.dtype) and not learned:

@@ -60,6 +60,7 @@ def test_gradients_are_the_same_bits_every_time(device: str) -> None:
         ({"q_weight": torch.ones(15)}, "weights must be"),
         ({"k_weight": torch.ones(16).double()}, "of one dtype"),
         ({"eps": 0.0}, "positive"),
+        ({"eps": "1"}, "positive finite number"),
         ({"omega": torch.ones(3, 9)}, "9 pairs need"),
     ],
 )

@@ -4,10 +4,13 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rope_mm_kernels import checks
 from torch import nn
 
 from rope_mm import Rotary, rotate
-from rope_mm.rotary.dispatch import rotate_, rotate_by_angles, rotate_by_table
+from rope_mm.rotary.dispatch import make_angles, rotate_, rotate_by_angles, rotate_by_table
 
 B, S, H, G, D, A, R = 2, 5, 4, 2, 16, 3, 8
 FIT = {
@@ -94,6 +97,15 @@ FAR = {
 FACTORS = {
     "a factor of nothing": ({"factor": 0.0}, "factor is 0.0"),
     "a factor that is no number": ({"factor": torch.nan}, "factor is nan"),
+    "a factor that turns the sign": ({"factor": -1.0}, "factor is -1.0; give a finite number > 0"),
+    "a truth value as factor": ({"factor": True}, "factor is True; give a finite number > 0"),
+    "a string as factor": ({"factor": "1"}, "factor is 1; give a finite number > 0"),
+    "a string as tail": ({"tail": "no"}, "tail is 'no'; give True"),
+    "blocks of halves": (
+        {"pairing": "block", "blocks": (4.0, 4.0)},
+        r"blocks are \(4.0, 4.0\); give a tuple",
+    ),
+    "blocks that are one number": ({"pairing": "block", "blocks": 8}, "blocks are 8; give a tuple"),
 }
 REFUSED = {**FORMS, **VALUES, **FAR, **FACTORS}
 
@@ -221,6 +233,7 @@ def test_every_path_rotates_far_tokens_by_their_angle(power):
         ({"sin": torch.full((1, S, D), torch.inf)}, "cos or sin holds NaN or infinity"),
         ({"k": torch.ones(B, S - 1, G, D)}, "alike but for the heads"),
         ({"pairing": "block"}, "sum to the 8 pairs"),
+        ({"tail": "no"}, "tail is 'no'; give True"),
     ],
 )
 def test_tables_that_do_not_fit_are_refused_alike(change, words):
@@ -245,6 +258,9 @@ def test_tables_that_do_not_fit_are_refused_alike(change, words):
         ({"angles": torch.ones(S, R).half()}, "in float32 or float64"),
         ({"angles": torch.full((S, R), torch.nan)}, "NaN or infinity"),
         ({"pairing": "thirds"}, "pairing 'thirds' is unknown"),
+        ({"tail": "no"}, "tail is 'no'; give True"),
+        ({"angles": torch.full((S, R), 2.0**25)}, r"in float32 are not exact past 2\*\*24 radians"),
+        ({"angles": torch.full((S, R), 2.0**41).double()}, r"past 2\*\*40 radians"),
     ],
 )
 def test_angles_that_do_not_fit_are_refused_alike(change, words):
@@ -264,6 +280,81 @@ def test_in_place_refuses_what_it_would_corrupt():
         rotate_(q.clone().requires_grad_(), k.clone(), positions, omega)
     with pytest.raises(ValueError, match="one element stands for many"):
         rotate_(q[:, :, :1].expand_as(q), k.clone(), positions, omega)
+
+
+FUSED = torch.randn(B, S, 4, 3, D)  # of each head, its q, k and v
+
+
+@pytest.mark.parametrize("function", ["rotate_", "kernel", "angles"])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("the same tensor", lambda x: (x[:, :, :, 0],) * 2),
+        ("the same elements", lambda x: (x[:, :, :, 0], x[:, :, :, 0].view_as(x[:, :, :, 0]))),
+        ("a head that is in both", lambda x: (x[:, :, :2, 0], x[:, :, 1:, 0])),
+        (
+            "half of the channels",
+            lambda x: [x.flatten(2)[..., i : i + 4 * D].view(B, S, 4, D) for i in (0, 1)],
+        ),
+        ("tokens one apart", lambda x: (x[:, :-1, :, 0], x[:, 1:, :, 0])),
+    ],
+)
+def test_in_place_refuses_q_and_k_that_share_elements(name, make, function):
+    q, k = make(FUSED.clone())
+    positions = FIT["positions"][: q.shape[1]]
+    in_place = {
+        "rotate_": rotate_,
+        "kernel": pytest.importorskip("rope_mm_kernels.rotary").rotate_,
+        "angles": lambda q, k, *where: make_angles(*where).rotate_(q, k),
+    }[function]
+    with pytest.raises(ValueError, match="q and k share elements"):
+        in_place(q, k, positions, FIT["omega"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: (x[:, :, :, 0], x[:, :, :, 1]),
+        lambda x: (x[:, :, :3, 0], x[:, :, 3:, 0]),
+        lambda x: (x[:, :, :, 0], x[:, :, :1, 2]),
+        lambda x: (x[:, 0:4:2, :, 0], x[:, 1:4:2, :, 0]),
+        lambda x: x.view(B, S, 12, D).split((8, 4), 2),
+        lambda x: x.view(B, 12, S, D).transpose(1, 2).split((8, 4), 2),
+        lambda x: (x.view(-1, S, 2, D)[:2], x.view(-1, S, 2, D)[2:4]),
+    ],
+)
+def test_in_place_rotates_q_and_k_that_lie_in_one_tensor_beside_each_other(make):
+    q, k = make(FUSED.clone())
+    positions = FIT["positions"][: q.shape[1]]
+    expected = rotate(q.clone(), k.clone(), positions, FIT["omega"])
+    for x, y in zip(rotate_(q, k, positions, FIT["omega"]), expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@given(st.data())
+def test_views_overlap_where_numpy_finds_an_element_of_both(data):
+    memory = torch.zeros(400)
+
+    def view():
+        shape = [data.draw(st.integers(1, 4)) for _ in range(4)]
+        strides = [data.draw(st.integers(1, 24)) for _ in range(4)]
+        return torch.as_strided(memory, shape, strides, data.draw(st.integers(0, 100)))
+
+    q, k = view(), view()
+    assert checks.overlap(q, k) == np.shares_memory(q.numpy(), k.numpy())
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, torch.nan, torch.inf])
+def test_a_compiled_rotation_refuses_a_factor_that_none_has(factor):
+    compiled = torch.compile(rotate, backend="eager")
+    with pytest.raises(ValueError, match="give a finite number > 0"):
+        compiled(**FIT, factor=factor)
+
+
+def test_positions_of_hugging_face_are_named_where_heads_are_as_many_as_tokens_there():
+    q, omega = torch.randn(4, 3, 4, 8), torch.ones(3, 4)
+    with pytest.raises(ValueError, match=r"Hugging Face's order \(a, b, s\): give positions.permute"):
+        rotate(q, q, torch.arange(3.0).expand(3, 4, 3), omega)
 
 
 def test_numbers_of_numpy_are_taken_as_numbers():
