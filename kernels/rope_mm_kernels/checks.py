@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,12 @@ def check_heads(q: Tensor, k: Tensor) -> None:
         swapped = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
         hint = ". These look like (b, heads, s, d): give q.transpose(1, 2) and k.transpose(1, 2)" * swapped
         raise ValueError(f"q and k must be (b, s, heads, d), alike but for the heads, not {shapes}{hint}")
+
+
+def check_head_dtype(dtype: object) -> None:
+    """Refuse a dtype that no heads and no tables have."""
+    if dtype not in HEAD_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; give that of the heads: {', '.join(map(str, HEAD_DTYPES))}")
 
 
 def check_omega(omega: Tensor) -> None:
@@ -215,9 +222,11 @@ def check_spec(
         raise ValueError(f"factor is {factor}; give a finite number > 0")
 
 
-def is_factor(factor: object) -> bool:
+def is_factor(factor: Any) -> bool:
     """Whether cosine and sine can be multiplied by it."""
-    return isinstance(factor, float | Real) and not isinstance(factor, bool) and 0 < factor < math.inf
+    if isinstance(factor, bool) or not isinstance(factor, Real):
+        return False
+    return 0 < factor < math.inf  # pyright: ignore[reportOperatorIssue]
 
 
 def check_blocks(blocks: Sequence[int]) -> None:
@@ -315,7 +324,9 @@ def overlap(q: Tensor, k: Tensor) -> bool:
     if q is k:
         return True
     # a graph knows no addresses
-    if torch.compiler.is_compiling() or not torch._C._is_alias_of(q, k) or not q.numel() or not k.numel():
+    if torch.compiler.is_compiling() or not q.numel() or not k.numel():
+        return False
+    if not torch._C._is_alias_of(q, k):  # pyright: ignore[reportAttributeAccessIssue]
         return False
     reach: dict[int, tuple[int, int]] = {}  # for each stride, how far the indices of k are beyond those of q
     for x, sign in ((q, -1), (k, 1)):

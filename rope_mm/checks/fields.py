@@ -121,12 +121,19 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Names:
-    """A sequence of names, read as a tuple; one name stands for a sequence of one."""
+    """A sequence of names, read as a tuple.
+
+    Attributes:
+        alone: whether one name stands for a sequence of one.
+    """
+
+    alone: bool = True
 
     def read(self, values: Any) -> tuple[str, ...]:
         """The names as a tuple; ValueError where there are others than names."""
-        names = (values,) if isinstance(values, str) else tuple(values)
-        if not all(isinstance(name, str) for name in names):
+        single = isinstance(values, str)
+        names = (values,) if single else tuple(values)
+        if (single and not self.alone) or not all(isinstance(name, str) for name in names):
             raise ValueError
         return names
 
@@ -167,6 +174,8 @@ Rule = Real | Reals | OneOf | Names | String | Flag
 Number = Annotated[float, Real()]
 Positive = Annotated[float, Real(above=0)]
 NotNegative = Annotated[float, Real(at_least=0)]
+COUNTABLE = Real(at_least=-(2.0**53), at_most=2.0**53)  # beyond it float64 cannot count by one
+Position = Annotated[float, COUNTABLE]
 Count = Annotated[int, Whole(at_least=1)]
 WholeNumber = Annotated[int, Whole(at_least=0)]
 Switch = Annotated[bool, Flag()]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
-from rope_mm.checks.fields import Count, Number, Positive, String, WholeNumber, check_fields
+from rope_mm.checks.fields import Count, Position, Positive, String, WholeNumber, check_fields
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class OpenVideo:
         audio_tokens: tokens of its audio so far.
     """
 
-    start: Number
+    start: Position
     t: Count
     y: Count
     x: Count
@@ -45,7 +45,7 @@ class Cursor:
         video: the video that stands last, if one does.
     """
 
-    next: Number = 0.0
+    next: Position = 0.0
     tokens: WholeNumber = 0
     images: WholeNumber = 0
     layout: Annotated[str, String()] = ""

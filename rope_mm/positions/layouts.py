@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from rope_mm.checks.fields import NotNegative, Positive, Real, Reals
+from rope_mm.checks.fields import Names, NotNegative, Positive, Real, Reals, check_fields
 from rope_mm.positions import audio_layouts as audio
 from rope_mm.positions import vision_layouts as vision
 from rope_mm.positions.cursor import Cursor
@@ -48,12 +48,21 @@ class Layout:
         audio_rule: as `text_rule`, of audio tokens; None places them as text.
     """
 
-    axes: tuple[str, ...]
+    axes: Annotated[tuple[str, ...], Names(alone=False)]
     image_rule: Callable[..., tuple[Raster | Tensor, float]]
     source: str
     text_rule: TextRule = text_on_diagonal
-    positions_per_second: float | None = None
+    positions_per_second: Positive | None = None
     audio_rule: TextRule | None = None
+
+    def __post_init__(self):
+        check_fields(self)
+        if not self.axes or len(set(self.axes)) < len(self.axes):
+            raise ValueError(f"Layout: axes must be a tuple of different names, not {self.axes!r}")
+        for name in ("image_rule", "text_rule", "audio_rule"):
+            rule = getattr(self, name)
+            if not callable(rule) and not (rule is None and name == "audio_rule"):
+                raise ValueError(f"Layout: {name} must be a function, not {rule!r}")
 
 
 def flat(cursor: Cursor, segment: Segment):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rope_mm.checks.fields import NotNegative, Real, apply_rule, read_value
+from rope_mm.checks.fields import COUNTABLE, NotNegative, Real, apply_rule, read_value
 from rope_mm.positions.cursor import Cursor, OpenVideo
 from rope_mm.positions.grids import Raster, at_origin, fill, is_finite, same_frames
 from rope_mm.positions.layouts import LAYOUTS, Layout
@@ -156,7 +156,7 @@ def check_answer(answer: Any, segment: Segment, layout: Layout) -> Placed:
     if not isinstance(answer, tuple) or len(answer) != 2:
         raise ValueError(f"{who} must return positions and next, not {answer!r}")
     positions, after = answer
-    after = apply_rule(who, "next", after, Real())
+    after = apply_rule(who, "next", after, COUNTABLE)
     if isinstance(positions, Raster):
         shape = (positions.tokens, *{len(row) for row in (positions.origin, *positions.steps)})
         finite = shape == (segment.tokens, a) and is_finite(positions)
@@ -367,7 +367,7 @@ def augment_positions(
         generator: of the random numbers.
 
     Raises:
-        ValueError: a negative shift or a factor below 1.
+        ValueError: a negative shift or a factor below 1; positions of a narrower type, or not all finite.
     """
     shift = read_value("augment_positions", "shift", shift, NotNegative)
     largest = {"jitter": jitter, "rescale": rescale}
@@ -375,7 +375,18 @@ def augment_positions(
         math.log(apply_rule("augment_positions", name, value, Real(at_least=1)))
         for name, value in largest.items()
     ]
-    positions = torch.as_tensor(positions)
+    try:
+        positions = torch.as_tensor(positions)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"augment_positions: positions must be a tensor, not {positions!r}") from None
+    known = not (positions.is_complex() or positions.dtype in (torch.bool, torch.float16, torch.bfloat16))
+    if not known or not positions.dim():
+        raise ValueError(
+            "augment_positions: positions must be (..., s, a), whole numbers, float32 or float64, "
+            f"not {positions.dtype} {tuple(positions.shape)}"
+        )
+    if not positions.isfinite().all():
+        raise ValueError("augment_positions: positions must be finite, and some are NaN or infinite")
     positions = positions if positions.is_floating_point() else positions.double()
 
     def sample(n: int, most: float) -> Tensor:

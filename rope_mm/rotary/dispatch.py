@@ -300,9 +300,10 @@ def make_angles(
         dtype: of the heads that will be rotated.
 
     Raises:
-        ValueError: positions or an Omega that are refused.
+        ValueError: positions, an Omega or a dtype that are refused.
     """
     check_positions(positions, omega)
+    checks.check_head_dtype(dtype)
     spec = RotarySpec(spec) if isinstance(spec, str) else spec
     if kernel_supports(positions.device, dtype):
         return RotaryAngles(positions, omega.to(positions.device), spec)

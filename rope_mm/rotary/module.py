@@ -173,6 +173,7 @@ class Rotary(nn.Module):
         """
         omega = self.omega_for(positions, length)
         check_positions(positions, omega)
+        checks.check_head_dtype(dtype)
         cos, sin = definition.cos_sin(positions, omega, dtype, self.spec.factor, self.spec.mode)
         if cos.shape[-2] != 1:
             raise ValueError(

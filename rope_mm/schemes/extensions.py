@@ -39,6 +39,8 @@ class Extension:
 
     def __post_init__(self):
         check_fields(self)
+        if len(set(self.axes)) < len(self.axes):
+            raise ValueError(f"{type(self).__name__}: axes names each axis once, not {self.axes}")
 
     @property
     def attention_scaling(self) -> float:

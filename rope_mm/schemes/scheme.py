@@ -67,6 +67,9 @@ FOREIGN_FIELDS = {
 }
 
 
+FASTEST = 2.0**40  # radians a step: no position but 0 has an exact angle beyond it
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Scheme:
     """Where tokens stand and by how much each pair of channels rotates: frozen, hashable, printable, JSON.
@@ -157,6 +160,11 @@ class Scheme:
         _ = LADDERS[self.ladder], SPACINGS[self.spacing]
         if self.spacing == "log" and min(self.freq_range) <= 0:
             raise ValueError(f"freq_range of the spacing 'log' must be > 0, not {self.freq_range}")
+        scales = self.freq_scale if isinstance(self.freq_scale, tuple) else (self.freq_scale,)
+        if not any(scales) or (self.spacing == "linear" and not any(self.freq_range)):
+            raise ValueError(
+                "all frequencies are 0, so no pair rotates; take a freq_scale and a freq_range that are not 0"
+            )
         if self.pairing == "block" and self.channel_offset == "padded":
             raise ValueError("pairing 'block' has no padded channels; take channel_offset 'start' or 'end'")
 
@@ -266,8 +274,11 @@ class Scheme:
         # numbers, also where models are built on the meta device or of fake tensors
         with torch.device("cpu"), unset_fake_temporarily():
             omega = fill_omega(self, head_dim, rows, lengths)
-            if not omega.isfinite().all():
-                raise ValueError(f"{self} has frequencies that are not finite; take other numbers")
+            if not omega.abs().max() <= FASTEST:
+                raise ValueError(
+                    f"{self} has frequencies that are not finite, or beyond {FASTEST:g} radians a step; take "
+                    "other numbers"
+                )
             return omega[0] if heads is None else omega
 
     @property

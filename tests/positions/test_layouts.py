@@ -277,7 +277,7 @@ def test_more_frames_are_computed_without_those_before_them(monkeypatch, layout)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"next": math.nan}, "Cursor: next must be a finite number, not nan"),
+        ({"next": math.nan}, "Cursor: next must be a finite number .*, not nan"),
         ({"tokens": -1}, "Cursor: tokens must be a whole number >= 0, not -1"),
         ({"images": 1.5}, "Cursor: images must be a whole number >= 0, not 1.5"),
         ({"video": {"start": 0, "t": 0, "y": 1, "x": 1}}, "OpenVideo: t must be a whole number >= 1, not 0"),

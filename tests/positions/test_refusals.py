@@ -1,13 +1,14 @@
 """What `place` refuses, in one sentence, and what it costs to refuse or to place much."""
 
+import math
 import tracemalloc
 
 import pytest
 import torch
 
-from rope_mm import Cursor, Image, Rotary, Text, Video, pack, place, place_rows
+from rope_mm import LAYOUTS, Cursor, Image, Layout, Rotary, Text, Video, pack, place, place_rows
 from rope_mm.positions.grids import LARGE, Raster, fill, fill_alone, fill_together
-from rope_mm.positions.place import MOST_TOKENS
+from rope_mm.positions.place import MOST_TOKENS, augment_positions
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,10 @@ def test_what_is_no_cursor_is_refused_wherever_one_is_given(cursor, hint):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        (
+            {"next": 1e20},
+            r"Cursor: next must be a finite number >= -9.0072e\+15 and <= 9.0072e\+15, not 1e\+20",
+        ),
         ({"layout": 3}, "Cursor: layout must be a string, not 3"),
         ({"video": 5}, "Cursor: video must be an OpenVideo or a dict of its start, t, y, x"),
         ({"video": {"frames": 3}}, "Cursor: video must be an OpenVideo or a dict of its start, t, y, x"),
@@ -95,3 +100,54 @@ def test_large_and_small_segments_keep_their_order():
         assert torch.equal(whole[0], torch.cat(pieces)) and whole[1] == cursor
     two = Raster((1, 70, 70), (0.0,), ((1.0,),) * 3), Raster((2, 1, 1), (5.0,), ((1.0,),) * 3)
     assert torch.equal(fill(two), fill_together(two))
+
+
+def test_a_text_that_ends_where_no_token_can_be_counted_is_refused():
+    with pytest.raises(ValueError, match="next must be a finite number"):
+        place("text:3", "flat", Cursor(next=2.0**53 - 1))
+
+
+def counted(cursor, segment):
+    return torch.zeros(segment.tokens, 1), cursor.next + 1
+
+
+def test_a_rule_whose_next_is_beyond_what_can_be_counted_is_refused(monkeypatch):
+    monkeypatch.setitem(
+        LAYOUTS, "far", Layout(("t",), lambda c, s: (torch.zeros(s.tokens, 1), 1e300), "here")
+    )
+    with pytest.raises(ValueError, match="next must be a finite number"):
+        place("image:1x1", "far")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"axes": ("t", "t")}, "a tuple of different names"),
+        ({"axes": "tyx"}, "axes must be a list of names, not 'tyx'"),
+        ({"axes": ()}, "a tuple of different names"),
+        ({"positions_per_second": math.nan}, "positions_per_second must be a finite number > 0"),
+        ({"image_rule": 3}, "image_rule must be a function, not 3"),
+        ({"text_rule": None}, "text_rule must be a function, not None"),
+        ({"audio_rule": "rule"}, "audio_rule must be a function, not 'rule'"),
+    ],
+)
+def test_a_layout_is_checked_when_it_is_made(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Layout(**{"axes": ("t",), "image_rule": counted, "source": "this test", **fields})
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        torch.ones(3, 2).bfloat16(),
+        torch.ones(3, 2).half(),
+        torch.ones(3, 2, dtype=torch.bool),
+        torch.ones(3, 2, dtype=torch.complex64),
+        torch.tensor([[0.0, math.nan]]),
+        torch.tensor(3),
+        "text:3",
+    ],
+)
+def test_positions_that_cannot_be_moved_exactly_are_not_augmented(positions):
+    with pytest.raises(ValueError, match="augment_positions: positions must be"):
+        augment_positions(positions, shift=1.0)

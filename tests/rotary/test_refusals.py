@@ -357,5 +357,13 @@ def test_positions_of_hugging_face_are_named_where_heads_are_as_many_as_tokens_t
         rotate(q, q, torch.arange(3.0).expand(3, 4, 3), omega)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, "float32"])
+def test_angles_and_tables_are_of_no_dtype_that_heads_cannot_have(dtype):
+    rope, positions = Rotary(24), torch.zeros(2, 3)
+    for make in (rope.angles, rope.cos_sin):
+        with pytest.raises(ValueError, match="give that of the heads: "):
+            make(positions, dtype)
+
+
 def test_numbers_of_numpy_are_taken_as_numbers():
     assert torch.equal(Rotary(np.int64(24), heads=np.int64(2)).omega, Rotary(24, heads=2).omega)
