@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rope_mm.checks.fields import Count, Positive, Switch, read_value
+from rope_mm.rotary.dispatch import checks
 from rope_mm.rotary.module import Rotary
 
 Call = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -75,10 +76,14 @@ def run(rope: Call, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Te
     """Rotated q and k (b, s, h, d) in float64.
 
     Raises:
-        ValueError: results of another shape.
+        ValueError: results that are not two tensors, or of another shape.
     """
     with torch.no_grad():
-        q_out, k_out = rope(q.clone(), k.clone(), positions)
+        found = rope(q.clone(), k.clone(), positions)
+    if not isinstance(found, tuple | list) or [isinstance(x, Tensor) for x in found] != [True, True]:
+        kinds = [type(x).__name__ for x in found] if isinstance(found, tuple | list) else type(found).__name__
+        raise ValueError(f"the callable must return the tensors (q, k), not {kinds}")
+    q_out, k_out = found
     for x, out in ((q, q_out), (k, k_out)):
         if out.shape != x.shape:
             raise ValueError(
@@ -89,9 +94,14 @@ def run(rope: Call, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Te
 
 
 def matrices(rope: Call, positions: Tensor, head_dim: int, heads: int, dtype: torch.dtype) -> list[Tensor]:
-    """Matrices (s, h, d, d) that take q and k at positions (s, a): what becomes of the unit vectors."""
+    """Matrices (s, h, d, d) that take q and k at positions (s, a): what becomes of the unit vectors.
+
+    Tokens are given in a shuffled order, so that code that counts tokens and ignores positions is found.
+    """
     unit = torch.eye(head_dim, dtype=dtype)[:, None, None].expand(-1, len(positions), heads, -1)
-    return [out.permute(1, 2, 3, 0) for out in run(rope, unit, unit, positions)]
+    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))
+    back = order.argsort()
+    return [out.permute(1, 2, 3, 0)[back] for out in run(rope, unit, unit, positions[order])]
 
 
 def rotation_error(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +182,8 @@ def check_rotary(
             1e-7 * reach for code that makes its angles in float32.
 
     Raises:
-        ValueError: a callable without its sizes, or one that changes the shape of q or k.
+        ValueError: a callable without its sizes, or one that returns other than q and k of their shapes; what
+            is no callable, a dtype that heads cannot have.
 
     Examples:
         >>> check_rotary(Rotary(64, "m-rope")).ok
@@ -187,6 +198,9 @@ def check_rotary(
         head_dim, axes, heads = rope.head_dim, len(rope.scheme.axes), rope.heads or heads
         angle = 4 * reach * rope.omega.detach().abs().sum(-2).max().item()
         tolerance = max(tolerance, 4 * torch.finfo(torch.float64).eps * angle)
+    if not callable(rope):
+        raise ValueError(f"give a Rotary or a function (q, k, positions) -> (q, k), not {rope!r}")
+    checks.check_head_dtype(dtype)
     if head_dim is None or axes is None:
         raise ValueError("a callable does not say its sizes: give head_dim= and axes=")
     d = read_value("check_rotary", "head_dim", head_dim, Count)

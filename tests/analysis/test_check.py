@@ -281,3 +281,38 @@ def test_numbers_of_the_check_are_checked():
     for name, value in (("reach", 0), ("tolerance", -1.0), ("head_dim", 1.5), ("heads", 0)):
         with pytest.raises(ValueError, match=f"check_rotary: {name} must be"):
             check_rotary(plain, **{"head_dim": 16, "axes": 1, name: value})
+
+
+def test_code_that_counts_tokens_and_ignores_positions_is_found():
+    def counted(q, k, p):
+        return plain(q, k, torch.arange(len(p), dtype=p.dtype)[:, None])
+
+    assert not check_rotary(counted, head_dim=16, axes=1).ok
+    assert check_rotary(plain, head_dim=16, axes=1).ok
+
+
+@pytest.mark.parametrize(
+    ("found", "kinds"),
+    [
+        (lambda q, k, p: None, "NoneType"),
+        (lambda q, k, p: q, "Tensor"),
+        (lambda q, k, p: (q, None), r"\['Tensor', 'NoneType'\]"),
+        (lambda q, k, p: (q.numpy(), k.numpy()), r"\['ndarray', 'ndarray'\]"),
+    ],
+)
+def test_a_callable_that_returns_other_than_two_tensors_is_refused(found, kinds):
+    with pytest.raises(ValueError, match=f"must return the tensors .q, k., not {kinds}"):
+        check_rotary(found, head_dim=16, axes=1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: check_rotary(3, head_dim=16, axes=1), "give a Rotary or a function"),
+        (lambda: check_rotary(Rotary(16), dtype="float32"), "dtype is 'float32'; give that of the heads"),
+        (lambda: check_rotary(Rotary(16), dtype=torch.int64), "dtype is torch.int64; give that of the heads"),
+    ],
+)
+def test_what_is_no_rotary_and_no_dtype_of_heads_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
