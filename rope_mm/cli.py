@@ -48,6 +48,7 @@ CONFIG_FOLDERS = {
     "gaussians": "adversarial",
 }
 MOST_SHOWN = 100_000  # tokens, a line each
+MOST_SHOWN_CHANNELS, MOST_CHECKED_CHANNELS = 16_384, 1024  # of a head, whose matrices are checked
 SHOWN = "text:2 image:2x3 text:2"  # where no segments are given
 
 
@@ -60,6 +61,17 @@ def print_schemes(args: argparse.Namespace) -> int:
     if args.format == "text":
         print(f"\n{legend()}")
     return 0
+
+
+def check_head_dim(head_dim: int, most: int) -> int:
+    """The channels of a head, if there are not too many for a command.
+
+    Raises:
+        ValueError: more than `most`.
+    """
+    if head_dim > most:
+        raise ValueError(f"--head-dim {head_dim} is too wide for this command; {most} channels are the most")
+    return head_dim
 
 
 def wavelengths(rope: Rotary) -> list[str]:
@@ -77,7 +89,7 @@ def print_positions(args: argparse.Namespace) -> int:
     segments = parse_segments(args.segments)
     if (tokens := sum(segment.tokens for segment in segments)) > MOST_SHOWN:
         raise ValueError(f"{tokens} tokens are too many to show, a line each; {MOST_SHOWN} are the most")
-    rope = Rotary(args.head_dim, args.name, heads=args.heads)
+    rope = Rotary(check_head_dim(args.head_dim, MOST_SHOWN_CHANNELS), args.name, heads=args.heads)
     axes = rope.scheme.axes
     positions, cursor = rope.place(segments)
     names = [str(segment) for segment in segments for _ in range(segment.tokens)]
@@ -93,7 +105,9 @@ def print_positions(args: argparse.Namespace) -> int:
 
 def print_check(args: argparse.Namespace) -> int:
     """The report of `check_rotary`; 1 if it found an error."""
-    report = check_rotary(Rotary(args.head_dim, args.name, heads=args.heads))
+    report = check_rotary(
+        Rotary(check_head_dim(args.head_dim, MOST_CHECKED_CHANNELS), args.name, heads=args.heads)
+    )
     print(report)
     return 0 if report.ok else 1
 
@@ -134,8 +148,11 @@ def show_pictures(args: argparse.Namespace) -> int:
         except NotShown as reason:
             print(f"no picture of {name}: {reason}")
             continue
-        args.out.mkdir(parents=True, exist_ok=True)
-        save_figure(args.out / f"{name}.png", figure)
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            save_figure(args.out / f"{name}.png", figure)
+        except OSError as error:
+            raise ValueError(f"cannot write pictures to {args.out}: {error}") from None
         print(args.out / f"{name}.png")
     return 0
 

@@ -154,3 +154,22 @@ def test_the_names_of_all_schemes_are_printed_without_measuring_them(capsys, mon
     monkeypatch.setattr(cli, "properties_table", None)
     assert cli.main(["schemes", "--names"]) == 0
     assert capsys.readouterr().out.split() == list(SCHEMES)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show", "rope-tv", "--head-dim", "100000000"], "--head-dim 100000000 is too wide for this command"),
+        (
+            ["check", "rope-tv", "--head-dim", "100000000"],
+            "--head-dim 100000000 is too wide for this command",
+        ),
+        (["lens", "rope-tv", "text:2 image:2x3", "--out", "/proc/x"], "cannot write pictures to /proc/x"),
+    ],
+)
+def test_sizes_that_never_end_and_folders_that_cannot_be_written_are_refused_in_a_line(
+    words, message, capsys
+):
+    assert cli.main(words) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"rope-mm: {message}") and printed.count("\n") == 1
