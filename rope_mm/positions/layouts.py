@@ -10,7 +10,8 @@ sequence; `vision_layouts` and `audio_layouts` have the others.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from inspect import signature
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,19 @@ from rope_mm.registry import Registry
 from rope_mm.segments import Segment
 
 TYX, YX = ("t", "y", "x"), ("y", "x")
+
+
+def check_rule(name: str, rule: Any, *arguments: str) -> None:
+    """Refuse what cannot be called with these arguments alone.
+
+    Raises:
+        ValueError: no function, or one of other arguments.
+    """
+    try:
+        signature(rule).bind(*arguments)
+    except TypeError:
+        takes = ", ".join(arguments)
+        raise ValueError(f"Layout: {name} must be a function of ({takes}), not {rule!r}") from None
 
 
 @dataclass(frozen=True)
@@ -59,10 +73,10 @@ class Layout:
         check_fields(self)
         if not self.axes or len(set(self.axes)) < len(self.axes):
             raise ValueError(f"Layout: axes must be a tuple of different names, not {self.axes!r}")
-        for name in ("image_rule", "text_rule", "audio_rule"):
-            rule = getattr(self, name)
-            if not callable(rule) and not (rule is None and name == "audio_rule"):
-                raise ValueError(f"Layout: {name} must be a function, not {rule!r}")
+        check_rule("image_rule", self.image_rule, "cursor", "segment")
+        check_rule("text_rule", self.text_rule, "cursor", "n", "a")
+        if self.audio_rule is not None:
+            check_rule("audio_rule", self.audio_rule, "cursor", "n", "a")
 
 
 def flat(cursor: Cursor, segment: Segment):

@@ -126,9 +126,11 @@ def test_a_rule_whose_next_is_beyond_what_can_be_counted_is_refused(monkeypatch)
         ({"axes": "tyx"}, "axes must be a list of names, not 'tyx'"),
         ({"axes": ()}, "a tuple of different names"),
         ({"positions_per_second": math.nan}, "positions_per_second must be a finite number > 0"),
-        ({"image_rule": 3}, "image_rule must be a function, not 3"),
-        ({"text_rule": None}, "text_rule must be a function, not None"),
-        ({"audio_rule": "rule"}, "audio_rule must be a function, not 'rule'"),
+        ({"image_rule": 3}, r"image_rule must be a function of \(cursor, segment\), not 3"),
+        ({"text_rule": None}, r"text_rule must be a function of \(cursor, n, a\), not None"),
+        ({"audio_rule": "rule"}, r"audio_rule must be a function of \(cursor, n, a\), not 'rule'"),
+        ({"image_rule": lambda cursor: None}, "image_rule must be a function of"),
+        ({"text_rule": counted}, "text_rule must be a function of"),
     ],
 )
 def test_a_layout_is_checked_when_it_is_made(fields, message):
