@@ -176,7 +176,7 @@ def test_a_signal_at_the_end_does_not_wait_for_the_last_evaluation(
     said = capsys.readouterr()
     assert len(asked) == 1 and not evaluated
     assert "stopped by SIGTERM at step 4, saved; the same command resumes" in said.err
-    assert not (output_dir / "result.json").exists() and "model:" not in said.out
+    assert not (output_dir / "result.json").exists() and "samples:" not in said.out
     assert script.train(output_dir, **SHORT) == script.train(whole, **SHORT)
     assert runs.same(output_dir, whole)
 
