@@ -160,11 +160,9 @@ class Scheme:
         _ = LADDERS[self.ladder], SPACINGS[self.spacing]
         if self.spacing == "log" and min(self.freq_range) <= 0:
             raise ValueError(f"freq_range of the spacing 'log' must be > 0, not {self.freq_range}")
-        scales = self.freq_scale if isinstance(self.freq_scale, tuple) else (self.freq_scale,)
-        if not any(scales) or (self.spacing == "linear" and not any(self.freq_range)):
-            raise ValueError(
-                "all frequencies are 0, so no pair rotates; take a freq_scale and a freq_range that are not 0"
-            )
+        # a freq_scale of 0 is meant: it leaves a model as it was
+        if self.spacing == "linear" and not any(self.freq_range):
+            raise ValueError("all frequencies are 0, so no pair rotates; take a freq_range that is not 0")
         if self.pairing == "block" and self.channel_offset == "padded":
             raise ValueError("pairing 'block' has no padded channels; take channel_offset 'start' or 'end'")
 
