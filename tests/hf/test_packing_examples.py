@@ -150,6 +150,7 @@ def test_a_tokenizer_serves_text_models(tokenizer, tiny):
         ),
         ({"input_ids": [1, 2], "labels": [1]}, "one value for each of its tokens, not input_ids 2, labels 1"),
         ({"input_ids": []}, "one value for each of its tokens, not input_ids 0"),
+        ({"input_ids": [1, 5], "images": [picture(0)]}, "holds images that no processor has seen"),
     ],
 )
 def test_examples_that_do_not_fit_are_refused(processor, model, example, message):

@@ -192,9 +192,9 @@ def packed_equals_alone(
     if batch.get("labels") is not None and getattr(out, "loss", None) is not None:
         loss = out.loss.item(), loss_alone(trial, batch["labels"])
     wrong = explain(trial, batch, differences, leaks, loss)
-    told = [x for x in differences if x is not None]
+    known = [x for x in differences if x is not None]
     good = (
-        f"packed equals alone: logits up to {trial.size:.2g} differ by at most {max(told, default=0.0):.1e}"
+        f"packed equals alone: logits up to {trial.size:.2g} differ by at most {max(known, default=0.0):.1e}"
     )
     return PackingReport(differences, trial.size, leaks, loss, not wrong, wrong or good)
 

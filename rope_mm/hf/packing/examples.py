@@ -65,6 +65,11 @@ def encode_example(
     given = dict(example)
     if "input_ids" not in given:
         given = run_processor(processor, given, assistant_only)
+    elif raw := [name for name in ("images", "videos") if given.get(name)]:
+        raise ValueError(
+            f"an example with input_ids holds {raw[0]} that no processor has seen; give messages or text "
+            "beside them, or the pixel values and grids that a processor makes of them"
+        )
     tokens = {name: as_row(name, given[name]) for name in TOKEN_KEYS if given.get(name) is not None}
     lengths = {len(x) for x in tokens.values()}
     if len(lengths) != 1 or not min(lengths):
@@ -303,7 +308,7 @@ def media_spans(example: Example, config: Any) -> list[tuple[int, int, int]]:
 def keep_media(
     media: dict[str, Tensor], spans: list[tuple[int, int, int]], kept: dict[int, int]
 ) -> dict[str, Tensor] | None:
-    """The pixels and grids of the first images and videos; None where they cannot be told apart.
+    """The pixels and grids of the first images and videos; None where they cannot be separated.
 
     Args:
         media: of all of them.
