@@ -22,6 +22,34 @@ def refuse(refusals: dict[str, Any]) -> None:
         raise ValueError(sentence)
 
 
+def read_given(
+    given: Any, changes: Mapping[str, Any], name: str, width: int, pairing: str | None = None
+) -> Scheme:
+    """The scheme that `set_rope` was given for a model.
+
+    Args:
+        given: a key of SCHEMES, a Scheme, or what has one, such as a Rotary.
+        changes: fields of the scheme to replace.
+        name: of the model.
+        width: channels of a head that it rotates.
+        pairing: of its weights, which a key of SCHEMES takes over; None where they have none.
+
+    Raises:
+        ValueError: a Rotary of another width or with changes; what is no scheme.
+    """
+    if isinstance(given, Rotary):
+        other = (
+            f"{name} rotates {width} channels of a head, so its Rotary needs that head_dim, not "
+            f"{given.head_dim}; make another"
+        )
+        fixed = f"a Rotary cannot change {sorted(changes)} any more; make another, or give a scheme"
+        refuse({other: given.head_dim != width, fixed: changes})
+    if isinstance(given, str) and pairing:
+        changes = {"pairing": pairing} | dict(changes)
+    spec: Any = getattr(given, "scheme", given)
+    return read_scheme(spec, **changes)
+
+
 def make_rotary(site: RotarySlot, scheme: Any, changes: dict[str, Any]) -> RopeMMRotaryEmbedding:
     """The checked module for a slot."""
     original, config = site.module, config_of(site)
@@ -64,23 +92,14 @@ def make_rope(
         fixed = f"a rope that was read from a model cannot change {sorted(changes)}; give a scheme"
         refuse({why: mine != theirs, fixed: changes})
         return given
-    if made := isinstance(given, Rotary):
-        why = (
-            f"{name} rotates {width} channels of a head, so its Rotary needs that head_dim, not "
-            f"{given.head_dim}, and cannot change {sorted(changes)} any more; make another"
-        )
-        refuse({why: changes or given.head_dim != width})
-    spec: Any = getattr(given, "scheme", given)
-    if isinstance(spec, str) and interface:  # the pairing belongs to the weights
-        changes = {"pairing": interface.pairing} | changes
-    chosen = read_scheme(spec, **changes)
+    chosen = read_given(given, changes, name, width, interface.pairing if interface else None)
     if interface:
         check_scheme(chosen, interface, name, read_head_dim(config) if config else width)
         chosen = chosen.replace(fraction=1.0, channel_offset="start")
     heads: Any = config.num_attention_heads if chosen.per_head else None
     unlike = f"{chosen} has an Omega for each head, but the numbers of heads of {name} differ"
     refuse({unlike: heads is not None and not isinstance(heads, int)})
-    return given if made else Rotary(width, chosen, heads=heads)
+    return given if isinstance(given, Rotary) else Rotary(width, chosen, heads=heads)
 
 
 def check_scheme(scheme: Scheme, interface: ModelRope, name: str, head_dim: int) -> None:

@@ -1,7 +1,8 @@
 """Small forwards that prove a change of a model: what they are given, and what they must answer."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -119,14 +120,22 @@ def find_first_patch(owner: Any, attentions: list[nn.Module]) -> int | None:
     return start
 
 
-def run(owner: Any, inputs: dict[str, Any]) -> Any:
-    """The first output of a model in evaluation, which leaves every module in its mode."""
-    modes = [(module, module.training) for module in owner.modules()]
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation; afterwards every module is in its mode again."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        return owner.eval()(**inputs)[0]
+        model.eval()
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def run(owner: Any, inputs: dict[str, Any]) -> Any:
+    """The first output of a model in evaluation."""
+    with evaluating(owner):
+        return owner(**inputs)[0]
 
 
 @torch.no_grad()

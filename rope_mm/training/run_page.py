@@ -30,12 +30,12 @@ def write_run_page(output_dir: Path) -> str:
         What the page lacks, in a sentence; empty where it is whole.
     """
     lines = read_metrics(output_dir)
-    drawn, lacking = draw(group_curves(read_curves(lines)))
+    figure, lacking = draw(group_curves(read_curves(lines)))
     warnings = [f"step {line['step']}: {line['warning']}" for line in lines if "warning" in line]
     sections = {
         "Result": result_table(output_dir),
         "Warnings": "".join(map(web_page.paragraph, dict.fromkeys(warnings))),
-        "Curves": drawn,
+        "Curves": figure,
         "Samples": show_samples(output_dir, last_step(lines)),
         "Command": web_page.preformatted(command()),
         "Configuration": show_file(output_dir / "run.yaml"),
@@ -69,7 +69,7 @@ def write_comparison_page(
     lines = {name: read_metrics(folder) for name, folder in (runs or {}).items()}
     if curves is None:
         curves = {name: read_curves(found) for name, found in lines.items()}
-    drawn, lacking = draw(compare_curves(curves))
+    figure, lacking = draw(compare_curves(curves))
     images = [web_page.image((output_dir / name).read_bytes(), "png", Path(name).stem) for name in figures]
     links = [
         f"<li>{web_page.link(f'{folder.name}/{FILE}', name)}</li>"
@@ -83,7 +83,7 @@ def write_comparison_page(
     sections = {
         "Result": web_page.from_markdown(table),
         "Figures": "\n".join(images),
-        "Curves": drawn,
+        "Curves": figure,
         "Runs": f"<ul>{''.join(links)}</ul>" if links else "",
         **samples,
         "Command": web_page.preformatted(command()),

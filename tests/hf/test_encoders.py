@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from prepared_models import prepared
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -181,17 +182,6 @@ def truth(model, inputs, place, omega):
     out = model(**inputs)[0]
     assert merged
     return out
-
-
-def prepared(make):
-    """A model with weights large enough that positions matter, and its inputs."""
-    torch.manual_seed(0)
-    model, inputs = make()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.3)
-    return model.eval(), inputs
 
 
 FAMILIES = [t5, bart, whisper, gpt2, hubert, *(make for make in PLACES if make != "text")]

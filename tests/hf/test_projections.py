@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
+from prepared_models import prepared
 
 from rope_mm import SCHEMES
 from rope_mm.hf import rope_of, set_rope
@@ -84,16 +85,6 @@ CASES = {  # what becomes of the bias, the names of projections, how heads lie i
     donut: ("keep", ("query", "key"), "alone", windows),
     sam: ("drop", ("qkv",), "each kind", lambda n: grid(int(n**0.5), int(n**0.5))),
 }
-
-
-def prepared(make):
-    torch.manual_seed(0)
-    model, inputs = make()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.3)
-    return model.eval(), inputs
 
 
 def rotated(x, p, omega):

@@ -10,12 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rope_mm.hf.build_rotary import refuse
+from rope_mm.hf.build_rotary import read_given, refuse
 from rope_mm.hf.other_libraries.diffusers_positions import place, segment
 from rope_mm.hf.rotary_embedding import Changes
 from rope_mm.rotary.dispatch import RotaryAngles
 from rope_mm.rotary.module import Rotary
-from rope_mm.schemes.zoo import read_scheme
 
 # file and name of a model's class, below diffusers.models.transformers
 BARE = ("transformer_sd3.SD3Transformer2DModel",)
@@ -152,17 +151,9 @@ def make_attention_rotary(model: Any, given: Any, changes: dict[str, Any]) -> At
     name, width = type(model).__name__, model.config.attention_head_dim
     other = {type(attention.processor).__name__ for attention in attentions(model)} - {PROCESSOR}
     refuse({f"{', '.join(sorted(other))} may not norm queries and keys last, as {PROCESSOR} does": other})
-    if isinstance(given, Rotary):
-        why = (
-            f"{name} has heads of {width} channels, so its Rotary needs that head_dim, not {given.head_dim}, "
-            f"and cannot change {sorted(changes)} any more; make another"
-        )
-        refuse({why: changes or given.head_dim != width})
-        scheme, rope = given.scheme, given
-    else:
-        spec: Any = getattr(given, "scheme", given)
-        scheme = read_scheme(spec, **changes)
-        rope = Rotary(width, scheme, heads=model.config.num_attention_heads if scheme.per_head else None)
+    scheme = read_given(given, changes, name, width)
+    heads = model.config.num_attention_heads if scheme.per_head else None
+    rope = given if isinstance(given, Rotary) else Rotary(width, scheme, heads=heads)
     why = f"{scheme} has an Omega that depends on the length; give its extension a fixed factor"
     refuse({why: scheme.needs_length})
     return AttentionRotary(model, rope)

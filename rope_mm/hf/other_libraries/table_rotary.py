@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from rope_mm.hf.build_rotary import refuse
+from rope_mm.hf.build_rotary import read_given, refuse
 from rope_mm.hf.cos_sin_tables import TABLE_FORMATS, fill_tables
 from rope_mm.hf.other_libraries.diffusers_attention import AttentionRotary, is_bare, make_attention_rotary
 from rope_mm.hf.other_libraries.diffusers_families import FAMILIES, Family
@@ -24,7 +24,6 @@ from rope_mm.rotary import definition
 from rope_mm.rotary.dispatch import RotarySpec
 from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.scheme import Scheme
-from rope_mm.schemes.zoo import read_scheme
 
 # Omega and angles: both in float64; angles rounded to float32; all in float32
 ARITHMETIC = "float64", "rounded", "float32"
@@ -388,18 +387,9 @@ def make_rope(slot: TableSlot, given: Any, read: TableRope, changes: Mapping[str
             f"set_rope(model, rope_of(model).scheme, ...)": changes,
         })  # fmt: skip
         return given
-    if made := isinstance(given, Rotary):
-        refuse({
-            f"{name} rotates {2 * pairs} channels of a head, so its Rotary needs that head_dim, not "
-            f"{given.head_dim}, and cannot change {sorted(changes)} any more; make another": changes
-            or given.head_dim != 2 * pairs
-        })  # fmt: skip
-    if isinstance(given, str):  # the pairing belongs to the weights
-        changes = {"pairing": read.pairing} | dict(changes)
-    spec: Any = getattr(given, "scheme", given)
-    scheme = read_scheme(spec, **changes)
+    scheme = read_given(given, changes, name, 2 * pairs, read.pairing)
     check_scheme(slot, scheme, read, name)
-    if made:
+    if isinstance(given, Rotary):
         return given
     return Rotary(2 * pairs, scheme, heads=slot.heads if scheme.per_head else None)
 

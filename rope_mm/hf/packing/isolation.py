@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rope_mm.hf.dry_run import evaluating
 from rope_mm.hf.image_grids import takes_images
 from rope_mm.hf.packing.examples import Example
 from rope_mm.hf.packing.leaks import TYPES, is_flash
@@ -124,16 +125,12 @@ def forward(model: Any, batch: Mapping[str, Any], in_trainer: bool) -> Any:
         batch: the arguments of its forward.
         in_trainer: whether the cache is off in its outer config, and only there.
     """
-    modes = [(module, module.training) for module in model.modules()]
     deltas = [(part, part.rope_deltas) for part in model.modules() if hasattr(part, "rope_deltas")]
     moved = {name: to_device(x, model.device) for name, x in batch.items()}
     try:
-        model.eval()
-        with torch.no_grad(), without_outer_cache(model.config, in_trainer):
+        with torch.no_grad(), evaluating(model), without_outer_cache(model.config, in_trainer):
             return model(**moved)
     finally:
-        for module, mode in modes:
-            module.training = mode
         for part, delta in deltas:
             part.rope_deltas = delta
 
