@@ -25,6 +25,8 @@ with extra("train"):
     from rope_mm.data.synthetic.digits import DIGIT_NAMES as DIGIT_NAMES
     from rope_mm.data.synthetic.digits import PHRASES as PHRASES
     from rope_mm.data.synthetic.digits import captioned_digits as captioned_digits
+    from rope_mm.data.synthetic.letters import captioned_letters as captioned_letters
+    from rope_mm.data.synthetic.letters import is_held_out_letter as is_held_out_letter
     from rope_mm.data.synthetic.qa_tasks import QASample as QASample
     from rope_mm.data.synthetic.qa_tasks import make_cell as make_cell
     from rope_mm.data.synthetic.qa_tasks import make_frame as make_frame
@@ -54,10 +56,12 @@ __all__ = [
     "StreamingDocuments",
     "batch_indices",
     "captioned_digits",
+    "captioned_letters",
     "captioned_sprites",
     "captioned_videos",
     "draw_augmentation",
     "is_held_out",
+    "is_held_out_letter",
     "load_documents",
     "load_images",
     "load_splits",

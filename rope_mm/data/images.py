@@ -29,6 +29,7 @@ from rope_mm.data.synthetic.captioned_sprites import (
     captioned_videos,
 )
 from rope_mm.data.synthetic.digits import captioned_digits
+from rope_mm.data.synthetic.letters import captioned_letters
 from rope_mm.data.synthetic.stacked import read_npz, stack_digits, stacked_digits
 
 
@@ -277,6 +278,7 @@ def read_labels(column: Sequence, name: str) -> Tensor:
 
 EMBEDDED: dict[str, Callable[[], DatasetDict]] = {
     "digits": captioned_digits,
+    "letters": captioned_letters,
     "sprites": captioned_sprites,
     "sprites-aspect": captioned_sprites_of_three_shapes,
     "videos": captioned_videos,

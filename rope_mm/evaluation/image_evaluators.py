@@ -1,10 +1,9 @@
-"""Evaluators of generated images by a classifier trained on real ones: captions, or modes of stacked digits.
+"""Evaluators of generated images by a classifier trained on real ones: captions, modes of stacked digits, letters.
 
 The distances are in the 64 features of a small classifier trained on the data itself: they compare runs on
 one data set, and are no FID. Other features, Inception's or DINOv2's, go to `metrics.frechet`, `kid`, `prdc`.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,19 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from rope_mm.evaluation.metrics import NEIGHBOURS, conditional_accuracy, frechet, mode_statistics, prdc
+from rope_mm.evaluation.distribution import FEATURES, MIN_SAMPLES, distribution_metrics, report_skipped
+from rope_mm.evaluation.letters import prepare_letters
+from rope_mm.evaluation.metrics import conditional_accuracy, mode_statistics
 from rope_mm.registry import Registry
 
-FEATURES = 64  # of the classifier
-MIN_SAMPLES = {  # below which a metric says nothing
-    "accuracy": 20,
-    "prdc": 10 * NEIGHBOURS,
-    "frechet": FEATURES + 1,  # else the covariances are singular
-}
 STACKS = 4_000  # whose digits the classifier learns
 EPOCHS = 10  # on the digits of stacks
-
-LOG = logging.getLogger(__name__)
 
 
 class ImageEvaluator(Protocol):
@@ -100,31 +93,6 @@ def train_classifier(
                 optimizer.step()
                 schedule.step()
     return classifier.eval()
-
-
-def distribution_metrics(real: Tensor, fake: Tensor) -> dict[str, float]:
-    """Frechet distance, precision, recall, density and coverage, as far as there are samples for them.
-
-    Args:
-        real: features (n, 64).
-        fake: features (m, 64).
-    """
-    samples = min(len(real), len(fake))
-    distance = {"frechet": frechet(fake, real)} if samples >= MIN_SAMPLES["frechet"] else {}
-    return distance | (prdc(real, fake) if samples >= MIN_SAMPLES["prdc"] else {})
-
-
-def report_skipped(images: int, real: int) -> None:
-    """Say in the log which metrics are skipped because there are too few samples, and how many they need.
-
-    Args:
-        images: generated ones.
-        real: held-out ones that they are compared with.
-    """
-    samples = {"accuracy": images, "prdc": min(images, real), "frechet": min(images, real)}
-    few = [f"{name} ({least})" for name, least in MIN_SAMPLES.items() if samples[name] < least]
-    if few:
-        LOG.warning("%d generated and %d held-out images: too few for %s", images, real, ", ".join(few))
 
 
 @dataclass(frozen=True)
@@ -293,5 +261,6 @@ IMAGE_EVALUATORS = Registry[Callable[..., ImageEvaluator]](
         "caption": prepare_captions,
         "modes": prepare_modes,
         "captioned-modes": partial(prepare_modes, captioned=True),
+        "letters": prepare_letters,
     },
 )

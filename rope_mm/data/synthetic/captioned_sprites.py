@@ -164,8 +164,8 @@ def build_splits(
 
 
 def encode_images(images: Tensor) -> list[dict]:
-    """Images (n, 3, y, x), uint8, as `datasets` stores them: in Netpbm, pixels after a header."""
-    header = f"P6 {images.shape[3]} {images.shape[2]} 255\n".encode()
+    """Images (n, 1 or 3, y, x), uint8, as `datasets` stores them: in Netpbm, pixels after a header."""
+    header = f"P{5 if images.shape[1] == 1 else 6} {images.shape[3]} {images.shape[2]} 255\n".encode()
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
     return [{"bytes": header + image.tobytes(), "path": None} for image in pixels]
 
