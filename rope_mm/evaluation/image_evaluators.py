@@ -1,4 +1,4 @@
-"""Evaluators of generated images by a classifier trained on real ones: captions, modes of stacked digits, letters.
+"""Evaluators of generated images by a classifier trained on real ones: captions, modes, letters.
 
 The distances are in the 64 features of a small classifier trained on the data itself: they compare runs on
 one data set, and are no FID. Other features, Inception's or DINOv2's, go to `metrics.frechet`, `kid`, `prdc`.

@@ -105,8 +105,8 @@ class LetterEvaluator:
 def letter_accuracy(character: Tensor, style: Tensor, labels: Tensor, held_out: Tensor) -> dict[str, float]:
     """Shares of images with the right character, with the right style, and with both (`accuracy`).
 
-    `character` and `style` are of combinations that were trained, `character_held_out` and `style_held_out` of the
-    others, `accuracy` is of all. A share of no images is left out.
+    `character` and `style` are of combinations that were trained, `character_held_out` and `style_held_out`
+    of the others, `accuracy` is of all. A share of no images is left out.
 
     Args:
         character: found in each image (n,).
@@ -126,8 +126,9 @@ def prepare_letters(
 ) -> LetterEvaluator:
     """An evaluator of generated letters; the data is `letters` with the column `label`.
 
-    The classifier is trained on new images of all 744 combinations, as many of each, so that it knows those that are
-    held out from the model as well as the others. The reference are the metrics of new real images of the same captions.
+    The classifier is trained on new images of all 744 combinations, as many of each, so that it knows those
+    that are held out from the model as well as the others. The reference are the metrics of new real images
+    of the same captions.
 
     Args:
         train: real images (n, 1, 32, 32) in [-1, 1] and their combinations (n,), character * 12 + style.

@@ -108,7 +108,7 @@ def test_small_and_capital_letters_of_one_shape_differ_in_size(glyphs):
 
 def test_a_glyph_that_is_not_moved_is_its_mean_over_each_pixel(glyphs):
     still = move(glyphs[:20], torch.zeros(20, 5))
-    # bilinear samples two to a pixel lie between four drawn pixels each, so both means are over the same sixteen
+    # two samples across a pixel lie between four drawn ones each, so both means are over the same sixteen
     torch.testing.assert_close(still, torch.nn.functional.avg_pool2d(glyphs[:20], FINE), atol=1e-5, rtol=0)
 
 

@@ -1,7 +1,8 @@
 """Letters and digits in twelve styles with captions: the DejaVu fonts that matplotlib carries, no download.
 
-An image shows one of 744 combinations of 62 characters and 12 styles (family, slant, weight), a little rotated,
-sheared, scaled and shifted. Of each character one style is held out, and of each style five or six characters.
+An image shows one of 744 combinations of 62 characters and 12 styles (family, slant, weight), a little
+rotated, sheared, scaled and shifted. Of each character one style is held out, and of each style five or six
+characters.
 """
 
 from itertools import product
@@ -31,7 +32,7 @@ FONT_SIZE = 23  # pixels: a bold W is 25 of them wide, the canvas less the shift
 BASELINE = 23  # pixels below the upper edge
 FINE = 4  # pixels of a drawn glyph across a pixel of the image, in both directions
 SAMPLES = 2  # across a pixel, in both directions, of the moved glyph
-# the largest change of an image, both ways: small enough that an upright letter never looks like an italic one
+# the largest change of an image, both ways: so small that an upright letter never looks like an italic one
 ROTATION, SHEAR, SCALE, SHIFT = 0.04, 0.03, 0.04, 1.5  # radians, of the height, of the size, pixels
 CHUNK = 256  # images at once
 
@@ -39,9 +40,9 @@ CHUNK = 256  # images at once
 def captioned_letters(train: int = 16, held_out: int = 8, seed: int = 0) -> DatasetDict:
     """Splits train and test with columns image, caption, label, character and style.
 
-    A caption is "a bold italic serif letter g", "... capital g" or "... digit 7". The label is the combination,
-    character * 12 + style. Combinations that are held out are in test alone; the other half of test are new images
-    of combinations that train has.
+    A caption is "a bold italic serif letter g", "... capital g" or "... digit 7". The label is the
+    combination, character * 12 + style. Combinations that are held out are in test alone; the other half of
+    test are new images of combinations that train has.
 
     Args:
         train: images of each of the 682 combinations to train on.
@@ -52,7 +53,9 @@ def captioned_letters(train: int = 16, held_out: int = 8, seed: int = 0) -> Data
         ValueError: a split without rows; matplotlib, whose fonts these are, is not installed.
     """
     if min(train, held_out) < 1:
-        raise ValueError(f"train and held_out are 1 image or more of a combination, not {train} and {held_out}")
+        raise ValueError(
+            f"train and held_out are 1 image or more of a combination, not {train} and {held_out}"
+        )
     labels = torch.arange(len(CHARACTERS) * len(STYLES))
     apart, known = labels[is_held_out_letter(labels)], labels[~is_held_out_letter(labels)]
     count = held_out * len(apart)
@@ -104,7 +107,9 @@ def move_at_random(drawn: Tensor, labels: Tensor, generator: torch.Generator) ->
         generator: of the movements.
     """
     change = (torch.rand(len(labels), 5, generator=generator) * 2 - 1).split(CHUNK)
-    return torch.cat([move(drawn[rows], part) for rows, part in zip(labels.split(CHUNK), change, strict=True)])
+    return torch.cat(
+        [move(drawn[rows], part) for rows, part in zip(labels.split(CHUNK), change, strict=True)]
+    )
 
 
 def caption_letter(label: int) -> str:
@@ -115,7 +120,7 @@ def caption_letter(label: int) -> str:
 
 
 def draw_glyphs() -> Tensor:
-    """Every combination (744, y, x), in 0 to 1 and FINE pixels for one: centred, on one baseline, at one size.
+    """Every combination (744, y, x), in 0 to 1, FINE pixels for one: centred, on one baseline, at one size.
 
     Raises:
         ValueError: matplotlib is not installed.
