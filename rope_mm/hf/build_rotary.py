@@ -1,10 +1,14 @@
 """Whether a model can run a scheme: the module that will run it, or the reason why it cannot."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from rope_mm.hf.attention_rotation import attention_modules
 from rope_mm.hf.config_io import config_of, scheme_entries
+from rope_mm.hf.image_grids import parameters_of
 from rope_mm.hf.image_positions import PIXELS
 from rope_mm.hf.rope_parameters import layer_config, read_head_dim
 from rope_mm.hf.rotary_embedding import Rope, RopeMMRotaryEmbedding, RotarySlot
@@ -55,6 +59,8 @@ def make_rotary(site: RotarySlot, scheme: Any, changes: dict[str, Any]) -> RopeM
     original, config = site.module, config_of(site)
     interfaces = read_module(original, site.owner) if original else {}
     layers = list(interfaces) or [None]
+    counts = f"{type(site.owner).__name__} counts the tokens that it compresses, and its keys stand at these "
+    counts += "numbers, where a layout of images has no place for them; take a scheme of layout 'flat'"
     shared = "its config holds the scheme of another model; give each model copy.deepcopy(config)"
     refuse({shared: scheme_entries(config)})
     width = 0 if original else attention_head_dim(site.owner, attention_modules(site.owner))
@@ -68,9 +74,21 @@ def make_rotary(site: RotarySlot, scheme: Any, changes: dict[str, Any]) -> RopeM
         )
         for layer in layers
     }
+    refuse(
+        {
+            counts: counts_tokens(site.owner)
+            and any(x.scheme and x.scheme.layout != "flat" for x in ropes.values())
+        }
+    )
     layouts = {rope.scheme and (rope.scheme.layout, rope.scheme.options) for rope in ropes.values()}
     refuse({f"layers would place tokens by several layouts, {layouts}; give one layout": len(layouts) > 1})
     return RopeMMRotaryEmbedding(ropes, interfaces, original, config)
+
+
+def counts_tokens(owner: Any) -> bool:
+    """Whether a part of a model rotates at positions that it makes itself, not at those that it is given."""
+    makes = "arange" in inspect.unwrap(type(owner).forward).__code__.co_names
+    return makes and "position_ids" in parameters_of(type(owner)) and not isinstance(owner, PreTrainedModel)
 
 
 def make_rope(

@@ -271,7 +271,7 @@ def wake_slots(model: nn.Module, sites: list[Any], changes: Any) -> list[Any]:
         if vars(part).get("forward") is mark_pending:
             changes.undo.append(partial(vars(part).update, forward=vars(part).pop("forward")))
     for n, site in enumerate(sites):
-        if waiting[n]:
+        if waiting[n] and owners[n]:
             choose_experts(site.owner, changes)
         if attentions[n]:
             choose_attention(site.owner, changes)

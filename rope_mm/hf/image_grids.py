@@ -79,23 +79,56 @@ def read_grids(config: Any, inputs: Mapping[str, Any], kinds: Tensor) -> dict[in
 
 
 def sized_images(config: Any, sizes: Any, kinds: Tensor) -> list[tuple[int, int, int]]:
-    """Grids of images from their sizes in pixels (n, 2), of Pixtral's tower (Mistral 3); [] for other towers.
-
-    Raises:
-        ValueError: rows of an image's tokens with other tokens between them.
-    """
-    vision: Any = getattr(config, "vision_config", None)
-    if sizes is None or getattr(vision, "model_type", None) != "pixtral":
+    """Grids of images from their sizes in pixels (n, 2), of Pixtral's tower (Mistral 3); [] for others."""
+    side = pixels_of_token(config)
+    if sizes is None or not side:
         return []
-    side = vision.patch_size * getattr(config, "spatial_merge_size", 1)
-    images = [(1, int(y) // side, int(x) // side) for y, x in torch.as_tensor(sizes).tolist()]
-    runs = [len(list(run)) for row in kinds.tolist() for kind, run in groupby(row) if kind == IMAGES]
-    if runs == [x for _, y, x in images for _ in range(y)] and len(runs) > len(images):
-        raise ValueError(
-            f"{len(images)} images stand in {len(runs)} rows of tokens with other tokens between them, as of "
-            "[IMG_BREAK], which no layout places; take them out of input_ids, or give position_ids"
-        )
-    return images
+    return [(1, int(y) // side, int(x) // side) for y, x in torch.as_tensor(sizes).tolist()]
+
+
+def pixels_of_token(config: Any) -> int:
+    """Pixels along the side of one token of Pixtral's tower; 0 for other towers."""
+    vision: Any = getattr(config, "vision_config", None)
+    pixtral = getattr(vision, "model_type", None) == "pixtral"
+    return vision.patch_size * getattr(config, "spatial_merge_size", 1) if pixtral else 0
+
+
+def close_rows(
+    config: Any, inputs: Mapping[str, Any], kinds: Tensor, cached: bool = False
+) -> tuple[Tensor, dict[str, Any]]:
+    """Tokens behind the rows of an image as one more column of it: [IMG_BREAK] and [IMG_END] of Mistral 3.
+
+    Args:
+        config: the model's config.
+        inputs: image_sizes (n, 2), and others, which stay.
+        kinds: (b, s), the kinds of the tokens to place.
+        cached: whether the first images may be in a cache, and not among these tokens.
+
+    Returns:
+        The kinds and inputs of images that are a column wider; the same where no token is between rows.
+    """
+    sizes, side = inputs.get("image_sizes"), pixels_of_token(config)
+    if sizes is None or not side:
+        return kinds, dict(inputs)
+    images, rows = sized_images(config, sizes, kinds), kinds.tolist()
+    left = int((kinds == IMAGES).sum())
+    while cached and images and sum(y * x for _, y, x in images) > left:
+        images = images[1:]
+    wider = []
+    for row in rows:
+        start = 0
+        while IMAGES in row[start:] and len(wider) < len(images):
+            start = row.index(IMAGES, start)
+            _, y, x = images[len(wider)]
+            lines = [row[at : at + x + 1] for at in range(start, start + y * (x + 1), x + 1)]
+            broken = y > 1 and all(line == [IMAGES] * x + [0] for line in lines)
+            for n in range(y if broken else 0):
+                row[start + n * (x + 1) + x] = IMAGES
+            start += y * (x + broken)
+            wider.append((y * side, (x + broken) * side))
+    wider += [(y * side, x * side) for _, y, x in images[len(wider) :]]
+    closed = torch.tensor(rows, dtype=kinds.dtype, device=kinds.device)
+    return closed, {**inputs, "image_sizes": torch.tensor(wider).view(-1, 2)}
 
 
 def square_images(config: Any, kinds: Tensor) -> list[tuple[int, int, int]]:

@@ -71,7 +71,7 @@ class Handle:
         """Revert this change and every later one."""
         nothing = f"{type(self.model).__name__} has no rope of ours to take back"
         refuse({nothing: all(len(rotary.undo) <= older for rotary, older in self.slots)})
-        for rotary, older in self.slots:
+        for rotary, older in reversed(self.slots):  # modules may share a config, which each has changed
             rotary.restore(older)
 
     def __repr__(self) -> str:
@@ -91,7 +91,7 @@ def all_or_nothing(handle: Handle, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        for rotary, older in handle.slots:
+        for rotary, older in reversed(handle.slots):
             rotary.restore(older)
         raise ValueError(f"{what} ({type(error).__name__}: {error}); the model is as it was") from error
 

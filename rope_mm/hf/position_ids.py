@@ -15,6 +15,7 @@ from rope_mm.hf.image_grids import (
     PACES,
     SIZES,
     VIDEOS,
+    close_rows,
     parameters_of,
     read_grids,
     takes_images,
@@ -232,7 +233,8 @@ def place_inputs(
     if mask.shape != kinds.shape:
         raise ValueError(f"attention_mask {tuple(mask.shape)} does not fit tokens {tuple(kinds.shape)}")
     begins = find_begins(mask, inputs.get("cu_seq_lens_q"), inputs.get("position_ids"))
-    seen = read_grids(config, inputs, kinds * mask)
+    kinds, inputs = close_rows(config, inputs, kinds * mask, cached=starts is not None)
+    seen = read_grids(config, inputs, kinds)
     if starts is not None:
         seen = {kind: newest(seen[kind], int((kinds[mask] == kind).sum())) for kind in seen}
     positions = torch.zeros(*kinds.shape, len(scheme.axes), dtype=torch.float64)

@@ -17,6 +17,7 @@ from rope_mm.rotary.module import Rotary
 from rope_mm.schemes.scheme import Scheme
 
 Rope = Rotary | ModelRope
+PLAIN = str, int, list, tuple  # attributes of a rotary module that are no tensors, modules or functions
 
 
 @dataclass
@@ -91,6 +92,16 @@ class RopeMMRotaryEmbedding(nn.Module, Changes):
         self.call_format = next((rope.call_format for rope in interfaces.values()), "")
         self.axes = len(self.first.omega)
 
+    def __getattr__(self, name: str) -> Any:
+        """Plain attributes of the module that it replaces, which some models read (LFM3: layer_types)."""
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            value = vars(vars(self).get("_modules", {}).get("original") or object).get(name)
+            if isinstance(value, PLAIN):
+                return value
+            raise
+
     @property
     def first(self) -> Rope:
         """What it runs in layers of the first type; positions are the same for all types."""
@@ -122,8 +133,9 @@ class RopeMMRotaryEmbedding(nn.Module, Changes):
                 return centres_in_radians(*image)
             return place_patches(rope.scheme, *image)
         if self.call_format in TOKEN_CALLS:
-            if self.position_state.positions is not None:
-                return self.position_state.positions
+            if (given := self.position_state.positions) is not None:
+                self.check_tokens(given, ids)
+                return given
             if ids.dim() == 3 and len(ids) == self.axes:
                 return ids.movedim(0, -1)
             return (ids if ids.dim() == 2 else ids[0])[..., None].expand(-1, -1, self.axes)
@@ -131,6 +143,18 @@ class RopeMMRotaryEmbedding(nn.Module, Changes):
             return ids
         at = dict(zip(interface.axes, ids.unbind(-1), strict=True))
         return torch.stack([at.get(axis, torch.zeros_like(ids[..., 0])) for axis in rope.scheme.axes], -1)
+
+    def check_tokens(self, positions: Tensor, ids: Tensor) -> None:
+        """Refuse ids of other tokens than those whose positions were given.
+
+        Raises:
+            ValueError: such ids.
+        """
+        if ids.shape[-1] != positions.shape[1]:
+            raise ValueError(
+                f"{type(self.original).__name__} is asked for {ids.shape[-1]} tokens, but positions came for "
+                f"{positions.shape[1]}; positions of images cannot be given to this model"
+            )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{layer or 'all layers'}: {describe(rope)}" for layer, rope in self.ropes.items())

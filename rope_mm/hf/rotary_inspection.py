@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rope_mm.hf.cos_sin_tables import fill_tables, find_pairing, read_tables, split_tables
+from rope_mm.hf.cos_sin_tables import (
+    fill_tables,
+    find_pairing,
+    find_table_format,
+    read_tables,
+    split_tables,
+)
 from rope_mm.hf.image_positions import PIXELS, centres_in_radians, image_size
 from rope_mm.hf.rope_parameters import from_hf_config, read_head_dim
 from rope_mm.rotary.dispatch import RotarySpec
@@ -193,9 +199,36 @@ def detect_interface(
     )
 
 
+@torch.no_grad()
+def refuse_mixed_axes(module: Any) -> None:
+    """Refuse a module that turns the two channels of a pair along different axes (HunYuanVL).
+
+    With equal positions on all axes, as of text, it looks like any other.
+
+    Raises:
+        ValueError: such a module.
+    """
+    sections = getattr(module, "mrope_section", None)
+    if not isinstance(sections, Sequence):
+        return
+    rows = torch.arange(1, 1 + len(sections), device=next(module.buffers()).device)[:, None, None]
+    try:
+        tables = split_tables(module(torch.zeros(1, 1, 1, device=rows.device), rows))
+        table_format, once = find_table_format(torch.cat([x.flatten(0, -2) for x in tables]), 1)
+    except NO_ANSWER:
+        return
+    pairs = module.inv_freq.numel()
+    if table_format == "single" and once.shape[-1] == 2 * pairs:
+        raise ValueError(
+            f"{type(module).__name__} turns the two channels of a pair along different ones of its "
+            f"{len(sections)} axes, which is no rotation, so no scheme can take its place; it is not served"
+        )
+
+
 def read_layer(module: nn.Module, owner: nn.Module, layer: str | None, kind: str) -> ModelRope:
     """What a rotary module does at every position, read from its tables one step from the origin."""
     module = probe_copy(module)
+    refuse_mixed_axes(module)
     call, axes, p, exact, low = detect_interface(module, owner, layer)
     table_format, omega, factor = read_tables(exact, p, torch.cat([x.flatten() for x in frequencies(module)]))
     float32_tables = split_tables(low)[0].dtype == torch.float32
@@ -268,9 +301,12 @@ def detect_pairing(rope: ModelRope, owner: nn.Module) -> str:
     name = globals_used(found[0], APPLY_FUNCTION)[0 if first else -1]
     rotate, unit = inspect.unwrap(type(found[0]).forward).__globals__[name], torch.eye(2 * r)[None, None]
     angle = torch.linspace(0.5, 1, r).expand(1, 2 * r, r)
+    turned, still = (rope.tables(x, 1.0, torch.float32) for x in (angle, 0 * angle))
     try:
-        q, _ = rotate(unit, unit, *rope.tables(angle, 1.0, torch.float32))
-        _, k = rotate(unit, unit, *rope.tables(0 * angle, 1.0, torch.float32))
+        if rotates_one_by_one(found[0]):
+            q, k = rotate(unit, *turned), rotate(unit, *still)
+        else:
+            q, k = rotate(unit, unit, *turned)[0], rotate(unit, unit, *still)[1]
         return find_pairing(q[0, 0], k[0, 0]) or default
     except NO_ANSWER:
         return default

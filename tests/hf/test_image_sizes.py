@@ -54,11 +54,45 @@ def test_images_of_two_sizes_of_mistral3_are_packed():
     assert report.ok, report
 
 
-def test_rows_of_an_image_with_break_tokens_between_them_are_refused():
-    model, one = mistral3(), example(2, 3, 3)
+def broken(y, x, after, seed=0):
+    """The same with a token behind each row, as Mistral's processor puts [IMG_BREAK] and [IMG_END]."""
+    one = example(y, x, after, seed)
+    rows = [token for row in range(y) for token in [IMAGE] * x + [94 + (row == y - 1)]]
+    return one | {"input_ids": torch.tensor([[1, 5 + seed, 6, *rows, *range(20, 20 + after)]])}
+
+
+@torch.no_grad()
+def test_tokens_behind_the_rows_of_an_image_are_its_last_column():
+    model, one = mistral3(), broken(2, 3, 3)
     set_rope(model, "rope-tv")
-    one["input_ids"] = torch.tensor([[1, 5, *[IMAGE] * 3, 94, *[IMAGE] * 3, 95, 20, 21]])
-    with pytest.raises(
-        ValueError, match=r"1 images stand in 2 rows of tokens with other tokens between them"
-    ):
-        model(**one)
+    positions = place("text:3 image:2x4 text:3", "rope-tv")[0]
+    assert torch.equal(positions_for(model, one)[1:, 0].T, positions.to(torch.float64))
+    plain = model(**one, position_ids=positions_for(model, one)).logits
+    assert torch.equal(model(**one).logits, plain)
+    run = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "suppress_tokens": [IMAGE]}
+    assert torch.equal(model.generate(**one, **run), model.generate(**one, **run, use_cache=False))
+    left = torch.nn.functional.pad(one["input_ids"], (2, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(one["input_ids"]), (2, 0))
+    padded = model(**one | {"input_ids": left}, attention_mask=mask).logits[:, 2:]
+    assert (padded - plain).abs().max() < 1e-5 * plain.abs().max()
+
+
+def test_images_with_broken_rows_are_packed_and_cut_behind_their_last_row():
+    model = mistral3()
+    set_rope(model, "rope-tv")
+    examples = [broken(2, 3, 3, 1), broken(1, 2, 5, 2), example(3, 2, 4, 3), broken(3, 2, 9, 4)]
+    report = packed_equals_alone(model, examples, PackingCollator(None, model, 64))
+    assert report.ok, report
+    kept = PackingCollator(None, model, 13).prepare(broken(3, 2, 9, 4))
+    assert len(kept) == 13 and "pixel_values" in kept.media
+    text = {"input_ids": torch.cat((torch.arange(5, 9)[None], broken(3, 2, 0, 4)["input_ids"]), 1)}
+    kept = PackingCollator(None, model, 15).prepare(broken(3, 2, 0, 4) | text)  # without [IMG_END]
+    assert len(kept) == 7 and not kept.media
+
+
+def test_sizes_of_more_images_than_there_are_tokens_are_refused():
+    model, one = mistral3(), broken(2, 3, 3)
+    set_rope(model, "rope-tv")
+    sizes = torch.tensor([[8, 16], [16, 24]])
+    with pytest.raises(ValueError, match="image:2x3 needs 6; give the grids"):
+        model(**one | {"image_sizes": sizes, "pixel_values": torch.zeros(2, 3, 16, 24)})

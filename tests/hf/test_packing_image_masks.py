@@ -13,6 +13,7 @@ from transformers import (
 from vision_language_models import IMAGE, TEXT
 
 from rope_mm.hf import PackingCollator, packed_equals_alone, positions_for, set_rope
+from rope_mm.hf.packing import leaks
 
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 16, "patch_size": 8}
@@ -106,3 +107,35 @@ def test_rows_of_paligemma_whose_mask_keeps_documents_apart_are_served():
     packed = model(**joined(SHORT, LONG), position_ids=positions).logits
     alone = torch.cat([model(**x, use_cache=False).logits for x in (SHORT, LONG)], 1)
     assert (packed - alone).abs().max() < 1e-5 * alone.abs().max()
+
+
+def prefixed(images, prefix, suffix, seed):
+    """Images and a prefix that see each other, and a suffix that looks back, as PaliGemma has them."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(5, 80, (prefix + suffix,), generator=generator)
+    ids = torch.cat((torch.full((4 * images,), IMAGE), text))
+    types = (torch.arange(len(ids)) >= len(ids) - suffix).long()
+    pixels = {"pixel_values": torch.randn(images, 3, 16, 16, generator=generator)} if images else {}
+    return {"input_ids": ids, "token_type_ids": types, **pixels}
+
+
+@pytest.mark.parametrize("scheme", [None, "rope-tv"])
+def test_the_collator_packs_paligemma_where_types_say_what_is_prefix(scheme):
+    model = paligemma()
+    if scheme:
+        set_rope(model, scheme)
+    collator = PackingCollator(None, model, 64)
+    examples = [prefixed(0, 3, 4, 1), prefixed(1, 2, 5, 2), prefixed(2, 4, 3, 3)]
+    report = packed_equals_alone(model, examples, collator)
+    assert report.ok and collator(examples)["input_ids"].shape == (1, 33), report
+    with pytest.raises(ValueError, match=r"makes its mask of token_type_ids.*Give the types that its proc"):
+        collator([{"input_ids": WORDS["input_ids"][0]}])
+
+
+def test_prefixes_of_paligemma_that_older_transformers_mix_are_refused(monkeypatch):
+    model = paligemma()
+    set_rope(model, "rope-tv")
+    positions = positions_for(model, [["text:2 image:2x2 text:2", "text:3 image:2x2 text:4"]])
+    monkeypatch.setattr(leaks, "lays_blocks_last", lambda: True)
+    with pytest.raises(ValueError, match="PaliGemmaForConditionalGeneration does not keep documents with im"):
+        model(**joined(SHORT, LONG), position_ids=positions)

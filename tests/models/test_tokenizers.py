@@ -14,7 +14,7 @@ def encode(text):
     return WORDS(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-@given(st.lists(st.sampled_from([*" ".join(TEXTS).split(" "), "?", ":", ""]), max_size=8).map(" ".join))
+@given(st.lists(st.sampled_from([*" ".join(TEXTS).split(" "), ""]), max_size=8).map(" ".join))
 def test_texts_of_known_words_come_back_as_they_were(text):
     assert WORDS.decode(encode(text)) == text
 

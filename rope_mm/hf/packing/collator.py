@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import get_worker_info
 
 from rope_mm.hf.packing.examples import Example, cut_example, encode_example
-from rope_mm.hf.packing.isolation import mixes_images, needs_mask
-from rope_mm.hf.packing.leaks import MIXED
+from rope_mm.hf.packing.isolation import Isolation, find_isolation, mixes_images
+from rope_mm.hf.packing.leaks import MIXED, TYPES
 from rope_mm.hf.packing.rows import Placer, make_placer, pack_examples, text_model
 from rope_mm.positions.packing import first_fit
 
@@ -63,8 +63,8 @@ class PackingCollator:
         self.model: nn.Module | None = model
         self._placer = make_placer(model)
         self.counts = torch.zeros(2, MOST_WORKERS + 1, dtype=torch.long).share_memory_()
-        self.needs_mask = prove and needs_mask(model, self._placer)
-        self.mixes_images = prove and mixes_images(model, self._placer, self.needs_mask)
+        self.isolation = find_isolation(model, self._placer) if prove else Isolation()
+        self.mixes_images = prove and mixes_images(model, self._placer, self.isolation.masked)
         self.model_name = type(text_model(model)).__name__
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,6 +90,11 @@ class PackingCollator:
         encoded = encode_example(
             self.processor, placer.config, placer.known, example, self.assistant_only_loss
         )
+        if self.isolation.typed and TYPES[0] not in encoded.tokens:
+            raise ValueError(
+                f"{self.model_name} makes its mask of {TYPES[0]}; without them it attends both ways to an "
+                "example alone, but not in a row. Give the types that its processor makes"
+            )
         if len(encoded) <= self.max_length:
             return encoded
         short = cut_example(encoded, placer.config, self.max_length) if self.too_long == "cut" else None
@@ -140,7 +145,7 @@ class PackingCollator:
             self.refuse_images(kept)
         placer = self.placer
         pad_id = pad_token(self.processor, placer.config)
-        return pack_examples(kept, placer, self.max_length, pad_id, self.needs_mask)
+        return pack_examples(kept, placer, self.max_length, pad_id, self.isolation.masked)
 
 
 def pad_token(processor: Any, config: Any) -> int:

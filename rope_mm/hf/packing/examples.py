@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rope_mm.hf.image_grids import IMAGES, VIDEOS, read_grids, token_kinds
+from rope_mm.hf.image_grids import IMAGES, VIDEOS, close_rows, read_grids, token_kinds
 
 IGNORED = -100  # the label of a token that is not predicted
 MASKS = (
@@ -291,14 +291,15 @@ def media_spans(example: Example, config: Any) -> list[tuple[int, int, int]]:
     """
     if not (example.kinds > 0).any():
         return []
+    kinds, media = close_rows(config, example.media, example.kinds[None])
     try:
-        seen = read_grids(config, example.media, example.kinds[None])
+        seen = read_grids(config, media, kinds)
     except ValueError:
         there = example.kinds.nonzero()[:, 0].tolist()
         return [(0, there[0], there[-1] + 1)]
     spans = []
     for kind in (IMAGES, VIDEOS):
-        there, first = (example.kinds == kind).nonzero()[:, 0].tolist(), 0
+        there, first = (kinds[0] == kind).nonzero()[:, 0].tolist(), 0
         for visual in seen[kind]:
             spans.append((kind, there[first], there[first + visual.tokens - 1] + 1))
             first += visual.tokens

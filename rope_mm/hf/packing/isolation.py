@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,38 +17,50 @@ from rope_mm.hf.packing.rows import Placer, pack_examples, text_model
 LOG = logging.getLogger(__name__)
 
 
+class Isolation(NamedTuple):
+    """What keeps the documents of a row apart, besides token positions.
+
+    Attributes:
+        masked: whether the batch must bring its mask.
+        typed: whether examples must have token_type_ids, of which the model makes its mask.
+    """
+
+    masked: bool = False
+    typed: bool = False
+
+
 @torch.no_grad()
-def needs_mask(model: nn.Module, placer: Placer) -> bool:
-    """Whether a model keeps documents apart only by a mask that comes with the batch, by a small forward.
+def find_isolation(model: nn.Module, placer: Placer) -> Isolation:
+    """What a model needs to keep documents apart, by small forwards.
 
     Raises:
-        ValueError: a model that does not keep them apart by either.
+        ValueError: a model that does not keep them apart by any of it.
     """
-    base = text_model(model)
-    examples = [probe_example(base.config, begin, n) for begin, n in ((0, 7), (7, 5))]
-    try:
-        alone = torch.cat([run(base, pack_examples([x], placer, 7, 0, False)) for x in examples], 1)
-    except Exception as error:  # on another device than its kernels, in shards, without weights
-        LOG.warning(
-            "%s could not run the small forward that proves that it keeps documents apart (%s: %s); "
-            "packed_equals_alone proves it where it runs",
-            *(type(base).__name__, type(error).__name__, error),
-        )
-        return False
-    found: Any = []
-    for masked in (False, True)[: 1 if is_flash(base.config) else 2]:
+    base, found = text_model(model), []
+    for typed in (False, True) if TYPES[0] in placer.known else (False,):
+        examples = [probe_example(base.config, begin, n, typed) for begin, n in ((0, 7), (7, 5))]
         try:
-            packed = run(base, pack_examples(examples, placer, 12, 0, masked))
-        except Exception as error:  # a mask of a form that the model does not take
-            found.append(f"{type(error).__name__}: {error}")
-            continue
-        found.append((packed - alone).abs().max().item() / alone.abs().max().item())
-        if found[-1] <= tolerance(alone):
-            return masked
-    wrong = f"{found[0]:.1e} of their size" if isinstance(found[0], float) else found[0]
+            alone = torch.cat([run(base, pack_examples([x], placer, 7, 0, False)) for x in examples], 1)
+        except Exception as error:  # on another device than its kernels, in shards, without weights
+            LOG.warning(
+                "%s could not run the small forward that proves that it keeps documents apart (%s: %s); "
+                "packed_equals_alone proves it where it runs",
+                *(type(base).__name__, type(error).__name__, error),
+            )
+            return Isolation()
+        for masked in (False, True)[: 1 if is_flash(base.config) else 2]:
+            try:
+                packed = run(base, pack_examples(examples, placer, 12, 0, masked))
+            except Exception as error:  # a mask of a form that the model does not take
+                found.append(f"{type(error).__name__}: {error}")
+                continue
+            far = (packed - alone).abs().max().item() / alone.abs().max().item()
+            if far <= tolerance(alone):
+                return Isolation(masked, typed)
+            found.append(f"outputs differ from those of each alone by {far:.1e} of their size")
     raise ValueError(
         f"{type(base).__name__} by {base.config.get_text_config()._attn_implementation} does not keep packed "
-        f"documents apart: in a small forward outputs differ from those of each alone by {wrong}. Layers "
+        f"documents apart: in a small forward {found[0]}. Layers "
         "that carry a state (Mamba, linear attention), two-way attention and offsets are not served; pad "
         "its examples instead, or try attn_implementation='sdpa'"
     )
@@ -91,13 +103,14 @@ def tolerance(outputs: Tensor) -> float:
     return max(1e-4, 8 * torch.finfo(outputs.dtype).eps)
 
 
-def probe_example(config: Any, begin: int, n: int) -> Example:
-    """n tokens of text that are no special ones of a config."""
+def probe_example(config: Any, begin: int, n: int, typed: bool = False) -> Example:
+    """n tokens of text that are no special ones of a config, with or without their types."""
     text = config.get_text_config()
     special = special_tokens(config)
     ids = [token for token in range(text.vocab_size) if token not in special][begin : begin + n]
     tokens = torch.tensor(ids)
-    return Example({"input_ids": tokens, "labels": tokens}, {}, torch.zeros_like(tokens))
+    types = {TYPES[0]: torch.zeros_like(tokens)} if typed else {}
+    return Example({"input_ids": tokens, "labels": tokens, **types}, {}, torch.zeros_like(tokens))
 
 
 def special_tokens(config: Any) -> set[int]:

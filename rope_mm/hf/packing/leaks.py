@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import create_causal_mask
 
 from rope_mm.checks.arguments import read
 from rope_mm.positions.place import place
@@ -21,6 +22,7 @@ from rope_mm.schemes.scheme import Scheme
 
 VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 TYPES = ("token_type_ids", "mm_token_type_ids")  # what names the tokens of images
+STATES = ("conv", "linear_attention", "mamba", "recurrent", "hybrid", "hybrid_sliding")
 REMEDY = "rope_mm.hf.PackingCollator makes batches that keep them apart"
 MIXED = (
     "does not keep documents with images apart in one row: transformers lays the mask of one document's "
@@ -56,6 +58,12 @@ def caches_by_default(config: Any) -> bool:
     return any(getattr(part, "use_cache", False) for part in (config, config.get_text_config()))
 
 
+def carries_state(module: Any) -> bool:
+    """Whether layers of a model carry a state from token to token: Mamba, convolutions, linear attention."""
+    layers = getattr(module.config.get_text_config(), "layer_types", None) or ()
+    return getattr(type(module), "_is_stateful", False) or any(x in STATES for x in layers)
+
+
 def real_tokens(mask: Any, s: int) -> Tensor | None:
     """Which of the last s tokens (b, s) are no padding; None where no mask (b, s) says it."""
     return mask[:, -s:].bool() if getattr(mask, "ndim", 0) == 2 else None
@@ -86,7 +94,13 @@ def refuse_packing_leak(module: Any, tokens: Tensor, kwargs: Mapping[str, Any]) 
     count = tokens if there is None else tokens.where(there, -1)
     if not (count < count.cummax(-1).values).logical_and(count >= 0).any():
         return
-    if mask is None and mixes_image_blocks(type(module), config) and blocks_are_moved(tokens, kwargs):
+    if carries_state(module):
+        raise ValueError(
+            f"token positions start again within a row, but layers of {type(module).__name__} carry a state "
+            "from one document into the next; put one document in a row, and pad"
+        )
+    moved = mixes_image_blocks(type(module), config) and blocks_are_moved(tokens, kwargs)
+    if mask is None and (moved or (joins_prefixes(type(module)) and kwargs.get(TYPES[0]) is not None)):
         raise ValueError(f"{type(module).__name__} {MIXED}")
     if not leaks:
         return
@@ -108,15 +122,29 @@ def mixes_image_blocks(cls: type, config: Any) -> bool:
     `block_sequence_ids` (transformers, masking_utils.py). Gemma 3 and 4 give blocks of images by the former.
     """
     named = getattr(config.get_text_config(), "use_bidirectional_attention", False)
-    return named is not None and not is_flash(config) and names_block_function(cls.__module__)
+    function = "or_mask_function=blockwise_overlay"
+    return named is not None and not is_flash(config) and source_has(cls.__module__, function)
 
 
 @cache
-def names_block_function(module: str) -> bool:
-    """Whether the source of a module gives blocks as or_mask_function."""
+def source_has(module: str, text: str) -> bool:
+    """Whether the source of a module has a text."""
     with suppress(OSError, TypeError, KeyError):
-        return "or_mask_function=blockwise_overlay" in inspect.getsource(sys.modules[module])
+        return text in inspect.getsource(sys.modules[module])
     return False
+
+
+def joins_prefixes(cls: type) -> bool:
+    """Whether prefixes of all documents are one block that lies over their mask (PaliGemma before 5.24)."""
+    return lays_blocks_last() and source_has(cls.__module__, "torch.where(token_type_ids == 0, 0, -1)")
+
+
+@cache
+def lays_blocks_last() -> bool:
+    """Whether transformers lays blocks over the mask of documents, as it did before 5.24."""
+    source = inspect.getsource(create_causal_mask)
+    names = "packed_sequence_mask_function(", "blockwise_overlay("
+    return source.rfind(names[0]) < source.rfind(names[1])
 
 
 def blocks_are_moved(tokens: Tensor, kwargs: Mapping[str, Any]) -> bool:
