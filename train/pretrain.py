@@ -37,7 +37,7 @@ from rope_mm.training.config import check_options, option, run
 from rope_mm.training.distributed import all_reduce_sum
 from rope_mm.training.ema import Ema
 from rope_mm.training.fingerprint import fingerprint_rows
-from rope_mm.training.image_heads import IMAGE_HEADS
+from rope_mm.training.image_heads import IMAGE_HEADS, EnergyConfig
 from rope_mm.training.loop import Run, fingerprint, launch
 from rope_mm.training.packed_dataset import PackedDocumentDataset
 from rope_mm.training.pretrain_trainer import BatchTotals, PretrainOptim, PretrainTrainer
@@ -97,6 +97,7 @@ class Pretrain(Run):
         1.0, "of sampling; above 1 a template must generate images without text before", minimum=0
     )
     loss: GANConfig = option(GANConfig(), "the objective of the adversarial head")
+    energy: EnergyConfig = option(EnergyConfig(), "the loss of the energy head")
     optim: PretrainOptim = option(PretrainOptim(), "the optimizers")
     attn_implementation: str = option("sdpa", "or eager, or on GPUs flex_attention")
     compile: str = option("", "a backend of torch.compile, such as inductor; empty: none")
@@ -139,7 +140,9 @@ class Training:
         self.average, self.skipped = Ema(model, config.ema_decay), Count()
         self.named: set[str] = set()
         options = accelerator, config.image_loss_weight, config.compile, config.gradient_checkpointing
-        self.trainer = PretrainTrainer(model, config.image_head, config.optim, config.loss, *options)
+        self.trainer = PretrainTrainer(
+            model, config.image_head, config.optim, config.loss, *options, energy=config.energy
+        )
         self.tokens, self.generated, self.flops = 0, 0, 0.0
         self.counter = FlopCounter.of(self.average.model)
         spec = GenerationSpec.of(self.held_out, config.data.templates, self.head.steps, config.guidance_scale)
@@ -148,7 +151,8 @@ class Training:
     def make_datasets(self) -> None:
         """The data sets of packed batches, to train on and held out."""
         config, accelerator = self.config, self.accelerator
-        packer = Packer(self.processor, config.max_length, self.head.sample_time, self.head.needs_critic)
+        head = self.head
+        packer = Packer(self.processor, config.max_length, head.sample_time, head.needs_critic, head.samples)
         shares = accelerator.num_processes, accelerator.process_index, config.gradient_accumulation_steps
         size, seed = config.global_batch_size, config.seed
         self.dataset = PackedDocumentDataset(self.documents, packer, seed, size, *shares)
@@ -258,7 +262,7 @@ class Training:
         out = self.average.model(**batch.inputs(), labels=batch.labels)
         metrics = {"eval_loss/text": float(out.loss)} if batch.predicted else {}
         if self.trainer.critic is None and len(batch.noise):
-            loss = self.head.loss(out.patches[batch.noisy], batch.target) / len(batch.noise)
+            loss = self.head.loss(out.patches[batch.noisy], batch, self.config.energy) / len(batch.noise)
             metrics["eval_loss/image"] = float(loss)
         for source in filter(SPRITE_EVALUATORS.__contains__, self.config.data.paths):
             metrics |= SPRITE_EVALUATORS[source].evaluate(self.pipeline, self.held_out)

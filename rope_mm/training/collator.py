@@ -36,8 +36,10 @@ class EncodedDocument:
         patches: (n, p), in the order of their tokens.
         generated: (n,), which patches are generated.
         context: (n,), which patches later tokens read; all but those of an image at the very end.
-        noise: (m, p), from which the noisy copies start.
-        time: (m, 1), how far each copy is on its way from noise, 0, to its patch, 1.
+        noise: (c, p), from which the noisy copies start, one sample of all m patches after another.
+        time: (c, 1), how far each copy is on its way from noise, 0, to its patch, 1.
+        image: (m,), the number of the image or frame of each patch that is generated.
+        samples: c / m, noisy copies of each image.
     """
 
     sequence: EncodedSequence
@@ -46,23 +48,32 @@ class EncodedDocument:
     context: Tensor
     noise: Tensor
     time: Tensor
+    image: Tensor
+    samples: int = 1
 
     @property
     def length(self) -> int:
         """How many tokens it has in a packed batch, noisy copies included."""
         return len(self.sequence.input_ids) - int((~self.context).sum()) + len(self.noise)
 
+    @property
+    def sample(self) -> Tensor:
+        """Which sample each noisy copy (c,) is of."""
+        return torch.arange(self.samples).repeat_interleave(len(self.image))
+
     def columns(self, image_token_id: int) -> dict[str, Tensor]:
         """Its columns (length, ...) of a packed batch: the document, then the noisy copies."""
         ids, positions, blocks, _ = self.sequence
         places, kept = (ids == image_token_id).nonzero()[:, 0], torch.ones_like(ids, dtype=torch.bool)
-        copies, kept[places] = places[self.generated], self.context
+        copies, kept[places] = places[self.generated].repeat(self.samples), self.context
+        # a number of its own for every copy of a block, above all that the block sees
+        blocks = blocks * self.samples
         labels = ids.masked_fill(ids == image_token_id, IGNORED)
         labels[:1] = IGNORED  # nothing of the document comes before it
         return {
             "input_ids": torch.cat([ids[kept], ids[copies]]),
             "position_ids": torch.cat([positions[kept], positions[copies]]),
-            "block_ids": torch.cat([blocks[kept], -blocks[copies]]),
+            "block_ids": torch.cat([blocks[kept], self.sample - blocks[copies]]),
             "labels": torch.cat([labels[kept], labels[copies]]),
             "count": torch.arange(int(kept.sum()) + len(copies)),
         }
@@ -83,6 +94,8 @@ class PackedBatch:
         noisy: (n,), which patches are noisy copies.
         noise: (m, p), from which they start.
         time: (m, 1), how far each is on its way from noise, 0, to its target, 1.
+        image: (m,), the number of the image or frame that each is of.
+        sample: (m,), which noisy copy of its image it is of, from 0.
         critic_batch: what a critic reads, where there is one.
         skipped: why documents of this batch are missing, a sentence for each.
         stream_state: where a stream stands after this batch.
@@ -98,6 +111,8 @@ class PackedBatch:
     noisy: Tensor
     noise: Tensor
     time: Tensor
+    image: Tensor
+    sample: Tensor
     critic_batch: CriticBatch | None = None
     skipped: tuple[str, ...] = ()
     stream_state: Any = None
@@ -176,12 +191,14 @@ class Packer:
         max_length: tokens of a row, noisy copies included.
         sample_time: (images, generator) -> (images,), how far each noisy copy is from noise.
         for_critic: whether a critic reads the documents too.
+        samples: noisy copies of each image or frame to generate, which do not see one another.
     """
 
     processor: RopeMMProcessor
     max_length: int
     sample_time: SampleTime
     for_critic: bool = False
+    samples: int = 1
 
     def __call__(self, documents: Sequence[Document], generators: Sequence[torch.Generator]) -> PackedBatch:
         """The packed batch of documents.
@@ -232,13 +249,14 @@ class Packer:
         sizes = torch.tensor([len(part) for part in patches], dtype=torch.long)
         flags = torch.tensor([visual.generate for visual in visuals], dtype=torch.bool)
         generated = flags.repeat_interleave(sizes)
-        noise = torch.randn(int(generated.sum()), width, generator=generator)
+        noise = torch.randn(int(generated.sum()) * self.samples, width, generator=generator)
         blocks = sequence.block_ids[sequence.input_ids == self.processor.image_token_id]
         context = ~generated | (blocks < sequence.block_ids[-1:])
-        _, frame = blocks[generated].unique_consecutive(return_inverse=True)
-        time = self.sample_time(int(frame.max()) + 1 if len(frame) else 0, generator)[frame, None]
+        _, image = blocks[generated].unique_consecutive(return_inverse=True)
+        time = self.sample_time(int(image.max()) + 1 if len(image) else 0, generator)[image, None]
+        time = time.repeat(self.samples, 1)
         joined = torch.cat([torch.zeros(0, width), *patches])
-        return EncodedDocument(sequence, joined, generated, context, noise, time)
+        return EncodedDocument(sequence, joined, generated, context, noise, time, image, self.samples)
 
     def pack(self, encoded: Sequence[EncodedDocument]) -> PackedBatch:
         """The packed batch of encoded documents.
@@ -250,7 +268,11 @@ class Packer:
         encoded_rows = [[encoded[number] for number in row] for row in rows]
         columns = self.pad([join(self.columns_of(row)) for row in encoded_rows])
         ordered = [document for row in encoded_rows for document in row]
-        patches = [part for d in ordered for part in (d.patches[d.context], d.patches[d.generated])]
+        patches = [
+            part
+            for d in ordered
+            for part in (d.patches[d.context], d.patches[d.generated].repeat(d.samples, 1))
+        ]
         noisy = [torch.arange(int(d.context.sum()) + len(d.noise)) >= d.context.sum() for d in ordered]
         return PackedBatch(
             **cast(Any, columns),
@@ -258,6 +280,8 @@ class Packer:
             noisy=torch.cat(noisy),
             noise=torch.cat([d.noise for d in ordered]),
             time=torch.cat([d.time for d in ordered]),
+            image=number_images(ordered),
+            sample=torch.cat([d.sample for d in ordered]),
             critic_batch=self.gather(ordered) if self.for_critic else None,
         )
 
@@ -293,6 +317,15 @@ class Packer:
         valid = pad_sequence([torch.ones_like(d.generated) for d in encoded], batch_first=True)
         generated = pad_sequence([d.generated for d in encoded], batch_first=True)
         return CriticBatch(collate([d.sequence for d in encoded]), patches, valid, generated)
+
+
+def number_images(documents: Sequence[EncodedDocument]) -> Tensor:
+    """The number in its batch of the image or frame that each noisy copy is of."""
+    numbers, first = [torch.zeros(0, dtype=torch.long)], 0
+    for document in documents:
+        numbers.append(document.image.repeat(document.samples) + first)
+        first += int(document.image.max()) + 1 if len(document.image) else 0
+    return torch.cat(numbers)
 
 
 def join(documents: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,12 +1,56 @@
 """Image heads: how noisy the copies of images start, the loss of what they become, the steps of sampling."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from rope_mm.losses import energy_score
 from rope_mm.registry import Registry
-from rope_mm.training.collator import SampleTime
+from rope_mm.training.collator import PackedBatch, SampleTime
+from rope_mm.training.config import check_options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnergyConfig:
+    """The loss of the energy head."""
+
+    exponent: float = option(1.0, "of the distances between images", above=0, below=2)
+    repulsion: float = option(
+        1.0, "of two samples for one text; below 1 images vary less than real ones", minimum=0, maximum=1
+    )
+
+    def __post_init__(self):
+        check_options(self, "energy.")
+
+
+def squared_error(generated: Tensor, batch: PackedBatch, config: EnergyConfig) -> Tensor:
+    """Squared errors of patches (m, p), averaged over each patch and summed over patches."""
+    return (generated.float() - batch.target).square().mean(1).sum()
+
+
+def image_energy(generated: Tensor, batch: PackedBatch, config: EnergyConfig) -> Tensor:
+    """The energy score of each image's samples, its distances over sqrt(d), summed over patches (m, p).
+
+    An image or frame is one vector: of patches by themselves only their own laws would be learned, and not
+    what they have to do with one another.
+    """
+    if not len(generated):
+        return generated.sum()
+    sizes = batch.image[batch.sample == 0].bincount().tolist()
+
+    def vectors(patches: Tensor, sample: int) -> Tensor:
+        """The images (n, d) of a sample, with zeros after the shorter ones, which add to no distance."""
+        return pad_sequence(list(patches[batch.sample == sample].split(sizes)), True).flatten(1)
+
+    count = int(batch.sample.max()) + 1
+    samples = torch.stack([vectors(generated.float(), sample) for sample in range(count)])
+    score = energy_score(samples, vectors(batch.target, 0), config.exponent, config.repulsion)
+    patches = score.new_tensor(sizes)
+    side = (patches * generated.shape[1]).sqrt()
+    return (score / side**config.exponent * patches * count).sum()
 
 
 @dataclass(frozen=True)
@@ -17,23 +61,36 @@ class ImageHead:
         sample_time: (images, generator) -> (images,), how far copies are from noise, 0, to the patch, 1.
         steps: forward passes of sampling an image.
         source: what it is, and where from.
-        needs_critic: whether a critic gives the loss.
+        distance: (patches (m, p) made of the noisy copies, their batch, settings) -> the loss, summed over
+            patches; None where a critic gives it.
+        samples: noisy copies of an image that the loss compares with one another.
     """
 
     sample_time: SampleTime
     steps: int
     source: str
-    needs_critic: bool = False
+    distance: Callable[[Tensor, PackedBatch, EnergyConfig], Tensor] | None = squared_error
+    samples: int = 1
 
-    def loss(self, generated: Tensor, target: Tensor) -> Tensor:
-        """Squared errors of patches (m, p), averaged over each patch and summed over patches.
+    @property
+    def needs_critic(self) -> bool:
+        """Whether a critic gives the loss."""
+        return self.distance is None
+
+    def loss(self, generated: Tensor, batch: PackedBatch, config: EnergyConfig) -> Tensor:
+        """The loss, summed over patches.
+
+        Args:
+            generated: patches (m, p) that the model makes of the batch's noisy copies.
+            batch: with the target of each.
+            config: of the energy head.
 
         Raises:
             ValueError: a head whose loss is a critic's.
         """
-        if self.needs_critic:
+        if self.distance is None:
             raise ValueError("the loss of this head is a critic's, not a distance; see `CriticTrainer`")
-        return (generated.float() - target).square().mean(1).sum()
+        return self.distance(generated, batch, config)
 
 
 def from_noise(images: int, generator: torch.Generator) -> Tensor:
@@ -64,7 +121,14 @@ IMAGE_HEADS = Registry(
             from_noise,
             1,
             "a critic of the document with the generated images, arXiv 1406.2661",
-            needs_critic=True,
+            distance=None,
+        ),
+        "energy": ImageHead(
+            from_noise,
+            1,
+            "the energy score of two samples for one text, EAR, arXiv 2505.07812",
+            image_energy,
+            samples=2,
         ),
     },
 )

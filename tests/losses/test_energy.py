@@ -38,6 +38,28 @@ def test_its_mean_for_two_normal_laws_is_the_closed_form_for_any_number_of_sampl
     assert energy_score(law, truth).mean().item() == pytest.approx(expected, abs=0.02)
 
 
+def test_on_a_line_it_is_cramers_distance_of_the_distribution_functions_and_what_the_target_alone_has():
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| = 2 ∫ (F - G)², of laws on six and on four points."""
+    x, y = normal(6).sort().values, 2 * normal(4, seed=1).sort().values
+    pairs = torch.cartesian_prod(x, x, y)  # all samples, equally likely: the mean over rows is exact
+    score = energy_score(pairs[:, :2].T[:, :, None], pairs[:, 2:]).mean()
+    own = (y[:, None] - y).abs().mean()
+    edges = torch.cat([x, y]).sort().values
+    f, g = ((points <= edges[:-1, None]).double().mean(1) for points in (x, y))
+    torch.testing.assert_close(score - own, 2 * ((f - g).square() * edges.diff()).sum())
+
+
+@pytest.mark.parametrize("samples", [2, 3, 5])
+def test_it_is_unbiased_for_any_number_of_samples(samples):
+    """The mean over all ways to take independent samples of a law on three points is the same, exactly."""
+    points = normal(3, 2)
+    ways = torch.cartesian_prod(*[torch.arange(3)] * samples)
+    found = energy_score(points[ways.T], torch.full((len(ways), 2), 0.5, dtype=torch.float64)).mean()
+    distances = torch.cdist(points, points)
+    to_target = (points - 0.5).square().sum(1).sqrt().mean()
+    torch.testing.assert_close(found, 2 * to_target - distances.mean())
+
+
 @pytest.mark.parametrize("repulsion", [1.0, 0.8])
 def test_the_best_deviation_of_a_normal_law_is_the_closed_form_of_the_repulsion(repulsion):
     noise, truth = normal(2, ROWS, 1), normal(ROWS, 1, seed=1)
