@@ -42,6 +42,7 @@ PROGRAMS, CONFIGS = (
 )
 # the folder of a program's configurations, where it has another name
 CONFIG_FOLDERS = {
+    "compare_factors": "factors",
     "compare_heads": "heads",
     "compare_losses": "adversarial",
     "compare_schemes": "compare",

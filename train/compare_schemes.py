@@ -19,11 +19,13 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from rope_mm import augment_positions
 from rope_mm.data import batch_indices
-from rope_mm.data.seeding import EVALUATION
+from rope_mm.data.seeding import EVALUATION, make_generator
 from rope_mm.data.synthetic.qa_tasks import make_qa_samples
 from rope_mm.evaluation.qa import (
     EncodedQA,
+    PlacedQA,
     encode_qa,
     generate_answers,
     load_qa_tokenizer,
@@ -58,6 +60,9 @@ class CompareSchemes:
     lr: float = option(3e-3, "learning rate", minimum=0)
     warmup_steps: int = option(50, "over which the rate rises from 0", minimum=1)
     model: dict[str, Any] = option({}, "fields of RopeMMConfig")
+    augment: dict[str, dict[str, float]] = option(
+        {}, "name of a row -> arguments of augment_positions, for each document of a step"
+    )
     trained: dict[str, dict[str, Any]] = option({}, "task -> form -> sizes, to train and to evaluate on")
     untrained: dict[str, dict[str, Any]] = option({}, "task -> form -> sizes, to evaluate on only")
     threads: int = option(
@@ -128,6 +133,24 @@ def make_model(
     return RopeMMForConditionalGeneration(settings).to(config.device)  # pyright: ignore[reportArgumentType]
 
 
+def move_positions(
+    batch: list[PlacedQA], moves: dict[str, float], generator: torch.Generator
+) -> list[PlacedQA]:
+    """Documents whose positions are moved and scaled at random, each by itself.
+
+    Args:
+        batch: placed documents.
+        moves: arguments of `augment_positions`.
+        generator: of the random numbers.
+    """
+    return [
+        PlacedQA(
+            row._replace(positions=augment_positions(row.positions, generator=generator, **moves)), sample
+        )
+        for row, sample in batch
+    ]
+
+
 def train(config: CompareSchemes, benchmark: Benchmark, scheme: str, seed: int, bar: tqdm) -> dict[str, Any]:
     """One run: the metrics of a scheme's model, its parameters, its cost.
 
@@ -150,7 +173,10 @@ def train(config: CompareSchemes, benchmark: Benchmark, scheme: str, seed: int, 
     loss, losses = torch.zeros(()), {"text": [], "image": []}
     for step in range(config.steps):
         chosen = batch_indices(len(placed), config.global_batch_size, seed, step).tolist()
-        found = generate_answers(model, [placed[i] for i in chosen])
+        batch = [placed[i] for i in chosen]
+        if moves := config.augment.get(scheme):
+            batch = move_positions(batch, moves, make_generator(seed, "augment", step))
+        found = generate_answers(model, batch)
         loss = found.text_loss + config.image_loss_weight * found.image_loss
         optimizer.zero_grad()
         loss.backward()
@@ -182,6 +208,8 @@ def check(config: CompareSchemes) -> None:
             f"schemes must name two or more, not {list(config.schemes)}, and trained some tasks; "
             "give --config configs/compare/small.yaml"
         )
+    if unknown := sorted(set(config.augment) - set(config.schemes)):
+        raise ValueError(f"augment names {unknown}, but schemes has {list(config.schemes)}")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {config.device!r} is not available; give --device cpu")
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from rope_mm.checks.fields import Names, NotNegative, Positive, Real, Reals, check_fields
+from rope_mm.checks.fields import Names, NotNegative, OneOf, Positive, Real, Reals, check_fields
 from rope_mm.positions import audio_layouts as audio
 from rope_mm.positions import vision_layouts as vision
 from rope_mm.positions.cursor import Cursor
@@ -34,6 +34,7 @@ from rope_mm.registry import Registry
 from rope_mm.segments import Segment
 
 TYX, YX = ("t", "y", "x"), ("y", "x")
+Origin = Annotated[str, OneOf(("corner", "centre"))]
 
 
 def check_rule(name: str, rule: Any, *arguments: str) -> None:
@@ -315,14 +316,67 @@ def causal(cursor: Cursor, segment: Segment, rate: NotNegative = 1.0, drift: Not
     return raster, cursor.next + span + drift * (t - 1)
 
 
-def local(cursor: Cursor, segment: Segment):
-    """Rows and columns from the image's own corner, time goes on; an image takes the span of its tokens."""
-    return Raster(segment.grid, (cursor.next, 0, 0), UNIT), cursor.next + segment.tokens
+def own_raster(segment: Segment, t: float, middle: float, origin: str, steps=UNIT) -> Raster:
+    """A unit grid that begins at `t`; its corner or its centre is at `middle` on rows and columns.
+
+    Args:
+        segment: the image or video.
+        t: of the first frame.
+        middle: place of the corner or of the centre on the axes y and x.
+        origin: "corner" or "centre", what is at `middle`.
+        steps: from a frame, a row and a column to the next.
+    """
+    sides = segment.grid[1:]
+    back = [(side - 1) / 2 if origin == "centre" else 0.0 for side in sides]
+    return Raster(segment.grid, (t, *(middle - part for part in back)), steps)
 
 
-def compact(cursor: Cursor, segment: Segment):
-    """Rows and columns from the image's own corner, time goes on; a frame takes one step of time."""
-    return Raster(segment.grid, (cursor.next, 0, 0), UNIT), cursor.next + segment.grid[0]
+def local(cursor: Cursor, segment: Segment, origin: Origin = "corner"):
+    """Rows and columns from the image's own corner, time goes on; an image takes the span of its tokens.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        origin: where rows and columns are 0, the image's "corner" or its "centre".
+    """
+    return own_raster(segment, cursor.next, 0.0, origin), cursor.next + segment.tokens
+
+
+def compact(cursor: Cursor, segment: Segment, origin: Origin = "corner"):
+    """Rows and columns from the image's own corner, time goes on; a frame takes one step of time.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        origin: where rows and columns are 0, the image's "corner" or its "centre".
+    """
+    return own_raster(segment, cursor.next, 0.0, origin), cursor.next + segment.grid[0]
+
+
+def anchored(cursor: Cursor, segment: Segment, origin: Origin = "centre"):
+    """A frame takes one step of the diagonal and is centred there, as in VideoRoPE with step 1, unrounded.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        origin: what of a frame stands on the diagonal, its "centre" or its "corner".
+    """
+    raster = own_raster(segment, cursor.next, cursor.next, origin, ((1, 1, 1), *UNIT[1:]))
+    return raster, cursor.next + segment.grid[0]
+
+
+def compact_scaled(cursor: Cursor, segment: Segment, reach: Positive = 2.0):
+    """As `compact`, and rows i and columns j once more, scaled so that every image spans -reach to reach.
+
+    Args:
+        cursor: where the sequence stands.
+        segment: the image or video.
+        reach: i of the lower edge of every image, j of its right edge.
+    """
+    _, y, x = segment.grid
+    origin = (cursor.next, 0, 0, reach * (1 - y) / y, reach * (1 - x) / x)
+    steps = ((1, 0, 0, 0, 0), (0, 1, 0, 2 * reach / y, 0), (0, 0, 1, 0, 2 * reach / x))
+    return Raster(segment.grid, origin, steps), cursor.next + segment.grid[0]
 
 
 def dual(cursor: Cursor, segment: Segment):
@@ -372,6 +426,10 @@ LAYOUTS: Registry[Layout] = Registry(
         "rope-tv-causal": Layout(TYX, causal, "kexue.fm 10352, made causal: see `causal`"),
         "local": Layout(TYX, local, "this library", text_rule=text_along_axes(0)),
         "compact": Layout(TYX, compact, "this library", text_rule=text_along_axes(0)),
+        "anchored": Layout(TYX, anchored, "this library"),
+        "compact-scaled": Layout(
+            (*TYX, "i", "j"), compact_scaled, "this library", text_rule=text_along_axes(0)
+        ),
         "dual": Layout((*TYX, "i", "j"), dual, "this library", text_rule=text_along_axes(0, 1, 2)),
         "hunyuan-image": Layout(YX, hunyuan_image, "HunyuanImage-3.0, build_2d_rope"),
         "flux": Layout(

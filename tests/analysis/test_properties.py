@@ -80,6 +80,8 @@ PRINCIPLES = ("compatible", "equivalent", "symmetric", "causal")
         ("mh-rope", {"compatible", "causal"}),
         ("local", {"equivalent", "causal"}),
         ("compact", {"causal"}),
+        ("compact-centred", {"symmetric", "causal"}),
+        ("anchored", {"compatible", "symmetric", "causal"}),
         ("dual", {"equivalent"}),
         ("flux", {"causal"}),
         ("pixtral", {"causal"}),

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from rope_mm import properties_table
+from rope_mm import Image, Scheme, properties_table
 from rope_mm.analysis import markdown
 from rope_mm.analysis.choosing import choices_table
+from rope_mm.analysis.offsets import offsets_table
 from rope_mm.schemes import zoo
 
 PAGE = Path(__file__).parents[2] / "docs" / "schemes.md"
@@ -16,10 +17,16 @@ PROMISES: dict[str, Iterable[str]] = {
     "vision-promises": [*zoo.VISION, *zoo.DIFFUSION, *zoo.AUDIO],
 }
 
+# the layouts of the factorial experiment
+COMPARED = ("flat", "grid", "m-rope", "m-rope-spatial-reset", "rope-tie", "rope-tv", "videorope", "local")
+COMPARED += ("compact", "compact-scaled", "anchored")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--write-promises", action="store_true", help="write the tables of schemes.md and choosing.md"
+        "--write-promises",
+        action="store_true",
+        help="write the tables of schemes.md, choosing.md and factors.md",
     )
 
 
@@ -39,3 +46,14 @@ def choices(request: pytest.FixtureRequest) -> str:
     if request.config.getoption("--write-promises", default=False):
         markdown.write_table(PAGE.with_name("choosing.md"), "choices", choices_table())
     return choices_table()
+
+
+@pytest.fixture(scope="session")
+def offsets(request: pytest.FixtureRequest) -> str:
+    """The table of offsets of growing images; with --write-promises the page gets it."""
+    schemes = {name: Scheme(layout=name) for name in COMPARED}
+    schemes["compact, centred"] = Scheme(layout="compact", options={"origin": "centre"})
+    table = offsets_table(schemes, [Image(2, 2), Image(6, 6)])
+    if request.config.getoption("--write-promises", default=False):
+        markdown.write_table(PAGE.with_name("factors.md"), "offsets", table)
+    return table

@@ -149,6 +149,11 @@ def test_the_guide_to_a_scheme_has_the_table_that_the_command_prints(choices):
 
 
 @pytest.mark.slow
+def test_the_offsets_of_growing_images_are_those_that_are_measured(offsets):
+    _, body, _ = markdown.split_page(DOCS / "factors.md", "offsets")
+    assert body.strip() == offsets, "write it anew: pytest tests/docs --write-promises"
+
+
 def test_the_promises_are_those_that_are_measured(promises):
     assert list(promises) == ["promises", "vision-promises"]
     for name, table in promises.items():

@@ -25,6 +25,7 @@ SIZES = st.integers(1, 6)
 OWN_TEXT = {
     "local": [[0, 0, 0], [1, 0, 0]],
     "compact": [[0, 0, 0], [1, 0, 0]],
+    "compact-scaled": [[0, 0, 0, 0, 0], [1, 0, 0, 0, 0]],
     "dual": [[0, 0, 0, 0, 0], [1, 1, 1, 0, 0]],
     "fixed-extent": [[0, 0, 0], [0, 0, 0]],
     "mochi": [[0, 0, 0], [0, 0, 0]],
@@ -37,7 +38,7 @@ OWN_TEXT = {
     "lumina": [[0, 0, 0], [1, 0, 0]],
     "z-image": [[1, 0, 0], [2, 0, 0]],
 }
-SYMMETRIC = ("flat", "rope-tie", "rope-tv", "rope-tv-2d", "rope-tv-causal")
+SYMMETRIC = ("flat", "rope-tie", "rope-tv", "rope-tv-2d", "rope-tv-causal", "anchored")
 # a longer video leaves earlier frames where they are
 MOVING = ("normalized-corners", "rope-tv", "fixed-extent", "v2pe", "dual")
 CAUSAL = [name for name in LAYOUTS if name not in MOVING]
@@ -83,6 +84,7 @@ def test_a_video_stands_where_rope_tv_puts_it():
     [
         ("local", (3, 0, 0), (4, 1, 2), (15, 0, 0)),
         ("compact", (3, 0, 0), (4, 1, 2), (5, 0, 0)),
+        ("compact-scaled", (3, 0, 0, -1, -4 / 3), (4, 1, 2, 1, 4 / 3), (5, 0, 0, 0, 0)),
         ("dual", (8, 8, 7.5, 0, 0), (9, 9, 9.5, 1, 2), (15, 15, 15, 0, 0)),
     ],
 )
@@ -93,6 +95,33 @@ def test_layouts_with_rows_and_columns_of_the_image_itself(layout, first, last, 
     again, _ = place("text:3 image:2x3 text:1 image:2x3", layout)
     own = again[:, -2:]
     assert torch.equal(own[3:9], own[-6:]), "rows and columns do not depend on what stands before"
+
+
+@pytest.mark.parametrize(
+    ("layout", "origin", "first", "last", "following"),
+    [
+        ("local", "centre", (3, -0.5, -1), (4, 0.5, 1), (15, 0, 0)),
+        ("compact", "centre", (3, -0.5, -1), (4, 0.5, 1), (5, 0, 0)),
+        ("anchored", "centre", (3, 2.5, 2), (4, 4.5, 5), (5, 5, 5)),
+        ("anchored", "corner", (3, 3, 3), (4, 5, 6), (5, 5, 5)),
+    ],
+)
+def test_rows_and_columns_are_counted_from_the_corner_or_from_the_centre(
+    layout, origin, first, last, following
+):
+    positions, _ = place("text:3 video:2x2x3 text:1", layout, origin=origin)
+    assert [tuple(row) for row in positions[[3, -2, -1]].tolist()] == [first, last, following]
+
+
+@given(t=SIZES, y=SIZES, x=SIZES)
+def test_anchored_is_videorope_with_step_1_but_for_its_rounding(t, y, x):
+    ours, theirs = (
+        place([Text(2), Video(t, y, x), Text(1)], layout, **options)[0]
+        for layout, options in (("anchored", {}), ("videorope", {"step": 1.0}))
+    )
+    rounded = torch.tensor([0.0, (y - 1) % 2 / 2, (x - 1) % 2 / 2], dtype=torch.float64)
+    assert torch.equal((theirs - ours)[2:-1], rounded.expand(t * y * x, -1))
+    assert torch.equal(theirs[[0, 1, -1]], ours[[0, 1, -1]])
 
 
 def test_text_after_a_long_video_goes_on_past_its_last_frame():

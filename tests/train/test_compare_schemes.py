@@ -111,6 +111,7 @@ def test_a_folder_of_other_runs_is_refused(toy):
         (["--config", str(SMALL), "--trained.room.small.rows", "2"], "question 'room' is unknown"),
         (["--config", str(SMALL), "--trained.cell.small.row", "2"], "task 'cell'"),
         (["--config", str(SMALL), "--schemes.flat.scheme", "flatt"], "flatt"),
+        (["--config", str(SMALL), "--augment.other.rescale", "2"], "augment names ['other']"),
     ],
 )
 def test_invalid_input_is_refused_in_one_line(flags, reason, tmp_path, capsys):
@@ -121,6 +122,20 @@ def test_invalid_input_is_refused_in_one_line(flags, reason, tmp_path, capsys):
             [*flags, "--output_dir", str(tmp_path), "--documents", "8", "--eval_samples", "1"],
         )
     assert reason in capsys.readouterr().err
+
+
+def test_each_document_of_a_step_is_moved_by_itself_and_keeps_its_tokens(toy):
+    benchmark = compare.Benchmark(load(compare.CompareSchemes, toy))
+    placed = place_qa(benchmark.train_set(0)[:6], benchmark.tokenizer, Scheme(layout="rope-tv"))
+    moved = compare.move_positions(placed, {"rescale": 2.0}, torch.Generator().manual_seed(0))
+    factors = {
+        round((new.row.positions[-1, 0] / old.row.positions[-1, 0]).item(), 6)
+        for new, old in zip(moved, placed, strict=True)
+    }
+    assert len(factors) == 6 and all(0.5 <= factor <= 2 for factor in factors)
+    assert all(new.row.input_ids is old.row.input_ids for new, old in zip(moved, placed, strict=True))
+    again = compare.move_positions(placed, {"rescale": 2.0}, torch.Generator().manual_seed(0))
+    assert all(torch.equal(a.row.positions, b.row.positions) for a, b in zip(moved, again, strict=True))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
