@@ -16,7 +16,13 @@ venv: .venv/installed
 	$(py) -m pip install --quiet -c constraints.txt -e ".[test,triton,conformance]"
 	$(py) -m pip uninstall --quiet --quiet --yes timm  # of an environment that was made before
 	$(py) -m pip install --quiet -c constraints.txt --no-deps --upgrade --target .venv/peers timm
+	-$(flash_attn)
 	touch $@
+
+# one file of flash-attn, which needs Triton alone; the package wants CUDA. Without it a test of tests/conformance is skipped
+flash_attn = FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE $(py) -m pip download --quiet --no-deps --no-build-isolation \
+	--no-binary flash-attn --dest build flash-attn==2.8.3 && tar -xzf build/flash_attn-2.8.3.tar.gz -C .venv/peers \
+	--strip-components 1 flash_attn-2.8.3/flash_attn/ops/triton/rotary.py
 
 train: .venv/installed
 	$(py) train/adversarial.py --config configs/adversarial/digits.yaml
