@@ -248,8 +248,17 @@ def hugging_face_lines(view: View) -> str:
 
 def choices() -> dict[str, Any]:
     """What the controls of the page offer, and the view that it begins with."""
-    names, begin = list(SCHEMES), asdict(View())
-    return {"schemes": names, "extensions": factor_extensions(), "examples": EXAMPLES, "view": begin}
+    extensions = factor_extensions()
+    return {
+        "schemes": list(SCHEMES),
+        "extensions": extensions,
+        "examples": EXAMPLES,
+        "view": asdict(View()),
+        "without_theta": {
+            name: reason for name in SCHEMES if (reason := SCHEMES[name].unused.get("theta"))
+        },  # but for extensions that read theta
+        "read_theta": [name for name in extensions if EXTENSIONS[name].reads_theta],
+    }
 
 
 class Handler(BaseHTTPRequestHandler):

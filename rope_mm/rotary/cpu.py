@@ -157,20 +157,37 @@ def cross(y: Tensor, grad: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:
     return torch.addcmul(y1 * g2, y2, g1, value=-1)
 
 
+def sum_cross(y: Tensor, grad: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:
+    """`cross` of heads (b, s, n, m, 2r), summed over m, part by part in memory that is asked for once."""
+    r, step = y.shape[-1] // 2, max(1, PART // y[:, :1].numel())
+    total = torch.empty(*y.shape[:3], r, dtype=dtype)
+    product, converted = y[:0], y[:0]
+    for here, slope, goal in zip(y.split(step, 1), grad.split(step, 1), total.split(step, 1), strict=True):
+        if product.shape[:-1] != here.shape[:-1]:  # at the first part, and at the last where it is shorter
+            product = torch.empty(*here.shape[:-1], r, dtype=dtype)
+            converted = torch.empty(2, *here.shape, dtype=dtype) if y.dtype != dtype else converted
+        if y.dtype != dtype:
+            here, slope = converted[0].copy_(here), converted[1].copy_(slope)
+        goals = product.split(list(slot.blocks) or r, -1)
+        for (y1, y2), (g1, g2), p in zip(pair_views(here, slot), pair_views(slope, slot), goals, strict=True):
+            torch.mul(y1, g2, out=p).addcmul_(y2, g1, value=-1)
+        torch.sum(product, -2, out=goal)
+    return total
+
+
 def angle_gradient(y: Tensor, grad: Tensor, angle: Tensor, slot: Slot) -> Tensor:
     """The gradient of angles (..., s, n, r), of rotated heads y (b, s, h, d) and their gradient."""
     n, r = angle.shape[-2:]
     wide = torch.promote_types(y.dtype, torch.float32)
     start = y.shape[-1] - 2 * r if slot.tail else 0
     y, grad = (by_rows(z.narrow(-1, start, 2 * r), n) for z in (y, grad))
-    step = max(1, PART // max(1, y[:, :1].numel()))
-    if torch.is_grad_enabled() or not y.numel():
-        step = max(1, y.shape[1])
-    parts = [
-        cross(y_part, g_part, slot, wide).sum(-2)
-        for y_part, g_part in zip(y.split(step, 1), grad.split(step, 1), strict=True)
-    ]
-    return torch.cat(parts, 1).to(angle.dtype).sum_to_size(angle.shape)
+    if torch.is_grad_enabled() or is_batched(grad) or not y.numel():
+        found = cross(y, grad, slot, wide).sum(-2)
+    else:
+        found = sum_cross(y, grad, slot, wide)
+    found = found.to(angle.dtype)
+    # a sum over one row would be a pass over memory for nothing
+    return found.view(angle.shape) if found.numel() == angle.numel() else found.sum_to_size(angle.shape)
 
 
 def is_batched(x: Tensor) -> bool:

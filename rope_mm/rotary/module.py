@@ -1,5 +1,6 @@
 """Rotary, the module that people import: a scheme made ready for heads of one size."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,6 +51,9 @@ class Rotary(nn.Module):
     Raises:
         ValueError: an unknown scheme or field, one without effect, a head_dim without whole pairs.
 
+    Warns:
+        UserWarning: an axis along which no pair rotates, as heads are too small or too few.
+
     Examples:
         >>> rope = Rotary(64, "rope-tv")
         >>> positions, cursor = rope.place("text:2 image:2x3")
@@ -80,6 +84,15 @@ class Rotary(nn.Module):
         self.spec = RotarySpec(scheme.pairing, blocks, tail, scheme.attention_scaling, mode)
         # no buffer: those are cast with a model, averaged over processes, and lost on the meta device
         self.static_omega = scheme.omega(head_dim, heads)
+        if unseen := scheme.unseen_axes(self.static_omega):
+            cure = f"take more channels than {head_dim}" + " or more heads" * (heads is not None)
+            if heads is None and scheme.per_head:
+                cure = "give heads=, the number of key heads"
+            warnings.warn(
+                f"no pair rotates along {', '.join(unseen)}, so attention cannot distinguish tokens that "
+                f"differ there alone; {cure}, or leave the axis out of axis_order",
+                stacklevel=2,
+            )
         # meta, where a model is built without its weights; torch 2.6's get_default_device misses that
         device = torch.empty(0).device
         fake = detect_fake_mode()

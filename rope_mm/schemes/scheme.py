@@ -279,6 +279,20 @@ class Scheme:
                 )
             return omega[0] if heads is None else omega
 
+    def unseen_axes(self, omega: Tensor) -> list[str]:
+        """Axes that this scheme gives pairs to, but that rotate none of Omega's: heads are too small or few.
+
+        Args:
+            omega: (a, r) or (heads, a, r), as from `omega`.
+        """
+        order = self.axis_order or self.axes
+        shares = check_shares(len(order), self.axis_shares)
+        scales = self.freq_scale if isinstance(self.freq_scale, tuple) else (self.freq_scale,) * len(order)
+        with unset_fake_temporarily():
+            rotates = omega.movedim(-2, 0).flatten(1).any(1).tolist()
+        meant = zip(order, shares, scales, strict=True)
+        return [x for x, share, scale in meant if share and scale and not rotates[self.axes.index(x)]]
+
     @property
     def changed(self) -> dict[str, Any]:
         """The layout, and every field that is not the default."""

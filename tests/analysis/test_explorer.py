@@ -145,7 +145,10 @@ def test_the_server_answers_the_page_its_choices_a_view_and_a_sentence_for_bad_i
     assert "default-src 'self'" in headers["Content-Security-Policy"]
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
     assert "https://" not in page
-    assert "rope-tv" in json.loads(get(f"{address}/choices")[2])["schemes"]
+    offered = json.loads(get(f"{address}/choices")[2])
+    assert "rope-tv" in offered["schemes"]
+    assert "rope-tv" not in offered["without_theta"] and "log" in offered["without_theta"]["pixel-log"]
+    assert offered["read_theta"] == ["yarn"]
     assert json.loads(get(f"{address}/view?scheme=m-rope")[2])["axes"] == ["t", "y", "x"]
     with pytest.raises(urllib.error.HTTPError, match="400") as refused:
         get(f"{address}/view?scheme=nope")

@@ -122,6 +122,19 @@ def test_every_control_changes_the_python_that_is_shown_and_the_address(
     assert console(browser) == []
 
 
+def test_theta_is_no_control_of_a_scheme_that_it_has_no_effect_on(browser, address):
+    open_page(browser, address, "?theta=500&compare=pixel-log")
+    wait(browser, "document.querySelectorAll('[data-scheme]').length === 2")
+    assert "theta=500.0" in browser.execute_script("return document.querySelector('pre').textContent")
+    choose(browser, "scheme", "pixel-log")
+    wait(browser, "document.getElementById('theta').disabled")
+    assert "set freq_range" in browser.execute_script("return document.getElementById('theta').title")
+    choose(browser, "extension", "yarn")
+    wait(browser, "!document.getElementById('theta').disabled")
+    assert browser.execute_script("return document.getElementById('error').textContent") == ""
+    assert console(browser) == []
+
+
 def test_an_option_of_the_layout_is_a_control_of_its_own(browser, address):
     open_page(browser, address, "?scheme=videorope")
     wait(browser, "document.getElementById('opt.step') !== null")

@@ -60,6 +60,25 @@ def test_both_ways_rotate_as_the_definition(form, shared, n, spare, part):
             torch.testing.assert_close(rotated, expected, atol=eps, rtol=eps)
 
 
+@given(
+    form=FORMS,
+    shared=st.booleans(),
+    n=st.sampled_from([1, 2, 4]),
+    spare=st.integers(0, 2),
+    part=st.integers(1, 400),
+)
+def test_gradients_of_angles_in_parts_are_those_of_all_at_once(form, shared, n, spare, part):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        y, angle = case(form, shared, n, spare, dtype, s=5)
+        grad = torch.randn_like(y)
+        expected = cpu.angle_gradient(y, grad, angle, cpu.Slot(*form))  # open to autograd
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(cpu, "PART", part)
+            found = cpu.angle_gradient(y, grad, angle, cpu.Slot(*form))
+        assert found.dtype == angle.dtype
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 # torch's forward mode loads its own scripts
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @settings(max_examples=6, deadline=None)

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from rope_mm import SCHEMES, Rotary, parse_segments, place, rotate
 from rope_mm.rotary import definition as rotation
@@ -359,3 +360,22 @@ def test_a_rotary_refuses_heads_of_another_width_than_its_own(width):
             ValueError, match=f"heads have {width} channels, but this Rotary is for head_dim 16"
         ):
             call()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cure"),
+    [
+        (
+            {"head_dim": 4, "scheme": "rope-tv"},
+            "along x, .*; take more channels than 4, or leave the axis",
+        ),
+        ({"head_dim": 64, "scheme": "mh-rope"}, "along t, x, .*; give heads=, the number of key heads"),
+        ({"head_dim": 64, "scheme": "mh-rope", "heads": 2}, "along t, .* or more heads"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_module_warns_of_an_axis_that_its_heads_are_too_small_or_too_few_for(arguments, cure, device):
+    with pytest.warns(UserWarning, match=cure), torch.device(device):
+        Rotary(**arguments)
+    with FakeTensorMode(), pytest.warns(UserWarning, match=cure):
+        Rotary(**arguments)

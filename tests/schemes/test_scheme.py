@@ -1,4 +1,4 @@
-"""Scheme: a field that the other fields leave without effect is refused, not ignored."""
+"""Scheme: a field without effect is refused, and an axis without pairs is named."""
 
 import pytest
 import torch
@@ -57,3 +57,23 @@ def test_one_ladder_over_all_heads_needs_their_number():
         Rotary(16, "rope-tv", ladder_over_heads=True)
     one, many = (Rotary(16, "rope-tv", heads=4, ladder_over_heads=x).omega for x in (False, True))
     assert not torch.equal(one, many)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "head_dim", "heads", "changes", "unseen"),
+    [
+        ("rope-tv", 4, None, {}, ["x"]),
+        ("rope-tv", 6, None, {}, []),
+        ("m-rope", 4, 2, {}, ["t"]),
+        ("mh-rope", 64, 2, {}, ["t"]),
+        ("mh-rope", 64, 3, {}, []),
+        ("p-rope", 4, None, {}, ["t"]),
+        ("rope-tv", 4, None, {"axis_order": ("t", "y")}, []),
+        ("rope-tv", 4, None, {"axis_shares": (1, 1, 0)}, []),
+        ("rope-tv", 64, None, {"freq_scale": (1, 1, 0)}, []),
+        ("rope-tv", 64, None, {"freq_scale": 0}, []),
+    ],
+)
+def test_axes_that_no_pair_is_left_for_are_named(scheme, head_dim, heads, changes, unseen):
+    chosen = SCHEMES[scheme].replace(**changes)
+    assert chosen.unseen_axes(chosen.omega(head_dim, heads)) == unseen
