@@ -292,9 +292,12 @@ def read_segments(segments: str | Sequence[Segment]) -> list[Segment]:
         return parse_segments(segments)
     if isinstance(segments, Segment):
         raise ValueError(f"a sequence is a list of segments; write [{segments!r}]")
-    if not isinstance(segments, Iterable):
-        raise ValueError(f"a sequence is a list of segments, such as 'text:5 image:2x3', not {segments!r}")
-    segments = list(segments)
+    try:
+        segments = list(segments)
+    except TypeError:  # a tensor () has __iter__, too
+        raise ValueError(
+            f"a sequence is a list of segments, such as 'text:5 image:2x3', not {segments!r}"
+        ) from None
     for entry in segments:
         if not isinstance(entry, Segment):
             raise ValueError(f"a sequence holds segments such as Text(5) and Image(2, 3), not {entry!r}")

@@ -45,10 +45,21 @@ def shape_of(x: Tensor) -> str:
 
 
 def check_tensors(**tensors: object) -> None:
-    """Refuse lists, arrays and numbers where a tensor is meant."""
+    """Refuse lists, arrays and numbers where a tensor is meant, and tensors that are not dense."""
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}; give a tensor, torch.as_tensor({name})")
+        if x.layout != torch.strided or x.is_nested:
+            raise ValueError(f"{name} is a sparse or nested tensor; give a dense one, such as a padded batch")
+
+
+def check_numbers(q: Tensor, **tensors: Tensor) -> None:
+    """Refuse tensors without numbers, on the meta device, for heads q that have some."""
+    for name, x in tensors.items():
+        if x.is_meta and not q.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, without numbers, and q on {q.device}; give both there"
+            )
 
 
 def check_choice(kind: str, given: object, known: Sequence[str]) -> None:
@@ -212,21 +223,21 @@ def check_spec(
     """Refuse an unknown pairing or mode, blocks of another pairing, a factor or tail that no rotation has."""
     check_choice("pairing", pairing, PAIRINGS)
     check_choice("mode", mode, MODES)
-    if pairing == "block":
-        check_blocks(blocks)
-    elif blocks:
+    check_blocks(blocks)
+    if blocks and pairing != "block":
         raise ValueError(f"blocks {blocks} belong to pairing 'block'; omit them with {pairing!r}")
     if not isinstance(tail, bool):
         raise ValueError(f"tail is {tail!r}; give True, to rotate the last channels of a head, or False")
     if not is_factor(factor):
-        raise ValueError(f"factor is {factor}; give a finite number > 0")
+        raise ValueError(f"factor is {factor}; give a finite number > 0, in float32 no 0 and no infinity")
 
 
 def is_factor(factor: Any) -> bool:
     """Whether cosine and sine can be multiplied by it."""
     if isinstance(factor, bool) or not isinstance(factor, Real):
         return False
-    return 0 < factor < math.inf  # pyright: ignore[reportOperatorIssue]
+    # written out: by names of numbers a graph would be traced again; squares of these are float32's, too
+    return 2.0**-60 <= factor <= 2.0**60  # pyright: ignore[reportOperatorIssue]
 
 
 def check_blocks(blocks: Sequence[int]) -> None:
@@ -296,6 +307,7 @@ def check_rotation(
     check_heads(q, k)
     check_spec(pairing, blocks, factor, mode, tail)
     check_positions(positions, omega)
+    check_numbers(q, positions=positions, omega=omega)
     check_tokens(q, positions)
     n = omega.shape[0] if omega.dim() == 3 else 1
     for x in (q, k):
@@ -357,7 +369,8 @@ def check_tables(q: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(
             f"cos and sin must be (1, s, 2r) or (b, s, 2r) with 2r of the d channels of q: {shapes}"
         )
-    if not cos.is_floating_point() or not sin.is_floating_point():
+    check_numbers(q, cos=cos, sin=sin)
+    if cos.dtype not in HEAD_DTYPES or sin.dtype not in HEAD_DTYPES:
         raise ValueError(f"cos is {cos.dtype} and sin {sin.dtype}; give tables of floating point numbers")
     if any(has_readable_values(x) and not math.isfinite(largest(x)) for x in (cos, sin)):
         raise ValueError("cos or sin holds NaN or infinity; every token needs finite tables")
@@ -383,6 +396,7 @@ def check_table_rotation(
 def check_angles(q: Tensor, angle: Tensor) -> None:
     """Refuse angles that are not (s, r), (b, s, r) or (b, s, n, r), of floats, for q (b, s, h, d)."""
     check_tensors(angles=angle)
+    check_numbers(q, angles=angle)
     if angle.dtype not in OMEGA_DTYPES:
         raise ValueError(f"angles are {angle.dtype}; give radians in float32 or float64")
     b, s = q.shape[:2]

@@ -35,8 +35,10 @@ class Real:
         """The number, an int where it is one, else a float; ValueError where it does not fit."""
         if isinstance(value, str | bytes | bool):
             raise ValueError
-        number = int(value) if isinstance(value, Integral) else float(value)
+        number = float(value)
         self.check_range(number)
+        # an int that no float64 counts to is too large for most of torch
+        number = int(value) if isinstance(value, Integral) and abs(number) < 2.0**53 else number
         return number
 
     def check_range(self, number: float) -> None:

@@ -5,15 +5,18 @@ Features may be float of any width or whole numbers; every metric is computed in
 
 import math
 from collections.abc import Iterator
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from rope_mm.checks.fields import Count, Positive, WholeNumber, read_value
-from rope_mm.checks.tensors import check_real_tensors
+from rope_mm.checks.fields import Real, Whole, WholeNumber, read_value
+from rope_mm.checks.tensors import check_generator, check_real_tensors
 
 ROWS = 128  # of a matrix of distances at a time: blocks that stay in the cache
 NEIGHBOURS = 5
+Directions = Annotated[int, Whole(at_least=1, at_most=2**20)]
+Sigma = Annotated[float, Real(above=0, at_most=1e100)]  # its square is a number
 LARGEST = torch.finfo(torch.float32).max  # of a feature: its sixth power is finite in float64
 
 
@@ -133,7 +136,8 @@ def sliced_wasserstein(
         raise ValueError(
             f"the sliced distance pairs sorted samples and wants as many, not {len(a)} and {len(b)}"
         )
-    directions = read_value("sliced_wasserstein", "directions", directions, Count)
+    check_generator(generator)
+    directions = read_value("sliced_wasserstein", "directions", directions, Directions)
     lines = torch.randn(a.shape[1], directions, generator=generator, dtype=torch.float64)
     lines = (lines / lines.norm(dim=0)).to(a.device)
     gap = (a @ lines).sort(0).values - (b @ lines).sort(0).values
@@ -222,7 +226,7 @@ def mode_statistics(labels: Tensor, weights: Tensor) -> dict[str, float]:
     right = (weights > 0) & weights.isfinite()
     if not right.all() or not len(weights):
         raise ValueError(f"every mode needs a positive weight, and {int((~right).sum())} have none")
-    if labels.dim() != 1 or labels.is_floating_point():
+    if labels.dim() != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be whole numbers (n,), not {labels.dtype} {tuple(labels.shape)}")
     if not len(labels) or labels.min() < 0 or labels.max() >= len(weights):
         raise ValueError(f"labels must be some of 0..{len(weights) - 1}, not {labels.tolist()[:5]}...")
@@ -258,7 +262,7 @@ def gaussian_modes(samples: Tensor, centres: Tensor, sigma: float) -> dict[str, 
     Raises:
         ValueError: a sigma that is no positive number, no centres; as from `check_features` of the samples.
     """
-    sigma = read_value("gaussian_modes", "sigma", sigma, Positive)
+    sigma = read_value("gaussian_modes", "sigma", sigma, Sigma)
     check_features(samples=samples)
     samples, centres = check_features(1, samples=samples, centres=centres)
     f = samples.shape[1]

@@ -161,8 +161,8 @@ def gan_qp_critic(
     """
     qp_lambda = read_value("gan-qp", "qp_lambda", qp_lambda, Positive)
     power = read_value("gan-qp", "power", power, Count)
-    if power < 2 or power % 2:
-        raise ValueError(f"gan-qp wants an even power of at least 2, not {power}")
+    if not 2 <= power <= 100 or power % 2:
+        raise ValueError(f"gan-qp wants an even power of 2 to 100, not {power}")
     if is_readable(distance) and not (distance.isfinite() & (distance >= 0)).all():
         raise ValueError(f"a distance must be finite and at least 0, but one is {distance.min().item()}")
     # elsewhere than on a CPU nobody looks, and NaN is seen where a wrong number would not be

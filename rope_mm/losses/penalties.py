@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rope_mm.checks.fields import NotNegative, Number, Positive, Real, read_value
-from rope_mm.checks.tensors import check_real_tensors
+from rope_mm.checks.tensors import check_generator, check_real_tensors
 from rope_mm.losses.divergences import Curve
 from rope_mm.losses.gradients import METHODS, Critic, squared_norms
 from rope_mm.losses.scores import at_least_float32, check_rows, is_readable
@@ -37,12 +37,26 @@ def check_pairs(real: Tensor, fake: Tensor) -> None:
             "a gradient penalty pairs real images (b, ...) with as many fakes of the same shape, b at least "
             f"1, not {tuple(real.shape)} with {tuple(fake.shape)}"
         )
+    check_floating(real=real, fake=fake)
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Refuse whole numbers where there are gradients."""
+    for name, x in tensors.items():
+        if not x.is_floating_point():
+            raise ValueError(
+                f"{name} is {x.dtype}, which has no gradient; give images as floating point numbers"
+            )
 
 
 def check_mean(name: str, mean: Tensor | float) -> None:
     """Refuse a mean score that is no finite number, as a tensor (); elsewhere than on a CPU nobody looks."""
-    if isinstance(mean, Tensor) and mean.dim():
-        raise ValueError(f"{name} must be one mean score, a number or a tensor (), not {tuple(mean.shape)}")
+    if isinstance(mean, Tensor):
+        check_real_tensors(**{name: mean})
+        if mean.dim():
+            raise ValueError(
+                f"{name} must be one mean score, a number or a tensor (), not {tuple(mean.shape)}"
+            )
     if not isinstance(mean, Tensor) or is_readable(mean):
         read_value("a penalty of scores", name, mean, Number)
 
@@ -71,14 +85,16 @@ class GradientPenalty:
         """The penalty of the gradients (b, ...) at real and fake images; see `input_gradients`.
 
         Raises:
-            ValueError: a penalty that needs them somewhere else.
+            ValueError: a penalty that needs them somewhere else, no gradients (b, ...).
         """
         if self.at == "between":
             raise ValueError(
                 "this penalty is taken between real and fake images, where no gradient was made; "
                 "call its .of(critic, real, fake)"
             )
-        return self.of_squares(squared_norms(real_gradient if self.at == "real" else fake_gradient))
+        gradient = real_gradient if self.at == "real" else fake_gradient
+        check_pairs(gradient, gradient)
+        return self.of_squares(squared_norms(gradient))
 
     def check(self, method: str, fraction: float, sigma: float) -> None:
         """Refuse what `of` refuses of these.
@@ -128,6 +144,7 @@ class GradientPenalty:
                 one for each image.
         """
         self.check(method, fraction, sigma)
+        check_generator(generator)
         check_pairs(real, fake)
         rows = max(1, round(fraction * len(real)))
         real, fake = real[:rows], fake[:rows]

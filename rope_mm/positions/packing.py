@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rope_mm.checks.tensors import WHOLE
 from rope_mm.positions.place import check_rows, place
 from rope_mm.segments import Segment
 
@@ -82,12 +83,24 @@ def positions_of(cu_seqlens: Tensor, offsets: Tensor | None = None) -> Tensor:
     begins, lengths = ends[:-1], ends.diff()
     if offsets is None:
         offsets = torch.zeros_like(begins)
-    if offsets.shape != begins.shape:
+    countable = is_dense(offsets, (*WHOLE, torch.float32, torch.float64)) and offsets.shape == begins.shape
+    if not countable or not offsets.isfinite().all():
         raise ValueError(
-            f"{len(begins)} documents need an offset each, {tuple(begins.shape)}, not {tuple(offsets.shape)}"
+            f"{len(begins)} documents need an offset each, {tuple(begins.shape)} finite numbers in a tensor, "
+            f"not {described(offsets)}"
         )
     shift = (offsets.to(ends.device) - begins).repeat_interleave(lengths)
     return torch.arange(len(shift), device=ends.device) + shift
+
+
+def is_dense(x: Any, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether it is a dense tensor of one of these dtypes, with numbers."""
+    return isinstance(x, Tensor) and x.dtype in dtypes and x.layout == torch.strided and not x.is_meta
+
+
+def described(x: Any) -> str:
+    """What was given, in a line."""
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) and not x.is_nested else repr(x)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
@@ -96,11 +109,10 @@ def check_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
     Raises:
         ValueError: what does not rise from 0 in whole numbers.
     """
-    whole = isinstance(cu_seqlens, Tensor) and not (cu_seqlens.is_floating_point() or cu_seqlens.is_complex())
-    if not whole or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+    if not is_dense(cu_seqlens, WHOLE) or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(
             f"cumulative lengths must be a tensor of whole numbers 0, ..., s, one more than there are "
-            f"documents, not {cu_seqlens!r}"
+            f"documents, not {described(cu_seqlens)}"
         )
     ends = cu_seqlens.long()
     if ends[0] != 0 or (ends.diff() < 1).any():

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rope_mm.checks.fields import COUNTABLE, NotNegative, Real, apply_rule, read_value
+from rope_mm.checks.tensors import check_generator, check_real_tensors
 from rope_mm.positions.cursor import Cursor, OpenVideo
 from rope_mm.positions.grids import Raster, at_origin, fill, is_finite, same_frames
 from rope_mm.positions.layouts import LAYOUTS, Layout
@@ -379,13 +380,14 @@ def augment_positions(
         positions = torch.as_tensor(positions)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"augment_positions: positions must be a tensor, not {positions!r}") from None
-    known = not (positions.is_complex() or positions.dtype in (torch.bool, torch.float16, torch.bfloat16))
-    if not known or not positions.dim():
+    check_real_tensors(positions=positions)
+    check_generator(generator)
+    if positions.dtype in (torch.bool, torch.float16, torch.bfloat16) or not positions.dim():
         raise ValueError(
             "augment_positions: positions must be (..., s, a), whole numbers, float32 or float64, "
             f"not {positions.dtype} {tuple(positions.shape)}"
         )
-    if not positions.isfinite().all():
+    if positions.device.type != "meta" and not positions.isfinite().all():
         raise ValueError("augment_positions: positions must be finite, and some are NaN or infinite")
     positions = positions if positions.is_floating_point() else positions.double()
 

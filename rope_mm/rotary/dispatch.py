@@ -304,7 +304,7 @@ def make_angles(
     """
     check_positions(positions, omega)
     checks.check_head_dtype(dtype)
-    spec = RotarySpec(spec) if isinstance(spec, str) else spec
+    spec = spec if isinstance(spec, RotarySpec) else RotarySpec(spec)  # which refuses all but a pairing
     if kernel_supports(positions.device, dtype):
         return RotaryAngles(positions, omega.to(positions.device), spec)
     angle = definition.angles(positions, omega, spec.mode)

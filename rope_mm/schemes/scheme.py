@@ -1,7 +1,7 @@
 """Scheme: a layout, frequencies and a pairing of channels in one frozen spec."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Annotated, Any
@@ -11,13 +11,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from rope_mm.checks.fields import (
-    Count,
     Flag,
     Names,
     OneOf,
     Positive,
     Real,
     Reals,
+    Whole,
     apply_rule,
     check_fields,
     read_value,
@@ -67,6 +67,7 @@ FOREIGN_FIELDS = {
 }
 
 
+Size = Annotated[int, Whole(at_least=1, at_most=2**16)]  # channels or heads; more would fill the memory
 FASTEST = 2.0**40  # radians a step: no position but 0 has an exact angle beyond it
 
 
@@ -242,7 +243,7 @@ class Scheme:
         Raises:
             ValueError: a head_dim that is odd or leaves no pair to rotate.
         """
-        head_dim = read_value("Scheme", "head_dim", head_dim, Count)
+        head_dim = read_value("Scheme", "head_dim", head_dim, Size)
         pairs = floor_int(head_dim * self.fraction) // 2
         if head_dim % 2 or not 0 < pairs <= head_dim // 2:
             raise ValueError(
@@ -267,7 +268,7 @@ class Scheme:
         Raises:
             ValueError: a head_dim that is odd or leaves no pair to rotate, or frequencies that overflow.
         """
-        rows = 1 if heads is None else read_value("Scheme", "heads", heads, Count)
+        rows = 1 if heads is None else read_value("Scheme", "heads", heads, Size)
         lengths = read_lengths(length, len(self.axes))
         # numbers, also where models are built on the meta device or of fake tensors
         with torch.device("cpu"), unset_fake_temporarily():
@@ -368,12 +369,16 @@ def read_extensions(extensions: Any) -> tuple[Extension, ...]:
     """
     if isinstance(extensions, Extension | Mapping):
         return (read_extension(extensions),)
-    if isinstance(extensions, str) or not isinstance(extensions, Iterable):
+    try:
+        several = None if isinstance(extensions, str) else tuple(extensions)
+    except TypeError:  # a tensor () has __iter__, too
+        several = None
+    if several is None:
         raise ValueError(
             f"Scheme: extensions must be extensions such as YaRN(factor=4, original_max_positions=64), "
             f"not {extensions!r}"
         )
-    return tuple(map(read_extension, extensions))
+    return tuple(map(read_extension, several))
 
 
 def read_lengths(length: Any, axes: int) -> Sequence[float]:
@@ -383,9 +388,13 @@ def read_lengths(length: Any, axes: int) -> Sequence[float]:
         ValueError: what is neither.
     """
     each = Real(at_least=0)
-    if isinstance(length, Iterable) and not isinstance(length, str):
-        return apply_rule("Scheme", "length", list(length), Reals(each, axes))
-    return [apply_rule("Scheme", "length", length, each)] * axes
+    try:
+        lengths = None if isinstance(length, str) else list(length)
+    except TypeError:  # one number, as a tensor () is
+        lengths = None
+    if lengths is None:
+        return [apply_rule("Scheme", "length", length, each)] * axes
+    return apply_rule("Scheme", "length", lengths, Reals(each, axes))
 
 
 def read_scale(scale: Any) -> float | tuple[float, ...]:

@@ -211,7 +211,7 @@ def test_samples_that_show_no_modes_are_refused(wrong):
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan])
 def test_a_deviation_of_modes_that_is_not_positive_is_refused(sigma):
-    with pytest.raises(ValueError, match="sigma must be a finite number > 0, not"):
+    with pytest.raises(ValueError, match="sigma must be a finite number > 0 and <= "):
         gaussian_modes(torch.randn(9, 2), torch.zeros(3, 2), sigma)
 
 
@@ -327,3 +327,20 @@ def test_accuracy_asks_for_every_attribute_and_names_the_worst_caption():
         "accuracy": pytest.approx(2 / 3),
         "worst_class_accuracy": 0.5,
     }
+
+
+def test_metrics_refuse_seeds_truth_values_and_numbers_whose_squares_overflow():
+    x = torch.randn(20, 2)
+    for call, message in (
+        (lambda: sliced_wasserstein(x, x, generator=0), "generator is 0; give a torch.Generator"),
+        (
+            lambda: sliced_wasserstein(x, x, directions=2**40),
+            "directions must be a whole number >= 1 and <= ",
+        ),
+        (lambda: mode_statistics(torch.ones(9) > 0, torch.ones(2)), "labels must be whole numbers"),
+        (lambda: gaussian_modes(x, x[:2], 1e308), "sigma must be a finite number > 0 and <= "),
+        (lambda: frechet(x.to_sparse(), x), "a is a nested or sparse tensor"),
+        (lambda: kid(x, x.to("meta")), "give all tensors on one device"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -122,3 +122,42 @@ def test_arrays_where_tensors_are_meant_are_refused(call):
 def test_what_is_no_number_and_what_is_missing_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+KINDS = [
+    (SCORES.to_sparse(), "is a nested or sparse tensor; give a dense one"),
+    (SCORES.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn, with which nothing is computed"),
+    (SCORES.to("meta"), "give all tensors on one device, not real on meta, fake on cpu"),
+]
+
+
+@pytest.mark.parametrize(("scores", "message"), KINDS)
+@pytest.mark.parametrize("name", ["rpgan", "ns", "wgan"])
+def test_kinds_of_tensors_that_torch_does_not_compute_with_are_refused(name, scores, message):
+    for side in (GAN_LOSSES[name].critic, GAN_LOSSES[name].generator):
+        with pytest.raises(ValueError, match=message):
+            side(scores, SCORES)
+
+
+def test_penalties_refuse_whole_numbers_seeds_and_gradients_that_are_none():
+    pixels = torch.ones(4, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"real is torch\.uint8, which has no gradient"):
+        PENALTIES["r1"].of(sums, pixels, IMAGES)
+    with pytest.raises(ValueError, match=r"generator is 0; give a torch\.Generator"):
+        PENALTIES["r1"].of(sums, IMAGES, IMAGES, generator=0)
+    for gradient, message in (
+        (1.0, "real is a float"),
+        (torch.ones(4), "b at least 1"),
+        (IMAGES[:0], "b at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PENALTIES["r1"](gradient, IMAGES)
+    with pytest.raises(ValueError, match=r"fake_anchor is torch\.complex64"):
+        PENALTIES["lecam"](SCORES, SCORES, 0.0, torch.tensor(1j))
+
+
+def test_numbers_that_overflow_are_refused():
+    with pytest.raises(ValueError, match="an even power of 2 to 100, not 1180591620717411303424"):
+        GAN_LOSSES["gan-qp"].critic(SCORES, SCORES, SCORES, power=2**70)
+    huge = GAN_LOSSES["gan-qp"].critic(SCORES, SCORES.flip(0), SCORES, qp_lambda=2**70)
+    assert huge.isfinite()

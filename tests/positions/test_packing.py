@@ -55,7 +55,7 @@ def test_positions_of_documents_are_those_of_each_alone_from_its_offset(rows, se
 @pytest.mark.parametrize(
     ("ends", "offsets", "message"),
     [
-        ([0, 3, 5], torch.tensor([0]), r"2 documents need an offset each, \(2,\), not \(1,\)"),
+        ([0, 3, 5], torch.tensor([0]), r"2 documents need an offset each, \(2,\) .*, not .* \(1,\)"),
         (torch.tensor([1, 3]), None, r"must begin with 0 and rise, not \[1, 3\]"),
         (torch.tensor([0, 3, 3]), None, r"must begin with 0 and rise, not \[0, 3, 3\]"),
         (torch.tensor([3.0, 4.0]), None, "must be a tensor of whole numbers 0, ..., s"),

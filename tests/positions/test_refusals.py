@@ -6,7 +6,19 @@ import tracemalloc
 import pytest
 import torch
 
-from rope_mm import LAYOUTS, Cursor, Image, Layout, Rotary, Text, Video, pack, place, place_rows
+from rope_mm import (
+    LAYOUTS,
+    Cursor,
+    Image,
+    Layout,
+    Rotary,
+    Text,
+    Video,
+    pack,
+    place,
+    place_rows,
+    positions_of,
+)
 from rope_mm.positions.grids import LARGE, Raster, fill, fill_alone, fill_together
 from rope_mm.positions.place import MOST_TOKENS, augment_positions
 
@@ -16,6 +28,7 @@ from rope_mm.positions.place import MOST_TOKENS, augment_positions
     [
         (None, "a sequence is a list of segments, such as .*, not None"),
         (5, "a sequence is a list of segments, such as .*, not 5"),
+        (torch.tensor(2.0), r"a sequence is a list of segments, such as .*, not tensor\(2.\)"),
         (Text(3), r"write \[Text\(length=3\)\]"),
         (["text:3"], "holds segments such as"),
     ],
@@ -144,7 +157,6 @@ def test_a_layout_is_checked_when_it_is_made(fields, message):
         torch.ones(3, 2).bfloat16(),
         torch.ones(3, 2).half(),
         torch.ones(3, 2, dtype=torch.bool),
-        torch.ones(3, 2, dtype=torch.complex64),
         torch.tensor([[0.0, math.nan]]),
         torch.tensor(3),
         "text:3",
@@ -153,3 +165,31 @@ def test_a_layout_is_checked_when_it_is_made(fields, message):
 def test_positions_that_cannot_be_moved_exactly_are_not_augmented(positions):
     with pytest.raises(ValueError, match="augment_positions: positions must be"):
         augment_positions(positions, shift=1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positions": torch.ones(2, 3, dtype=torch.cfloat)}, "positions is torch.complex64"),
+        ({"generator": 0}, "generator is 0; give a torch.Generator"),
+        ({"positions": torch.ones(2, 3).to_sparse()}, "positions is a nested or sparse tensor"),
+        ({"positions": torch.ones(2, 3).to(torch.float8_e4m3fn)}, "positions is torch.float8_e4m3fn"),
+    ],
+)
+def test_augmentation_refuses_seeds_and_kinds_of_tensors_without_sums(change, message):
+    with pytest.raises(ValueError, match=message):
+        augment_positions(**{"positions": torch.ones(2, 3), "shift": 1.0, **change})
+    assert augment_positions(torch.ones(2, 3, device="meta")).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [[0, 7], 0, torch.tensor([1.0, 2.0]).half(), torch.tensor([0.0, math.nan]), torch.tensor([True, False])],
+)
+def test_offsets_of_documents_are_finite_numbers(offsets):
+    with pytest.raises(
+        ValueError, match=r"2 documents need an offset each, \(2,\) finite numbers in a tensor"
+    ):
+        positions_of(torch.tensor([0, 3, 5]), offsets)
+    with pytest.raises(ValueError, match=r"not torch.int64 \(3, 1\)$"):
+        positions_of(torch.tensor([[0], [3], [5]]))

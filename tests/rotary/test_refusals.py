@@ -107,7 +107,26 @@ FACTORS = {
     ),
     "blocks that are one number": ({"pairing": "block", "blocks": 8}, "blocks are 8; give a tuple"),
 }
-REFUSED = {**FORMS, **VALUES, **FAR, **FACTORS}
+FACTORS |= {
+    f"{blocks!r} as blocks": ({"blocks": blocks}, "give a tuple of whole numbers")
+    for blocks in (None, 0, False)
+} | {
+    f"a factor of {factor:.0e}": ({"factor": factor}, "in float32 no 0") for factor in (1e308, 1e-320, 2**70)
+}
+KINDS = {
+    "sparse queries": ({"q": FIT["q"].to_sparse()}, "q is a sparse or nested tensor; give a dense one"),
+    "sparse positions": (
+        {"positions": FIT["positions"].to_sparse()},
+        "positions is a sparse or nested tensor",
+    ),
+    "a sparse Omega": ({"omega": FIT["omega"].to_sparse()}, "omega is a sparse or nested tensor"),
+    "positions without numbers": (
+        {"positions": FIT["positions"].to("meta")},
+        "positions is on the meta device",
+    ),
+    "an Omega without numbers": ({"omega": FIT["omega"].to("meta")}, "omega is on the meta device, without"),
+}
+REFUSED = {**FORMS, **VALUES, **FAR, **FACTORS, **KINDS}
 
 
 def by_kernel(q, k, positions, omega, **how):
@@ -367,3 +386,25 @@ def test_angles_and_tables_are_of_no_dtype_that_heads_cannot_have(dtype):
 
 def test_numbers_of_numpy_are_taken_as_numbers():
     assert torch.equal(Rotary(np.int64(24), heads=np.int64(2)).omega, Rotary(24, heads=2).omega)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+def test_nested_heads_sparse_tables_and_specs_that_are_none_are_refused():
+    rows = [torch.ones(3, H, D), torch.ones(5, H, D)]
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor(rows, layout=layout)
+        with pytest.raises(ValueError, match="q is a sparse or nested tensor"):
+            rotate(nested, nested, FIT["positions"], FIT["omega"])
+    table = torch.ones(1, S, D)
+    for cos, words in (
+        (table.to_sparse(), "cos is a sparse"),
+        (table.to("meta"), "cos is on the meta"),
+        (table.to(torch.float8_e4m3fn), "cos is torch.float8_e4m3fn"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            rotate_by_table(FIT["q"], FIT["k"], cos, table)
+    with pytest.raises(ValueError, match="angles is on the meta device"):
+        rotate_by_angles(FIT["q"], FIT["k"], torch.ones(S, R, device="meta"))
+    for spec in (None, 2, {}):
+        with pytest.raises(ValueError, match=r"pairing .* is unknown"):
+            make_angles(FIT["positions"], FIT["omega"], spec)

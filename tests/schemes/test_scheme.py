@@ -77,3 +77,20 @@ def test_one_ladder_over_all_heads_needs_their_number():
 def test_axes_that_no_pair_is_left_for_are_named(scheme, head_dim, heads, changes, unseen):
     chosen = SCHEMES[scheme].replace(**changes)
     assert chosen.unseen_axes(chosen.omega(head_dim, heads)) == unseen
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 2**70}, "head_dim must be a whole number >= 1 and <= 65536"),
+        ({"heads": 2**70}, "heads must be a whole number >= 1 and <= 65536"),
+        ({"length": torch.tensor([1.0])}, "length must be 3 numbers"),
+        ({"length": "9"}, "length must be a finite number >= 0, not '9'"),
+    ],
+)
+def test_sizes_that_fill_the_memory_and_lengths_that_are_none_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        SCHEMES["rope-tv"].omega(**{"head_dim": 16, **change})
+    assert torch.equal(SCHEMES["rope-tv"].omega(16, length=torch.tensor(9.0)), SCHEMES["rope-tv"].omega(16))
+    with pytest.raises(ValueError, match="extensions must be extensions such as YaRN"):
+        Scheme(layout="grid", extensions=torch.tensor(2.0))
