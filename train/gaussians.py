@@ -26,22 +26,30 @@ from rope_mm.analysis.figures import new_figure, save_figure
 from rope_mm.data import make_generator
 from rope_mm.evaluation.metrics import gaussian_modes
 from rope_mm.files import write_file, write_text
-from rope_mm.losses import DISTANCES, GAN_LOSSES, METHODS, PENALTIES
+from rope_mm.losses import DISTANCES, FIELDS, GAN_LOSSES, METHODS, PENALTIES, energy_score, follow_field
 from rope_mm.losses.divergences import Curve
 from rope_mm.losses.penalties import GradientPenalty
+from rope_mm.registry import Registry
 from rope_mm.training.config import check_options, option, run
 from rope_mm.training.ema import Ema
+
+LOSSES: Registry[Any] = Registry("loss", {**GAN_LOSSES, "energy": energy_score, **FIELDS})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row of the table: a loss, and gradient penalties."""
+    """A row of the table: a loss, with gradient penalties where it has a critic."""
 
-    loss: str = option("rpgan", "adversarial loss", choices=GAN_LOSSES)
+    loss: str = option("rpgan", "adversarial loss, energy, or a field that samples follow", choices=LOSSES)
     penalties: dict[str, float] = option({}, "gradient penalty -> gamma", keys=PENALTIES, minimum=0)
     method: str = option("autograd", "estimator of gradient penalties", choices=METHODS)
     distance: str = option("l2", "of gan-qp", choices=DISTANCES)
     critic_steps: int = option(1, "before each step of the generator", minimum=1)
+    widths: list[float] = option([0.02, 0.05, 0.2], "of a field's kernels, over the mean distance", above=0)
+    final_width_ratio: float = option(
+        1.0, "to which part of themselves widths fall in the first two thirds", above=0
+    )
+    iterations: int = option(10, "of Sinkhorn's algorithm, of wflow", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,16 +176,42 @@ class GanExperiment:
         for optimizer in self.optimizers:
             late = max(0.0, 2 * progress - 1)
             optimizer.param_groups[0]["lr"] = self.settings.lr * (1 + math.cos(math.pi * late)) / 2
-        real = fake = torch.empty(0)
-        for _ in range(self.row.critic_steps):
-            real = torch.stack([true_samples(self.settings.batch_size, r) for r in self.random]) / SCALE
-            fake = self.generator(self.noise(self.settings.batch_size))
-            self.update_critic(real, fake.detach())
-        value = torch.vmap(GAN_LOSSES[self.row.loss].generator)(*self.scores(real, fake)).sum()
+        value = self.generator_loss() if self.row.loss in GAN_LOSSES else self.loss_without_critic(progress)
         self.optimizers[0].zero_grad()
         value.backward(inputs=list(self.generator.parameters()))
         self.optimizers[0].step()
         self.average.update(self.generator)
+
+    def real(self) -> Tensor:
+        """True samples (s, b, 2), as networks see them."""
+        return torch.stack([true_samples(self.settings.batch_size, r) for r in self.random]) / SCALE
+
+    def generator_loss(self) -> Tensor:
+        """The loss of the generator, after the critic's steps."""
+        real = fake = torch.empty(0)
+        for _ in range(self.row.critic_steps):
+            real, fake = self.real(), self.generator(self.noise(self.settings.batch_size))
+            self.update_critic(real, fake.detach())
+        return torch.vmap(GAN_LOSSES[self.row.loss].generator)(*self.scores(real, fake)).sum()
+
+    def loss_without_critic(self, progress: float) -> Tensor:
+        """The loss of two independent samples for every real one, at a part of the training."""
+        if self.row.penalties:
+            raise ValueError(
+                f"{self.row.loss} has no critic that penalties {self.row.penalties} could restrain"
+            )
+        real, samples = self.real(), self.generator(self.noise(2 * self.settings.batch_size)).chunk(2, dim=1)
+        if self.row.loss == "energy":
+            parts = zip(torch.stack(samples, 1), real, strict=True)
+            return torch.stack([energy_score(both, target).mean() for both, target in parts]).sum()
+        fall = self.row.final_width_ratio ** min(1.0, 1.5 * progress)
+        widths = [width * fall for width in self.row.widths]
+        more = {"iterations": self.row.iterations} if self.row.loss == "wflow" else {}
+        losses = [
+            follow_field(x, target, other, self.row.loss, widths, **more).loss
+            for x, target, other in zip(samples[0], real, samples[1], strict=True)
+        ]
+        return torch.stack(losses).sum()
 
     @torch.no_grad()
     def samples(self) -> Tensor:

@@ -16,6 +16,7 @@ from rope_mm.checks.fields import Positive, read_value
 from rope_mm.checks.tensors import check_real_tensors
 from rope_mm.losses import GAN_LOSSES
 from rope_mm.losses.divergences import Curve, FDivergence
+from rope_mm.losses.drift import projection
 
 LogRatio = Callable[[Tensor], Tensor]  # particles (n, d) -> log p/q (n,)
 NEWTON_STEPS, HALVINGS = 200, 60  # of `jko`, at most
@@ -179,11 +180,6 @@ def jko(particles: Tensor, p: Distribution, rate: float) -> Tensor:
             return x
         value = lower
     raise ValueError(f"jko has not reached the minimum in {NEWTON_STEPS} steps; take a rate below {rate}")
-
-
-def projection(x: Tensor, moved: Tensor) -> Tensor:
-    """E‖x - moved‖²: how a generator follows particles, moved = x_t + push v (kexue.fm/archives/9662)."""
-    return (x - moved).square().sum(1).mean()
 
 
 def follow(

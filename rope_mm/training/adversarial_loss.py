@@ -27,7 +27,7 @@ DOUBLE_BACKWARD = "eager", "sdpa"  # attention with second derivatives, sdpa as 
 
 @dataclass(frozen=True, kw_only=True)
 class GANConfig:
-    """What critic and generator optimise: the total is loss + sum of gamma * penalty."""
+    """What critic and generator optimise: loss + sum of gamma * penalty, and loss + transport."""
 
     name: str = option("rpgan", "adversarial loss", choices=GAN_LOSSES)
     penalties: dict[str, float] = option(
@@ -42,6 +42,9 @@ class GANConfig:
     )
     fraction: float = option(1.0, "of the batch that penalties are taken on", above=0, maximum=1)
     sigma: float = option(0.01, "step of finite differences, fd", above=0)
+    transport: float = option(
+        0.0, "weight of the mean square by which the generator moves its noise, in its loss", minimum=0
+    )
 
     def __post_init__(self):
         check_options(self, "loss.")

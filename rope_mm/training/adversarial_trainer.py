@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from rope_mm.losses import transport_cost
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.models.modeling_rope_mm import RopeMMCritic, RopeMMForConditionalGeneration
 from rope_mm.training.adversarial_loss import AdversarialLoss, CriticBatch, GANConfig
@@ -22,7 +23,7 @@ SharedBatch = TypeVar("SharedBatch", bound=CriticBatch)
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialOptim:
-    """AdamW of generator and critic; rates, beta2 and gammas follow the schedule to their final values."""
+    """AdamW of both players; rates, beta2, gammas and transport follow the schedule to their final values."""
 
     lr: float = option(1e-3, "learning rate of the generator", minimum=0)
     critic_lr: float = option(1e-3, "learning rate of the critic", minimum=0)
@@ -33,6 +34,7 @@ class AdversarialOptim:
     final_lr_ratio: float = option(1.0, "final rates over the first ones", minimum=0)
     final_beta2: float | None = option(None, "null: beta2 stays", minimum=0, below=1)
     final_gamma: float = option(1.0, "final gammas of penalties over the first ones", minimum=0)
+    final_transport: float = option(1.0, "final weight of transport over the first one", minimum=0)
 
     def __post_init__(self):
         check_options(self, "optim.")
@@ -40,7 +42,8 @@ class AdversarialOptim:
     @property
     def constant(self) -> bool:
         """Whether nothing changes along the schedule, so that the number of steps changes no step."""
-        return self.final_lr_ratio == self.final_gamma == 1 and self.final_beta2 in (None, self.betas[1])
+        same = self.final_lr_ratio == self.final_gamma == self.final_transport == 1
+        return same and self.final_beta2 in (None, self.betas[1])
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ class AdversarialTrainer:
     ):
         self.accelerator, self.optim, self.compiled = accelerator, optim, bool(compile)
         self.schedule, self.gamma_scale = SCHEDULES[optim.schedule], 1.0
+        self.transport, self.transport_scale = loss.transport, 1.0
         generator, critic = RopeMMForConditionalGeneration(model), RopeMMCritic(model)
         objective = AdversarialLoss(
             loss, critic, accelerator, compiled=bool(compile), checkpointing=checkpointing, gather=True
@@ -151,7 +155,7 @@ class AdversarialTrainer:
         return cast(RopeMMForConditionalGeneration, self.accelerator.unwrap_model(self.generator))
 
     def update_schedules(self, progress: float) -> None:
-        """Set rates, beta2 and the gammas' factor for a part, from 0 to 1, of the run."""
+        """Set rates, beta2 and the factors of gammas and transport for a part, from 0 to 1, of the run."""
         optim, progress = self.optim, min(1.0, progress / self.optim.decay_until)
         beta1, beta2 = optim.betas
         final_beta2 = beta2 if optim.final_beta2 is None else optim.final_beta2
@@ -160,6 +164,7 @@ class AdversarialTrainer:
             group["lr"] = rate * self.schedule(1.0, optim.final_lr_ratio, progress)
             group["betas"] = beta1, self.schedule(beta2, final_beta2, progress)
         self.gamma_scale = self.schedule(1.0, optim.final_gamma, progress)
+        self.transport_scale = self.schedule(1.0, optim.final_transport, progress)
 
     def train_step(self, critic_batches: Sequence[Sequence[AdversarialBatch]]) -> dict[str, Tensor]:
         """Steps of the critic and then one of the generator; the losses of the last ones.
@@ -201,9 +206,13 @@ class AdversarialTrainer:
         for number, (batch, fake) in enumerate(zip(batches, fakes, strict=True)):
             with no_sync_if(self.accelerator, self.generator, number < last):
                 fake = fake if fake.requires_grad else self.generate(batch)
-                loss = self.critic.generator_loss(batch, fake)
-                self.accelerator.backward(loss / len(batches))
-            found.append({"loss/generator": loss.detach()})
+                terms = {"loss/generator": self.critic.generator_loss(batch, fake)}
+                total = terms["loss/generator"]
+                if self.transport:
+                    terms["transport"] = transport_cost(batch.noise, fake)
+                    total = total + self.transport * self.transport_scale * terms["transport"]
+                self.accelerator.backward(total / len(batches))
+            found.append({name: term.detach() for name, term in terms.items()})
         found[-1]["grad_norm/generator"] = grad_norm(self.generator)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from rope_mm.losses import transport_cost
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
 from rope_mm.models.modeling_rope_mm import RopeMMCritic, RopeMMForConditionalGeneration
 from rope_mm.training.adversarial_loss import AdversarialLoss, CriticBatch, GANConfig
@@ -86,7 +87,7 @@ class PretrainTrainer:
         checkpointing: bool = False,
         energy: EnergyConfig | None = None,
     ):
-        self.energy = energy or EnergyConfig()
+        self.energy, self.transport = energy or EnergyConfig(), loss.transport
         self.head, self.optim, self.image_loss_weight = IMAGE_HEADS[image_head], optim, image_loss_weight
         self.accelerator, self.schedule = accelerator, SCHEDULES[optim.schedule]
         self.compiled = bool(compile)
@@ -220,6 +221,9 @@ class PretrainTrainer:
             documents = batch.for_critic
             share = documents.count / max(totals.documents, 1)
             image_loss = self.critic.generator_loss(documents, documents.insert(generated)) * share
+            if self.transport and len(generated):
+                cost = transport_cost(batch.noise, generated) * len(generated) / totals.patches
+                image_loss = image_loss + self.transport * cost
         return {"loss/text": out.loss, "loss/image": image_loss}
 
 

@@ -69,6 +69,16 @@ def test_a_stopped_and_resumed_run_ends_as_an_uninterrupted_one(head, pretrain, 
     assert runs.lines(parts) == runs.lines(whole)
 
 
+def test_transport_is_part_of_the_image_loss_of_the_adversarial_head(pretrain, runs, tmp_path):
+    first = {}
+    for weight in (0.0, 1.0, 2.0):
+        out = tmp_path / str(weight)
+        pretrain.train(out, image_head="adversarial", steps=1, **{"loss.transport": weight})
+        first[weight] = runs.lines(out)[0]["loss/image"]
+    assert first[1.0] - first[0.0] > 0.5  # the mean square of noise, and of images, is about one
+    assert first[2.0] - first[0.0] == pytest.approx(2 * (first[1.0] - first[0.0]), rel=1e-3)
+
+
 @pytest.mark.parametrize("changes", [{"temporal_patch_size": 2}, {"video_attention": "full"}], ids=str)
 def test_patches_of_two_frames_and_frames_that_see_each_other_are_trained(pretrain, runs, tmp_path, changes):
     settings = {f"model.{name}": value for name, value in changes.items()}

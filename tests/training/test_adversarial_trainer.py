@@ -228,12 +228,35 @@ def test_rates_beta2_and_gammas_follow_the_schedule(toy):
         assert critic["lr"] == pytest.approx(4 - 3 * part)
         assert ours["betas"] == critic["betas"] == (0.0, pytest.approx(0.9 + 0.09 * part))
         assert trainer.gamma_scale == pytest.approx(1 - 0.9 * part)
+        assert trainer.transport_scale == 1
 
 
 def test_the_schedule_of_gammas_reaches_the_critic(toy):
     halved = toy.trainer(penalties={"r1": 2.0, "centring": 1.0})
     halved.gamma_scale = 0.5
     close(toy.step(halved)[0], toy.step(toy.trainer(penalties={"r1": 1.0, "centring": 0.5}))[0])
+
+
+def test_transport_adds_its_gradient_times_weight_and_schedule_to_the_generators(toy):
+    def gradient(**loss):
+        trainer = toy.trainer(optim=AdversarialOptim(final_transport=0.25), **loss)
+        trainer.update_schedules(0.5)
+        kept = toy.keep_gradients(trainer)
+        return kept, trainer.train_step([[toy.batch()]]), trainer
+
+    plain, without, trainer = gradient()
+    moved, terms, _ = gradient(transport=2.0)
+    assert set(terms) - set(without) == {"transport"}
+    assert terms["loss/generator"] == without["loss/generator"]
+    assert all(map(torch.equal, plain["critic"], moved["critic"]))
+    batch = toy.batch()
+    cost = (trainer.generate(batch) - batch.noise).square().mean()
+    assert terms["transport"].item() == pytest.approx(cost.item(), rel=1e-6)
+    weights = [p for p in trainer.generator.parameters() if p.requires_grad]
+    alone = [g for g in torch.autograd.grad(cost, weights, allow_unused=True) if g is not None]
+    assert len(alone) == len(moved["generator"]) == len(plain["generator"]) > 5
+    for with_it, without_it, own in zip(moved["generator"], plain["generator"], alone, strict=True):
+        torch.testing.assert_close(with_it - without_it, 2.0 * 0.625 * own, atol=1e-6, rtol=1e-4)
 
 
 def test_running_means_are_the_plain_mean_at_first_and_then_forget():
