@@ -26,6 +26,7 @@ from rope_mm.hf.attention_positions import (
 )
 from rope_mm.hf.dry_run import find_first_patch, probe
 from rope_mm.hf.image_grids import parameters_of
+from rope_mm.hf.own_attention import own_methods
 from rope_mm.hf.projection_rotation import hook_projections, projected_attentions, prove_projections
 from rope_mm.hf.relative_bias import DroppedBias, settle_bias
 from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding, RotarySlot
@@ -34,8 +35,6 @@ from rope_mm.rotary.dispatch import RotaryAngles
 
 OWN_ROTATION = re.compile(r"rotary|rotate_|freqs_ci|(^|_)rope(_|$)")  # names in the code of such an attention
 
-
-METHOD = "apply_rotary_embeddings"  # of V-JEPA 2: rotates heads by ids, and is replaced by nothing
 
 CLONES: WeakValueDictionary[Any, Any] = WeakValueDictionary()  # while a model uses them, and no longer
 
@@ -151,7 +150,12 @@ def refuse_own_rotation(base: Any) -> None:
     Raises:
         ValueError: with the attention's name.
     """
-    own = [module for module in attention_modules(base) if not hasattr(module, METHOD)]
+    values = (
+        f"{type(base).__name__} rotates its values too (rotary_value), which no scheme does; it is not served"
+    )
+    if getattr(base.config, "rotary_value", False):
+        raise ValueError(values)
+    own = [module for module in attention_modules(base) if not own_methods(module)]
     named = [module for module in own if names_rotation(type(module))]
     if named and (base.device.type == "meta" or not moves_with_inputs(base, named[0])):
         raise ValueError(
@@ -213,14 +217,15 @@ def rotate_in_attention(base: Any, rotary: RopeMMRotaryEmbedding, relative_bias:
     attentions = [*by_interface, *by_projection]
     rotary.rotating = len(attentions)
     there = base.device.type != "meta"
+    for module in attentions:
+        for name, function in own_methods(module).items():
+            rotary.set_attr(module, name, partial(function, module))
     before = probe(base) if by_projection and there else []
     hook_forward(base, rotary, context)
     for module in attentions:
         rotary.set_attr(module, "rope_mm_call", AttentionCall())
     exchange(rotary, base, ATTENTION_REGISTRY, RotatingAttention)
     for module in by_interface:
-        if hasattr(module, METHOD):
-            rotary.set_attr(module, METHOD, keep_heads)
         rotary.set_attr(module, "rope_mm_context", context)
         rotary.undo.append(module.register_forward_pre_hook(ReadCall(module), with_kwargs=True).remove)
     for module in by_projection:
@@ -231,11 +236,6 @@ def rotate_in_attention(base: Any, rotary: RopeMMRotaryEmbedding, relative_bias:
         rotary.rotating -= rotary.crossing
     if before:
         prove_projections(base, context, before, rope.head_dim)
-
-
-def keep_heads(heads: Tensor, _positions: Any) -> Tensor:
-    """Replaces a rotation of a model's own."""
-    return heads
 
 
 def hook_forward(base: Any, rotary: RopeMMRotaryEmbedding, context: AttentionContext) -> None:

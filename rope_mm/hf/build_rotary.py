@@ -10,6 +10,7 @@ from rope_mm.hf.attention_rotation import attention_modules
 from rope_mm.hf.config_io import config_of, scheme_entries
 from rope_mm.hf.image_grids import parameters_of
 from rope_mm.hf.image_positions import PIXELS
+from rope_mm.hf.own_attention import own_pairing
 from rope_mm.hf.rope_parameters import layer_config, read_head_dim
 from rope_mm.hf.rotary_embedding import Rope, RopeMMRotaryEmbedding, RotarySlot
 from rope_mm.hf.rotary_inspection import TOKEN_CALLS, ModelRope, attention_head_dim, read_module
@@ -63,14 +64,16 @@ def make_rotary(site: RotarySlot, scheme: Any, changes: dict[str, Any]) -> RopeM
     counts += "numbers, where a layout of images has no place for them; take a scheme of layout 'flat'"
     shared = "its config holds the scheme of another model; give each model copy.deepcopy(config)"
     refuse({shared: scheme_entries(config)})
-    width = 0 if original else attention_head_dim(site.owner, attention_modules(site.owner))
+    bare = [] if original else attention_modules(site.owner)
+    width = 0 if original else attention_head_dim(site.owner, bare)
+    pairing = own_pairing(bare)
     given = scheme if isinstance(scheme, Mapping) else dict.fromkeys(layers, scheme)
     unlike = f"layers are of the types {layers}, but schemes came for {list(given)}"
     refuse({unlike: set(given) != set(layers)})
     name = type(original or site.owner).__name__
     ropes = {
         layer: make_rope(
-            given[layer], interfaces.get(layer), name, layer_config(config, layer), changes, width
+            given[layer], interfaces.get(layer), name, layer_config(config, layer), changes, width, pairing
         )
         for layer in layers
     }
@@ -98,6 +101,7 @@ def make_rope(
     config: Any,
     changes: dict[str, Any],
     width: int,
+    pairing: str | None,
 ) -> Rope:
     """What runs: a rope of the same kind or a Rotary as given, a scheme as a Rotary."""
     width = 2 * interface.pairs if interface else width
@@ -110,7 +114,9 @@ def make_rope(
         fixed = f"a rope that was read from a model cannot change {sorted(changes)}; give a scheme"
         refuse({why: mine != theirs, fixed: changes})
         return given
-    chosen = read_given(given, changes, name, width, interface.pairing if interface else None)
+    chosen = read_given(given, changes, name, width, interface.pairing if interface else pairing)
+    wrong = f"the scheme pairs channels {chosen.pairing!r}, but the weights are for {pairing!r}; change the "
+    refuse({f"{wrong}scheme's pairing": pairing and chosen.pairing != pairing})
     if interface:
         check_scheme(chosen, interface, name, read_head_dim(config) if config else width)
         chosen = chosen.replace(fraction=1.0, channel_offset="start")

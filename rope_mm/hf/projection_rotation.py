@@ -28,6 +28,7 @@ PAIRS = {  # names of the projections of queries, and of keys beside them
 FUSED = {  # projections of q, k and v in one: all queries first, or q, k, v of each head
     **dict.fromkeys(("qkv", "Wqkv", "qkv_proj", "c_attn"), "stacked"),
     "query_key_value": "grouped",
+    "in_proj": "grouped",
 }
 
 
@@ -108,7 +109,10 @@ class RotateProjection:
         axis = 2 if self.holds == "stacked" else 3
         shape = (3, -1, self.width) if self.holds == "stacked" else (-1, 3, self.width)
         q, k, v = x.unflatten(-1, shape).unbind(axis)
-        return torch.stack((*rope(q, k, p), v), axis).flatten(2)
+        bias: Any = getattr(self.attention, "q_bias", None)  # of DeBERTa, which adds it to the queries later
+        bias = 0 if bias is None else bias.view(-1, self.width)
+        q, k = rope(q + bias, k, p)
+        return torch.stack((q - bias, k, v), axis).flatten(2)
 
 
 def hook_projections(

@@ -14,8 +14,8 @@ from rope_mm.hf.rotary_embedding import Changes
 
 CHOICES = "keep", "drop"
 SWITCHES = "use_rel_pos", "relative_attention"  # of SAM, of DeBERTa
-RELATIVE = re.compile(
-    r"(^|_)rel(ative)?_(attention_bias|pos|position|attn|embeddings|bias)|^linear_pos$|alibi|position_bias_mlp"
+RELATIVE = re.compile(  # WavLM's gru_rel_pos_linear is a gate of its bias
+    r"(^|(?<!gru)_)rel(ative)?_(attention_bias|pos|position|attn|embeddings|bias)|^linear_pos$|alibi|position_bias_mlp"
 )
 
 

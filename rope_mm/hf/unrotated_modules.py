@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from rope_mm.hf.attention_positions import reads_images
+from rope_mm.hf.own_attention import own_pairing
 from rope_mm.hf.relative_bias import bias_modules
 from rope_mm.hf.rotary_inspection import ATTENTION_REGISTRY, globals_used
 from rope_mm.schemes.scheme import Scheme
@@ -23,6 +24,10 @@ def cross_attentions(owner: nn.Module) -> list[nn.Module]:
 def position_embeddings(owner: nn.Module) -> list[str]:
     """Names of learned or fixed position embeddings, which a model adds to its tokens."""
     held = [name for name, _ in owner.named_parameters()] + [name for name, _ in owner.named_buffers()]
+    if own_pairing(
+        list(owner.modules())
+    ):  # RoFormer's are the table of its rotation, which the scheme replaces
+        return []
     found = (name for name in held if EMBEDDINGS.search(name) and "position_ids" not in name)
     return [name.removesuffix(".weight") for name in found]
 

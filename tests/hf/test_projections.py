@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from prepared_models import prepared
 
 from rope_mm import SCHEMES
-from rope_mm.hf import rope_of, set_rope
+from rope_mm.hf import explain, rope_of, set_rope
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 EYE, IDS = {**SIZES, "image_size": 16, "patch_size": 4}, torch.arange(3, 12)[None]
@@ -196,11 +196,78 @@ def test_scores_with_other_terms_of_the_queries_are_refused_unless_these_are_dro
     assert torch.equal(model(**inputs)[0], before)
 
 
-def test_projections_that_nothing_calls_are_refused():
+def wavlm():
+    """Its own function reads the weights past the modules of the projections."""
     more = {"conv_dim": (16, 16), "conv_kernel": (3, 3), "conv_stride": (2, 2), "num_feat_extract_layers": 2}
     more |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-    with pytest.raises(ValueError, match="WavLMAttention is not reached, so it is not served"):
-        set_rope(hf.WavLMModel(hf.WavLMConfig(**SIZES, **more)), "flat", relative_bias="keep")
+    return hf.WavLMModel(hf.WavLMConfig(**SIZES, **more)), {
+        "input_values": torch.ones(2, 300).cumsum(1).sin()
+    }
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask:UserWarning")
+def test_wavlm_attends_by_its_projections_and_its_bias_is_kept_or_dropped():
+    model, inputs = prepared(wavlm)
+    inputs["attention_mask"] = (torch.arange(300) < torch.tensor([[300], [200]])).long()
+    before = model(**inputs)[0]
+    handle = set_rope(model, "flat", freq_scale=0.0, relative_bias="keep")
+    assert (model(**inputs)[0] - before).abs().max() < 1e-5 * before.abs().max()
+    handle.undo()
+    handle = set_rope(model, "flat", relative_bias="keep")
+    assert (model(**inputs)[0] - before).abs().max() > 0.1 * before.abs().max()
+    handle.undo()
+    handle = set_rope(model, "flat", relative_bias="drop")
+    dropped = model(**inputs)[0]
+    model.encoder.layers[0].attention.rel_attn_embed.weight.add_(1.0)
+    assert torch.equal(model(**inputs)[0], dropped)
+    handle.undo()
+    assert not torch.equal(model(**inputs)[0], before)
+    model.encoder.layers[0].attention.rel_attn_embed.weight.sub_(1.0)
+    assert (model(**inputs)[0] - before).abs().max() < 1e-5 * before.abs().max()
+
+
+def roformer(**more):
+    return hf.RoFormerForCausalLM(
+        hf.RoFormerConfig(**SIZES, vocab_size=99, embedding_size=64, is_decoder=True, **more)
+    ), {"input_ids": IDS}
+
+
+@torch.no_grad()
+def test_the_scheme_takes_the_place_of_the_table_of_roformer(capsys, tmp_path):
+    torch.manual_seed(0)
+    model, inputs = roformer(initializer_range=0.3)
+    before = model.eval()(**inputs)[0]
+    handle = set_rope(model, "flat")  # its own, whose table has the rounding of float32
+    assert rope_of(model).scheme.pairing == "interleaved"
+    assert (model(**inputs)[0] - before).abs().max() < 1e-5 * before.abs().max()
+    explain(model)
+    assert "position embeddings" not in capsys.readouterr().out
+    handle.undo()
+    assert torch.equal(model(**inputs)[0], before)
+    set_rope(model, "flat", theta=50.0)
+    after = model(**inputs)[0]
+    assert (after - before).abs().max() > 0.1 * before.abs().max()
+    run = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(**inputs, **run), model.generate(**inputs, **run, use_cache=False))
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    with pytest.raises(ValueError, match="saved with a scheme that is not set yet"):
+        loaded(**inputs)
+    set_rope(loaded)
+    assert torch.equal(loaded(**inputs)[0], after)
+
+
+@pytest.mark.parametrize(
+    ("more", "changes", "message"),
+    [
+        ({}, {"pairing": "half"}, "pairs channels 'half', but the weights are for 'interleaved'"),
+        ({"rotary_value": True}, {}, "rotates its values too"),
+    ],
+)
+def test_what_the_weights_of_roformer_do_not_fit_is_refused(more, changes, message):
+    with pytest.raises(ValueError, match=message):
+        set_rope(roformer(**more)[0], "flat", **changes)
 
 
 def phi3():

@@ -56,6 +56,7 @@ TYPES = {
     "deit": ("DeiT", EYE, None),
     "dinov2": ("Dinov2", EYE, None),
     "dinov2_with_registers": ("Dinov2WithRegisters", EYE, None),
+    "detr": ("Detr", {}, None),
     "distilbert": ("DistilBert", {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 2}, None),
     "donut-swin": ("DonutSwin", SWIN, "keep"),
     "dpt": ("DPT", EYE, None),
@@ -111,7 +112,7 @@ TYPES = {
     "xlnet": ("XLNet", {"vocab_size": 99, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 32}, None),
     "yolos": ("Yolos", {**EYE, "image_size": [16, 16]}, None),
 }
-REFUSED = {"deberta", "wavlm", "xlnet"}  # q, k and v of a head in one; weights read past their modules
+REFUSED = {"detr", "xlnet"}  # see docs/models.md
 
 
 @torch.no_grad()

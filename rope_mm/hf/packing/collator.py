@@ -135,6 +135,8 @@ class PackingCollator:
             The arguments of a forward: input_ids and labels (b, s), position_ids (b, s) or (1 + a, b, s),
             use_cache, pixels and grids; for flash-attention cumulative lengths.
         """
+        if not len(examples):
+            raise ValueError("a batch of no examples came; give one at least, as a list of dicts")
         kept = [example for example in map(self.prepare, examples) if example is not None]
         if not kept:
             raise ValueError(

@@ -18,6 +18,7 @@ MASKS = (
 )  # at which tokens there is something, or a loss
 TOKEN_KEYS = ("input_ids", "labels", "mm_token_type_ids", "token_type_ids", *MASKS)
 OURS = ("position_ids", "use_cache", "cache_position", "logits_to_keep", "inputs_embeds", *TOKEN_KEYS)
+RAW = ("image", "images", "video", "videos")  # columns of data sets, which a processor reads
 OPENS_IMAGE = ("vision_start_token_id", "boi_token_id", "boi_token_index", "image_start_token_id")
 
 
@@ -65,7 +66,7 @@ def encode_example(
     given = dict(example)
     if "input_ids" not in given:
         given = run_processor(processor, given, assistant_only)
-    elif raw := [name for name in ("images", "videos") if given.get(name)]:
+    elif raw := [name for name in RAW if given.get(name) is not None and given.get(name) != []]:
         raise ValueError(
             f"an example with input_ids holds {raw[0]} that no processor has seen; give messages or text "
             "beside them, or the pixel values and grids that a processor makes of them"
