@@ -37,6 +37,15 @@ HUNYUAN = {
     "text_embed_dim": 32,
     "rope_axes_dim": (4, 8, 12),
 }
+IMAGE = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 1,
+    "attention_head_dim": D,
+    "num_attention_heads": HEADS,
+    "text_embed_dim": 32,
+    "time_embed_dim": 16,
+}
 COG = {
     "num_attention_heads": HEADS,
     "attention_head_dim": 16,
@@ -86,6 +95,32 @@ def flux2_inputs(y: int, x: int) -> dict[str, Any]:
             ),
             1,
         ),
+    }
+
+
+def flux3_inputs(y: int, x: int) -> dict[str, Any]:
+    """Ids are time, row, column and the number of the text token."""
+    text, image = torch.zeros(TEXT, 4), torch.zeros(y * x, 4)
+    text[:, 3] = torch.arange(TEXT)
+    image[:, 1:3] = torch.cartesian_prod(torch.arange(y), torch.arange(x))
+    return {
+        "hidden_states": noise(1, y * x, 4),
+        "encoder_hidden_states": noise(1, TEXT, 32),
+        "timestep": TIME,
+        "txt_ids": text,
+        "img_ids": image,
+    }
+
+
+def image_inputs(y: int, x: int) -> dict[str, Any]:
+    size = torch.tensor([[2 * y, 2 * x]])
+    return {
+        "hidden_states": noise(1, 4, 2 * y, 2 * x),
+        "encoder_hidden_states": noise(1, TEXT, 32),
+        "timestep": torch.tensor([7]),
+        "original_size": size,
+        "target_size": size,
+        "crop_coords": torch.zeros_like(size),
     }
 
 
@@ -198,6 +233,42 @@ DIFFUSERS: dict[str, DiffusersEntry] = {
         "Flux2Transformer2DModel",
         FLUX | {"axes_dims_rope": (4, 8, 8, 4), "timestep_guidance_channels": 16},
         flux2_inputs,
+    ),
+    "Flux3": (
+        "Flux3Transformer2DModel",
+        {
+            "in_channels": 4,
+            "cond_in_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 32,
+            "num_attention_heads": HEADS,
+            "joint_attention_dim": 32,
+            "timestep_channels": 16,
+            "axes_dims_rope": (8, 8, 8, 8),
+        },
+        flux3_inputs,
+    ),
+    "CogView4": (
+        "CogView4Transformer2DModel",
+        IMAGE | {"condition_dim": 8, "rope_axes_dim": (16, 24), "pos_embed_max_size": 8},
+        lambda y, x: image_inputs(y, x),
+    ),
+    "SANA-Video": (
+        "SanaVideoTransformer3DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": HEADS,
+            "attention_head_dim": D,
+            "num_layers": 1,
+            "num_cross_attention_heads": HEADS,
+            "cross_attention_head_dim": D,
+            "cross_attention_dim": HEADS * D,
+            "caption_channels": 32,
+            "rope_max_seq_len": 32,
+        },
+        wan_inputs,
     ),
     "Krea 2": (
         "Krea2Transformer2DModel",

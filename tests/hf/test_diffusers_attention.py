@@ -151,3 +151,12 @@ def test_a_processor_that_is_not_known_is_refused():
     model.fuse_qkv_projections()
     with pytest.raises(ValueError, match="FusedJointAttnProcessor2_0 may not norm queries and keys last"):
         set_rope(model, "rope-tv")
+
+
+def test_the_scheme_of_sd3_is_saved_in_its_config(inputs, tmp_path):
+    model = sd3(SD3)
+    set_rope(model, "rope-tv", theta=50.0)
+    model.save_pretrained(tmp_path)
+    loaded = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path).eval()
+    set_rope(loaded)
+    assert torch.equal(run(loaded, inputs), run(model, inputs))

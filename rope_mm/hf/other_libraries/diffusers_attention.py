@@ -15,6 +15,7 @@ from rope_mm.hf.other_libraries.diffusers_positions import place, segment
 from rope_mm.hf.rotary_embedding import Changes
 from rope_mm.rotary.dispatch import RotaryAngles
 from rope_mm.rotary.module import Rotary
+from rope_mm.schemes.scheme import Scheme
 
 # file and name of a model's class, below diffusers.models.transformers
 BARE = ("transformer_sd3.SD3Transformer2DModel",)
@@ -98,6 +99,7 @@ class AttentionRotary(nn.Module, Changes):
     def install(self, model: Any) -> None:
         """Rotate in every attention module, and hand them the angles of each forward."""
         self.set_attr(model, "rope_mm", self)
+        save_scheme(model, self.rope, self)
         for attention in self.places[0]:
             self.set_attr(attention, "processor", RotatingProcessor(attention.processor, self))
         self.undo.append(model.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True).remove)
@@ -130,6 +132,35 @@ class AttentionRotary(nn.Module, Changes):
         """One line on what runs."""
         where = f"{len(self.places[0])} attention modules"
         return f"{where}: {self.rope.scheme}, exact angles; positions by layout {self.rope.scheme.layout!r}"
+
+
+SAVED = "rope_mm_scheme"  # the field of a model's config
+CONFIG = "_internal_dict"  # where diffusers keeps that
+
+
+def save_scheme(model: Any, rope: Any, changes: Changes) -> None:
+    """Write a scheme into the config of a model of diffusers, which is saved with the model."""
+    config = vars(model).get(CONFIG)
+    if config is not None and isinstance(rope, Rotary):
+        changes.set_attr(model, CONFIG, type(config)({**config, SAVED: rope.scheme.to_dict()}))
+
+
+def saved_scheme(model: Any) -> Scheme:
+    """The scheme with which a model of diffusers was saved.
+
+    Raises:
+        ValueError: a config without one, or a learned Omega, which diffusers does not load.
+    """
+    name, held = type(model).__name__, (vars(model).get(CONFIG) or {}).get(SAVED)
+    refuse({f"no scheme is saved with {name}; name one": not held})
+    scheme = Scheme.from_dict(held)
+    refuse({
+        f"{name} was saved with a learned Omega, which diffusers does not load; name the scheme, and copy "
+        "the weight rope_mm.learned.0.omega_param out of the saved file into the parameter of this name": (
+            scheme.learnable
+        )
+    })  # fmt: skip
+    return scheme
 
 
 def attentions(model: nn.Module) -> list[Any]:

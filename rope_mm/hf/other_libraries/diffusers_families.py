@@ -18,6 +18,7 @@ from rope_mm.hf.other_libraries.diffusers_positions import (
     place_ids,
     positions_of_cogvideox,
     positions_of_ids,
+    positions_of_image,
     positions_of_latents,
     positions_of_ltx,
     positions_of_lumina2,
@@ -28,7 +29,7 @@ from rope_mm.hf.other_libraries.diffusers_positions import (
 )
 from rope_mm.schemes.extensions import NTK
 from rope_mm.schemes.scheme import Scheme
-from rope_mm.schemes.zoo import SCHEMES
+from rope_mm.schemes.zoo import SCHEMES, YX
 
 Tables = Any  # cosine and sine (..., d), or one complex tensor (..., d / 2)
 
@@ -198,6 +199,19 @@ def examples_of_cogvideox(model: Any) -> list[tuple]:
     return [(torch.zeros(1, t * frames, 1, y * p, x * p),) for t, y, x in sizes]
 
 
+def examples_of_image(module: Any) -> list[tuple]:
+    """Latents of images of several sizes."""
+    p = module.patch_size
+    return [(torch.zeros(1, 1, y * p, x * p),) for y, x in ((64, 1), (1, 64), (5, 7))]
+
+
+IMAGE = Family(
+    scheme=lambda module, _config: SCHEMES["grid"].replace(axis_order=YX, theta=float(module.theta)),
+    positions=positions_of_image,
+    examples=examples_of_image,
+    table_format="half",
+    unrotated_text=True,
+)
 HUNYUAN = of_latents("hunyuan-video", "rope_dim", unrotated_text=True)
 WAN = of_latents("wan", "t_dim h_dim w_dim", pack=one_table_of_heads)
 
@@ -209,6 +223,9 @@ FAMILIES: dict[str, Family] = {
     "transformer_longcat_image.LongCatImagePosEmbed": flux("flux"),
     "transformer_ovis_image.OvisImagePosEmbed": flux("flux"),
     "transformer_flux2.Flux2PosEmbed": flux("flux2"),
+    "transformer_flux3.Flux3PosEmbed": flux("flux3"),
+    "transformer_cogview4.CogView4RotaryPosEmbed": IMAGE,
+    "transformer_glm_image.GlmImageRotaryPosEmbed": IMAGE,
     "transformer_krea2.Krea2RotaryPosEmbed": flux("flux"),
     "transformer_cosmos.CosmosRotaryPosEmbed": Family(
         scheme=scheme_of_cosmos,
@@ -218,6 +235,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "transformer_wan.WanRotaryPosEmbed": WAN,
     "transformer_wan_animate.WanRotaryPosEmbed": WAN,
+    "transformer_sana_video.WanRotaryPosEmbed": WAN,
     "transformer_skyreels_v2.SkyReelsV2RotaryPosEmbed": WAN,
     "transformer_hunyuan_video.HunyuanVideoRotaryPosEmbed": HUNYUAN,
     "transformer_hunyuan_video15.HunyuanVideo15RotaryPosEmbed": HUNYUAN,

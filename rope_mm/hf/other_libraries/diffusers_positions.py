@@ -89,6 +89,11 @@ def place_ids(arguments: Mapping[str, Any], scheme: Scheme, axes: tuple[str, ...
         images = sizes_of_images(ids[n:], axes)
         return {"position_ids": place(scheme, " ".join([f"text:{n}", *images]), ids.device)}
     text, images = (arguments[name] for name in ("txt_ids", "img_ids"))
+    if arguments.get("image_cond_ids") is not None:  # FLUX.3
+        raise ValueError(
+            f"image_cond_ids are positions of reference images by the model's own layout, not by "
+            f"{scheme.layout!r}; give none, or take a scheme of its layout"
+        )
     if arguments.get("kv_cache_mode") is not None:
         raise ValueError(
             f"with kv_cache_mode={arguments['kv_cache_mode']!r} reference images keep the keys that they "
@@ -164,6 +169,18 @@ def positions_of_latents(
         return place(scheme, segment(*sizes), hidden_states.device)
     p = count(sizes, hidden_states.device)
     return p if fps is None else torch.cat((p[:, :1] / fps * module.base_fps, p[:, 1:]), -1)
+
+
+def positions_of_image(module: Any, scheme: Scheme, own: bool, hidden_states: Tensor) -> Tensor:
+    """Latents (b, c, rows, columns); CogView4 stretches them to whole numbers below a fixed size."""
+    y, x = (size // module.patch_size for size in hidden_states.shape[2:])
+    if not own:
+        return place(scheme, segment(1, y, x), hidden_states.device)
+    p = count((1, y, x), hidden_states.device)
+    if extent := getattr(module, "rope_axes_dim", None):
+        size = p.new_tensor((1, *extent)), p.new_tensor((1, y, x))
+        p = torch.floor(p * size[0] / size[1])
+    return p[:, -len(scheme.axes) :]
 
 
 def images_of_qwen(video_fhw: Any) -> list[tuple[int, int, int]]:

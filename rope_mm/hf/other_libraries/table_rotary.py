@@ -16,7 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from rope_mm.hf.build_rotary import read_given, refuse
 from rope_mm.hf.cos_sin_tables import TABLE_FORMATS, fill_tables
-from rope_mm.hf.other_libraries.diffusers_attention import AttentionRotary, is_bare, make_attention_rotary
+from rope_mm.hf.other_libraries.diffusers_attention import (
+    AttentionRotary,
+    is_bare,
+    make_attention_rotary,
+    save_scheme,
+    saved_scheme,
+)
 from rope_mm.hf.other_libraries.diffusers_families import FAMILIES, Family
 from rope_mm.hf.other_libraries.timm_families import TIMM_FAMILIES
 from rope_mm.hf.rotary_embedding import Changes
@@ -302,6 +308,7 @@ class TableRotary(nn.Module, Changes):
         """Make tables in the place of the model's own part, and watch its forward."""
         model, family = self.slot.model, self.slot.family
         self.set_attr(model, "rope_mm", self)
+        save_scheme(model, self.rope, self)
         if not family.tables:
             holder, leaf = (self.slot.part, family.leaf) if family.leaf else (model, self.slot.name)
             self.set_attr(holder, leaf, self.make_tables)
@@ -443,10 +450,8 @@ def set_table_rope(model: Any, given: Any, changes: dict[str, Any]) -> TableRota
         ValueError: what the model cannot run, with the reason; the model is as it was.
     """
     name = type(model).__name__
-    refuse({
-        f"{name} has a rope of ours already; `unset_rope` it first": rotary_of(model),
-        f"no scheme is saved with {name}; name one": given is None,
-    })  # fmt: skip
+    refuse({f"{name} has a rope of ours already; `unset_rope` it first": rotary_of(model)})
+    given = saved_scheme(model) if given is None else given
     if is_bare(model):
         rotary = make_attention_rotary(model, given, changes)
         rotary.train(model.training).install(model)
