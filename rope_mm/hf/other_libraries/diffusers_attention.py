@@ -151,7 +151,8 @@ def saved_scheme(model: Any) -> Scheme:
     Raises:
         ValueError: a config without one, or a learned Omega, which diffusers does not load.
     """
-    name, held = type(model).__name__, (vars(model).get(CONFIG) or {}).get(SAVED)
+    name = type(model).__name__
+    held: Any = (vars(model).get(CONFIG) or {}).get(SAVED)
     refuse({f"no scheme is saved with {name}; name one": not held})
     scheme = Scheme.from_dict(held)
     refuse({
