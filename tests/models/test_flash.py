@@ -102,7 +102,8 @@ def test_packed_text_is_one_call_a_layer_on_the_tensors_as_they_are(flash, ends,
     assert call.query_ends.tolist() == call.key_ends.tolist() == [0, 1, 5, 11]
 
 
-def test_packed_documents_with_noisy_copies_are_what_sdpa_computes(flash):
+@pytest.mark.parametrize("samples", [1, 2])
+def test_packed_documents_with_noisy_copies_are_what_sdpa_computes(flash, samples):
     from rope_mm.training.collator import Packer
 
     model = make("rope-tv-causal")
@@ -110,7 +111,8 @@ def test_packed_documents_with_noisy_copies_are_what_sdpa_computes(flash):
     image, video = torch.rand(1, 4, 4) * 2 - 1, torch.rand(3, 1, 2, 2) * 2 - 1
     documents = [["a", Visual(image, True), "b", Visual(image, True)], ["c", Visual(video, True)], ["text"]]
     generators = [torch.Generator().manual_seed(n) for n in range(3)]
-    batch = Packer(processor, 40, lambda n, generator: torch.zeros(n))(documents, generators)
+    packer = Packer(processor, 60, lambda n, generator: torch.zeros(n), samples=samples)
+    batch = packer(documents, generators)
     (logits, patches, _), other = both(model, flash, batch.inputs())
     torch.testing.assert_close(other[0], logits, **CLOSE)
     torch.testing.assert_close(other[1], patches, **CLOSE)
