@@ -118,6 +118,11 @@ def attention_slot(model: Any) -> RotarySlot:
     base, found = model, attention_modules(model)
     while (inner := getattr(base, "base_model", base)) is not base:  # in its adapters, and in its head
         base = inner
+    if hasattr(base, "query_position_embeddings"):
+        raise ValueError(
+            f"{type(model).__name__} attends from object queries, which stand nowhere, to a map of features "
+            "whose rows and columns its attention is not given; it is not served"
+        )
     within = {id(module) for module in base.modules()}
     kinds = {type(config) for config in configs_of(model, found)}
     one = found and kinds == {type(getattr(base, "config", None))}

@@ -24,6 +24,9 @@ FORMER = {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidde
 FORMER |= {"num_attention_heads": [1, 2], "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2]}
 SERIES = {"d_model": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "context_length": 32}
 DEBERTA = {**TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 20}
+DETR = {name: size for name, size in STACKS.items() if name not in ("vocab_size", "pad_token_id")}
+DETR |= {"use_timm_backbone": False, "num_queries": 5}
+DETR["backbone_config"] = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
 SAM = {
     **SIZES,
     "image_size": 64,
@@ -56,7 +59,7 @@ TYPES = {
     "deit": ("DeiT", EYE, None),
     "dinov2": ("Dinov2", EYE, None),
     "dinov2_with_registers": ("Dinov2WithRegisters", EYE, None),
-    "detr": ("Detr", {}, None),
+    "detr": ("Detr", DETR, None),
     "distilbert": ("DistilBert", {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 2}, None),
     "donut-swin": ("DonutSwin", SWIN, "keep"),
     "dpt": ("DPT", EYE, None),
