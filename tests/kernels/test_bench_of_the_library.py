@@ -53,3 +53,6 @@ def test_a_row_has_the_ratio_of_each_round_and_a_missed_goal():
         "<= 1.0, missed",
     ]
     assert library.measure(case._replace(goal=2.0), 3, lambda: now[0])[-1] == "<= 2.0"
+    for seconds, said in ((4.0, "<= 2.0, <= 4 s"), (1.0, "<= 2.0, <= 1 s, missed")):
+        bounded = case._replace(goal=2.0, seconds=seconds, rounds=2)
+        assert library.measure(bounded, 3, lambda: now[0])[-1] == said
