@@ -84,11 +84,12 @@ def given(
 def store_angle_gradients(
     grad, positions, omega, omega_grad, position_grad,
     program, block, part, tokens, batch, step, row, pair,
-    A: tl.constexpr, r: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr,
+    A: tl.constexpr, r: tl.constexpr, V: tl.constexpr,
+    FIRST: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """A program's part of the gradients of omega (A, r) and of positions (T, A), or angles (T, r)."""
     T: tl.constexpr = L // CHUNKS
-    column, place = tl.arange(0, CHUNKS * V), part.to(tl.int64) * T + tl.arange(0, T)
+    column, place = FIRST * V + tl.arange(0, CHUNKS * V), part.to(tl.int64) * T + tl.arange(0, T)
     if A == 0 and position_grad is not None:
         goal = position_grad + (block.to(tl.int64) * tokens + place[:, None]) * r + column[None, :]
         share = tl.reshape(grad, (T, CHUNKS * V))

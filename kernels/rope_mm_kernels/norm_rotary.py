@@ -61,8 +61,8 @@ def norm_rotate_kernel(
     weight_grad, omega_grad, position_grad, tokens, s, q_heads, k_heads, n, eps,
     ANGLES: tl.constexpr, FACTOR: tl.constexpr, INVERSE: tl.constexpr, BLOCKS: tl.constexpr,
     A: tl.constexpr, r: tl.constexpr, FRONT: tl.constexpr, REST: tl.constexpr, W: tl.constexpr,
-    UNIT: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr, HEADS: tl.constexpr,
-    WIDE: tl.constexpr,
+    UNIT: tl.constexpr, V: tl.constexpr, FIRST: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr,
+    HEADS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """As `rotate_kernel`; given the gradients of its results, those of its inputs instead."""
     H: tl.constexpr = max(HEADS[0], HEADS[1])
@@ -72,7 +72,7 @@ def norm_rotate_kernel(
     blocks = q_blocks + tl.cdiv(k_heads, HEADS[1])
     program = tl.program_id(0)
     block, part = program % blocks, program // blocks
-    batch, step, pair, known = locate(part, tokens, s, r, V, CHUNKS, L, WIDE)
+    batch, step, pair, known = locate(part, tokens, s, r, V, FIRST, CHUNKS, L, WIDE)
     of_q = block < q_blocks
     heads = tl.where(of_q, q_heads, k_heads)
     head = tl.where(of_q, block * HEADS[0], (block - q_blocks) * HEADS[1])
@@ -135,7 +135,7 @@ def norm_rotate_kernel(
     if q_back is not None:
         store_angle_gradients(
             grad, positions, omega, omega_grad, position_grad,
-            program, block, part, tokens, batch, step, row, pair, A, r, V, CHUNKS, L,
+            program, block, part, tokens, batch, step, row, pair, A, r, V, FIRST, CHUNKS, L,
         )  # fmt: skip
         weight_grad += program.to(tl.int64) * d
         store_sum(dw1, weight_grad, CHUNKS, r)
@@ -169,6 +169,7 @@ def launch(q, k, positions, omega, weights, eps: float, spec: KernelSpec, grads=
         torch.empty_like(w).index_copy_(0, order, x.sum(0).to(w.dtype))
         for x, w in zip((of_q, of_k), weights, strict=True)
     )
+    domega = None if domega is None else domega.sum(0, dtype=torch.float64)
     return *made, *sum_parts(dpositions, domega, blocks, positions, omega), *found
 
 

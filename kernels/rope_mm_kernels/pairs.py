@@ -49,12 +49,12 @@ def two_channels(pair, BLOCKS: tl.constexpr):
 
 @triton.jit
 def locate(
-    part, tokens, s,
-    r: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr, WIDE: tl.constexpr,
+    part, tokens, s, r: tl.constexpr, V: tl.constexpr,
+    FIRST: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Of every lane (L,): batch row, step, first pair, and whether they are its own or another's, to read."""
     lane = (part.to(tl.int64) if WIDE else part) * L + tl.arange(0, L)
-    token, pair = lane // CHUNKS, (lane % CHUNKS).to(tl.int32) * V
+    token, pair = lane // CHUNKS, (FIRST + (lane % CHUNKS).to(tl.int32)) * V
     known = (token < tokens) & (pair < r)
     token, pair = tl.minimum(token, tokens - 1), tl.minimum(pair, r - V)
     # tensors of more than 2**31 elements need offsets of 64 bits

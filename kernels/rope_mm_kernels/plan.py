@@ -81,16 +81,19 @@ class Plan(NamedTuple):
 
 def plan(
     q: Tensor, k: Tensor, sources: tuple[Tensor, Tensor], spec: KernelSpec,
-    big: tuple[Tensor, ...], whole: bool, most: int = HEADS,
+    big: tuple[Tensor, ...], whole: bool, most: int = HEADS, piece: tuple[int, int] | None = None,
 ) -> Plan:  # fmt: skip
-    """How a launch on tensors `big` is cut; with `whole`, no token is shared by two programs."""
+    """How a launch on tensors `big` is cut; with `whole`, no token is shared by two programs.
+
+    `piece` is the first lane of a token, and how many from it on, where a launch has not all of them.
+    """
     (b, s, h, d), g = q.shape, k.shape[2]
-    wide = 16 // q.element_size()
-    # 16 bytes of every lane, or as much as divides all blocks
-    v = math.gcd(wide // 2, spec.r) if spec.blocks == (1,) else math.gcd(wide, *spec.blocks)
-    chunks = spec.r // v
+    v = pairs_of_a_lane(q, spec)
+    first, chunks = 0, spec.r // v
     width = triton.next_power_of_2(math.ceil((d - 2 * spec.r) / chunks)) if d > 2 * spec.r else 0
-    if whole:
+    if piece:
+        first, chunks = piece
+    elif whole:
         chunks = triton.next_power_of_2(chunks)
     heads = tuple(max(1, heads_per_program(count, spec.n, most)) for count in (h, g))
     lanes = LANES if 4 * max(heads) > most else 2 * LANES
@@ -103,9 +106,34 @@ def plan(
     return Plan(parts, (math.ceil(h / heads[0]), math.ceil(g / heads[1])), {
         "ANGLES": ANGLES[spec.mode], "FACTOR": spec.factor, "INVERSE": spec.inverse, "BLOCKS": spec.blocks,
         "A": spec.a, "r": spec.r, "FRONT": spec.front, "REST": d - 2 * spec.r, "W": width,
-        "UNIT": unit, "V": v, "CHUNKS": chunks, "L": lanes, "HEADS": heads, "WIDE": parts * lanes >= 2**31,
-        "num_warps": LANES // lanes_of_a_warp(q), "enable_fp_fusion": True,
+        "UNIT": unit, "V": v, "FIRST": first, "CHUNKS": chunks, "L": lanes, "HEADS": heads,
+        "WIDE": parts * lanes >= 2**31, "num_warps": LANES // lanes_of_a_warp(q), "enable_fp_fusion": True,
     })  # fmt: skip
+
+
+def pairs_of_a_lane(q: Tensor, spec: KernelSpec) -> int:
+    """16 bytes of every lane, or as much as divides all blocks."""
+    wide = 16 // q.element_size()
+    return math.gcd(wide // 2, spec.r) if spec.blocks == (1,) else math.gcd(wide, *spec.blocks)
+
+
+def pieces(chunks: int) -> list[tuple[int, int]]:
+    """The lanes of a token in one or two powers of two, (first, number): 9 are 8 and 1, 7 are 8.
+
+    The sums of a program run over powers of two, and padding 9 to 16 would waste nearly half of its work.
+    """
+    most = 1 << (chunks.bit_length() - 1)
+    rest = triton.next_power_of_2(chunks - most) if chunks > most else 0
+    return [(0, 2 * most)] if rest == most else [(0, most), (most, rest)][: 1 + bool(rest)]
+
+
+def plan_launches(
+    q: Tensor, k: Tensor, sources: tuple[Tensor, Tensor], spec: KernelSpec,
+    big: tuple[Tensor, ...], whole: bool,
+) -> list[Plan]:  # fmt: skip
+    """The launches of a rotation: one, or with `whole` one for each of the `pieces` of a token."""
+    cut = pieces(spec.r // pairs_of_a_lane(q, spec)) if whole else [None]
+    return [plan(q, k, sources, spec, big, whole, piece=piece) for piece in cut]
 
 
 def view(x: Tensor, unit: int) -> tuple[Tensor, int, int, int, int]:

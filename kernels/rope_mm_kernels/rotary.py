@@ -18,7 +18,7 @@ from rope_mm_kernels.angles import store_angle_gradients
 from rope_mm_kernels.checks import check_angle_rotation, check_in_place
 from rope_mm_kernels.ops import INTERPRETED, differentiate, register
 from rope_mm_kernels.pairs import address, block_sizes, copy_rest, load_pairs, locate, pick, store_pairs
-from rope_mm_kernels.plan import DTYPES, KernelSpec, make_spec, plan, source, view
+from rope_mm_kernels.plan import DTYPES, KernelSpec, Plan, make_spec, plan_launches, source, view
 
 
 @triton.jit
@@ -27,8 +27,8 @@ def rotate_kernel(
     tokens, s, q_heads, k_heads, n,
     ANGLES: tl.constexpr, FACTOR: tl.constexpr, INVERSE: tl.constexpr, BLOCKS: tl.constexpr,
     A: tl.constexpr, r: tl.constexpr, FRONT: tl.constexpr, REST: tl.constexpr, W: tl.constexpr,
-    UNIT: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr, HEADS: tl.constexpr,
-    WIDE: tl.constexpr,
+    UNIT: tl.constexpr, V: tl.constexpr, FIRST: tl.constexpr, CHUNKS: tl.constexpr, L: tl.constexpr,
+    HEADS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """L lanes, each of them V pairs of a token, and some heads of q or of k, in all of which they turn alike.
 
@@ -39,7 +39,7 @@ def rotate_kernel(
     blocks = q_blocks + tl.cdiv(k_heads, HEADS[1])
     program = tl.program_id(0)
     block, part = program % blocks, program // blocks
-    batch, step, pair, known = locate(part, tokens, s, r, V, CHUNKS, L, WIDE)
+    batch, step, pair, known = locate(part, tokens, s, r, V, FIRST, CHUNKS, L, WIDE)
     of_q = block < q_blocks
     heads = tl.where(of_q, q_heads, k_heads)
     head = tl.where(of_q, block * HEADS[0], (block - q_blocks) * HEADS[1])
@@ -75,7 +75,7 @@ def rotate_kernel(
     if q_rotated is not None:
         store_angle_gradients(
             grad, positions, omega, omega_grad, position_grad,
-            program, block, part, tokens, batch, step, row, pair, A, r, V, CHUNKS, L,
+            program, block, part, tokens, batch, step, row, pair, A, r, V, FIRST, CHUNKS, L,
         )  # fmt: skip
 
 
@@ -88,17 +88,26 @@ def launch(q, k, positions, omega, spec, rotated=(), needs=(False, False), out=N
     made = (torch.empty_like(q), torch.empty_like(k)) if out is None else out
     big = (q, k, *made, *rotated)
     sources = positions, omega
-    parts, blocks, constants = plan(q, k, sources, spec, big, whole=bool(rotated))
-    if out is not None:
-        constants["W"] = 0  # what is not rotated is there already
-    dpositions, domega = empty_parts(q, spec, parts, blocks, needs)
-    with torch.cuda.device_of(q):
-        rotate_kernel[(parts * sum(blocks),)](
-            *[view(x, constants["UNIT"]) for x in big], *[None] * (6 - len(big)),
-            *[source(x, spec, constants["UNIT"]) for x in sources], domega, dpositions,
-            b * s, s, h, g, spec.n, **constants,
-        )  # fmt: skip
-    return *made, *(sum_parts(dpositions, domega, blocks, positions, omega) if rotated else ())
+    plans = plan_launches(q, k, sources, spec, big, whole=bool(rotated))
+    dpositions, domegas, blocks = [], [], plans[0].blocks
+    for parts, _, constants in plans:
+        if out is not None:
+            constants["W"] = 0  # what is not rotated is there already
+        dposition, domega = empty_parts(q, spec, parts, blocks, needs)
+        if spec.mode == "given" and dpositions:
+            dposition = dpositions.pop()  # angles of other pairs of the same tokens
+        dpositions.append(dposition)
+        domegas.append(domega)
+        with torch.cuda.device_of(q):
+            rotate_kernel[(parts * sum(blocks),)](
+                *[view(x, constants["UNIT"]) for x in big], *[None] * (6 - len(big)),
+                *[source(x, spec, constants["UNIT"]) for x in sources], domega, dposition,
+                b * s, s, h, g, spec.n, **constants,
+            )  # fmt: skip
+    if not rotated:
+        return made
+    dposition = torch.cat(dpositions) if needs[0] else None
+    return *made, *sum_parts(dposition, join_omegas(domegas, plans) if needs[1] else None, blocks, *sources)
 
 
 def empty_parts(q: Tensor, spec: KernelSpec, parts: int, blocks: tuple[int, int], needs):
@@ -111,8 +120,25 @@ def empty_parts(q: Tensor, spec: KernelSpec, parts: int, blocks: tuple[int, int]
     )
 
 
+def join_omegas(domegas: list[Tensor], plans: list[Plan]) -> Tensor:
+    """The gradients of omega (blocks, a, r), each pair's by the launch that had it, summed over programs."""
+    found = []
+    for domega, (_, _, constants) in zip(domegas, plans, strict=True):
+        first, width = constants["FIRST"] * constants["V"], constants["CHUNKS"] * constants["V"]
+        found.append(domega[..., first : first + width].sum(0, dtype=torch.float64))
+    return torch.cat(found, -1)
+
+
 def sum_parts(dpositions, domega, blocks: tuple[int, int], positions: Tensor, omega: Tensor):
-    """The programs' parts of the gradients of positions and of omega, added in one order, always the same."""
+    """The parts of the gradients of positions and of omega, added in one order, always the same.
+
+    Args:
+        dpositions: (parts, b, s, a), or None.
+        domega: (blocks, a, r), or None.
+        blocks: of heads of q and of k.
+        positions: (b, s, a), or angles (b, s, n, r).
+        omega: (n, a, r).
+    """
     made = empty_gradients(positions, omega, (dpositions is not None, domega is not None))
     if dpositions is not None and positions.dim() == 4:  # angles, of each row of heads
         of_q, of_k = dpositions.double().split(blocks)
@@ -121,7 +147,7 @@ def sum_parts(dpositions, domega, blocks: tuple[int, int], positions: Tensor, om
     elif dpositions is not None:
         made[0].copy_(dpositions.sum(0, dtype=torch.float64))
     if domega is not None:
-        of_q, of_k = domega.sum(0, dtype=torch.float64).split(blocks)
+        of_q, of_k = domega.split(blocks)
         made[1].copy_(definition.sum_heads(of_q, 0, len(omega)) + definition.sum_heads(of_k, 0, len(omega)))
     return made
 

@@ -319,6 +319,15 @@ def test_launches_with_many_lanes_use_64_bit_counters() -> None:
         assert plan.constants["WIDE"] == wide and plan.parts * sum(plan.blocks) < 2**31
 
 
+@pytest.mark.parametrize("chunks", range(1, 129))
+def test_lanes_of_a_token_are_cut_into_few_powers_of_two_with_little_waste(chunks: int) -> None:
+    cut = rope_mm_kernels.plan.pieces(chunks)
+    firsts, sizes = zip(*cut, strict=True)
+    assert len(cut) <= 2 and all(size & (size - 1) == 0 for size in sizes)
+    assert firsts == (0, *sizes[:-1]) and chunks <= sum(sizes) < 4 / 3 * chunks
+    assert len(cut) == 1 or firsts[1] < chunks
+
+
 # torch loads its own decompositions with a function that it has deprecated
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_forward_mode_derivatives_are_refused(device: str) -> None:

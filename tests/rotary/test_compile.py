@@ -160,3 +160,13 @@ def test_a_graph_takes_the_definition_on_a_cpu_and_says_so():
     assert said == [
         "the definition, for the compiler to fuse: Triton's kernel runs on CUDA devices, not on cpu"
     ]
+
+
+def test_a_refusal_is_a_value_error_in_compiled_code_and_the_cause_of_torch_s_error_in_whole_graphs():
+    rope, (q, k), sentence = Rotary(24), heads(range(7)), "give one position for each token"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Observed exception") as caught:
+        torch.compile(rope, backend="eager", fullgraph=True)(q, k, torch.zeros(6, 3))
+    assert sentence in str(caught.value.__cause__)
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match=sentence):
+        torch.compile(rope, backend="eager")(q, k, torch.zeros(6, 3))
