@@ -155,7 +155,7 @@ def check_answer(answer: Any, segment: Segment, layout: Layout) -> Placed:
     """
     who, a = f"the rule of {layout.source!r}", len(layout.axes)
     if not isinstance(answer, tuple) or len(answer) != 2:
-        raise ValueError(f"{who} must return positions and next, not {answer!r}")
+        raise ValueError(f"{who} must return positions and next, not a {type(answer).__name__}")
     positions, after = answer
     after = apply_rule(who, "next", after, COUNTABLE)
     if isinstance(positions, Raster):

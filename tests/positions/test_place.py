@@ -180,7 +180,7 @@ def counted(cursor, segment):
 
 
 WRONG = {
-    "no pair": (lambda cursor, segment: torch.zeros(6, 2), "must return positions and next, not tensor"),
+    "no pair": (lambda cursor, segment: torch.zeros(6, 2), "must return positions and next, not a Tensor"),
     "a row too few": (
         lambda cursor, segment: (torch.zeros(segment.tokens - 1, 2), 0.0),
         r"must place image:2x3 at positions \(6, 2\), not \(5, 2\)",
