@@ -9,8 +9,10 @@ The same command again resumes from the last checkpoint, on any number of proces
 --dry-run checks and prints the configuration, Ctrl-C and SIGTERM save and stop.
 """
 
-import sys
+import rope_mm.checks.installed  # noqa: F401 isort: skip
+
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -29,7 +31,7 @@ from rope_mm.data.augmentation import AUGMENTATIONS
 from rope_mm.data.buckets import Size
 from rope_mm.data.images import Unreadable
 from rope_mm.data.seeding import EVALUATION
-from rope_mm.evaluation.contact_sheet import save_sheet
+from rope_mm.evaluation.contact_sheet import save_data_sheet, save_sheet, spread
 from rope_mm.evaluation.image_evaluators import IMAGE_EVALUATORS, ImageEvaluator
 from rope_mm.models import ImageBatcher, load_tokenizer
 from rope_mm.models.attention_backends import with_attention
@@ -42,6 +44,7 @@ from rope_mm.training.distributed import all_reduce_sum
 from rope_mm.training.ema import Ema
 from rope_mm.training.fingerprint import fingerprint_rows
 from rope_mm.training.loop import Run, fingerprint, launch
+from rope_mm.training.metrics_log import say
 from rope_mm.training.run_dir import Identity
 
 CLASSIFIER_SAMPLES = 10_000  # images of each split, at most, that the evaluator's classifier sees
@@ -168,9 +171,10 @@ class Training:
         images, rows = self.images.read(known)
         test_images, self.test_rows = self.held_out.read(unknown)
         for reason in self.held_out.unreadable.values():
-            print(f"skipped, held out: {reason}", file=sys.stderr, flush=True)
+            say(f"skipped, held out: {reason}")
         train, test = (images, labels[rows]), (test_images, test_labels[self.test_rows])
-        return IMAGE_EVALUATORS[config.evaluator](train, test, config.eval_samples, config.seed)
+        captions = {"captioned": bool(config.data.caption)} if config.evaluator == "caption" else {}
+        return IMAGE_EVALUATORS[config.evaluator](train, test, config.eval_samples, config.seed, **captions)
 
     def micro_batch(self, update: int, part: int = 0) -> AdversarialBatch:
         """This process's share of a part of the batch of the critic's update-th step.
@@ -220,7 +224,7 @@ class Training:
             return
         for row, why in sorted(chain.from_iterable(gather_object([list(new.items())]))):
             if row not in self.skipped.rows and self.accelerator.is_main_process:
-                print(f"skipped: {why}", file=sys.stderr, flush=True)
+                say(f"skipped: {why}")
             self.skipped.rows[row] = self.images.unreadable[row] = why
 
     def augmentation(self, number: int, batcher: ImageBatcher) -> Callable[[Tensor], Tensor]:
@@ -248,6 +252,17 @@ class Training:
         scheme, weights = self.batcher.config.scheme, self.average.model.num_parameters()
         rows = f"{len(self.images)} rows, {len(self.held_out)} held out"
         return f"scheme: {scheme}\ngenerator: {weights} weights\ndata: {rows}"
+
+    def show_data(self, path: Path) -> None:
+        """Write a sheet of images of both splits, as they are read; those that cannot be read are skipped."""
+        shown, captions, trained = [], [], len(self.images)
+        for number in spread(trained + len(self.held_out)):
+            held = number >= trained
+            split, row = (self.held_out, number - trained) if held else (self.images, number)
+            with suppress(Unreadable):
+                shown += split.images([row])
+                captions.append(f"{'held out: ' if held else ''}{split.captions[row]}")
+        save_data_sheet(path, shown, captions)
 
     def states(self) -> dict[str, Stateful]:
         """What a checkpoint holds beside models and optimizers."""
@@ -416,6 +431,8 @@ def check(config: Adversarial) -> None:
         raise ValueError(
             "metrics by data.label compare images of one size; give data.label '' or data.aspect_ratio square"
         )
+    if config.evaluator == "captioned-modes" and not config.data.caption:
+        raise ValueError("evaluator captioned-modes needs data.caption; without captions take modes")
     if config.loss.penalties.get("consistency") and not any(config.augment.values()):
         raise ValueError(
             "consistency compares images with augmented ones: give augment, such as {cutout: 0.5}"

@@ -9,6 +9,8 @@ thread's own. A ratio is the median over the rounds of (median of one's turn) / 
 spread is its quartiles.
 """
 
+import rope_mm.checks.installed  # noqa: F401 isort: skip
+
 import argparse
 import os
 import random

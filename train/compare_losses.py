@@ -8,6 +8,8 @@ that was interrupted and skips those that are finished. The figure needs matplot
 rope-mm[plots].
 """
 
+import rope_mm.checks.installed  # noqa: F401 isort: skip
+
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product

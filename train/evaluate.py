@@ -7,6 +7,8 @@ The features are those of a network in a file of yours, which torch.export or To
 pool3 of Inception the Fréchet distance is the FID. A model generates an image of each real one's caption.
 """
 
+import rope_mm.checks.installed  # noqa: F401 isort: skip
+
 import json
 import sys
 from collections.abc import Iterator

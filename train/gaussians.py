@@ -7,6 +7,8 @@ Finished rows are kept: the same command again trains only the others. The figur
 install rope-mm[plots].
 """
 
+import rope_mm.checks.installed  # noqa: F401 isort: skip
+
 import json
 import math
 import time

@@ -9,6 +9,8 @@
 A video is an animated image, such as GIF, WebP or PNG. sprites:3 and videos:3 are row 3 of the held-out rows.
 """
 
+import rope_mm.checks.installed  # noqa: F401 isort: skip
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +22,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data.images import EMBEDDED, MODES, load_splits, resize_center_crop
+from rope_mm.evaluation.contact_sheet import save_sheet
 from rope_mm.files import write_file
 from rope_mm.models.pipeline import RopeMMPipeline
 from rope_mm.training.config import check_options, option, run
@@ -40,6 +43,7 @@ class Generate:
     )
     prompts: str = option("", "file with a text on each line; images of all of them are generated")
     num_images: int = option(1, "of each text, in files numbered from 0 where there are several", minimum=1)
+    grid: bool = option(False, "one PNG file of all images, a row for each text, and the texts beside them")
     size: str = option("", "height x width of the images in pixels, such as 24x40; empty: that of training")
     guidance_scale: float | None = option(None, "of sampling; null: that of training", minimum=0)
     num_inference_steps: int | None = option(None, "of sampling; null: those of training", minimum=1)
@@ -118,6 +122,8 @@ def check(config: Generate) -> None:
         raise ValueError(
             "--prompts generates images of the texts in a file; give the others to another command"
         )
+    if config.grid and (config.continue_video or Path(config.output).suffix.lower() != ".png"):
+        raise ValueError(f"--grid writes images of texts to a PNG file, not {config.output}")
     if config.size and config.continue_video:
         raise ValueError("--size is of new images; the frames after a video have its size")
     read_size(config.size)
@@ -148,6 +154,10 @@ def main(config: Generate) -> None:
     else:
         videos = images_of(pipeline, config)
     output = Path(config.output)
+    if config.grid:
+        save_sheet(output, [image for frames in videos for image in frames], texts_of(config))
+        print(output)
+        return
     for number, frames in enumerate(videos):
         path = output if len(videos) == 1 else output.with_stem(f"{output.stem}-{number}")
         write_frames(path, frames, config.zoom)
@@ -183,11 +193,16 @@ def read_prompts(path: str) -> list[str]:
     return texts
 
 
+def texts_of(config: Generate) -> list[str]:
+    """The texts of the images."""
+    return read_prompts(config.prompts) if config.prompts else [config.prompt or ""]
+
+
 def images_of(pipeline: RopeMMPipeline, config: Generate) -> list[Tensor]:
     """Images (1, ch, y, x) of the prompts, or videos (t, ch, y, x) of a model of videos alone."""
     height, width = read_size(config.size)
     out = pipeline(
-        read_prompts(config.prompts) if config.prompts else config.prompt or "",
+        texts_of(config),
         height=height,
         width=width,
         num_images_per_prompt=config.num_images,

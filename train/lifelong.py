@@ -8,6 +8,8 @@ documents, rows of data.filter, and the first has no image loss; "new" and "mixe
 lifelong.json and lifelong.png in OUTPUT_DIR show the text loss and the shares of right images and captions.
 """
 
+import rope_mm.checks.installed  # noqa: F401 isort: skip
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace

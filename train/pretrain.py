@@ -9,7 +9,9 @@ The same command again resumes from the last checkpoint, on any number of proces
 with OUTPUT_DIR/model.
 """
 
-import sys
+import rope_mm.checks.installed  # noqa: F401 isort: skip
+
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,8 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import MapDocuments, load_documents, make_generator
-from rope_mm.data.documents import DocumentDataset
-from rope_mm.evaluation.samples import write_samples
+from rope_mm.data.documents import DocumentDataset, Unreadable, Visual
+from rope_mm.data.streaming import StreamingDocuments
+from rope_mm.evaluation.contact_sheet import save_data_sheet, spread
+from rope_mm.evaluation.samples import document_text, write_samples
 from rope_mm.evaluation.sprites import SPRITE_EVALUATORS
 from rope_mm.losses import GAN_LOSSES
 from rope_mm.models import RopeMMConfig, RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer
@@ -39,6 +43,7 @@ from rope_mm.training.ema import Ema
 from rope_mm.training.fingerprint import fingerprint_rows
 from rope_mm.training.image_heads import IMAGE_HEADS, EnergyConfig
 from rope_mm.training.loop import Run, fingerprint, launch
+from rope_mm.training.metrics_log import say
 from rope_mm.training.packed_dataset import PackedDocumentDataset
 from rope_mm.training.pretrain_trainer import BatchTotals, PretrainOptim, PretrainTrainer
 from rope_mm.training.run_dir import Identity, check_initial_run, load_initial_run
@@ -163,8 +168,12 @@ class Training:
     def identity(self) -> Identity:
         """All that the run depends on."""
         splits = {"train": self.documents, "held_out": self.held_out}
-        data = {name: fingerprint_rows(documents.sources) for name, documents in splits.items()}
-        return Identity(fingerprint(self.config), data, self.config.optim.constant)
+        data = {
+            name: fingerprint_rows(documents.sources, getattr(documents, "files", ()))
+            for name, documents in splits.items()
+        }
+        by_place = isinstance(self.documents, StreamingDocuments) and any(self.documents.blocks.apart)
+        return Identity(fingerprint(self.config), data, self.config.optim.constant, by_place)
 
     def describe(self) -> str:
         """Scheme, model and data, for a dry run."""
@@ -175,6 +184,21 @@ class Training:
             f"scheme: {self.processor.scheme}\nmodel: {self.average.model.num_parameters()} weights\n"
             f"data: {rows[0]} rows, {rows[1]} held out"
         )
+
+    def show_data(self, path: Path) -> None:
+        """Write a sheet of documents' first images as they are read; of a stream, of held-out ones."""
+        shown, captions = [], []
+        trained = len(self.documents) if isinstance(self.documents, MapDocuments) else 0
+        for number in spread(trained + len(self.held_out)):
+            held = number >= trained
+            split, row = (self.held_out, number - trained) if held else (self.documents, number)
+            with suppress(Unreadable):
+                document = split.document([row], make_generator(self.config.seed, "data", row))
+                visuals = [part.pixels for part in document if isinstance(part, Visual)]
+                for pixels in visuals[:1]:
+                    shown.append(pixels if pixels.dim() == 3 else pixels[0])  # of a video its first frame
+                    captions.append(f"{'held out: ' if held else ''}{document_text(document)}")
+        save_data_sheet(path, shown, captions)
 
     def states(self) -> dict[str, Stateful]:
         """What a checkpoint holds beside models and optimizers."""
@@ -243,7 +267,7 @@ class Training:
             raise ValueError(f"{skipped[0]}; repair it, or skip its document by --data.strict false")
         for reason in skipped:
             if reason not in self.named:
-                print(f"skipped: {reason}", file=sys.stderr, flush=True)
+                say(f"skipped: {reason}")
                 self.named.add(reason)
 
     def batches(self, step: int) -> list[Any]:

@@ -5,6 +5,8 @@
 Two minutes on one core. It needs matplotlib: pip install rope-mm[plots].
 """
 
+import rope_mm.checks.installed  # noqa: F401 isort: skip
+
 import json
 import math
 import time

@@ -6,6 +6,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+# what code imports of the extra `train`
+TRAIN = ("transformers", "accelerate", "datasets", "omegaconf", "PIL", "scipy", "sklearn", "tqdm", "yaml")
+
 
 class MissingPackage(ImportError, ValueError):
     """A package of an extra is not installed; the message has the line that installs it.

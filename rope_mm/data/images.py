@@ -13,6 +13,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from rope_mm.data.buckets import Buckets, Size
+from rope_mm.data.holdout import split_rows
 from rope_mm.data.pixels import (
     BACKGROUND,
     MODES,
@@ -294,8 +295,8 @@ IMAGE_ENDS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 def load_splits(path: str) -> DatasetDict:
     """Splits train and test of a source.
 
-    Where there is no test or validation split, a fifth of the rows is held out. Columns of bytes or paths
-    become images, see `find_images`; texts that a metadata.csv has as NA or null stay texts.
+    Without a test or validation split `split_rows` holds rows out. Columns of bytes or paths become images,
+    see `find_images`; texts that a metadata.csv has as NA or null stay texts.
 
     Args:
         path: an embedded source, a folder, a hub name, or files: parquet, tar, jsonl, csv or npz. Several
@@ -316,7 +317,7 @@ def load_splits(path: str) -> DatasetDict:
     }
     train, test = choose_splits(loaded)
     if test is None:
-        return train.train_test_split(test_size=0.2, seed=0)
+        return split_rows(train)
     return DatasetDict({"train": train, "test": test})
 
 

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from rope_mm.data.documents import DocumentDataset, MapDocuments, Record
-from rope_mm.data.images import EMBEDDED, choose_splits, find_images, load, load_splits, select_rows
+from rope_mm.data.images import BUILDERS, EMBEDDED, choose_splits, find_images, load, load_splits, select_rows
 from rope_mm.data.pixels import BACKGROUND
 from rope_mm.data.seeding import make_generator
 
@@ -180,6 +180,7 @@ class StreamingDocuments(DocumentDataset):
     """
 
     stream_state: StreamState | None = None
+    files: Sequence[str] = ()  # what is read, see `list_files`
 
     def __init__(
         self,
@@ -276,11 +277,13 @@ class Source(NamedTuple):
         train: the stream.
         test: rows at hand.
         apart: how many of them are the stream's own first ones.
+        files: what is read, see `list_files`.
     """
 
     train: IterableDataset
     test: Dataset
     apart: int
+    files: Sequence[str]
 
 
 def load_stream(path: str, held_out: int) -> Source:
@@ -298,17 +301,37 @@ def load_stream(path: str, held_out: int) -> Source:
     if path in EMBEDDED or path.startswith("stacked:") or Path(path).suffix == ".npz":
         splits = load_splits(path)
         test = splits["test"]
-        return Source(splits["train"].to_iterable_dataset(), test.select(range(min(held_out, len(test)))), 0)
+        first = test.select(range(min(held_out, len(test))))
+        return Source(splits["train"].to_iterable_dataset(), first, 0, [describe_file(path)])
     train, test = choose_splits(load(path, streaming=True))
+    files = list_files(path)
     train = with_features(train, path)
     if test is not None:
-        return Source(train, head(with_features(test, path), held_out, path), 0)
+        return Source(train, head(with_features(test, path), held_out, path), 0, files)
     first = head(train.shard(train.num_shards, 0), held_out + 1, path)
     if train.num_shards == 1 and len(first) <= held_out:
         count = f"all {len(first)} rows of {path!r}"
         raise ValueError(f"{count} are held out: hold out fewer, or give it a test split")
     test = first.select(range(min(held_out, len(first))))
-    return Source(train, test, len(test))
+    return Source(train, test, len(test), files)
+
+
+def list_files(path: str) -> list[str]:
+    """What is known of the files of a source before they are read: see `describe_file`.
+
+    Args:
+        path: a folder, a hub name, or files.
+    """
+    builder = BUILDERS.get(Path(path).suffix)
+    found = datasets.load_dataset_builder(builder or path, data_files=path if builder else None)
+    files = found.config.data_files or {}
+    return sorted(describe_file(file) for split in files.values() for file in split)
+
+
+def describe_file(address: str) -> str:
+    """The name and size of a file here; of one elsewhere its address, which on the hub has a revision."""
+    path = Path(address)
+    return f"{path.name} {path.stat().st_size}" if path.is_file() else address
 
 
 def load_documents(
@@ -344,6 +367,7 @@ def load_documents(
     sources = [load_stream(path, held_out) for path in paths]
     apart = [source.apart for source in sources]
     documents = StreamingDocuments([source.train for source in sources], shuffle=shuffle, apart=apart, **how)
+    documents.files = [file for source in sources for file in source.files]
     return documents, MapDocuments([source.test for source in sources], **cast(Any, how | {"flip": False}))
 
 

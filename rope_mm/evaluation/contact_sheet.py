@@ -17,6 +17,8 @@ with extra("train"):
     from rope_mm.data.pixels import to_image
 
 GAP, TEXT, TILE = 4, 14, 48  # pixels between images, of a letter, and of an image at least
+HEAD = TEXT + GAP  # pixels above the first row
+DATA_ROWS = 32  # of a sheet of data
 MARGIN = 320  # pixels of a caption's line at most
 MORE = "…"
 
@@ -25,7 +27,8 @@ def save_sheet(path: Path, images: Tensor | Sequence[Tensor], captions: Sequence
     """Write images, as many in each row, with the row's caption beside them.
 
     A caption is wrapped, and cut where it is taller than its row. An image that is smaller than another one
-    stands at the top left of its place.
+    stands at the top left of its place. Above the columns is the size of their images, height x width, where
+    it is another one than to the left.
 
     Args:
         path: of the PNG file.
@@ -44,18 +47,48 @@ def save_sheet(path: Path, images: Tensor | Sequence[Tensor], captions: Sequence
     font: Any = ImageFont.load_default(TEXT)
     texts = [fit_caption(caption, font, height) for caption in captions]
     margin = int(max(font.getlength(line) for lines in texts for line in lines)) + 2 * GAP
-    sheet = PILImage.new("RGB", (margin + columns * (width + GAP), len(captions) * (height + GAP)), "white")
+    sizes = [describe_size(images[column::columns]) for column in range(columns)]
+    size = margin + columns * (width + GAP), HEAD + len(captions) * (height + GAP)
+    sheet = PILImage.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
+    for column, text in enumerate(sizes):
+        if column == 0 or text != sizes[column - 1]:
+            draw.text((margin + column * (width + GAP), 1), text, fill="black", font=font)
     for row, lines in enumerate(texts):
-        top = row * (height + GAP) + (height - len(lines) * TEXT) // 2
+        top = HEAD + row * (height + GAP) + (height - len(lines) * TEXT) // 2
         for number, line in enumerate(lines):
             draw.text((GAP, top + number * TEXT), line, fill="black", font=font)
     for place, pixels in enumerate(images):
         row, column = divmod(place, columns)
         size = pixels.shape[-1] * zoom, pixels.shape[-2] * zoom
         tile = to_image(pixels).resize(size, PILImage.Resampling.NEAREST)
-        sheet.paste(tile, (margin + column * (width + GAP), row * (height + GAP)))
+        sheet.paste(tile, (margin + column * (width + GAP), HEAD + row * (height + GAP)))
     write_file(path, lambda part: sheet.save(part, format="PNG"))
+
+
+def save_data_sheet(path: Path, images: Sequence[Tensor], captions: Sequence[str]) -> None:
+    """Write images of a data set below one another, each with its size, height x width, and its caption.
+
+    Args:
+        path: of the PNG file; without an image none is written.
+        images: (ch, y, x) in [-1, 1].
+        captions: one for each.
+    """
+    if images:
+        texts = [f"{describe_size([image])} {text}" for image, text in zip(images, captions, strict=True)]
+        save_sheet(path, images, texts)
+
+
+def describe_size(images: Tensor | Sequence[Tensor]) -> str:
+    """Height x width of images; empty where they differ."""
+    sizes = {tuple(image.shape[-2:]) for image in images}
+    return "x".join(map(str, sizes.pop())) if len(sizes) == 1 else ""
+
+
+def spread(count: int) -> list[int]:
+    """Numbers of at most DATA_ROWS rows of `count`, evenly apart."""
+    most = min(count, DATA_ROWS)
+    return [i * count // most for i in range(most)]
 
 
 def fit_caption(caption: str, font: Any, height: int) -> list[str]:

@@ -28,14 +28,21 @@ def distribution_metrics(real: Tensor, fake: Tensor) -> dict[str, float]:
     return distance | (prdc(real, fake) if samples >= MIN_SAMPLES["prdc"] else {})
 
 
-def report_skipped(images: int, real: int) -> None:
-    """Say in the log which metrics are skipped because there are too few samples, and how many they need.
+def report_skipped(images: int, real: int, captioned: bool = True) -> None:
+    """Say in the log which metrics are skipped, for want of samples, and how many they need, or of captions.
 
     Args:
         images: generated ones.
         real: held-out ones that they are compared with.
+        captioned: whether the images are generated for captions.
     """
+    if not captioned:
+        LOG.warning("images are generated without captions: no accuracy")
     samples = {"accuracy": images, "prdc": min(images, real), "frechet": min(images, real)}
-    few = [f"{name} ({least})" for name, least in MIN_SAMPLES.items() if samples[name] < least]
+    few = [
+        f"{name} ({least})"
+        for name, least in MIN_SAMPLES.items()
+        if samples[name] < least and (captioned or name != "accuracy")
+    ]
     if few:
         LOG.warning("%d generated and %d held-out images: too few for %s", images, real, ", ".join(few))

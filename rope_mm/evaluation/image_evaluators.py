@@ -103,34 +103,36 @@ class CaptionEvaluator:
         classifier: trained on real images.
         real: features (m, 64) of held-out images.
         rows: held-out rows whose captions are to be generated.
-        labels: (n,) of those rows.
+        labels: (n,) of those rows; None without captions.
         real_reference: metrics of real training images, and the classifier's accuracy on held-out ones.
     """
 
     classifier: FeatureClassifier
     real: Tensor
     rows: list[int]
-    labels: Tensor
+    labels: Tensor | None
     real_reference: dict[str, float]
 
     @torch.no_grad()
     def evaluate(self, images: Tensor) -> dict[str, float]:
         """Metrics of images (n, ch, y, x) in [-1, 1], generated for the labels (n,) in order.
 
-        `samples`, how many there are; `conditional_accuracy` and `distribution_metrics`, without those that
-        need more samples.
+        `samples`, how many there are; `conditional_accuracy` where there are captions, and
+        `distribution_metrics`, without those that need more samples.
         """
         features = self.classifier.features(images.clamp(-1, 1))
-        found = self.classifier.head(features).argmax(1)
-        accuracy = conditional_accuracy(found, self.labels)
-        few = len(images) < MIN_SAMPLES["accuracy"]
-        return (
-            {"samples": len(images)} | ({} if few else accuracy) | distribution_metrics(self.real, features)
-        )
+        metrics: dict[str, float] = {"samples": len(images)}
+        if self.labels is not None and len(images) >= MIN_SAMPLES["accuracy"]:
+            metrics |= conditional_accuracy(self.classifier.head(features).argmax(1), self.labels)
+        return metrics | distribution_metrics(self.real, features)
 
 
 def prepare_captions(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], samples: int, seed: int
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    samples: int,
+    seed: int,
+    captioned: bool = True,
 ) -> CaptionEvaluator:
     """An evaluator of generated images by what their captions ask for.
 
@@ -141,9 +143,10 @@ def prepare_captions(
         test: held-out ones.
         samples: how many images are generated.
         seed: of the classifier and of the real images that are the reference.
+        captioned: whether the images are generated for captions; else no accuracy is measured.
     """
     images, labels = test
-    report_skipped(samples, len(images))
+    report_skipped(samples, len(images), captioned)
     classifier = train_classifier(*train, seed)
     order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -152,7 +155,7 @@ def prepare_captions(
     reference = {"accuracy": right} if len(images) >= MIN_SAMPLES["accuracy"] else {}
     rows = torch.arange(samples) % len(labels)
     reference |= distribution_metrics(real, other)
-    return CaptionEvaluator(classifier, real, rows.tolist(), labels[rows], reference)
+    return CaptionEvaluator(classifier, real, rows.tolist(), labels[rows] if captioned else None, reference)
 
 
 def digits_of(numbers: Tensor) -> Tensor:

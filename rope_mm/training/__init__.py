@@ -1,5 +1,5 @@
 """Training: losses and steps, data order, checkpoints, configuration, logs."""
 
-from rope_mm.checks.extras import require
+from rope_mm.checks.extras import TRAIN, require
 
-require("train", "transformers", "accelerate", "datasets", "omegaconf", "tqdm", "yaml")
+require("train", *TRAIN)

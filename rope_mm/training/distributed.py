@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rope_mm.registry import Registry
 
@@ -76,9 +77,14 @@ def no_sync_if(accelerator: Accelerator, model: nn.Module, wanted: bool) -> Abst
 
 
 def grad_norm(model: nn.Module) -> Tensor:
-    """Length of the gradient of all weights, of this process's part where they are sharded."""
+    """Length of the gradient of all weights, also where each process holds only a part of them."""
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-    return torch.nn.utils.get_total_norm([getattr(g, "_local_tensor", g) for g in gradients])
+    return whole(torch.nn.utils.get_total_norm(gradients))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, gathered from all processes where each holds only a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Gather(torch.autograd.Function):

@@ -5,7 +5,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from rope_mm.training.distributed import whole
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -55,8 +56,3 @@ class Ema(Generic[Model]):
         """Continue from what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.updates = state["updates"]
-
-
-def whole(weight: Tensor) -> Tensor:
-    """A weight, gathered from all processes where each holds only a part."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight

@@ -5,26 +5,29 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 from datasets import Dataset
+
+from rope_mm.data.holdout import is_plain
 
 SAMPLED_ROWS = 256  # of each source, evenly spaced, whose images are read
 
 
-def fingerprint_rows(sources: Sequence[Any]) -> dict[str, Any]:
+def fingerprint_rows(sources: Sequence[Any], files: Sequence[str] = ()) -> dict[str, Any]:
     """The number of rows and a digest of them: all texts and numbers, and the images of some rows.
 
     Where images are stored as paths, their files' names and sizes stand for them. Rows of streams are not
-    counted.
+    counted: columns and files stand for them.
 
     Args:
         sources: data sets of `datasets`.
+        files: of streams, see `rope_mm.data.streaming.list_files`.
     """
     digest, rows = hashlib.blake2b(digest_size=16), 0
     for source in sources:
         digest.update(repr(sorted((source.features or {}).items())).encode())
         if not isinstance(source, Dataset):
-            return {"rows": "streamed", "digest": digest.hexdigest()}
+            digest.update(repr(files).encode())
+            return {"rows": "streamed", "files": len(files), "digest": digest.hexdigest()}
         rows += len(source)
         for part in read_parts(source.with_format("arrow")):
             digest.update(part)
@@ -43,11 +46,6 @@ def read_parts(source: Any) -> Iterable[bytes]:
         chosen = sorted({i * (len(source) - 1) // max(count - 1, 1) for i in range(count)})
         for row in source.select(chosen).select_columns(rest).iter(batch_size=1):
             yield from read_content(row.to_pydict())
-
-
-def is_plain(feature: Any) -> bool:
-    """Whether a column holds texts or numbers, all of which are read."""
-    return isinstance(feature, datasets.ClassLabel | datasets.Value) and "binary" not in feature.dtype
 
 
 def read_content(stored: Any) -> Iterable[bytes]:

@@ -1,6 +1,5 @@
 """When to stop a run or to warn: numbers that are not finite, lost modes, scores that diverge."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from rope_mm.files import write_file
 from rope_mm.training.distributed import all_reduce_max
+from rope_mm.training.metrics_log import say
 
 MODE_METRICS = "coverage", "modes"  # metrics that fall when a generator loses modes
 LOST_SHARE = 0.25  # part of the best such metric whose loss is worth a warning
@@ -59,7 +59,7 @@ class NaNGuard:
         kept = {name: term for name, term in terms.items() if finite({name: term})}
         if self.accelerator.is_main_process:
             names = ", ".join(name for name in terms if name not in kept) or "a gradient"
-            print(f"skipped: step {step}, {names} not finite", file=sys.stderr, flush=True)
+            say(f"skipped: step {step}, {names} not finite")
         return kept
 
     def counted(self) -> dict[str, int]:

@@ -22,11 +22,21 @@ from rope_mm.training.checkpoint import Stateful, TrainingState
 from rope_mm.training.config import check_options, dump, option
 from rope_mm.training.distributed import all_reduce_max
 from rope_mm.training.health_checks import MAX_SKIPPED, NaNGuard, finite, keep_batch, warning
-from rope_mm.training.metrics_log import Log, read_metrics
+from rope_mm.training.history import record, record_command
+from rope_mm.training.metrics_log import Log, read_metrics, say
 from rope_mm.training.model_card import write_model_card
 from rope_mm.training.rotary_profile import profiled
-from rope_mm.training.run_dir import Identity, check_folder, locked, open_folder, resume, save, write_model
-from rope_mm.training.run_page import write_run_page
+from rope_mm.training.run_dir import (
+    Identity,
+    check_folder,
+    file_in_the_way,
+    locked,
+    open_folder,
+    resume,
+    save,
+    write_model,
+)
+from rope_mm.training.run_page import DATA, NOT_EVALUATED, write_run_page
 from rope_mm.training.signals import Stop, exit_code
 from rope_mm.training.threads import choose_threads
 from rope_mm.training.throughput import Speed, peak_flops
@@ -67,7 +77,6 @@ class Run:
 
 
 Config = TypeVar("Config", bound=Run)
-NOT_EVALUATED = "nothing was evaluated: images need data.label, captions a template that ends in text"
 
 
 def fingerprint(config: Run) -> str:
@@ -100,6 +109,10 @@ class Training(Protocol):
 
     def describe(self) -> str:
         """What was resolved from the configuration, for a dry run."""
+        ...
+
+    def show_data(self, path: Path) -> None:
+        """Write an image of rows as they are read, with their captions."""
         ...
 
     def states(self) -> dict[str, Stateful]:
@@ -154,13 +167,15 @@ def launch(make: Callable[[Config, Accelerator], Training], config: Config, **op
     accelerator = Accelerator(log_with=trackers, project_dir=output_dir, **options)
     with locked(output_dir, accelerator):
         training = make(config, accelerator)  # what cannot be used is refused before the folder is touched
-        open_folder(output_dir, training.identity(), accelerator, *folder_options(config))
+        identity = training.identity()
+        open_folder(output_dir, identity, accelerator, *folder_options(config))
         if accelerator.is_main_process:
-            resolved = "; ".join(training.describe().splitlines())
-            print(f"{describe_start(output_dir, config.steps)} in {output_dir}; {resolved}", flush=True)
+            begin(training, config, output_dir, identity)
         with tracking(accelerator, output_dir, config):
             result = train(training, config, output_dir) | training.extra_results()
         if accelerator.is_main_process:
+            if not (output_dir / "result.json").exists():
+                record(output_dir, "finished", config.steps)
             write_text(output_dir / "result.json", json.dumps(result, indent=1))
             write_model_card(output_dir, result)
             print(json.dumps(result, indent=1) if result else NOT_EVALUATED)
@@ -170,11 +185,36 @@ def launch(make: Callable[[Config, Accelerator], Training], config: Config, **op
                 print(f"page: {output_dir}/index.html{lacking and f' ({lacking})'}")
 
 
+def begin(training: Training, config: Run, output_dir: Path, identity: Identity) -> None:
+    """Say what is about to be done, record it, and show the data of a new run.
+
+    Args:
+        training: what is trained.
+        config: of the run.
+        output_dir: its folder.
+        identity: all that it depends on.
+    """
+    resolved = "; ".join(training.describe().splitlines())
+    print(f"{describe_start(output_dir, config.steps)} in {output_dir}; {resolved}", flush=True)
+    step = done_steps(output_dir)
+    if step < config.steps:
+        processes = training.accelerator.num_processes
+        record_command(output_dir, step, config.steps, processes, identity.constant_schedule)
+    if not step:
+        training.show_data(output_dir / DATA)
+        if (output_dir / DATA).exists():
+            print(f"rows as they are read: {output_dir / DATA}", flush=True)
+
+
+def done_steps(output_dir: Path) -> int:
+    """The step of the newest checkpoint; 0 where there is none."""
+    newest = checkpoint.latest(output_dir / "checkpoints")
+    return checkpoint.step_of(newest) if newest else 0
+
+
 def describe_start(output_dir: Path, steps: int) -> str:
     """What a command is about to do: train, resume, or nothing where all steps are done."""
-    newest = checkpoint.latest(output_dir / "checkpoints")
-    done = checkpoint.step_of(newest) if newest else 0
-    if not done:
+    if not (done := done_steps(output_dir)):
         return f"training: {steps} steps"
     return f"done before: all {steps} steps" if done >= steps else f"resuming: step {done} of {steps}"
 
@@ -194,8 +234,8 @@ def dry_run(training: Training, config: Run, output_dir: Path) -> None:
         output_dir: of the run; nothing is written.
     """
     restart, extend, changed = folder_options(config)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"{output_dir} is a file; give --output_dir a folder, which may be new")
+    if file := file_in_the_way(output_dir):
+        raise ValueError(f"{file} is a file; give --output_dir a folder, which may be new")
     if not restart:
         check_folder(output_dir, training.identity(), extend, changed)
     print(dump(replace(config, dry_run=False)), end="")
@@ -224,7 +264,11 @@ def train(training: Training, config: Run, output_dir: Path) -> dict[str, float]
     step = resume(output_dir, accelerator)
     training.begin(step)
     guard.skipped_steps = guard.skipped_steps if step else 0  # not those of a run that this one starts from
-    train_step = profiled(training.step, config.profile, print) if config.profile else training.step
+    train_step = (
+        profiled(training.step, config.profile, lambda share: say(f"{share}", sys.stdout))
+        if config.profile
+        else training.step
+    )
     metrics, meter = {}, Meter(training, config.steps)
     shown = {"main": accelerator.is_main_process, "also": accelerator.log}
     with Stop() as stop, Log(output_dir, config.steps, step, desc=str(output_dir), **shown) as log:
@@ -240,7 +284,7 @@ def train(training: Training, config: Run, output_dir: Path) -> dict[str, float]
             if saved := bool(stopping) or is_due(config, step, config.checkpoint_every):
                 save(output_dir, step, accelerator)
             if stopping:
-                raise KeyboardInterrupt(stopped(accelerator, step, stopping))
+                raise KeyboardInterrupt(stopped(accelerator, output_dir, step, stopping))
             if is_due(config, step, config.sample_every):
                 metrics = evaluate(training, config, step, log, stop, saved)
             if logged:
@@ -308,18 +352,20 @@ def check_terms(
     return terms
 
 
-def stopped(accelerator: Accelerator, step: int, number: int) -> int:
-    """Say that a signal stopped the run; the exit code.
+def stopped(accelerator: Accelerator, output_dir: Path, step: int, number: int) -> int:
+    """Say that a signal stopped the run, and record it; the exit code.
 
     Args:
         accelerator: only the main process prints.
+        output_dir: of the run.
         step: the last one that was saved.
         number: of the signal.
     """
     if accelerator.is_main_process:
         name = signal.Signals(number).name
         said = f"stopped by {name} at step {step}, saved; the same command resumes"
-        print(said, file=sys.stderr, flush=True)
+        say(said)
+        record(output_dir, f"stopped by {name}", step)
     return exit_code(number)
 
 
@@ -356,7 +402,7 @@ def evaluate(
     make = partial(training.evaluate, output_dir / "samples" / f"step-{step:06d}")
     metrics = stop.unless_asked(make, {}) if saved else make()
     if stopping := all_reduce_max(training.accelerator, stop.asked if saved else 0):
-        raise KeyboardInterrupt(stopped(training.accelerator, step, stopping))
+        raise KeyboardInterrupt(stopped(training.accelerator, output_dir, step, stopping))
     if metrics:
         log(step, **metrics)
     if training.accelerator.is_main_process:

@@ -15,6 +15,16 @@ from rope_mm.files import write_text
 FILE = "metrics.jsonl"
 
 
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line, above the progress bar if there is one.
+
+    Args:
+        text: the line.
+        file: stderr where none is given.
+    """
+    tqdm.write(text, file=file or sys.stderr)
+
+
 class Log:
     """The metrics of a run, step by step.
 
@@ -89,11 +99,11 @@ class Log:
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix(shown)
             if "warning" in shown:
-                self.bar.write(f"{step}: {shown['warning']}", file=sys.stderr)
+                say(f"{step}: {shown['warning']}")
         elif step >= self.total or "warning" in shown or time.monotonic() - self.printed >= self.pause:
             self.printed = time.monotonic()
             numbers = "  ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"{self.desc} {step}/{self.total}  {numbers}".strip(), file=sys.stderr, flush=True)
+            say(f"{self.desc} {step}/{self.total}  {numbers}".strip())
 
     def close(self) -> None:
         """Close the file and the bar."""

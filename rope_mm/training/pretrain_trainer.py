@@ -15,7 +15,7 @@ from rope_mm.training.adversarial_loss import AdversarialLoss, CriticBatch, GANC
 from rope_mm.training.adversarial_trainer import CriticTrainer, share_angles
 from rope_mm.training.collator import PackedBatch
 from rope_mm.training.config import check_options, option
-from rope_mm.training.distributed import grad_norm, no_sync_if, precision, prepare_model
+from rope_mm.training.distributed import grad_norm, no_sync_if, precision, prepare_model, whole
 from rope_mm.training.image_heads import IMAGE_HEADS, EnergyConfig
 from rope_mm.training.schedule import SCHEDULES
 
@@ -164,7 +164,7 @@ class PretrainTrainer:
         """
         if self.optim.max_grad_norm:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.optim.max_grad_norm)
-            return cast(Tensor, norm).detach()
+            return whole(cast(Tensor, norm).detach())
         return grad_norm(self.model)
 
     def critic_step(

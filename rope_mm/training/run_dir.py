@@ -2,31 +2,34 @@
 
 import json
 import os
-import platform
 import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import filelock
 from accelerate import Accelerator
 from omegaconf import OmegaConf
+from torch.distributed.fsdp import StateDictType
 
 from rope_mm.files import write_folder, write_text
 from rope_mm.training import checkpoint
-from rope_mm.training.distributed import all_reduce_max
+from rope_mm.training.distributed import all_reduce_max, is_sharded
+from rope_mm.training.history import versions
 
-PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 DONE = ("model", "result.json")
 MADE = ("checkpoints", "samples", "metrics.jsonl", "index.html", *DONE)
-
-
 PATIENCE = 10.0  # seconds
+# how a checkpoint stores its weights -> the file or folder of the first model
+WEIGHTS = {
+    "whole": "model.safetensors",
+    "sharded": "pytorch_model_fsdp_0",
+    "gathered by FSDP": "pytorch_model_fsdp.bin",
+}
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,14 @@ class Identity:
         config: the configuration as YAML, keys that no result depends on excepted.
         data: the numbers of rows and a fingerprint of them, by split.
         constant_schedule: whether no rate depends on the number of steps, so that a run may be extended.
+        held_out_by_place: whether rows are held out by where they stand, as the first ones of a stream are,
+            so that other data could hold out rows that were trained on.
     """
 
     config: str
     data: Mapping[str, Any]
     constant_schedule: bool = False
+    held_out_by_place: bool = False
 
 
 @contextmanager
@@ -59,7 +65,7 @@ def locked(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
     holder = output_dir / ".lock-holder"
     refused, new = 0, False
     if accelerator.is_main_process:
-        if output_dir.exists() and not output_dir.is_dir():
+        if file_in_the_way(output_dir):
             refused = 2
         else:
             new = not output_dir.exists()
@@ -71,7 +77,9 @@ def locked(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
                 refused = 1
     refused = all_reduce_max(accelerator, refused)
     if refused == 2:
-        raise ValueError(f"{output_dir} is a file; give --output_dir a folder, which may be new")
+        raise ValueError(
+            f"{file_in_the_way(output_dir)} is a file; give --output_dir a folder, which may be new"
+        )
     if refused:
         name = holder.read_text() if holder.exists() else "another process"
         raise ValueError(
@@ -87,6 +95,12 @@ def locked(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
                 (output_dir / ".lock").unlink()
                 output_dir.rmdir()
             lock.release()
+
+
+def file_in_the_way(folder: Path) -> Path | None:
+    """The file that keeps a folder from being made: its own path or one above it."""
+    nearest = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    return nearest if nearest.is_file() else None
 
 
 def check_shared(file: Path, accelerator: Accelerator) -> None:
@@ -139,14 +153,13 @@ def open_folder(
             checkpoint.clear(output_dir / "checkpoints")
             for name in ("samples", "model"):
                 shutil.rmtree(output_dir / name, ignore_errors=True)
-            for name in ("result.json", "index.html"):
+            for name in ("result.json", "index.html", "history.jsonl", "data.png"):
                 (output_dir / name).unlink(missing_ok=True)
         elif steps_of(output_dir) not in (None, read_config(identity.config).get("steps")):
             (output_dir / "result.json").unlink(missing_ok=True)  # of fewer steps
-        versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
         write_text(output_dir / "data.json", json.dumps(identity.data, indent=1))
         write_text(output_dir / "run.yaml", identity.config)
-        write_text(output_dir / "versions.json", json.dumps(versions, indent=1))
+        write_text(output_dir / "versions.json", json.dumps(versions(), indent=1))
     accelerator.wait_for_everyone()
 
 
@@ -229,21 +242,26 @@ def check_data(output_dir: Path, identity: Identity, changed_data: bool, remedy:
         ValueError: with the numbers of rows.
     """
     stored = output_dir / "data.json"
-    if changed_data or not stored.exists():
+    if (changed_data and not identity.held_out_by_place) or not stored.exists():
         return
     old = json.loads(stored.read_text(encoding="utf-8"))
-    if old != json.loads(json.dumps(identity.data)):
-        there, here = describe_data(old), describe_data(identity.data)
-        raise ValueError(
-            f"{output_dir} holds a run on other data ({there} there, {here} here); --data.changed true goes "
-            "on with the new data, where rows that were trained on may be held out if it has no test split; "
-            f"or {remedy}"
-        )
+    if old == json.loads(json.dumps(identity.data)):
+        return
+    there, here = describe_data(old), describe_data(identity.data)
+    way = "--data.changed true goes on with the new data"
+    if identity.held_out_by_place:
+        way = "it cannot go on, as its held-out rows could be those trained on; give the data a test split"
+    raise ValueError(
+        f"{output_dir} holds a run on other data ({there} there, {here} here); {way}; or {remedy}"
+    )
 
 
 def describe_data(data: Mapping[str, Any]) -> str:
     """The splits of a data fingerprint, in words."""
-    return ", ".join(f"{name}: {part['rows']} rows, {part['digest'][:8]}" for name, part in data.items())
+    files = {name: f" from {part['files']} files" if "files" in part else "" for name, part in data.items()}
+    return ", ".join(
+        f"{name}: {part['rows']} rows{files[name]}, {part['digest'][:8]}" for name, part in data.items()
+    )
 
 
 def steps_of(output_dir: Path) -> int | None:
@@ -290,14 +308,37 @@ def resume(output_dir: Path, accelerator: Accelerator) -> int:
     """Load the newest checkpoint, if there is one; the step to continue at.
 
     Raises:
-        ValueError: a checkpoint that is not whole.
+        ValueError: a checkpoint that is not whole, or of weights that are stored in another way.
     """
     newest = checkpoint.latest(output_dir / "checkpoints")
     if newest is None:
         return 0
     checkpoint.verify(newest)
+    check_weights(newest, accelerator)
     accelerator.load_state(str(newest))
     return checkpoint.step_of(newest)
+
+
+def check_weights(path: Path, accelerator: Accelerator) -> None:
+    """Refuse a checkpoint whose weights this command cannot read; the number of processes does not matter.
+
+    Args:
+        path: of the checkpoint.
+        accelerator: of the command.
+
+    Raises:
+        ValueError: with how its weights are stored.
+    """
+    own = "whole"
+    if is_sharded(accelerator):
+        kind = accelerator.state.fsdp_plugin.state_dict_type  # pyright: ignore[reportOptionalMemberAccess]
+        own = "sharded" if kind == StateDictType.SHARDED_STATE_DICT else "gathered by FSDP"
+    stored = next((kind for kind, name in WEIGHTS.items() if (path / name).exists()), own)
+    if stored != own:
+        raise ValueError(
+            f"checkpoint {path} has weights that are stored {stored}, and this command reads {own} ones; "
+            "give it the configuration of accelerate that the run began with, on any number of processes"
+        )
 
 
 def save(output_dir: Path, step: int, accelerator: Accelerator) -> None:
@@ -356,5 +397,11 @@ def check_initial_run(folder: Path, config: str, kept: Sequence[str]) -> None:
 
 
 def load_initial_run(folder: Path, accelerator: Accelerator) -> None:
-    """Load the last checkpoint of a run that `check_initial_run` let pass."""
-    accelerator.load_state(str(checkpoint.latest(folder / "checkpoints")))
+    """Load the last checkpoint of a run that `check_initial_run` let pass.
+
+    Raises:
+        ValueError: weights that are stored in another way.
+    """
+    newest = cast(Path, checkpoint.latest(folder / "checkpoints"))
+    check_weights(newest, accelerator)
+    accelerator.load_state(str(newest))

@@ -2,8 +2,6 @@
 
 import json
 import re
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +9,14 @@ from typing import Any
 from rope_mm.analysis import web_page
 from rope_mm.checks.extras import MissingPackage
 from rope_mm.files import write_text
+from rope_mm.training.history import command, history_rows, read_history
 from rope_mm.training.metrics_log import read_metrics
 
 FILE = "index.html"
+DATA = "data.png"
 SAMPLE = re.compile(r"step-(\d+)-?(.*)")
 ROWS = 16  # of generated texts
+NOT_EVALUATED = "nothing was evaluated: images need data.label, captions a template that ends in text"
 FRAMES, COMPARED = 40, 10  # of an animation, at most, and of one on the page of a comparison
 Curves = dict[str, list[tuple[float, float]]]
 
@@ -33,10 +34,13 @@ def write_run_page(output_dir: Path) -> str:
     figure, lacking = draw(group_curves(read_curves(lines)))
     warnings = [f"step {line['step']}: {line['warning']}" for line in lines if "warning" in line]
     sections = {
-        "Result": result_table(output_dir),
+        "Result": show_result(output_dir, last_step(lines)),
+        "Model": show_model(output_dir / "model"),
         "Warnings": "".join(map(web_page.paragraph, dict.fromkeys(warnings))),
         "Curves": figure,
         "Samples": show_samples(output_dir, last_step(lines)),
+        "Data": show_data(output_dir / DATA),
+        "History": show_history(output_dir),
         "Command": web_page.preformatted(command()),
         "Configuration": show_file(output_dir / "run.yaml"),
         "Versions": show_file(output_dir / "versions.json"),
@@ -93,12 +97,6 @@ def write_comparison_page(
     return lacking
 
 
-def command() -> str:
-    """The command of this process, as it may be given again."""
-    program, *arguments = sys.orig_argv
-    return shlex.join([Path(program).name, *arguments])
-
-
 def draw(panels: Mapping[str, Curves]) -> tuple[str, str]:
     """Curves as SVG, or without matplotlib the sentence that says so; and that sentence, or nothing."""
     try:
@@ -141,12 +139,42 @@ def compare_curves(runs: Mapping[str, Curves]) -> dict[str, Curves]:
     return panels
 
 
-def result_table(output_dir: Path) -> str:
-    """The result of a finished run."""
+def show_result(output_dir: Path, step: int) -> str:
+    """The result of a finished run, or that there is none.
+
+    Args:
+        output_dir: of the run.
+        step: of the last line of its log.
+    """
     path = output_dir / "result.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return web_page.paragraph(f"not finished: the log ends at step {step}") if step else ""
+    result = json.loads(path.read_text(encoding="utf-8"))
     rows = [(name, f"{value:.6g}" if isinstance(value, float) else value) for name, value in result.items()]
-    return web_page.html_table(("metric", "value"), rows) if rows else ""
+    parts = [web_page.html_table(("metric", "value"), rows)] if rows else []
+    if all(name.startswith("skipped") for name in result):
+        parts.append(web_page.paragraph(NOT_EVALUATED))
+    return "".join(parts)
+
+
+def show_model(folder: Path) -> str:
+    """Links to the weights, with their sizes; empty where there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    links = [web_page.link(f"{folder.name}/{file.name}", f"{folder.name}/{file.name}") for file in files]
+    sizes = [f"{file.stat().st_size / 1e6:.2f} MB" for file in files]
+    items = "".join(f"<li>{link}, {size}</li>" for link, size in zip(links, sizes, strict=True))
+    return f"<ul>{items}</ul>" if items else ""
+
+
+def show_data(path: Path) -> str:
+    """The sheet of data, as the model reads it; empty where there is none."""
+    return web_page.image(path.read_bytes(), "png", "rows as the model reads them") if path.exists() else ""
+
+
+def show_history(output_dir: Path) -> str:
+    """When a run was begun, stopped, resumed, extended and finished, and by which commands."""
+    rows = history_rows(read_history(output_dir))
+    return web_page.html_table(("time (UTC)", "step", "event", "versions", "command"), rows) if rows else ""
 
 
 def find_samples(output_dir: Path, suffix: str, until: int) -> dict[str, dict[int, Path]]:

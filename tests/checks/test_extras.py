@@ -128,6 +128,26 @@ def test_the_command_train_without_its_extra_names_the_line(bare):
     assert re.fullmatch(said, done.stderr.splitlines()[-1])
 
 
+def test_a_training_program_without_its_extra_ends_in_one_line(bare):
+    names = ["adversarial", "bench", "compare_losses", "evaluate", "gaussians", "generate", "lifelong"]
+    names += ["pretrain", "theory"]
+    done = run(
+        bare,
+        f"""
+import runpy, sys
+for name in {names}:
+    try:
+        runpy.run_path({str(ROOT / "train")!r} + "/" + name + ".py", run_name="__main__")
+    except ImportError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+""",
+    )
+    said = r"error: \w+ is not installed; run: pip install 'rope-mm\[train\]'"
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in done.stderr
+    assert len(lines) == len(names) and all(re.fullmatch(said, line) for line in lines), done.stderr[-2000:]
+
+
 def test_a_clone_without_its_kernels_on_the_path_says_what_to_do(bare, tmp_path):
     for link in bare.iterdir():
         if link.name != "rope_mm_kernels":

@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from rope_mm.evaluation.contact_sheet import GAP, MARGIN, save_sheet
+from rope_mm.evaluation.contact_sheet import DATA_ROWS, GAP, HEAD, MARGIN, save_data_sheet, save_sheet, spread
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -11,9 +11,9 @@ def test_every_image_of_a_grid_is_in_the_row_of_its_caption(channels, tmp_path):
     save_sheet(tmp_path / "sheet.png", pictures, ["a dark one", "a light one"])
     sheet = PILImage.open(tmp_path / "sheet.png").convert("L")
     left = sheet.width - 3 * (48 + GAP)
-    seen = [sheet.getpixel((left + 52 * x + 24, 52 * y + 24)) for y in range(2) for x in range(3)]
+    seen = [sheet.getpixel((left + 52 * x + 24, HEAD + 52 * y + 24)) for y in range(2) for x in range(3)]
     assert seen == [0, 51, 102, 153, 204, 255]
-    words = sheet.crop((0, 0, left, 48))
+    words = sheet.crop((0, HEAD, left, HEAD + 48))
     assert words.getextrema()[0] < 100
 
 
@@ -26,7 +26,7 @@ def test_a_grid_shows_transparent_pixels_as_white(tmp_path):
     images = torch.cat([torch.full((1, 3, 8, 8), -1.0), torch.full((1, 1, 8, 8), -1.0)], 1)  # invisible black
     save_sheet(tmp_path / "sheet.png", images, ["a"])
     sheet = PILImage.open(tmp_path / "sheet.png").convert("L")
-    assert sheet.getpixel((sheet.width - GAP - 24, 24)) == 255
+    assert sheet.getpixel((sheet.width - GAP - 24, HEAD + 24)) == 255
 
 
 def test_a_long_caption_is_wrapped_and_then_cut(tmp_path):
@@ -34,8 +34,10 @@ def test_a_long_caption_is_wrapped_and_then_cut(tmp_path):
     save_sheet(tmp_path / "sheet.png", torch.zeros(3, 1, 8, 8), captions)
     sheet = PILImage.open(tmp_path / "sheet.png").convert("L")
     assert sheet.width <= MARGIN + 2 * GAP + 48 + GAP + 1
-    assert sheet.height == 3 * (48 + GAP)
-    rows = [sheet.crop((0, 52 * row, sheet.width - 48 - GAP, 52 * row + 48)) for row in range(3)]
+    assert sheet.height == HEAD + 3 * (48 + GAP)
+    rows = [
+        sheet.crop((0, HEAD + 52 * row, sheet.width - 48 - GAP, HEAD + 52 * row + 48)) for row in range(3)
+    ]
     inked = [sum(row.crop((0, y, row.width, y + 1)).getextrema()[0] < 128 for y in range(48)) for row in rows]
     assert inked[1] > 2 * inked[0] > 0 and inked[2] > 0  # several lines beside one
 
@@ -43,3 +45,32 @@ def test_a_long_caption_is_wrapped_and_then_cut(tmp_path):
 def test_no_captions_make_no_grid(tmp_path):
     with pytest.raises(ValueError, match="1 images do not fill 0 rows"):
         save_sheet(tmp_path / "sheet.png", torch.zeros(1, 1, 8, 8), [])
+
+
+def inked(sheet, left, right):
+    return sheet.crop((left, 0, right, HEAD)).getextrema()[0] < 128
+
+
+def test_the_size_of_images_stands_above_the_columns_where_it_changes(tmp_path):
+    images = [torch.zeros(1, *size) for size in ((8, 8), (8, 8), (4, 8), (8, 4), (8, 8))]
+    save_sheet(tmp_path / "sheet.png", images, ["a"])
+    sheet = PILImage.open(tmp_path / "sheet.png").convert("L")
+    lefts = [sheet.width - (5 - column) * 52 for column in range(5)]
+    assert [inked(sheet, left, left + 48) for left in lefts] == [True, False, True, True, True]
+
+
+def test_a_sheet_of_data_has_an_image_with_its_size_in_each_row(tmp_path):
+    images = [torch.full((1, 8, 8), -1.0), torch.full((1, 4, 8), 0.0)]
+    save_data_sheet(tmp_path / "data.png", images, ["one", "two"])
+    sheet = PILImage.open(tmp_path / "data.png").convert("L")
+    assert sheet.height == HEAD + 2 * (48 + GAP)
+    assert [sheet.getpixel((sheet.width - GAP - 24, HEAD + 52 * row + 12)) for row in (0, 1)] == [0, 128]
+    save_data_sheet(tmp_path / "none.png", [], [])
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, DATA_ROWS, 10_000])
+def test_the_rows_of_a_sheet_of_data_are_spread_over_all_rows(count):
+    rows = spread(count)
+    assert len(rows) == len(set(rows)) == min(count, DATA_ROWS) and all(0 <= row < count for row in rows)
+    assert count <= DATA_ROWS or rows[-1] > count * 0.9

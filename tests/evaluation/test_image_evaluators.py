@@ -123,6 +123,15 @@ def test_without_captions_there_is_no_accuracy(stacks):
     assert set(metrics) == {"samples", "modes", "modes_covered", "kl", "kl_excess"}
 
 
+def test_a_model_without_captions_has_no_accuracy_of_classes_and_says_so(caplog):
+    images, labels = torch.randn(90, 1, 4, 4), torch.arange(90) % 4
+    evaluator = prepare_captions((images, labels), (images, labels), 80, seed=0, captioned=False)
+    assert "images are generated without captions: no accuracy" in caplog.text
+    metrics = evaluator.evaluate(images[:80])
+    assert metrics["samples"] == 80 and "frechet" in metrics
+    assert not any("accuracy" in name for name in metrics)
+
+
 def test_images_that_are_no_stacked_digits_are_refused(stacks):
     images, labels = stacks[1].images(range(20)), stacks[1].labels[:20]
     with pytest.raises(ValueError, match="not 1 with labels"):

@@ -73,9 +73,10 @@ class Toy:
     def command(self, output_dir, **changes):
         return [sys.executable, str(self.path), *self.flags(output_dir, **changes)]
 
-    def torchrun(self, output_dir, *, script=None, **changes):
-        """The same run in two processes."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    def torchrun(self, output_dir, *, script=None, processes=2, **changes):
+        """The same run in several processes."""
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(processes)]
         arguments = [*(script or [str(self.path)]), *self.flags(output_dir, **changes)]
         env = environment(ACCELERATE_USE_CPU="true")
         done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True)
@@ -130,13 +131,16 @@ def runs():
 
 @pytest.fixture(scope="session")
 def bars(tmp_path_factory):
-    """Bars in an image of 4 x 4 pixels, and videos of them as they move."""
+    """Bars in an image of 4 x 4 pixels, and videos of them as they move; no row's grey is another's."""
     folder = tmp_path_factory.mktemp("bars")
-    bars = [PILImage.new("L", (4, 4)) for _ in range(4)]
-    for column, bar in enumerate(bars):
-        bar.paste(255, (column, 0, column + 1, 4))
+
+    def bar(row, column):
+        image = PILImage.new("L", (4, 4))
+        image.paste(255 - row, (column % 4, 0, column % 4 + 1, 4))
+        return image
+
     rows = [
-        {"image": bars[i % 4], "frames": [bars[(i + t) % 4] for t in range(3)], "caption": "abcd"[i % 4]}
+        {"image": bar(i, i), "frames": [bar(i, i + t) for t in range(3)], "caption": "abcd"[i % 4]}
         for i in range(16)
     ]
     features = Features(image=Image(), frames=List(Image()), caption=Value("string"))

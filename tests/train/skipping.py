@@ -1,6 +1,6 @@
 """train/adversarial.py with one step whose numbers are not finite, or whose updates are skipped.
 
-python skipping.py poisoned|idle STEP FLAGS...
+python skipping.py STEP FLAGS...
 """
 
 import sys
@@ -40,9 +40,7 @@ def idle(before, step):
     return take
 
 
-PATCHES = {"poisoned": ("micro_batch", poisoned), "idle": ("step", idle)}
-
 if __name__ == "__main__":
-    name, patch = PATCHES[sys.argv[1]]
-    setattr(adversarial.Training, name, patch(getattr(adversarial.Training, name), int(sys.argv[2])))
-    run(adversarial.main, adversarial.Adversarial, sys.argv[3:])
+    training = adversarial.Training
+    training.micro_batch = poisoned(training.micro_batch, int(sys.argv[1]))
+    run(adversarial.main, adversarial.Adversarial, sys.argv[2:])

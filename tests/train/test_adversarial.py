@@ -298,6 +298,11 @@ def test_bad_files_end_in_one_sentence(prepare, adversarial, refusal, tmp_path):
     assert message in refusal(adversarial, tmp_path / "run", **changes)
 
 
+def test_a_file_above_the_folder_of_a_run_is_named(adversarial, refusal, tmp_path):
+    (file := tmp_path / "file").write_text("notes")
+    assert f"{file} is a file; give --output_dir a folder" in refusal(adversarial, file / "run")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

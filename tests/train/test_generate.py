@@ -46,6 +46,7 @@ def refuse(capsys):
         (["--continue_video", "VIDEO", "--context_frames", -1], "context_frames must be at least 0, not -1"),
         (["--continue_video", "VIDEO", "--output", "o.jpg"], "--output o.jpg names no format of a video"),
         (["--prompt", "a", "--output", "o"], "--output o names no format of an image"),
+        (["--prompt", "a", "--grid", "--output", "o.jpg"], "--grid writes images of texts to a PNG file"),
         (["--prompt", "a", "--guidance_scale", -1], "guidance_scale must be at least 0, not -1"),
         (["--draw", "a"], "--draw: draw is now called prompt"),
         (["--continue_video", "VIDEO", "--context_frames", 9], "context_frames 9 is more than the 3 frames"),

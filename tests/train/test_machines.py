@@ -31,16 +31,17 @@ def launch(script, folders, environment, **changes):
     return [machine.returncode for machine in machines], messages
 
 
-def test_two_machines_that_share_the_folder_train_and_resume_bit_exactly(adversarial, runs, tmp_path):
-    run, settings = tmp_path / "run", {"steps": 2, "checkpoint_every": 1}
+def test_two_machines_that_share_the_folder_resume_and_train_as_one(adversarial, runs, tmp_path):
+    run, whole, settings = tmp_path / "run", tmp_path / "whole", {"steps": 4, "checkpoint_every": 2}
+    adversarial.train(whole, **settings)
+    shutil.copytree(whole, run)
+    for made in ("checkpoints/step-000004", "model"):
+        shutil.rmtree(run / made)
     codes, messages = launch(adversarial, [tmp_path] * 2, runs.environment, **settings)
     assert codes == [0, 0], messages
-    shutil.copytree(run / "model", tmp_path / "before" / "model")
-    shutil.rmtree(run / "checkpoints" / "step-000002")
-    shutil.rmtree(run / "model")
-    codes, messages = launch(adversarial, [tmp_path] * 2, runs.environment, **settings)
-    assert codes == [0, 0], messages
-    assert runs.same(run, tmp_path / "before")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    for ours, theirs in zip(runs.lines(run), runs.lines(whole), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4, rel=1e-4)
 
 
 def test_machines_that_do_not_share_the_folder_are_refused_before_anything_is_written(

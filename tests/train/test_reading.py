@@ -12,6 +12,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from rope_mm.data import load_splits
+from rope_mm.data.holdout import SHARE, row_numbers
 from rope_mm.evaluation.contact_sheet import GAP, TILE
 
 TEMPLATES = {
@@ -30,13 +31,13 @@ def png(shade, size=4):
 @pytest.fixture(scope="module")
 def torn(tmp_path_factory):
     """Twenty captioned images, two of which are damaged; both are trained on."""
-    rows = [{"image": {"bytes": png(10 * i), "path": None}, "caption": "abcd"[i % 4]} for i in range(20)]
-    order = Dataset.from_dict({"i": list(range(20))}).train_test_split(test_size=0.2, seed=0)
-    bad = order["train"]["i"][3], order["train"]["i"][7]
-    for row in bad:
+    rows = [{"image": {"bytes": png(9 * i), "path": None}, "caption": "abcd"[i % 4]} for i in range(20)]
+    for row in (3, 7):
         rows[row]["image"] = {"bytes": b"not an image", "path": None}
     path = tmp_path_factory.mktemp("torn") / "torn.parquet"
-    Dataset.from_list(rows, features=Features(image=Image(), caption=Value("string"))).to_parquet(path)
+    data = Dataset.from_list(rows, features=Features(image=Image(), caption=Value("string")))
+    assert all(number >= SHARE for number in [row_numbers(data)[row] for row in (3, 7)])
+    data.to_parquet(path)
     return {"data.paths": f"[{path}]"}
 
 

@@ -270,8 +270,32 @@ def test_changed_data_is_refused_with_its_row_counts_unless_allowed(pretrain, re
     rows.select(range(15)).to_parquet(data)
     shutil.rmtree(output_dir / "checkpoints" / "step-000002")
     said = refusal(pretrain, output_dir, **settings)
-    assert "other data (train: 12 rows, " in said and "train: 12 rows, " in said.partition(" there, ")[2]
-    assert "held_out: 4 rows" in said and "held_out: 3 rows" in said and "--data.changed true" in said
+    assert "other data (train: 13 rows, " in said and "train: 12 rows, " in said.partition(" there, ")[2]
+    assert "--data.changed true goes on with the new data" in said
+    before = json.loads((output_dir / "data.json").read_text())
     pretrain.train(output_dir, **settings, **{"data.changed": "true"})
-    held = json.loads((output_dir / "data.json").read_text())["held_out"]
-    assert held["rows"] == 3
+    after = json.loads((output_dir / "data.json").read_text())
+    assert after["held_out"] == before["held_out"] and after["train"]["rows"] == 12
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["first rows", "a split"])
+def test_a_stream_of_other_files_is_refused_and_goes_on_where_its_held_out_rows_are_a_split(
+    apart, pretrain, refusal, bars, tmp_path
+):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in ("train-0", "train-1") if apart else ("train-0", "train-1", "test-0"):
+        shutil.copy(bars, folder / f"{name}.parquet")
+    settings = {"steps": 2, "checkpoint_every": 1, "data.paths": f"[{folder}]", "data.streaming": "true"}
+    settings |= {"eval_samples": 3, "data.shuffle": 4}
+    pretrain.train(tmp_path / "run", **settings)
+    shutil.copy(bars, folder / "train-2.parquet")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000002")
+    said = refusal(pretrain, tmp_path / "run", **settings)
+    files = 2 if apart else 3
+    assert f"train: streamed rows from {files} files" in said and f"from {files + 1} files" in said
+    changed = settings | {"data.changed": "true"}
+    if apart:
+        assert "its held-out rows could be those trained on" in refusal(pretrain, tmp_path / "run", **changed)
+    else:
+        pretrain.train(tmp_path / "run", **changed)

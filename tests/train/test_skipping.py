@@ -10,6 +10,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from skipping import idle, poisoned
 
+from rope_mm.data.holdout import SHARE, row_numbers
+
 SCRIPT = Path(__file__).with_name("skipping.py")
 SHORT = {"steps": 4, "checkpoint_every": 1, "sample_every": 4}
 
@@ -69,24 +71,27 @@ def test_too_many_non_finite_steps_in_a_row_stop_the_run(adversarial, refusal, t
 
 
 @pytest.mark.slow
-def test_two_processes_skip_the_same_step(adversarial, runs, tmp_path):
-    for name in ("poisoned", "idle"):
-        script = [str(SCRIPT), name, "2"]
-        adversarial.torchrun(tmp_path / name, script=script, **SHORT, on_nan="skip")
+def test_two_processes_skip_the_same_step(adversarial, runs, tmp_path, monkeypatch):
+    training = adversarial.module.Training
+    adversarial.torchrun(tmp_path / "poisoned", script=[str(SCRIPT), "2"], **SHORT, on_nan="skip")
     assert runs.lines(tmp_path / "poisoned")[-1]["skipped_steps"] == 1
-    assert runs.same(tmp_path / "poisoned", tmp_path / "idle")
+    monkeypatch.setattr(training, "step", idle(training.step, 2))
+    adversarial.train(tmp_path / "idle", **SHORT)  # one process, of the same images and noise
+    ours, theirs = (runs.weights(tmp_path / name) for name in ("poisoned", "idle"))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, atol=1e-4, rtol=0, msg=name)
 
 
 @pytest.fixture
 def texts(tmp_path):
     """Twenty captions, of which some are too long for a row of 16 tokens; which of those trained on."""
     rows = ["a" * 40 if i % 6 == 3 else "abcd"[i % 4] * (i % 7 + 1) for i in range(20)]
-    path = tmp_path / "texts.parquet"
-    Dataset.from_dict({"caption": rows}).to_parquet(path)
-    train = Dataset.from_dict({"i": list(range(20))}).train_test_split(test_size=0.2, seed=0)["train"]["i"]
-    long = [i for i in train if len(rows[i]) == 40]
+    path, data = tmp_path / "texts.parquet", Dataset.from_dict({"caption": rows})
+    data.to_parquet(path)
+    train = [row for row, number in enumerate(row_numbers(data)) if number >= SHARE]
+    long = [row for row in train if len(rows[row]) == 40]
     settings = {"data.paths": f"[{path}]", "data.templates": "['{caption}']", "max_length": 16}
-    return settings | {"global_batch_size": 8, "steps": 4}, long  # two epochs
+    return settings | {"global_batch_size": len(train), "steps": 2}, long  # two epochs
 
 
 def test_a_document_longer_than_a_row_is_named_skipped_and_counted(texts, pretrain, tmp_path, capsys):
@@ -102,7 +107,8 @@ def test_a_document_longer_than_a_row_is_named_skipped_and_counted(texts, pretra
 def test_strict_data_stops_at_a_long_document_and_the_advised_command_resumes_without_it(
     texts, pretrain, runs, tmp_path
 ):
-    settings = {**texts[0], "global_batch_size": 1, "steps": 16, "checkpoint_every": 1}  # an epoch
+    epoch = texts[0]["global_batch_size"]
+    settings = {**texts[0], "global_batch_size": 1, "steps": epoch, "checkpoint_every": 1}
     with pytest.raises(ValueError, match=r"row \d+: a document of 41 tokens .* --data.strict false"):
         pretrain.train(tmp_path / "run", **settings, **{"data.strict": "true"})
     begun = runs.lines(tmp_path / "run")
@@ -112,7 +118,7 @@ def test_strict_data_stops_at_a_long_document_and_the_advised_command_resumes_wi
 
 
 def test_a_length_that_no_document_fits_is_refused_at_once(texts, pretrain, tmp_path):
-    with pytest.raises(ValueError, match=r"none of the first 8 documents .* does not fit a row of 1"):
+    with pytest.raises(ValueError, match=r"none of the first 17 documents .* does not fit a row of 1"):
         pretrain.train(tmp_path / "run", **{**texts[0], "max_length": 1})
 
 

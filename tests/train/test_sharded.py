@@ -1,0 +1,81 @@
+"""FSDP2 on CPUs: sharded weights train as whole ones, and resume on any number of processes."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import StateDictType
+
+from rope_mm.training.run_dir import WEIGHTS, check_weights
+
+SCRIPT = Path(__file__).parent / "fsdp_on_cpus.py"
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "RopeMMBlock",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+def forget(output_dir, step):
+    """Leave the run as it was at a step."""
+    for path in (output_dir / "checkpoints").iterdir():
+        if path.name > f"step-{step:06d}":
+            shutil.rmtree(path)
+    shutil.rmtree(output_dir / "model")
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_as_whole_ones_and_are_saved_on_two_processes_and_resumed_on_one_and_back(
+    pretrain, runs, refusal, tmp_path, monkeypatch
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = {"image_head": "flow", "steps": 4, "optim.lr": 1e-3, "global_batch_size": 7}
+    pretrain.train(whole, **settings)
+
+    def check_close():
+        ours, theirs = runs.weights(parts), runs.weights(whole)
+        for name, weight in theirs.items():  # sums of float32 in another order
+            torch.testing.assert_close(ours[name], weight, atol=1e-5, rtol=0, msg=name)
+        for mine, its in zip(runs.lines(parts), runs.lines(whole), strict=True):
+            assert mine == pytest.approx(its, abs=1e-4, rel=1e-4)
+
+    with monkeypatch.context() as patch:
+        for name, value in FSDP.items():
+            patch.setenv(name, value)
+        pretrain.torchrun(parts, script=[str(SCRIPT)], **settings)
+        check_close()
+        stored = parts / "checkpoints" / "step-000002" / "pytorch_model_fsdp_0"
+        assert {path.name for path in stored.iterdir()} == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+        forget(parts, 2)
+        pretrain.torchrun(parts, script=[str(SCRIPT)], processes=1, checkpoint_every=1, **settings)
+        check_close()
+        forget(parts, 3)
+        pretrain.torchrun(parts, script=[str(SCRIPT)], **settings)
+        check_close()
+    forget(parts, 3)
+    message = refusal(pretrain, parts, **settings)
+    assert "has weights that are stored sharded, and this command reads whole ones" in message
+
+
+@pytest.mark.parametrize("stored", WEIGHTS)
+@pytest.mark.parametrize("own", WEIGHTS)
+def test_a_checkpoint_is_refused_by_a_command_that_stores_weights_in_another_way(stored, own, tmp_path):
+    (tmp_path / WEIGHTS[stored]).mkdir()
+    kinds = {"sharded": StateDictType.SHARDED_STATE_DICT, "gathered by FSDP": StateDictType.FULL_STATE_DICT}
+    plugin = SimpleNamespace(state_dict_type=kinds.get(own))
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.FSDP if own in kinds else DistributedType.NO,
+        state=SimpleNamespace(fsdp_plugin=plugin),
+    )
+    if stored == own:
+        check_weights(tmp_path, accelerator)
+        return
+    with pytest.raises(ValueError, match=f"are stored {stored}, and this command reads {own} ones"):
+        check_weights(tmp_path, accelerator)
