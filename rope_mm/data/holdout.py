@@ -66,6 +66,11 @@ def is_plain(feature: Any) -> bool:
     return isinstance(feature, datasets.ClassLabel | datasets.Value) and "binary" not in feature.dtype
 
 
+def is_text(feature: Any) -> bool:
+    """Whether a column holds text."""
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
 def read_content(stored: Any) -> Iterable[bytes]:
     """What tells rows apart: the first bytes of a file that is stored, the name of one elsewhere."""
     if isinstance(stored, dict) and stored.keys() == {"bytes", "path"}:

@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from rope_mm.data.buckets import Buckets, Size
-from rope_mm.data.holdout import split_rows
+from rope_mm.data.holdout import is_text, split_rows
 from rope_mm.data.pixels import (
     BACKGROUND,
     MODES,
@@ -417,11 +417,6 @@ def restore_texts(rows: Dataset, path: str) -> Dataset:
         columns, feature = rows.column_names, rows.features[name]
         rows = rows.remove_columns([name]).add_column(name, restored, feature=feature).select_columns(columns)
     return rows
-
-
-def is_text(feature: Any) -> bool:
-    """Whether a column holds text."""
-    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
 
 def choose_splits(loaded: Mapping[str, Any]) -> tuple[Any, Any]:
