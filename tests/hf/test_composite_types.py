@@ -46,6 +46,20 @@ def test_a_model_of_several_parts_is_saved_with_its_scheme_and_undone(make, tmp_
     assert config.rope_parameters == own
 
 
+@torch.no_grad()
+def test_the_encoder_of_voxtral_takes_a_scheme_at_once_and_gives_it_back():
+    encoder = next(part for part in voxtral().modules() if type(part).__name__ == "VoxtralEncoder")
+    sound = torch.ones(1, 8, 40).cumsum(-1).sin()
+    before = encoder(sound)[0]
+    handle = set_rope(encoder, "flat", freq_scale=0.0)
+    assert torch.equal(encoder(sound)[0], before)
+    handle.undo()
+    handle = set_rope(encoder, "flat")
+    assert (encoder(sound)[0] - before).abs().max() > 0.1 * before.abs().max()
+    handle.undo()
+    assert torch.equal(encoder(sound)[0], before)
+
+
 def test_keys_that_are_compressed_stand_at_token_numbers_and_not_by_a_layout_of_images():
     model = deepseek_v4()
     assert {rope.pairing for rope in rope_of(model).values()} == {"interleaved"}

@@ -44,11 +44,21 @@ EXAMPLES = [
     example(seed=3, text=9),
     example((2, 4, 4), seed=4, video=True),
 ]
+
+
+def timestamped(frames, y, x, seed):
+    """A video of Qwen3-VL: a timestamp and a token that opens it before each frame."""
+    stamped = [token for n in range(frames) for token in [20 + n, 92, *[VIDEO] * (y * x), 93]]
+    generator = torch.Generator().manual_seed(seed)
+    return visual_inputs([1, 5, *stamped, 30, 31], [(frames, 2 * y, 2 * x)], True, generator)
+
+
+TIMED = timestamped(3, 2, 1, 5)
 QWENS = [qwen2_vl, qwen2_5_vl, qwen3_vl]
 
 
 def examples_of(make):
-    return EXAMPLES[:3] if make is qwen3_vl else EXAMPLES  # its videos have a timestamp before each frame
+    return [*EXAMPLES[:3], TIMED] if make is qwen3_vl else EXAMPLES
 
 
 def llava():
