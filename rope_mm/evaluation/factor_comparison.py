@@ -208,36 +208,44 @@ def form_table(results: Sequence[Result], cells: Sequence[str], task: str, kind:
     return markdown.table([f"{task}, {kind}", *forms], rows, "---:")
 
 
-def write_tables(first: Sequence[Result], later: Sequence[Result]) -> str:
+def describe_seeds(reported: Sequence[Result]) -> str:
+    """A sentence on the seeds that are reported, and on the one by which theta was chosen."""
+    seeds = sorted({result.seed for result in reported})
+    text = f"Right answers in %, seeds {', '.join(map(str, seeds))}"
+    if 0 in seeds:
+        return f"{text}; theta was chosen by seed 0, but by other questions than these."
+    return f"{text}; theta was chosen by seed 0, which is not among them."
+
+
+def write_tables(first: Sequence[Result], reported: Sequence[Result]) -> str:
     """The tables of an experiment, in Markdown.
 
     Args:
         first: the seed of the choice at every theta.
-        later: the other seeds at the chosen theta.
+        reported: several seeds at the chosen theta.
     """
-    seeds = len({result.seed for result in later})
-    text = f"Right answers in %. Every table but the first is of {seeds} seeds by which nothing was chosen.\n"
+    text = f"{describe_seeds(reported)}\n"
     text += "\nSeed 0 at every theta, untrained sizes; the residual holds the interaction of all three.\n\n"
     text += variance_table(share_by_task(first, FACTORS)) + "\n"
     for kind in ("untrained", "trained"):
         text += f"\nAt the theta chosen for each cell, {kind} sizes:\n\n"
-        text += variance_table(share_by_task(later, FACTORS[:2], ["seed"], kind)) + "\n\n"
-        text += cross_table(later, kind, "all") + "\n"
+        text += variance_table(share_by_task(reported, FACTORS[:2], ["seed"], kind)) + "\n"
+        for task in reported[0].score(kind):
+            text += f"\n{cross_table(reported, kind, task)}\n"
     for factor in FACTORS[:2]:
-        text += f"\nBy {factor}: {write_table(rank_factor(later, factor))}"
-    text += f"\nAll cells: {write_table(rank_cells(later))}"
-    tasks = later[0].metrics["untrained"]
-    cells = list(by_cell(later))
-    return text + "".join(f"\n{form_table(later, cells, task)}\n" for task in tasks)
+        text += f"\nBy {factor}: {write_table(rank_factor(reported, factor))}"
+    text += f"\nAll cells: {write_table(rank_cells(reported))}"
+    tasks, cells = reported[0].metrics["untrained"], list(by_cell(reported))
+    return text + "".join(f"\n{form_table(reported, cells, task)}\n" for task in tasks)
 
 
-def draw_factors(path: Path, first: Sequence[Result], later: Sequence[Result]) -> None:
+def draw_factors(path: Path, first: Sequence[Result], reported: Sequence[Result]) -> None:
     """Write three panels: shares of variance with theta, those at the chosen theta, and right answers.
 
     Args:
         path: of the PNG file.
         first: the seed of the choice at every theta.
-        later: the other seeds at the chosen theta.
+        reported: several seeds at the chosen theta.
 
     Raises:
         ValueError: no matplotlib.
@@ -245,8 +253,8 @@ def draw_factors(path: Path, first: Sequence[Result], later: Sequence[Result]) -
     figure = new_figure(15, 4.6)
     shares, chosen, marks = figure.subplots(1, 3, width_ratios=(2, 2, 3))
     draw_shares(shares, share_by_task(first, FACTORS), "three thetas, one seed")
-    draw_shares(chosen, share_by_task(later, FACTORS[:2], ["seed"]), "theta chosen for each cell")
-    cells = by_cell(later)
+    draw_shares(chosen, share_by_task(reported, FACTORS[:2], ["seed"]), "theta chosen for each cell")
+    cells = by_cell(reported)
     names = sorted(cells, key=lambda cell: fmean(run.score("untrained")["all"] for run in cells[cell]))
     for place, cell in enumerate(names):
         scores = [100 * run.score("untrained")["all"] for run in cells[cell]]

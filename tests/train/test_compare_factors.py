@@ -80,12 +80,16 @@ def test_the_experiment_goes_on_where_it_stopped_and_writes_its_tables(flags, mo
     config = configure(flags)
     trained, train = [], factors.train
     monkeypatch.setattr(factors, "train", lambda *args: trained.append(args[2:4]) or train(*args))
-    with pytest.raises(ValueError, match="seeds must be 3 or more"):
-        factors.main(replace(config, seeds=2))
+    with pytest.raises(ValueError, match="seeds must be 2 or more"):
+        factors.main(replace(config, seeds=1))
+    factors.main(replace(config, seeds=2))
+    tables = (Path(config.output_dir) / "tables.md").read_text()
+    assert len(trained) == 11 + 6 and tables.startswith("Right answers in %, seeds 0, 1;")
     factors.main(config)
     assert len(trained) == 11 + 2 * 6
     out = Path(config.output_dir)
     report, tables = json.loads((out / "factors.json").read_text()), (out / "tables.md").read_text()
+    assert tables.startswith("Right answers in %, seeds 1, 2;")
     assert len(report["runs"]) == len(trained)
     assert report["theta"]["still"] == 7.0
     assert "| layout x allocation |" in tables and "| `tv/own` |" in tables
