@@ -198,7 +198,8 @@ def main(config: CompareFactors) -> None:
     chosen = choose_thetas(first)
     later = finish_runs(config, later_runs(cells, chosen, config.seeds), "other seeds")
     if config.seeds == 2:
-        later = [result for result in first if result.theta == chosen[result.cell]] + later
+        at_choice = {one.cell: one for one in first if one.theta == chosen[one.cell]}
+        later = [at_choice[cell.name] for cell in cells] + later
     out, tables = Path(config.output_dir), write_tables(first, later)
     report = {
         "settings": {name: value for name, value in asdict(config).items() if name not in FREE},
