@@ -1,12 +1,13 @@
 """Fields without a critic against closed forms of normal laws, gradients of divergences, and symmetries."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from rope_mm.losses import FIELDS, follow_field, kernel_field, sinkhorn_field
+from rope_mm.losses import FIELDS, coupled_field, follow_field, kernel_field, sinkhorn_field
 from rope_mm.theory.flow import velocity
 
 POINTS = torch.linspace(-14, 14, 561, dtype=torch.float64)[
@@ -104,6 +105,19 @@ def test_real_and_other_samples_change_places_with_the_sign_so_the_mean_field_of
     torch.testing.assert_close(one, -two, **EXACT)
     assert one.abs().max() > 0.01
     torch.testing.assert_close(FIELDS[name](x, real, real, width), torch.zeros_like(x), **EXACT)
+
+
+def test_the_coupled_field_is_its_definition_written_with_loops():
+    x, real, other = normal(3, 2), normal(2, 2, seed=1), normal(4, 2, seed=2)
+    every = torch.cat([real, other])
+    kernel = torch.stack([torch.stack([(-(one - y).norm() / 0.5).exp() for y in every]) for one in x])
+    affinity = (kernel / kernel.sum(1, keepdim=True) * kernel / kernel.sum(0)).sqrt()
+    expected = torch.zeros_like(x)
+    for row, place in product(range(3), range(2)):
+        for rival in range(4):
+            weight = affinity[row, place] * affinity[row, 2 + rival]
+            expected[row] += weight * (real[place] - other[rival])
+    torch.testing.assert_close(coupled_field(x, real, other, 0.5), expected, **EXACT)
 
 
 @pytest.mark.parametrize(("name", "width"), ALL)
