@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rope_mm.checks.arguments import cache_of, read, refuse_unknown_cache
+from rope_mm.hf.foreign_positions import refuse_foreign_positions
 from rope_mm.hf.image_grids import takes_images
 from rope_mm.hf.packing.leaks import refuse_hidden_documents, refuse_packing_leak
 from rope_mm.hf.position_ids import ENDS_IN_IMAGE, Conversation, next_positions, place_forward
@@ -63,7 +64,8 @@ class PositionHooks:
         check_position_shape(ids, kwargs)
         check_padding(ids, kwargs, cache, self.axes)
         if places:
-            self.check_given(module, ids, kwargs)
+            past = int(cache.get_seq_length()) if cache is not None else 0
+            refuse_foreign_positions(module, self.scheme, ids, kwargs, past)
         if ids is None and places:
             ids, self.after = place_forward(module, self.scheme, kwargs, cache)
         if ids is None or ids.dim() != 3:
@@ -100,33 +102,6 @@ class PositionHooks:
         if ids is not None and self.scheme is not None:
             refuse_packing_leak(module, ids, kwargs)
 
-    def check_given(self, module: nn.Module, ids: Tensor | None, kwargs: dict[str, Any]) -> None:
-        """Refuse position_ids of another rule, where images stand by our layout.
-
-        Raises:
-            ValueError: whole numbers on several axes that differ, or token positions alone with an image.
-        """
-        if (
-            ids is None
-            or torch.compiler.is_compiling()
-            or self.scheme is None
-            or self.scheme.layout == "flat"
-        ):
-            return
-        remedy = "give none, or those of `positions_for`, which are floats"
-        if ids.dim() == 3 and not ids.is_floating_point():
-            axes = ids[-self.axes :] if len(ids) == 1 + self.axes else ids[-3:]
-            if (axes != axes[:1]).any():
-                raise ValueError(
-                    f"these position_ids {tuple(ids.shape)} are whole numbers, as another rule makes them, "
-                    f"not by layout {self.scheme.layout!r}; {remedy}"
-                )
-        elif ids.dim() == 2 and has_images(module, kwargs):
-            raise ValueError(
-                f"position_ids {tuple(ids.shape)} would place an image as text, and not by layout "
-                f"{self.scheme.layout!r}; {remedy}"
-            )
-
     def split(self, module: Any, ids: Tensor, kwargs: dict[str, Any], cache: Any) -> Tensor:
         """Keep positions (b, s, a) in the state; return the token positions that the model gets."""
         rows, a = len(ids), self.axes
@@ -160,12 +135,6 @@ def bind_positional(module: nn.Module, args: tuple) -> dict[str, Any]:
     """Positional arguments of a forward, by their names."""
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return dict(zip(names, args, strict=False))
-
-
-def has_images(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether a forward is given an image or a video."""
-    names = ("pixel_values", "image_", "video_")
-    return any(name.startswith(names) and value is not None for name, value in kwargs.items())
 
 
 def check_position_shape(ids: Tensor | None, kwargs: dict[str, Any]) -> None:

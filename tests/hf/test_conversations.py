@@ -167,12 +167,27 @@ def test_positions_of_another_rule_are_refused_where_images_stand_by_our_layout(
     truth = true_logits(model, said, "rope-tv", **inputs)
     set_rope(model, "rope-tv")
     ours, count = positions_for(model, inputs), torch.arange(theirs.shape[-1])[None, None]
-    for ids in (theirs, torch.cat((count, theirs)), ours.long()):
+    numbered = torch.cat((count, theirs))
+    for ids in (theirs, numbered, theirs.float(), numbered.float(), ours.long(), ours[1:].round()):
         with pytest.raises(ValueError, match="whole numbers, as another rule makes them"):
             logits(model, **inputs, position_ids=ids)
-    with pytest.raises(ValueError, match="would place an image as text"):
-        logits(model, **inputs, position_ids=count[0])
-    assert (logits(model, **inputs, position_ids=ours) - truth).abs().max() < WITHIN
+    for ids in (count[0], count, count.expand(3, -1, -1), count.expand(4, -1, -1).float()):
+        with pytest.raises(ValueError, match="would place an image as text"):
+            logits(model, **inputs, position_ids=ids)
+    for ids in (ours, ours[1:], ours + torch.tensor([0, 7, 7, 7])[:, None, None]):
+        assert (logits(model, **inputs, position_ids=ids) - truth).abs().max() < WITHIN
+
+
+def test_whole_positions_are_taken_where_the_layout_gives_the_same():
+    model = qwen2_5_vl()
+    said, inputs = image((1, 4, 8))
+    theirs, _ = model.model.get_rope_index(
+        inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
+    )
+    truth = true_logits(model, said, "m-rope", **inputs)
+    set_rope(model, "m-rope")
+    for ids in (theirs, theirs.float(), theirs + 5):
+        assert (logits(model, **inputs, position_ids=ids) - truth).abs().max() < WITHIN
 
 
 def test_images_are_placed_without_the_types_of_tokens_and_embeddings_alone_are_refused():
