@@ -1,4 +1,4 @@
-"""Positions of another rule: given to a model whose images stand by our layout, they would be wrong in silence."""
+"""Positions of another rule: where images stand by our layout, they would be wrong without a word."""
 
 from typing import Any
 
