@@ -2,8 +2,9 @@
 
     make train
     python train/adversarial.py --config configs/adversarial/digits.yaml
-    accelerate launch train/adversarial.py --config ...
-    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train/adversarial.py --config ...
+    accelerate launch train/adversarial.py --config configs/adversarial/digits.yaml
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train/adversarial.py \\
+        --config configs/adversarial/digits.yaml
 
 The same command again resumes from the last checkpoint, on any number of processes; --restart starts anew,
 --dry-run checks and prints the configuration, Ctrl-C and SIGTERM save and stop.

@@ -1,6 +1,6 @@
 """Which factor matters: the layout, the allocation of frequencies to axes, or theta? A factorial experiment.
 
-    python train/compare_factors.py --config configs/compare/factors.yaml --processes 2
+    python train/compare_factors.py --config configs/factors/full.yaml --processes 2
 
 Every layout is crossed with every allocation. Seed 0 runs every cell at every theta, and theta is chosen for
 each cell by questions of a validation part. The other seeds run at the chosen theta, and are what is
@@ -26,6 +26,7 @@ from rope_mm.evaluation.factor_comparison import (
     VALIDATION,
     Result,
     choose_thetas,
+    complete_layouts,
     draw_factors,
     write_tables,
 )
@@ -106,6 +107,24 @@ def list_cells(config: CompareFactors) -> list[Cell]:
         for name, rope in config.schemes.items()
     ]
     return crossed + rows
+
+
+def check_levels(config: CompareFactors, cells: Sequence[Cell]) -> None:
+    """Refuse an experiment whose analysis of variance would have no residual, before anything is trained.
+
+    Raises:
+        ValueError: fewer than two levels of a factor, those of incomplete layouts not counted.
+    """
+    layouts = complete_layouts(cell.name for cell in cells)
+    crossed = [cell.name.partition("/") for cell in cells]
+    allocations = {allocation for layout, _, allocation in crossed if allocation and layout in layouts}
+    levels = {"layouts": set(layouts), "allocations": allocations, "thetas": set(config.thetas)}
+    for factor, found in levels.items():
+        if len(found) < 2:
+            raise ValueError(
+                f"{factor} must have two or more levels, each crossed with all others, not {sorted(found)}; "
+                "give more, or compare named schemes by train/compare_schemes.py"
+            )
 
 
 def first_runs(cells: Sequence[Cell], thetas: Sequence[float]) -> list[Run]:
@@ -194,6 +213,7 @@ def main(config: CompareFactors) -> None:
     check(replace(config, schemes={cell.name: cell.rope for cell in cells}))
     if config.seeds < 2:
         raise ValueError(f"seeds must be 2 or more, not {config.seeds}: one leaves no noise to compare with")
+    check_levels(config, cells)
     first = finish_runs(config, first_runs(cells, config.thetas), "seed 0")
     chosen = choose_thetas(first)
     later = finish_runs(config, later_runs(cells, chosen, config.seeds), "other seeds")

@@ -1,8 +1,10 @@
 """Pretrain on documents of text, images and videos in any order: to generate text and to generate images.
 
     python train/pretrain.py --config configs/pretrain/tiny.yaml
-    accelerate launch --config_file configs/accelerate/ddp.yaml train/pretrain.py --config ...
-    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train/pretrain.py --config ...
+    accelerate launch --config_file configs/accelerate/ddp.yaml train/pretrain.py \\
+        --config configs/pretrain/tiny.yaml
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train/pretrain.py \\
+        --config configs/pretrain/tiny.yaml
 
 The same command again resumes from the last checkpoint, on any number of processes; --restart starts anew,
 --dry-run checks and prints the configuration, Ctrl-C and SIGTERM save and stop. train/generate.py generates

@@ -9,12 +9,12 @@ collapsed cloud collapsed.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rope_mm.checks.fields import Count, Positive, read_value
+from rope_mm.checks.fields import Count, Positive, Real, Reals, read_value
 from rope_mm.checks.tensors import check_real_tensors
 from rope_mm.losses.scores import at_least_float32
 from rope_mm.registry import Registry
@@ -170,8 +170,9 @@ def follow_field(
         options: further arguments of the field.
 
     Raises:
-        ValueError: no widths; as the field.
+        ValueError: no widths, or one that is not positive; as the field.
     """
+    widths = read_value("follow_field", "widths", widths, Annotated[Sequence[float], Reals(Real(above=0))])
     if not widths:
         raise ValueError("widths must have at least one number; give for instance [0.02, 0.05, 0.2]")
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):

@@ -210,7 +210,9 @@ def test_groups_that_make_no_field_are_refused(name, shapes, message):
     ("wrong", "message"),
     [
         ({"widths": []}, "at least one number"),
-        ({"widths": [0.0]}, "width must be a finite number > 0"),
+        ({"widths": [0.0]}, "widths must be a list of numbers, each a finite number > 0"),
+        ({"widths": 0.05}, "widths must be a list of numbers, .* not 0.05"),
+        ({"widths": "0.1"}, "widths must be a list of numbers"),
         ({"field": "wflows"}, "did you mean 'wflow'"),
         ({"field": "wflow", "iterations": 0}, "iterations must be"),
         ({"field": "wflow", "real_weight": torch.tensor([1.0, 0, 1])}, "weights must be positive"),

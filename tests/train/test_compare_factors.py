@@ -75,6 +75,24 @@ def test_a_cell_that_is_left_out_must_exist(flags):
         factors.list_cells(replace(configure(flags), left_out={"grid/chunky": "a typing error"}))
 
 
+@pytest.mark.parametrize(
+    ("few", "message"),
+    [
+        ({"thetas": [100.0, 100.0]}, r"thetas must have two or more levels, .* not \[100.0\]"),
+        ({"layouts": {"grid": {"layout": "grid"}}}, r"layouts must have .* not \['grid'\]"),
+        ({"layouts": {}}, r"layouts must have .* not \[\]"),
+        ({"allocations": {"chunk": {"ownership": "chunk"}}}, r"allocations must have .* not \['chunk'\]"),
+        ({"left_out": {"tv/own": "a layout without all allocations"}}, r"layouts must have .* not \['grid'\]"),
+    ],
+)
+def test_a_factor_of_one_level_is_refused_before_anything_is_trained(flags, monkeypatch, few, message):
+    trained = []
+    monkeypatch.setattr(factors, "train", lambda *args: trained.append(args))
+    with pytest.raises(ValueError, match=message):
+        factors.main(replace(configure(flags), **few))
+    assert not trained
+
+
 @pytest.mark.slow
 def test_the_experiment_goes_on_where_it_stopped_and_writes_its_tables(flags, monkeypatch):
     config = configure(flags)
