@@ -9,6 +9,8 @@ runs among processes of one thread each. tables.md, factors.json and factors.png
 Extras: rope-mm[train,plots].
 """
 
+import rope_mm.checks.installed  # noqa: F401 isort: skip
+
 import json
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor

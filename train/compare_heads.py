@@ -10,6 +10,8 @@ samples.png shows images, and index.html has all of it and the curves of the run
 matplotlib: pip install rope-mm[plots].
 """
 
+import rope_mm.checks.installed  # noqa: F401 isort: skip
+
 import json
 import re
 import time

@@ -7,6 +7,8 @@ index.html in OUTPUT_DIR show the share of right answers at trained and at untra
 are within the noise, and the losses over the steps. The figure needs matplotlib: pip install rope-mm[plots].
 """
 
+import rope_mm.checks.installed  # noqa: F401 isort: skip
+
 import json
 import time
 from dataclasses import asdict, dataclass

@@ -107,7 +107,9 @@ def schema(script: Path):
 def commands(page: Path) -> list[str]:
     """The commands of a page, a docstring or a configuration that run our scripts or the Makefile."""
     text = re.sub(r"\\+\n", " ", page.read_text(encoding="utf-8"))
-    return re.findall(r"^(?:    |# )?(?:\w+=\S+ )?((?:python|accelerate|torchrun|make) .*)$", text, re.MULTILINE)
+    return re.findall(
+        r"^(?:    |# )?(?:\w+=\S+ )?((?:python|accelerate|torchrun|make) .*)$", text, re.MULTILINE
+    )
 
 
 HEADS = [*sorted((ROOT / "train").glob("*.py")), *sorted((ROOT / "configs").rglob("*.yaml"))]

@@ -82,7 +82,10 @@ def test_a_cell_that_is_left_out_must_exist(flags):
         ({"layouts": {"grid": {"layout": "grid"}}}, r"layouts must have .* not \['grid'\]"),
         ({"layouts": {}}, r"layouts must have .* not \[\]"),
         ({"allocations": {"chunk": {"ownership": "chunk"}}}, r"allocations must have .* not \['chunk'\]"),
-        ({"left_out": {"tv/own": "a layout without all allocations"}}, r"layouts must have .* not \['grid'\]"),
+        (
+            {"left_out": {"tv/own": "a layout without all allocations"}},
+            r"layouts must have .* not \['grid'\]",
+        ),
     ],
 )
 def test_a_factor_of_one_level_is_refused_before_anything_is_trained(flags, monkeypatch, few, message):
