@@ -150,10 +150,11 @@ def read_module(module: nn.Module, owner: nn.Module) -> dict[str | None, ModelRo
         ValueError: a module that takes positions or gives tables in no known way.
     """
     config = getattr(module, "config", None) or getattr(owner, "config", None)
-    return {
-        layer: attach_scheme(read_layer(module, owner, layer, str(kind)), owner, config, layer)
-        for layer, kind in layer_types(module).items()
-    }
+    with torch.device("cpu"):  # also where a model is built under torch.device("meta")
+        return {
+            layer: attach_scheme(read_layer(module, owner, layer, str(kind)), owner, config, layer)
+            for layer, kind in layer_types(module).items()
+        }
 
 
 def probe_copy(module: nn.Module) -> nn.Module:

@@ -1,5 +1,7 @@
 """Models that accelerate spreads: layers on the disk, weights on the meta device until they are needed."""
 
+import copy
+
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
@@ -80,6 +82,18 @@ def test_a_learned_omega_that_was_offloaded_is_refused(llama):
     cpu_offload(llama, CPU)
     with pytest.raises(ValueError, match="learned Omega is on the meta device"):
         logits(llama)
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_a_model_built_without_memory_takes_a_scheme_there(llama, learnable):
+    with torch.device("meta"):
+        empty = type(llama)(copy.deepcopy(llama.config))
+        set_rope(empty, "rope-tv", learnable=learnable)
+    assert all(weight.is_meta for weight in empty.parameters())
+    set_rope(llama, "rope-tv", learnable=learnable)
+    empty.to_empty(device="cpu").load_state_dict(llama.state_dict())
+    p = positions_for(llama, [SEGMENTS])
+    assert torch.equal(logits(empty.eval(), position_ids=p), logits(llama, position_ids=p))
 
 
 def test_our_op_is_refused_where_tokens_are_embedded_from_the_meta_device(llama):
