@@ -301,7 +301,7 @@ def test_lists_and_numbers_of_numpy_make_the_same_scheme():
 
 @pytest.mark.parametrize("heads", [0, -1, 1.5, True])
 def test_heads_are_a_whole_number_of_at_least_one(heads):
-    with pytest.raises(ValueError, match=f"heads must be a whole number >= 1, not {heads}"):
+    with pytest.raises(ValueError, match=f"heads must be a whole number >= 1 and <= 65536, not {heads}"):
         SCHEMES["rope-tv"].omega(64, heads)
 
 
