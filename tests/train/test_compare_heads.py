@@ -69,7 +69,9 @@ def test_every_head_has_metrics_beside_real_images_by_its_passes(done):
     begun = [[f"| {REAL}", ""], *([f"| {head}", count] for head in HEADS for count in passes[head])]
     assert lines[2:9] == begun
     with PILImage.open(out / "heads.png") as figure, PILImage.open(out / "samples.png") as sheet:
-        assert figure.width > 900 and sheet.height == 18 + 7 * 52  # sizes, a row for reals, and each line of the table
+        assert (
+            figure.width > 900 and sheet.height == 18 + 7 * 52
+        )  # sizes, a row for reals, and each line of the table
 
 
 def test_a_critic_counts_among_the_weights_and_costs_operations(done):

@@ -47,7 +47,9 @@ def test_the_page_has_every_command_with_its_steps_and_versions_and_links_to_the
     adversarial, tmp_path, monkeypatch
 ):
     run = tmp_path / "run"
-    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python", "train/adversarial.py", "--data.path", "my photos"])
+    monkeypatch.setattr(
+        sys, "orig_argv", ["/usr/bin/python", "train/adversarial.py", "--data.path", "my photos"]
+    )
     adversarial.train(run, page=True, steps=2)
     adversarial.train(run, page=True, steps=2)  # is done
     adversarial.train(run, page=True, steps=4, extend=True)
@@ -56,7 +58,10 @@ def test_the_page_has_every_command_with_its_steps_and_versions_and_links_to_the
     events = re.findall(r"<td>[-\d: ]{19}</td><td>(\d+)</td><td>(.*?)</td>", history)
     extended = "extended from 2 to 4 steps; from here rates are those of 4 steps"
     assert events == [("0", "begun, to step 2"), ("2", "finished"), ("2", extended), ("4", "finished")]
-    assert history.count("torch 2") == 1 and history.count("python train/adversarial.py --data.path &#x27;my photos&#x27;") == 2
+    assert (
+        history.count("torch 2") == 1
+        and history.count("python train/adversarial.py --data.path &#x27;my photos&#x27;") == 2
+    )
     assert '<a href="model/model.safetensors">model/model.safetensors</a>, 0.' in page
     assert "nothing was evaluated: images need data.label" in page
     assert page.count("data:image/png") == 1  # the sheet of data
