@@ -164,8 +164,8 @@ def refuse_own_rotation(base: Any) -> None:
     named = [module for module in own if names_rotation(type(module))]
     if named and (base.device.type == "meta" or not moves_with_inputs(base, named[0])):
         raise ValueError(
-            f"{type(named[0]).__name__} rotates by tables of its own and not by a module with inv_freq, so "
-            "it would rotate twice; it is not served"
+            f"{type(named[0]).__name__} sees by itself where tokens stand, and its code names a rotation "
+            "without a module with inv_freq, so a scheme might rotate twice; it is not served"
         )
 
 

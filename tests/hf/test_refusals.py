@@ -18,6 +18,8 @@ from transformers import (
     ViTModel,
     VJEPA2Config,
     VJEPA2Model,
+    Wav2Vec2ConformerConfig,
+    Wav2Vec2ConformerModel,
 )
 
 from rope_mm import SCHEMES, Video, from_hf_config, to_rope_parameters
@@ -59,6 +61,15 @@ def test_an_attention_that_rotates_inside_is_distinguished_from_one_that_does_no
     esm = EsmModel(EsmConfig(**TEXT, position_embedding_type="rotary")).eval()
     rotating = next(part for part in esm.modules() if type(part).__name__ == "EsmSelfAttention")
     assert names_rotation(type(rotating)) and not moves_with_inputs(esm, rotating)
+
+
+def test_attention_that_sees_positions_by_itself_is_refused():
+    sizes = {name: TEXT[name] for name in TEXT if name != "vocab_size"}
+    sound = {"conv_dim": (16, 16), "conv_kernel": (3, 3), "conv_stride": (2, 2), "num_feat_extract_layers": 2}
+    sound |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "conv_depthwise_kernel_size": 3}
+    model = Wav2Vec2ConformerModel(Wav2Vec2ConformerConfig(**sizes, **sound)).eval()  # of relative positions
+    with pytest.raises(ValueError, match="sees by itself where tokens stand, and its code names a rotation"):
+        set_rope(model, "flat")
 
 
 def test_a_rotary_module_without_layer_types_serves_all_layers():
