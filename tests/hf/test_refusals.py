@@ -66,7 +66,11 @@ def test_an_attention_that_rotates_inside_is_distinguished_from_one_that_does_no
 def test_attention_that_sees_positions_by_itself_is_refused():
     sizes = {name: TEXT[name] for name in TEXT if name != "vocab_size"}
     sound = {"conv_dim": (16, 16), "conv_kernel": (3, 3), "conv_stride": (2, 2), "num_feat_extract_layers": 2}
-    sound |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "conv_depthwise_kernel_size": 3}
+    sound |= {
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+        "conv_depthwise_kernel_size": 3,
+    }
     model = Wav2Vec2ConformerModel(Wav2Vec2ConformerConfig(**sizes, **sound)).eval()  # of relative positions
     with pytest.raises(ValueError, match="sees by itself where tokens stand, and its code names a rotation"):
         set_rope(model, "flat")
