@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 
+from rope_mm.checks.tensors import check_generator
 from rope_mm.models.image_generation import sample_frames
 from rope_mm.models.sequences import build_batch, require_list, token_order
 from rope_mm.models.tokenizers import IMAGE_TOKEN, check_words
@@ -250,10 +251,11 @@ class RopeMMProcessor(ProcessorMixin):
             Images (b, ch, y, x) or videos (b, t, ch, y, x) in [-1, 1], on the model's device.
 
         Raises:
-            ValueError: words without a token; where frames see each other, a context or a window; a context
-                that ends within a patch of several frames.
+            ValueError: words without a token; a seed as generator; where frames see each other, a context or
+                a window; a context that ends within a patch of several frames.
         """
         require_list("prompts", prompts)
+        check_generator(generator)
         documents = [[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
         check_words(self.tokenizer, texts_of(documents))  # pyright: ignore[reportAttributeAccessIssue]
         (frames, y, x), depth = grid.grid, self.temporal_patch_size

@@ -68,12 +68,24 @@ def knows_words(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     return tokenizer.unk_token_id not in ids
 
 
+def unknown_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """The words of a text that have no token, each once; [] where the tokenizer gives no offsets."""
+    if not tokenizer.is_fast:
+        return []
+    read = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    spans = zip(read["input_ids"], read["offset_mapping"], strict=True)
+    return list(dict.fromkeys(text[a:b].strip() for i, (a, b) in spans if i == tokenizer.unk_token_id))
+
+
 def check_words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:
     """Refuse texts with a word that has no token.
 
     Raises:
-        ValueError: with the first such text.
+        ValueError: with the first such text, and those words of it.
     """
     for text in dict.fromkeys(texts):
         if not knows_words(tokenizer, text):
-            raise ValueError(f"{text!r} has words that the model was not taught; use those of its data")
+            unknown = ", ".join(map(repr, unknown_words(tokenizer, text))) or "a word"
+            raise ValueError(
+                f"the tokenizer has no token for {unknown} in {text!r}; use words of the training data"
+            )

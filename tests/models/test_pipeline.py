@@ -113,13 +113,13 @@ def test_text_is_refused_by_a_model_that_reads_none():
 def test_words_without_a_token_are_refused_by_the_pipeline_and_by_the_processor():
     pipeline = make(words=["a red circle"])
     model, processor = pipeline.model, pipeline.processor
-    unknown = "'a blue circle' has words that the model was not taught"
+    unknown = r"the tokenizer has no token for 'blue', '!' in 'a blue blue circle!'; use words of the"
     with pytest.raises(ValueError, match=unknown):
-        pipeline("a blue circle")
+        pipeline("a blue blue circle!")
     with pytest.raises(ValueError, match=unknown):
-        processor.generate_images(model, ["a blue circle"], pipeline.grid())
+        processor.generate_images(model, ["a blue blue circle!"], pipeline.grid())
     with pytest.raises(ValueError, match=unknown):
-        processor.generate_text(model, [["a blue circle"]])
+        processor.generate_text(model, [["a blue blue circle!"]])
 
 
 def test_a_string_where_a_list_is_meant_is_refused():
@@ -145,6 +145,8 @@ def test_a_string_where_a_list_is_meant_is_refused():
         ({"height": 9}, "images of 9 x 8 pixels do not divide into patches of 2 x 2"),
         ({"output_type": "np"}, "output_type must be 'pil' or 'pt', not 'np'"),
         ({"num_inference_steps": 0}, "steps must be at least 1, not 0"),
+        ({"generator": 0}, "generator is 0; give a torch.Generator"),
+        ({"generator": [torch.Generator()]}, r"generator is \[.*\]; give a torch.Generator"),
         ({"num_frames": 2}, "no template of this model trains text2video"),
     ],
 )
