@@ -238,7 +238,9 @@ def check_rows(rows: Dataset, channels: int, *columns: str) -> None:
     """
     for column in filter(None, columns):
         if column not in rows.column_names:
-            raise ValueError(f"the data has no column {column!r}; it has {', '.join(rows.column_names)}")
+            hint = "; captions are in its metadata.csv, beside file_name" * (rows.column_names == ["image"])
+            found = ", ".join(rows.column_names) + hint
+            raise ValueError(f"the data has no column {column!r}; it has {found}")
     if channels not in MODES:
         raise ValueError(f"images have {', '.join(map(str, MODES))} channels, not {channels}")
     if not len(rows):

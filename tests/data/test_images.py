@@ -82,8 +82,15 @@ def test_a_parquet_file_is_read_as_captioned_images(tmp_path):
 
 
 def test_a_missing_column_is_answered_with_those_there_are(tmp_path):
-    with pytest.raises(ValueError, match="no column 'title'; it has image, caption, label"):
+    with pytest.raises(ValueError, match=r"no column 'title'; it has image, caption, label$"):
         load_images("digits", caption="title")
+
+
+def test_a_folder_of_images_without_captions_is_refused_with_where_they_stand(tmp_path):
+    for number in range(5):
+        PILImage.new("L", (4, 4)).save(tmp_path / f"{number}.png")
+    with pytest.raises(ValueError, match=r"no column 'text'; it has image; captions are in its metadata.csv"):
+        load_images(str(tmp_path), caption="text")
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def choices(request: pytest.FixtureRequest) -> str:
 def offsets(request: pytest.FixtureRequest) -> str:
     """The table of offsets of growing images; with --write-promises the page gets it."""
     schemes = {name: Scheme(layout=name) for name in COMPARED}
-    schemes["compact, centred"] = Scheme(layout="compact", options={"origin": "centre"})
+    schemes["compact-centred"] = Scheme(layout="compact", options={"origin": "centre"})
     table = offsets_table(schemes, [Image(2, 2), Image(6, 6)])
     if request.config.getoption("--write-promises", default=False):
         markdown.write_table(PAGE.with_name("factors.md"), "offsets", table)
