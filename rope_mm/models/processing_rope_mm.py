@@ -264,11 +264,9 @@ class RopeMMProcessor(ProcessorMixin):
         self.check_context(context or [], window)
         none = torch.zeros(0, self.patch_width)
         videos = [self.encode_visual(video)[1] for video in context] if context else [none] * len(documents)
-        segment = (
-            replace(grid, t=t, seconds_per_frame=grid.seconds_per_frame * depth)
-            if isinstance(grid, Video)
-            else grid
-        )
+        segment = grid
+        if isinstance(grid, Video):
+            segment = replace(grid, t=t, seconds_per_frame=grid.seconds_per_frame * depth)
         if window is not None:
             segment = replace(segment, t=window)
         last = len(videos[0]) if window is None else min(len(videos[0]), (window - 1) * y * x)
