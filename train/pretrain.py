@@ -386,6 +386,11 @@ def check(config: Pretrain) -> None:
     for name in ("paths", "templates"):
         if not getattr(config.data, name):
             raise ValueError(f"data.{name} must name at least one, not []")
+    if config.energy != EnergyConfig() and config.image_head != "energy":
+        raise ValueError(
+            f"energy.* is read by the energy head, and image_head is {config.image_head!r}; "
+            "give --image_head energy, or no --energy.*"
+        )
 
 
 def main(config: Pretrain, training: type[Training] = Training) -> None:

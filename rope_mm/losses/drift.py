@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rope_mm.checks.fields import Count, Positive, Real, Reals, read_value
 from rope_mm.checks.tensors import check_real_tensors
-from rope_mm.losses.scores import at_least_float32
+from rope_mm.losses.scores import at_least_float32, is_readable
 from rope_mm.registry import Registry
 
 LEAST = 2  # samples of each side: one has no neighbours that tell where its law is
@@ -170,7 +170,8 @@ def follow_field(
         options: further arguments of the field.
 
     Raises:
-        ValueError: no widths, or one that is not positive; as the field.
+        ValueError: no widths, or one that is not positive or at which the field vanishes, samples that are not
+            finite; as the field.
     """
     widths = read_value("follow_field", "widths", widths, Annotated[Sequence[float], Reals(Real(above=0))])
     if not widths:
@@ -181,9 +182,20 @@ def follow_field(
         parts = (here / scale, real / scale, other / scale)
         fields = [FIELDS[field](*parts, width, **options) for width in widths]
         sizes = torch.stack([each.square().mean().sqrt() for each in fields])
+        check_sizes(field, widths, sizes)
         least = torch.finfo(here.dtype).tiny
         moved = parts[0] + sum(each / size.clamp_min(least) for each, size in zip(fields, sizes, strict=True))
     return Followed(projection(at_least_float32(x) / scale, moved), sizes.mean())
+
+
+def check_sizes(field: str, widths: Sequence[float], sizes: Tensor) -> None:
+    """Refuse a field that is zero, as of affinities that underflow, or no number; on a CPU only."""
+    if is_readable(sizes) and not (sizes > 0).all():
+        wrong = [width for width, size in zip(widths, sizes.tolist(), strict=True) if not size > 0]
+        raise ValueError(
+            f"the {field} field is zero or no number at widths {wrong}; give wider ones where samples are far "
+            "apart, and samples that are finite"
+        )
 
 
 def projection(x: Tensor, moved: Tensor) -> Tensor:

@@ -170,7 +170,14 @@ def test_a_port_in_use_is_named_in_a_sentence(address):
 
 def test_the_command_serves_the_page_until_it_is_interrupted():
     command = [sys.executable, "-m", "rope_mm.cli", "explore", "--port", "0", "--no-browser"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a job in the background of a shell would leave it deaf to the interrupt
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         line = process.stdout.readline()
         address = re.search(r"http://127\.0\.0\.1:\d+/", line)[0]

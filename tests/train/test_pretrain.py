@@ -222,6 +222,7 @@ def test_a_task_that_no_template_trains_is_refused(pretrain, tmp_path):
         ({"num_workers": -1}, "num_workers must be at least 0, not -1"),
         ({"data.templates": "['{title}']"}, "template '{title}' fits no source"),
         ({"data.templates": "[]"}, "data.templates must name at least one"),
+        ({"energy.repulsion": 0.5}, "energy.* is read by the energy head, and image_head is"),
         (
             {"image_head": "adversarial", "loss.name": "rasgan", "gradient_accumulation_steps": 2},
             "each of 2 micro-batches",
