@@ -170,8 +170,8 @@ def follow_field(
         options: further arguments of the field.
 
     Raises:
-        ValueError: no widths, or one that is not positive or at which the field vanishes, samples that are not
-            finite; as the field.
+        ValueError: no widths, or one that is not positive or at which the field vanishes, samples that are
+            not finite; as the field.
     """
     widths = read_value("follow_field", "widths", widths, Annotated[Sequence[float], Reals(Real(above=0))])
     if not widths:
@@ -193,8 +193,8 @@ def check_sizes(field: str, widths: Sequence[float], sizes: Tensor) -> None:
     if is_readable(sizes) and not (sizes > 0).all():
         wrong = [width for width, size in zip(widths, sizes.tolist(), strict=True) if not size > 0]
         raise ValueError(
-            f"the {field} field is zero or no number at widths {wrong}; give wider ones where samples are far "
-            "apart, and samples that are finite"
+            f"the {field} field is zero or no number at widths {wrong}; give wider ones where samples are "
+            "far apart, and samples that are finite"
         )
 
 

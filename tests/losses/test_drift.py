@@ -226,7 +226,9 @@ def test_settings_that_make_no_loss_are_refused(wrong, message):
 
 def test_a_field_that_underflows_or_is_no_number_is_refused_and_not_taken_for_rest():
     x, real, other = normal(4, 2).float(), 9 + normal(4, 2, seed=1).float(), normal(4, 2, seed=2).float()
-    with pytest.raises(ValueError, match=r"the drift field is zero or no number at widths \[0.001\]; give wider"):
+    with pytest.raises(
+        ValueError, match=r"the drift field is zero or no number at widths \[0.001\]; give wider"
+    ):
         follow_field(x, real, other, "drift", [0.1, 0.001])
     real[0] = math.nan
     with pytest.raises(ValueError, match="samples that are finite"):
