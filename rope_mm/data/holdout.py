@@ -1,7 +1,7 @@
 """Which rows are held out: a function of the row alone, so that no change of the data moves a row."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def row_numbers(rows: Dataset) -> list[float]:
     for table in stored.iter(batch_size=64):
         for row in table.to_pylist():
             digest = hashlib.blake2b(digest_size=8)
-            for part in read_content(row):
+            for part in read_content(row, head_of_file):
                 digest.update(part)
             numbers.append(int.from_bytes(digest.digest(), "big") / 2**64)
     return numbers
@@ -71,19 +71,29 @@ def is_text(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
 
-def read_content(stored: Any) -> Iterable[bytes]:
-    """What tells rows apart: the first bytes of a file that is stored, the name of one elsewhere."""
+def head_of_file(stored: dict[str, Any]) -> Iterable[bytes]:
+    """The first bytes of a file that is stored and their whole number, the name of one elsewhere."""
+    if stored["bytes"]:
+        yield f"{len(stored['bytes'])}".encode() + stored["bytes"][:HEAD]
+    elif stored["path"]:
+        yield Path(stored["path"]).name.encode()
+
+
+def read_content(stored: Any, of_file: Callable[[dict[str, Any]], Iterable[bytes]]) -> Iterable[bytes]:
+    """What tells values of a row apart: their text, and of files what `of_file` reads.
+
+    Args:
+        stored: a row, or what it holds.
+        of_file: {bytes, path} of an image or video -> some of its content.
+    """
     if isinstance(stored, dict) and stored.keys() == {"bytes", "path"}:
-        if stored["bytes"]:
-            yield f"{len(stored['bytes'])}".encode() + stored["bytes"][:HEAD]
-        elif stored["path"]:
-            yield Path(stored["path"]).name.encode()
+        yield from of_file(stored)
     elif isinstance(stored, dict):
         for name, part in sorted(stored.items()):
             yield name.encode()
-            yield from read_content(part)
+            yield from read_content(part, of_file)
     elif isinstance(stored, list):
         for part in stored:
-            yield from read_content(part)
+            yield from read_content(part, of_file)
     else:
         yield repr(stored).encode()

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from rope_mm.data.holdout import is_plain
+from rope_mm.data.holdout import is_plain, read_content
 
 SAMPLED_ROWS = 256  # of each source, evenly spaced, whose images are read
 
@@ -45,23 +45,13 @@ def read_parts(source: Any) -> Iterable[bytes]:
         count = min(SAMPLED_ROWS, len(source))
         chosen = sorted({i * (len(source) - 1) // max(count - 1, 1) for i in range(count)})
         for row in source.select(chosen).select_columns(rest).iter(batch_size=1):
-            yield from read_content(row.to_pydict())
+            yield from read_content(row.to_pydict(), whole_file)
 
 
-def read_content(stored: Any) -> Iterable[bytes]:
-    """The content of what a row holds; of a file elsewhere its name and size."""
-    if isinstance(stored, dict) and stored.keys() == {"bytes", "path"}:
-        path = Path(stored["path"]) if stored["path"] else None
-        if stored["bytes"]:
-            yield stored["bytes"]
-        elif path is not None:
-            yield f"{path.name} {path.stat().st_size if path.exists() else ''}".encode()
-    elif isinstance(stored, dict):
-        for name, part in sorted(stored.items()):
-            yield name.encode()
-            yield from read_content(part)
-    elif isinstance(stored, list):
-        for part in stored:
-            yield from read_content(part)
-    else:
-        yield repr(stored).encode()
+def whole_file(stored: dict[str, Any]) -> Iterable[bytes]:
+    """The bytes of a file that is stored; the name and size of one elsewhere."""
+    path = Path(stored["path"]) if stored["path"] else None
+    if stored["bytes"]:
+        yield stored["bytes"]
+    elif path is not None:
+        yield f"{path.name} {path.stat().st_size if path.exists() else ''}".encode()
