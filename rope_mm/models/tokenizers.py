@@ -69,12 +69,13 @@ def knows_words(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 
 
 def unknown_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """The words of a text that have no token, each once; [] where the tokenizer gives no offsets."""
+    """The words of a text that have no token, each once; [] for spaces alone, or without offsets."""
     if not tokenizer.is_fast:
         return []
     read = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
     spans = zip(read["input_ids"], read["offset_mapping"], strict=True)
-    return list(dict.fromkeys(text[a:b].strip() for i, (a, b) in spans if i == tokenizer.unk_token_id))
+    unknown = dict.fromkeys(text[a:b].strip() for i, (a, b) in spans if i == tokenizer.unk_token_id)
+    return [word for word in unknown if word]
 
 
 def check_words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> None:
@@ -85,7 +86,7 @@ def check_words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Non
     """
     for text in dict.fromkeys(texts):
         if not knows_words(tokenizer, text):
-            unknown = ", ".join(map(repr, unknown_words(tokenizer, text))) or "a word"
+            unknown = ", ".join(map(repr, unknown_words(tokenizer, text))) or "a word or space"
             raise ValueError(
                 f"the tokenizer has no token for {unknown} in {text!r}; use words of the training data"
             )

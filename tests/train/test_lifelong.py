@@ -120,7 +120,7 @@ def test_a_run_that_starts_from_another_reads_its_own_rows_from_the_first_step_a
         ({"tokenizer": "bytes"}, "another tokenizer .words there, bytes here"),
         (
             {"data.templates": "['draw {caption}{image:generate}']"},
-            "'draw ' has words that the model was not",
+            "no token for 'draw' in 'draw '; use words",
         ),
         ({"data.filter": "{shape: [blob]}"}, "column 'shape' has no 'blob'; it has circle"),
         ({"data.filter": "{form: [ring]}"}, "no column 'form'; it has image, caption"),
