@@ -18,7 +18,7 @@ def splits():
 def evaluator(splits):
     """An evaluator whose classifier sees few images of each combination."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_letter_classifier, "__defaults__", (8,))
+        patch.setattr(train_letter_classifier, "__defaults__", (16,))
         train, test = ((part.images(), part.labels) for part in splits)
         return IMAGE_EVALUATORS["letters"](train, test, 248, 0)
 
