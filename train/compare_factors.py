@@ -37,7 +37,7 @@ from rope_mm.files import write_text
 from rope_mm.training.config import option, run
 from rope_mm.training.threads import choose_threads
 
-NOT_OF_A_RUN = (*FREE, "layouts", "allocations", "thetas", "left_out", "processes", "augment")
+NOT_OF_A_RUN = (*FREE, "layouts", "allocations", "thetas", "skipped", "processes", "augment")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class CompareFactors(CompareSchemes):
     layouts: dict[str, dict[str, Any]] = option({}, "name of a layout -> fields of rope_parameters")
     allocations: dict[str, dict[str, Any]] = option({}, "name of an allocation -> fields of rope_parameters")
     thetas: list[float] = option([10.0, 100.0, 1000.0], "of which each cell is given its best", above=0)
-    left_out: dict[str, str] = option({}, "layout/allocation -> why this cell makes no sense")
+    skipped: dict[str, str] = option({}, "layout/allocation -> why this cell makes no sense")
     processes: int = option(1, "that share the runs", minimum=1)
 
 
@@ -87,22 +87,22 @@ class FactorBenchmark(Benchmark):
 
 
 def list_cells(config: CompareFactors) -> list[Cell]:
-    """The product of layouts and allocations but for what is left out, then the further rows.
+    """The product of layouts and allocations but for skipped cells, then the further rows.
 
     A further row that names a theta is run at that one alone.
 
     Raises:
-        ValueError: a cell is left out that does not exist.
+        ValueError: a skipped cell that does not exist.
     """
     product = {
         f"{layout}/{allocation}": {**place, **allot}
         for layout, place in config.layouts.items()
         for allocation, allot in config.allocations.items()
     }
-    if unknown := sorted(set(config.left_out) - set(product)):
-        raise ValueError(f"left_out names {unknown}, which are not among {list(product)}")
+    if unknown := sorted(set(config.skipped) - set(product)):
+        raise ValueError(f"skipped names {unknown}, which are not among {list(product)}")
     crossed = [
-        Cell(name, rope, config.thetas) for name, rope in product.items() if name not in config.left_out
+        Cell(name, rope, config.thetas) for name, rope in product.items() if name not in config.skipped
     ]
     rows = [
         Cell(name, rope, [rope["theta"]] if "theta" in rope else config.thetas)

@@ -70,9 +70,9 @@ def test_questions_of_the_validation_part_are_other_ones_of_the_same_forms(flags
     assert all(tuple(sample.patches.flatten().tolist()) not in patches for sample in validation)
 
 
-def test_a_cell_that_is_left_out_must_exist(flags):
-    with pytest.raises(ValueError, match=r"left_out names \['grid/chunky'\]"):
-        factors.list_cells(replace(configure(flags), left_out={"grid/chunky": "a typing error"}))
+def test_a_skipped_cell_must_exist(flags):
+    with pytest.raises(ValueError, match=r"skipped names \['grid/chunky'\]"):
+        factors.list_cells(replace(configure(flags), skipped={"grid/chunky": "a typing error"}))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_cell_that_is_left_out_must_exist(flags):
         ({"layouts": {}}, r"layouts must have .* not \[\]"),
         ({"allocations": {"chunk": {"ownership": "chunk"}}}, r"allocations must have .* not \['chunk'\]"),
         (
-            {"left_out": {"tv/own": "a layout without all allocations"}},
+            {"skipped": {"tv/own": "a layout without all allocations"}},
             r"layouts must have .* not \['grid'\]",
         ),
     ],
