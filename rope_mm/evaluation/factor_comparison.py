@@ -251,17 +251,17 @@ def draw_factors(path: Path, first: Sequence[Result], reported: Sequence[Result]
         ValueError: no matplotlib.
     """
     figure = new_figure(15, 4.6)
-    shares, chosen, marks = figure.subplots(1, 3, width_ratios=(2, 2, 3))
+    shares, chosen, answers = figure.subplots(1, 3, width_ratios=(2, 2, 3))
     draw_shares(shares, share_by_task(first, FACTORS), "three thetas, one seed")
     draw_shares(chosen, share_by_task(reported, FACTORS[:2], ["seed"]), "theta chosen for each cell")
     cells = by_cell(reported)
     names = sorted(cells, key=lambda cell: fmean(run.score("untrained")["all"] for run in cells[cell]))
     for place, cell in enumerate(names):
         scores = [100 * run.score("untrained")["all"] for run in cells[cell]]
-        marks.barh(place, fmean(scores), color="lightsteelblue" if "/" in cell else "wheat")
-        marks.plot(scores, [place] * len(scores), "k.", markersize=3)
-    marks.set_yticks(range(len(names)), names, fontsize=6)
-    marks.set(title="right answers at untrained sizes, %", xlim=(0, 100), ylim=(-0.5, len(names) - 0.5))
+        answers.barh(place, fmean(scores), color="lightsteelblue" if "/" in cell else "wheat")
+        answers.plot(scores, [place] * len(scores), "k.", markersize=3)
+    answers.set_yticks(range(len(names)), names, fontsize=6)
+    answers.set(title="right answers at untrained sizes, %", xlim=(0, 100), ylim=(-0.5, len(names) - 0.5))
     save_figure(path, figure)
 
 

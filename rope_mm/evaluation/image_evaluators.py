@@ -12,8 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from rope_mm.evaluation.distribution import FEATURES, MIN_SAMPLES, distribution_metrics, report_skipped
+from rope_mm.evaluation.fitting import fit
 from rope_mm.evaluation.letters import prepare_letters
 from rope_mm.evaluation.metrics import conditional_accuracy, mode_statistics
 from rope_mm.registry import Registry
@@ -81,18 +83,16 @@ def train_classifier(
         epochs: how often it sees each image.
         batch: images a step.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        classifier = FeatureClassifier(images[0].numel(), int(labels.max()) + 1)
-        optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (-(-len(images) // batch)))
-        for _ in range(epochs):
-            for rows in torch.randperm(len(images)).split(batch):
-                optimizer.zero_grad()
-                cross_entropy(classifier(images[rows]), labels[rows]).backward()
-                optimizer.step()
-                schedule.step()
-    return classifier.eval()
+    return fit(
+        lambda: FeatureClassifier(images[0].numel(), int(labels.max()) + 1),
+        lambda classifier, rows: cross_entropy(classifier(images[rows]), labels[rows]),
+        len(images),
+        seed,
+        epochs=epochs,
+        batch=batch,
+        lr=2e-3,
+        schedule=CosineAnnealingLR,
+    )
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import OneCycleLR
 
 from rope_mm.data.seeding import make_generator
 from rope_mm.data.synthetic.letters import CHARACTERS, SIZE, STYLES, draw_glyphs, move_at_random
 from rope_mm.evaluation.distribution import FEATURES, distribution_metrics, report_skipped
+from rope_mm.evaluation.fitting import fit
 
 IMAGES, EPOCHS, BATCH = 24, 8, 64  # of each combination, how often the classifier sees them, at once
+LR = 4e-3  # the highest rate
 PART = 1_000  # images classified at once
 
 
@@ -56,20 +59,21 @@ def train_letter_classifier(seed: int, count: int = IMAGES) -> LetterClassifier:
     labels = torch.arange(len(CHARACTERS) * len(STYLES)).repeat(count)
     images = move_at_random(draw_glyphs(), labels, make_generator(seed, "classifier"))[:, None] * 2 - 1
     character, style = labels // len(STYLES), labels % len(STYLES)
-    steps = EPOCHS * (-(-len(labels) // BATCH))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        classifier = LetterClassifier()
-        optimizer = torch.optim.AdamW(classifier.parameters(), lr=4e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
-        for _ in range(EPOCHS):
-            for rows in torch.randperm(len(labels)).split(BATCH):
-                optimizer.zero_grad()
-                logits = classifier(images[rows])
-                (cross_entropy(logits[0], character[rows]) + cross_entropy(logits[1], style[rows])).backward()
-                optimizer.step()
-                schedule.step()
-    return classifier.eval()
+
+    def loss(classifier: LetterClassifier, rows: Tensor) -> Tensor:
+        of_character, of_style = classifier(images[rows])
+        return cross_entropy(of_character, character[rows]) + cross_entropy(of_style, style[rows])
+
+    return fit(
+        LetterClassifier,
+        loss,
+        len(labels),
+        seed,
+        epochs=EPOCHS,
+        batch=BATCH,
+        lr=LR,
+        schedule=lambda optimizer, steps: OneCycleLR(optimizer, LR, steps),
+    )
 
 
 @dataclass(frozen=True)

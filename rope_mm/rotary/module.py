@@ -34,9 +34,8 @@ class Rotary(nn.Module):
     A model with several layers makes the angles once: `angles = rope.angles(p, q.dtype)`, then in every layer
     `q, k = angles.rotate(q, k)`. `torch.compile(rope, fullgraph=True)` serves all positions and lengths with
     one graph. Where Omega depends on the length, which a graph cannot read, make `rope.angles(p)` outside of
-    the graph and pass it instead of p. What does not fit
-    is a ValueError in compiled code, too, but for `fullgraph=True`: there torch raises its own `Unsupported`,
-    whose cause has the sentence.
+    the graph and pass it instead of p. What does not fit is a ValueError in compiled code, too, but for
+    `fullgraph=True`: there torch raises its own `Unsupported`, whose cause has the sentence.
 
     Args:
         head_dim: channels of a head.

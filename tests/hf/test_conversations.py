@@ -158,14 +158,20 @@ def test_get_rope_index_gives_the_same_for_positional_and_keyword_arguments():
         model.model.get_rope_index(ids, kinds, inputs["image_grid_thw"], second_per_grid=[1.0])
 
 
-def test_positions_of_another_rule_are_refused_where_images_stand_by_our_layout():
+def with_positions_of_qwen(scheme):
+    """A model set to a scheme, inputs with an image, Qwen's own positions of them, the true logits."""
     model = qwen2_5_vl()
     said, inputs = image((1, 4, 8))
     theirs, _ = model.model.get_rope_index(
         inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
     )
-    truth = true_logits(model, said, "rope-tv", **inputs)
-    set_rope(model, "rope-tv")
+    truth = true_logits(model, said, scheme, **inputs)
+    set_rope(model, scheme)
+    return model, inputs, theirs, truth
+
+
+def test_positions_of_another_rule_are_refused_where_images_stand_by_our_layout():
+    model, inputs, theirs, truth = with_positions_of_qwen("rope-tv")
     ours, count = positions_for(model, inputs), torch.arange(theirs.shape[-1])[None, None]
     numbered = torch.cat((count, theirs))
     for ids in (theirs, numbered, theirs.float(), numbered.float(), ours.long(), ours[1:].round()):
@@ -179,13 +185,7 @@ def test_positions_of_another_rule_are_refused_where_images_stand_by_our_layout(
 
 
 def test_whole_positions_are_taken_where_the_layout_gives_the_same():
-    model = qwen2_5_vl()
-    said, inputs = image((1, 4, 8))
-    theirs, _ = model.model.get_rope_index(
-        inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
-    )
-    truth = true_logits(model, said, "m-rope", **inputs)
-    set_rope(model, "m-rope")
+    model, inputs, theirs, truth = with_positions_of_qwen("m-rope")
     for ids in (theirs, theirs.float(), theirs + 5):
         assert (logits(model, **inputs, position_ids=ids) - truth).abs().max() < WITHIN
 

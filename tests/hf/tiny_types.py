@@ -2,22 +2,10 @@
 
 import torch
 import transformers as hf
+from tiny_sizes import TEXT
 from torch import nn
 from transformers.models.gemma3n import modeling_gemma3n
 
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 100,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 BARE = {name: size for name, size in TEXT.items() if name != "head_dim"}
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGE = {"image_token_id": 90, "video_token_id": 91}

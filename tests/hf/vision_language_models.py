@@ -1,5 +1,6 @@
 """Tiny models of the Qwen-VL family with random weights, for several tests."""
 
+import tiny_sizes
 import torch
 from transformers import (
     Qwen2_5_VLConfig,
@@ -12,20 +13,7 @@ from transformers import (
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 STRIDED = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 100,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+TEXT = {**tiny_sizes.TEXT, "max_position_embeddings": 512, "initializer_range": 0.2}
 VISION = {
     "depth": 2,
     "hidden_size": 32,

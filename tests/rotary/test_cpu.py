@@ -17,6 +17,12 @@ FORMS = st.one_of(
         st.just("block"), st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple), st.booleans()
     ),
 )
+CASES = {
+    "form": FORMS,
+    "shared": st.booleans(),
+    "n": st.sampled_from([1, 2, 4]),
+    "spare": st.integers(0, 2),
+}
 
 
 def case(form, shared, n, spare, dtype=torch.float64, s=3):
@@ -32,13 +38,7 @@ def rotate_by(x, angle, *form):
     return dispatch.tables_of(angle, spec, x.dtype, None, None).rotate_one(x)
 
 
-@given(
-    form=FORMS,
-    shared=st.booleans(),
-    n=st.sampled_from([1, 2, 4]),
-    spare=st.integers(0, 2),
-    part=st.integers(1, 99),
-)
+@given(**CASES, part=st.integers(1, 99))
 def test_both_ways_rotate_as_the_definition(form, shared, n, spare, part):
     slot = cpu.Slot(*form)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -60,13 +60,7 @@ def test_both_ways_rotate_as_the_definition(form, shared, n, spare, part):
             torch.testing.assert_close(rotated, expected, atol=eps, rtol=eps)
 
 
-@given(
-    form=FORMS,
-    shared=st.booleans(),
-    n=st.sampled_from([1, 2, 4]),
-    spare=st.integers(0, 2),
-    part=st.integers(1, 400),
-)
+@given(**CASES, part=st.integers(1, 400))
 def test_gradients_of_angles_in_parts_are_those_of_all_at_once(form, shared, n, spare, part):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         y, angle = case(form, shared, n, spare, dtype, s=5)
