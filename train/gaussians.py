@@ -12,7 +12,7 @@ import rope_mm.checks.installed  # noqa: F401 isort: skip
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +35,34 @@ from rope_mm.registry import Registry
 from rope_mm.training.config import check_options, option, run
 from rope_mm.training.ema import Ema
 
-LOSSES: Registry[Any] = Registry("loss", {**GAN_LOSSES, "energy": energy_score, **FIELDS})
+
+@dataclass(frozen=True)
+class FieldLoss:
+    """A loss of samples that follow a field.
+
+    Attributes:
+        field: a key of FIELDS.
+        options: keys of a row that the field takes.
+    """
+
+    field: str
+    options: tuple[str, ...] = ()
+
+    def __call__(self, samples: Tensor, real: Tensor, row: "Row", progress: float) -> Tensor:
+        """The loss of samples (2, b, 2), the first of which follow; see `WITHOUT_CRITIC`."""
+        fall = row.final_width_ratio ** min(1.0, 1.5 * progress)
+        widths = [width * fall for width in row.widths]
+        options = {name: getattr(row, name) for name in self.options}
+        return follow_field(samples[0], real, samples[1], self.field, widths, **options).loss
+
+
+# name -> (two samples (2, b, 2) for every real one, real ones (b, 2), row, part of the training) -> loss
+WITHOUT_CRITIC: dict[str, Callable[[Tensor, Tensor, "Row", float], Tensor]] = {
+    "energy": lambda samples, real, row, progress: energy_score(samples, real).mean(),
+    **{name: FieldLoss(name) for name in FIELDS},
+    "wflow": FieldLoss("wflow", ("iterations",)),
+}
+LOSSES: Registry[Any] = Registry("loss", {**GAN_LOSSES, **WITHOUT_CRITIC})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,18 +229,11 @@ class GanExperiment:
             raise ValueError(
                 f"{self.row.loss} has no critic that penalties {self.row.penalties} could restrain"
             )
-        real, samples = self.real(), self.generator(self.noise(2 * self.settings.batch_size)).chunk(2, dim=1)
-        if self.row.loss == "energy":
-            parts = zip(torch.stack(samples, 1), real, strict=True)
-            return torch.stack([energy_score(both, target).mean() for both, target in parts]).sum()
-        fall = self.row.final_width_ratio ** min(1.0, 1.5 * progress)
-        widths = [width * fall for width in self.row.widths]
-        more = {"iterations": self.row.iterations} if self.row.loss == "wflow" else {}
-        losses = [
-            follow_field(x, target, other, self.row.loss, widths, **more).loss
-            for x, target, other in zip(samples[0], real, samples[1], strict=True)
-        ]
-        return torch.stack(losses).sum()
+        real, loss = self.real(), WITHOUT_CRITIC[self.row.loss]
+        samples = self.generator(self.noise(2 * self.settings.batch_size)).unflatten(1, (2, -1))
+        return torch.stack(
+            [loss(both, target, self.row, progress) for both, target in zip(samples, real, strict=True)]
+        ).sum()
 
     @torch.no_grad()
     def samples(self) -> Tensor:
@@ -310,9 +330,8 @@ def main(config: Gaussians) -> None:
             "rows and seeds must name something; give --config configs/adversarial/gaussians.yaml"
         )
     for row in config.rows.values():
-        GanExperiment(row, config.settings, config.seeds).step(
-            0.0
-        )  # refuses what cannot be trained before any row is trained
+        # refuses what cannot be trained before any row is trained
+        GanExperiment(row, config.settings, config.seeds).step(0.0)
     new_figure(1, 1)  # refuses a missing matplotlib before any row is trained
     output_dir, results = Path(config.output_dir), {"true samples": truth(config.settings, config.seeds)}
     for name in (bar := tqdm(config.rows, desc="gaussians")):

@@ -170,10 +170,7 @@ class Training:
     def identity(self) -> Identity:
         """All that the run depends on."""
         splits = {"train": self.documents, "held_out": self.held_out}
-        data = {
-            name: fingerprint_rows(documents.sources, getattr(documents, "files", ()))
-            for name, documents in splits.items()
-        }
+        data = {name: fingerprint_rows(rows.sources, rows.files) for name, rows in splits.items()}
         by_place = isinstance(self.documents, StreamingDocuments) and any(self.documents.blocks.apart)
         return Identity(fingerprint(self.config), data, self.config.optim.constant, by_place)
 

@@ -111,6 +111,7 @@ class DocumentDataset(ABC):
     """
 
     stream_state: Any = None  # where a stream is read on, in place of beginning anew
+    files: Sequence[str] = ()  # of a stream, see `rope_mm.data.streaming.list_files`
 
     def __init__(
         self,

@@ -17,8 +17,8 @@ def split_rows(rows: Dataset) -> DatasetDict:
 
     The side of a row follows from its image or video, or without one from its texts and numbers. So rows that
     are added or removed later, and captions that are corrected, leave all others where they were, and equal
-    rows are on one side. Of a few rows none may be below the share; then the one with the lowest number is
-    held out.
+    rows are on one side. Of a few rows none may be below the share, or all; then the one with the
+    lowest number is held out, or the one with the highest is trained on, until there are more rows.
 
     Args:
         rows: of `datasets`.

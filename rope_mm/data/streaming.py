@@ -180,7 +180,6 @@ class StreamingDocuments(DocumentDataset):
     """
 
     stream_state: StreamState | None = None
-    files: Sequence[str] = ()  # what is read, see `list_files`
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import filelock
 from accelerate import Accelerator
+from accelerate.utils.constants import FSDP_MODEL_NAME, SAFE_WEIGHTS_NAME
 from omegaconf import OmegaConf
 from torch.distributed.fsdp import StateDictType
 
@@ -26,9 +27,9 @@ MADE = ("checkpoints", "samples", "metrics.jsonl", "index.html", *DONE)
 PATIENCE = 10.0  # seconds
 # how a checkpoint stores its weights -> the file or folder of the first model
 WEIGHTS = {
-    "whole": "model.safetensors",
-    "sharded": "pytorch_model_fsdp_0",
-    "gathered by FSDP": "pytorch_model_fsdp.bin",
+    "whole": SAFE_WEIGHTS_NAME,
+    "sharded": f"{FSDP_MODEL_NAME}_0",
+    "gathered by FSDP": f"{FSDP_MODEL_NAME}.bin",
 }
 
 

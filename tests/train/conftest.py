@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -108,6 +109,14 @@ def lines(output_dir):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def forget(output_dir, step):
+    """Leave the run as it was at a step."""
+    for path in (output_dir / "checkpoints").iterdir():
+        if path.name > f"step-{step:06d}":
+            shutil.rmtree(path)
+    shutil.rmtree(output_dir / "model")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def embedded_rows_are_made_once():
     """Rows of embedded sources are the same in every run."""
@@ -119,14 +128,29 @@ def embedded_rows_are_made_once():
 
 @pytest.fixture(scope="session")
 def runs():
-    """What a run left: its weights, the lines of its metrics, and whether two are the same."""
+    """What a run left: its weights, its metrics, its first steps alone, whether two are the same."""
     return SimpleNamespace(
         environment=environment,
         weights=weights,
         lines=lines,
+        forget=forget,
         equal=equal,
         same=lambda one, two: equal(weights(one), weights(two)),
     )
+
+
+@pytest.fixture
+def check_close(runs):
+    """A function that compares weights and metrics of two runs."""
+
+    def compare(one, two, within=1e-5):
+        ours, theirs = runs.weights(one), runs.weights(two)
+        for name, weight in theirs.items():
+            torch.testing.assert_close(ours[name], weight, atol=within, rtol=0, msg=name)
+        for mine, its in zip(runs.lines(one), runs.lines(two), strict=True):
+            assert mine == pytest.approx(its, abs=10 * within, rel=10 * within)
+
+    return compare
 
 
 @pytest.fixture(scope="session")

@@ -21,28 +21,6 @@ SLOWLY = {"optim.lr": 1e-3, "optim.critic_lr": 1e-3}
 SEVEN = {"global_batch_size": 7, **SLOWLY}  # which two processes and three micro-batches do not divide
 
 
-@pytest.fixture
-def check_close(runs):
-    """A function that compares weights and metrics of two runs."""
-
-    def compare(one, two, within=1e-5):
-        ours, theirs = runs.weights(one), runs.weights(two)
-        for name, weight in theirs.items():
-            torch.testing.assert_close(ours[name], weight, atol=within, rtol=0, msg=name)
-        for mine, its in zip(runs.lines(one), runs.lines(two), strict=True):
-            assert mine == pytest.approx(its, abs=10 * within, rel=10 * within)
-
-    return compare
-
-
-def forget(output_dir, step):
-    """Leave the run as it was at a step."""
-    for path in (output_dir / "checkpoints").iterdir():
-        if path.name > f"step-{step:06d}":
-            shutil.rmtree(path)
-    shutil.rmtree(output_dir / "model")
-
-
 @pytest.mark.slow  # without a critic: the next test, and tests/train/test_sharded.py
 def test_two_processes_train_as_one_on_the_same_documents_and_resume_bit_exactly(
     pretrain, runs, check_close, tmp_path
@@ -53,23 +31,23 @@ def test_two_processes_train_as_one_on_the_same_documents_and_resume_bit_exactly
     pretrain.torchrun(two, **settings)
     check_close(two, one)
     shutil.copytree(two / "model", tmp_path / "before" / "model")
-    forget(two, 2)
+    runs.forget(two, 2)
     pretrain.torchrun(two, **settings)
     assert runs.same(two, tmp_path / "before")
 
 
 @pytest.mark.slow
-def test_a_stream_resumes_on_another_number_of_processes(pretrain, check_close, tmp_path):
+def test_a_stream_resumes_on_another_number_of_processes(pretrain, runs, check_close, tmp_path):
     one, parts = tmp_path / "one", tmp_path / "parts"
     stream = {"data.streaming": "true", "data.shuffle": 5, "eval_samples": 3}
     settings = {"image_head": "flow", "steps": 6, "checkpoint_every": 2, **SEVEN, **stream}
     pretrain.train(one, **settings)
     pretrain.torchrun(parts, **settings)
     check_close(parts, one)
-    forget(parts, 4)
+    runs.forget(parts, 4)
     pretrain.train(parts, **settings)
     check_close(parts, one)
-    forget(parts, 4)
+    runs.forget(parts, 4)
     pretrain.torchrun(parts, **settings)
     check_close(parts, one)
 

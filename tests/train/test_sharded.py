@@ -1,11 +1,9 @@
 """FSDP2 on CPUs: sharded weights train as whole ones, and resume on any number of processes."""
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import StateDictType
 
@@ -23,43 +21,27 @@ FSDP = {
 }
 
 
-def forget(output_dir, step):
-    """Leave the run as it was at a step."""
-    for path in (output_dir / "checkpoints").iterdir():
-        if path.name > f"step-{step:06d}":
-            shutil.rmtree(path)
-    shutil.rmtree(output_dir / "model")
-
-
 @pytest.mark.slow
 def test_sharded_weights_train_as_whole_ones_and_are_saved_on_two_processes_and_resumed_on_one_and_back(
-    pretrain, runs, refusal, tmp_path, monkeypatch
+    pretrain, runs, check_close, refusal, tmp_path, monkeypatch
 ):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = {"image_head": "flow", "steps": 4, "optim.lr": 1e-3, "global_batch_size": 7}
     pretrain.train(whole, **settings)
-
-    def check_close():
-        ours, theirs = runs.weights(parts), runs.weights(whole)
-        for name, weight in theirs.items():  # sums of float32 in another order
-            torch.testing.assert_close(ours[name], weight, atol=1e-5, rtol=0, msg=name)
-        for mine, its in zip(runs.lines(parts), runs.lines(whole), strict=True):
-            assert mine == pytest.approx(its, abs=1e-4, rel=1e-4)
-
     with monkeypatch.context() as patch:
         for name, value in FSDP.items():
             patch.setenv(name, value)
         pretrain.torchrun(parts, script=[str(SCRIPT)], **settings)
-        check_close()
+        check_close(parts, whole)
         stored = parts / "checkpoints" / "step-000002" / "pytorch_model_fsdp_0"
         assert {path.name for path in stored.iterdir()} == {".metadata", "__0_0.distcp", "__1_0.distcp"}
-        forget(parts, 2)
+        runs.forget(parts, 2)
         pretrain.torchrun(parts, script=[str(SCRIPT)], processes=1, checkpoint_every=1, **settings)
-        check_close()
-        forget(parts, 3)
+        check_close(parts, whole)
+        runs.forget(parts, 3)
         pretrain.torchrun(parts, script=[str(SCRIPT)], **settings)
-        check_close()
-    forget(parts, 3)
+        check_close(parts, whole)
+    runs.forget(parts, 3)
     message = refusal(pretrain, parts, **settings)
     assert "has weights that are stored sharded, and this command reads whole ones" in message
 

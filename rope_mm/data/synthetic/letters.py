@@ -22,8 +22,13 @@ from rope_mm.data.seeding import batch_indices, make_generator
 from rope_mm.data.synthetic.captioned_sprites import encode_images
 
 CHARACTERS = ascii_letters + digits
-FAMILIES = {"sans": "DejaVuSans", "serif": "DejaVuSerif", "mono": "DejaVuSansMono"}
-SLANTS = {"upright": "", "italic": "Italic"}
+# family -> its font, and what the font calls italic
+FAMILIES = {
+    "sans": ("DejaVuSans", "Oblique"),
+    "serif": ("DejaVuSerif", "Italic"),
+    "mono": ("DejaVuSansMono", "Oblique"),
+}
+SLANTS = "upright", "italic"
 WEIGHTS = {"regular": "", "bold": "Bold"}
 STYLES = tuple(product(FAMILIES, SLANTS, WEIGHTS))  # (family, slant, weight)
 
@@ -150,9 +155,9 @@ def read_font(family: str, slant: str, weight: str) -> ImageFont.FreeTypeFont:
     """
     with extra("plots"):
         from matplotlib import get_data_path
-    slanted = "Italic" if family == "serif" else "Oblique"
-    form = WEIGHTS[weight] + (slanted if SLANTS[slant] else "")
-    file = Path(get_data_path(), "fonts", "ttf", f"{FAMILIES[family]}{form and '-' + form}.ttf")
+    font, italic = FAMILIES[family]
+    form = WEIGHTS[weight] + (italic if slant == "italic" else "")
+    file = Path(get_data_path(), "fonts", "ttf", f"{font}{form and '-' + form}.ttf")
     return ImageFont.truetype(str(file), FONT_SIZE * FINE, layout_engine=ImageFont.Layout.BASIC)
 
 
