@@ -31,12 +31,13 @@ from rope_mm.training.run_dir import (
     check_folder,
     file_in_the_way,
     locked,
+    not_a_folder,
     open_folder,
     resume,
     save,
     write_model,
 )
-from rope_mm.training.run_page import DATA, NOT_EVALUATED, write_run_page
+from rope_mm.training.run_page import DATA, describe_lack, write_run_page
 from rope_mm.training.signals import Stop, exit_code
 from rope_mm.training.threads import choose_threads
 from rope_mm.training.throughput import Speed, peak_flops
@@ -178,7 +179,10 @@ def launch(make: Callable[[Config, Accelerator], Training], config: Config, **op
                 record(output_dir, "finished", config.steps)
             write_text(output_dir / "result.json", json.dumps(result, indent=1))
             write_model_card(output_dir, result)
-            print(json.dumps(result, indent=1) if result else NOT_EVALUATED)
+            if result:
+                print(json.dumps(result, indent=1))
+            if lack := describe_lack(result):
+                print(lack)
             print(f"samples: {output_dir}/samples   model: {output_dir}/model")
             if config.page:
                 lacking = write_run_page(output_dir)
@@ -234,8 +238,8 @@ def dry_run(training: Training, config: Run, output_dir: Path) -> None:
         output_dir: of the run; nothing is written.
     """
     restart, extend, changed = folder_options(config)
-    if file := file_in_the_way(output_dir):
-        raise ValueError(f"{file} is a file; give --output_dir a folder, which may be new")
+    if file_in_the_way(output_dir):
+        raise not_a_folder(output_dir)
     if not restart:
         check_folder(output_dir, training.identity(), extend, changed)
     print(dump(replace(config, dry_run=False)), end="")

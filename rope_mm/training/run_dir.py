@@ -78,9 +78,7 @@ def locked(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
                 refused = 1
     refused = all_reduce_max(accelerator, refused)
     if refused == 2:
-        raise ValueError(
-            f"{file_in_the_way(output_dir)} is a file; give --output_dir a folder, which may be new"
-        )
+        raise not_a_folder(output_dir)
     if refused:
         name = holder.read_text() if holder.exists() else "another process"
         raise ValueError(
@@ -102,6 +100,13 @@ def file_in_the_way(folder: Path) -> Path | None:
     """The file that keeps a folder from being made: its own path or one above it."""
     nearest = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     return nearest if nearest.is_file() else None
+
+
+def not_a_folder(folder: Path) -> ValueError:
+    """The refusal of a folder that a file is in the way of, which another machine may not see."""
+    return ValueError(
+        f"{file_in_the_way(folder) or folder} is a file; give --output_dir a folder, which may be new"
+    )
 
 
 def check_shared(file: Path, accelerator: Accelerator) -> None:

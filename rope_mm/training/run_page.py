@@ -152,9 +152,14 @@ def show_result(output_dir: Path, step: int) -> str:
     result = json.loads(path.read_text(encoding="utf-8"))
     rows = [(name, f"{value:.6g}" if isinstance(value, float) else value) for name, value in result.items()]
     parts = [web_page.html_table(("metric", "value"), rows)] if rows else []
-    if all(name.startswith("skipped") for name in result):
-        parts.append(web_page.paragraph(NOT_EVALUATED))
+    if lack := describe_lack(result):
+        parts.append(web_page.paragraph(lack))
     return "".join(parts)
+
+
+def describe_lack(result: Mapping[str, Any]) -> str:
+    """Why a result has no metrics, counts of what was skipped aside; empty where it has some."""
+    return NOT_EVALUATED if all(name.startswith("skipped") for name in result) else ""
 
 
 def show_model(folder: Path) -> str:

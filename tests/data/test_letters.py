@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from rope_mm.data import CaptionedImages, captioned_letters, is_held_out_letter
-from rope_mm.data.images import EMBEDDED
 from rope_mm.data.synthetic.letters import (
     CHARACTERS,
     FINE,
@@ -31,10 +30,6 @@ def glyphs():
 
 def label_of(character, family, slant, weight):
     return CHARACTERS.index(character) * len(STYLES) + STYLES.index((family, slant, weight))
-
-
-def test_letters_are_an_embedded_source():
-    assert EMBEDDED["letters"] is captioned_letters
 
 
 def test_letters_are_the_same_at_every_call_and_others_with_another_seed(splits):
