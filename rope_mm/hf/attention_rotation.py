@@ -155,11 +155,10 @@ def refuse_own_rotation(base: Any) -> None:
     Raises:
         ValueError: with the attention's name.
     """
-    values = (
-        f"{type(base).__name__} rotates its values too (rotary_value), which no scheme does; it is not served"
-    )
     if getattr(base.config, "rotary_value", False):
-        raise ValueError(values)
+        raise ValueError(
+            f"{type(base).__name__} rotates its values too (rotary_value), which no scheme does; it is not served"
+        )
     own = [module for module in attention_modules(base) if not own_methods(module)]
     named = [module for module in own if names_rotation(type(module))]
     if named and (base.device.type == "meta" or not moves_with_inputs(base, named[0])):

@@ -40,7 +40,7 @@ def read_given(
         pairing: of its weights, which a key of SCHEMES takes over; None where they have none.
 
     Raises:
-        ValueError: a Rotary of another width or with changes; what is no scheme.
+        ValueError: a Rotary of another width or with changes; what is no scheme; another pairing.
     """
     if isinstance(given, Rotary):
         other = (
@@ -52,7 +52,10 @@ def read_given(
     if isinstance(given, str) and pairing:
         changes = {"pairing": pairing} | dict(changes)
     spec: Any = getattr(given, "scheme", given)
-    return read_scheme(spec, **changes)
+    scheme = read_scheme(spec, **changes)
+    unlike = f"the scheme pairs channels {scheme.pairing!r}, but the weights are for {pairing!r}; change the "
+    refuse({f"{unlike}scheme's pairing": pairing and scheme.pairing != pairing})
+    return scheme
 
 
 def make_rotary(site: RotarySlot, scheme: Any, changes: dict[str, Any]) -> RopeMMRotaryEmbedding:
@@ -115,8 +118,6 @@ def make_rope(
         refuse({why: mine != theirs, fixed: changes})
         return given
     chosen = read_given(given, changes, name, width, interface.pairing if interface else pairing)
-    wrong = f"the scheme pairs channels {chosen.pairing!r}, but the weights are for {pairing!r}; change the "
-    refuse({f"{wrong}scheme's pairing": pairing and chosen.pairing != pairing})
     if interface:
         check_scheme(chosen, interface, name, read_head_dim(config) if config else width)
         chosen = chosen.replace(fraction=1.0, channel_offset="start")
@@ -137,9 +138,6 @@ def check_scheme(scheme: Scheme, interface: ModelRope, name: str, head_dim: int)
     refusals = {
         f"{scheme} has an Omega for each head, {one_table}": scheme.per_head,
         f"{scheme} has an Omega that depends on the length, {one_table}": scheme.needs_length,
-        f"the scheme pairs channels {scheme.pairing!r}, but the weights are for {interface.pairing!r}; "
-        "change the scheme's pairing, or the weights by `convert_pairing`": scheme.pairing
-        != interface.pairing,
         f"fraction {scheme.fraction} of head_dim {head_dim} makes {pairs} pairs, but {name} rotates "
         f"{interface.pairs}; leave the fraction at 1 to take the model's": other_part,
         f"layout {scheme.layout!r} does not count text tokens along all of its axes, as decoding does": stays,

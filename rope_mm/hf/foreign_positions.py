@@ -11,7 +11,7 @@ from rope_mm.schemes.scheme import Scheme
 
 
 def refuse_foreign_positions(
-    module: nn.Module, scheme: Scheme | None, ids: Tensor | None, kwargs: dict[str, Any], past: int
+    module: nn.Module, scheme: Scheme | None, ids: Tensor | None, kwargs: dict[str, Any], cache: Any
 ) -> None:
     """Refuse position_ids of another rule, where images stand by our layout.
 
@@ -20,7 +20,7 @@ def refuse_foreign_positions(
         scheme: the scheme that places tokens; None where the model keeps its own rope.
         ids: position_ids (b, s) or (n, b, s), None if none were given.
         kwargs: the forward's arguments.
-        past: how many tokens its cache holds.
+        cache: the forward's cache, None without one.
 
     Raises:
         ValueError: whole numbers that are not those of the layout, or token positions alone with an image.
@@ -36,13 +36,17 @@ def refuse_foreign_positions(
             raise ValueError(as_text)
         return
     axes = ids[-len(scheme.axes) :] if len(ids) == 1 + len(scheme.axes) else ids[-3:]
-    differ, floats = bool((axes != axes[:1]).any()), ids.is_floating_point()
+    floats = ids.is_floating_point()
     if floats and ids.element_size() < 4:  # refused by the rotation, with its own reason
         return
     images = shows_images(module, kwargs)
-    if not (images or (differ and not floats)) or (floats and (axes % 1 != 0).any()):
+    if floats and (not images or (axes % 1 != 0).any()):
         return
-    ours = None if past else made_by_layout(module, scheme, ids, kwargs)
+    differ = bool((axes != axes[:1]).any())
+    if not images and not differ:
+        return
+    filled = cache is not None and int(cache.get_seq_length())
+    ours = None if filled else made_by_layout(module, scheme, ids, kwargs)
     if ours or (ours is None and floats):
         return
     if not differ and len(scheme.axes) > 1:

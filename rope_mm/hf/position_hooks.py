@@ -64,8 +64,7 @@ class PositionHooks:
         check_position_shape(ids, kwargs)
         check_padding(ids, kwargs, cache, self.axes)
         if places:
-            past = int(cache.get_seq_length()) if cache is not None else 0
-            refuse_foreign_positions(module, self.scheme, ids, kwargs, past)
+            refuse_foreign_positions(module, self.scheme, ids, kwargs, cache)
         if ids is None and places:
             ids, self.after = place_forward(module, self.scheme, kwargs, cache)
         if ids is None or ids.dim() != 3:

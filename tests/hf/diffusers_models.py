@@ -124,6 +124,14 @@ def image_inputs(y: int, x: int) -> dict[str, Any]:
     }
 
 
+def glm_inputs(y: int, x: int) -> dict[str, Any]:
+    """An image with the tokens that a language model has made of it beforehand."""
+    inputs = image_inputs(y, x)
+    del inputs["original_size"]
+    prior = torch.arange(y * x)[None]
+    return inputs | {"prior_token_id": prior, "prior_token_drop": prior < 0}
+
+
 def wan_inputs(y: int, x: int, **more: Any) -> dict[str, Any]:
     return {
         "hidden_states": noise(1, 4, 3, 2 * y, 2 * x),
@@ -252,7 +260,12 @@ DIFFUSERS: dict[str, DiffusersEntry] = {
     "CogView4": (
         "CogView4Transformer2DModel",
         IMAGE | {"condition_dim": 8, "rope_axes_dim": (16, 24), "pos_embed_max_size": 8},
-        lambda y, x: image_inputs(y, x),
+        image_inputs,
+    ),
+    "GLM-Image": (
+        "GlmImageTransformer2DModel",
+        IMAGE | {"condition_dim": 8, "prior_vq_quantizer_codebook_size": 64},
+        glm_inputs,
     ),
     "SANA-Video": (
         "SanaVideoTransformer3DModel",

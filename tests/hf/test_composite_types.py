@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from prepared_models import weighted
 from tiny_types import (
     cosmos3_edge,
     deepseek_v4,
@@ -15,7 +16,6 @@ from tiny_types import (
     phi4_multimodal,
     step3p7,
     voxtral,
-    weighted,
 )
 
 from rope_mm.hf import PackingCollator, packed_equals_alone, positions_for, rope_of, set_rope

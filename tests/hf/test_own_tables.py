@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from prepared_models import enlarged
 
 from rope_mm.hf import explain, positions_for, rope_of, set_rope, unset_rope, use_kernels
 
@@ -16,11 +17,7 @@ def gpt(name, **more):
     torch.manual_seed(0)
     config = getattr(hf, f"{name}Config")(**sizes, bos_token_id=1, eos_token_id=2, **more)
     model = getattr(hf, f"{name}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.3)
-    return model
+    return enlarged(model)
 
 
 @torch.no_grad()
@@ -76,11 +73,7 @@ def vjepa2():
     sizes |= {"pred_hidden_size": 64, "pred_num_hidden_layers": 2, "pred_num_attention_heads": 2}
     torch.manual_seed(0)
     model = hf.VJEPA2Model(hf.VJEPA2Config(**sizes, patch_size=8, crop_size=16, frames_per_clip=4)).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.2)
-    return model
+    return enlarged(model, 0.2)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Attention that looks nothing up: rotated behind its projections, proved, saved, and locked until then."""
 
+import copy
 import subprocess
 import sys
 
@@ -177,9 +178,32 @@ def test_adapters_that_come_later_and_would_not_be_rotated_are_refused():
         adapted(**inputs)
 
 
-def deberta():
+def deberta(version="V2"):
     more = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 20}
-    return hf.DebertaV2Model(hf.DebertaV2Config(**SIZES, vocab_size=99, **more)), {"input_ids": IDS}
+    config = getattr(hf, f"Deberta{version}Config")(**SIZES, vocab_size=99, **more)
+    return getattr(hf, f"Deberta{version}Model")(config), {"input_ids": IDS}
+
+
+@torch.no_grad()
+def test_queries_of_deberta_rotate_with_the_bias_that_it_adds_behind_its_projection():
+    model, inputs = prepared(lambda: deberta(""))
+    biases = [weight.normal_() for name, weight in model.named_parameters() if name.endswith("q_bias")]
+    other = copy.deepcopy(model)
+    handle = set_rope(model, "m-rope", freq_scale=0.0, relative_bias="drop")
+    plain = model(**inputs)[0]
+    handle.undo()
+    set_rope(model, "m-rope", relative_bias="drop")
+    after, omega = model(**inputs)[0], rope_of(model).omega.double()
+    for part in other.modules():
+        part.relative_attention = False
+        if hasattr(part, "q_bias"):  # the same sum, as a bias of the projection
+            q = part.q_bias.view(-1, 16)
+            part.in_proj.bias = torch.nn.Parameter(torch.stack((q, 0 * q, 0 * q), 1).flatten())
+            part.q_bias.zero_()
+            part.in_proj.register_forward_hook(hook("each head", line, omega))
+    exact = other(**inputs)[0]
+    assert len(biases) == 2
+    assert (after - exact).norm() < 1e-5 * exact.norm() < 1e-3 * (exact - plain).norm()
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Tiny random models of types whose configs have parts, every size given, for several tests."""
 
-import torch
 import transformers as hf
+from prepared_models import weighted
 from tiny_sizes import TEXT
 from torch import nn
 from transformers.models.gemma3n import modeling_gemma3n
@@ -10,16 +10,6 @@ BARE = {name: size for name, size in TEXT.items() if name != "head_dim"}
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGE = {"image_token_id": 90, "video_token_id": 91}
 BOTH = ["sliding_attention", "full_attention"]
-
-
-def weighted(model):
-    """The model with weights so large that positions matter."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.2)
-    return model.eval()
 
 
 def phi4_multimodal():

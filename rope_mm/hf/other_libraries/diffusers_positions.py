@@ -178,9 +178,8 @@ def positions_of_image(module: Any, scheme: Scheme, own: bool, hidden_states: Te
         return place(scheme, segment(1, y, x), hidden_states.device)
     p = count((1, y, x), hidden_states.device)
     if extent := getattr(module, "rope_axes_dim", None):
-        size = p.new_tensor((1, *extent)), p.new_tensor((1, y, x))
-        p = torch.floor(p * size[0] / size[1])
-    return p[:, -len(scheme.axes) :]
+        p[:, 1:] = torch.floor(p[:, 1:] * p.new_tensor(extent) / p.new_tensor((y, x)))
+    return p
 
 
 def images_of_qwen(video_fhw: Any) -> list[tuple[int, int, int]]:

@@ -411,8 +411,6 @@ def check_scheme(slot: TableSlot, scheme: Scheme, read: TableRope, name: str) ->
         f"{scheme} has an Omega that depends on the length; give its extension a fixed factor": (
             scheme.needs_length
         ),
-        f"the scheme pairs channels {scheme.pairing!r}, but the weights are for {read.pairing!r}; change the "
-        "scheme's pairing": scheme.pairing != read.pairing,
         f"fraction {scheme.fraction} leaves channels without a place in the tables of {name}, which rotates "
         f"all {2 * pairs}; take unrotated_fraction": scheme.fraction != 1,
         f"{scheme} multiplies cosine and sine by {factor}, but {name} does not rotate its text, whose scores "

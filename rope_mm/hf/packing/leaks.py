@@ -99,8 +99,10 @@ def refuse_packing_leak(module: Any, tokens: Tensor, kwargs: Mapping[str, Any]) 
             f"token positions start again within a row, but layers of {type(module).__name__} carry a state "
             "from one document into the next; put one document in a row, and pad"
         )
-    moved = mixes_image_blocks(type(module), config) and blocks_are_moved(tokens, kwargs)
-    if mask is None and (moved or (joins_prefixes(type(module)) and kwargs.get(TYPES[0]) is not None)):
+    if mask is None and (
+        (mixes_image_blocks(type(module), config) and blocks_are_moved(tokens, kwargs))
+        or (kwargs.get(TYPES[0]) is not None and joins_prefixes(type(module)))
+    ):
         raise ValueError(f"{type(module).__name__} {MIXED}")
     if not leaks:
         return
