@@ -157,7 +157,8 @@ def refuse_own_rotation(base: Any) -> None:
     """
     if getattr(base.config, "rotary_value", False):
         raise ValueError(
-            f"{type(base).__name__} rotates its values too (rotary_value), which no scheme does; it is not served"
+            f"{type(base).__name__} rotates its values too (rotary_value), which no scheme does; it is not "
+            "served"
         )
     own = [module for module in attention_modules(base) if not own_methods(module)]
     named = [module for module in own if names_rotation(type(module))]

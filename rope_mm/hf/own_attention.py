@@ -50,7 +50,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "apply_rotary_position_embeddings": keep_queries_keys,
     "torch_multi_head_self_attention": attend_by_modules,
 }
-PAIRINGS = {"apply_rotary_position_embeddings": "interleaved"}  # for which weights of such a model are made
+PAIRINGS = {"apply_rotary_position_embeddings": "interleaved"}  # of the weights of such a model
 
 
 def own_methods(attention: nn.Module) -> dict[str, Callable[..., Any]]:

@@ -23,7 +23,7 @@ def cross_attentions(owner: nn.Module) -> list[nn.Module]:
 
 def position_embeddings(owner: nn.Module) -> list[str]:
     """Names of learned or fixed position embeddings, which a model adds to its tokens."""
-    if own_pairing(list(owner.modules())):  # RoFormer's are the table of its rotation, which the scheme replaces
+    if own_pairing(list(owner.modules())):  # RoFormer's are its table, which the scheme replaces
         return []
     held = [name for name, _ in owner.named_parameters()] + [name for name, _ in owner.named_buffers()]
     found = (name for name in held if EMBEDDINGS.search(name) and "position_ids" not in name)
