@@ -32,7 +32,7 @@ from rope_mm.data.augmentation import AUGMENTATIONS
 from rope_mm.data.buckets import Size
 from rope_mm.data.images import Unreadable
 from rope_mm.data.seeding import EVALUATION
-from rope_mm.evaluation.contact_sheet import save_data_sheet, save_sheet, spread
+from rope_mm.evaluation.contact_sheet import save_data_sheet, save_sheet
 from rope_mm.evaluation.image_evaluators import IMAGE_EVALUATORS, ImageEvaluator
 from rope_mm.models import ImageBatcher, load_tokenizer
 from rope_mm.models.attention_backends import with_attention
@@ -256,14 +256,12 @@ class Training:
 
     def show_data(self, path: Path) -> None:
         """Write a sheet of images of both splits, as they are read; those that cannot be read are skipped."""
-        shown, captions, trained = [], [], len(self.images)
-        for number in spread(trained + len(self.held_out)):
-            held = number >= trained
-            split, row = (self.held_out, number - trained) if held else (self.images, number)
+
+        def read(split: CaptionedImages, row: int) -> Iterator[tuple[Tensor, str]]:
             with suppress(Unreadable):
-                shown += split.images([row])
-                captions.append(f"{'held out: ' if held else ''}{split.captions[row]}")
-        save_data_sheet(path, shown, captions)
+                yield split.images([row])[0], split.captions[row]
+
+        save_data_sheet(path, self.images, self.held_out, read)
 
     def states(self) -> dict[str, Stateful]:
         """What a checkpoint holds beside models and optimizers."""

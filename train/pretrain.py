@@ -13,6 +13,7 @@ with OUTPUT_DIR/model.
 
 import rope_mm.checks.installed  # noqa: F401 isort: skip
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from rope_mm.data import MapDocuments, load_documents, make_generator
 from rope_mm.data.documents import DocumentDataset, Unreadable, Visual
 from rope_mm.data.streaming import StreamingDocuments
-from rope_mm.evaluation.contact_sheet import save_data_sheet, spread
+from rope_mm.evaluation.contact_sheet import save_data_sheet
 from rope_mm.evaluation.samples import document_text, write_samples
 from rope_mm.evaluation.sprites import SPRITE_EVALUATORS
 from rope_mm.losses import GAN_LOSSES
@@ -186,18 +187,16 @@ class Training:
 
     def show_data(self, path: Path) -> None:
         """Write a sheet of documents' first images as they are read; of a stream, of held-out ones."""
-        shown, captions = [], []
-        trained = len(self.documents) if isinstance(self.documents, MapDocuments) else 0
-        for number in spread(trained + len(self.held_out)):
-            held = number >= trained
-            split, row = (self.held_out, number - trained) if held else (self.documents, number)
+
+        def read(split: DocumentDataset, row: int) -> Iterator[tuple[Tensor, str]]:
             with suppress(Unreadable):
                 document = split.document([row], make_generator(self.config.seed, "data", row))
                 visuals = [part.pixels for part in document if isinstance(part, Visual)]
-                for pixels in visuals[:1]:
-                    shown.append(pixels if pixels.dim() == 3 else pixels[0])  # of a video its first frame
-                    captions.append(f"{'held out: ' if held else ''}{document_text(document)}")
-        save_data_sheet(path, shown, captions)
+                for pixels in visuals[:1]:  # of a video its first frame
+                    yield pixels if pixels.dim() == 3 else pixels[0], document_text(document)
+
+        train = self.documents if isinstance(self.documents, MapDocuments) else ()
+        save_data_sheet(path, train, self.held_out, read)
 
     def states(self) -> dict[str, Stateful]:
         """What a checkpoint holds beside models and optimizers."""

@@ -1,6 +1,6 @@
 """An image grid: rows of images, each with its caption, as a PNG file."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -66,16 +66,28 @@ def save_sheet(path: Path, images: Tensor | Sequence[Tensor], captions: Sequence
     write_file(path, lambda part: sheet.save(part, format="PNG"))
 
 
-def save_data_sheet(path: Path, images: Sequence[Tensor], captions: Sequence[str]) -> None:
-    """Write images of a data set below one another, each with its size, height x width, and its caption.
+def save_data_sheet(
+    path: Path,
+    train: Sized,
+    held_out: Sized,
+    read: Callable[[Any, int], Iterable[tuple[Tensor, str]]],
+) -> None:
+    """Write images of some rows of a data set below one another, with size, height x width, and caption.
 
     Args:
         path: of the PNG file; without an image none is written.
-        images: (ch, y, x) in [-1, 1].
-        captions: one for each.
+        train: rows to train on.
+        held_out: held-out ones, named as such.
+        read: (train or held_out, number of a row) -> its images (ch, y, x) in [-1, 1] with their captions.
     """
+    images, texts = [], []
+    for number in spread(len(train) + len(held_out)):
+        held = number >= len(train)
+        split, row = (held_out, number - len(train)) if held else (train, number)
+        for image, caption in read(split, row):
+            images.append(image)
+            texts.append(f"{describe_size([image])} {'held out: ' if held else ''}{caption}")
     if images:
-        texts = [f"{describe_size([image])} {text}" for image, text in zip(images, captions, strict=True)]
         save_sheet(path, images, texts)
 
 

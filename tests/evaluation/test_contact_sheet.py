@@ -60,12 +60,19 @@ def test_the_size_of_images_stands_above_the_columns_where_it_changes(tmp_path):
 
 
 def test_a_sheet_of_data_has_an_image_with_its_size_in_each_row(tmp_path):
-    images = [torch.full((1, 8, 8), -1.0), torch.full((1, 4, 8), 0.0)]
-    save_data_sheet(tmp_path / "data.png", images, ["one", "two"])
+    train, held_out = [torch.full((1, 8, 8), -1.0)], [torch.full((1, 4, 8), 0.0)]
+    read = []
+
+    def rows_of(split, row):
+        read.append((split is held_out, row))
+        return [(split[row], "a row")]
+
+    save_data_sheet(tmp_path / "data.png", train, held_out, rows_of)
+    assert read == [(False, 0), (True, 0)]
     sheet = PILImage.open(tmp_path / "data.png").convert("L")
     assert sheet.height == HEAD + 2 * (48 + GAP)
     assert [sheet.getpixel((sheet.width - GAP - 24, HEAD + 52 * row + 12)) for row in (0, 1)] == [0, 128]
-    save_data_sheet(tmp_path / "none.png", [], [])
+    save_data_sheet(tmp_path / "none.png", train, held_out, lambda split, row: [])
     assert not (tmp_path / "none.png").exists()
 
 
