@@ -23,15 +23,20 @@ VIDEO = "video:3x4x3"
 SEGMENTS = {
     "Flux": f"text:{WORDS} image:4x3",
     "Flux2": f"text:{WORDS} image:4x3 image:2x3",
+    "Flux3": f"text:{WORDS} image:4x3",
+    "CogView4": "image:4x3",
+    "GLM-Image": "image:4x3",
     "Krea 2": f"text:{WORDS} image:4x3",
     "Cosmos": VIDEO,
     "Wan": VIDEO,
+    "SANA-Video": VIDEO,
     "HunyuanVideo": VIDEO,
     "Qwen-Image": f"text:{WORDS} image:4x3 image:2x3",
     "LTX": VIDEO,
     "CogVideoX 1.0": "video:4x4x3",
     "CogVideoX 1.5": "video:2x4x3",
 }
+HALVES = ("Cosmos", "CogView4", "GLM-Image")  # whose tables pair a channel with that in the other half
 
 
 @torch.no_grad()
@@ -107,16 +112,16 @@ def impose(name, model, inputs, scheme, p):
     cos, sin = doubled(scheme, p, d)
     if name == "Flux":
         model.pos_embed.forward = lambda ids: (cos, sin)
-    elif name == "Flux2":
+    elif name in ("Flux2", "Flux3"):
         model.pos_embed.forward = lambda ids: (
             (cos[:WORDS], sin[:WORDS]) if len(ids) == WORDS else (cos[WORDS:], sin[WORDS:])
         )
     elif name == "Krea 2":
         model.rotary_emb.forward = lambda ids: (cos, sin)
-    elif name == "Cosmos":
+    elif name in HALVES:
         halves = [x[:, ::2].repeat(1, 2) for x in (cos, sin)]
-        model.rope.forward = lambda latents, fps: halves
-    elif name == "Wan":
+        model.rope.forward = lambda latents, *_, **__: halves
+    elif name in ("Wan", "SANA-Video"):
         model.rope.forward = lambda latents: (cos[None, :, None], sin[None, :, None])
     elif name == "HunyuanVideo":
         model.rope.forward = lambda latents: (cos, sin)
@@ -135,7 +140,7 @@ def test_a_scheme_of_another_layout_gives_what_its_tables_in_float64_give(tiny_d
     truth = copy.deepcopy(model)
     handle = set_rope(model, scheme)
     out, own = run(model, inputs), handle.slots[0][0].rope.scheme
-    assert own.pairing == ("half" if name == "Cosmos" else "interleaved")
+    assert own.pairing == ("half" if name in HALVES else "interleaved")
     p, _ = place(SEGMENTS[name], own.layout)
     expected = run(truth, impose(name, truth, inputs, own, p))
     assert (out - expected).abs().max() <= 1e-6 * expected.abs().max()
@@ -183,17 +188,17 @@ def rebuilt(name, model, inputs):
         frames = 4 if given else 2
         tables = make(16, grid_size=(4, 3), temporal_size=frames, theta=50.0, **embedded)
         return inputs | {"image_rotary_emb": tables}
-    if name in ("Wan", "SkyReels-V2"):
+    if name in ("Wan", "SkyReels-V2", "SANA-Video"):
         model.rope = kind(24, (1, 2, 2), 32, theta=50.0)
     elif name == "HunyuanVideo":
         model.rope = kind(2, 1, (4, 8, 12), theta=50.0)
     elif name == "Qwen-Image":
         model.pos_embed = kind(theta=50.0, axes_dim=part.axes_dim, scale_rope=True)
-    elif name in ("Flux", "Flux2"):
+    elif name in ("Flux", "Flux2", "Flux3"):
         model.pos_embed = kind(theta=50.0, axes_dim=part.axes_dim)
     elif name == "Krea 2":
         model.rotary_emb = type(model.rotary_emb)(theta=50.0, axes_dim=model.rotary_emb.axes_dim)
-    elif name == "LTX":
+    elif name in ("LTX", "CogView4", "GLM-Image"):
         model.rope.theta = 50.0
     else:
         kind = type(model.rope_embedder)

@@ -120,6 +120,20 @@ def test_keys_of_reference_images_that_flux2_keeps_are_refused_under_another_lay
         model(**inputs, kv_cache_mode="extract", num_ref_tokens=6)
 
 
+def test_reference_images_of_flux3_are_refused_under_another_layout(tiny_diffusers):
+    model, inputs = tiny_diffusers("Flux3")
+    ids = inputs["img_ids"].clone()
+    ids[:, 0] = 1
+    more = {"image_cond_hidden_states": inputs["hidden_states"], "image_cond_ids": ids}
+    before = model(**inputs, **more)[0]
+    handle = set_rope(model, rope_of(model))
+    assert torch.equal(model(**inputs, **more)[0], before)
+    handle.undo()
+    set_rope(model, "rope-tv")
+    with pytest.raises(ValueError, match="image_cond_ids are positions of reference images"):
+        model(**inputs, **more)
+
+
 def test_coordinates_of_ltx_are_refused_under_another_layout(tiny_diffusers):
     model, inputs = tiny_diffusers("LTX")
     inputs["video_coords"] = torch.rand(2, 3, 36)
