@@ -32,7 +32,7 @@ def refuse_foreign_positions(
         f"position_ids {shape} would place an image as text, and not by layout {scheme.layout!r}; {remedy}"
     )
     if ids.dim() != 3:
-        if has_images(kwargs):
+        if has_images(kwargs) or shows_images(module, kwargs):
             raise ValueError(as_text)
         return
     axes = ids[-len(scheme.axes) :] if len(ids) == 1 + len(scheme.axes) else ids[-3:]

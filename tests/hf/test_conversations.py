@@ -184,6 +184,17 @@ def test_positions_of_another_rule_are_refused_where_images_stand_by_our_layout(
         assert (logits(model, **inputs, position_ids=ids) - truth).abs().max() < WITHIN
 
 
+def test_token_positions_alone_are_refused_for_images_that_come_as_embeddings():
+    model = qwen2_5_vl()
+    set_rope(model, "rope-tv")
+    _, inputs = image((1, 4, 8))
+    ids, types = inputs["input_ids"], inputs["mm_token_type_ids"]
+    embedded = {"inputs_embeds": model.get_input_embeddings()(ids), "mm_token_type_ids": types}
+    for given in ({"input_ids": ids}, embedded):
+        with pytest.raises(ValueError, match="would place an image as text"):
+            model(**given, position_ids=torch.arange(ids.shape[1])[None])
+
+
 def test_whole_positions_are_taken_where_the_layout_gives_the_same():
     model, inputs, theirs, truth = with_positions_of_qwen("m-rope")
     for ids in (theirs, theirs.float(), theirs + 5):
