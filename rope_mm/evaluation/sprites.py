@@ -123,6 +123,9 @@ def motion_matches(found: dict[str, Tensor], motion: int) -> Tensor:
 class SpriteEvaluator:
     """How many of a model's images or videos, and captions, are correct in every factor.
 
+    For each task it gives `acc/TASK`, the share that is correct in all factors; `acc/TASK/FACTOR`, the share
+    that is correct in one; and `acc/TASK/SHAPE`, the share of samples of a shape that is correct in all.
+
     Attributes:
         generating: the task of images or videos, a name of TASKS.
         captioning: the task of text.
@@ -136,14 +139,22 @@ class SpriteEvaluator:
     factors: tuple[str, ...]
 
     def evaluate(self, pipeline: RopeMMPipeline, held_out: MapDocuments) -> dict[str, float]:
-        """Shares of correct images or videos and of correct captions, for tasks that the documents have."""
+        """Shares of correct images or videos and of correct captions, for tasks that the documents have.
+
+        Args:
+            pipeline: of the model.
+            held_out: documents of the model's templates.
+
+        Returns:
+            The metrics that the class names; a shape that no sample has is left out.
+        """
         metrics = {}
         if pairs := eval_pairs(pipeline, held_out, self.generating, EVAL_SAMPLES):
             true = [value.pixels for _, value in pairs]
             prompts, generator = [before for before, _ in pairs], make_generator(EVALUATION)
             generate = pipeline.continue_video if true[0].dim() == 4 else pipeline.generate_image_like
             made = generate(prompts, true, generator)
-            metrics[f"acc/{self.generating}"] = self.accuracy(true, self.classify_each(made))
+            metrics |= self.accuracy(self.generating, true, self.classify_each(made))
         if pairs := eval_pairs(pipeline, held_out, self.captioning, EVAL_SAMPLES):
             visuals = [[part for part in before if not isinstance(part, str)] for before, _ in pairs]
             true = [parts[-1].pixels for parts in visuals]
@@ -151,7 +162,7 @@ class SpriteEvaluator:
                 read_caption(text) for text in pipeline.generate_text([before for before, _ in pairs])
             ]
             read = {name: torch.tensor([caption[name] for caption in captions]) for name in self.factors}
-            metrics[f"acc/{self.captioning}"] = self.accuracy(true, read)
+            metrics |= self.accuracy(self.captioning, true, read)
         return metrics
 
     def classify_each(self, visuals: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -163,11 +174,20 @@ class SpriteEvaluator:
                 numbers[group] = factors[name]
         return found
 
-    def accuracy(self, true: Sequence[Tensor], found: dict[str, Tensor]) -> float:
-        """The share of images or videos of which every factor was found."""
+    def accuracy(self, task: str, true: Sequence[Tensor], found: dict[str, Tensor]) -> dict[str, float]:
+        """The metrics of a task.
+
+        Args:
+            task: a name of TASKS.
+            true: images or videos.
+            found: factors (n,) of what was generated for each.
+        """
         factors = self.classify_each(true)
-        correct = torch.stack([factors[name] == found[name] for name in self.factors]).all(0)
-        return float(correct.float().mean())
+        correct = {name: factors[name] == found[name] for name in self.factors}
+        right = torch.stack(list(correct.values())).all(0)
+        shares = {"": right} | {f"/{name}": fits for name, fits in correct.items()}
+        shares |= {f"/{name}": right[factors["shape"] == shape] for shape, name in enumerate(FACTORS["shape"])}
+        return {f"acc/{task}{name}": float(fits.float().mean()) for name, fits in shares.items() if len(fits)}
 
 
 IMAGES = SpriteEvaluator("text2image", "image2text", classify_sprites, tuple(FACTORS))

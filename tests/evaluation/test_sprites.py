@@ -16,6 +16,7 @@ from rope_mm.data import (
     render_videos,
 )
 from rope_mm.data.synthetic.captioned_sprites import read_caption, write_captions
+from rope_mm.data.synthetic.sprites import FACTORS, SHAPES
 from rope_mm.evaluation.sprites import SPRITE_EVALUATORS, classify_sprites, classify_videos
 from rope_mm.models import load_tokenizer
 
@@ -36,15 +37,21 @@ def videos():
 
 
 class Oracle:
-    """A pipeline that makes no mistakes but one: its colours are a number of places further in the list."""
+    """A pipeline that makes no mistakes but one: its colours are a number of places further in the list.
 
-    def __init__(self, off=0):
-        self.off = off
+    With `only` it makes the mistake for that shape alone.
+    """
+
+    def __init__(self, off=0, only=None):
+        self.off, self.only = off, only
         self.processor = SimpleNamespace(tokenizer=load_tokenizer())
 
     def change(self, factors):
         """Factors (n,) with the mistake."""
-        return {**factors, "colour": (factors["colour"] + self.off) % len(VIDEO_FACTORS["colour"])}
+        off = torch.full_like(factors["shape"], self.off)
+        if self.only:
+            off *= factors["shape"] == list(SHAPES).index(self.only)
+        return {**factors, "colour": (factors["colour"] + off) % len(VIDEO_FACTORS["colour"])}
 
     def generate_image_like(self, prompts, images, generator):
         made = []
@@ -68,19 +75,36 @@ class Oracle:
 
 @pytest.mark.parametrize(("off", "share"), [(0, 1.0), (1, 0.0)])
 def test_the_metric_is_the_share_with_every_factor_correct(off, share, sprites, videos):
-    assert SPRITE_EVALUATORS["sprites"].evaluate(Oracle(off), sprites) == {
-        "acc/text2image": share,
-        "acc/image2text": share,
-    }
-    assert SPRITE_EVALUATORS["videos"].evaluate(Oracle(off), videos) == {
-        "acc/text2video": share,
-        "acc/video2text": share,
-    }
+    for source, documents, factors in (("sprites", sprites, FACTORS), ("videos", videos, VIDEO_FACTORS)):
+        evaluator = SPRITE_EVALUATORS[source]
+        metrics = evaluator.evaluate(Oracle(off), documents)
+        for task in (evaluator.generating, evaluator.captioning):
+            assert metrics.pop(f"acc/{task}") == share
+            found = {name: metrics.pop(f"acc/{task}/{name}") for name in factors}
+            assert found == dict.fromkeys(factors, 1.0) | {"colour": share}
+            assert {name: metrics.pop(f"acc/{task}/{name}") for name in SHAPES} == dict.fromkeys(SHAPES, share)
+        assert not metrics
 
 
-def test_a_task_without_a_template_has_no_metric():
-    captioning = MapDocuments([captioned_sprites(1, 8)["test"]], ["{image}{caption}"], **SHAPE)
-    assert SPRITE_EVALUATORS["sprites"].evaluate(Oracle(), captioning) == {"acc/image2text": 1.0}
+def test_a_shape_s_metric_counts_samples_of_that_shape_alone(sprites):
+    metrics = SPRITE_EVALUATORS["sprites"].evaluate(Oracle(1, only="ring"), sprites)
+    assert {name: metrics[f"acc/text2image/{name}"] for name in SHAPES} == dict.fromkeys(SHAPES, 1.0) | {
+        "ring": 0.0
+    }
+    captions = sprites.sources[0]["caption"].to_pylist()
+    rings = sum(" ring" in caption for caption in captions)
+    assert 0 < rings < len(sprites)
+    assert metrics["acc/text2image"] == pytest.approx(1 - rings / len(sprites))
+    assert metrics["acc/text2image/shape"] == 1.0 and metrics["acc/text2image/colour"] < 1.0
+
+
+def test_a_task_without_a_template_and_a_shape_without_samples_have_no_metric():
+    rows = captioned_sprites(1, 64)["test"]
+    moons = [row for row, shape in enumerate(rows["shape"]) if shape == list(SHAPES).index("moon")]
+    assert len(moons) > 1
+    captioning = MapDocuments([rows.select(moons)], ["{image}{caption}"], **SHAPE)
+    metrics = SPRITE_EVALUATORS["sprites"].evaluate(Oracle(), captioning)
+    assert metrics == {f"acc/image2text{name}": 1.0 for name in ("", "/moon", *(f"/{key}" for key in FACTORS))}
 
 
 def test_images_of_several_shapes_are_evaluated_each_in_its_own():
@@ -89,5 +113,5 @@ def test_images_of_several_shapes_are_evaluated_each_in_its_own():
     sizes = {tuple(documents.document([row], make_generator(0))[1].pixels.shape[1:]) for row in (0, 200, 400)}
     assert sizes == {(16, 16), (12, 20), (20, 12)}
     evaluator = SPRITE_EVALUATORS["sprites-aspect"]
-    assert evaluator.evaluate(Oracle(), documents) == {"acc/text2image": 1.0}
-    assert evaluator.evaluate(Oracle(1), documents) == {"acc/text2image": 0.0}
+    assert evaluator.evaluate(Oracle(), documents)["acc/text2image"] == 1.0
+    assert evaluator.evaluate(Oracle(1), documents)["acc/text2image"] == 0.0
