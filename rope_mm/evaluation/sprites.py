@@ -186,7 +186,9 @@ class SpriteEvaluator:
         correct = {name: factors[name] == found[name] for name in self.factors}
         right = torch.stack(list(correct.values())).all(0)
         shares = {"": right} | {f"/{name}": fits for name, fits in correct.items()}
-        shares |= {f"/{name}": right[factors["shape"] == shape] for shape, name in enumerate(FACTORS["shape"])}
+        shares |= {
+            f"/{name}": right[factors["shape"] == shape] for shape, name in enumerate(FACTORS["shape"])
+        }
         return {f"acc/{task}{name}": float(fits.float().mean()) for name, fits in shares.items() if len(fits)}
 
 

@@ -82,7 +82,9 @@ def test_the_metric_is_the_share_with_every_factor_correct(off, share, sprites, 
             assert metrics.pop(f"acc/{task}") == share
             found = {name: metrics.pop(f"acc/{task}/{name}") for name in factors}
             assert found == dict.fromkeys(factors, 1.0) | {"colour": share}
-            assert {name: metrics.pop(f"acc/{task}/{name}") for name in SHAPES} == dict.fromkeys(SHAPES, share)
+            assert {name: metrics.pop(f"acc/{task}/{name}") for name in SHAPES} == dict.fromkeys(
+                SHAPES, share
+            )
         assert not metrics
 
 
@@ -104,7 +106,9 @@ def test_a_task_without_a_template_and_a_shape_without_samples_have_no_metric():
     assert len(moons) > 1
     captioning = MapDocuments([rows.select(moons)], ["{image}{caption}"], **SHAPE)
     metrics = SPRITE_EVALUATORS["sprites"].evaluate(Oracle(), captioning)
-    assert metrics == {f"acc/image2text{name}": 1.0 for name in ("", "/moon", *(f"/{key}" for key in FACTORS))}
+    assert metrics == {
+        f"acc/image2text{name}": 1.0 for name in ("", "/moon", *(f"/{key}" for key in FACTORS))
+    }
 
 
 def test_images_of_several_shapes_are_evaluated_each_in_its_own():
