@@ -37,7 +37,7 @@ from rope_mm.files import write_text
 from rope_mm.training.config import option, run
 from rope_mm.training.threads import choose_threads
 
-NOT_OF_A_RUN = (*FREE, "layouts", "allocations", "thetas", "skipped", "processes", "augment")
+NOT_OF_A_RUN = (*FREE, "layouts", "allocations", "thetas", "skipped", "processes", "augment", "baselines")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +161,8 @@ def finish_run(config: str, fields: tuple[Any, ...]) -> dict[str, Any]:
     rope = {**chosen.rope, "theta": chosen.theta}
     settings = {name: value for name, value in asdict(read).items() if name not in NOT_OF_A_RUN}
     settings |= {"rope": rope, "seed": chosen.seed, "moves": read.augment.get(chosen.cell, {})}
+    if chosen.cell in read.baselines:
+        settings["baseline"] = read.baselines[chosen.cell]
     name = f"{chosen.cell.replace('/', '_')}-theta{chosen.theta:g}-{chosen.seed}.json"
     path = Path(read.output_dir) / "runs" / name
     if done := read_run(path, settings):

@@ -25,6 +25,7 @@ from rope_mm import augment_positions
 from rope_mm.data import batch_indices
 from rope_mm.data.seeding import EVALUATION, make_generator
 from rope_mm.data.synthetic.qa_tasks import make_qa_samples
+from rope_mm.evaluation.position_baselines import BASELINES, add_baseline
 from rope_mm.evaluation.qa import (
     EncodedQA,
     PlacedQA,
@@ -64,6 +65,10 @@ class CompareSchemes:
     model: dict[str, Any] = option({}, "fields of RopeMMConfig")
     augment: dict[str, dict[str, float]] = option(
         {}, "name of a row -> arguments of augment_positions, for each document of a step"
+    )
+    baselines: dict[str, str] = option(
+        {},
+        "name of a row -> alibi, continuous-bias or learned-embedding, which the row has beside its scheme",
     )
     trained: dict[str, dict[str, Any]] = option({}, "task -> form -> sizes, to train and to evaluate on")
     untrained: dict[str, dict[str, Any]] = option({}, "task -> form -> sizes, to evaluate on only")
@@ -132,7 +137,10 @@ def make_model(
         eos_token_id=tokenizer.eos_token_id,
         rope_parameters={**theta, **rope},
     )
-    return RopeMMForConditionalGeneration(settings).to(config.device)  # pyright: ignore[reportArgumentType]
+    model = RopeMMForConditionalGeneration(settings).to(config.device)  # pyright: ignore[reportArgumentType]
+    if scheme in config.baselines:
+        add_baseline(model, config.baselines[scheme])
+    return model
 
 
 def move_positions(
@@ -210,8 +218,11 @@ def check(config: CompareSchemes) -> None:
             f"schemes must name two or more, not {list(config.schemes)}, and trained some tasks; "
             "give --config configs/compare/small.yaml"
         )
-    if unknown := sorted(set(config.augment) - set(config.schemes)):
-        raise ValueError(f"augment names {unknown}, but schemes has {list(config.schemes)}")
+    for key in ("augment", "baselines"):
+        if unknown := sorted(set(getattr(config, key)) - set(config.schemes)):
+            raise ValueError(f"{key} names {unknown}, but schemes has {list(config.schemes)}")
+    for name in config.baselines.values():
+        BASELINES[name]
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {config.device!r} is not available; give --device cpu")
 

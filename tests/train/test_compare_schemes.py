@@ -112,6 +112,8 @@ def test_a_folder_of_other_runs_is_refused(toy):
         (["--config", str(SMALL), "--trained.cell.small.row", "2"], "task 'cell'"),
         (["--config", str(SMALL), "--schemes.flat.scheme", "flatt"], "flatt"),
         (["--config", str(SMALL), "--augment.other.rescale", "2"], "augment names ['other']"),
+        (["--config", str(SMALL), "--baselines.other", "alibi"], "baselines names ['other']"),
+        (["--config", str(SMALL), "--baselines.flat", "alibbi"], "baseline 'alibbi' is unknown"),
     ],
 )
 def test_invalid_input_is_refused_in_one_line(flags, reason, tmp_path, capsys):
