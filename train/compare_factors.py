@@ -237,4 +237,4 @@ def main(config: CompareFactors) -> None:
 
 
 if __name__ == "__main__":
-    run(main, CompareFactors)
+    run(main, CompareFactors, lock=True)

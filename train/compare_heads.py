@@ -291,4 +291,4 @@ def main(config: CompareHeads) -> None:
 
 
 if __name__ == "__main__":
-    run(main, CompareHeads)
+    run(main, CompareHeads, lock=True)

@@ -146,4 +146,4 @@ def main(config: CompareLosses) -> None:
 
 
 if __name__ == "__main__":
-    run(main, CompareLosses)
+    run(main, CompareLosses, lock=True)

@@ -288,4 +288,4 @@ def main(config: CompareSchemes) -> None:
 
 
 if __name__ == "__main__":
-    run(main, CompareSchemes)
+    run(main, CompareSchemes, lock=True)

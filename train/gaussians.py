@@ -354,4 +354,4 @@ def main(config: Gaussians) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Gaussians)
+    run(main, Gaussians, lock=True)

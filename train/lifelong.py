@@ -263,4 +263,4 @@ def main(config: Lifelong) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Lifelong)
+    run(main, Lifelong, lock=True)

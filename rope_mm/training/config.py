@@ -16,10 +16,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import MISSING, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import reduce
 from inspect import cleandoc
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -29,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from rope_mm.registry import Registry
+from rope_mm.training.folder_lock import locked
 from rope_mm.training.signals import KILLED
 
 Schema = TypeVar("Schema")
@@ -120,7 +123,12 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def run(main: Callable[[Schema], Any], schema: type[Schema], argv: Sequence[str] | None = None) -> None:
+def run(
+    main: Callable[[Schema], Any],
+    schema: type[Schema],
+    argv: Sequence[str] | None = None,
+    lock: bool = False,
+) -> None:
     """Call main with the configuration of the command line; an error ends in one line and an exit code.
 
     The code is 2 for a ValueError, 1 for an OSError such as a full disk, 128 + n after signal n, and 0 after
@@ -130,9 +138,12 @@ def run(main: Callable[[Schema], Any], schema: type[Schema], argv: Sequence[str]
         main: the script.
         schema: dataclass of its configuration.
         argv: the command line, sys.argv[1:] by default.
+        lock: whether no other command may write to `output_dir` meanwhile.
     """
     try:
-        main(load(schema, argv))
+        config = load(schema, argv)
+        with locked(Path(cast(Any, config).output_dir)) if lock else nullcontext():
+            main(config)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise

@@ -21,6 +21,7 @@ from rope_mm.training import checkpoint
 from rope_mm.training.checkpoint import Stateful, TrainingState
 from rope_mm.training.config import check_options, dump, option
 from rope_mm.training.distributed import all_reduce_max
+from rope_mm.training.folder_lock import file_in_the_way, not_a_folder
 from rope_mm.training.health_checks import MAX_SKIPPED, NaNGuard, finite, keep_batch, warning
 from rope_mm.training.history import record, record_command
 from rope_mm.training.metrics_log import Log, read_metrics, say
@@ -29,9 +30,7 @@ from rope_mm.training.rotary_profile import profiled
 from rope_mm.training.run_dir import (
     Identity,
     check_folder,
-    file_in_the_way,
-    locked,
-    not_a_folder,
+    locked_for_all,
     open_folder,
     resume,
     save,
@@ -166,7 +165,7 @@ def launch(make: Callable[[Config, Accelerator], Training], config: Config, **op
         dry_run(make(config, Accelerator(**options)), config, output_dir)
         return
     accelerator = Accelerator(log_with=trackers, project_dir=output_dir, **options)
-    with locked(output_dir, accelerator):
+    with locked_for_all(output_dir, accelerator):
         training = make(config, accelerator)  # what cannot be used is refused before the folder is touched
         identity = training.identity()
         open_folder(output_dir, identity, accelerator, *folder_options(config))

@@ -1,18 +1,16 @@
 """A run's folder: the configuration and data that made it, its lock, its checkpoints, runs to start from."""
 
 import json
-import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import filelock
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from accelerate.utils.constants import FSDP_MODEL_NAME, SAFE_WEIGHTS_NAME
 from omegaconf import OmegaConf
 from torch.distributed.fsdp import StateDictType
@@ -20,6 +18,7 @@ from torch.distributed.fsdp import StateDictType
 from rope_mm.files import write_folder, write_text
 from rope_mm.training import checkpoint
 from rope_mm.training.distributed import all_reduce_max, is_sharded
+from rope_mm.training.folder_lock import HOLDER, locked
 from rope_mm.training.history import versions
 
 DONE = ("model", "result.json")
@@ -52,61 +51,27 @@ class Identity:
 
 
 @contextmanager
-def locked(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
-    """While entered, no other command trains in this folder; a new folder that stays empty is removed.
+def locked_for_all(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
+    """As `locked`, by the main process for all.
 
     Args:
-        output_dir: the folder, made where there is none.
-        accelerator: the main process locks it for all.
+        output_dir: the folder.
+        accelerator: the processes.
 
     Raises:
-        ValueError: another one does; with its process number. A folder that not all machines share.
+        ValueError: as `locked`, in every process. A folder that not all machines share.
     """
-    lock = filelock.FileLock(output_dir / ".lock")
-    holder = output_dir / ".lock-holder"
-    refused, new = 0, False
-    if accelerator.is_main_process:
-        if file_in_the_way(output_dir):
-            refused = 2
-        else:
-            new = not output_dir.exists()
-            output_dir.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        refusal = [""]
+        if accelerator.is_main_process:
             try:
-                lock.acquire(timeout=0)
-                holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-            except filelock.Timeout:
-                refused = 1
-    refused = all_reduce_max(accelerator, refused)
-    if refused == 2:
-        raise not_a_folder(output_dir)
-    if refused:
-        name = holder.read_text() if holder.exists() else "another process"
-        raise ValueError(
-            f"{output_dir} is in use by {name}; wait for it, stop it, or choose another --output_dir"
-        )
-    try:
-        check_shared(holder, accelerator)
+                stack.enter_context(locked(output_dir))
+            except ValueError as error:
+                refusal = [str(error)]
+        if reason := broadcast_object_list(refusal)[0]:
+            raise ValueError(reason)
+        check_shared(output_dir / HOLDER, accelerator)
         yield
-    finally:
-        if lock.is_locked:
-            holder.unlink(missing_ok=True)
-            if new and all(file.name == ".lock" for file in output_dir.iterdir()):  # the run was refused
-                (output_dir / ".lock").unlink()
-                output_dir.rmdir()
-            lock.release()
-
-
-def file_in_the_way(folder: Path) -> Path | None:
-    """The file that keeps a folder from being made: its own path or one above it."""
-    nearest = next((path for path in (folder, *folder.parents) if path.exists()), folder)
-    return nearest if nearest.is_file() else None
-
-
-def not_a_folder(folder: Path) -> ValueError:
-    """The refusal of a folder that a file is in the way of, which another machine may not see."""
-    return ValueError(
-        f"{file_in_the_way(folder) or folder} is a file; give --output_dir a folder, which may be new"
-    )
 
 
 def check_shared(file: Path, accelerator: Accelerator) -> None:
