@@ -101,6 +101,9 @@ class Pretrain(Run):
     model: dict[str, Any] = option({}, "fields of RopeMMConfig")
     image_head: str = option("flow", "how images are learned", choices=IMAGE_HEADS)
     image_loss_weight: float = option(1.0, "of the image loss, that of the text loss being 1", minimum=0)
+    noisy_copies: int = option(
+        0, "of each image in a step, each with its own noise and time; 0: as many as the head needs", minimum=0
+    )
     guidance_scale: float = option(
         1.0, "of sampling; above 1 a template must generate images without text before", minimum=0
     )
@@ -160,7 +163,8 @@ class Training:
         """The data sets of packed batches, to train on and held out."""
         config, accelerator = self.config, self.accelerator
         head = self.head
-        packer = Packer(self.processor, config.max_length, head.sample_time, head.needs_critic, head.samples)
+        samples = config.noisy_copies or head.samples
+        packer = Packer(self.processor, config.max_length, head.sample_time, head.needs_critic, samples)
         shares = accelerator.num_processes, accelerator.process_index, config.gradient_accumulation_steps
         size, seed = config.global_batch_size, config.seed
         self.dataset = PackedDocumentDataset(self.documents, packer, seed, size, *shares)
@@ -382,6 +386,10 @@ def check(config: Pretrain) -> None:
     for name in ("paths", "templates"):
         if not getattr(config.data, name):
             raise ValueError(f"data.{name} must name at least one, not []")
+    head = IMAGE_HEADS[config.image_head]
+    if config.noisy_copies and (config.noisy_copies < head.samples or head.needs_critic):
+        wanted = "takes noisy_copies 0" if head.needs_critic else f"needs {head.samples} or more"
+        raise ValueError(f"noisy_copies is {config.noisy_copies}; the {config.image_head} head {wanted}")
     if config.energy != EnergyConfig() and config.image_head != "energy":
         raise ValueError(
             f"energy.* is read by the energy head, and image_head is {config.image_head!r}; "

@@ -1,9 +1,10 @@
-"""Documents -> encoded documents -> one packed batch, with a noisy copy of each image to generate.
+"""Documents -> encoded documents -> one packed batch, with noisy copies of each image to generate.
 
-Each image or frame to generate gets a noisy copy at the same positions. The copy attends to all earlier
+Each image or frame to generate gets a noisy copy, or several, at the same positions. The copy attends to all earlier
 tokens; nothing attends to it. So all images of a row train in one pass, each after the true ones before it,
 just as `sample_frames` generates them one by one. No token attends to an image at the very end of a document,
-so only its noisy copy is in the batch.
+so only its noisy copies are in the batch. Several copies of an image share its context: they cost less than as
+many documents.
 """
 
 from collections.abc import Callable, Sequence
@@ -191,7 +192,8 @@ class Packer:
         max_length: tokens of a row, noisy copies included.
         sample_time: (images, generator) -> (images,), how far each noisy copy is from noise.
         for_critic: whether a critic reads the documents too.
-        samples: noisy copies of each image or frame to generate, which do not see one another.
+        samples: noisy copies of each image or frame to generate, which do not see one another; each has its
+            own noise and time.
     """
 
     processor: RopeMMProcessor
@@ -253,8 +255,9 @@ class Packer:
         blocks = sequence.block_ids[sequence.input_ids == self.processor.image_token_id]
         context = ~generated | (blocks < sequence.block_ids[-1:])
         _, image = blocks[generated].unique_consecutive(return_inverse=True)
-        time = self.sample_time(int(image.max()) + 1 if len(image) else 0, generator)[image, None]
-        time = time.repeat(self.samples, 1)
+        images = int(image.max()) + 1 if len(image) else 0
+        times = self.sample_time(images * self.samples, generator).view(self.samples, images)
+        time = times[:, image].reshape(-1, 1)
         joined = torch.cat([torch.zeros(0, width), *patches])
         return EncodedDocument(sequence, joined, generated, context, noise, time, image, self.samples)
 

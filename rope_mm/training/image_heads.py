@@ -63,7 +63,7 @@ class ImageHead:
         source: what it is, and where from.
         distance: (patches (m, p) made of the noisy copies, their batch, settings) -> the loss, summed over
             patches; None where a critic gives it.
-        samples: noisy copies of an image that the loss compares with one another.
+        samples: noisy copies of an image that the loss needs at least.
     """
 
     sample_time: SampleTime

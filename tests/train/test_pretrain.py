@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image as PILImage
 
 from rope_mm.data import captioned_videos
@@ -77,6 +78,19 @@ def test_transport_is_part_of_the_image_loss_of_the_adversarial_head(pretrain, r
         first[weight] = runs.lines(out)[0]["loss/image"]
     assert first[1.0] - first[0.0] > 0.5  # the mean square of noise, and of images, is about one
     assert first[2.0] - first[0.0] == pytest.approx(2 * (first[1.0] - first[0.0]), rel=1e-3)
+
+
+def test_images_have_the_number_of_noisy_copies_asked_for_and_else_that_of_the_head(pretrain, tmp_path):
+    def copies(**changes):
+        config = pretrain.config(tmp_path, max_length=300, **changes)
+        batch = pretrain.module.Training(config, Accelerator(cpu=True)).dataset[0]
+        assert not batch.skipped
+        return int(batch.sample.max()) + 1, len(batch.noise)
+
+    (one, patches), (two, doubled) = copies(image_head="flow"), copies(image_head="energy")
+    assert (one, two, doubled) == (1, 2, 2 * patches)
+    assert copies(image_head="flow", noisy_copies=3) == (3, 3 * patches)
+    assert copies(image_head="energy", noisy_copies=3) == (3, 3 * patches)
 
 
 @pytest.mark.parametrize("changes", [{"temporal_patch_size": 2}, {"video_attention": "full"}], ids=str)
@@ -222,6 +236,8 @@ def test_a_task_that_no_template_trains_is_refused(pretrain, tmp_path):
         ({"num_workers": -1}, "num_workers must be at least 0, not -1"),
         ({"data.templates": "['{title}']"}, "template '{title}' fits no source"),
         ({"data.templates": "[]"}, "data.templates must name at least one"),
+        ({"image_head": "energy", "noisy_copies": 1}, "noisy_copies is 1; the energy head needs 2 or more"),
+        ({"image_head": "adversarial", "noisy_copies": 2}, "the adversarial head takes noisy_copies 0"),
         ({"energy.repulsion": 0.5}, "energy.* is read by the energy head, and image_head is"),
         (
             {"image_head": "adversarial", "loss.name": "rasgan", "gradient_accumulation_steps": 2},

@@ -65,6 +65,15 @@ def test_a_sample_is_what_it_would_be_without_the_others(model):
     torch.testing.assert_close(both.logits[here], inputs[0].logits[shown], atol=1e-5, rtol=1e-5)
 
 
+def test_every_copy_of_an_image_has_a_time_of_its_own_which_its_patches_share(model):
+    batch = pack(model, 3, near_noise)
+    images = batch.image * 3 + batch.sample
+    assert images.unique().tolist() == list(range(3 * 4))
+    of_each = [batch.time[images == number].unique() for number in range(3 * 4)]
+    assert all(len(times) == 1 for times in of_each)
+    assert len(torch.cat(of_each).unique()) == 3 * 4
+
+
 def energies(batch, generated, **settings):
     """The energy score of each image by itself, written out."""
     for number in range(int(batch.image.max()) + 1):
