@@ -102,7 +102,9 @@ class Pretrain(Run):
     image_head: str = option("flow", "how images are learned", choices=IMAGE_HEADS)
     image_loss_weight: float = option(1.0, "of the image loss, that of the text loss being 1", minimum=0)
     noisy_copies: int = option(
-        0, "of each image in a step, each with its own noise and time; 0: as many as the head needs", minimum=0
+        0,
+        "of each image in a step, each with its own noise and time; 0: as many as the head needs",
+        minimum=0,
     )
     guidance_scale: float = option(
         1.0, "of sampling; above 1 a template must generate images without text before", minimum=0
