@@ -1,10 +1,10 @@
 """Documents -> encoded documents -> one packed batch, with noisy copies of each image to generate.
 
-Each image or frame to generate gets a noisy copy, or several, at the same positions. The copy attends to all earlier
-tokens; nothing attends to it. So all images of a row train in one pass, each after the true ones before it,
-just as `sample_frames` generates them one by one. No token attends to an image at the very end of a document,
-so only its noisy copies are in the batch. Several copies of an image share its context: they cost less than as
-many documents.
+Each image or frame to generate gets a noisy copy, or several, at the same positions. A copy attends to all
+earlier tokens; nothing attends to it. So all images of a row train in one pass, each after the true ones
+before it, just as `sample_frames` generates them one by one. No token attends to an image at the very end of
+a document, so only its noisy copies are in the batch. Several copies share the context of their image: they
+cost less than as many documents.
 """
 
 from collections.abc import Callable, Sequence
