@@ -3,9 +3,9 @@
     python train/compare_factors.py --config configs/factors/full.yaml --processes 2
 
 Every layout is crossed with every allocation. Seed 0 runs every cell at every theta, and theta is chosen for
-each cell by questions of a validation part. The other seeds run at the chosen theta, and are what is
-reported; with one other seed, seed 0 is reported, too. The same command again resumes; --processes shares the
-runs among processes of one thread each. tables.md, factors.json and factors.png are written to OUTPUT_DIR.
+each cell by questions of a validation part, which are not those that are reported. The other seeds run at the
+chosen theta. The same command again resumes; --processes shares the runs among processes of one thread each.
+tables.md, factors.json and factors.png are written to OUTPUT_DIR.
 Extras: rope-mm[train,plots].
 """
 
@@ -221,18 +221,17 @@ def main(config: CompareFactors) -> None:
     first = finish_runs(config, first_runs(cells, config.thetas), "seed 0")
     chosen = choose_thetas(first)
     later = finish_runs(config, later_runs(cells, chosen, config.seeds), "other seeds")
-    if config.seeds == 2:
-        at_choice = {one.cell: one for one in first if one.theta == chosen[one.cell]}
-        later = [at_choice[cell.name] for cell in cells] + later
-    out, tables = Path(config.output_dir), write_tables(first, later)
+    at_choice = {one.cell: one for one in first if one.theta == chosen[one.cell]}
+    at_theta = [at_choice[cell.name] for cell in cells] + later
+    out, tables = Path(config.output_dir), write_tables(first, at_theta)
     report = {
         "settings": {name: value for name, value in asdict(config).items() if name not in FREE},
         "theta": chosen,
-        "runs": [result._asdict() for result in first + [one for one in later if one.seed]],
+        "runs": [result._asdict() for result in first + later],
     }
     write_text(out / "factors.json", json.dumps(report))
     write_text(out / "tables.md", tables)
-    draw_factors(out / "factors.png", first, later)
+    draw_factors(out / "factors.png", first, at_theta)
     print(f"{tables}\n{out}/tables.md, factors.json, factors.png")
 
 

@@ -110,7 +110,7 @@ def test_the_experiment_goes_on_where_it_stopped_and_writes_its_tables(flags, mo
     assert len(trained) == 11 + 2 * 6
     out = Path(config.output_dir)
     report, tables = json.loads((out / "factors.json").read_text()), (out / "tables.md").read_text()
-    assert tables.startswith("Right answers in %, seeds 1, 2;")
+    assert tables.startswith("Right answers in %, seeds 0, 1, 2;")
     assert len(report["runs"]) == len(trained)
     assert report["theta"]["still"] == 7.0
     assert "| layout x allocation |" in tables and "| `tv/own` |" in tables
