@@ -14,6 +14,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from adversarial import Adversarial
 from adversarial import main as train
@@ -23,7 +24,7 @@ from rope_mm.analysis import markdown
 from rope_mm.analysis.figures import new_figure, save_figure
 from rope_mm.files import write_text
 from rope_mm.training.adversarial_loss import GANConfig
-from rope_mm.training.config import option, run
+from rope_mm.training.config import option, override, run
 from rope_mm.training.loop import fingerprint
 from rope_mm.training.metrics_log import read_metrics
 from rope_mm.training.run_dir import is_done
@@ -36,13 +37,15 @@ Runs = dict[str, list[dict[str, float]]]
 class CompareLosses(Adversarial):
     """Train with every loss and every seed; the other keys are those of `train/adversarial.py`.
 
-    A row is a loss and its penalties, "rpgan+r1+r2", whose gammas are those of `loss.penalties`.
+    A row of `losses` is a loss and its penalties, "rpgan+r1+r2", whose gammas are those of `loss.penalties`.
+    A row of `rows` has a name and the keys that it changes.
     OUTPUT_DIR/table.md, losses.json and losses.png are written after each run, index.html at the end.
     """
 
     output_dir: str = option("runs/losses", "folder of all runs and of the table")
     seeds: int = option(3, "runs of each loss, from seed on", minimum=1)
     losses: list[str] = option(["ns", "rsgan", "rpgan+r1+r2", "gan-qp"], "rows of the table")
+    rows: dict[str, dict[str, Any]] = option({}, "further rows: name -> the keys that it changes")
     metric: str = option("kl", "what the figure shows over the steps")
 
 
@@ -64,15 +67,17 @@ def runs(config: CompareLosses) -> list[tuple[str, Adversarial]]:
     Raises:
         ValueError: nothing to compare.
     """
-    if not config.losses:
-        raise ValueError("losses must name at least one, not []")
-    common = {f.name: getattr(config, f.name) for f in fields(Adversarial)}
-    found = []
-    for seed, row in product(range(config.seed, config.seed + config.seeds), config.losses):
-        folder = f"{config.output_dir}/{row}-{seed}"
-        own = {"output_dir": folder, "seed": seed, "loss": loss_of(row, config.loss)}
-        found.append((row, Adversarial(**common | own)))
-    return found
+    if not config.losses and not config.rows:
+        raise ValueError("losses or rows must name at least one row of the table")
+    if twice := sorted(set(config.losses) & set(config.rows)):
+        raise ValueError(f"losses and rows both name {twice}")
+    common = Adversarial(**{f.name: getattr(config, f.name) for f in fields(Adversarial)})
+    chosen = {row: replace(common, loss=loss_of(row, config.loss)) for row in config.losses}
+    chosen |= {row: override(common, changes, f"rows.{row}") for row, changes in config.rows.items()}
+    return [
+        (row, replace(of_row, output_dir=f"{config.output_dir}/{row}-{seed}", seed=seed))
+        for seed, (row, of_row) in product(range(config.seed, config.seed + config.seeds), chosen.items())
+    ]
 
 
 def result(config: Adversarial) -> dict[str, float]:

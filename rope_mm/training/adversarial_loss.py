@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 from transformers import PreTrainedModel
 
 from rope_mm.losses import DISTANCES, GAN_LOSSES, METHODS, PENALTIES, input_gradients, twice_differentiable
 from rope_mm.losses.penalties import GradientPenalty
+from rope_mm.models.configuration_rope_mm import RopeMMConfig
+from rope_mm.models.modeling_rope_mm import RopeMMCritic
 from rope_mm.models.sequences import SequenceBatch
 from rope_mm.rotary.dispatch import RotaryAngles
 from rope_mm.training.config import check_options, option
@@ -42,6 +45,9 @@ class GANConfig:
     )
     fraction: float = option(1.0, "of the batch that penalties are taken on", above=0, maximum=1)
     sigma: float = option(0.01, "step of finite differences, fd", above=0)
+    spectral_norm: bool = option(
+        False, "whether each matrix of the critic is divided by its largest singular value, as in SN-GAN"
+    )
     transport: float = option(
         0.0, "weight of the mean square by which the generator moves its noise, in its loss", minimum=0
     )
@@ -195,6 +201,38 @@ def supports_double_backward(critic: PreTrainedModel, compiled: bool, sharded: b
         sharded: whether its weights are sharded (FSDP).
     """
     return not compiled and not sharded and critic.config._attn_implementation in DOUBLE_BACKWARD
+
+
+def make_critic(
+    model: RopeMMConfig, loss: GANConfig, accelerator: Accelerator, *, compiled: bool, checkpointing: bool
+) -> RopeMMCritic:
+    """A critic of random weights.
+
+    With `spectral_norm` a step of power iteration improves the estimates of the largest singular values
+    (SN-GAN, arXiv 1802.05957, algorithm 1). Both players' steps run under torch's `parametrize.cached`, so
+    that all forwards of a step have the same matrices: finite differences of two forwards need that.
+
+    Args:
+        model: its configuration.
+        loss: says whether its matrices are normalised.
+        accelerator: devices and processes.
+        compiled: whether it is compiled.
+        checkpointing: whether its blocks are recomputed in the backward pass.
+
+    Raises:
+        ValueError: normalised matrices of a compiled, recomputed or sharded critic.
+    """
+    critic = RopeMMCritic(model)
+    if not loss.spectral_norm:
+        return critic
+    if compiled or checkpointing or is_sharded(accelerator):
+        raise ValueError(
+            "loss.spectral_norm needs whole matrices and one estimate a step; take it without compile, "
+            "gradient checkpointing and sharding (FSDP)"
+        )
+    for layer in [module for module in critic.modules() if isinstance(module, nn.Linear)]:
+        spectral_norm(layer)
+    return critic
 
 
 class Penalties:

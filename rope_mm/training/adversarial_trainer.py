@@ -7,12 +7,13 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.profiler import record_function
 
 from rope_mm.losses import transport_cost
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
-from rope_mm.models.modeling_rope_mm import RopeMMCritic, RopeMMForConditionalGeneration
-from rope_mm.training.adversarial_loss import AdversarialLoss, CriticBatch, GANConfig
+from rope_mm.models.modeling_rope_mm import RopeMMForConditionalGeneration
+from rope_mm.training.adversarial_loss import AdversarialLoss, CriticBatch, GANConfig, make_critic
 from rope_mm.training.config import check_options, option
 from rope_mm.training.distributed import grad_norm, no_sync_if, prepare_model
 from rope_mm.training.rotary_profile import ANGLES
@@ -96,7 +97,8 @@ class CriticTrainer:
             last: whether this is the step's last batch; gradients accumulate until then.
         """
         self.accelerator.unwrap_model(self.critic).requires_grad_(True)
-        with no_sync_if(self.accelerator, self.critic, not last), self.loss.penalties.attention():
+        no_sync = no_sync_if(self.accelerator, self.critic, not last)
+        with no_sync, self.loss.penalties.attention(), parametrize.cached():
             total, terms = self.loss.critic_loss(self.critic, batch, fake.detach(), weight, gamma_scale)
             self.accelerator.backward(total * weight)
         if last:
@@ -109,7 +111,8 @@ class CriticTrainer:
         """The loss of generated patches (b, n, p); its gradient goes to them, not to the critic's weights."""
         # frozen, so that no gradient of the critic is made or synchronised
         critic = self.accelerator.unwrap_model(self.critic).requires_grad_(False)
-        return self.loss.generator_loss(critic, batch, fake)
+        with parametrize.cached():
+            return self.loss.generator_loss(critic, batch, fake)
 
 
 class AdversarialTrainer:
@@ -139,7 +142,8 @@ class AdversarialTrainer:
         self.accelerator, self.optim, self.compiled = accelerator, optim, bool(compile)
         self.schedule, self.gamma_scale = SCHEDULES[optim.schedule], 1.0
         self.transport, self.transport_scale = loss.transport, 1.0
-        generator, critic = RopeMMForConditionalGeneration(model), RopeMMCritic(model)
+        generator = RopeMMForConditionalGeneration(model)
+        critic = make_critic(model, loss, accelerator, compiled=bool(compile), checkpointing=checkpointing)
         objective = AdversarialLoss(
             loss, critic, accelerator, compiled=bool(compile), checkpointing=checkpointing, gather=True
         )

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rope_mm.losses import transport_cost
 from rope_mm.models.configuration_rope_mm import RopeMMConfig
-from rope_mm.models.modeling_rope_mm import RopeMMCritic, RopeMMForConditionalGeneration
-from rope_mm.training.adversarial_loss import AdversarialLoss, CriticBatch, GANConfig
+from rope_mm.models.modeling_rope_mm import RopeMMForConditionalGeneration
+from rope_mm.training.adversarial_loss import AdversarialLoss, CriticBatch, GANConfig, make_critic
 from rope_mm.training.adversarial_trainer import CriticTrainer, share_angles
 from rope_mm.training.collator import PackedBatch
 from rope_mm.training.config import check_options, option
@@ -93,7 +93,15 @@ class PretrainTrainer:
         self.compiled = bool(compile)
         settings: dict[str, Any] = {"compile": compile, "checkpointing": checkpointing}
         settings["weight_decay"] = optim.weight_decay
-        critic = RopeMMCritic(cast(RopeMMConfig, model.config)) if self.head.needs_critic else None
+        critic = None
+        if self.head.needs_critic:
+            critic = make_critic(
+                cast(RopeMMConfig, model.config),
+                loss,
+                accelerator,
+                compiled=bool(compile),
+                checkpointing=checkpointing,
+            )
         self.model, self.optimizer = prepare_model(model, accelerator, optim.betas, **settings)
         self.critic = None
         if critic is not None:

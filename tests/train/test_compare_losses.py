@@ -46,6 +46,15 @@ def test_losses_are_compared_over_seeds_and_finished_runs_are_not_repeated(tmp_p
     assert json.loads((out / "losses.json").read_text()) == rows
 
 
+def test_a_row_changes_the_keys_that_it_names_and_no_others(tmp_path):
+    row = "{sn: {loss: {name: hinge, penalties: {}, spectral_norm: true}, critic_steps: 2}}"
+    config = load(compare_losses.CompareLosses, flags(tmp_path, losses="[ns]", rows=row, seeds=1))
+    (_, plain), (name, changed) = compare_losses.runs(config)
+    assert name == "sn" and changed.output_dir == f"{tmp_path}/sn-0"
+    assert (changed.critic_steps, changed.loss.name, changed.loss.spectral_norm) == (2, "hinge", True)
+    assert changed.loss.penalties == {} and (plain.critic_steps, changed.optim) == (1, plain.optim)
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_is_trained_to_its_end(tmp_path, monkeypatch):
     out, trained, real = tmp_path / "losses", [], compare_losses.train
@@ -89,9 +98,11 @@ def test_the_table_holds_means_and_standard_deviations():
     ("changes", "message"),
     [
         ({"seeds": 0}, "seeds must be at least 1, not 0"),
-        ({"losses": "[]"}, "losses must name at least one"),
+        ({"losses": "[]"}, "losses or rows must name at least one"),
         ({"losses": "[ns+r3]"}, r"'ns\+r3' needs a gamma, loss\.penalties\.r3"),
         ({"losses": "[nss]"}, "GAN loss 'nss' is unknown"),
+        ({"rows": "{ns: {steps: 1}}"}, r"losses and rows both name \['ns'\]"),
+        ({"rows": "{a: {step: 1}}"}, r"rows\.a: step"),
         pytest.param({"losses": "[ns]", "metric": "fid"}, "no metric 'fid'", marks=pytest.mark.slow),
     ],
 )

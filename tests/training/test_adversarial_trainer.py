@@ -167,6 +167,30 @@ def test_gradient_checkpointing_changes_no_gradient(method, toy):
     close(toy.step(trainer, generator=toy.random_numbers())[0], plain, rtol=1e-4, atol=1e-7)
 
 
+def test_with_spectral_norm_the_matrices_of_the_critic_have_norm_one(toy):
+    trainer = toy.trainer(spectral_norm=True)
+    for _ in range(60):
+        toy.step(trainer)
+    layers = [layer for layer in trainer.critic.critic.eval().modules() if isinstance(layer, torch.nn.Linear)]
+    assert len(layers) > 4
+    for layer in layers:
+        torch.testing.assert_close(
+            torch.linalg.matrix_norm(layer.weight, 2), torch.tensor(1.0), rtol=0.05, atol=0
+        )
+    assert not any(map(torch.nn.utils.parametrize.is_parametrized, trainer.generator.modules()))
+
+
+@pytest.mark.parametrize("method", ["autograd", "fd"])
+def test_all_forwards_of_a_step_see_the_same_normalised_matrices(method, toy, monkeypatch):
+    trainer, calls = toy.trainer(spectral_norm=True, method=method), []
+    normalise = torch.nn.utils.parametrizations._SpectralNorm
+    forward = normalise.forward
+    monkeypatch.setattr(normalise, "forward", lambda self, x: calls.append(self) or forward(self, x))
+    toy.step(trainer, generator=toy.random_numbers())
+    layers = sum(isinstance(layer, normalise) for layer in trainer.critic.critic.modules())
+    assert layers > 4 and len(calls) == 2 * layers, "once in the critic's step, once in the generator's"
+
+
 @pytest.mark.compile
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's compiler
@@ -184,6 +208,8 @@ def test_compiled_models_have_the_gradients_of_plain_ones(toy):
         ({"compile": "aot_eager", "method": "autograd"}, "compiled or sharded .* use fd"),
         ({"compile": "aot_eager", "penalties": {"one-centred": 1.0}}, "take 'autograd'"),
         ({"checkpointing": True, "method": "jvp"}, "use autograd or fd"),
+        ({"spectral_norm": True, "checkpointing": True}, "spectral_norm needs whole matrices"),
+        ({"spectral_norm": True, "compile": "aot_eager"}, "spectral_norm needs whole matrices"),
         ({"method": "finite"}, "method 'finite' is unknown"),
         ({"method": "head"}, "frozen backbone"),
         ({"fraction": 0.0}, "loss.fraction must be above 0 and at most 1, not 0.0"),
