@@ -44,7 +44,7 @@ from rope_mm.training.config import check_options, option, run
 from rope_mm.training.distributed import all_reduce_sum
 from rope_mm.training.ema import Ema
 from rope_mm.training.fingerprint import fingerprint_rows
-from rope_mm.training.image_heads import IMAGE_HEADS, EnergyConfig
+from rope_mm.training.image_heads import IMAGE_HEADS, EnergyConfig, FlowConfig
 from rope_mm.training.loop import Run, fingerprint, launch
 from rope_mm.training.metrics_log import say
 from rope_mm.training.packed_dataset import PackedDocumentDataset
@@ -110,6 +110,7 @@ class Pretrain(Run):
         1.0, "of sampling; above 1 a template must generate images without text before", minimum=0
     )
     loss: GANConfig = option(GANConfig(), "the objective of the adversarial head")
+    flow: FlowConfig = option(FlowConfig(), "the times of the flow head")
     energy: EnergyConfig = option(EnergyConfig(), "the loss of the energy head")
     optim: PretrainOptim = option(PretrainOptim(), "the optimizers")
     attn_implementation: str = option("sdpa", "or eager, or on GPUs flex_attention")
@@ -166,7 +167,8 @@ class Training:
         config, accelerator = self.config, self.accelerator
         head = self.head
         samples = config.noisy_copies or head.samples
-        packer = Packer(self.processor, config.max_length, head.sample_time, head.needs_critic, samples)
+        sample_time = config.flow.sample_time if config.image_head == "flow" else head.sample_time
+        packer = Packer(self.processor, config.max_length, sample_time, head.needs_critic, samples)
         shares = accelerator.num_processes, accelerator.process_index, config.gradient_accumulation_steps
         size, seed = config.global_batch_size, config.seed
         self.dataset = PackedDocumentDataset(self.documents, packer, seed, size, *shares)
@@ -392,11 +394,12 @@ def check(config: Pretrain) -> None:
     if config.noisy_copies and (config.noisy_copies < head.samples or head.needs_critic):
         wanted = "takes noisy_copies 0" if head.needs_critic else f"needs {head.samples} or more"
         raise ValueError(f"noisy_copies is {config.noisy_copies}; the {config.image_head} head {wanted}")
-    if config.energy != EnergyConfig() and config.image_head != "energy":
-        raise ValueError(
-            f"energy.* is read by the energy head, and image_head is {config.image_head!r}; "
-            "give --image_head energy, or no --energy.*"
-        )
+    for name, default in (("flow", FlowConfig()), ("energy", EnergyConfig())):
+        if getattr(config, name) != default and config.image_head != name:
+            raise ValueError(
+                f"{name}.* is read by the {name} head, and image_head is {config.image_head!r}; "
+                f"give --image_head {name}, or no --{name}.*"
+            )
 
 
 def main(config: Pretrain, training: type[Training] = Training) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,26 @@ class EnergyConfig:
 
     def __post_init__(self):
         check_options(self, "energy.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """How far the noisy copies of the flow head are from noise, 0, to the image, 1."""
+
+    times: Literal["cubic", "logit-normal"] = option(
+        "cubic", "cubic: u³ of a uniform u; logit-normal: the sigmoid of a normal number"
+    )
+    mean: float = option(-1.3, "of that normal number")
+    deviation: float = option(1.0, "of that normal number", above=0)
+
+    def __post_init__(self):
+        check_options(self, "flow.")
+
+    def sample_time(self, images: int, generator: torch.Generator) -> Tensor:
+        """Times (images,); logit-normal: arXiv 2403.03206, section 3.1."""
+        if self.times == "cubic":
+            return near_noise(images, generator)
+        return torch.randn(images, generator=generator).mul(self.deviation).add(self.mean).sigmoid()
 
 
 def squared_error(generated: Tensor, batch: PackedBatch, config: EnergyConfig) -> Tensor:

@@ -238,6 +238,8 @@ def test_a_task_that_no_template_trains_is_refused(pretrain, tmp_path):
         ({"data.templates": "[]"}, "data.templates must name at least one"),
         ({"image_head": "energy", "noisy_copies": 1}, "noisy_copies is 1; the energy head needs 2 or more"),
         ({"image_head": "adversarial", "noisy_copies": 2}, "the adversarial head takes noisy_copies 0"),
+        ({"flow.times": "logit-normal"}, "flow.* is read by the flow head, and image_head is 'mse'"),
+        ({"image_head": "flow", "flow.deviation": 0.0}, "flow.deviation must be above 0"),
         ({"energy.repulsion": 0.5}, "energy.* is read by the energy head, and image_head is"),
         (
             {"image_head": "adversarial", "loss.name": "rasgan", "gradient_accumulation_steps": 2},

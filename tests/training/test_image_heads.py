@@ -7,7 +7,7 @@ from rope_mm.data.documents import Visual
 from rope_mm.losses import energy_score
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer, read_config
 from rope_mm.training.collator import Packer
-from rope_mm.training.image_heads import IMAGE_HEADS, EnergyConfig, near_noise
+from rope_mm.training.image_heads import IMAGE_HEADS, EnergyConfig, FlowConfig, near_noise
 
 ENERGY = IMAGE_HEADS["energy"]
 SIZES = ((4, 4), (4, 8), (8, 4))  # pixels y, x: 4, 8 and 8 patches of 2
@@ -72,6 +72,15 @@ def test_every_copy_of_an_image_has_a_time_of_its_own_which_its_patches_share(mo
     of_each = [batch.time[images == number].unique() for number in range(3 * 4)]
     assert all(len(times) == 1 for times in of_each)
     assert len(torch.cat(of_each).unique()) == 3 * 4
+
+
+def test_the_times_of_the_flow_have_the_quantiles_of_their_law():
+    cubic, normal = (FlowConfig(times=name, mean=-1.0, deviation=0.5) for name in ("cubic", "logit-normal"))
+    levels = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
+    truth = {cubic: levels**3, normal: (-1 + 0.5 * torch.special.ndtri(levels)).sigmoid()}
+    for config, quantiles in truth.items():
+        times = config.sample_time(100_000, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(times.quantile(levels), quantiles, atol=0.006, rtol=0)
 
 
 def energies(batch, generated, **settings):
