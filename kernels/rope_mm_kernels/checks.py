@@ -6,10 +6,10 @@ serves where triton is not installed.
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ FASTEST = 2**40  # radians beyond which the kernel's angles are further off than
 
 FINITE_POSITIONS = "positions hold NaN or infinity; every token needs a finite position"
 FINITE_OMEGA = "Omega holds NaN or infinity; every pair needs finite radians per step"
+FINITE_ANGLES = "angles hold NaN or infinity; every token needs finite angles"
+FINITE_TABLES = "cos or sin holds NaN or infinity; every token needs finite tables"
 NEAR_FLOAT32 = "positions in float32 cannot count past 2**24; give them in float64 or as whole numbers"
 NEAR_FLOAT64 = "positions cannot be counted past 2**53; give smaller ones, counted from another start"
 NARROW_ANGLES = "angles in float32 are not exact past 2**24 radians; give them in float64 or mod 2 pi"
@@ -129,7 +131,7 @@ def check_positions(positions: Tensor, omega: Tensor) -> None:
         )
     if positions.dtype not in POSITION_DTYPES:
         raise ValueError(f"positions are {positions.dtype}; give whole numbers, float32 or float64")
-    check_values(positions, omega)
+    check_values("positions", positions, omega)
 
 
 def has_readable_values(x: Tensor) -> bool:
@@ -152,20 +154,39 @@ def largest(x: Tensor) -> float:
     return max(abs(low), abs(high)) if low == low else low
 
 
-def check_values(positions: Tensor, omega: Tensor) -> None:
-    """Refuse numbers of positions and Omega that make no angles, by `check_readable_values`.
+def check_values(rule: str, *tensors: Tensor) -> None:
+    """Refuse tensors whose numbers a rule of VALUES refuses.
 
-    On a CPU alone: elsewhere the host would wait for the numbers. A recorded graph looks when it runs.
+    On a CPU alone: elsewhere the host would wait for the numbers. A compiled graph looks when it runs, by the
+    same rule; an exported one, which runs without Python, asserts the rule's conditions.
     """
-    if torch.compiler.is_compiling():
-        if positions.device.type == omega.device.type == "cpu":
-            check_recorded_values(positions.detach(), omega.detach())
+    if not torch.compiler.is_compiling():
+        if all(map(has_readable_values, tensors)):
+            VALUES[rule].refuse(*tensors)
+    elif any(x.device.type != "cpu" for x in tensors):
         return
-    if has_readable_values(positions) and has_readable_values(omega):
-        check_readable_values(positions, omega)
+    elif IS_EXPORTING is not None and not IS_EXPORTING():
+        answer = check_values_op([x.detach() for x in tensors], rule)
+        torch._assert_async(answer, rule)  # keeps the op in the graph
+    else:
+        for holds, message in VALUES[rule].conditions(*(x.detach() for x in tensors)):
+            torch._assert_async(holds.all(), message)
 
 
-def check_readable_values(positions: Tensor, omega: Tensor) -> None:
+@torch.library.custom_op(f"{NAMESPACE}::check_values", mutates_args=())
+def check_values_op(tensors: Sequence[Tensor], rule: str) -> Tensor:
+    """A rule of VALUES as an op, so that a compiled graph refuses by the same list when it runs."""
+    VALUES[rule].refuse(*tensors)
+    return torch.ones((), dtype=torch.bool)
+
+
+@check_values_op.register_fake
+def make_fake_answer(tensors: Sequence[Tensor], rule: str) -> Tensor:
+    """The shape of the answer of `check_values_op`."""
+    return tensors[0].new_empty((), dtype=torch.bool)
+
+
+def refuse_positions(positions: Tensor, omega: Tensor) -> None:
     """Refuse numbers that are not finite or too far for their dtype, and positions in another order.
 
     Raises:
@@ -191,30 +212,71 @@ def check_readable_values(positions: Tensor, omega: Tensor) -> None:
         )
 
 
-def check_recorded_values(positions: Tensor, omega: Tensor) -> None:
-    """Let a graph look when it runs, a compiled one by `check_readable_values`, an exported one by itself."""
-    if IS_EXPORTING is not None and not IS_EXPORTING():
-        torch._assert_async(check_values_op(positions, omega), FINITE_POSITIONS)  # keeps the op in the graph
-        return
-    torch._assert_async(omega.isfinite().all(), FINITE_OMEGA)
-    if not positions.is_floating_point():
-        return
-    narrow = positions.dtype == torch.float32
-    reached = positions.abs() <= (FARTHEST if narrow else FARTHEST_WIDE)
-    torch._assert_async(reached.all(), f"{FINITE_POSITIONS}; {NEAR_FLOAT32 if narrow else NEAR_FLOAT64}")
+def conditions_of_positions(positions: Tensor, omega: Tensor) -> list[tuple[Tensor, str]]:
+    """What `refuse_positions` asks of numbers, of which NaN is none."""
+    narrow, far = positions.dtype == torch.float32, positions.abs()
+    counted = f"{FINITE_POSITIONS}; {NEAR_FLOAT32}" if narrow else f"{FINITE_POSITIONS}; {NEAR_FLOAT64}"
+    return [
+        (omega.isfinite(), FINITE_OMEGA),
+        (far <= (FARTHEST if narrow else FARTHEST_WIDE), counted),
+        (far.double() * omega.double().abs().amax() <= FASTEST, NEAR_ANGLES),
+    ]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::check_values", mutates_args=())
-def check_values_op(positions: Tensor, omega: Tensor) -> Tensor:
-    """`check_readable_values` as an op, so that a compiled graph refuses by the same list when it runs."""
-    check_readable_values(positions, omega)
-    return torch.ones((), dtype=torch.bool)
+def refuse_angles(angle: Tensor) -> None:
+    """Refuse angles that are not finite or too large for their dtype.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    farthest = largest(angle)
+    if not math.isfinite(farthest):
+        raise ValueError(FINITE_ANGLES)
+    if angle.dtype == torch.float32 and farthest > FARTHEST:
+        raise ValueError(NARROW_ANGLES)
+    if farthest > FASTEST:
+        raise ValueError(NEAR_ANGLES)
 
 
-@check_values_op.register_fake
-def make_fake_answer(positions: Tensor, omega: Tensor) -> Tensor:
-    """The shape of the answer of `check_values_op`."""
-    return positions.new_empty((), dtype=torch.bool)
+def conditions_of_angles(angle: Tensor) -> list[tuple[Tensor, str]]:
+    """What `refuse_angles` asks of numbers, of which NaN is none."""
+    narrow = angle.dtype == torch.float32
+    near = f"{FINITE_ANGLES}; {NARROW_ANGLES if narrow else NEAR_ANGLES}"
+    return [(angle.abs() <= (FARTHEST if narrow else FASTEST), near)]
+
+
+def refuse_tables(cos: Tensor, sin: Tensor) -> None:
+    """Refuse cosines and sines that are not finite.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if not (math.isfinite(largest(cos)) and math.isfinite(largest(sin))):
+        raise ValueError(FINITE_TABLES)
+
+
+def conditions_of_tables(cos: Tensor, sin: Tensor) -> list[tuple[Tensor, str]]:
+    """What `refuse_tables` asks of numbers."""
+    return [(x.isfinite(), FINITE_TABLES) for x in (cos, sin)]
+
+
+class ValueRule(NamedTuple):
+    """Which numbers are refused.
+
+    Attributes:
+        refuse: raises ValueError for tensors that the host can read.
+        conditions: what holds for all numbers that are not refused, and the message where it does not.
+    """
+
+    refuse: Callable[..., None]
+    conditions: Callable[..., list[tuple[Tensor, str]]]
+
+
+VALUES = {
+    "positions": ValueRule(refuse_positions, conditions_of_positions),
+    "angles": ValueRule(refuse_angles, conditions_of_angles),
+    "tables": ValueRule(refuse_tables, conditions_of_tables),
+}
 
 
 def check_spec(
@@ -372,8 +434,7 @@ def check_tables(q: Tensor, cos: Tensor, sin: Tensor) -> None:
     check_numbers(q, cos=cos, sin=sin)
     if cos.dtype not in HEAD_DTYPES or sin.dtype not in HEAD_DTYPES:
         raise ValueError(f"cos is {cos.dtype} and sin {sin.dtype}; give tables of floating point numbers")
-    if any(has_readable_values(x) and not math.isfinite(largest(x)) for x in (cos, sin)):
-        raise ValueError("cos or sin holds NaN or infinity; every token needs finite tables")
+    check_values("tables", cos, sin)
 
 
 def check_table_rotation(
@@ -405,15 +466,7 @@ def check_angles(q: Tensor, angle: Tensor) -> None:
         raise ValueError(
             f"angles {shape_of(angle)} must be (s, r), (b, s, r) or (b, s, heads, r) for q {shape_of(q)}"
         )
-    if not has_readable_values(angle):
-        return
-    farthest = largest(angle)
-    if not math.isfinite(farthest):
-        raise ValueError("angles hold NaN or infinity; every token needs finite angles")
-    if angle.dtype == torch.float32 and farthest > FARTHEST:
-        raise ValueError(NARROW_ANGLES)
-    if farthest > FASTEST:
-        raise ValueError(NEAR_ANGLES)
+    check_values("angles", angle)
 
 
 def check_angle_rotation(

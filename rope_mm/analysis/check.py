@@ -13,7 +13,7 @@ from rope_mm.rotary.module import Rotary
 Call = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Position = tuple[float, ...]
 FAR = 2.0**18
-NEAR = (2.0**6, 2.0**8, 2.0**12, 2.0**15)  # where starts and steps are taken from, beside `reach`
+NEAREST = 16.0  # starts and steps halve from `reach` down to this
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,10 @@ def linearity_error(rope: Call, positions: Tensor, of_q: Tensor, of_k: Tensor, d
 def probe_positions(axes: int, reach: float, whole: bool = False) -> Tensor:
     """Positions (n, m, axes): n starts, the first 0, and from each the same m steps, the first 0.
 
-    Starts and steps are near and far, fractional and negative. All are multiples of 1/16, so their sums
-    are exact, in float32, too, up to a reach of 2**19.
+    Starts and steps double up to `reach`, so that wherever positions begin to be wrong, a start and a step lie
+    on the right side of it and their sum on the wrong one: steps go the way that starts go, or, where positions
+    may be negative, back. They are fractional, too. All are multiples of 1/16, so their sums are exact, in
+    float32, too, up to a reach of 2**19.
 
     Args:
         axes: how many coordinates a position has.
@@ -139,18 +141,20 @@ def probe_positions(axes: int, reach: float, whole: bool = False) -> Tensor:
         whole: whole numbers >= 0 alone.
     """
     seed = torch.Generator().manual_seed(0)
-    sizes = torch.tensor([*(size for size in NEAR if size < reach), reach], dtype=torch.float64)
-
-    def sample(count: int) -> Tensor:
-        shape = (count, len(sizes), axes)
-        numbers = (1 + torch.rand(shape, generator=seed, dtype=torch.float64)) / 2 * sizes[:, None]
-        signs = torch.randint(2, shape, generator=seed) * 2 - 1
-        return (numbers.round() if whole else (numbers * signs * 16).round() / 16).flatten(0, 1)
-
+    sizes = [reach]
+    while sizes[-1] >= 2 * NEAREST:
+        sizes.append(sizes[-1] / 2)
+    far = torch.tensor(sizes, dtype=torch.float64)[:, None]
+    direction = (1 + torch.rand(axes, generator=seed, dtype=torch.float64)) / 2
+    signs = torch.randint(2, (2, axes), generator=seed) * 2 - 1
     zero, single = torch.zeros(1, axes).double(), torch.eye(axes).double()
-    starts = torch.cat((zero, sample(2)))
-    steps = torch.cat((zero, single, sample(1)) if whole else (zero, single, single / 4, -single, sample(1)))
-    return starts[:, None] + steps
+    if whole:
+        doubling = (far * direction).round()
+        return torch.cat((zero, doubling))[:, None] + torch.cat((zero, single, doubling))
+    doubling = (far * direction * signs[0] * 16).round() / 16
+    other = (far[::4] * direction.flip(0) * signs[1] * 16).round() / 16
+    starts = torch.cat((zero, doubling, other))
+    return starts[:, None] + torch.cat((zero, single, single / 4, -single, -doubling))
 
 
 def check_rotary(
@@ -219,7 +223,7 @@ def report_errors(
     rotation = torch.maximum(rotation, of_keys)
     linear = linearity_error(rope, flat, of_q, of_k, dtype)
     between = of_q.unflatten(0, p.shape[:2])[:, :1].mT @ of_k.unflatten(0, p.shape[:2])  # (n, m, h, d, d)
-    error = (between - between[:1]).abs()
+    error = between.sub_(between[:1].clone()).abs_()
     start, step, _, row, column = (int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     return RotaryReport(
         scale=scale[(scale - 1).abs().argmax()].item(),

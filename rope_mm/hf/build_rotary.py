@@ -19,6 +19,7 @@ from rope_mm.schemes.scheme import Scheme
 from rope_mm.schemes.zoo import read_scheme
 
 GRIDS = "grid", "grid-2d"  # layouts of rows and columns as towers count them
+ROWS_AND_COLUMNS = "grid-2d"  # the one without an axis for text
 
 
 def refuse(refusals: dict[str, Any]) -> None:
@@ -86,9 +87,22 @@ def make_rotary(site: RotarySlot, scheme: Any, changes: dict[str, Any]) -> RopeM
             and any(x.scheme and x.scheme.layout != "flat" for x in ropes.values())
         }
     )
+    no_text = (
+        f"layout {ROWS_AND_COLUMNS!r} is of rows and columns alone, but {type(site.owner).__name__} reads text, "
+        "which has one axis; take 'flat' or, for text with images, 'rope-tv'"
+    )
+    laid_out = {rope.scheme.layout for rope in ropes.values() if rope.scheme}
+    refuse({no_text: ROWS_AND_COLUMNS in laid_out and reads_text(site, interfaces)})
     layouts = {rope.scheme and (rope.scheme.layout, rope.scheme.options) for rope in ropes.values()}
     refuse({f"layers would place tokens by several layouts, {layouts}; give one layout": len(layouts) > 1})
     return RopeMMRotaryEmbedding(ropes, interfaces, original, config)
+
+
+def reads_text(site: RotarySlot, interfaces: Mapping[Any, ModelRope]) -> bool:
+    """Whether the positions of a slot grow with every token of a text."""
+    if site.module:
+        return all(rope.call_format in TOKEN_CALLS for rope in interfaces.values())
+    return getattr(site.owner, "main_input_name", "") == "input_ids"
 
 
 def counts_tokens(owner: Any) -> bool:

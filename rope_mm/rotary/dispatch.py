@@ -167,7 +167,8 @@ class RotaryAngles:
             return self.launch(q, k)
         # one pass over few heads; its results are views, so it is for where nothing needs a gradient
         graded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, self.cos))
-        if graded or self.wide is None or self.cos.shape[-2] > 1 or q.numel() > cpu.TINY:
+        apart = graded or torch.jit.is_tracing()  # a trace serves where gradients are needed, too
+        if apart or self.wide is None or self.cos.shape[-2] > 1 or q.numel() > cpu.TINY:
             return self.rotate_checked(q), self.rotate_checked(k)
         self.check_fit(q)
         both = cpu.rotate_plain(torch.cat((q, k), 2), self.wide, self.spec.slot)

@@ -64,9 +64,9 @@ def check(rope, axes=1, **options):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("heads", [None, 4])
-def test_every_scheme_is_rotary(scheme, heads):
-    rope = Rotary(64, scheme, heads=heads)
+def test_every_scheme_is_rotary(scheme):
+    of_heads = SCHEMES[scheme].per_head or SCHEMES[scheme].ladder_over_heads
+    rope = Rotary(64, scheme, heads=2 if of_heads else None)
     assert check_rotary(rope).ok
     report = check_rotary(rope, reach=64)
     assert report.ok, report
@@ -231,6 +231,32 @@ def test_common_mistakes_are_caught(mistake):
     report = check(MISTAKES[mistake])
     assert not report.ok
     assert "NO" in str(report)
+
+
+FAR_MISTAKES = {
+    "one more": lambda p, far: p + (p > far),
+    "one more at both sides": lambda p, far: p + p.sign() * (p.abs() > far),
+    "faster": lambda p, far: torch.where(p > far, p * 1.01, p),
+    "clamped": lambda p, far: p.clamp(max=far),
+    "starting anew": lambda p, far: torch.where(p > far, p - far, p),
+}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("far", [20, 200, 2048, 3000, 131_072])
+@pytest.mark.parametrize("mistake", FAR_MISTAKES)
+def test_what_is_wrong_only_beyond_a_position_is_caught_on_each_axis(mistake, far, whole):
+    change = FAR_MISTAKES[mistake]
+
+    def wrong(q, k, p, axis):
+        one = change(p[:, axis], far)
+        return rotate(q, k, p.index_copy(1, torch.tensor([axis]), one[:, None]), OMEGA.expand(2, -1))
+
+    for axis in (0, 1):
+        report = check(lambda q, k, p, axis=axis: wrong(q, k, p, axis), axes=2, whole=whole)
+        assert not report.ok, axis
+        start, end = (token[axis] for token in report.pair)
+        assert max(abs(start), abs(end), abs(end - start)) >= far, "the pair named, or its step, is beyond it"
 
 
 @pytest.mark.parametrize("mistake", ["cut to whole numbers", "clamped at 128", "wrong beyond 200"])

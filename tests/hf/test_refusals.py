@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
+    BertConfig,
     Ernie4_5_VLMoeConfig,
     EsmConfig,
     EsmModel,
@@ -36,6 +38,14 @@ IDS = torch.arange(4, 12)[None]
 def test_a_string_is_refused_in_one_sentence(ask):
     with pytest.raises(ValueError, match="is needed, or a part of one, not the string 'gpt2'; load it first"):
         ask("gpt2")
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, BertConfig])
+def test_rows_and_columns_alone_are_refused_for_a_model_of_text(kind):
+    model = AutoModel.from_config(kind(**TEXT))
+    with pytest.raises(ValueError, match="'grid-2d' is of rows and columns alone, but .* reads text"):
+        set_rope(model, "rope-2d")
+    set_rope(model, "rope-tv")
 
 
 def vjepa2():

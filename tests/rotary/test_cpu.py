@@ -176,12 +176,13 @@ def test_nothing_to_rotate_is_rotated_to_nothing(shape, dtype, few, monkeypatch)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("learnable", [False, True])
-def test_a_rotary_can_be_traced(learnable, monkeypatch):
-    monkeypatch.setattr(cpu, "FEW", 0)
+@pytest.mark.parametrize("few", [0, cpu.FEW])
+def test_a_rotary_can_be_traced_and_the_trace_is_checked(learnable, few, monkeypatch):
+    monkeypatch.setattr(cpu, "FEW", few)
     rope = Rotary(24, learnable=learnable)
     positions, _ = rope.place("text:3 image:2x2")
     q = torch.randn(2, 7, 4, 24)
-    traced = torch.jit.trace(rope, (q, q, positions), check_trace=False)
+    traced = torch.jit.trace(rope, (q, q, positions))
     for x, y in zip(traced(q + 1, q, positions + 2), rope(q + 1, q, positions + 2), strict=True):
         torch.testing.assert_close(x, y)
 

@@ -82,9 +82,6 @@ VALUES = {
     ),
     "an Omega that is no number": ({"omega": torch.full((A, R), torch.nan)}, "Omega holds NaN or infinity"),
     "an infinite Omega": ({"omega": torch.full((A, R), torch.inf).double()}, "Omega holds NaN or infinity"),
-}
-# an exported graph, which runs without Python, does not know these
-FAR = {
     "whole numbers beyond what float64 counts": (
         {"positions": torch.full((S, A), 2**54 + 1)},
         r"cannot be counted past 2\*\*53",
@@ -126,12 +123,53 @@ KINDS = {
     ),
     "an Omega without numbers": ({"omega": FIT["omega"].to("meta")}, "omega is on the meta device, without"),
 }
-REFUSED = {**FORMS, **VALUES, **FAR, **FACTORS, **KINDS}
+REFUSED = {**FORMS, **VALUES, **FACTORS, **KINDS}
 
 
 def by_kernel(q, k, positions, omega, **how):
     """The kernel, interpreted where there is no GPU."""
     return pytest.importorskip("rope_mm_kernels.rotary").rotate(q, k, positions, omega, **how)
+
+
+def by_normed_kernel(q, k, positions, omega, **how):
+    """The kernel that normalises heads first."""
+    normed = pytest.importorskip("rope_mm_kernels.norm_rotary").norm_rotate
+    return normed(q, k, positions, omega, torch.ones(D), torch.ones(D), **how)
+
+
+def by_kernel_in_place(q, k, positions, omega, **how):
+    """The kernel that overwrites heads."""
+    return pytest.importorskip("rope_mm_kernels.rotary").rotate_(q, k, positions, omega, **how)
+
+
+def when_compiled(function):
+    """The function under torch.compile, in a graph of its own."""
+
+    def call(**inputs):
+        torch._dynamo.reset()
+        return torch.compile(function, backend="eager")(**inputs)
+
+    return call
+
+
+EAGER = {
+    "eager": rotate,
+    "in place": rotate_,
+    "kernel": by_kernel,
+    "kernel in place": by_kernel_in_place,
+    "normalising kernel": by_normed_kernel,
+}
+COMPILED = {f"compiled, {way}": when_compiled(function) for way, function in EAGER.items()}
+
+
+def refusals(paths, words, **inputs):
+    """The sentences by which these paths refuse."""
+    said = {}
+    for path, function in paths.items():
+        with pytest.raises(ValueError, match=words) as error:
+            function(**inputs)
+        said[path] = str(error.value)
+    return said
 
 
 class Layer(nn.Module):
@@ -154,12 +192,17 @@ def recorded(q, k, positions, omega, **how):
 @pytest.mark.parametrize("name", REFUSED)
 def test_every_path_refuses_the_same_in_the_same_words(name):
     change, words = REFUSED[name]
-    said = []
-    for function in (rotate, rotate_, by_kernel):
-        with pytest.raises(ValueError, match=words) as error:
-            function(**{**FIT, **change})
-        said.append(str(error.value))
-    assert len(set(said)) == 1 and "\n" not in said[0]
+    said = refusals({**EAGER, "compiled": COMPILED["compiled, eager"]}, words, **{**FIT, **change})
+    assert len(said) == 6 and len(set(said.values())) == 1, said
+    assert "\n" not in said["eager"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_path_when_compiled_refuses_as_it_does_in_eager_mode(name):
+    change, words = REFUSED[name]
+    said = refusals({"eager": rotate, **COMPILED}, words, **{**FIT, **change})
+    assert len(said) == 6 and len(set(said.values())) == 1, said
 
 
 # torch.export takes no arrays at all
@@ -179,9 +222,8 @@ def test_a_graph_refuses_values_when_it_runs(name):
 
 def test_a_compiled_graph_refuses_values_in_the_same_words_when_it_runs():
     compiled = torch.compile(rotate, fullgraph=True, backend="aot_eager")
-    refused = {**VALUES, **FAR}
-    assert refused
-    for change, _ in refused.values():
+    assert VALUES
+    for change, _ in VALUES.values():
         with pytest.raises(ValueError, match=r"2|NaN") as eager:
             rotate(**{**FIT, **change})
         with pytest.raises(ValueError, match=r"2|NaN") as error:
@@ -258,12 +300,10 @@ def test_every_path_rotates_far_tokens_by_their_angle(power):
 def test_tables_that_do_not_fit_are_refused_alike(change, words):
     kernel = pytest.importorskip("rope_mm_kernels.table").rotate_by_table
     fit = {"q": FIT["q"], "k": FIT["k"], "cos": torch.ones(1, S, D), "sin": torch.ones(1, S, D)}
-    said = []
-    for function in (rotate_by_table, kernel):
-        with pytest.raises(ValueError, match=words) as error:
-            function(**{**fit, **change})
-        said.append(str(error.value))
-    assert said[0] == said[1]
+    eager = {"eager": rotate_by_table, "kernel": kernel}
+    paths = eager | {f"compiled, {way}": when_compiled(function) for way, function in eager.items()}
+    said = refusals(paths, words, **{**fit, **change})
+    assert len(said) == 4 and len(set(said.values())) == 1, said
 
 
 @pytest.mark.parametrize(
@@ -285,12 +325,10 @@ def test_tables_that_do_not_fit_are_refused_alike(change, words):
 def test_angles_that_do_not_fit_are_refused_alike(change, words):
     kernel = pytest.importorskip("rope_mm_kernels.rotary").rotate_by_angles
     fit = {"q": FIT["q"], "k": FIT["k"], "angles": torch.ones(S, R)}
-    said = []
-    for function in (rotate_by_angles, kernel):
-        with pytest.raises(ValueError, match=words) as error:
-            function(**{**fit, **change})
-        said.append(str(error.value))
-    assert said[0] == said[1]
+    eager = {"eager": rotate_by_angles, "kernel": kernel}
+    paths = eager | {f"compiled, {way}": when_compiled(function) for way, function in eager.items()}
+    said = refusals(paths, words, **{**fit, **change})
+    assert len(said) == 4 and len(set(said.values())) == 1, said
 
 
 def test_in_place_refuses_what_it_would_corrupt():
