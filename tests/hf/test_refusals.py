@@ -43,7 +43,7 @@ def test_a_string_is_refused_in_one_sentence(ask):
 @pytest.mark.parametrize("kind", [LlamaConfig, BertConfig])
 def test_rows_and_columns_alone_are_refused_for_a_model_of_text(kind):
     model = AutoModel.from_config(kind(**TEXT))
-    with pytest.raises(ValueError, match="'grid-2d' is of rows and columns alone, but .* reads text"):
+    with pytest.raises(ValueError, match=r"'grid-2d' is of rows and columns alone, but .* reads text"):
         set_rope(model, "rope-2d")
     set_rope(model, "rope-tv")
 
