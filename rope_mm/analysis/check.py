@@ -130,10 +130,10 @@ def linearity_error(rope: Call, positions: Tensor, of_q: Tensor, of_k: Tensor, d
 def probe_positions(axes: int, reach: float, whole: bool = False) -> Tensor:
     """Positions (n, m, axes): n starts, the first 0, and from each the same m steps, the first 0.
 
-    Starts and steps double up to `reach`, so that wherever positions begin to be wrong, a start and a step lie
-    on the right side of it and their sum on the wrong one: steps go the way that starts go, or, where positions
-    may be negative, back. They are fractional, too. All are multiples of 1/16, so their sums are exact, in
-    float32, too, up to a reach of 2**19.
+    Starts and steps double up to `reach`, so that wherever positions begin to be wrong, a start and a step
+    lie on the right side of it and their sum on the wrong one: steps go the way that starts go, or, where
+    positions may be negative, back. They are fractional, too. All are multiples of 1/16, so their sums are
+    exact, in float32, too, up to a reach of 2**19.
 
     Args:
         axes: how many coordinates a position has.

@@ -88,8 +88,8 @@ def make_rotary(site: RotarySlot, scheme: Any, changes: dict[str, Any]) -> RopeM
         }
     )
     no_text = (
-        f"layout {ROWS_AND_COLUMNS!r} is of rows and columns alone, but {type(site.owner).__name__} reads text, "
-        "which has one axis; take 'flat' or, for text with images, 'rope-tv'"
+        f"layout {ROWS_AND_COLUMNS!r} is of rows and columns alone, but {type(site.owner).__name__} reads "
+        "text, which has one axis; take 'flat' or, for text with images, 'rope-tv'"
     )
     laid_out = {rope.scheme.layout for rope in ropes.values() if rope.scheme}
     refuse({no_text: ROWS_AND_COLUMNS in laid_out and reads_text(site, interfaces)})
