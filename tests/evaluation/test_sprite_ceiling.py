@@ -37,8 +37,12 @@ def posterior_mean(x, candidates, time):
     return torch.einsum("nk,nkd->nd", weights, candidates)
 
 
-@pytest.mark.parametrize(("steps", "least", "most"), [(1, 0.6, 0.9), (2, 0.97, 1.0), (4, 1.0, 1.0), (8, 1.0, 1.0)])
-def test_the_best_denoiser_generates_every_sprite_right_in_four_steps_and_not_in_one(images, steps, least, most):
+@pytest.mark.parametrize(
+    ("steps", "least", "most"), [(1, 0.6, 0.9), (2, 0.97, 1.0), (4, 1.0, 1.0), (8, 1.0, 1.0)]
+)
+def test_the_best_denoiser_generates_every_sprite_right_in_four_steps_and_not_in_one(
+    images, steps, least, most
+):
     candidates = images.flatten(0, 2)
     x = torch.randn(576, 768, generator=torch.Generator().manual_seed(0))
     for step in range(steps):
