@@ -1,4 +1,4 @@
-"""What is possible on sprites: the metric under noise, the best generator there can be, what each word is worth."""
+"""What is possible on sprites: the metric under noise, the best generator, what each word is worth."""
 
 import pytest
 import torch
