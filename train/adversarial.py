@@ -30,6 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 from rope_mm.data import CaptionedImages, draw_augmentation, load_images, make_generator
 from rope_mm.data.augmentation import AUGMENTATIONS
 from rope_mm.data.buckets import Size
+from rope_mm.data.columns import stored_row
 from rope_mm.data.images import Unreadable
 from rope_mm.data.seeding import EVALUATION
 from rope_mm.evaluation.contact_sheet import save_data_sheet, save_sheet
@@ -47,6 +48,8 @@ from rope_mm.training.fingerprint import fingerprint_rows
 from rope_mm.training.loop import Run, fingerprint, launch
 from rope_mm.training.metrics_log import say
 from rope_mm.training.run_dir import Identity
+from rope_mm.training.unread_keys import refuse_unread
+from rope_mm.training.vocabulary import find_word_tokenizer, keep_tokenizer
 
 CLASSIFIER_SAMPLES = 10_000  # images of each split, at most, that the evaluator's classifier sees
 SHEET = 10  # captions on a contact sheet, and images of each
@@ -146,7 +149,8 @@ class Training:
         self.patches = ImageBatcher(model, tokenizer, config.data.size).grid.tokens
         self.images, self.held_out = load_data(config.data, model.patch_size)
         if words:
-            tokenizer = load_tokenizer("words", texts_of(self.images, self.held_out))
+            kept = Path(config.output_dir), texts_of(self.images, self.held_out)
+            tokenizer = find_word_tokenizer(*kept, config.restart, config.data.changed)
             model = config_for(tokenizer, config.data.channels, config.rope, config.model)
         model = with_attention(model, config.attn_implementation, accelerator.device)
         self.batcher = ImageBatcher(model, tokenizer, config.data.size)
@@ -174,8 +178,8 @@ class Training:
         for reason in self.held_out.unreadable.values():
             say(f"skipped, held out: {reason}")
         train, test = (images, labels[rows]), (test_images, test_labels[self.test_rows])
-        captions = {"captioned": bool(config.data.caption)} if config.evaluator == "caption" else {}
-        return IMAGE_EVALUATORS[config.evaluator](train, test, config.eval_samples, config.seed, **captions)
+        kind, captioned = IMAGE_EVALUATORS[config.evaluator], bool(config.data.caption)
+        return kind.make(train, test, config.eval_samples, config.seed, captioned)
 
     def micro_batch(self, update: int, part: int = 0) -> AdversarialBatch:
         """This process's share of a part of the batch of the critic's update-th step.
@@ -220,6 +224,10 @@ class Training:
 
     def report_skipped(self) -> None:
         """Name the images that are skipped from now on; every process then knows those of all."""
+        if (
+            self.config.data.strict
+        ):  # none is skipped; what the sheet of data found is refused when it is drawn
+            return
         new = {row: why for row, why in self.images.unreadable.items() if row not in self.skipped.rows}
         if not int(all_reduce_sum(self.accelerator, torch.tensor(len(new)))):
             return
@@ -270,6 +278,8 @@ class Training:
 
     def begin(self, step: int) -> None:
         """Report cut captions, and skip what the run has skipped before; each step makes its batches."""
+        if self.config.tokenizer == "words" and self.accelerator.is_main_process:
+            keep_tokenizer(Path(self.config.output_dir), self.batcher.tokenizer)
         self.images.unreadable |= self.skipped.rows
         if self.long_captions and self.accelerator.is_main_process:
             length = self.config.data.max_caption_length
@@ -410,7 +420,7 @@ def limit_captions(images: CaptionedImages, tokenizer: PreTrainedTokenizerBase, 
     if cut and data.long_captions == "refuse":
         row = next(row for row, text in enumerate(images.captions) if text in cut)
         raise ValueError(
-            f"row {row}: a caption has more than {most} tokens; shorten it, raise "
+            f"row {stored_row(images.rows, row)}: a caption has more than {most} tokens; shorten it, raise "
             "data.max_caption_length, or give data.long_captions cut"
         )
     count = sum(text in cut for text in images.captions)
@@ -419,19 +429,35 @@ def limit_captions(images: CaptionedImages, tokenizer: PreTrainedTokenizerBase, 
     return count
 
 
+def unread(config: Adversarial) -> dict[str, str]:
+    """The keys that nothing reads in this configuration, with the reason."""
+    keys = config.loss.unread() | config.optim.unread(config.loss)
+    if config.data.channels == 4:
+        keys["data.background"] = "images of 4 channels keep what is transparent"
+    if not config.data.caption:
+        reason = "data.caption is empty"
+        keys |= dict.fromkeys(("data.max_caption_length", "data.long_captions"), reason)
+    return keys
+
+
 def check(config: Adversarial) -> None:
-    """Refuse values that do not fit together.
+    """Refuse values that do not fit together, and those that nothing reads.
 
     Raises:
         ValueError: with the key and its value.
     """
     check_options(config)
+    refuse_unread(config, unread(config))
     if config.data.aspect_ratio == "keep" and config.data.label:
         raise ValueError(
             "metrics by data.label compare images of one size; give data.label '' or data.aspect_ratio square"
         )
-    if config.evaluator == "captioned-modes" and not config.data.caption:
-        raise ValueError("evaluator captioned-modes needs data.caption; without captions take modes")
+    needed = IMAGE_EVALUATORS[config.evaluator].captions == "needed"
+    if needed and config.data.label and not config.data.caption:
+        others = [name for name, kind in IMAGE_EVALUATORS.items() if kind.captions != "needed"]
+        raise ValueError(
+            f"evaluator {config.evaluator} needs data.caption; without captions take {' or '.join(others)}"
+        )
     if config.loss.penalties.get("consistency") and not any(config.augment.values()):
         raise ValueError(
             "consistency compares images with augmented ones: give augment, such as {cutout: 0.5}"

@@ -125,7 +125,8 @@ def check_levels(config: CompareFactors, cells: Sequence[Cell]) -> None:
         if len(found) < 2:
             raise ValueError(
                 f"{factor} must have two or more levels, each crossed with all others, not {sorted(found)}; "
-                "give more, or compare named schemes by train/compare_schemes.py"
+                "give more, such as those of --config configs/factors/full.yaml, or compare named schemes by "
+                "train/compare_schemes.py"
             )
 
 
@@ -214,10 +215,10 @@ def main(config: CompareFactors) -> None:
         ValueError: a configuration that makes no experiment, runs of another one in its folder.
     """
     cells = list_cells(config)
+    check_levels(config, cells)
     check(replace(config, schemes={cell.name: cell.rope for cell in cells}))
     if config.seeds < 2:
         raise ValueError(f"seeds must be 2 or more, not {config.seeds}: one leaves no noise to compare with")
-    check_levels(config, cells)
     first = finish_runs(config, first_runs(cells, config.thetas), "seed 0")
     chosen = choose_thetas(first)
     later = finish_runs(config, later_runs(cells, chosen, config.seeds), "other seeds")

@@ -196,8 +196,9 @@ def configure(config: CompareHeads, head: str, seed: int) -> Pretrain:
         ValueError: an entry with an unknown key, or one that makes no run.
     """
     common = {f.name: getattr(config, f.name) for f in fields(Pretrain)}
-    run_config = Pretrain(**common | {"output_dir": f"{config.output_dir}/{head}-{seed}", "seed": seed})
-    chosen = override(run_config, config.heads[head], f"heads.{head}")
+    own = {"output_dir": f"{config.output_dir}/{head}-{seed}", "seed": seed}
+    own["eval_samples"] = Pretrain.eval_samples  # of a stream, where here it counts generated images
+    chosen = override(Pretrain(**common | own), config.heads[head], f"heads.{head}")
     check_run(chosen)
     return chosen
 

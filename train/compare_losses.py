@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from adversarial import Adversarial
+from adversarial import Adversarial, unread
 from adversarial import main as train
 from tqdm import tqdm
 
@@ -29,6 +29,7 @@ from rope_mm.training.loop import fingerprint
 from rope_mm.training.metrics_log import read_metrics
 from rope_mm.training.run_dir import is_done
 from rope_mm.training.run_page import write_comparison_page
+from rope_mm.training.unread_keys import reset_unread
 
 Runs = dict[str, list[dict[str, float]]]
 
@@ -72,12 +73,19 @@ def runs(config: CompareLosses) -> list[tuple[str, Adversarial]]:
     if twice := sorted(set(config.losses) & set(config.rows)):
         raise ValueError(f"losses and rows both name {twice}")
     common = Adversarial(**{f.name: getattr(config, f.name) for f in fields(Adversarial)})
-    chosen = {row: replace(common, loss=loss_of(row, config.loss)) for row in config.losses}
-    chosen |= {row: override(common, changes, f"rows.{row}") for row, changes in config.rows.items()}
+    chosen = {row: without_unread(replace(common, loss=loss_of(row, config.loss))) for row in config.losses}
+    for row, changes in config.rows.items():
+        rest = without_unread(override(common, changes, f"rows.{row}"))
+        chosen[row] = override(rest, changes, f"rows.{row}")  # a change of its own that nothing reads is refused
     return [
         (row, replace(of_row, output_dir=f"{config.output_dir}/{row}-{seed}", seed=seed))
         for seed, (row, of_row) in product(range(config.seed, config.seed + config.seeds), chosen.items())
     ]
+
+
+def without_unread(config: Adversarial) -> Adversarial:
+    """The run with the default of each common key that its row does not read."""
+    return reset_unread(config, unread(config))
 
 
 def result(config: Adversarial) -> dict[str, float]:

@@ -22,7 +22,8 @@ from datasets import Dataset, Image, concatenate_datasets
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data.images import EMBEDDED, check_rows, find_images, load, load_splits, read_captions
+from rope_mm.data.columns import check_rows, read_captions
+from rope_mm.data.images import EMBEDDED, find_images, load, load_splits
 from rope_mm.data.pixels import UNREADABLE, open_image, to_channels
 from rope_mm.evaluation.features import INPUTS, extract_features, load_network
 from rope_mm.evaluation.metrics import NEIGHBOURS, frechet, kid, prdc

@@ -37,6 +37,7 @@ from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.loop import fingerprint
 from rope_mm.training.packed_dataset import PackedDocumentDataset
 from rope_mm.training.run_dir import is_done
+from rope_mm.training.unread_keys import reset_unread
 
 PHASES = {
     "images": "phase one: old sprites",
@@ -81,7 +82,8 @@ def runs(config: Lifelong) -> dict[str, list[Pretrain]]:
     for seed in range(config.seed, config.seed + config.seeds):
         one = replace(common, seed=seed, output_dir=f"{config.output_dir}/images-{seed}")
         text = {"output_dir": f"{config.output_dir}/text-{seed}", "image_head": "mse"}
-        found["text"].append(replace(one, **text, image_loss_weight=0.0))
+        alone = replace(one, **text, image_loss_weight=0.0)
+        found["text"].append(reset_unread(alone, pretrain.unread(alone)))
         found["images"].append(one)
         for name, chosen in phase_two.items() if seed < config.seed + config.phase_two_seeds else ():
             own = {"output_dir": f"{config.output_dir}/{name}-{seed}", "init_from": one.output_dir}

@@ -28,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from rope_mm.data import MapDocuments, load_documents, make_generator
 from rope_mm.data.documents import DocumentDataset, Unreadable, Visual
 from rope_mm.data.streaming import StreamingDocuments
+from rope_mm.data.templates import Column, read_template
 from rope_mm.evaluation.contact_sheet import save_data_sheet
 from rope_mm.evaluation.samples import document_text, write_samples
 from rope_mm.evaluation.sprites import SPRITE_EVALUATORS
@@ -51,6 +52,8 @@ from rope_mm.training.packed_dataset import PackedDocumentDataset
 from rope_mm.training.pretrain_trainer import BatchTotals, PretrainOptim, PretrainTrainer
 from rope_mm.training.run_dir import Identity, check_initial_run, load_initial_run
 from rope_mm.training.throughput import FlopCounter
+from rope_mm.training.unread_keys import refuse_unread
+from rope_mm.training.vocabulary import find_word_tokenizer, keep_tokenizer
 
 # keys on which weights and optimizers depend: a run that starts from another one keeps them
 KEPT = ["tokenizer", "data.channels", "data.streaming", "rope", "model", "image_head"]
@@ -217,6 +220,8 @@ class Training:
 
     def begin(self, step: int) -> None:
         """Load the run to start from, and prepare to read on at a step."""
+        if self.config.tokenizer == "words" and self.accelerator.is_main_process:
+            keep_tokenizer(Path(self.config.output_dir), self.processor.tokenizer)  # pyright: ignore
         if self.config.init_from and not step:
             load_initial_run(Path(self.config.init_from), self.accelerator)
             self.skipped.count, self.documents.stream_state = 0, None
@@ -349,7 +354,11 @@ def find_tokenizer(config: Pretrain, documents: DocumentDataset) -> PreTrainedTo
     if config.data.filter:
         unfiltered = replace(config.data, filter={})
         documents, _ = load_data(unfiltered, config.eval_samples, patch_size(config))
-    return load_tokenizer(config.tokenizer, documents.texts())
+    if config.tokenizer != "words":
+        return load_tokenizer(config.tokenizer)
+    return find_word_tokenizer(
+        Path(config.output_dir), documents.texts(), config.restart, config.data.changed
+    )
 
 
 def load_initial_tokenizer(config: Pretrain, documents: DocumentDataset) -> PreTrainedTokenizerBase:
@@ -380,8 +389,31 @@ def check_turns(config: Pretrain, processes: int) -> None:
         )
 
 
+def unread(config: Pretrain) -> dict[str, str]:
+    """The keys that nothing reads in this configuration, with the reason."""
+    keys: dict[str, str] = {}
+    for head in {"flow", "energy"} - {config.image_head}:
+        keys[head] = f"image_head is {config.image_head}, not {head}"
+    if IMAGE_HEADS[config.image_head].needs_critic:
+        keys |= config.loss.unread()
+    else:
+        reason = f"image_head {config.image_head} has no critic, which adversarial has"
+        keys |= dict.fromkeys(("loss", "optim.critic_lr", "optim.critic_betas"), reason)
+    if config.optim.constant:
+        keys["optim.schedule"] = "optim.final_lr_ratio is 1"
+    if not config.data.streaming:
+        keys |= dict.fromkeys(("data.shuffle", "eval_samples"), "data.streaming is false")
+    if config.data.channels == 4:
+        keys["data.background"] = "images of 4 channels keep what is transparent"
+    parts = [part for text in config.data.templates for part in read_template(text)]
+    if not any(isinstance(part, Column) and part.generate for part in parts):
+        reason = "no template generates an image, as '{image:generate}' does"
+        keys |= dict.fromkeys(("image_head", "image_loss_weight"), reason)
+    return keys
+
+
 def check(config: Pretrain) -> None:
-    """Refuse values that make no run.
+    """Refuse values that make no run, and those that nothing reads.
 
     Raises:
         ValueError: with the key and its value.
@@ -394,12 +426,7 @@ def check(config: Pretrain) -> None:
     if config.noisy_copies and (config.noisy_copies < head.samples or head.needs_critic):
         wanted = "takes noisy_copies 0" if head.needs_critic else f"needs {head.samples} or more"
         raise ValueError(f"noisy_copies is {config.noisy_copies}; the {config.image_head} head {wanted}")
-    for name, default in (("flow", FlowConfig()), ("energy", EnergyConfig())):
-        if getattr(config, name) != default and config.image_head != name:
-            raise ValueError(
-                f"{name}.* is read by the {name} head, and image_head is {config.image_head!r}; "
-                f"give --image_head {name}, or no --{name}.*"
-            )
+    refuse_unread(config, unread(config))
 
 
 def main(config: Pretrain, training: type[Training] = Training) -> None:

@@ -13,8 +13,9 @@ from datasets import Dataset, IterableDataset
 from PIL import Image as PILImage
 from torch import Tensor
 
+from rope_mm.data.columns import stored_row
 from rope_mm.data.holdout import is_text
-from rope_mm.data.images import Unreadable, stored_row
+from rope_mm.data.images import Unreadable
 from rope_mm.data.pixels import (
     BACKGROUND,
     MODES,

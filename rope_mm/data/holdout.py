@@ -8,6 +8,8 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict
 
+from rope_mm.data.columns import select_numbered
+
 SHARE = 0.2  # of rows that are held out
 HEAD = 1 << 16  # bytes of an image or video, beside their number, that are read
 
@@ -34,7 +36,7 @@ def split_rows(rows: Dataset) -> DatasetDict:
     for row, number in enumerate(numbers):
         held = (number < SHARE or number == lowest) and number < highest
         sides["test" if held else "train"].append(row)
-    return DatasetDict({name: rows.select(chosen) for name, chosen in sides.items()})
+    return DatasetDict({name: select_numbered(rows, chosen) for name, chosen in sides.items()})
 
 
 def row_numbers(rows: Dataset) -> list[float]:

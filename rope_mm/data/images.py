@@ -1,7 +1,8 @@
 """Anything that `datasets` loads -> captioned images as tensors."""
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from rope_mm.data.buckets import Buckets, Size
+from rope_mm.data.columns import check_rows, read_captions, read_labels, select_numbered, stored_row
 from rope_mm.data.holdout import is_text, split_rows
 from rope_mm.data.pixels import (
     BACKGROUND,
@@ -44,12 +46,6 @@ class Unreadable(ValueError):
     row: int = -1
 
 
-def stored_row(rows: Dataset, row: int) -> int:
-    """The number that a row of a shuffled or selected split has in the source, by which people find it."""
-    indices = getattr(rows, "_indices", None)  # `datasets` has no public name for it
-    return row if indices is None else int(indices.column(0)[row].as_py())
-
-
 class CaptionedImages:
     """Rows of a split as images in [-1, 1], captions, and labels where there is a column.
 
@@ -74,7 +70,8 @@ class CaptionedImages:
         labels: (n,), or None.
         sizes: pixels (y, x) of each row's image.
         buckets: rows by size, in the order in which they are trained on.
-        unreadable: row -> why its image cannot be read, of the rows that were tried.
+        unreadable: row -> why it cannot be read, of the rows without a caption, whose caption is empty here,
+            and of those whose image was tried.
 
     Raises:
         ValueError: a column that is missing, with those there are; columns that hold something else.
@@ -94,16 +91,16 @@ class CaptionedImages:
     ):
         check_rows(rows, channels, image, caption, label)
         check_background(background)
-        choices = read_captions(rows, caption) if caption else [[""]] * len(rows)
+        self.unreadable: dict[int, str] = {}
+        choices = read_captions(rows, caption, self.unreadable) if caption else [[""]] * len(rows)
         self.captions = [texts[0] for texts in choices]
         self.choices = {row: texts for row, texts in enumerate(choices) if len(texts) > 1}
-        self.labels = read_labels(rows[label], label) if label else None
+        self.labels = read_labels(rows, label) if label else None
         if not isinstance(rows.features[image], datasets.Image):
             raise ValueError(f"column {image!r} holds {rows.features[image]}, not images")
         # undecoded, so that an image which cannot be read is named by its row
         self.rows = rows.cast_column(image, datasets.Image(decode=False))
         self.channels, self.background, self.image = channels, background, image
-        self.unreadable: dict[int, str] = {}
         square = (size, size) if isinstance(size, int) else size
         self.sizes = self.read_sizes(size, keep_aspect) if keep_aspect else [square] * len(rows)
         self.buckets = Buckets(self.sizes)
@@ -208,9 +205,11 @@ class CaptionedImages:
 
     def examples(self, count: int) -> list[str]:
         """Captions to show: of each label the first one, labels evenly apart, or the first different ones."""
+        rows = [row for row in range(len(self)) if row not in self.unreadable]
         if self.labels is None:
-            return list(dict.fromkeys(self.captions))[:count]
-        first = dict(reversed(list(zip(self.labels.tolist(), self.captions, strict=True))))
+            return list(dict.fromkeys(self.captions[row] for row in rows))[:count]
+        labels = self.labels.tolist()
+        first = {labels[row]: self.captions[row] for row in reversed(rows)}
         shown = min(count, len(first))
         return [first[sorted(first)[i * len(first) // shown]] for i in range(shown)]
 
@@ -228,55 +227,6 @@ class CaptionedImages:
             self.unreadable[row] = f"{name}: the image does not decode ({error})"
             self.check_readable(row)
             raise
-
-
-def check_rows(rows: Dataset, channels: int, *columns: str) -> None:
-    """Refuse rows without these columns, where they have a name, and channels that no image has.
-
-    Raises:
-        ValueError: with the columns that there are.
-    """
-    for column in filter(None, columns):
-        if column not in rows.column_names:
-            hint = "; captions are in its metadata.csv, beside file_name" * (rows.column_names == ["image"])
-            found = ", ".join(rows.column_names) + hint
-            raise ValueError(f"the data has no column {column!r}; it has {found}")
-    if channels not in MODES:
-        raise ValueError(f"images have {', '.join(map(str, MODES))} channels, not {channels}")
-    if not len(rows):
-        raise ValueError("the data has no rows")
-
-
-def read_captions(rows: Dataset, column: str) -> list[list[str]]:
-    """The captions of each row: a text, the name of a label, or several texts.
-
-    Raises:
-        ValueError: the first row that holds something else.
-    """
-    feature, stored = rows.features[column], list(rows[column])
-    if isinstance(feature, ClassLabel):
-        stored = [label if label is None else feature.int2str(label) for label in stored]
-    captions = []
-    for row, held in enumerate(stored):
-        texts = held if isinstance(held, list) else [held]
-        if not texts or not all(isinstance(text, str) for text in texts):
-            name = f"row {stored_row(rows, row)}, column {column!r}"
-            raise ValueError(f"{name}: a caption is text, not {held!r}")
-        captions.append(texts)
-    return captions
-
-
-def read_labels(column: Sequence, name: str) -> Tensor:
-    """The labels (n,) of a column, counted from 0.
-
-    Raises:
-        ValueError: the first row that holds no such number.
-    """
-    labels = list(column)
-    for row, label in enumerate(labels):
-        if not isinstance(label, int) or label < 0:
-            raise ValueError(f"row {row}, column {name!r}: a label is a whole number from 0, not {label!r}")
-    return torch.tensor(labels)
 
 
 EMBEDDED: dict[str, Callable[[], DatasetDict]] = {
@@ -323,23 +273,47 @@ def load_splits(path: str) -> DatasetDict:
     return DatasetDict({"train": train, "test": test})
 
 
-def load(path: str, **how: Any) -> Any:
+def load(path: str) -> Any:
     """All splits of a path, as `datasets` loads it.
 
     Args:
         path: a folder, a hub name, or files.
-        how: further arguments of `datasets.load_dataset`.
 
     Raises:
         ValueError: what it cannot load.
     """
+    with explained(path):
+        return datasets.load_dataset(**arguments(path))
+
+
+def load_streams(path: str) -> tuple[datasets.DatasetBuilder, Any]:
+    """What reads a path, which knows its files, and all splits as streams.
+
+    Args:
+        path: a folder, a hub name, or files.
+
+    Raises:
+        ValueError: what `datasets` cannot load.
+    """
+    with explained(path):
+        builder = datasets.load_dataset_builder(**arguments(path))
+        return builder, builder.as_streaming_dataset()
+
+
+def arguments(path: str) -> dict[str, Any]:
+    """The arguments with which `datasets` loads a path: its name, or a format and its files."""
     builder = BUILDERS.get(Path(path).suffix)
+    how = {"path": builder, "data_files": path} if builder else {"path": path}
     if builder == "csv":
         how["keep_default_na"] = False  # "NA" and "null" are captions like any other
+    return how
+
+
+@contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Where `datasets` cannot load a path, a ValueError of one line says so."""
     try:
-        if builder:
-            return datasets.load_dataset(builder, data_files=path, **how)
-        return datasets.load_dataset(path, **how)
+        yield
     except Exception as error:  # of any kind: that of the source's format
         here = "" if Path(path).exists() or "*" in path else "no such file or folder is here, and "
         raise ValueError(f"{here}`datasets` cannot load {path!r}: {error}".splitlines()[0]) from error
@@ -441,7 +415,9 @@ def select_rows(splits: DatasetDict, wanted: Mapping[str, Sequence[Any]]) -> Dat
         ValueError: a column or a label that the data lacks, values that leave a split without rows.
     """
     for column, values in wanted.items():
-        found = {name: rows.select(find_rows(rows, column, values)) for name, rows in splits.items()}
+        found = {
+            name: select_numbered(rows, find_rows(rows, column, values)) for name, rows in splits.items()
+        }
         if empty := [name for name, rows in found.items() if not len(rows)]:
             raise ValueError(f"no row of {empty[0]} holds one of {list(values)} in column {column!r}")
         splits = DatasetDict(found)

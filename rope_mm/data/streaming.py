@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, cast
 
 import datasets
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetBuilder, IterableDataset
 
 from rope_mm.data.documents import DocumentDataset, MapDocuments, Record
-from rope_mm.data.images import BUILDERS, EMBEDDED, choose_splits, find_images, load, load_splits, select_rows
+from rope_mm.data.images import EMBEDDED, choose_splits, find_images, load_splits, load_streams, select_rows
 from rope_mm.data.pixels import BACKGROUND
 from rope_mm.data.seeding import make_generator
 
@@ -302,9 +302,9 @@ def load_stream(path: str, held_out: int) -> Source:
         test = splits["test"]
         first = test.select(range(min(held_out, len(test))))
         return Source(splits["train"].to_iterable_dataset(), first, 0, [describe_file(path)])
-    train, test = choose_splits(load(path, streaming=True))
-    files = list_files(path)
-    train = with_features(train, path)
+    builder, streams = load_streams(path)
+    train, test = choose_splits(streams)
+    files, train = list_files(builder), with_features(train, path)
     if test is not None:
         return Source(train, head(with_features(test, path), held_out, path), 0, files)
     first = head(train.shard(train.num_shards, 0), held_out + 1, path)
@@ -315,15 +315,13 @@ def load_stream(path: str, held_out: int) -> Source:
     return Source(train, test, len(test), files)
 
 
-def list_files(path: str) -> list[str]:
+def list_files(builder: DatasetBuilder) -> list[str]:
     """What is known of the files of a source before they are read: see `describe_file`.
 
     Args:
-        path: a folder, a hub name, or files.
+        builder: of the source, see `load_streams`.
     """
-    builder = BUILDERS.get(Path(path).suffix)
-    found = datasets.load_dataset_builder(builder or path, data_files=path if builder else None)
-    files = found.config.data_files or {}
+    files = builder.config.data_files or {}
     return sorted(describe_file(file) for split in files.values() for file in split)
 
 

@@ -12,7 +12,8 @@ from datasets import Dataset
 from PIL import Image as PILImage
 from torch import Tensor
 
-from rope_mm.data.images import check_rows, load_splits, read_captions, read_labels
+from rope_mm.data.columns import check_rows, read_captions, read_labels
+from rope_mm.data.images import load_splits
 from rope_mm.data.pixels import (
     BACKGROUND,
     MODES,
@@ -63,7 +64,7 @@ class CaptionedVideos:
         if frames < 0:
             raise ValueError(f"frames must be 0 (all) or more, not {frames}")
         self.captions = [texts[0] for texts in read_captions(rows, caption)]
-        self.labels = read_labels(rows[label], label) if label else None
+        self.labels = read_labels(rows, label) if label else None
         self.read, stored = choose_reader(rows.features[video], video)
         # undecoded, so that a video which cannot be read is named by its row
         self.rows = rows.cast_column(video, stored)

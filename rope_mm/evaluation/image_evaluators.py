@@ -7,7 +7,7 @@ one data set, and are no FID. Other features, Inception's or DINOv2's, go to `me
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -258,12 +258,45 @@ def prepare_modes(
     return ModeCoverageEvaluator(classifier, probs, rows, held_out[rows] if captioned else None, reference)
 
 
-IMAGE_EVALUATORS = Registry[Callable[..., ImageEvaluator]](
+@dataclass(frozen=True)
+class EvaluatorKind:
+    """How an evaluator is made, and whether it asks what captions say.
+
+    Attributes:
+        prepare: (training images and labels, held-out ones, samples, seed) -> the evaluator.
+        captions: "needed", "optional" or "unread"; where they are optional, `prepare` takes `captioned`.
+    """
+
+    prepare: Callable[..., ImageEvaluator]
+    captions: Literal["needed", "optional", "unread"]
+
+    def make(
+        self,
+        train: tuple[Tensor, Tensor],
+        test: tuple[Tensor, Tensor],
+        samples: int,
+        seed: int,
+        captioned: bool = True,
+    ) -> ImageEvaluator:
+        """The evaluator.
+
+        Args:
+            train: real images (n, ch, y, x) in [-1, 1] and labels (n,).
+            test: held-out ones.
+            samples: how many images are generated.
+            seed: of its classifier.
+            captioned: whether the images are generated for captions.
+        """
+        options = {"captioned": captioned} if self.captions == "optional" else {}
+        return self.prepare(train, test, samples, seed, **options)
+
+
+IMAGE_EVALUATORS = Registry(
     "evaluator",
     {
-        "caption": prepare_captions,
-        "modes": prepare_modes,
-        "captioned-modes": partial(prepare_modes, captioned=True),
-        "letters": prepare_letters,
+        "caption": EvaluatorKind(prepare_captions, "optional"),
+        "modes": EvaluatorKind(prepare_modes, "unread"),
+        "captioned-modes": EvaluatorKind(partial(prepare_modes, captioned=True), "needed"),
+        "letters": EvaluatorKind(prepare_letters, "needed"),
     },
 )

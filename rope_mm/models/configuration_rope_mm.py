@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import fields
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
@@ -152,9 +153,12 @@ def read_config(**settings: Any) -> RopeMMConfig:
     Raises:
         ValueError: a setting it does not have (transformers would keep it in silence).
     """
-    known = [field.name for field in fields(RopeMMConfig)]
-    if unknown := sorted(set(settings) - set(known)):
-        raise ValueError(f"the model has no {unknown}; it has {', '.join(known)}")
+    own, inherited = ({field.name for field in fields(kind)} for kind in (RopeMMConfig, PreTrainedConfig))
+    if unknown := sorted(set(settings) - own):
+        near = get_close_matches(unknown[0], own - inherited, n=3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        listing = "`help(rope_mm.models.RopeMMConfig)` lists them"
+        raise ValueError(f"the model has no field {unknown[0]!r}; {hint}{listing}")
     try:
         return RopeMMConfig(**settings)
     except StrictDataclassError as error:

@@ -447,7 +447,12 @@ def grid_of(size: int | tuple[int, int], patch_size: int) -> Image:
         ValueError: a size that whole patches do not tile.
     """
     height, width = sides(size)
-    if height % patch_size or width % patch_size or min(height, width) < 1:
+    if min(height, width) < 1:
+        raise ValueError(
+            f"images of {height} x {width} pixels (height x width) are empty; each side is a multiple of "
+            f"{patch_size}, the side of a patch, and at least {patch_size}"
+        )
+    if height % patch_size or width % patch_size:
         raise ValueError(
             f"images of {height} x {width} pixels do not divide into patches of {patch_size} x {patch_size}"
         )

@@ -55,6 +55,23 @@ class GANConfig:
     def __post_init__(self):
         check_options(self, "loss.")
 
+    @property
+    def penalised(self) -> list[str]:
+        """The penalties that have a gamma."""
+        return [name for name, gamma in self.penalties.items() if gamma]
+
+    def unread(self) -> dict[str, str]:
+        """The keys that this loss and its penalties do not read, with the reason."""
+        keys: dict[str, str] = {}
+        if not GAN_LOSSES[self.name].needs_distance:
+            keys |= dict.fromkeys(("loss.distance", "loss.qp_lambda"), f"loss.name {self.name} reads none")
+        if not any(isinstance(PENALTIES[name], GradientPenalty) for name in self.penalised):
+            reason = "loss.penalties holds no penalty of gradients with a gamma above 0"
+            keys |= dict.fromkeys(("loss.method", "loss.fraction", "loss.sigma"), reason)
+        elif self.method not in ("auto", "fd"):
+            keys["loss.sigma"] = f"loss.method {self.method} takes no finite differences"
+        return keys
+
 
 def as_it_is(patches: Tensor) -> Tensor:
     """Patches without augmentation."""
@@ -260,7 +277,7 @@ class Penalties:
                 "loss.method 'head' is for a critic with a frozen backbone, and this one trains as a whole; "
                 "use autograd, fd or jvp"
             )
-        self.gammas = {name: gamma for name, gamma in config.penalties.items() if gamma}
+        self.gammas = {name: config.penalties[name] for name in config.penalised}
         self.method = config.method if config.method != "auto" else "autograd" if double_backward else "fd"
         self.fraction, self.sigma = config.fraction, config.sigma
         of_gradients = [p for p in map(PENALTIES.__getitem__, self.gammas) if isinstance(p, GradientPenalty)]

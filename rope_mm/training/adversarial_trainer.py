@@ -46,6 +46,22 @@ class AdversarialOptim:
         same = self.final_lr_ratio == self.final_gamma == self.final_transport == 1
         return same and self.final_beta2 in (None, self.betas[1])
 
+    def unread(self, loss: GANConfig) -> dict[str, str]:
+        """The keys that nothing reads beside this loss, with the reason.
+
+        Args:
+            loss: the objective.
+        """
+        keys: dict[str, str] = {}
+        if not loss.penalised:
+            keys["optim.final_gamma"] = "loss.penalties has no gamma above 0"
+        if not loss.transport:
+            keys["optim.final_transport"] = "loss.transport is 0"
+        if self.constant:
+            reason = "no rate, beta2, gamma or transport has another final value"
+            keys |= dict.fromkeys(("optim.schedule", "optim.decay_until"), reason)
+        return keys
+
 
 @dataclass(frozen=True)
 class AdversarialBatch(CriticBatch):

@@ -363,7 +363,7 @@ def annotate(text: str, said: dict[str, str]) -> str:
 def describe(hint: Any) -> str:
     """A declared type, in words."""
     if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
+        return f"one of {', '.join(str(choice) or repr(choice) for choice in get_args(hint))}"
     if is_dataclass(hint):
         return f"a group of keys ({', '.join(entry.name for entry in fields(hint))})"
     return (
@@ -394,10 +394,26 @@ def check_key(key: str, known: dict[str, Any], source: str) -> None:
         return
     if new := next((name for name in OLD_KEYS.get(key, ()) if name in known), None):
         raise ValueError(f"{source}: {key} is now called {new}")
-    namesakes = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    near = namesakes or get_close_matches(key, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
-    raise ValueError(f"{source}: {key} is unknown; {hint}")
+    near = nearest_keys(key, known)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"{source}: {key} is unknown; {hint}--help shows all keys")
+
+
+def nearest_keys(key: str, known: Mapping[str, Any]) -> list[str]:
+    """Keys of the same name in other groups, else at most three of its group, or of all, with a like name.
+
+    Args:
+        key: dotted key that is unknown.
+        known: dotted keys.
+    """
+    group, _, name = key.rpartition(".")
+    names = [(*other.rpartition(".")[::2], other) for other in known]
+    same = [other for _, last, other in names if last == name]
+    of_group = {last: other for prefix, last, other in names if prefix == group}
+    of_all = {last: other for _, last, other in names} | of_group
+    for found in (of_group, of_all):
+        same = same or [found[last] for last in get_close_matches(name, found, n=3, cutoff=0.7)]
+    return same or get_close_matches(key, known, n=1)
 
 
 def read_file(path: str, known: dict[str, Any]) -> Iterator[Entry]:
@@ -449,8 +465,12 @@ def read_flags(argv: Sequence[str], known: dict[str, Any]) -> tuple[list[str], l
             text = left.pop(0)
         if key == "config":
             files.append(text)
+            continue
+        value = read_value(text, known.get(key), flag)
+        if is_dataclass(known.get(key)) and isinstance(value, dict):
+            entries += flatten(value, known, flag, f"{key}.")
         else:
-            entries.append((flag, key, read_value(text, known.get(key), flag)))
+            entries.append((flag, key, value))
     return files, entries
 
 

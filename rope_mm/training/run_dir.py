@@ -15,7 +15,7 @@ from accelerate.utils.constants import FSDP_MODEL_NAME, SAFE_WEIGHTS_NAME
 from omegaconf import OmegaConf
 from torch.distributed.fsdp import StateDictType
 
-from rope_mm.files import write_folder, write_text
+from rope_mm.files import reason, write_folder, write_text
 from rope_mm.training import checkpoint
 from rope_mm.training.distributed import all_reduce_max, is_sharded
 from rope_mm.training.folder_lock import HOLDER, locked
@@ -279,14 +279,21 @@ def resume(output_dir: Path, accelerator: Accelerator) -> int:
     """Load the newest checkpoint, if there is one; the step to continue at.
 
     Raises:
-        ValueError: a checkpoint that is not whole, or of weights that are stored in another way.
+        ValueError: a checkpoint that is not whole, of weights that are stored in another way, or of another
+            model.
     """
     newest = checkpoint.latest(output_dir / "checkpoints")
     if newest is None:
         return 0
     checkpoint.verify(newest)
     check_weights(newest, accelerator)
-    accelerator.load_state(str(newest))
+    try:
+        accelerator.load_state(str(newest))
+    except RuntimeError as error:
+        raise ValueError(
+            f"checkpoint {newest} does not fit this model ({reason(error)}); choose another --output_dir, or "
+            "start anew with --restart"
+        ) from error
     return checkpoint.step_of(newest)
 
 

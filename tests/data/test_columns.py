@@ -152,11 +152,17 @@ def _task(documents):
     return find_tasks(documents.templates, documents.kinds)["text2image"]
 
 
-def test_an_empty_list_of_captions_is_named_by_its_row():
+@pytest.mark.parametrize("lacking", [[], None, [None]])
+def test_a_row_without_a_caption_is_skipped_and_named_by_its_row_in_the_source(lacking):
     rows = several().to_list()
-    rows[2]["caption"] = []
-    with pytest.raises(ValueError, match=r"row 2, column 'caption': a caption is text, not \[\]"):
-        CaptionedImages(Dataset.from_list(rows, features=several().features), 4, 1)
+    rows[2]["caption"] = lacking
+    held = Dataset.from_list(rows, features=several().features).select([4, 2, 0])
+    images = CaptionedImages(held, 4, 1)
+    assert images.unreadable == {1: f"row 2, column 'caption': a caption is text, not {lacking!r}"}
+    assert images.read([0, 1, 2])[1].tolist() == [0, 2, 2]
+    assert images.examples(3) == ["grey 80", "grey 0"]
+    with pytest.raises(ValueError, match="row 2, column 'caption'"):
+        images.images([1])
 
 
 def test_the_background_reaches_images_and_documents():

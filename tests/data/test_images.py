@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, Features, Value
+from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageColumn
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +18,9 @@ from rope_mm.data import (
     load_images,
     make_generator,
 )
+from rope_mm.data.columns import stored_row
+from rope_mm.data.holdout import split_rows
+from rope_mm.data.images import select_rows
 
 
 def squares(folder: Path, count: int = 10, side: int = 12) -> Path:
@@ -130,13 +133,27 @@ def test_an_image_that_cannot_be_read_gives_way_to_the_next_one(cached, tmp_path
 
 
 def test_rows_that_are_not_captioned_images_are_refused():
-    rows = Dataset.from_dict({"image": [1, 2], "caption": ["one", None], "label": [0, 1]})
-    with pytest.raises(ValueError, match="row 1, column 'caption': a caption is text, not None"):
-        CaptionedImages(rows, 8, 1)
+    rows = Dataset.from_dict({"image": [1, 2], "caption": ["one", None], "label": [0, -1]})
+    with pytest.raises(ValueError, match="row 0, column 'label': a caption is text, not 0"):
+        CaptionedImages(rows, 8, 1, caption="label")
+    with pytest.raises(ValueError, match="row 1, column 'label': a label is a whole number from 0, not -1"):
+        CaptionedImages(rows, 8, 1, caption="", label="label")
     with pytest.raises(ValueError, match="column 'image' holds"):
         CaptionedImages(rows.select([0]), 8, 1)
     with pytest.raises(ValueError, match="the data has no rows"):
         CaptionedImages(rows.select([]), 8, 1)
+
+
+def test_rows_that_were_chosen_keep_their_numbers_in_the_source_wherever_they_stand():
+    rows = Dataset.from_dict({"text": ["a", "a", "b", "b", "b"], "label": [0, 1, -1, 3, 4]})
+    chosen = select_rows(DatasetDict({"train": rows}), {"text": ["b"]})["train"]
+    assert [stored_row(chosen, row) for row in range(len(chosen))] == [2, 3, 4]
+    again = select_rows(DatasetDict({"train": chosen}), {"label": [3, 4]})["train"]
+    assert [stored_row(again, row) for row in range(2)] == [3, 4]
+    for found in split_rows(rows.select_columns("label")).values():
+        assert [stored_row(found, row) for row in range(len(found))] == [
+            rows["label"].index(label) for label in found["label"]
+        ]
 
 
 def test_data_that_cannot_be_loaded_or_shown_is_refused(tmp_path):

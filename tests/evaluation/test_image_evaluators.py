@@ -119,7 +119,7 @@ def test_images_are_compared_with_the_numbers_in_their_captions(evaluator, stack
 
 def test_without_captions_there_is_no_accuracy(stacks):
     train, test = ((part.images(range(300)), part.labels[:300]) for part in stacks)
-    metrics = IMAGE_EVALUATORS["modes"](train, test, 300, 0).evaluate(test[0])
+    metrics = IMAGE_EVALUATORS["modes"].make(train, test, 300, 0).evaluate(test[0])
     assert set(metrics) == {"samples", "modes", "modes_covered", "kl", "kl_excess"}
 
 

@@ -20,7 +20,7 @@ def evaluator(splits):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_letter_classifier, "__defaults__", (16,))
         train, test = ((part.images(), part.labels) for part in splits)
-        return IMAGE_EVALUATORS["letters"](train, test, 248, 0)
+        return IMAGE_EVALUATORS["letters"].make(train, test, 248, 0)
 
 
 def test_shares_are_counted_apart_for_combinations_that_are_held_out():

@@ -233,7 +233,7 @@ def test_the_critics_penalty_trains_every_weight_and_agrees_with_finite_differen
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"hidden_sizee": 3}, "the model has no \\['hidden_sizee'\\]; it has"),
+        ({"hidden_sizee": 3}, "the model has no field .hidden_sizee.; did you mean hidden_size.*help"),
         ({"num_attention_heads": 3, "num_key_value_heads": 2}, "must be a multiple of"),
         ({"head_dim": 15}, "head_dim 15"),
         ({"rope_parameters": {"scheme": "rope-vt"}}, "did you mean 'rope-tv"),

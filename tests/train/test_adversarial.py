@@ -240,6 +240,16 @@ def accelerator():
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, not 0"),
         ({"optim.decay_until": 0.0}, "optim.decay_until must be above 0 and at most 1, not 0.0"),
         ({"loss.penalties": "{consistency: 1.0}"}, "consistency compares"),
+        ({"loss.qp_lambda": 5.0}, "loss.qp_lambda 5.0 would change nothing: loss.name rpgan reads none"),
+        (
+            {"loss": "{method: fd, penalties: {}}"},
+            "loss.method fd would change nothing: loss.penal",
+        ),
+        (
+            {"optim.final_transport": 0.5},
+            "optim.final_transport 0.5 would change nothing: loss",
+        ),
+        ({"data.channels": 4, "data.background": "red"}, "data.background red would change nothing"),
         ({"compile": "inductr"}, "backend of torch.compile 'inductr' is unknown; did you mean 'inductor'?"),
     ],
 )

@@ -40,6 +40,11 @@ def configure(flags):
     return load(factors.CompareFactors, flags)
 
 
+def test_an_experiment_without_layouts_names_the_key_and_a_configuration():
+    with pytest.raises(ValueError, match=r"layouts must have two or more.* configs/factors/full\.yaml"):
+        factors.main(load(factors.CompareFactors, ["--schemes", "{}"]))
+
+
 def test_seed_0_has_every_cell_at_every_theta_one_theta_after_another(flags):
     config = configure(flags)
     plan = factors.first_runs(factors.list_cells(config), config.thetas)
