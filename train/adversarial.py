@@ -269,7 +269,7 @@ class Training:
             with suppress(Unreadable):
                 yield split.images([row])[0], split.captions[row]
 
-        save_data_sheet(path, self.images, self.held_out, read)
+        save_data_sheet(path, self.images, self.held_out, read, CaptionedImages.file_kind)
 
     def states(self) -> dict[str, Stateful]:
         """What a checkpoint holds beside models and optimizers."""

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import CaptionedImages, load_images, make_generator
+from rope_mm.data.templates import Column, read_template
 from rope_mm.evaluation.contact_sheet import save_sheet
 from rope_mm.evaluation.head_comparison import COSTS, REAL, Runs, draw_figure, write_table
 from rope_mm.evaluation.image_evaluators import (
@@ -159,13 +160,31 @@ def find_classes(images: CaptionedImages, classes: Sequence[str], most: int) -> 
     return rows, torch.tensor([number[found[row][0].lower()] for row in rows], dtype=torch.long)
 
 
+def find_columns(templates: Sequence[str]) -> tuple[str, str]:
+    """The columns of images and of captions: of the first template that generates an image after a column.
+
+    Raises:
+        ValueError: no such template.
+    """
+    for template in map(read_template, templates):
+        columns = [part for part in template if isinstance(part, Column)]
+        generated = [place for place, part in enumerate(columns) if part.generate]
+        if generated and generated[0]:
+            return columns[generated[0]].column, columns[generated[0] - 1].column
+    raise ValueError(
+        f"data.templates must generate images from captions, as '{{caption}}{{image:generate}}' does, not "
+        f"{list(templates)}"
+    )
+
+
 def make_eval_set(config: CompareHeads) -> EvalSet:
     """Captions and real images, and a classifier trained on none of these.
 
     Raises:
         ValueError: fewer images of the classes than the metrics need.
     """
-    known, held_out = load_images(config.data.paths[0], config.data.size, config.data.channels)
+    source = config.data.paths[0], config.data.size, config.data.channels
+    known, held_out = load_images(*source, *find_columns(config.data.templates))
     rows, labels = find_classes(known, config.classes, config.classifier_samples)
     unseen, targets = find_classes(held_out, config.classes, len(held_out))
     count = min(config.eval_samples, len(unseen) // 2)
@@ -235,6 +254,7 @@ def check(config: CompareHeads) -> None:
         raise ValueError("heads and classes must name something; give --config configs/heads/digits.yaml")
     if len(config.data.paths) != 1:
         raise ValueError(f"data.paths must name one source of images, not {config.data.paths}")
+    find_columns(config.data.templates)
     if not config.passes:
         raise ValueError("passes must name at least one number, not []")
 

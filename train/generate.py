@@ -6,7 +6,8 @@
     python train/generate.py --model OUTPUT_DIR/model --continue_video cat.gif --frames 4 --output longer.gif
     python train/generate.py --model OUTPUT_DIR/model --continue_video cat.gif --frames 400 --cache rolling
 
-A video is an animated image, such as GIF, WebP or PNG. sprites:3 and videos:3 are row 3 of the held-out rows.
+A video is an animated image, such as GIF, WebP or PNG, or with the extra `video` an MP4 file. sprites:3 and
+videos:3 are row 3 of the held-out rows.
 """
 
 import rope_mm.checks.installed  # noqa: F401 isort: skip
@@ -22,6 +23,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data.images import EMBEDDED, MODES, load_splits, resize_center_crop
+from rope_mm.data.video_files import MP4, VIDEO_ENDS, import_av, read_video_file, write_video_file
 from rope_mm.evaluation.contact_sheet import save_sheet
 from rope_mm.files import write_file
 from rope_mm.models.pipeline import RopeMMPipeline
@@ -67,6 +69,8 @@ def read_frames(path: str, size: int | tuple[int, int], channels: int) -> Tensor
     try:
         if colon and source in EMBEDDED:
             frames = find_row(source, int(row))
+        elif Path(path).suffix.lower() in VIDEO_ENDS:
+            frames = read_video_file({"bytes": None, "path": path}, lambda total: list(range(total)))
         else:
             with PILImage.open(path) as image:
                 frames = [frame.copy() for frame in ImageSequence.Iterator(image)]
@@ -93,6 +97,9 @@ def write_frames(path: Path, frames: Tensor, zoom: int = 8) -> None:
         frames: (t, ch, y, x) in [-1, 1].
         zoom: each pixel becomes a square of this side.
     """
+    if path.suffix.lower() == MP4:
+        write_video_file(path, frames.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1))
+        return
     pixels = frames.float().cpu().clamp(-1, 1).add(1).mul(127.5).round().byte()
     mode = MODES[frames.shape[1]]
     first, *rest = (
@@ -128,6 +135,9 @@ def check(config: Generate) -> None:
         raise ValueError("--size is of new images; the frames after a video have its size")
     read_size(config.size)
     PILImage.init()  # now all formats are known
+    if Path(config.output).suffix.lower() == MP4:
+        import_av()  # refused before anything is generated
+        return
     formats, kind = (PILImage.SAVE_ALL, "a video") if config.continue_video else (PILImage.SAVE, "an image")
     if PILImage.registered_extensions().get(Path(config.output).suffix.lower()) not in formats:
         example = "longer.gif" if config.continue_video else "square.png"

@@ -28,7 +28,6 @@ from transformers.utils.logging import disable_progress_bar
 from rope_mm.data import MapDocuments, load_documents, make_generator
 from rope_mm.data.documents import DocumentDataset, Unreadable, Visual
 from rope_mm.data.streaming import StreamingDocuments
-from rope_mm.data.templates import Column, read_template
 from rope_mm.evaluation.contact_sheet import save_data_sheet
 from rope_mm.evaluation.samples import document_text, write_samples
 from rope_mm.evaluation.sprites import SPRITE_EVALUATORS
@@ -207,7 +206,7 @@ class Training:
                     yield pixels if pixels.dim() == 3 else pixels[0], document_text(document)
 
         train = self.documents if isinstance(self.documents, MapDocuments) else ()
-        save_data_sheet(path, train, self.held_out, read)
+        save_data_sheet(path, train, self.held_out, read, MapDocuments.file_kind)
 
     def states(self) -> dict[str, Stateful]:
         """What a checkpoint holds beside models and optimizers."""
@@ -405,10 +404,6 @@ def unread(config: Pretrain) -> dict[str, str]:
         keys |= dict.fromkeys(("data.shuffle", "eval_samples"), "data.streaming is false")
     if config.data.channels == 4:
         keys["data.background"] = "images of 4 channels keep what is transparent"
-    parts = [part for text in config.data.templates for part in read_template(text)]
-    if not any(isinstance(part, Column) and part.generate for part in parts):
-        reason = "no template generates an image, as '{image:generate}' does"
-        keys |= dict.fromkeys(("image_head", "image_loss_weight"), reason)
     return keys
 
 

@@ -21,6 +21,7 @@ from rope_mm.data.pixels import (
     MODES,
     UNREADABLE,
     check_background,
+    file_kind,
     keep_aspect_ratio,
     open_image,
     resize_center_crop,
@@ -202,7 +203,7 @@ class DocumentDataset(ABC):
                 continue
             try:
                 parts.append(self.read(part, row.values[part.column], generator))
-            except (*UNREADABLE, RuntimeError) as error:  # torchcodec raises the latter
+            except UNREADABLE as error:
                 reason = str(error).splitlines()[0]
                 raise Unreadable(f"{row.name}, column {part.column!r} cannot be read: {reason}") from error
         return parts
@@ -277,6 +278,12 @@ class MapDocuments(DocumentDataset):
         number = stored_row(self.sources[source], row)
         name = f"row {number} of source {source}" if len(self.sources) > 1 else f"row {number}"
         return Record(source, name, values)
+
+    def file_kind(self, row: int) -> tuple[Any, ...] | None:
+        """The kind of a row's first image, see `rope_mm.data.pixels.file_kind`; None without one."""
+        values = self.find(row).values
+        stored = next((values[name] for name in values if self.kinds[name] == "image"), None)
+        return file_kind(stored) if stored else None
 
     def eval_prompts(self, task: Task, count: int) -> list[tuple[Document, str | Visual]]:
         """Prompts of a task and what should follow them, of rows spread over the first source that fits.

@@ -21,6 +21,7 @@ from rope_mm.data.pixels import (
     MODES,
     UNREADABLE,
     check_background,
+    file_kind,
     keep_aspect_ratio,
     open_image,
     resize_center_crop,
@@ -112,6 +113,10 @@ class CaptionedImages:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def file_kind(self, row: int) -> tuple[Any, ...] | None:
+        """The kind of a row's file, see `rope_mm.data.pixels.file_kind`."""
+        return file_kind(self.rows[row][self.image])
 
     def read_sizes(self, size: int | Size, patch_size: int) -> list[Size]:
         """Pixels (y, x) of each row's image that keeps its shape; an image is opened, but not decoded.

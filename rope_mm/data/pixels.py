@@ -69,6 +69,23 @@ def upright_size(stored: Mapping[str, Any]) -> tuple[int, int]:
     return (image.width, image.height) if orientation(image) in SIDEWAYS else (image.height, image.width)
 
 
+def file_kind(stored: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """What one file of images has and another has not: format, mode, orientation, transparency, frames.
+
+    Args:
+        stored: see `read_file`.
+
+    Returns:
+        None for what is no image.
+    """
+    try:
+        image = PILImage.open(read_file(stored))
+        several = getattr(image, "n_frames", 1) > 1
+        return image.format, image.mode, orientation(image), image.has_transparency_data, several
+    except UNREADABLE:
+        return None
+
+
 def open_file(stored: Mapping[str, Any]) -> PILImage.Image:
     """An image file from what `datasets` stores, its first frame loaded.
 

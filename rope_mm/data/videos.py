@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import datasets
@@ -23,6 +22,7 @@ from rope_mm.data.pixels import (
     open_image,
     resize_center_crop,
 )
+from rope_mm.data.video_files import import_av, read_video_file
 
 Pick = Callable[[int], list[int]]
 Reader = Callable[[Any, Pick], list[PILImage.Image]]
@@ -39,7 +39,7 @@ class CaptionedVideos:
         channels: 1 (grey), 3 (RGB) or 4 (RGBA).
         frames: how many of each video, evenly from the first to the last; 0 takes all.
         video: name of the column of lists of images, animated images, arrays (t, ch, y, x) of 0 to 255, or
-            video files, which torchcodec reads.
+            video files, which PyAV reads.
         caption: name of the column of captions.
         label: name of the column of labels, if any.
         background: the colour under what is transparent, where channels is 1 or 3.
@@ -96,8 +96,7 @@ class CaptionedVideos:
             return torch.stack(
                 [resize_center_crop(frame, self.size, self.channels, self.background) for frame in frames]
             )
-        # torchcodec raises RuntimeError
-        except (*UNREADABLE, RuntimeError) as error:
+        except UNREADABLE as error:
             message = f"row {row}, column {self.video!r}: the video does not decode ({error})"
             raise ValueError(message.splitlines()[0]) from error
 
@@ -112,7 +111,7 @@ def choose_reader(feature: Any, column: str) -> tuple[Reader, Any]:
     """How to read the videos of a column, and the column's type when its files are left undecoded.
 
     Raises:
-        ValueError: a column without videos, or video files without torchcodec.
+        ValueError: a column without videos, or video files without PyAV.
     """
     if isinstance(feature, datasets.Image):
         return read_animation, datasets.Image(decode=False)
@@ -166,26 +165,13 @@ def video_reader(column: str) -> Reader:
     """A reader of video files.
 
     Raises:
-        ValueError: torchcodec or its libraries are missing.
+        ValueError: PyAV is missing.
     """
     try:
-        from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports]
-    except (ImportError, RuntimeError, OSError) as error:
-        reason = f"column {column!r} holds videos, which torchcodec reads: pip install rope-mm[video]"
-        raise ValueError(f"{reason} ({error})".splitlines()[0]) from error
-    return partial(read_video, VideoDecoder)
-
-
-def read_video(decoder: Callable[[Any], Any], stored: dict, pick: Pick) -> list[PILImage.Image]:
-    """Frames of a video file.
-
-    Args:
-        decoder: torchcodec's, of bytes or a path.
-        stored: {"bytes", "path"}.
-        pick: which frames of how many.
-    """
-    video = decoder(stored["bytes"] or stored["path"])
-    return read_array(video.get_frames_at(pick(len(video))).data, take_all)
+        import_av()
+    except ImportError as error:
+        raise ValueError(f"column {column!r} holds videos, which PyAV reads: {error}") from error
+    return read_video_file
 
 
 def take_all(total: int) -> list[int]:

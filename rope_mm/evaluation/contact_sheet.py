@@ -1,6 +1,6 @@
 """An image grid: rows of images, each with its caption, as a PNG file."""
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Hashable, Iterable, Sequence, Sized
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -19,6 +19,7 @@ with extra("train"):
 GAP, TEXT, TILE = 4, 14, 48  # pixels between images, of a letter, and of an image at least
 HEAD = TEXT + GAP  # pixels above the first row
 DATA_ROWS = 32  # of a sheet of data
+LOOKED_AT = 512  # rows at most, of which a sheet shows each kind of file
 MARGIN = 320  # pixels of a caption's line at most
 MORE = "…"
 
@@ -71,19 +72,28 @@ def save_data_sheet(
     train: Sized,
     held_out: Sized,
     read: Callable[[Any, int], Iterable[tuple[Tensor, str]]],
+    kind: Callable[[Any, int], Hashable] = lambda split, row: None,
 ) -> None:
     """Write images of some rows of a data set below one another, with size, height x width, and caption.
+
+    Each kind of file has a row, as far as there is room, and the others are evenly apart.
 
     Args:
         path: of the PNG file; without an image none is written.
         train: rows to train on.
         held_out: held-out ones, named as such.
         read: (train or held_out, number of a row) -> its images (ch, y, x) in [-1, 1] with their captions.
+        kind: (train or held_out, number of a row) -> what kind of file it holds; None for no matter which.
     """
-    images, texts = [], []
-    for number in spread(len(train) + len(held_out)):
+
+    def place(number: int) -> tuple[Sized, int]:
         held = number >= len(train)
-        split, row = (held_out, number - len(train)) if held else (train, number)
+        return (held_out, number - len(train)) if held else (train, number)
+
+    images, texts = [], []
+    for number in choose_rows(len(train) + len(held_out), lambda number: kind(*place(number))):
+        split, row = place(number)
+        held = split is held_out
         for image, caption in read(split, row):
             images.append(image)
             texts.append(f"{describe_size([image])} {'held out: ' if held else ''}{caption}")
@@ -97,9 +107,27 @@ def describe_size(images: Tensor | Sequence[Tensor]) -> str:
     return "x".join(map(str, sizes.pop())) if len(sizes) == 1 else ""
 
 
-def spread(count: int) -> list[int]:
-    """Numbers of at most DATA_ROWS rows of `count`, evenly apart."""
-    most = min(count, DATA_ROWS)
+def choose_rows(count: int, kind: Callable[[int], Hashable]) -> list[int]:
+    """Numbers of at most DATA_ROWS rows of `count`: the first of each kind, the others evenly apart.
+
+    Args:
+        count: rows.
+        kind: number of a row -> its kind, or None.
+    """
+    first: dict[Hashable, int] = {}
+    for number in spread(count, LOOKED_AT):
+        first.setdefault(kind(number), number)
+    first.pop(None, None)
+    chosen = set(list(first.values())[:DATA_ROWS])
+    others = [number for number in range(count) if number not in chosen] if count <= LOOKED_AT else ()
+    rest = DATA_ROWS - len(chosen)
+    more = [others[i] for i in spread(len(others), rest)] if others else spread(count, rest)
+    return sorted(chosen.union(more))
+
+
+def spread(count: int, most: int = DATA_ROWS) -> list[int]:
+    """Numbers of at most `most` rows of `count`, evenly apart."""
+    most = min(count, most)
     return [i * count // most for i in range(most)]
 
 

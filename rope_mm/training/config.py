@@ -36,6 +36,7 @@ from rope_mm.training.signals import KILLED
 
 Schema = TypeVar("Schema")
 Entry = tuple[str, str, Any]  # where it was given, dotted key, value
+OPEN = "???"  # in a file: the key must be given
 YES_NO = ("true", "false", "yes", "no", "on", "off")
 # keys and flags of version 0.1 -> today's; one that a script does not have is skipped
 OLD_KEYS = {
@@ -195,7 +196,14 @@ def resolve(config: Any, entries: Sequence[Entry], known: dict[str, Any]) -> Any
         entries: (source, dotted key, value), later ones replace earlier ones.
         known: dotted key -> declared type.
     """
+    given = {key: (source, value) for source, key, value in entries}
+    for key, (source, value) in given.items():
+        if value == OPEN:
+            means = help_of(cast(type, OmegaConf.get_type(config))).get(key, "")
+            raise ValueError(f"{source} leaves {key} open; give --{key} VALUE{means and f': {means}'}")
     for source, key, value in entries:
+        if value == OPEN:  # a later entry has it
+            continue
         try:
             config = set_key(config, key, value, known)
         except (OmegaConfBaseException, TypeError):

@@ -35,8 +35,8 @@ def find_word_tokenizer(
             words = ", ".join(map(repr, unknown_words(tokenizer, text)))
             raise ValueError(
                 f"the run in {output_dir} began without {words or 'a word'} in {text!r}, so its tokenizer "
-                "has no token for it; keep to its words, or start anew with --restart, where --tokenizer bytes "
-                "would read any words"
+                "has no token for it; keep to its words, or start anew with --restart, where --tokenizer "
+                "bytes would read any words"
             )
     return tokenizer
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from rope_mm.data.pixels import open_image, resize_center_crop, to_image
+from rope_mm.data.pixels import ORIENTATION, file_kind, open_image, resize_center_crop, to_image
 
 
 def stored(image, kind="png", **options):
@@ -146,3 +146,23 @@ def test_pixels_become_the_image_that_they_were(channels):
 def test_an_image_of_four_channels_is_written_on_its_background():
     image = torch.ones(4, 2, 2) * -1  # black, and invisible
     assert to_image(image).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_files_that_are_read_in_different_ways_are_of_different_kinds():
+    photo = PILImage.new("RGB", (4, 6), "red")
+    turned = PILImage.Exif()
+    turned[ORIENTATION] = 6
+
+    files = [
+        stored(photo, "jpeg"),
+        stored(photo, "jpeg", exif=turned),
+        stored(photo.convert("CMYK"), "jpeg"),
+        stored(PILImage.new("I;16", (4, 6)), "png"),
+        stored(photo.convert("RGBA"), "png"),
+        stored(photo, "gif"),
+        stored(photo, "gif", save_all=True, append_images=[PILImage.new("RGB", (4, 6))]),
+    ]
+    kinds = [file_kind(file) for file in files]
+    assert None not in kinds and len(set(kinds)) == len(files)
+    assert file_kind(stored(PILImage.new("RGB", (9, 9)), "jpeg")) == kinds[0]
+    assert file_kind({"bytes": b"no image", "path": None}) is None

@@ -130,6 +130,12 @@ def test_every_command_is_one_that_the_project_knows(page):
             load(schema(path), [w.replace("configs/", f"{ROOT}/configs/") for w in words[script + 1 :]])
 
 
+def test_no_configuration_needs_a_file_outside_of_the_project():
+    texts = {path.name: path.read_text(encoding="utf-8") for path in HEADS if path.suffix == ".yaml"}
+    assert len(texts) > 10
+    assert not [name for name, text in texts.items() if "../" in text or re.search(r"[\[ ]/\w", text)]
+
+
 def test_readme_and_the_page_of_training_have_commands_to_check():
     assert len(commands(ROOT / "README.md")) >= 6
     assert len(commands(DOCS / "training.md")) >= 10

@@ -2,7 +2,17 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from rope_mm.evaluation.contact_sheet import DATA_ROWS, GAP, HEAD, MARGIN, save_data_sheet, save_sheet, spread
+from rope_mm.evaluation.contact_sheet import (
+    DATA_ROWS,
+    GAP,
+    HEAD,
+    LOOKED_AT,
+    MARGIN,
+    choose_rows,
+    save_data_sheet,
+    save_sheet,
+    spread,
+)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -81,3 +91,20 @@ def test_the_rows_of_a_sheet_of_data_are_spread_over_all_rows(count):
     rows = spread(count)
     assert len(rows) == len(set(rows)) == min(count, DATA_ROWS) and all(0 <= row < count for row in rows)
     assert count <= DATA_ROWS or rows[-1] > count * 0.9
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, DATA_ROWS, 77, LOOKED_AT])
+def test_a_sheet_of_data_shows_each_kind_of_file_that_is_found(count):
+    rare = {row for row in (count // 2, count // 3, count - 1) if 0 < row < count}
+    rows = choose_rows(count, lambda row: row if row in rare else "photo")
+    assert rare <= set(rows) and len(rows) == len(set(rows)) == min(count, DATA_ROWS)
+    assert rows == sorted(rows) and all(0 <= row < count for row in rows)
+    assert choose_rows(count, lambda row: row)[:1] == list(range(count))[:1]
+    assert choose_rows(count, lambda row: None) == spread(count)
+
+
+def test_of_very_many_rows_some_are_looked_at():
+    looked = []
+    rows = choose_rows(10_000, lambda row: looked.append(row) or (row > 9_000))
+    assert len(looked) == LOOKED_AT and max(looked) > 9_900
+    assert DATA_ROWS - 2 <= len(rows) <= DATA_ROWS and min(row for row in looked if row > 9_000) in rows

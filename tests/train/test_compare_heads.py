@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
 from rope_mm.data import load_splits
@@ -20,7 +21,6 @@ from rope_mm.training.config import load
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "heads"
-SHARED = next((p / "shared" / "data" for p in ROOT.parents if (p / "shared" / "data").is_dir()), None)
 HEADS = "mse", "flow", "energy", "rpgan+r1+r2", "gan-qp"
 TOY = {
     "global_batch_size": 4, "eval_samples": 70, "classifier_epochs": 1, "classifier_samples": 60,
@@ -181,16 +181,42 @@ def test_published_heads_train_with_equally_many_operations(tmp_path, name):
     assert counted["mse"] == pytest.approx(estimated["mse"], rel=0.12)
 
 
+def rows_like(name, folder):
+    """A file of 900 rows with the columns of the images that a configuration is of."""
+    numbers, random = numpy.arange(900) // 2, numpy.random.default_rng(0)
+    if name == "mnist":
+        columns = Features(image=Image(), label=ClassLabel(names=list("0123456789")))
+        images = [PILImage.fromarray(random.integers(0, 255, (28, 28), "uint8")) for _ in numbers]
+        rows = Dataset.from_dict({"image": images, "label": numbers % 10}, features=columns)
+        rows.to_parquet(folder / "mnist.parquet")
+        return folder / "mnist.parquet"
+    captions = numpy.array([f"smiling {['face', 'woman', 'man'][number % 3]} {number}" for number in numbers])
+    image = random.integers(0, 255, (len(numbers), 32, 32, 3), "uint8")
+    numpy.savez(folder / "emoji.npz", image=image, caption=captions)
+    return folder / "emoji.npz"
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(SHARED is None, reason="needs ../shared/data/{mnist63k,noto32}.npz, which is not here")
-@pytest.mark.parametrize(("name", "file"), [("mnist", "mnist63k.npz"), ("emoji", "noto32.npz")])
-def test_configurations_of_real_images_run(tmp_path, name, file):
-    with numpy.load(SHARED / file) as arrays:
-        few = {column: arrays[column][:2000] for column in arrays}
-    numpy.savez(tmp_path / file, **few)
-    config = read(tmp_path, name, **{"data.paths": f"[{tmp_path / file}]"})
+@pytest.mark.parametrize("name", ["mnist", "emoji"])
+def test_configurations_of_real_images_run_on_files_with_their_columns(tmp_path, name):
+    config = read(tmp_path, name, **{"data.paths": f"[{rows_like(name, tmp_path)}]"})
     compare_heads.main(config)
     assert set(report(config)["heads"]) == set(config.heads)
+
+
+def test_a_configuration_without_data_says_which_key_must_be_given():
+    with pytest.raises(
+        ValueError, match=r"emoji\.yaml leaves data\.paths open; give --data\.paths VALUE: emb"
+    ):
+        load(compare_heads.CompareHeads, ["--config", str(CONFIGS / "emoji.yaml")])
+
+
+def test_columns_are_those_of_the_first_template_that_generates_an_image_from_a_caption():
+    find = compare_heads.find_columns
+    assert find(["{image}{caption}", "a {label} {photo:generate}"]) == ("photo", "label")
+    for templates in (["{image:generate}{caption}"], ["{caption}{image}"]):
+        with pytest.raises(ValueError, match="must generate images from captions"):
+            find(templates)
 
 
 def test_a_table_holds_means_and_spreads_over_seeds():

@@ -1,6 +1,7 @@
 """What train/generate.py refuses."""
 
 import shutil
+import sys
 
 import generate
 import pytest
@@ -35,6 +36,26 @@ def refuse(capsys):
         return said
 
     return call
+
+
+def test_a_video_file_is_continued_into_another_one(model, video, tmp_path):
+    av = pytest.importorskip("av", reason="needs the extra video")
+
+    def frames(path):
+        with av.open(str(path)) as file:
+            return [frame.to_image() for frame in file.decode(video=0)]
+
+    for source, output, zoom in ((video, "one.mp4", 4), (tmp_path / "one.mp4", "two.mp4", 8)):
+        flags = ["--model", model, "--continue_video", source, "--output", tmp_path / output, "--frames", 2]
+        run(generate.main, generate.Generate, [str(flag) for flag in [*flags, "--zoom", zoom]])
+    assert [frame.size for frame in frames(tmp_path / "one.mp4")] == [(16, 16)] * 5
+    assert [frame.size for frame in frames(tmp_path / "two.mp4")] == [(32, 32)] * 7
+
+
+def test_an_mp4_file_without_its_extra_says_what_to_install(model, refuse, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "av", None)
+    output = tmp_path / "a.mp4"
+    assert "pip install 'rope-mm[video]'" in refuse("--model", model, "--prompt", "a", "--output", output)
 
 
 @pytest.mark.parametrize(
