@@ -196,14 +196,11 @@ def resolve(config: Any, entries: Sequence[Entry], known: dict[str, Any]) -> Any
         entries: (source, dotted key, value), later ones replace earlier ones.
         known: dotted key -> declared type.
     """
-    given = {key: (source, value) for source, key, value in entries}
-    for key, (source, value) in given.items():
-        if value == OPEN:
-            means = help_of(cast(type, OmegaConf.get_type(config))).get(key, "")
-            raise ValueError(f"{source} leaves {key} open; give --{key} VALUE{means and f': {means}'}")
-    for source, key, value in entries:
-        if value == OPEN:  # a later entry has it
-            continue
+    last = {key: (source, value) for source, key, value in entries}
+    for key, (source, _) in ((key, entry) for key, entry in last.items() if entry[1] == OPEN):
+        means = help_of(cast(type, OmegaConf.get_type(config))).get(key, "")
+        raise ValueError(f"{source} leaves {key} open; give --{key} VALUE{means and f': {means}'}")
+    for source, key, value in (entry for entry in entries if entry[2] != OPEN):
         try:
             config = set_key(config, key, value, known)
         except (OmegaConfBaseException, TypeError):
