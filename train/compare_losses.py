@@ -76,7 +76,9 @@ def runs(config: CompareLosses) -> list[tuple[str, Adversarial]]:
     chosen = {row: without_unread(replace(common, loss=loss_of(row, config.loss))) for row in config.losses}
     for row, changes in config.rows.items():
         rest = without_unread(override(common, changes, f"rows.{row}"))
-        chosen[row] = override(rest, changes, f"rows.{row}")  # a change of its own that nothing reads is refused
+        chosen[row] = override(
+            rest, changes, f"rows.{row}"
+        )  # a change of its own that nothing reads is refused
     return [
         (row, replace(of_row, output_dir=f"{config.output_dir}/{row}-{seed}", seed=seed))
         for seed, (row, of_row) in product(range(config.seed, config.seed + config.seeds), chosen.items())

@@ -393,6 +393,9 @@ def unread(config: Pretrain) -> dict[str, str]:
     keys: dict[str, str] = {}
     for head in {"flow", "energy"} - {config.image_head}:
         keys[head] = f"image_head is {config.image_head}, not {head}"
+    if config.image_head == "flow" and config.flow.times != "logit-normal":
+        reason = f"flow.times is {config.flow.times}, not logit-normal"
+        keys |= dict.fromkeys(("flow.mean", "flow.deviation"), reason)
     if IMAGE_HEADS[config.image_head].needs_critic:
         keys |= config.loss.unread()
     else:

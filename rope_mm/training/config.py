@@ -32,58 +32,13 @@ from yaml import YAMLError
 
 from rope_mm.registry import Registry
 from rope_mm.training.folder_lock import locked
+from rope_mm.training.old_keys import OLD_KEYS
 from rope_mm.training.signals import KILLED
 
 Schema = TypeVar("Schema")
 Entry = tuple[str, str, Any]  # where it was given, dotted key, value
 OPEN = "???"  # in a file: the key must be given
 YES_NO = ("true", "false", "yes", "no", "on", "off")
-# keys and flags of version 0.1 -> today's; one that a script does not have is skipped
-OLD_KEYS = {
-    "out": ("output_dir", "output"),
-    "batch": ("global_batch_size",),
-    "accumulate": ("gradient_accumulation_steps",),
-    "checkpointing": ("gradient_checkpointing",),
-    "start": ("init_from",),
-    "exam": ("evaluator",),
-    "judged": ("eval_samples",),
-    "attention": ("attn_implementation",),
-    "length": ("max_length",),
-    "workers": ("num_workers",),
-    "ema": ("ema_decay",),
-    "head": ("image_head",),
-    "picture_weight": ("image_loss_weight",),
-    "guidance": ("guidance_scale",),
-    "mark": ("metric",),
-    "questions": ("eval_samples",),
-    "warm_up": ("warmup_steps",),
-    "examples": ("classifier_samples",),
-    "epochs": ("classifier_epochs",),
-    "more": ("phase_two_steps",),
-    "later": ("phase_two_seeds",),
-    "draws": ("images_per_combination",),
-    "fresh": ("eval_rows",),
-    "captions": ("eval_captions",),
-    "caption": ("describe",),
-    "draw": ("prompt",),
-    "extend": ("continue_video",),
-    "words": ("prompt",),
-    "given": ("context_frames",),
-    "to": ("output",),
-    "data.where": ("data.filter",),
-    "data.keep": ("data.cache_in_memory",),
-    "data.join": ("data.rows_per_document",),
-    "data.held_out": ("eval_samples",),
-    "data.eval_samples": ("eval_samples",),
-    "loss.strength": ("loss.qp_lambda",),
-    "optim.until": ("optim.decay_until",),
-    "optim.final": ("optim.final_lr_ratio",),
-    "optim.warm_up": ("optim.warmup_steps",),
-    "optim.clip": ("optim.max_grad_norm",),
-    "settings.batch": ("settings.batch_size",),
-    "settings.rate": ("settings.lr",),
-    "settings.ema": ("settings.ema_decay",),
-}
 
 
 def option(

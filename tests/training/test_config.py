@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from rope_mm.registry import Registry
 from rope_mm.training import config
-from rope_mm.training.config import OLD_KEYS, check_options, dump, load, option, override, usage
+from rope_mm.training.config import check_options, dump, load, option, override, usage
+from rope_mm.training.old_keys import OLD_KEYS
 
 
 @dataclass(frozen=True, kw_only=True)
