@@ -308,7 +308,7 @@ def load_streams(path: str) -> tuple[datasets.DatasetBuilder, Any]:
 def arguments(path: str) -> dict[str, Any]:
     """The arguments with which `datasets` loads a path: its name, or a format and its files."""
     builder = BUILDERS.get(Path(path).suffix)
-    how = {"path": builder, "data_files": path} if builder else {"path": path}
+    how: dict[str, Any] = {"path": builder, "data_files": path} if builder else {"path": path}
     if builder == "csv":
         how["keep_default_na"] = False  # "NA" and "null" are captions like any other
     return how
