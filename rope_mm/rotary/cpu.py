@@ -93,11 +93,15 @@ def by_rows(x: Tensor, n: int) -> Tensor:
     return x.reshape(*x.shape[:-2], n, x.shape[-2] // n, x.shape[-1])
 
 
+def part_length(x: Tensor) -> int:
+    """How many tokens of heads (b, s, h, d) are rotated at a time."""
+    return max(1, PART // max(1, x.shape[0] * x.shape[2] * x.shape[3]))
+
+
 def parts_of(x: Tensor, tables: WideTables, slot: Slot, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Parts of the rotated channels of x and others, by rows, and of the cosines and sines."""
-    (b, _, h, d), (n, width) = x.shape, tables.cos.shape[-2:]
-    step = max(1, PART // max(1, b * h * d))
-    start = d - width if slot.tail else 0
+    (n, width), step = tables.cos.shape[-2:], part_length(x)
+    start = x.shape[-1] - width if slot.tail else 0
     heads = (by_rows(y.narrow(-1, start, width), n).split(step, 1) for y in (x, *others))
     return zip(*heads, *(y.unsqueeze(-2).split(step, -4) for y in tables), strict=True)
 
@@ -126,20 +130,57 @@ def rotate_in_parts(
         return out
     if not whole and not in_place:
         out.copy_(x)
-    buffered = in_place or x.dtype != tables.cos.dtype
-    source, goal, views = x[:0], x[:0], ()
-    for here, there, cos, sin in parts_of(x, tables, slot, out):
+    parts = parts_of(x, tables, slot, out)
+    for _ in rotate_each(parts, slot, value, in_place or x.dtype != tables.cos.dtype):
+        pass
+    return out
+
+
+def rotate_each(
+    parts: Iterator[tuple[Tensor, ...]], slot: Slot, value: float, buffered: bool
+) -> Iterator[tuple[list[tuple[Tensor, ...]], Tensor]]:
+    """Rotate parts (from, to, cosines, sines); after each, the views of its pairs, and free memory like it."""
+    source = goal = torch.empty(0)
+    views = of_source = []
+    for here, there, cos, sin in parts:
         if not buffered:
             torch.mul(here, cos, out=there)
-            add_swapped([pair_views(y, slot) for y in (there, here, sin)], value)
+            of_source = pair_views(here, slot)
+            add_swapped([pair_views(there, slot), of_source, pair_views(sin, slot)], value)
+            yield of_source, goal
             continue
         if source.shape != here.shape:  # at the first part, and at the last where it is shorter
             source, goal = torch.empty(2, *here.shape, dtype=cos.dtype)
-            views = pair_views(goal, slot), pair_views(source, slot)
+            views, of_source = pair_views(goal, slot), pair_views(source, slot)
         torch.mul(source.copy_(here), cos, out=goal)
-        add_swapped([*views, pair_views(sin, slot)], value)
+        add_swapped([views, of_source, pair_views(sin, slot)], value)
         there.copy_(goal)
-    return out
+        yield of_source, goal
+
+
+def rotate_back(y: Tensor, grad: Tensor, tables: WideTables, slot: Slot) -> tuple[Tensor, Tensor]:
+    """The gradient of rotated heads y (b, s, h, d) rotated back, and `cross` of both (b, s, n, r), summed.
+
+    Each part of the gradient is read and converted once for both.
+    """
+    wide, (n, width) = tables.cos.dtype, tables.cos.shape[-2:]
+    back = torch.empty_like(grad)
+    if width != grad.shape[-1]:
+        back.copy_(grad)
+    total = torch.empty(*y.shape[:2], n, width // 2, dtype=wide)
+    step, start = part_length(y), y.shape[-1] - width if slot.tail else 0
+    ours = by_rows(y.narrow(-1, start, width), n).split(step, 1)
+    buffered, product = y.dtype != wide, y[:0]
+    done = rotate_each(parts_of(grad, tables, slot, back), slot, -1.0, buffered)
+    for here, out, (slopes, free) in zip(ours, total.split(step, 1), done, strict=True):
+        if product.shape[:-1] != here.shape[:-1]:
+            product = torch.empty(*here.shape[:-1], width // 2, dtype=wide)
+        here = free.copy_(here) if buffered else here
+        goals = product.split(list(slot.blocks) or width // 2, -1)
+        for (y1, y2), (g1, g2), goal in zip(pair_views(here, slot), slopes, goals, strict=True):
+            torch.mul(y1, g2, out=goal).addcmul_(y2, g1, value=-1)
+        torch.sum(product, -2, out=out)
+    return back, total
 
 
 def rotate_values(x: Tensor, tables: WideTables, slot: Slot, out: Tensor | None = None) -> Tensor:
@@ -157,37 +198,12 @@ def cross(y: Tensor, grad: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:
     return torch.addcmul(y1 * g2, y2, g1, value=-1)
 
 
-def sum_cross(y: Tensor, grad: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:
-    """`cross` of heads (b, s, n, m, 2r), summed over m, part by part in memory that is asked for once."""
-    r, step = y.shape[-1] // 2, max(1, PART // y[:, :1].numel())
-    total = torch.empty(*y.shape[:3], r, dtype=dtype)
-    product, converted = y[:0], y[:0]
-    for here, slope, goal in zip(y.split(step, 1), grad.split(step, 1), total.split(step, 1), strict=True):
-        if product.shape[:-1] != here.shape[:-1]:  # at the first part, and at the last where it is shorter
-            product = torch.empty(*here.shape[:-1], r, dtype=dtype)
-            converted = torch.empty(2, *here.shape, dtype=dtype) if y.dtype != dtype else converted
-        if y.dtype != dtype:
-            here, slope = converted[0].copy_(here), converted[1].copy_(slope)
-        goals = product.split(list(slot.blocks) or r, -1)
-        for (y1, y2), (g1, g2), p in zip(pair_views(here, slot), pair_views(slope, slot), goals, strict=True):
-            torch.mul(y1, g2, out=p).addcmul_(y2, g1, value=-1)
-        torch.sum(product, -2, out=goal)
-    return total
-
-
-def angle_gradient(y: Tensor, grad: Tensor, angle: Tensor, slot: Slot) -> Tensor:
-    """The gradient of angles (..., s, n, r), of rotated heads y (b, s, h, d) and their gradient."""
+def angle_cross(y: Tensor, grad: Tensor, angle: Tensor, slot: Slot) -> Tensor:
+    """`cross` of rotated heads y (b, s, h, d) and their gradient (b, s, n, r), summed, open to autograd."""
     n, r = angle.shape[-2:]
-    wide = torch.promote_types(y.dtype, torch.float32)
     start = y.shape[-1] - 2 * r if slot.tail else 0
     y, grad = (by_rows(z.narrow(-1, start, 2 * r), n) for z in (y, grad))
-    if torch.is_grad_enabled() or is_batched(grad) or not y.numel():
-        found = cross(y, grad, slot, wide).sum(-2)
-    else:
-        found = sum_cross(y, grad, slot, wide)
-    found = found.to(angle.dtype)
-    # a sum over one row would be a pass over memory for nothing
-    return found.view(angle.shape) if found.numel() == angle.numel() else found.sum_to_size(angle.shape)
+    return cross(y, grad, slot, torch.promote_types(y.dtype, torch.float32)).sum(-2)
 
 
 def is_batched(x: Tensor) -> bool:
@@ -199,16 +215,23 @@ def is_batched(x: Tensor) -> bool:
 def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Those of heads and of angles, open to autograd where it records."""
     cos, sin, angle, y = ctx.saved_tensors
-    tables = WideTables(cos, sin)
+    tables, slot = WideTables(cos, sin), ctx.slot
     to_x, to_angle = ctx.needs_input_grad[:2]
-    dx = None
-    if to_x and (torch.is_grad_enabled() or is_batched(grad)):
-        if to_angle:
-            tables = widen(*cos_sin_of(angle, cos.dtype, ctx.factor), ctx.slot)
-        dx = rotate_plain(grad, tables.inverse(), ctx.slot)
-    elif to_x:
-        dx = rotate_in_parts(grad, tables, ctx.slot, inverse=True)
-    return dx, angle_gradient(y, grad, angle, ctx.slot) if to_angle else None
+    is_open = torch.is_grad_enabled() or is_batched(grad)
+    if not to_angle:
+        if not to_x:
+            return None, None
+        back = rotate_plain(grad, tables.inverse(), slot) if is_open else None
+        return rotate_in_parts(grad, tables, slot, inverse=True) if back is None else back, None
+    if is_open or not y.numel():
+        tables = widen(*cos_sin_of(angle, cos.dtype, ctx.factor), slot)
+        back, total = rotate_plain(grad, tables.inverse(), slot), angle_cross(y, grad, angle, slot)
+    else:
+        back, total = rotate_back(y, grad, tables, slot)
+    total = total.to(angle.dtype)
+    # a sum over one row would be a pass over memory for nothing
+    same = total.numel() == angle.numel()
+    return back if to_x else None, total.view(angle.shape) if same else total.sum_to_size(angle.shape)
 
 
 class RotateInParts(torch.autograd.Function):
