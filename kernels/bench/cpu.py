@@ -8,8 +8,10 @@
 Contenders alternate, and each begins its round with a call that is not counted, so that the allocator's
 state is its own. On one thread a time is the thread's own, which neighbours on the machine hardly touch. A
 ratio is the median over the rounds of (median of one contender's calls) / (median of the other's); the spread
-is its quartiles. Heads are (1, s, 32, 128) and (1, s, 8, 128) unless a shape is named. Tables are made before
-the clock starts, but for a learned Omega, whose angles are made anew at every call; results are new tensors.
+is its quartiles. "parts alone" is the same ratio of what a rotation is made of: its functions of torch on
+numbers that stay in the cache, and copies of q and k in memory. Heads are (1, s, 32, 128) and (1, s, 8, 128)
+unless a shape is named. Tables are made before the clock starts, but for a learned Omega, whose angles are
+made anew at every call; results are new tensors.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from rope_mm.analysis import markdown
+from rope_mm.rotary import cpu as parts
 from rope_mm.rotary.dispatch import make_angles, rotate
 
 CALLS = 4  # counted calls of one round
@@ -37,12 +40,17 @@ GOALS = {
     "rope_mm, learned Omega": ("transformers", 1.2, DTYPES, PASSES[1:]),
     "rope_mm, learned Omega per head": ("transformers", 1.2, DTYPES, PASSES[1:]),
 }
+# contender -> rows of a learned Omega, none for ready tables; those of which `parts_alone` is measured
+ROWS = {"rope_mm": 0, "rope_mm, learned Omega": 1, "rope_mm, learned Omega per head": 8}
 # of few tokens, forward alone: what a call costs
 FEW_GOALS = {1: 1.2, 16: 1.2, 64: 1.0}
 
 
 class Row(NamedTuple):
-    """A contender's time over another's: median and quartiles of the rounds, and the bound it should keep."""
+    """A contender's time over another's: median and quartiles of the rounds, and the bound it should keep.
+
+    `least` is the ratio of `parts_alone`, None where it was not measured.
+    """
 
     tokens: str
     dtype: str
@@ -55,6 +63,7 @@ class Row(NamedTuple):
     low: float
     high: float
     goal: float
+    least: float | None = None
 
 
 def contenders(tokens: int, dtype: torch.dtype, d: int = 128) -> dict[str, Callable[[Tensor, Tensor], tuple]]:
@@ -79,6 +88,51 @@ def contenders(tokens: int, dtype: torch.dtype, d: int = 128) -> dict[str, Calla
         "rope_mm, learned Omega": lambda q, k: rotate(q, k, positions, learned[0]),
         "rope_mm, learned Omega per head": lambda q, k: rotate(q, k, positions, learned[1]),
     }
+
+
+def parts_alone(q: Tensor, k: Tensor, back: bool, rows: int) -> Callable[[], None]:
+    """What rotating q and k, and back, is made of: functions of torch on one part, so often, and copies.
+
+    Args:
+        q: queries (b, s, h, d).
+        k: keys (b, s, g, d).
+        back: whether backward is counted, too.
+        rows: of an Omega whose angles and gradients are made, too; 0 where there is none.
+    """
+    slot, wide = parts.Slot("half"), torch.promote_types(q.dtype, torch.float32)
+    part = q[:, : parts.part_length(q)].contiguous()
+    out, (cos, sin) = torch.empty_like(part), torch.rand(2, part.shape[1], 1, q.shape[3], dtype=wide)
+    source, goal = torch.empty(2, *part.shape, dtype=wide)
+    product, summed = torch.empty(2, *part.shape[:3], part.shape[3] // 2, dtype=wide)
+    views = [parts.pair_views(x, slot) for x in (goal, source, sin)]
+    angle = torch.rand(q.shape[1], max(rows, 1), q.shape[3] // 2, dtype=torch.float64) * q.shape[1]
+    count, converted = round((q.numel() + k.numel()) / part.numel()), q.dtype != wide
+
+    def turn() -> None:
+        torch.mul(source.copy_(part) if converted else source, cos, out=goal)
+        parts.add_swapped(views, 1.0)
+        if converted:
+            out.copy_(goal)
+
+    def cross() -> None:
+        if converted:
+            goal.copy_(part)
+        (y1, y2), (g1, g2) = views[0][0], views[1][0]
+        torch.mul(y1, g2, out=product).addcmul_(y2, g1, value=-1)
+        torch.sum(product, 2, out=summed[:, :, 0])
+
+    def once() -> None:
+        for _ in range(1 + back):
+            kept = q.clone(), k.clone()  # each number is read from memory, and written into new memory
+            for _ in range(count):
+                turn()
+        del kept
+        if rows:
+            parts.widen(angle.cos().to(wide), angle.sin().to(wide), slot)
+            for _ in range(count):
+                cross()
+
+    return once
 
 
 def there_and_back(call: Callable, q: Tensor, k: Tensor) -> Callable[[], tuple]:
@@ -138,20 +192,30 @@ def compare(
         who: (lambda call=call: call(q, k)) if way == "forward" else there_and_back(call, q, k)
         for who, call in calls.items()
     }
+    if tokens not in FEW_GOALS:
+        for who in set(goals) & set(ROWS):
+            ready[f"parts of {who}"] = parts_alone(q, k, way != "forward", ROWS[who])
     times = alternate(ready, rounds, clock, FEW_CALLS if tokens in FEW_GOALS else CALLS)
     size = str(tokens) if shape == (1, 32, 8, 128) else f"{b} x {tokens}, heads {h}, {g}, {d}"
     rows = []
     for who, (other, bound) in goals.items():
-        ratios = [x / y for x, y in zip(times[who], times[other], strict=True)]
-        low, ratio, high = statistics.quantiles(ratios, n=4)
+        low, ratio, high = over(times[who], times[other])
+        alone = times.get(f"parts of {who}")
+        least = None if alone is None else over(alone, times[other])[1]
         ms = (1e3 * statistics.median(times[x]) for x in (who, other))
-        rows.append(Row(size, name, way, who, other, *ms, ratio, low, high, bound))
+        rows.append(Row(size, name, way, who, other, *ms, ratio, low, high, bound, least))
     return rows
+
+
+def over(ours: list[float], theirs: list[float]) -> list[float]:
+    """Quartiles of the ratios of the rounds."""
+    return statistics.quantiles([x / y for x, y in zip(ours, theirs, strict=True)], n=4)
 
 
 def show(rows: list[Row]) -> str:
     """The table, with the goals that are missed."""
-    titles = "tokens", "dtype", "pass", "contender", "ms", "beside", "ms", "ratio (quartiles)", "goal"
+    titles = "tokens", "dtype", "pass", "contender", "ms", "beside", "ms"
+    titles += "ratio today (quartiles)", "parts alone", "goal"
     return markdown.table(
         titles,
         (
@@ -161,6 +225,7 @@ def show(rows: list[Row]) -> str:
                 row.other,
                 f"{row.other_ms:.3g}",
                 f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})",
+                "" if row.least is None else f"{row.least:.2f}",
                 f"<= {row.goal}" + ", missed" * (row.ratio > row.goal),
             )
             for row in rows

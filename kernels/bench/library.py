@@ -158,7 +158,7 @@ def main() -> None:
     print(*(f"{key}: {value}" for key, value in found.items()), sep="\n")
     cases = (*generation(), *placing(), *streaming(), *metrics(samples))
     rows = [measure(case, rounds) for case in cases]
-    print(markdown.table(("what", "ms", "beside", "ms", "ratio (quartiles)", "goal"), rows))
+    print(markdown.table(("what", "ms", "beside", "ms", "ratio today (quartiles)", "goal"), rows))
 
 
 if __name__ == "__main__":

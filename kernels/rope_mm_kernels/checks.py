@@ -90,7 +90,9 @@ def check_heads(q: Tensor, k: Tensor) -> None:
         raise ValueError(f"q is {q.dtype} and k is {k.dtype}; give both in one dtype")
     if q.device != k.device:
         raise ValueError(f"q is on {q.device} and k on {k.device}; give both on one device")
-    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+    one, other = q.shape, k.shape  # compared one by one: slices would take most of the time of this function
+    fits = len(one) == len(other) == 4
+    if not fits or one[0] != other[0] or one[1] != other[1] or one[3] != other[3]:
         shapes = f"{shape_of(q)} and {shape_of(k)}"
         swapped = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
         hint = ". These look like (b, heads, s, d): give q.transpose(1, 2) and k.transpose(1, 2)" * swapped

@@ -139,7 +139,7 @@ def rotate_in_parts(
 def rotate_each(
     parts: Iterator[tuple[Tensor, ...]], slot: Slot, value: float, buffered: bool
 ) -> Iterator[tuple[list[tuple[Tensor, ...]], Tensor]]:
-    """Rotate parts (from, to, cosines, sines); after each, the views of its pairs, and free memory like it."""
+    """Rotate parts (from, to, cosines, sines); after each, views of its pairs, and free memory like it."""
     source = goal = torch.empty(0)
     views = of_source = []
     for here, there, cos, sin in parts:

@@ -33,6 +33,8 @@ def angles(positions: Tensor, omega: Tensor, mode: str = "exact") -> Tensor:
     omega = omega.reshape(-1, *omega.shape[-2:])
     if mode == "hf":
         omega = omega.to(positions.device, torch.float32)
+        if omega.shape[1] == 1:
+            return positions.float().unsqueeze(-1) * omega[:, 0]
         products = positions.float()[..., None, :, None] * omega
         return sum(products.unbind(-2), products.new_zeros(()))
     wide = widest_float(positions.device)

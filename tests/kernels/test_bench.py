@@ -233,5 +233,6 @@ def test_the_first_call_of_a_round_is_not_counted_and_missed_goals_are_reported(
     assert times == {"a": [1, 1], "b": [1, 1]}
     assert calls == (["a"] * (cpu.CALLS + 1) + ["b"] * (cpu.CALLS + 1)) * 2
     row = cpu.Row("8", "float32", "forward", "rope_mm", "transformers", 3.0, 4.0, 0.75, 0.7, 0.8, 0.5)
-    assert "0.75 (0.70 to 0.80) | <= 0.5, missed" in cpu.show([row])
+    assert "0.75 (0.70 to 0.80) |  | <= 0.5, missed" in cpu.show([row])
+    assert "(0.70 to 0.80) | 0.60 | <= 0.5, missed" in cpu.show([row._replace(least=0.6)])
     assert "missed" not in cpu.show([row._replace(ratio=0.4)])
