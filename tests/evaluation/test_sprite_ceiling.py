@@ -63,6 +63,14 @@ def test_of_all_words_that_of_the_shape_lowers_the_loss_least(images):
     assert gains == pytest.approx({"shape": 0.0134, "colour": 0.0278, "place": 0.0763}, abs=5e-5)
 
 
+def test_the_nearest_shapes_are_circle_and_square_and_then_diamond_and_cross(images):
+    shapes = images[:, 7, 4, 4]  # white, in the middle
+    distance = torch.cdist(shapes, shapes).triu(1)
+    pairs = distance.masked_fill(distance == 0, torch.inf).flatten().argsort()[:2]
+    names = [(FACTORS["shape"][pair // 8], FACTORS["shape"][pair % 8]) for pair in pairs.tolist()]
+    assert names == [("circle", "square"), ("diamond", "cross")]
+
+
 @pytest.fixture(scope="module")
 def videos():
     """Every red video there is, (n, 4, 3, 16, 16)."""
