@@ -75,23 +75,26 @@ def load_rows(path: str, split: str, most: int) -> Dataset:
 
 
 def read_images(rows: Dataset, column: str) -> Iterator[Tensor]:
-    """The images (3, y, x) of rows in [-1, 1], each in its own size.
+    """The images (3, y, x) of rows in [-1, 1], each in its own size; those that do not decode are named.
 
     Args:
         rows: of `datasets`.
         column: of images.
 
     Raises:
-        ValueError: a column that is missing, an image that does not decode, with its row.
+        ValueError: a column that is missing, rows of which no image decodes.
     """
     check_rows(rows, 3, column)
+    skipped = 0
     for number, row in enumerate(rows.cast_column(column, Image(decode=False))):
         try:
             image = to_channels(open_image(cast(Any, row)[column]), 3)
         except UNREADABLE as error:
-            raise ValueError(
-                f"row {number}, column {column!r}: the image does not decode ({error})"
-            ) from error
+            reason = f"row {number}, column {column!r}: the image does not decode ({error})"
+            if (skipped := skipped + 1) == len(rows):
+                raise ValueError(f"no image of {len(rows)} rows decodes; {reason}") from error
+            print(f"skipped: {reason}", file=sys.stderr)
+            continue
         yield torch.from_numpy(numpy.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
 
 

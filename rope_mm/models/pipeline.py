@@ -61,14 +61,7 @@ class GenerationSpec:
         Raises:
             ValueError: a guidance scale where every template has text before the image to generate.
         """
-        if guidance_scale != 1 and not any(
-            generates_unconditionally(template, documents.kinds) for template in documents.templates
-        ):
-            raise ValueError(
-                f"guidance_scale {guidance_scale} needs a template that generates an image with no text "
-                f"before it, such as '{{image:generate}}{{caption}}'; these are {templates}, which fit "
-                "guidance_scale 1"
-            )
+        check_guidance(guidance_scale, templates, documents.kinds)
         tasks = find_tasks(documents.templates, documents.kinds)
         frames = 1
         if "text2video" in tasks:
@@ -332,6 +325,8 @@ class RopeMMPipeline:
             window_frames: see `RopeMMProcessor.generate_images`.
         """
         require_list("prompts", prompts)
+        if guidance_scale is not None:
+            check_guidance(guidance_scale, self.spec.templates, self.spec.kinds)
         made: dict[int, Tensor] = {}
         grid = self.grid(size)
         if frames is not None:
@@ -466,6 +461,24 @@ def group_by_size(prompts: Sequence[Sequence[Any]]) -> list[list[int]]:
         visuals = (getattr(part, "pixels", part) for part in prompt if not isinstance(part, str))
         groups.setdefault(tuple(map(numpy.shape, visuals)), []).append(number)
     return list(groups.values())
+
+
+def check_guidance(scale: float, templates: Sequence[str], kinds: Mapping[str, str]) -> None:
+    """Refuse guidance of a model that never generates without text.
+
+    Args:
+        scale: of guidance; 1 is none.
+        templates: of its documents.
+        kinds: what their columns hold.
+
+    Raises:
+        ValueError: a scale other than 1 where every template has text before the image to generate.
+    """
+    if scale != 1 and not any(generates_unconditionally(read_template(text), kinds) for text in templates):
+        raise ValueError(
+            f"guidance_scale {scale} needs a template that generates an image with no text before it, such "
+            f"as '{{image:generate}}{{caption}}'; these are {list(templates)}, which fit guidance_scale 1"
+        )
 
 
 def generates_unconditionally(template: Sequence[str | Column], kinds: Mapping[str, str]) -> bool:

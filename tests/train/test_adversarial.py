@@ -350,4 +350,4 @@ def test_every_config_begins_with_its_command_and_is_understood(path, adversaria
     command, *_ = path.read_text().splitlines()
     assert re.match(rf"# .*train/\w+\.py --config configs/adversarial/{path.name}", command)
     if "train/adversarial.py" in command:
-        load(adversarial.schema, ["--config", str(path)])
+        adversarial.module.check(load(adversarial.schema, ["--config", str(path)]))

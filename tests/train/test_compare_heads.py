@@ -204,6 +204,14 @@ def test_configurations_of_real_images_run_on_files_with_their_columns(tmp_path,
     assert set(report(config)["heads"]) == set(config.heads)
 
 
+@pytest.mark.parametrize("name", ["digits", "mnist", "emoji"])
+def test_every_row_of_a_configuration_makes_a_run(name, tmp_path):
+    config = read(tmp_path, name, **{"data.paths": "[digits]"})
+    assert config.heads
+    for head in config.heads:
+        assert compare_heads.configure(config, head, 0).image_head == config.heads[head]["image_head"]
+
+
 def test_a_configuration_without_data_says_which_key_must_be_given():
     with pytest.raises(
         ValueError, match=r"emoji\.yaml leaves data\.paths open; give --data\.paths VALUE: emb"

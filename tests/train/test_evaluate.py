@@ -122,3 +122,19 @@ def test_a_torchscript_file_gives_the_features_of_its_network(tmp_path):
     images = list(torch.rand(70, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     found = extract_features(load_network(tmp_path / "quarters.pt"), images, 8)
     torch.testing.assert_close(found, Quarters()((torch.stack(images) + 1) / 2).double())
+
+
+def test_images_that_do_not_decode_are_skipped_and_named(network, tmp_path, capsys):
+    for name in ("real", "fake"):
+        write_images(tmp_path / name, 20, 0)
+    (tmp_path / "real" / "003.png").write_bytes(b"no image")
+    settings = {"features": network, "size": 8, "output": tmp_path / "metrics.json"}
+    given = flags(real=tmp_path / "real", generated=tmp_path / "fake", **settings)
+    evaluate.main(load(evaluate.Evaluate, given))
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert (found["real"], found["generated"]) == (19, 20)
+    assert "skipped: row 3, column 'image': the image does not decode (" in capsys.readouterr().err
+    for path in (tmp_path / "real").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"no image of 20 rows decodes; row 19, column 'image'"):
+        evaluate.main(load(evaluate.Evaluate, given))

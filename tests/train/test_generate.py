@@ -1,5 +1,6 @@
 """What train/generate.py refuses."""
 
+import json
 import shutil
 import sys
 
@@ -50,6 +51,17 @@ def test_a_video_file_is_continued_into_another_one(model, video, tmp_path):
         run(generate.main, generate.Generate, [str(flag) for flag in [*flags, "--zoom", zoom]])
     assert [frame.size for frame in frames(tmp_path / "one.mp4")] == [(16, 16)] * 5
     assert [frame.size for frame in frames(tmp_path / "two.mp4")] == [(32, 32)] * 7
+
+
+def test_guidance_is_refused_where_no_image_was_learned_without_text(model, refuse, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    spec = json.loads((folder / "generation_spec.json").read_text())
+    (folder / "generation_spec.json").write_text(
+        json.dumps(spec | {"templates": ["{caption}{image:generate}"]})
+    )
+    flags = ["--model", folder, "--prompt", "a", "--output", tmp_path / "a.png", "--guidance_scale"]
+    assert "guidance_scale 2.0 needs a template that generates an image with no text" in refuse(*flags, 2)
+    run(generate.main, generate.Generate, [str(flag) for flag in [*flags, 1]])
 
 
 def test_an_mp4_file_without_its_extra_says_what_to_install(model, refuse, monkeypatch, tmp_path):

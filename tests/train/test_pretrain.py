@@ -272,4 +272,4 @@ def test_bad_input_ends_in_one_sentence(changes, message, pretrain, refusal, tmp
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "pretrain").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_begins_with_its_command_and_is_understood(path, pretrain):
     assert path.read_text().startswith(f"# python train/pretrain.py --config configs/pretrain/{path.name}\n")
-    load(pretrain.schema, ["--config", str(path)])
+    pretrain.module.check(load(pretrain.schema, ["--config", str(path)]))
