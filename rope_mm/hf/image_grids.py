@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from itertools import groupby
 from typing import Any
@@ -111,9 +111,8 @@ def close_rows(
     if sizes is None or not side:
         return kinds, dict(inputs)
     images, rows = sized_images(config, sizes, kinds), kinds.tolist()
-    left = int((kinds == IMAGES).sum())
-    while cached and images and sum(y * x for _, y, x in images) > left:
-        images = images[1:]
+    if cached:
+        images = newest(images, int((kinds == IMAGES).sum()), math.prod)
     wider = []
     for row in rows:
         start = 0
@@ -129,6 +128,19 @@ def close_rows(
     wider += [(y * side, x * side) for _, y, x in images[len(wider) :]]
     closed = torch.tensor(rows, dtype=kinds.dtype, device=kinds.device)
     return closed, {**inputs, "image_sizes": torch.tensor(wider).view(-1, 2)}
+
+
+def newest(images: list[Any], tokens: int, size: Callable[[Any], int]) -> list[Any]:
+    """The last images, which fill at most this number of tokens; earlier ones are in the cache.
+
+    Args:
+        images: in their order.
+        tokens: how many there are for images.
+        size: how many tokens an image takes.
+    """
+    while images and sum(map(size, images)) > tokens:
+        images = images[1:]
+    return images
 
 
 def square_images(config: Any, kinds: Tensor) -> list[tuple[int, int, int]]:

@@ -174,11 +174,20 @@ def check_padding(ids: Tensor | None, kwargs: dict[str, Any], cache: Any, axes: 
 
 
 def refuse_image_end(counts: Tensor, cache: Any) -> None:
-    """Refuse a step of one where the next token is not one ahead, as `positions_for` marks by a quarter."""
-    ended, compiling = getattr(cache, "rope_mm_ends_in_image", False), torch.compiler.is_compiling()
-    marks = None if compiling else counts % 1 > 0
-    within = marks is not None and (marks[:, 1:] & (counts.diff() == 1) & marks[:, :-1]).any()
-    if within or (ended and (marks is None or marks[:, 0].any())):
-        raise ValueError(ENDS_IN_IMAGE)
-    if cache is not None and marks is not None:
-        cache.rope_mm_ends_in_image = bool(marks[:, -1].any())
+    """Refuse a step of one where the next token is not one ahead, as `positions_for` marks by a quarter.
+
+    The host reads the numbers once, as an accelerator waits each time; whole numbers hold no marks.
+    """
+    ended, ends = getattr(cache, "rope_mm_ends_in_image", False), False
+    if torch.compiler.is_compiling():
+        if ended:
+            raise ValueError(ENDS_IN_IMAGE)
+        return
+    if counts.is_floating_point():
+        marks = counts % 1 > 0
+        steps = marks[:, 1:] & (counts.diff() == 1) & marks[:, :-1]
+        within, begins, ends = torch.stack([x.any() for x in (steps, marks[:, 0], marks[:, -1])]).tolist()
+        if within or (ended and begins):
+            raise ValueError(ENDS_IN_IMAGE)
+    if cache is not None:
+        cache.rope_mm_ends_in_image = ends

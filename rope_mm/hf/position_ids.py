@@ -16,6 +16,7 @@ from rope_mm.hf.image_grids import (
     SIZES,
     VIDEOS,
     close_rows,
+    newest,
     parameters_of,
     read_grids,
     takes_images,
@@ -236,7 +237,8 @@ def place_inputs(
     kinds, inputs = close_rows(config, inputs, kinds * mask, cached=starts is not None)
     seen = read_grids(config, inputs, kinds)
     if starts is not None:
-        seen = {kind: newest(seen[kind], int((kinds[mask] == kind).sum())) for kind in seen}
+        counts = {kind: int((kinds[mask] == kind).sum()) for kind in seen}
+        seen = {kind: newest(seen[kind], counts[kind], lambda image: image.tokens) for kind in seen}
     positions = torch.zeros(*kinds.shape, len(scheme.axes), dtype=torch.float64)
     after = torch.zeros(len(kinds), dtype=torch.float64)
     for row, (kind, there, begin) in enumerate(zip(kinds.cpu(), mask.cpu(), begins.cpu(), strict=True)):
@@ -278,14 +280,6 @@ def find_begins(mask: Tensor, cu_seqlens: Tensor | None, numbers: Tensor | None)
     elif numbers is not None and numbers.dim() == 2:
         begins[:, 1:] = (numbers.diff() != 1).to(mask.device) & mask[:, 1:] & mask[:, :-1]
     return begins
-
-
-def newest(seen: list[Segment], tokens: int) -> list[Segment]:
-    """The last images, which fill this number of tokens; earlier ones are in the cache."""
-    for first in range(len(seen) + 1):
-        if sum(x.tokens for x in seen[first:]) <= tokens:
-            return seen[first:]
-    return []
 
 
 def place_forward(

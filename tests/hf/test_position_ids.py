@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import ModernBertConfig, ModernBertModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, ModernBertConfig, ModernBertModel
 
 from rope_mm import Image, Text
 from rope_mm.checks.arguments import cache_of
@@ -23,6 +24,40 @@ def test_tables_refuse_positions_in_low_precision_too(tiny):
     p = positions_for(model, ["text:12"] * 2)
     with pytest.raises(ValueError, match="cannot count past 256"):
         logits(model, position_ids=p.bfloat16())
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the host reads numbers, for which an accelerator would make it wait."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count, listed = 0, torch.Tensor.tolist
+
+        def tolist(x):
+            self.count += 1
+            return listed(x)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("scheme", "most"), [(None, 0), ("own", 0), ("rope-tv", 1)])
+def test_a_step_of_decoding_reads_numbers_once_at_most(tiny, scheme, most, cached, monkeypatch):
+    model = tiny("llama")
+    if scheme:
+        set_rope(model, rope_of(model) if scheme == "own" else scheme)
+    axes = scheme == "rope-tv"
+    p = positions_for(model, ["text:2 image:2x3 text:4"] * 2) if axes else torch.arange(12).expand(2, -1)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(IDS, position_ids=p, **cached(cache))
+        for step in (1, 2):
+            with Reads(monkeypatch) as reads:
+                model(IDS[:, :1], position_ids=p[..., -1:] + step, **cached(cache))
+            assert reads.count <= most
 
 
 @pytest.mark.parametrize("compiled", [False, True])
