@@ -257,15 +257,24 @@ class Training:
         counts = torch.tensor([batch.counts for batch in batches], dtype=torch.float64).sum(0)
         counts = torch.cat([counts, counts.new_tensor([len(skipped)])])
         tokens, pairs, *totals, missing = all_reduce_sum(self.accelerator, counts).tolist()
-        if step == 0 and missing == self.config.global_batch_size:
-            size = self.config.global_batch_size
-            raise ValueError(f"none of the first {size} documents can be learned from: {skipped[0]}")
+        if step == 0:
+            self.check_first(skipped, int(missing))
         totals = BatchTotals(*totals)
         self.tokens += int(tokens)
         self.generated += int(totals.patches)
         self.flops += self.counter.flops(tokens, pairs)  # of the model, without the critic's
         self.skipped.count += int(missing)
         return totals
+
+    def check_first(self, skipped: list[str], count: int) -> None:
+        """Refuse a first step of which nothing is left.
+
+        Args:
+            skipped: why documents of this process were skipped.
+            count: how many were, of all processes.
+        """
+        if count == (size := self.config.global_batch_size):
+            raise ValueError(f"none of the first {size} documents can be learned from: {skipped[0]}")
 
     def report_skipped(self, skipped: list[str]) -> None:
         """Say which documents this process skips, and why; each reason once.
@@ -284,6 +293,9 @@ class Training:
         """The rows of a step's documents, and this process's batches as the model reads them."""
         parts = self.config.gradient_accumulation_steps
         packed = [self.dataset[number] for number in range(step * parts, (step + 1) * parts)]
+        if step == 0:
+            skipped = [reason for batch in packed for reason in batch.skipped]
+            self.check_first(skipped, len(skipped))
         rows = self.documents.batch(self.config.seed, step, self.config.global_batch_size)
         return [{"rows": rows, **batch.inputs(), "labels": batch.labels} for batch in packed]
 

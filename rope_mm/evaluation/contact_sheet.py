@@ -1,6 +1,8 @@
 """An image grid: rows of images, each with its caption, as a PNG file."""
 
-from collections.abc import Callable, Hashable, Iterable, Sequence, Sized
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Sized
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -22,6 +24,8 @@ DATA_ROWS = 32  # of a sheet of data
 LOOKED_AT = 512  # rows at most, of which a sheet shows each kind of file
 MARGIN = 320  # pixels of a caption's line at most
 MORE = "…"
+NO_LETTER = "\uffff"  # which no font has
+SYSTEM_FONTS = "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "arial.ttf"
 
 
 def save_sheet(path: Path, images: Tensor | Sequence[Tensor], captions: Sequence[str]) -> None:
@@ -45,7 +49,7 @@ def save_sheet(path: Path, images: Tensor | Sequence[Tensor], captions: Sequence
     most = [max(image.shape[axis] for image in images) for axis in (-2, -1)]
     zoom = -(-TILE // max(most))
     height, width = (size * zoom for size in most)
-    font: Any = ImageFont.load_default(TEXT)
+    font = caption_font(captions)
     texts = [fit_caption(caption, font, height) for caption in captions]
     margin = int(max(font.getlength(line) for lines in texts for line in lines)) + 2 * GAP
     sizes = [describe_size(images[column::columns]) for column in range(columns)]
@@ -129,6 +133,37 @@ def spread(count: int, most: int = DATA_ROWS) -> list[int]:
     """Numbers of at most `most` rows of `count`, evenly apart."""
     most = min(count, most)
     return [i * count // most for i in range(most)]
+
+
+def caption_font(captions: Sequence[str]) -> Any:
+    """The first font that has every letter of the captions, or else the most of them.
+
+    Args:
+        captions: in any language.
+    """
+    letters = {letter for caption in captions for letter in caption if not letter.isspace()}
+    best, most = None, -1
+    for font in find_fonts():
+        unknown = bytes(font.getmask(NO_LETTER))
+        known = sum(bytes(font.getmask(letter)) != unknown for letter in letters)
+        if known > most:
+            best, most = font, known
+        if known == len(letters):
+            break
+    return best
+
+
+def find_fonts() -> Iterator[Any]:
+    """PIL's own font, which has hardly more than ASCII, then those of matplotlib and of the system."""
+    yield ImageFont.load_default(TEXT)
+    package = find_spec("matplotlib")
+    folders = package.submodule_search_locations if package else None
+    carried = [
+        str(Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf") for folder in folders or ()
+    ]
+    for name in (*carried, *SYSTEM_FONTS):
+        with suppress(OSError):  # it is not installed
+            yield ImageFont.truetype(name, TEXT)
 
 
 def fit_caption(caption: str, font: Any, height: int) -> list[str]:

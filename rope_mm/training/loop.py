@@ -241,6 +241,7 @@ def dry_run(training: Training, config: Run, output_dir: Path) -> None:
         raise not_a_folder(output_dir)
     if not restart:
         check_folder(output_dir, training.identity(), extend, changed)
+    training.batches(0)  # refuses sizes and lengths that do not fit what is read
     print(dump(replace(config, dry_run=False)), end="")
     for line in training.describe().splitlines():
         print(f"# {line}")

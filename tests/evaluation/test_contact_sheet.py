@@ -8,6 +8,8 @@ from rope_mm.evaluation.contact_sheet import (
     HEAD,
     LOOKED_AT,
     MARGIN,
+    NO_LETTER,
+    caption_font,
     choose_rows,
     save_data_sheet,
     save_sheet,
@@ -108,3 +110,15 @@ def test_of_very_many_rows_some_are_looked_at():
     rows = choose_rows(10_000, lambda row: looked.append(row) or (row > 9_000))
     assert len(looked) == LOOKED_AT and max(looked) > 9_900
     assert DATA_ROWS - 2 <= len(rows) <= DATA_ROWS and min(row for row in looked if row > 9_000) in rows
+
+
+@pytest.mark.parametrize("caption", ["a circle", "ein grüner Kreis — groß", "зелёный круг", "ένας κύκλος"])
+def test_captions_of_other_alphabets_are_written_in_a_font_that_has_their_letters(caption):
+    font = caption_font([caption, "a circle"])
+    unknown = bytes(font.getmask(NO_LETTER))
+    assert not [letter for letter in caption if letter != " " and bytes(font.getmask(letter)) == unknown]
+
+
+def test_letters_that_no_font_has_do_not_hide_the_others():
+    font = caption_font(["grün \ue000"])
+    assert bytes(font.getmask("ü")) != bytes(font.getmask(NO_LETTER))

@@ -232,6 +232,8 @@ def test_a_task_that_no_template_trains_is_refused(pretrain, tmp_path):
         ({"image_head": "floww"}, "image_head: image head 'floww' is unknown; did you mean 'flow'"),
         ({"head": "flow"}, "--head: head is now called image_head"),
         ({"max_length": 3}, "does not fit a row of 3"),
+        ({"max_length": 3, "dry_run": "true"}, "none of the first 8 documents can be learned from: row"),
+        ({"data.size": 5, "dry_run": "true"}, "5 x 5 pixels do not divide into patches of 2 x 2"),
         ({"global_batch_size": 0}, "global_batch_size must be at least 1, not 0"),
         ({"num_workers": -1}, "num_workers must be at least 0, not -1"),
         ({"data.templates": "['{title}']"}, "template '{title}' fits no source"),
