@@ -17,7 +17,7 @@ from rope_mm.rotary.definition import PAIRINGS, cos_sin_of
 
 TINY = 1 << 14  # numbers, as of one token, whose queries and keys are rotated together
 FEW = 1 << 17  # numbers that three functions of torch rotate faster than a loop over parts
-PART = 1 << 18  # numbers that are rotated at a time: a megabyte in float32, and few enough calls of torch
+PART = 1 << 18  # numbers that a thread rotates at a time: a megabyte in float32, few enough calls of torch
 
 
 class Slot(NamedTuple):
@@ -93,9 +93,14 @@ def by_rows(x: Tensor, n: int) -> Tensor:
     return x.reshape(*x.shape[:-2], n, x.shape[-2] // n, x.shape[-1])
 
 
+def part_size() -> int:
+    """How many numbers are rotated at a time: PART for each thread, which has a cache of its own."""
+    return PART * torch.get_num_threads()
+
+
 def part_length(x: Tensor) -> int:
     """How many tokens of heads (b, s, h, d) are rotated at a time."""
-    return max(1, PART // max(1, x.shape[0] * x.shape[2] * x.shape[3]))
+    return max(1, part_size() // max(1, x.shape[0] * x.shape[2] * x.shape[3]))
 
 
 def parts_of(x: Tensor, tables: WideTables, slot: Slot, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -122,7 +127,7 @@ def rotate_in_parts(
     """Heads x (b, s, h, d) rotated, or rotated back by the transpose, part by part; out may be x itself."""
     in_place, value = out is x, -1.0 if inverse else 1.0
     whole = tables.cos.shape[-1] == x.shape[-1]
-    if out is None and whole and 0 < x.numel() <= PART:
+    if out is None and whole and 0 < x.numel() <= part_size():
         return rotate_one_part(x, tables, slot, value)
     if out is None:
         out = torch.empty_like(x)

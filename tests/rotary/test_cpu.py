@@ -60,6 +60,13 @@ def test_both_ways_rotate_as_the_definition(form, shared, n, spare, part):
             torch.testing.assert_close(rotated, expected, atol=eps, rtol=eps)
 
 
+def test_parts_grow_with_the_threads(monkeypatch):
+    x = torch.empty(2, 512, 8, 64)
+    one = cpu.part_length(x)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert cpu.part_length(x) == 3 * one == 3 * cpu.PART // 1024
+
+
 @given(**CASES, part=st.integers(1, 400))
 def test_gradients_in_parts_are_those_of_all_at_once(form, shared, n, spare, part):
     slot = cpu.Slot(*form)
