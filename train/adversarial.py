@@ -68,7 +68,7 @@ class Data:
         "square",
         "of images; keep: their own, in as many patches as the square has at most, and one size a step",
     )
-    channels: int = option(1, "1 grey, 3 RGB, 4 RGBA")
+    channels: Literal[1, 3, 4] = option(1, "grey, RGB or RGBA")
     cache_in_memory: bool = option(False, "decode all images at the start and keep their bytes")
     background: str = option("white", "colour under what is transparent, where channels is 1 or 3")
     max_caption_length: int = option(256, "tokens of a caption", minimum=1)

@@ -73,7 +73,7 @@ class Data:
     aspect_ratio: Literal["square", "keep"] = option(
         "square", "of images; keep: their own, in as many patches as the square has at most"
     )
-    channels: int = option(1, "1 grey, 3 RGB, 4 RGBA")
+    channels: Literal[1, 3, 4] = option(1, "grey, RGB or RGBA")
     background: str = option("white", "colour under what is transparent, where channels is 1 or 3")
     flip: bool = option(False, "mirror each image and video, left to right, half of the times")
     rows_per_document: int = option(1, "rows joined in a document", minimum=1)

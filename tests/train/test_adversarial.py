@@ -208,6 +208,7 @@ def accelerator():
         ({"rope.scheme": "rope-vt"}, "scheme 'rope-vt' is unknown; did you mean 'rope-tv"),
         ({"loss.name": "rpgann"}, "loss.name: GAN loss 'rpgann' is unknown; did you mean 'rpgan'"),
         ({"model.head_dim": 15}, "head_dim 15"),
+        ({"data.channels": 2}, "data.channels must be one of 1, 3, 4, not 2"),
         ({"data.size": 9}, "9 x 9 pixels do not divide into patches of 2 x 2"),
         ({"data.caption": "title"}, "no column 'title'; it has image, caption, label"),
         ({"optim.lrr": 1}, "--optim.lrr: optim.lrr is unknown; did you mean optim.lr"),
