@@ -17,7 +17,7 @@ from rope_mm.rotary.definition import PAIRINGS, cos_sin_of
 
 TINY = 1 << 14  # numbers, as of one token, whose queries and keys are rotated together
 FEW = 1 << 17  # numbers that three functions of torch rotate faster than a loop over parts
-PART = 1 << 18  # numbers that a thread rotates at a time: a megabyte in float32, few enough calls of torch
+PART = 1 << 19  # numbers that a thread rotates at a time: a cache holds them, and few calls of torch are made
 
 
 class Slot(NamedTuple):
