@@ -32,11 +32,12 @@ from rope_mm.data.augmentation import AUGMENTATIONS
 from rope_mm.data.buckets import Size
 from rope_mm.data.columns import stored_row
 from rope_mm.data.images import Unreadable
+from rope_mm.data.pixels import check_background
 from rope_mm.data.seeding import EVALUATION
 from rope_mm.evaluation.contact_sheet import save_data_sheet, save_sheet
 from rope_mm.evaluation.image_evaluators import IMAGE_EVALUATORS, ImageEvaluator
 from rope_mm.models import ImageBatcher, load_tokenizer
-from rope_mm.models.attention_backends import with_attention
+from rope_mm.models.attention_backends import ATTENTIONS, with_attention
 from rope_mm.models.configuration_rope_mm import config_for
 from rope_mm.training.adversarial_loss import GANConfig, as_it_is
 from rope_mm.training.adversarial_trainer import AdversarialBatch, AdversarialOptim, AdversarialTrainer
@@ -70,7 +71,9 @@ class Data:
     )
     channels: Literal[1, 3, 4] = option(1, "grey, RGB or RGBA")
     cache_in_memory: bool = option(False, "decode all images at the start and keep their bytes")
-    background: str = option("white", "colour under what is transparent, where channels is 1 or 3")
+    background: str = option(
+        "white", "colour under what is transparent, where channels is 1 or 3", check=check_background
+    )
     max_caption_length: int = option(256, "tokens of a caption", minimum=1)
     long_captions: Literal["cut", "refuse"] = option("cut", "what becomes of longer captions")
     flip: bool = option(False, "mirror each image, left to right, half of the times that it is read")
@@ -97,7 +100,7 @@ class Adversarial(Run):
     augment: dict[str, float] = option(
         {}, "strengths, of real and of generated images", keys=AUGMENTATIONS, minimum=0, maximum=1
     )
-    attn_implementation: str = option("sdpa", "or eager, or on GPUs flex_attention")
+    attn_implementation: str = option("sdpa", "on GPUs also flex or flash attention", choices=ATTENTIONS)
     compile: str = option("", "a backend of torch.compile, such as inductor; empty: none")
     gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass, to save memory")
     ema_decay: float = option(0.995, "of the average of the generator's weights", minimum=0, below=1)
@@ -260,7 +263,9 @@ class Training:
         """Scheme, model and data, for a dry run."""
         scheme, weights = self.batcher.config.scheme, self.average.model.num_parameters()
         rows = f"{len(self.images)} rows, {len(self.held_out)} held out"
-        return f"scheme: {scheme}\ngenerator: {weights} weights\ndata: {rows}"
+        lines = [f"scheme: {scheme}", f"generator: {weights} weights", f"data: {rows}"]
+        lines += [] if self.config.data.label else ["metrics: none of images, as data.label is empty"]
+        return "\n".join(lines)
 
     def show_data(self, path: Path) -> None:
         """Write a sheet of images of both splits, as they are read; those that cannot be read are skipped."""
@@ -437,6 +442,8 @@ def unread(config: Adversarial) -> dict[str, str]:
     if not config.data.caption:
         reason = "data.caption is empty"
         keys |= dict.fromkeys(("data.max_caption_length", "data.long_captions"), reason)
+    if not config.data.label:
+        keys |= dict.fromkeys(("evaluator", "eval_samples"), "data.label is empty, so nothing is evaluated")
     return keys
 
 
@@ -453,7 +460,7 @@ def check(config: Adversarial) -> None:
             "metrics by data.label compare images of one size; give data.label '' or data.aspect_ratio square"
         )
     needed = IMAGE_EVALUATORS[config.evaluator].captions == "needed"
-    if needed and config.data.label and not config.data.caption:
+    if needed and not config.data.caption:
         others = [name for name, kind in IMAGE_EVALUATORS.items() if kind.captions != "needed"]
         raise ValueError(
             f"evaluator {config.evaluator} needs data.caption; without captions take {' or '.join(others)}"

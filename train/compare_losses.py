@@ -79,6 +79,8 @@ def runs(config: CompareLosses) -> list[tuple[str, Adversarial]]:
         chosen[row] = override(
             rest, changes, f"rows.{row}"
         )  # a change of its own that nothing reads is refused
+    if blind := [row for row, of_row in chosen.items() if not of_row.data.label]:
+        raise ValueError(f"{blind[0]} would be measured by nothing: give data.label, the column of classes")
     return [
         (row, replace(of_row, output_dir=f"{config.output_dir}/{row}-{seed}", seed=seed))
         for seed, (row, of_row) in product(range(config.seed, config.seed + config.seeds), chosen.items())

@@ -27,13 +27,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import MapDocuments, load_documents, make_generator
 from rope_mm.data.documents import DocumentDataset, Unreadable, Visual
+from rope_mm.data.pixels import check_background
 from rope_mm.data.streaming import StreamingDocuments
 from rope_mm.evaluation.contact_sheet import save_data_sheet
 from rope_mm.evaluation.samples import document_text, write_samples
 from rope_mm.evaluation.sprites import SPRITE_EVALUATORS
 from rope_mm.losses import GAN_LOSSES
 from rope_mm.models import RopeMMConfig, RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer
-from rope_mm.models.attention_backends import with_attention
+from rope_mm.models.attention_backends import ATTENTIONS, with_attention
 from rope_mm.models.configuration_rope_mm import config_for
 from rope_mm.models.pipeline import GenerationSpec, RopeMMPipeline
 from rope_mm.models.tokenizers import check_words
@@ -74,7 +75,9 @@ class Data:
         "square", "of images; keep: their own, in as many patches as the square has at most"
     )
     channels: Literal[1, 3, 4] = option(1, "grey, RGB or RGBA")
-    background: str = option("white", "colour under what is transparent, where channels is 1 or 3")
+    background: str = option(
+        "white", "colour under what is transparent, where channels is 1 or 3", check=check_background
+    )
     flip: bool = option(False, "mirror each image and video, left to right, half of the times")
     rows_per_document: int = option(1, "rows joined in a document", minimum=1)
     streaming: bool = option(False, "read rows as they come, and hold only some")
@@ -115,7 +118,7 @@ class Pretrain(Run):
     flow: FlowConfig = option(FlowConfig(), "the times of the flow head")
     energy: EnergyConfig = option(EnergyConfig(), "the loss of the energy head")
     optim: PretrainOptim = option(PretrainOptim(), "the optimizers")
-    attn_implementation: str = option("sdpa", "or eager, or on GPUs flex_attention")
+    attn_implementation: str = option("sdpa", "on GPUs also flex or flash attention", choices=ATTENTIONS)
     compile: str = option("", "a backend of torch.compile, such as inductor; empty: none")
     gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass, to save memory")
     ema_decay: float = option(0.995, "of the average of the model's weights", minimum=0, below=1)
@@ -190,10 +193,15 @@ class Training:
         rows = [
             len(d) if isinstance(d, MapDocuments) else "streamed" for d in (self.documents, self.held_out)
         ]
-        return (
-            f"scheme: {self.processor.scheme}\nmodel: {self.average.model.num_parameters()} weights\n"
-            f"data: {rows[0]} rows, {rows[1]} held out"
-        )
+        lines = [
+            f"scheme: {self.processor.scheme}",
+            f"model: {self.average.model.num_parameters()} weights",
+            f"data: {rows[0]} rows, {rows[1]} held out",
+        ]
+        if not {"text2image", "text2video"} & self.pipeline.spec.tasks.keys():
+            keys = "image_head and image_loss_weight change nothing"
+            lines.append(f"images: no template generates one, as {{image:generate}} does, so {keys}")
+        return "\n".join(lines)
 
     def show_data(self, path: Path) -> None:
         """Write a sheet of documents' first images as they are read; of a stream, of held-out ones."""

@@ -52,6 +52,7 @@ def option(
     choices: Registry | None = None,
     keys: Registry | None = None,
     fill: Mapping[str, Any] | None = None,
+    check: Callable[[Any], Any] | None = None,
 ) -> Any:
     """A field of a configuration, for the right side of `name: type = option(...)`.
 
@@ -66,10 +67,11 @@ def option(
         choices: the names that the value may take.
         keys: the names that the keys of a dict may take.
         fill: entries of a dict that are added where they are not given.
+        check: raises a ValueError for a value that is not allowed; the message then names the key.
     """
     metadata = {
         **{"help": help, "minimum": minimum, "above": above, "maximum": maximum, "below": below},
-        **{"choices": choices, "keys": keys, "fill": fill},
+        **{"choices": choices, "keys": keys, "fill": fill, "check": check},
     }
     if default is MISSING:
         return field(metadata=metadata)
@@ -226,7 +228,9 @@ def check_options(config: Any, prefix: str = "") -> None:
         for option_name, names in (("choices", [value]), ("keys", value)):
             if (registry := entry.metadata.get(option_name)) is not None:
                 for name in names:
-                    check_name(key, name, registry)
+                    check_value(key, name, registry.__getitem__)
+        if (check := entry.metadata.get("check")) is not None:
+            check_value(key, value, check)
 
 
 def parts_of(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -263,16 +267,16 @@ def describe_range(limits: Mapping[str, Any]) -> str:
     return " and ".join(filter(None, [lower, upper]))
 
 
-def check_name(key: str, name: Any, registry: Registry) -> None:
-    """Refuse a name that a registry does not have; the message names the key.
+def check_value(key: str, value: Any, check: Callable[[Any], Any]) -> None:
+    """Refuse a value that a function refuses; the message names the key.
 
     Args:
         key: that the message names.
-        name: the value.
-        registry: of the allowed names.
+        value: of the key.
+        check: raises a ValueError for a value that is not allowed.
     """
     try:
-        registry[name]
+        check(value)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
 

@@ -63,7 +63,9 @@ class Run:
     profile: int = option(
         0, "steps, after the first, of which rotary's share of the time is printed", minimum=0
     )
-    trackers: str = option("", "tensorboard, wandb, trackio, or several with commas between")
+    trackers: str = option(
+        "", "tensorboard, wandb, trackio, or several with commas between", check=read_trackers
+    )
     page: bool = option(True, "write index.html after each evaluation: curves, samples and configuration")
     restart: bool = option(False, "delete the run in output_dir and start anew")
     extend: bool = option(False, "go on with another number of steps although the rates' schedule changes")

@@ -25,7 +25,7 @@ TEMPLATES = (
 )
 ADVERSARIAL = {
     "config": ROOT / "configs" / "adversarial" / "digits.yaml",
-    "steps": 6, "global_batch_size": 2, "eval_samples": 20, "log_every": 1, "sample_every": 6,
+    "steps": 6, "global_batch_size": 2, "log_every": 1, "sample_every": 6,
     "checkpoint_every": 2, "threads": 1, "page": False, "data.label": "", "tokenizer": "bytes",
     "model.hidden_size": 16, "model.intermediate_size": 16, "model.patch_size": 2,
     "model.num_hidden_layers": 1,

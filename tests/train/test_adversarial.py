@@ -251,6 +251,10 @@ def accelerator():
             "optim.final_transport 0.5 would change nothing: loss",
         ),
         ({"data.channels": 4, "data.background": "red"}, "data.background red would change nothing"),
+        ({"data.background": "reddd"}, "data.background: background must be a colour such as white"),
+        ({"trackers": "wandbb"}, "trackers: tracker 'wandbb' is unknown; did you mean 'wandb'"),
+        ({"evaluator": "modes"}, "evaluator modes would change nothing: data.label is empty"),
+        ({"eval_samples": 5}, "eval_samples 5 would change nothing: data.label is empty"),
         ({"compile": "inductr"}, "backend of torch.compile 'inductr' is unknown; did you mean 'inductor'?"),
     ],
 )
@@ -336,6 +340,7 @@ def test_a_dry_run_checks_the_data_prints_what_is_resolved_and_touches_nothing(
     printed = capsys.readouterr().out
     assert "scheme: rope-tv" in printed  # which is the default where only theta is given
     assert "# scheme: Scheme(" in printed and "# data: 1437 rows, 360 held out" in printed
+    assert "# metrics: none of images, as data.label is empty" in printed
     assert not output_dir.exists()
     (tmp_path / "again.yaml").write_text(printed)
     again = load(adversarial.schema, ["--config", str(tmp_path / "again.yaml")])

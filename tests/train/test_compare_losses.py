@@ -103,6 +103,8 @@ def test_the_table_holds_means_and_standard_deviations():
         ({"losses": "[nss]"}, "GAN loss 'nss' is unknown"),
         ({"rows": "{ns: {steps: 1}}"}, r"losses and rows both name \['ns'\]"),
         ({"rows": "{a: {step: 1}}"}, r"rows\.a: step"),
+        ({"data.label": ""}, "would be measured by nothing: give data.label"),
+        ({"losses": "[]", "rows": "{b: {data: {label: ''}}}"}, "b would be measured by nothing"),
         pytest.param({"losses": "[ns]", "metric": "fid"}, "no metric 'fid'", marks=pytest.mark.slow),
     ],
 )

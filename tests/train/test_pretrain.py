@@ -245,6 +245,7 @@ def test_a_task_that_no_template_trains_is_refused(pretrain, tmp_path):
         ({"energy.repulsion": 0.5}, "energy.repulsion 0.5 would change nothing: image_head is mse"),
         ({"loss": "{penalties: {r1: 2.0}}"}, "loss.penalties '{r1: 2.0}' would change nothing: ima"),
         ({"optim.critic_lr": 1.0}, "optim.critic_lr 1.0 would change nothing: image_head mse has no critic"),
+        ({"data.background": "reddd"}, "data.background: background must be a colour such as white"),
         ({"data.shuffle": 5}, "data.shuffle 5 would change nothing: data.streaming is false"),
         (
             {"image_head": "adversarial", "loss.name": "rasgan", "gradient_accumulation_steps": 2},
@@ -259,7 +260,7 @@ def test_a_task_that_no_template_trains_is_refused(pretrain, tmp_path):
         ({"guidance_scale": -1.0}, "guidance_scale must be at least 0, not -1.0"),
         ({"image_loss_weight": -1.0}, "image_loss_weight must be at least 0, not -1.0"),
         ({"optim.max_grad_norm": -1.0}, "optim.max_grad_norm must be at least 0, not -1.0"),
-        ({"attn_implementation": "spda"}, "attention 'spda' is unknown; did you mean 'sdpa'"),
+        ({"attn_implementation": "spda"}, "attn_implementation: attention 'spda' is unknown; did you mean 'sdpa'"),
         (
             {"attn_implementation": "flash_attention_2"},
             "attention flash_attention_2 has no backward on cpu; take sdpa or eager",
@@ -269,6 +270,20 @@ def test_a_task_that_no_template_trains_is_refused(pretrain, tmp_path):
 )
 def test_bad_input_ends_in_one_sentence(changes, message, pretrain, refusal, tmp_path):
     assert message in refusal(pretrain, tmp_path / "run", **changes)
+
+
+@pytest.mark.parametrize("dry_run", ["true", "false"])
+@pytest.mark.parametrize(
+    ("template", "silent"),
+    [("{caption}{image:generate}", True), ("{image}{frames:generate}", True), ("{image}{caption}", False)],
+)
+def test_a_run_begins_with_a_line_on_keys_of_images_where_no_template_generates_one(
+    template, silent, dry_run, pretrain, tmp_path, capsys
+):
+    assert pretrain.run(tmp_path / "run", steps=1, dry_run=dry_run, **{"data.templates": f"['{template}']"}) == 0
+    said = capsys.readouterr().out
+    line = "images: no template generates one, as {image:generate} does, so image_head and image_loss_weight change"
+    assert (line not in said) == silent
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "pretrain").glob("*.yaml")), ids=lambda p: p.name)

@@ -275,6 +275,7 @@ class Paint:
     coats: int = option(1, minimum=1, maximum=9)
     shares: dict[str, float] = option({"red": 1.0, "blue": 0.5}, "colour -> share", keys=COLOURS, minimum=0)
     betas: tuple[float, float] = option((0.0, 0.9), minimum=0, below=1)
+    number: str = option("17", "of the wall", check=int)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +325,7 @@ def test_a_configuration_made_of_the_defaults_shares_no_dict_with_them():
         (["--paint.shares", "{green: 1.0}"], "paint.shares: colour 'green' is unknown"),
         (["--paint.shares.red", ".inf"], "paint.shares.red must be at least 0, not inf"),
         (["--paint.betas", "[0.0, 1.0]"], "paint.betas must be at least 0 and below 1, not 1.0"),
+        (["--paint.number", "x"], "paint.number: invalid literal for int() with base 10: 'x'"),
         (["--walls.north", "{coats: 0}"], "walls.north.coats must be at least 1 and at most 9, not 0"),
     ],
 )
