@@ -370,11 +370,11 @@ def load_data(data: Data, eval_samples: int, patch_size: int) -> tuple[DocumentD
 
 def find_tokenizer(config: Pretrain, documents: DocumentDataset) -> PreTrainedTokenizerBase:
     """The tokenizer named; one of the data's words knows those of all rows, also of filtered ones."""
+    if config.tokenizer != "words":
+        return load_tokenizer(config.tokenizer)
     if config.data.filter:
         unfiltered = replace(config.data, filter={})
         documents, _ = load_data(unfiltered, config.eval_samples, patch_size(config))
-    if config.tokenizer != "words":
-        return load_tokenizer(config.tokenizer)
     return find_word_tokenizer(
         Path(config.output_dir), documents.texts(), config.restart, config.data.changed
     )

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from rope_mm.models import IMAGE_TOKEN, load_tokenizer
 
 TEXTS = ["a red circle at the top left", "top left: a red circle, moving up", "what is it? "]
-WORDS = load_tokenizer("words", TEXTS)
+BYTES, WORDS = load_tokenizer("bytes"), load_tokenizer("words", TEXTS)
 
 
 def encode(text):
@@ -17,6 +17,12 @@ def encode(text):
 @given(st.lists(st.sampled_from([*" ".join(TEXTS).split(" "), ""]), max_size=8).map(" ".join))
 def test_texts_of_known_words_come_back_as_they_were(text):
     assert WORDS.decode(encode(text)) == text
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_texts_of_any_language_come_back_from_bytes_as_they_were(text):
+    ids = BYTES(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert BYTES.decode(ids) == text
 
 
 def test_a_word_is_one_token_wherever_it_stands():

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,6 +138,15 @@ def runs():
         equal=equal,
         same=lambda one, two: equal(weights(one), weights(two)),
     )
+
+
+@pytest.fixture
+def accelerate_command():
+    """The path of the program `accelerate`, which imports timm where that is installed."""
+    made = (Path(sys.prefix) / "installed").exists()  # the environment is that of `make`
+    if find_spec("timm") is not None and not made and find_spec("torchvision") is None:
+        pytest.skip("the accelerate command imports timm, which wants torchvision: pip uninstall timm")
+    return shutil.which("accelerate", path=Path(sys.executable).parent)
 
 
 @pytest.fixture

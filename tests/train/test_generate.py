@@ -1,4 +1,4 @@
-"""What train/generate.py refuses."""
+"""What train/generate.py writes, and what it refuses."""
 
 import json
 import shutil
@@ -51,6 +51,25 @@ def test_a_video_file_is_continued_into_another_one(model, video, tmp_path):
         run(generate.main, generate.Generate, [str(flag) for flag in [*flags, "--zoom", zoom]])
     assert [frame.size for frame in frames(tmp_path / "one.mp4")] == [(16, 16)] * 5
     assert [frame.size for frame in frames(tmp_path / "two.mp4")] == [(32, 32)] * 7
+
+
+def test_images_follow_the_seed_and_the_number_of_steps_and_videos_are_written_as_their_file_is_named(
+    pretrain, video, tmp_path
+):
+    pretrain.train(tmp_path / "run", steps=1, image_head="flow")
+
+    def made(name, *flags):
+        flags = ["--model", tmp_path / "run" / "model", "--output", tmp_path / name, "--zoom", 1, *flags]
+        run(generate.main, generate.Generate, [str(flag) for flag in flags])
+        with PILImage.open(tmp_path / name) as image:
+            return image.tobytes(), (image.format, getattr(image, "n_frames", 1), image.size)
+
+    first = made("first.png", "--prompt", "a")
+    assert first[1] == ("PNG", 1, (4, 4)) and made("again.png", "--prompt", "a") == first
+    assert made("seed.png", "--prompt", "a", "--seed", 1)[0] != first[0]
+    assert made("steps.png", "--prompt", "a", "--num_inference_steps", 2)[0] != first[0]
+    for name, kind in {"a.webp": "WEBP", "a.gif": "GIF", "a.png": "PNG"}.items():
+        assert made(name, "--continue_video", video, "--frames", 2)[1] == (kind, 5, (4, 4))
 
 
 def test_guidance_is_refused_where_no_image_was_learned_without_text(model, refuse, tmp_path):
