@@ -260,7 +260,10 @@ def test_a_task_that_no_template_trains_is_refused(pretrain, tmp_path):
         ({"guidance_scale": -1.0}, "guidance_scale must be at least 0, not -1.0"),
         ({"image_loss_weight": -1.0}, "image_loss_weight must be at least 0, not -1.0"),
         ({"optim.max_grad_norm": -1.0}, "optim.max_grad_norm must be at least 0, not -1.0"),
-        ({"attn_implementation": "spda"}, "attn_implementation: attention 'spda' is unknown; did you mean 'sdpa'"),
+        (
+            {"attn_implementation": "spda"},
+            "attn_implementation: attention 'spda' is unknown; did you mean 'sdpa'",
+        ),
         (
             {"attn_implementation": "flash_attention_2"},
             "attention flash_attention_2 has no backward on cpu; take sdpa or eager",
@@ -280,7 +283,9 @@ def test_bad_input_ends_in_one_sentence(changes, message, pretrain, refusal, tmp
 def test_a_run_begins_with_a_line_on_keys_of_images_where_no_template_generates_one(
     template, silent, dry_run, pretrain, tmp_path, capsys
 ):
-    assert pretrain.run(tmp_path / "run", steps=1, dry_run=dry_run, **{"data.templates": f"['{template}']"}) == 0
+    assert (
+        pretrain.run(tmp_path / "run", steps=1, dry_run=dry_run, **{"data.templates": f"['{template}']"}) == 0
+    )
     said = capsys.readouterr().out
     line = "images: no template generates one, as {image:generate} does, so image_head and image_loss_weight change"
     assert (line not in said) == silent

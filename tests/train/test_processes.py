@@ -14,7 +14,10 @@ from rope_mm.models import modeling_rope_mm
 from rope_mm.training.image_heads import IMAGE_HEADS
 
 ROOT = Path(__file__).parents[2]
-SEVEN = {"global_batch_size": 7, "optim.lr": 1e-3}  # which two processes and three micro-batches do not divide
+SEVEN = {
+    "global_batch_size": 7,
+    "optim.lr": 1e-3,
+}  # which two processes and three micro-batches do not divide
 CRITIC = {"image_head": "adversarial", "optim.critic_lr": 1e-3}
 
 
@@ -139,7 +142,11 @@ def test_every_accelerate_config_begins_with_its_command_and_loads(path):
 def test_the_accelerate_command_starts_in_the_environment_that_make_makes(accelerate_command, runs):
     _, *words = (ROOT / "configs" / "accelerate" / "cpu.yaml").read_text().splitlines()[0][2:].split()
     done = subprocess.run(
-        [accelerate_command, *words, "--dry-run"], cwd=ROOT, env=runs.environment(), capture_output=True, text=True
+        [accelerate_command, *words, "--dry-run"],
+        cwd=ROOT,
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, f"{done.stdout[-1000:]}{done.stderr[-6000:]}"
     assert done.stdout.startswith("output_dir: runs/tiny")
