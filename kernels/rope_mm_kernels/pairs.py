@@ -13,7 +13,8 @@ from torch import Tensor
 def block_sizes(pairing: str, r: int, blocks: tuple[int, ...]) -> tuple[int, ...]:
     """The block sizes of a pairing of r pairs; one size where all are alike."""
     if pairing == "block":
-        return blocks[:1] if len(set(blocks)) == 1 else blocks
+        sizes = tuple(map(int, blocks))  # Triton compiles no numbers of numpy
+        return sizes[:1] if len(set(sizes)) == 1 else sizes
     return (r,) if pairing == "half" else (1,)
 
 

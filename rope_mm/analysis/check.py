@@ -12,8 +12,8 @@ from rope_mm.rotary.module import Rotary
 
 Call = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Position = tuple[float, ...]
-FAR = 2.0**18
-NEAREST = 16.0  # starts and steps halve from `reach` down to this
+FAR = 2.0**19
+NEAREST = 16.0  # starts and steps halve from half of `reach` down to this
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class RotaryReport:
         same_for_q_k: max |M(p) - M(p) of k|.
         linear: max |rotated q - M(p) q| of random heads: the angles do not depend on what q and k hold.
         linear_at: the p of that error.
+        alone: the same of the tokens nearest to 0, without the others: angles do not depend on where other
+            tokens are.
         origin: max |M(0) - scale|: a token at position 0 is not rotated.
         tolerance: how large an error may be.
     """
@@ -45,13 +47,14 @@ class RotaryReport:
     same_for_q_k: float
     linear: float
     linear_at: Position
+    alone: float
     origin: float
     tolerance: float
 
     @property
     def ok(self) -> bool:
         """Whether every error is within the tolerance; NaN is not."""
-        errors = (self.rotation, self.relative, self.same_for_q_k, self.linear, self.origin)
+        errors = (self.rotation, self.relative, self.same_for_q_k, self.linear, self.alone, self.origin)
         return all(error <= self.tolerance for error in errors)
 
     def __str__(self) -> str:
@@ -64,6 +67,7 @@ class RotaryReport:
             ("the same for q and k", self.same_for_q_k, ""),
             ("linear in q and k", self.linear, f", worst at {self.linear_at}"),
             ("the origin not rotated", self.origin, ""),
+            ("the same without tokens farther away", self.alone, ""),
         )
         return "\n".join(
             f"{'yes' if error <= self.tolerance else 'NO':3} {what}: error {error:.1e}"
@@ -105,10 +109,11 @@ def matrices(rope: Call, positions: Tensor, head_dim: int, heads: int, dtype: to
 
 
 def rotation_error(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale (d,) of channels, one for all that are rotated, and max |M^T M - scale^2| (s,)."""
+    """The scale (d,) of channels, one > 0 for all that are rotated, and max |M^T M - scale^2| (s,)."""
     unit = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
     rotated = (matrix - unit).abs().amax((0, 1, 2)) > 0
-    scale = torch.where(rotated, matrix[..., rotated].square().sum(-2).mean().sqrt(), 1.0)
+    common = matrix[..., rotated].square().sum(-2).mean().sqrt()
+    scale = torch.where(rotated & (common != 0), common, 1.0)
     return scale, (matrix.mT @ matrix - scale.square().diag()).abs().amax((1, 2, 3))
 
 
@@ -130,18 +135,18 @@ def linearity_error(rope: Call, positions: Tensor, of_q: Tensor, of_k: Tensor, d
 def probe_positions(axes: int, reach: float, whole: bool = False) -> Tensor:
     """Positions (n, m, axes): n starts, the first 0, and from each the same m steps, the first 0.
 
-    Starts and steps double up to `reach`, so that wherever positions begin to be wrong, a start and a step
-    lie on the right side of it and their sum on the wrong one: steps go the way that starts go, or, where
-    positions may be negative, back. They are fractional, too. All are multiples of 1/16, so their sums are
-    exact, in float32, too, up to a reach of 2**19.
+    Starts and steps double up to half of `reach`, so that wherever positions begin to be wrong, a start and
+    a step lie on the right side of it and their sum on the wrong one: steps go the way that starts go, or,
+    where positions may be negative, back. They are fractional, too. All are multiples of 1/16, so their sums
+    are exact, in float32, too, up to a reach of 2**20.
 
     Args:
         axes: how many coordinates a position has.
-        reach: starts and steps go up to this.
+        reach: positions go up to this, or to 1.
         whole: whole numbers >= 0 alone.
     """
     seed = torch.Generator().manual_seed(0)
-    sizes = [reach]
+    sizes = [reach / 2]
     while sizes[-1] >= 2 * NEAREST:
         sizes.append(sizes[-1] / 2)
     far = torch.tensor(sizes, dtype=torch.float64)[:, None]
@@ -149,7 +154,7 @@ def probe_positions(axes: int, reach: float, whole: bool = False) -> Tensor:
     signs = torch.randint(2, (2, axes), generator=seed) * 2 - 1
     zero, single = torch.zeros(1, axes).double(), torch.eye(axes).double()
     if whole:
-        doubling = (far * direction).round()
+        doubling = (far * direction).floor()
         return torch.cat((zero, doubling))[:, None] + torch.cat((zero, single, doubling))
     doubling = (far * direction * signs[0] * 16).round() / 16
     other = (far[::4] * direction.flip(0) * signs[1] * 16).round() / 16
@@ -200,7 +205,7 @@ def check_rotary(
     tolerance = read_value("check_rotary", "tolerance", tolerance, Positive)
     if isinstance(rope, Rotary):
         head_dim, axes, heads = rope.head_dim, len(rope.scheme.axes), rope.heads or heads
-        angle = 4 * reach * rope.omega.detach().abs().sum(-2).max().item()
+        angle = 2 * reach * rope.omega.detach().abs().sum(-2).max().item()
         tolerance = max(tolerance, 4 * torch.finfo(torch.float64).eps * angle)
     if not callable(rope):
         raise ValueError(f"give a Rotary or a function (q, k, positions) -> (q, k), not {rope!r}")
@@ -222,6 +227,7 @@ def report_errors(
     (scale, rotation), (_, of_keys) = rotation_error(of_q), rotation_error(of_k)
     rotation = torch.maximum(rotation, of_keys)
     linear = linearity_error(rope, flat, of_q, of_k, dtype)
+    near = flat.abs().amax(-1) <= NEAREST
     between = of_q.unflatten(0, p.shape[:2])[:, :1].mT @ of_k.unflatten(0, p.shape[:2])  # (n, m, h, d, d)
     error = between.sub_(between[:1].clone()).abs_()
     start, step, _, row, column = (int(i) for i in torch.unravel_index(error.argmax(), error.shape))
@@ -235,6 +241,7 @@ def report_errors(
         same_for_q_k=(of_q - of_k).abs().max().item(),
         linear=linear.max().item(),
         linear_at=tuple(flat[linear.argmax()].tolist()),
+        alone=linearity_error(rope, flat[near], of_q[near], of_k[near], dtype).max().item(),
         origin=(of_q[0] - scale.diag()).abs().max().item(),
         tolerance=tolerance,
     )

@@ -20,6 +20,14 @@ Sigma = Annotated[float, Real(above=0, at_most=1e100)]  # its square is a number
 LARGEST = torch.finfo(torch.float32).max  # of a feature: its sixth power is finite in float64
 
 
+def check_readable(**tensors: Tensor) -> None:
+    """Refuse what is no tensor of real numbers, and tensors without numbers, on the meta device."""
+    check_real_tensors(**tensors)
+    for name, x in tensors.items():
+        if x.is_meta:
+            raise ValueError(f"{name} is on the meta device, without numbers; give it on a CPU or a GPU")
+
+
 def check_features(least: int = 2, /, **features: Tensor) -> list[Tensor]:
     """The features (n, f) in float64.
 
@@ -30,7 +38,7 @@ def check_features(least: int = 2, /, **features: Tensor) -> list[Tensor]:
     Raises:
         ValueError: no real tensors (n, f) with n >= least, of different width, not all finite, or too large.
     """
-    check_real_tensors(**features)
+    check_readable(**features)
     for name, x in features.items():
         if x.dim() != 2 or len(x) < least or not x.shape[1]:
             raise ValueError(
@@ -220,7 +228,7 @@ def mode_statistics(labels: Tensor, weights: Tensor) -> dict[str, float]:
     Raises:
         ValueError: no labels, one that is no mode, a weight that is not a positive number.
     """
-    check_real_tensors(labels=labels, weights=weights)
+    check_readable(labels=labels, weights=weights)
     if weights.dim() != 1:
         raise ValueError(f"weights must be (K,), one for each mode, not {tuple(weights.shape)}")
     right = (weights > 0) & weights.isfinite()
@@ -297,7 +305,7 @@ def conditional_accuracy(found: Tensor, asked: Tensor) -> dict[str, float]:
     Raises:
         ValueError: no labels, labels of different shapes, or not all finite.
     """
-    check_real_tensors(found=found, asked=asked)
+    check_readable(found=found, asked=asked)
     if found.shape != asked.shape or found.dim() not in (1, 2) or not found.numel():
         raise ValueError(
             "accuracy compares labels (n,) or (n, a), one for each sample, with as many, "

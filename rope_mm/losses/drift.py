@@ -176,6 +176,7 @@ def follow_field(
     widths = read_value("follow_field", "widths", widths, Annotated[Sequence[float], Reals(Real(above=0))])
     if not widths:
         raise ValueError("widths must have at least one number; give for instance [0.02, 0.05, 0.2]")
+    check_real_tensors(x=x)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         here, real, other = check_samples(x, real, other)
         scale = distances(here, torch.cat([real, other])).mean().clamp_min(torch.finfo(here.dtype).tiny)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rope_mm.checks.fields import Positive, read_value
+from rope_mm.checks.tensors import check_real_tensors
 from rope_mm.losses.scores import at_least_float32, check_rows
 from rope_mm.registry import Registry
 
@@ -77,13 +78,22 @@ def input_gradients(scores: Tensor, images: Tensor) -> Tensor:
     """Gradient (b, ...) of each score (b,) by its own image (b, ...), itself differentiable.
 
     Raises:
-        ValueError: scores that are not one for each image, or came through an operation without second
-            derivative.
+        ValueError: scores that are not one for each image, do not depend on the images, or came through an
+            operation without second derivative.
     """
+    check_real_tensors(images=images)
     check_scores(scores, images)
     if reason := once_differentiable(scores):
         raise ValueError(f"a gradient penalty needs second derivatives, which {reason}, or take method='fd'")
-    return torch.autograd.grad(scores.sum(), images, create_graph=True)[0]
+    found = None
+    if scores.requires_grad and images.requires_grad:
+        (found,) = torch.autograd.grad(scores.sum(), images, create_graph=True, allow_unused=True)
+    if found is None:
+        raise ValueError(
+            "the scores have no gradient by the images; make them from these images, with "
+            "requires_grad, outside of no_grad() and without detach()"
+        )
+    return found
 
 
 def squared_norms(x: Tensor) -> Tensor:

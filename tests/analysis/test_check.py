@@ -15,7 +15,7 @@ from rope_mm import (
 )
 from rope_mm.analysis.check import probe_positions
 from rope_mm.rotary.definition import PAIRINGS
-from rope_mm.schemes.extensions import YaRN
+from rope_mm.schemes.extensions import DynamicNTK, YaRN
 
 OMEGA = 100.0 ** -(torch.arange(8, dtype=torch.float64) / 8)
 
@@ -66,7 +66,7 @@ def check(rope, axes=1, **options):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_is_rotary(scheme):
     of_heads = SCHEMES[scheme].per_head or SCHEMES[scheme].ladder_over_heads
-    rope = Rotary(64, scheme, heads=2 if of_heads else None)
+    rope = Rotary(64, scheme, heads=3 if of_heads else None)
     assert check_rotary(rope).ok
     report = check_rotary(rope, reach=64)
     assert report.ok, report
@@ -223,6 +223,9 @@ MISTAKES = {
     "angles of the content": by_content,
     "tokens mixed": mixing_tokens,
     "queries squared": lambda q, k, p: plain(q * q.abs(), k, p),
+    "nothing left": lambda q, k, p: (0 * q, 0 * k),
+    "divided by the farthest position": moved(lambda p: p / p.abs().max()),
+    "slower once a token is far": moved(lambda p: p / 2 if p.max() > 2048 else p),
 }
 
 
@@ -276,6 +279,13 @@ def test_the_pair_and_channels_that_a_report_names_fail(mistake):
     assert abs(between(here, there) - between(origin, delta)).item() == pytest.approx(report.relative)
 
 
+def test_angles_that_depend_on_the_longest_sequence_are_named():
+    report = check_rotary(Rotary(32, "flat", extensions=(DynamicNTK(factor=2.0, original_max_positions=64),)))
+    assert max(report.rotation, report.linear, report.origin) < 1e-12
+    assert report.alone > 1e-3
+    assert f"NO  the same without tokens farther away: error {report.alone:.1e}" in str(report)
+
+
 def test_content_that_changes_the_angles_is_named_with_its_position():
     report = check(by_content)
     assert report.linear > 1e-3
@@ -283,7 +293,7 @@ def test_content_that_changes_the_angles_is_named_with_its_position():
 
 
 def test_a_table_is_checked_at_whole_positions_below_its_length():
-    table = torch.arange(512.0, dtype=torch.float64)[:, None]
+    table = torch.arange(201.0, dtype=torch.float64)[:, None]
 
     def by_table(q, k, p):
         return plain(q, k, table[p[:, 0].long()])
@@ -299,7 +309,7 @@ def test_probes_are_exact_in_float32_and_reach_where_they_should(axes, whole):
     assert torch.equal(p.float().double(), p)
     assert p[0, 0].eq(0).all()
     assert torch.equal(p - p[:, :1], (p - p[:, :1])[:1].expand_as(p)), "the steps are the same at every start"
-    assert p.abs().max() > 2**17 and (p.abs() > 2048).any()
+    assert 2**17 < p.abs().max() <= 2**18 and (p.abs() > 2048).any()
     assert bool((p % 1).any()) != whole and bool((p < 0).any()) != whole
 
 

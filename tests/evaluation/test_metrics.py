@@ -329,6 +329,19 @@ def test_accuracy_asks_for_every_attribute_and_names_the_worst_caption():
     }
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: frechet(torch.ones(4, 2, device="meta"), torch.ones(4, 2, device="meta")),
+        lambda: mode_statistics(torch.arange(3, device="meta"), torch.ones(3, device="meta")),
+        lambda: conditional_accuracy(torch.arange(3, device="meta"), torch.arange(3, device="meta")),
+    ],
+)
+def test_tensors_without_numbers_are_refused(call):
+    with pytest.raises(ValueError, match="is on the meta device, without numbers; give it on a CPU or a GPU"):
+        call()
+
+
 def test_metrics_refuse_seeds_truth_values_and_numbers_whose_squares_overflow():
     x = torch.randn(20, 2)
     for call, message in (

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy
 import pytest
 import rope_mm_kernels.plan
 import torch
@@ -76,6 +77,13 @@ def test_equal_blocks_give_the_results_of_the_definition(device: str) -> None:
     case = Case(d=48, r=24, pairing="block", blocks=(8, 8, 8), tail=True)
     inputs = case.make(device)
     agree(*(results(turn, inputs, case.how) for turn in (rotate, truth, eager)))
+
+
+def test_sizes_of_blocks_may_be_numbers_of_numpy(device: str) -> None:
+    case = Case(d=24, r=12, pairing="block", blocks=(4, 8))
+    inputs = case.make(device)
+    given = case.how | {"blocks": tuple(numpy.array(case.blocks))}
+    agree(results(rotate, inputs, given), results(rotate, inputs, case.how))
 
 
 def strided(x: Tensor, layout: str) -> Tensor:

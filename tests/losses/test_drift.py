@@ -3,6 +3,7 @@
 import math
 from itertools import product
 
+import numpy
 import pytest
 import torch
 from torch.distributions import MultivariateNormal
@@ -223,6 +224,12 @@ def test_settings_that_make_no_loss_are_refused(wrong, message):
     settings = {"field": "drift", "widths": [0.1]} | wrong
     with pytest.raises(ValueError, match=message):
         follow_field(*normal(3, 3, 2), **settings)
+
+
+@pytest.mark.parametrize("x", [[[0.0, 1.0]] * 3, numpy.zeros((3, 2)), None])
+def test_samples_that_are_no_tensor_are_refused(x):
+    with pytest.raises(ValueError, match=r"x is a (list|ndarray|NoneType); give a tensor"):
+        follow_field(x, *normal(2, 3, 2), "drift", [0.1])
 
 
 def test_a_field_that_underflows_or_is_no_number_is_refused_and_not_taken_for_rest():

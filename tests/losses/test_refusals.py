@@ -6,7 +6,16 @@ import numpy
 import pytest
 import torch
 
-from rope_mm.losses import DISTANCES, GAN_LOSSES, METHODS, PENALTIES, energy_score, gamma, transport_cost
+from rope_mm.losses import (
+    DISTANCES,
+    GAN_LOSSES,
+    METHODS,
+    PENALTIES,
+    energy_score,
+    gamma,
+    input_gradients,
+    transport_cost,
+)
 from rope_mm.losses.penalties import GradientPenalty
 
 IMAGES = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
@@ -154,6 +163,30 @@ def test_penalties_refuse_whole_numbers_seeds_and_gradients_that_are_none():
             PENALTIES["r1"](gradient, IMAGES)
     with pytest.raises(ValueError, match=r"fake_anchor is torch\.complex64"):
         PENALTIES["lecam"](SCORES, SCORES, 0.0, torch.tensor(1j))
+
+
+@pytest.mark.parametrize(
+    "critic",
+    [
+        lambda images: torch.ones(4),
+        lambda images: torch.ones(4, requires_grad=True) * 1,
+        lambda images: sums(images.detach()),
+        torch.no_grad()(sums),
+    ],
+)
+@pytest.mark.parametrize("method", ["auto", "autograd"])
+def test_a_critic_whose_scores_do_not_depend_on_the_images_is_refused(critic, method):
+    with pytest.raises(
+        ValueError, match="scores have no gradient by the images; make them from these images"
+    ):
+        PENALTIES["r1"].of(critic, IMAGES, IMAGES, method=method)
+
+
+def test_images_that_have_no_gradient_are_refused():
+    with pytest.raises(ValueError, match="scores have no gradient by the images"):
+        input_gradients(sums(IMAGES.clone().requires_grad_()), IMAGES)
+    with pytest.raises(ValueError, match="images is a list; give a tensor"):
+        input_gradients(SCORES, [0.0] * 4)
 
 
 def test_numbers_that_overflow_are_refused():
