@@ -320,8 +320,13 @@ def explained(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of any kind: that of the source's format
-        here = "" if Path(path).exists() or "*" in path else "no such file or folder is here, and "
-        raise ValueError(f"{here}`datasets` cannot load {path!r}: {error}".splitlines()[0]) from error
+        found = Path(path).exists() or "*" in path
+        said = (
+            f"`datasets` cannot load {path!r}"
+            if found
+            else f"{path!r} is no file or folder here, and `datasets` cannot load it"
+        )
+        raise ValueError(f"{said}: {error}".splitlines()[0]) from error
 
 
 def find_images(rows: Any, folder: Path) -> Any:

@@ -81,7 +81,10 @@ class GenerationSpec:
             ValueError: one that no template trains.
         """
         if name not in self.tasks:
-            raise ValueError(f"no template of this model trains {name}; they are {self.templates}")
+            raise ValueError(
+                f"no template of this model trains {name}; it was trained for "
+                f"{', '.join(self.tasks) or 'text alone'}, by the templates {self.templates}"
+            )
         return self.tasks[name]
 
 
@@ -448,8 +451,10 @@ def grid_of(size: int | tuple[int, int], patch_size: int) -> Image:
             f"{patch_size}, the side of a patch, and at least {patch_size}"
         )
     if height % patch_size or width % patch_size:
+        near = (patch_size * max(1, round(side / patch_size)) for side in (height, width))
         raise ValueError(
-            f"images of {height} x {width} pixels do not divide into patches of {patch_size} x {patch_size}"
+            f"images of {height} x {width} pixels do not divide into patches of {patch_size} x {patch_size}; "
+            f"a size that does is {' x '.join(map(str, near))}"
         )
     return Image(height // patch_size, width // patch_size)
 

@@ -194,9 +194,8 @@ def check_config(output_dir: Path, identity: Identity, extend: bool, remedy: str
         )
     if newest is not None and not (extend or identity.constant_schedule):
         raise ValueError(
-            f"{output_dir} holds a run of steps {steps}, whose rates follow a schedule to its end; with "
-            f"steps {more} they go on as those of such a longer run, not where they ended: --extend does "
-            f"so, or {remedy}"
+            f"{output_dir} holds a run of {steps} steps, and its learning rate follows a schedule that ends "
+            f"there; add --extend to train to step {more} at the rates of a run of that length, or {remedy}"
         )
 
 

@@ -142,12 +142,12 @@ def test_a_string_where_a_list_is_meant_is_refused():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"height": 9}, "images of 9 x 8 pixels do not divide into patches of 2 x 2"),
+        ({"height": 9}, "9 x 8 pixels do not divide into patches of 2 x 2; a size that does is 8 x 8"),
         ({"output_type": "np"}, "output_type must be 'pil' or 'pt', not 'np'"),
         ({"num_inference_steps": 0}, "steps must be at least 1, not 0"),
         ({"generator": 0}, "generator is 0; give a torch.Generator"),
         ({"generator": [torch.Generator()]}, r"generator is \[.*\]; give a torch.Generator"),
-        ({"num_frames": 2}, "no template of this model trains text2video"),
+        ({"num_frames": 2}, "no template of this model trains text2video; it was trained for text2image"),
     ],
 )
 def test_what_the_pipeline_cannot_do_is_refused(call, message):

@@ -252,8 +252,8 @@ def test_extending_a_run_whose_rate_decays_explains_the_rates_and_needs_extend(
     output_dir = tmp_path / "run"
     adversarial.train(output_dir, steps=2)  # of digits.yaml, whose rate falls to 0.02 of itself
     said = refusal(adversarial, output_dir, steps=4)
-    assert "holds a run of steps 2, whose rates follow a schedule to its end; with steps 4 they go on" in said
-    assert "--extend" in said
+    assert "holds a run of 2 steps, and its learning rate follows a schedule that ends there" in said
+    assert "add --extend to train to step 4 at the rates of a run of that length" in said
     adversarial.train(output_dir, steps=4, extend="true")
     assert runs.lines(output_dir)[2]["lr"] == pytest.approx(2e-3 * (1 - 0.98 * 2 / 4))
     assert "steps already, more than steps 3" in refusal(adversarial, output_dir, steps=3, extend="true")
