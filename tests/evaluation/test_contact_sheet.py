@@ -119,6 +119,12 @@ def test_captions_of_other_alphabets_are_written_in_a_font_that_has_their_letter
     assert not [letter for letter in caption if letter != " " and bytes(font.getmask(letter)) == unknown]
 
 
+def test_a_sheet_shows_which_letters_of_another_alphabet_a_caption_has(tmp_path):
+    for caption in ("жук", "шум"):  # in a font without them, each would be the same three boxes
+        save_sheet(tmp_path / f"{caption}.png", torch.zeros(1, 1, 8, 8), [caption])
+    assert (tmp_path / "жук.png").read_bytes() != (tmp_path / "шум.png").read_bytes()
+
+
 def test_letters_that_no_font_has_do_not_hide_the_others():
     font = caption_font(["grün \ue000"])
     assert bytes(font.getmask("ü")) != bytes(font.getmask(NO_LETTER))
