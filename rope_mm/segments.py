@@ -273,12 +273,14 @@ def parse_segments(text: str) -> list[Segment]:
     it has one frame a second. A class token is `unrotated:1`.
 
     Raises:
-        ValueError: where a word is no segment, with the form that is.
+        ValueError: no text; where a word is no segment, with the form that is.
 
     Examples:
         >>> parse_segments("text:5 image:2x3")
         [Text(length=5), Image(y=2, x=3)]
     """
+    if not isinstance(text, str):
+        raise ValueError(f"segments are read from text, such as 'text:5 image:2x3', not from {text!r}")
     return [parse_segment(word) for word in text.split()]
 
 

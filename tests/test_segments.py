@@ -154,3 +154,9 @@ def test_segments_are_read_from_the_types_of_tokens(kind):
 def test_tokens_that_images_do_not_fill_are_refused(run, message):
     with pytest.raises(ValueError, match=message):
         segments_from_token_types([0] + [1] * run, {1: [Image(2, 2)]})
+
+
+@pytest.mark.parametrize("given", [None, 3, ["text:2"], b"text:2"])
+def test_segments_are_read_from_text_alone(given):
+    with pytest.raises(ValueError, match="segments are read from text, such as 'text:5 image:2x3', not from"):
+        parse_segments(given)

@@ -126,11 +126,13 @@ def from_hf_config(config: Any, layer_type: str | None = None) -> Scheme:
         layer_type: which layers, where they differ: "full_attention" or "sliding_attention".
 
     Raises:
-        ValueError: an unknown model_type, rope_type or layer_type; numbers missing; sections that do not make
-            up the head.
+        ValueError: no config; an unknown model_type, rope_type or layer_type; numbers missing;
+            sections that do not make up the head.
     """
     rate = getattr(getattr(config, "vision_config", None), "tokens_per_second", None)
     config = text_config(config)
+    if not hasattr(config, "model_type"):
+        raise ValueError(f"a {type(config).__name__} has no model_type; give a config, such as model.config")
     if config.model_type not in FAMILIES and ".configuration_" in type(config).__module__:
         from rope_mm.hf.infer_scheme import derive_scheme  # the only part that needs transformers
 
@@ -250,8 +252,11 @@ def to_rope_parameters(scheme: Scheme, head_dim: int | None = None) -> dict[str,
         head_dim: channels of a head, needed where axes share the pairs: `mrope_section` counts them.
 
     Raises:
-        ValueError: a field that no family has and rope_parameters cannot express, or head_dim missing.
+        ValueError: no Scheme; a field that no family has and rope_parameters cannot express, or
+            head_dim missing.
     """
+    if not isinstance(scheme, Scheme):
+        raise ValueError(f"scheme is a {type(scheme).__name__}; give a Scheme, such as SCHEMES['flat']")
     check_expressible(scheme)
     rope = {"rope_type": "axial" if scheme.ladder != "shared" else "default", "rope_theta": scheme.theta}
     rope |= write_extension(scheme)

@@ -380,3 +380,11 @@ def test_a_config_that_no_table_names_is_read_from_its_rotary_module(model_type)
     omega = scheme.omega(read_head_dim(config)).amax(0)
     assert model_type not in FAMILIES
     assert torch.allclose(omega, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["llama", {"rope_theta": 1e4}, None, torch.nn.Linear(1, 1)])
+def test_what_is_no_config_and_no_scheme_is_refused(given):
+    with pytest.raises(ValueError, match=r"has no model_type; give a config, such as model\.config"):
+        from_hf_config(given)
+    with pytest.raises(ValueError, match=r"scheme is a .*; give a Scheme, such as SCHEMES"):
+        to_rope_parameters(given)
