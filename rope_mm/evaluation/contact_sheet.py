@@ -53,6 +53,7 @@ def save_sheet(path: Path, images: Tensor | Sequence[Tensor], captions: Sequence
     texts = [fit_caption(caption, font, height) for caption in captions]
     margin = int(max(font.getlength(line) for lines in texts for line in lines)) + 2 * GAP
     sizes = [describe_size(images[column::columns]) for column in range(columns)]
+    width = max(width, *(int(font.getlength(text)) + 1 for text in sizes))  # a narrow image has a wide size
     size = margin + columns * (width + GAP), HEAD + len(captions) * (height + GAP)
     sheet = PILImage.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)

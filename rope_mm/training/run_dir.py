@@ -215,9 +215,13 @@ def check_data(output_dir: Path, identity: Identity, changed_data: bool, remedy:
     if (changed_data and not identity.held_out_by_place) or not stored.exists():
         return
     old = json.loads(stored.read_text(encoding="utf-8"))
-    if old == json.loads(json.dumps(identity.data)):
+    new = json.loads(json.dumps(identity.data))
+    if old == new:
         return
-    there, here = describe_data(old), describe_data(identity.data)
+    there, here = (
+        describe_data({name: part for name, part in data.items() if old.get(name) != new.get(name)}) or "none"
+        for data in (old, new)
+    )
     way = "--data.changed true goes on with the new data"
     if identity.held_out_by_place:
         way = "it cannot go on, as its held-out rows could be those trained on; give the data a test split"
@@ -230,7 +234,8 @@ def describe_data(data: Mapping[str, Any]) -> str:
     """The splits of a data fingerprint, in words."""
     files = {name: f" from {part['files']} files" if "files" in part else "" for name, part in data.items()}
     return ", ".join(
-        f"{name}: {part['rows']} rows{files[name]}, {part['digest'][:8]}" for name, part in data.items()
+        f"{name}: {part['rows']} rows{files[name]}, of content {part['digest'][:8]}"
+        for name, part in data.items()
     )
 
 

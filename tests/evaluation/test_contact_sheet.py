@@ -71,6 +71,14 @@ def test_the_size_of_images_stands_above_the_columns_where_it_changes(tmp_path):
     assert [inked(sheet, left, left + 48) for left in lefts] == [True, False, True, True, True]
 
 
+def test_the_whole_size_stands_above_a_narrow_image(tmp_path):
+    save_sheet(tmp_path / "sheet.png", -torch.ones(2, 1, 128, 4), ["a", "b"])
+    sheet = PILImage.open(tmp_path / "sheet.png").convert("L")
+    size = caption_font([]).getmask("128x4").getbbox()
+    head = sheet.crop((0, 0, sheet.width, HEAD - 1)).point(lambda value: 255 - value).getbbox()
+    assert head[2] - head[0] >= size[2] - size[0] and head[2] < sheet.width
+
+
 def test_a_sheet_of_data_has_an_image_with_its_size_in_each_row(tmp_path):
     train, held_out = [torch.full((1, 8, 8), -1.0)], [torch.full((1, 4, 8), 0.0)]
     read = []

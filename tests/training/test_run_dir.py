@@ -68,5 +68,16 @@ def test_a_run_without_a_checkpoint_starts_on_repaired_data_and_with_another_con
     open_folder(tmp_path, Identity("seed: 3\n", data[1]), accelerator)
     assert '"rows": 8' in content(tmp_path)["data.json"] and content(tmp_path)["run.yaml"] == "seed: 3\n"
     write_text(tmp_path / "checkpoints/step-000001/a", "made")
-    with pytest.raises(ValueError, match="holds a run on other data"):
+    said = "other data (train: 8 rows, of content 8 there, train: 7 rows, of content 7 here)"
+    with pytest.raises(ValueError, match=re.escape(said)):
         open_folder(tmp_path, Identity("seed: 3\n", data[0]), accelerator)
+
+
+def test_the_refusal_of_changed_data_names_only_the_splits_that_changed(tmp_path):
+    train = {"rows": 9, "digest": "same"}
+    old, new = ({"train": train, "held_out": {"rows": 2, "digest": text}} for text in ("old", "new"))
+    open_folder(tmp_path, Identity("seed: 2\n", old), Accelerator(cpu=True))
+    write_text(tmp_path / "checkpoints/step-000001/a", "made")
+    said = "(held_out: 2 rows, of content old there, held_out: 2 rows, of content new here)"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        open_folder(tmp_path, Identity("seed: 2\n", new), Accelerator(cpu=True))
