@@ -97,7 +97,7 @@ def write_frames(path: Path, frames: Tensor, zoom: int = 8) -> None:
         frames: (t, ch, y, x) in [-1, 1].
         zoom: each pixel becomes a square of this side.
     """
-    if path.suffix.lower() == MP4:
+    if is_mp4(path):
         write_video_file(path, frames.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1))
         return
     pixels = frames.float().cpu().clamp(-1, 1).add(1).mul(127.5).round().byte()
@@ -135,7 +135,7 @@ def check(config: Generate) -> None:
         raise ValueError("--size is of new images; the frames after a video have its size")
     read_size(config.size)
     PILImage.init()  # now all formats are known
-    if Path(config.output).suffix.lower() == MP4:
+    if is_mp4(config.output):
         import_av()  # refused before anything is generated
         return
     formats, kind = (PILImage.SAVE_ALL, "a video") if config.continue_video else (PILImage.SAVE, "an image")
@@ -159,6 +159,11 @@ def main(config: Generate) -> None:
         task, visual = ("video2text", frames) if len(frames) > 1 else ("image2text", frames[0])
         print(pipeline.generate_text([pipeline.prompt(task, visual=visual)])[0].strip())
         return
+    if not config.continue_video and "text2image" in pipeline.spec.tasks and is_mp4(config.output):
+        raise ValueError(
+            f"--output {config.output} is a video, and the model generates an image for a text; give a "
+            "name such as square.png"
+        )
     if config.continue_video:
         videos = [more_frames(pipeline, config, read_frames(config.continue_video, size, channels))]
     else:
@@ -172,6 +177,11 @@ def main(config: Generate) -> None:
         path = output if len(videos) == 1 else output.with_stem(f"{output.stem}-{number}")
         write_frames(path, frames, config.zoom)
         print(path)
+
+
+def is_mp4(path: str | Path) -> bool:
+    """Whether a file's name is that of an MP4 video."""
+    return Path(path).suffix.lower() == MP4
 
 
 def read_size(text: str) -> tuple[int | None, int | None]:

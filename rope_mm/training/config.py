@@ -413,7 +413,7 @@ def flatten(values: dict[Any, Any], known: dict[str, Any], source: str, prefix: 
 
 def read_flags(argv: Sequence[str], known: dict[str, Any]) -> tuple[list[str], list[Entry]]:
     """The files of `--config FILE`, and the entries of `--a.b 1`, `--a.b=1` and the bare `--switch`."""
-    left, files, entries = list(argv), [], []
+    left, files, entries, given = list(argv), [], [], set()
     while left:
         flag, equals, text = left.pop(0).partition("=")
         key = spell_key(flag.removeprefix("--"), known)
@@ -421,6 +421,9 @@ def read_flags(argv: Sequence[str], known: dict[str, Any]) -> tuple[list[str], l
             raise ValueError(f"{flag!r} is no flag; write --key value")
         if key != "config":
             check_key(key, known, flag)
+            if key in given:
+                raise ValueError(f"{flag} is given twice, and the first value would be lost; give it once")
+            given.add(key)
         if not equals and known.get(key) is bool and not (left and left[0].lower() in YES_NO):
             text = "true"
         elif not equals:

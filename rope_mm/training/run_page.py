@@ -16,7 +16,7 @@ FILE = "index.html"
 DATA = "data.png"
 SAMPLE = re.compile(r"step-(\d+)-?(.*)")
 ROWS = 16  # of generated texts
-NOT_EVALUATED = "nothing was evaluated: images need data.label, captions a template that ends in text"
+NOT_EVALUATED = "nothing was evaluated: images need data.label, and texts a template that ends in text"
 FRAMES, COMPARED = 40, 10  # of an animation, at most, and of one on the page of a comparison
 Curves = dict[str, list[tuple[float, float]]]
 

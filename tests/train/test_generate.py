@@ -100,6 +100,11 @@ def test_an_mp4_file_without_its_extra_says_what_to_install(model, refuse, monke
         (["--prompt", "a", "--output", "o"], "--output o names no format of an image"),
         (["--prompt", "a", "--grid", "--output", "o.jpg"], "--grid writes images of texts to a PNG file"),
         (["--prompt", "a", "--guidance_scale", -1], "guidance_scale must be at least 0, not -1"),
+        (
+            ["--prompt", "a", "--output", "o.mp4"],
+            "--output o.mp4 is a video, and the model generates an image",
+        ),
+        (["--prompt", "a", "--prompt", "b"], "--prompt is given twice"),
         (["--draw", "a"], "--draw: draw is now called prompt"),
         (["--continue_video", "VIDEO", "--context_frames", 9], "context_frames 9 is more than the 3 frames"),
         (["--describe", "videos:-1"], "videos:-1 cannot be read as an image: its rows are 0 to"),

@@ -87,10 +87,10 @@ def test_a_negative_number_is_a_value_and_not_a_flag():
     assert load(Example, ["--optim.lr", "-1"]).optim.lr == -1
 
 
-def test_a_string_that_looks_like_a_number_stays_a_string():
+def test_a_string_that_looks_like_a_number_stays_a_string(yaml):
     read = load(Example, ["--out", "001", "--note=1e3", "--loss", "no"])
     assert (read.out, read.note, read.loss) == ("001", "1e3", "no")
-    assert load(Example, ["--note", "x", "--note", "null"]).note is None
+    assert load(Example, ["--config", yaml("note: x\n"), "--note", "null"]).note is None
 
 
 def test_tuple_options_are_read_as_tuples():
@@ -116,6 +116,7 @@ def test_a_flag_sets_one_key_of_a_dict_and_keeps_the_others(yaml):
         (["--dry-run", "now"], "'now' is no flag"),
         (["--steps"], "--steps: needs a value"),
         (["--steps", "--dry-run"], "--steps: needs a value"),
+        (["--steps", "2", "--steps=3"], "--steps is given twice, and the first value would be lost"),
         (["--steps", "many"], "--steps: steps must be int, not 'many'"),
         (["--steps", "2.5"], "--steps: steps must be int, not 2.5"),
         (["--steps", "null"], "--steps: steps must be int, not None"),
