@@ -218,7 +218,7 @@ def describe_seeds(reported: Sequence[Result]) -> str:
     more = 100 * (scores[seeds[0]] - fmean(scores[seed] for seed in seeds[1:]))
     return (
         f"Right answers in %, seeds {', '.join(map(str, seeds))}; theta was chosen by seed {seeds[0]}, by "
-        f"other questions than these; at untrained sizes its average is {more:+.1f} points off."
+        f"other questions than these, and has {more:+.1f} points beside the others at untrained sizes."
     )
 
 
