@@ -216,12 +216,13 @@ def refuse_positions(positions: Tensor, omega: Tensor) -> None:
 
 def conditions_of_positions(positions: Tensor, omega: Tensor) -> list[tuple[Tensor, str]]:
     """What `refuse_positions` asks of numbers, of which NaN is none."""
-    narrow, far = positions.dtype == torch.float32, positions.abs()
+    # 2**53 is no number of a narrow whole dtype
+    narrow, far = positions.dtype == torch.float32, positions.double().abs()
     counted = f"{FINITE_POSITIONS}; {NEAR_FLOAT32}" if narrow else f"{FINITE_POSITIONS}; {NEAR_FLOAT64}"
     return [
         (omega.isfinite(), FINITE_OMEGA),
         (far <= (FARTHEST if narrow else FARTHEST_WIDE), counted),
-        (far.double() * omega.double().abs().amax() <= FASTEST, NEAR_ANGLES),
+        (far * omega.double().abs().amax() <= FASTEST, NEAR_ANGLES),
     ]
 
 

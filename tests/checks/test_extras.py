@@ -174,4 +174,4 @@ def test_every_extra_that_is_named_exists():
         for path in (ROOT / "rope_mm").rglob("*.py")
         for found in re.findall(r'with extra\("(\w+)"\)', path.read_text())
     }
-    assert named == {"hf", "train", "plots"} and named <= set(declared)
+    assert named == {"hf", "train", "plots", "video"} and named <= set(declared)

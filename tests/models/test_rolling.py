@@ -19,7 +19,7 @@ GRID = 2, 2  # patches of a frame
 def make(scheme, layers=2, **rope):
     torch.manual_seed(0)
     config = read_config(
-        hidden_size=64, intermediate_size=48, num_attention_heads=2, num_key_value_heads=2,
+        hidden_size=96, intermediate_size=48, num_attention_heads=3, num_key_value_heads=3,
         num_hidden_layers=layers, rope_parameters={"scheme": scheme, **rope},
     )  # fmt: skip
     return RopeMMForConditionalGeneration(config).eval()

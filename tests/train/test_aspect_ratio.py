@@ -146,7 +146,7 @@ def test_photos_of_all_kinds_are_shown_trained_stopped_resumed_extended_and_gene
     said = capsys.readouterr()
     assert f"resuming: step 2 of 6 in {run}" in said.out and "skipped: " not in said.err
     assert adversarial.run(run, **command, steps=8) == 2
-    assert "--extend does so" in capsys.readouterr().err
+    assert "add --extend to train to step 8" in capsys.readouterr().err
     assert adversarial.run(run, **command, steps=8, extend="true") == 0
     assert [line["step"] for line in runs.lines(run) if "loss/critic" in line] == [*range(1, 9)]
     for size in ("8x8", "4x10", "20x6"):
