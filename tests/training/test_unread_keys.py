@@ -39,7 +39,8 @@ def test_a_key_that_nothing_reads_is_refused_with_the_flag_that_takes_it_back(fl
     with pytest.raises(ValueError, match=message) as refusal:
         refuse_unread(config, UNREAD)
     undo = str(refusal.value).partition("or give ")[2].partition(", its")[0].replace("'", "").split(" ", 1)
-    refuse_unread(load(Kitchen, [*flags, *undo]), UNREAD)
+    mended = dict(zip(flags[::2], flags[1::2], strict=True)) | dict([undo])
+    refuse_unread(load(Kitchen, [word for pair in mended.items() for word in pair]), UNREAD)
     refuse_unread(config, {})
 
 
