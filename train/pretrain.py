@@ -172,8 +172,8 @@ class Training:
         config, accelerator = self.config, self.accelerator
         head = self.head
         samples = config.noisy_copies or head.samples
-        sample_time = config.flow.sample_time if config.image_head == "flow" else head.sample_time
-        packer = Packer(self.processor, config.max_length, sample_time, head.needs_critic, samples)
+        times = head.timing(config.flow)
+        packer = Packer(self.processor, config.max_length, times, head.needs_critic, samples)
         shares = accelerator.num_processes, accelerator.process_index, config.gradient_accumulation_steps
         size, seed = config.global_batch_size, config.seed
         self.dataset = PackedDocumentDataset(self.documents, packer, seed, size, *shares)
@@ -411,12 +411,13 @@ def check_turns(config: Pretrain, processes: int) -> None:
 def unread(config: Pretrain) -> dict[str, str]:
     """The keys that nothing reads in this configuration, with the reason."""
     keys: dict[str, str] = {}
-    for head in {"flow", "energy"} - {config.image_head}:
-        keys[head] = f"image_head is {config.image_head}, not {head}"
-    if config.image_head == "flow" and config.flow.times != "logit-normal":
+    head = IMAGE_HEADS[config.image_head]
+    for name in sorted({other.settings for other in IMAGE_HEADS.values()} - {"", head.settings}):
+        keys[name] = f"image_head is {config.image_head}, not {name}"
+    if config.flow.times != "logit-normal":
         reason = f"flow.times is {config.flow.times}, not logit-normal"
         keys |= dict.fromkeys(("flow.mean", "flow.deviation"), reason)
-    if IMAGE_HEADS[config.image_head].needs_critic:
+    if head.needs_critic:
         keys |= config.loss.unread()
     else:
         reason = f"image_head {config.image_head} has no critic, which adversarial has"

@@ -108,13 +108,13 @@ def parts_alone(q: Tensor, k: Tensor, back: bool, rows: int) -> Callable[[], Non
     angle = torch.rand(q.shape[1], max(rows, 1), q.shape[3] // 2, dtype=torch.float64) * q.shape[1]
     count, converted = round((q.numel() + k.numel()) / part.numel()), q.dtype != wide
 
-    def turn() -> None:
+    def rotate_part() -> None:
         torch.mul(source.copy_(part) if converted else source, cos, out=goal)
         parts.add_swapped(views, 1.0)
         if converted:
             out.copy_(goal)
 
-    def cross() -> None:
+    def sum_part() -> None:
         if converted:
             goal.copy_(part)
         (y1, y2), (g1, g2) = views[0][0], views[1][0]
@@ -125,12 +125,12 @@ def parts_alone(q: Tensor, k: Tensor, back: bool, rows: int) -> Callable[[], Non
         for _ in range(1 + back):
             kept = q.clone(), k.clone()  # each number is read from memory, and written into new memory
             for _ in range(count):
-                turn()
+                rotate_part()
         del kept
         if rows:
             parts.widen(angle.cos().to(wide), angle.sin().to(wide), slot)
             for _ in range(count):
-                cross()
+                sum_part()
 
     return once
 

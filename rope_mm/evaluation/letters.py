@@ -110,7 +110,7 @@ def letter_accuracy(character: Tensor, style: Tensor, labels: Tensor, held_out: 
     """Shares of images with the right character, with the right style, and with both (`accuracy`).
 
     `character` and `style` are of combinations that were trained, `character_held_out` and `style_held_out`
-    of the others, `accuracy` is of all. A share of no images is left out.
+    of the others, `accuracy` is of all. A share of no images is skipped.
 
     Args:
         character: found in each image (n,).

@@ -84,8 +84,8 @@ class LearnedEmbedding(nn.Module):
         numbers = positions.long()
         if (numbers != positions).any() or numbers.min() < 0 or numbers.max() >= size:
             raise ValueError(
-                f"learned positions have vectors for 0 to {size - 1}, not for {positions.min():g} to "
-                f"{positions.max():g} with fractions; take a layout of whole numbers"
+                f"learned positions have vectors for whole numbers, 0 to {size - 1}; these go from "
+                f"{positions.min():g} to {positions.max():g}, or between; take a layout of whole numbers"
             )
         return self.tables[torch.arange(axes, device=numbers.device), numbers].sum(-2)
 

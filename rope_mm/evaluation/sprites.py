@@ -146,7 +146,7 @@ class SpriteEvaluator:
             held_out: documents of the model's templates.
 
         Returns:
-            The metrics that the class names; a shape that no sample has is left out.
+            The metrics that the class names; a shape that no sample has is skipped.
         """
         metrics = {}
         if pairs := eval_pairs(pipeline, held_out, self.generating, EVAL_SAMPLES):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -40,11 +41,12 @@ class FlowConfig:
     def __post_init__(self):
         check_options(self, "flow.")
 
-    def sample_time(self, images: int, generator: torch.Generator) -> Tensor:
-        """Times (images,); logit-normal: arXiv 2403.03206, section 3.1."""
+    @property
+    def sample_time(self) -> SampleTime:
+        """(images, generator) -> the times (images,)."""
         if self.times == "cubic":
-            return near_noise(images, generator)
-        return torch.randn(images, generator=generator).mul(self.deviation).add(self.mean).sigmoid()
+            return near_noise
+        return partial(logit_normal, mean=self.mean, deviation=self.deviation)
 
 
 def squared_error(generated: Tensor, batch: PackedBatch, config: EnergyConfig) -> Tensor:
@@ -79,19 +81,27 @@ class ImageHead:
     """What the model learns to make of a noisy copy; it always predicts the patch itself.
 
     Attributes:
-        sample_time: (images, generator) -> (images,), how far copies are from noise, 0, to the patch, 1.
+        timing: of the flow's settings: (images, generator) -> (images,), how far copies are from noise, 0, to
+            the patch, 1.
         steps: forward passes of sampling an image.
         source: what it is, and where from.
         distance: (patches (m, p) made of the noisy copies, their batch, settings) -> the loss, summed over
             patches; None where a critic gives it.
         samples: noisy copies of an image that the loss needs at least.
+        settings: the key of the configuration that this head alone reads; "" where there is none.
     """
 
-    sample_time: SampleTime
+    timing: Callable[[FlowConfig], SampleTime]
     steps: int
     source: str
     distance: Callable[[Tensor, PackedBatch, EnergyConfig], Tensor] | None = squared_error
     samples: int = 1
+    settings: str = ""
+
+    @property
+    def sample_time(self) -> SampleTime:
+        """The times of default settings."""
+        return self.timing(FlowConfig())
 
     @property
     def needs_critic(self) -> bool:
@@ -129,27 +139,39 @@ def near_noise(images: int, generator: torch.Generator) -> Tensor:
     return torch.rand(images, generator=generator) ** 3
 
 
+def logit_normal(images: int, generator: torch.Generator, mean: float, deviation: float) -> Tensor:
+    """Times (images,), the sigmoids of normal numbers (arXiv 2403.03206, section 3.1)."""
+    return torch.randn(images, generator=generator).mul(deviation).add(mean).sigmoid()
+
+
+def all_noise(flow: FlowConfig) -> SampleTime:
+    """The times of heads that always start from noise."""
+    return from_noise
+
+
 IMAGE_HEADS = Registry(
     "image head",
     {
-        "mse": ImageHead(from_noise, 1, "the mean of all images that fit the text, in one pass"),
+        "mse": ImageHead(all_noise, 1, "the mean of all images that fit the text, in one pass"),
         "flow": ImageHead(
-            near_noise,
+            lambda flow: flow.sample_time,
             8,
             "flow matching, arXiv 2210.02747; loss on the image, 2511.13720; time not given, 2502.13129",
+            settings="flow",
         ),
         "adversarial": ImageHead(
-            from_noise,
+            all_noise,
             1,
             "a critic of the document with the generated images, arXiv 1406.2661",
             distance=None,
         ),
         "energy": ImageHead(
-            from_noise,
+            all_noise,
             1,
             "the energy score of two samples for one text, EAR, arXiv 2505.07812",
             image_energy,
             samples=2,
+            settings="energy",
         ),
     },
 )

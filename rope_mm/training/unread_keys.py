@@ -22,7 +22,7 @@ def refuse_unread(config: Any, unread: Unread) -> None:
     for key, reason in unread.items():
         for name, value, default in changed_keys(key, find(config, key), find(type(config)(), key)):
             raise ValueError(
-                f"{name} {show(value)} would change nothing: {reason}; leave it out, or give --{name} "
+                f"{name} {show(value)} would change nothing: {reason}; remove it, or give --{name} "
                 f"{show(default)}, its default"
             )
 

@@ -108,5 +108,5 @@ def test_the_weights_of_a_baseline_are_trained(name):
 
 @pytest.mark.parametrize("position", [-1.0, 0.5, 128.0])
 def test_learned_embeddings_refuse_positions_without_a_vector(position):
-    with pytest.raises(ValueError, match="vectors for 0 to 127"):
+    with pytest.raises(ValueError, match="vectors for whole numbers, 0 to 127"):
         LearnedEmbedding(8, 1)(torch.tensor([[[0.0], [position]]]))
