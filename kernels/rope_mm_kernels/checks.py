@@ -7,7 +7,6 @@ serves where triton is not installed.
 import difflib
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -377,51 +376,6 @@ def check_rotation(
     n = omega.shape[0] if omega.dim() == 3 else 1
     for x in (q, k):
         check_pairs(x, n, omega.shape[-1], pairing, blocks)
-
-
-@lru_cache(maxsize=1024)
-def shares_elements(terms: tuple[tuple[int, int, int], ...], gap: int) -> bool:
-    """Whether gap + sum of m * stride, low <= m <= high, is 0 for any m: exactly, from the longest stride on.
-
-    Args:
-        terms: (stride, low, high), strides > 0 that fall.
-        gap: elements between the starts of two views of one memory.
-    """
-    if not terms:
-        return gap == 0
-    (stride, low, high), *rest = terms
-    below, above = (sum(term[0] * term[end] for term in rest) for end in (1, 2))
-    first = max(low, -((gap + above) // stride))
-    last = min(high, -(gap + below) // stride)
-    return any(shares_elements(tuple(rest), gap + m * stride) for m in range(first, last + 1))
-
-
-def overlap(q: Tensor, k: Tensor) -> bool:
-    """Whether an element of q is one of k."""
-    if q is k:
-        return True
-    # a graph knows no addresses
-    if torch.compiler.is_compiling() or not q.numel() or not k.numel():
-        return False
-    if not torch._C._is_alias_of(q, k):  # pyright: ignore[reportAttributeAccessIssue]
-        return False
-    reach: dict[int, tuple[int, int]] = {}  # for each stride, how far the indices of k are beyond those of q
-    for x, sign in ((q, -1), (k, 1)):
-        for size, stride in zip(x.shape, x.stride(), strict=True):
-            low, high = reach.get(stride, (0, 0))
-            reach[stride] = (low - (size - 1), high) if sign < 0 else (low, high + size - 1)
-    terms = sorted(((stride, *ends) for stride, ends in reach.items() if stride), reverse=True)
-    return shares_elements(tuple(terms), k.storage_offset() - q.storage_offset())
-
-
-def check_in_place(q: Tensor, k: Tensor) -> None:
-    """Refuse q and k that rotation in place would corrupt."""
-    if overlap(q, k):
-        raise ValueError("q and k share elements, which would be rotated twice; call rotate")
-    if torch.is_grad_enabled() and any(x.requires_grad and x.is_leaf for x in (q, k)):
-        raise ValueError("q or k is a leaf that requires grad, which must not be overwritten; call rotate")
-    if any(size > 1 and not stride for x in (q, k) for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise ValueError("q or k is expanded, so that one element stands for many; call rotate")
 
 
 def check_tables(q: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rope_mm_kernels import definition
 from rope_mm_kernels.angles import store_angle_gradients
-from rope_mm_kernels.checks import check_angle_rotation, check_in_place
+from rope_mm_kernels.checks import check_angle_rotation
+from rope_mm_kernels.in_place import check_in_place
 from rope_mm_kernels.ops import INTERPRETED, differentiate, register
 from rope_mm_kernels.pairs import address, block_sizes, copy_rest, load_pairs, locate, pick, store_pairs
 from rope_mm_kernels.plan import DTYPES, KernelSpec, Plan, make_spec, plan_launches, source, view
@@ -349,7 +350,7 @@ def rotate_(
         mode: "exact", or "hf" for the angles of transformers, rounded to float32.
 
     Raises:
-        ValueError: as `rotate`, and by `checks.check_in_place`.
+        ValueError: as `rotate`, and by `in_place.check_in_place`.
     """
     spec = make_spec(q, k, positions, omega, pairing, blocks, tail, factor, mode)
     check_in_place(q, k)

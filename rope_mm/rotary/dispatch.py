@@ -14,6 +14,7 @@ import torch
 from rope_mm_kernels import checks
 from rope_mm_kernels.checks import check_heads as check_heads
 from rope_mm_kernels.checks import check_positions as check_positions
+from rope_mm_kernels.in_place import check_in_place
 from torch import Tensor
 
 from rope_mm.rotary import cpu, definition
@@ -194,7 +195,7 @@ class RotaryAngles:
             ValueError: as `rotate`, and leaves that require grad, expanded tensors, q and k that overlap.
         """
         check_heads(q, k)
-        checks.check_in_place(q, k)
+        check_in_place(q, k)
         if self.cos is None:
             return self.launch(q, k, in_place=True)
         for x in (q, k):
@@ -387,7 +388,7 @@ def rotate_(
 
     Raises:
         ValueError: as `rotate`, and a q or k that is a leaf that requires grad, or expanded, or shares
-            elements with the other; a compiled graph knows no addresses and cannot refuse the last.
+            elements with the other; an exported graph cannot refuse the last.
     """
     checks.check_rotation(q, k, positions, omega, pairing, blocks, factor, mode, tail)
     spec = RotarySpec(pairing, tuple(blocks), tail, factor, mode)

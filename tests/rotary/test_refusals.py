@@ -4,9 +4,6 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from rope_mm_kernels import checks
 from torch import nn
 
 from rope_mm import Rotary, rotate
@@ -337,68 +334,6 @@ def test_in_place_refuses_what_it_would_corrupt():
         rotate_(q.clone().requires_grad_(), k.clone(), positions, omega)
     with pytest.raises(ValueError, match="one element stands for many"):
         rotate_(q[:, :, :1].expand_as(q), k.clone(), positions, omega)
-
-
-FUSED = torch.randn(B, S, 4, 3, D)  # of each head, its q, k and v
-
-
-@pytest.mark.parametrize("function", ["rotate_", "kernel", "angles"])
-@pytest.mark.parametrize(
-    ("name", "make"),
-    [
-        ("the same tensor", lambda x: (x[:, :, :, 0],) * 2),
-        ("the same elements", lambda x: (x[:, :, :, 0], x[:, :, :, 0].view_as(x[:, :, :, 0]))),
-        ("a head that is in both", lambda x: (x[:, :, :2, 0], x[:, :, 1:, 0])),
-        (
-            "half of the channels",
-            lambda x: [x.flatten(2)[..., i : i + 4 * D].view(B, S, 4, D) for i in (0, 1)],
-        ),
-        ("tokens one apart", lambda x: (x[:, :-1, :, 0], x[:, 1:, :, 0])),
-    ],
-)
-def test_in_place_refuses_q_and_k_that_share_elements(name, make, function):
-    q, k = make(FUSED.clone())
-    positions = FIT["positions"][: q.shape[1]]
-    in_place = {
-        "rotate_": rotate_,
-        "kernel": pytest.importorskip("rope_mm_kernels.rotary").rotate_,
-        "angles": lambda q, k, *where: make_angles(*where).rotate_(q, k),
-    }[function]
-    with pytest.raises(ValueError, match="q and k share elements"):
-        in_place(q, k, positions, FIT["omega"])
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda x: (x[:, :, :, 0], x[:, :, :, 1]),
-        lambda x: (x[:, :, :3, 0], x[:, :, 3:, 0]),
-        lambda x: (x[:, :, :, 0], x[:, :, :1, 2]),
-        lambda x: (x[:, 0:4:2, :, 0], x[:, 1:4:2, :, 0]),
-        lambda x: x.view(B, S, 12, D).split((8, 4), 2),
-        lambda x: x.view(B, 12, S, D).transpose(1, 2).split((8, 4), 2),
-        lambda x: (x.view(-1, S, 2, D)[:2], x.view(-1, S, 2, D)[2:4]),
-    ],
-)
-def test_in_place_rotates_q_and_k_that_lie_in_one_tensor_beside_each_other(make):
-    q, k = make(FUSED.clone())
-    positions = FIT["positions"][: q.shape[1]]
-    expected = rotate(q.clone(), k.clone(), positions, FIT["omega"])
-    for x, y in zip(rotate_(q, k, positions, FIT["omega"]), expected, strict=True):
-        torch.testing.assert_close(x, y)
-
-
-@given(st.data())
-def test_views_overlap_where_numpy_finds_an_element_of_both(data):
-    memory = torch.zeros(400)
-
-    def view():
-        shape = [data.draw(st.integers(1, 4)) for _ in range(4)]
-        strides = [data.draw(st.integers(1, 24)) for _ in range(4)]
-        return torch.as_strided(memory, shape, strides, data.draw(st.integers(0, 100)))
-
-    q, k = view(), view()
-    assert checks.overlap(q, k) == np.shares_memory(q.numpy(), k.numpy())
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, torch.nan, torch.inf])

@@ -1,0 +1,119 @@
+"""Rotation in place refuses q and k that share elements, however it runs, and serves all others."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rope_mm_kernels import in_place
+
+from rope_mm import rotate
+from rope_mm.rotary.dispatch import make_angles, rotate_
+
+B, S, D = 2, 5, 16
+POSITIONS, OMEGA = torch.arange(S)[:, None].expand(-1, 3), torch.ones(3, 8)
+
+FUSED = torch.randn(B, S, 4, 3, D)  # of each head, its q, k and v
+SHARED = [
+    ("the same tensor", lambda x: (x[:, :, :, 0],) * 2),
+    ("the same elements", lambda x: (x[:, :, :, 0], x[:, :, :, 0].view_as(x[:, :, :, 0]))),
+    ("a head that is in both", lambda x: (x[:, :, :2, 0], x[:, :, 1:, 0])),
+    (
+        "half of the channels",
+        lambda x: [x.flatten(2)[..., i : i + 4 * D].view(B, S, 4, D) for i in (0, 1)],
+    ),
+    ("tokens one apart", lambda x: (x[:, :-1, :, 0], x[:, 1:, :, 0])),
+]
+
+
+APART = [
+    lambda x: (x[:, :, :, 0], x[:, :, :, 1]),
+    lambda x: (x[:, :, :3, 0], x[:, :, 3:, 0]),
+    lambda x: (x[:, :, :, 0], x[:, :, :1, 2]),
+    lambda x: (x[:, 0:4:2, :, 0], x[:, 1:4:2, :, 0]),
+    lambda x: x.view(B, S, 12, D).split((8, 4), 2),
+    lambda x: x.view(B, 12, S, D).transpose(1, 2).split((8, 4), 2),
+    lambda x: (x.view(-1, S, 2, D)[:2], x.view(-1, S, 2, D)[2:4]),
+]
+
+
+@pytest.mark.parametrize("function", ["rotate_", "kernel", "angles"])
+@pytest.mark.parametrize(("name", "make"), SHARED)
+def test_in_place_refuses_q_and_k_that_share_elements(name, make, function):
+    q, k = make(FUSED.clone())
+    positions = POSITIONS[: q.shape[1]]
+    rotate_by = {
+        "rotate_": rotate_,
+        "kernel": pytest.importorskip("rope_mm_kernels.rotary").rotate_,
+        "angles": lambda q, k, *where: make_angles(*where).rotate_(q, k),
+    }[function]
+    with pytest.raises(ValueError, match="q and k share elements"):
+        rotate_by(q, k, positions, OMEGA)
+
+
+@pytest.mark.parametrize("make", APART)
+def test_in_place_rotates_q_and_k_that_lie_in_one_tensor_beside_each_other(make):
+    q, k = make(FUSED.clone())
+    positions = POSITIONS[: q.shape[1]]
+    expected = rotate(q.clone(), k.clone(), positions, OMEGA)
+    for x, y in zip(rotate_(q, k, positions, OMEGA), expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@given(st.data())
+def test_views_overlap_where_numpy_finds_an_element_of_both(data):
+    memory = torch.zeros(400)
+
+    def view():
+        shape = [data.draw(st.integers(1, 4)) for _ in range(4)]
+        strides = [data.draw(st.integers(1, 24)) for _ in range(4)]
+        return torch.as_strided(memory, shape, strides, data.draw(st.integers(0, 100)))
+
+    q, k = view(), view()
+    assert in_place.overlap(q, k) == np.shares_memory(q.numpy(), k.numpy())
+
+
+@pytest.fixture
+def compiled():
+    """`rotate_` as a graph without breaks, new each time: torch takes an offset of 1 for another."""
+    torch._dynamo.reset()
+    return torch.compile(rotate_, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "make"), SHARED[1:])
+def test_a_compiled_graph_refuses_q_and_k_that_share_elements(name, make, compiled):
+    q, k = make(FUSED.clone())
+    with pytest.raises(Exception, match="q and k share elements"):
+        compiled(q, k, POSITIONS[: q.shape[1]], OMEGA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", APART)
+def test_a_compiled_graph_rotates_q_and_k_that_lie_beside_each_other(make, compiled):
+    q, k = make(FUSED.clone())
+    positions = POSITIONS[: q.shape[1]]
+    expected = rotate(q.clone(), k.clone(), positions, OMEGA)
+    for x, y in zip(compiled(q, k, positions, OMEGA), expected, strict=True):
+        torch.testing.assert_close(x, y)
+    torch.testing.assert_close(q, expected[0])  # overwritten
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [2, 4])
+def test_a_compiled_graph_looks_at_views_that_it_makes_itself(first):
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True)
+    def rotate_views(x):
+        x = 2 * x
+        return rotate_(x[:, :, :4], x[:, :, first:], POSITIONS, OMEGA)
+
+    x = torch.randn(B, S, 6, D)
+    if first == 4:
+        expected = rotate(2 * x[:, :, :4], 2 * x[:, :, 4:], POSITIONS, OMEGA)
+        for y, z in zip(rotate_views(x), expected, strict=True):
+            torch.testing.assert_close(y, z)
+        return
+    with pytest.raises(Exception, match="q and k share elements"):
+        rotate_views(x)
