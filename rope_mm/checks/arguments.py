@@ -6,9 +6,10 @@ it is read by all of its names, and a cache under any other name is an error.
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from rope_mm.registry import Registry
@@ -19,6 +20,21 @@ ALIASES = {
 }
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def read_parameters(cls: type, method: str = "forward") -> tuple[str, ...]:
+    """Names of a method's parameters, without self."""
+    return tuple(inspect.signature(getattr(cls, method)).parameters)[1:]
+
+
+parameters_of = cache(read_parameters)  # to read them at each token would take a layer's time
+
+
+def bind_positional(module: object, args: tuple) -> dict[str, Any]:
+    """Positional arguments of a module's forward, by their names."""
+    # torch.compile warns of a cache, and needs none
+    names_of = read_parameters if torch.compiler.is_compiling() else parameters_of
+    return dict(zip(names_of(type(module)), args, strict=False))
 
 
 def spelling(function: Callable[..., Any], argument: str) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rope_mm.hf.image_grids import parameters_of
+from rope_mm.checks.arguments import parameters_of
 from rope_mm.hf.image_positions import place_tokens
 from rope_mm.rotary.module import Rotary
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rope_mm.checks.arguments import parameters_of
 from rope_mm.hf.attention_positions import (
     AttentionCall,
     AttentionContext,
@@ -25,7 +26,6 @@ from rope_mm.hf.attention_positions import (
     reads_images,
 )
 from rope_mm.hf.dry_run import find_first_patch, probe
-from rope_mm.hf.image_grids import parameters_of
 from rope_mm.hf.own_attention import own_methods
 from rope_mm.hf.projection_rotation import hook_projections, projected_attentions, prove_projections
 from rope_mm.hf.relative_bias import DroppedBias, settle_bias

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from rope_mm.checks.arguments import parameters_of
 from rope_mm.hf.attention_rotation import attention_modules
 from rope_mm.hf.config_io import config_of, scheme_entries
-from rope_mm.hf.image_grids import parameters_of
 from rope_mm.hf.image_positions import PIXELS
 from rope_mm.hf.own_attention import own_pairing
 from rope_mm.hf.rope_parameters import layer_config, read_head_dim

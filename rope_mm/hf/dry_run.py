@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rope_mm.checks.arguments import parameters_of
 from rope_mm.hf.attention_positions import pixel_grids
-from rope_mm.hf.image_grids import parameters_of
 from rope_mm.hf.image_positions import image_size
 from rope_mm.hf.rotary_embedding import RopeMMRotaryEmbedding
 from rope_mm.hf.rotary_inspection import APPLY_FUNCTION, modules_using

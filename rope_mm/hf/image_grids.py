@@ -1,16 +1,15 @@
 """The grids of the images and videos that a model's processor laid out as tokens."""
 
-import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rope_mm.checks.arguments import parameters_of
 from rope_mm.segments import Image, Segment, Video
 
 IMAGES, VIDEOS = 1, 2  # kinds of tokens, as processors number them
@@ -21,12 +20,6 @@ TOKEN_IDS = {  # the fields of a config with the token of each kind
 PACES = ("second_per_grid_ts", "second_per_grids", "video_second_per_grid")  # one argument, by family
 SIZES = ("image_grid_thw", "video_grid_thw", "image_sizes", *PACES)  # arguments that say sizes of images
 SHRINK = {"scale_factor": 1.0, "spatial_merge_size": 1.0, "downsample_ratio": -1.0}  # and its exponent
-
-
-@cache
-def parameters_of(cls: type, method: str = "forward") -> tuple[str, ...]:
-    """Names of a method's parameters, without self."""
-    return tuple(inspect.signature(getattr(cls, method)).parameters)[1:]
 
 
 def takes_images(module: nn.Module) -> bool:

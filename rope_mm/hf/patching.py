@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from rope_mm.checks.arguments import parameters_of
 from rope_mm.hf.attention_rotation import (
     attention_slot,
     exchange,
@@ -25,7 +26,6 @@ from rope_mm.hf.config_io import (
     wake_slots,
 )
 from rope_mm.hf.dry_run import can_be_probed, check_equal_answers, probe, prove_call
-from rope_mm.hf.image_grids import parameters_of
 from rope_mm.hf.image_positions import PIXELS
 from rope_mm.hf.other_libraries.diffusers_attention import AttentionRotary
 from rope_mm.hf.other_libraries.table_rotary import (

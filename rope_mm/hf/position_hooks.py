@@ -5,13 +5,12 @@ the way. So `PositionHooks` stands at the outermost forward that takes position_
 positions (b, s), and our rotary modules see positions on every axis.
 """
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rope_mm.checks.arguments import cache_of, read, refuse_unknown_cache
+from rope_mm.checks.arguments import bind_positional, cache_of, read, refuse_unknown_cache
 from rope_mm.hf.foreign_positions import refuse_foreign_positions
 from rope_mm.hf.image_grids import takes_images
 from rope_mm.hf.packing.leaks import refuse_hidden_documents, refuse_packing_leak
@@ -128,12 +127,6 @@ class PositionHooks:
         if self.native:  # such models split four rows themselves, and three have no token positions
             kept = kept.expand(4 if counted else 3, -1, -1)
         return kept
-
-
-def bind_positional(module: nn.Module, args: tuple) -> dict[str, Any]:
-    """Positional arguments of a forward, by their names."""
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return dict(zip(names, args, strict=False))
 
 
 def check_position_shape(ids: Tensor | None, kwargs: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin
 
-from rope_mm.checks.arguments import ALIASES, read
+from rope_mm.checks.arguments import ALIASES, parameters_of, read
 from rope_mm.hf.image_grids import (
     IMAGES,
     PACES,
@@ -17,7 +17,6 @@ from rope_mm.hf.image_grids import (
     VIDEOS,
     close_rows,
     newest,
-    parameters_of,
     read_grids,
     takes_images,
     token_kinds,

@@ -5,11 +5,11 @@ same module with norms that rotate what they return, so each processor that norm
 is. Angles come as an argument, so that checkpointing, which calls blocks again, hands them on.
 """
 
-import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
+from rope_mm.checks.arguments import bind_positional
 from rope_mm.hf.build_rotary import read_given, refuse
 from rope_mm.hf.other_libraries.diffusers_positions import place, segment
 from rope_mm.hf.rotary_embedding import Changes
@@ -108,8 +108,7 @@ class AttentionRotary(nn.Module, Changes):
     def before(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before a forward: angles of the image's tokens and of the text's, text first, as an argument."""
         self.calls = 0
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = bind_positional(model, args) | kwargs
         latents, words = given["hidden_states"], given["encoder_hidden_states"].shape[1]
         down, across = (size // model.config.patch_size for size in latents.shape[-2:])
         p = place(self.rope.scheme, f"text:{words} {segment(1, down, across)}", latents.device)

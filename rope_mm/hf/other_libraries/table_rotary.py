@@ -4,7 +4,6 @@ Such a model makes tables of cosine and sine once in a forward and hands them to
 one thing that is replaced is what makes the tables; blocks, processors and attention backends stay.
 """
 
-import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from rope_mm.checks.arguments import bind_positional
 from rope_mm.hf.build_rotary import read_given, refuse
 from rope_mm.hf.cos_sin_tables import TABLE_FORMATS, fill_tables
 from rope_mm.hf.other_libraries.diffusers_attention import (
@@ -325,8 +325,7 @@ class TableRotary(nn.Module, Changes):
         family = self.slot.family
         if not family.tables and (self.own or not family.arguments):
             return args, kwargs
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = bind_positional(model, args) | kwargs
         if family.tables:
             latents, tables = given["hidden_states"], given.get(family.leaf)
             self.check_tables(latents, tables)

@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from rope_mm.checks.arguments import spelling
-from rope_mm.hf.image_grids import PACES, parameters_of
+from rope_mm.checks.arguments import parameters_of, spelling
+from rope_mm.hf.image_grids import PACES
 from rope_mm.hf.packing.examples import IGNORED, Example
 from rope_mm.hf.packing.leaks import VARLEN, is_flash
 from rope_mm.hf.position_ids import place_inputs
