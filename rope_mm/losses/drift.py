@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rope_mm.checks.fields import Count, Positive, Real, Reals, read_value
 from rope_mm.checks.tensors import check_real_tensors
-from rope_mm.losses.scores import at_least_float32, is_readable
+from rope_mm.losses.scores import at_least_float32, is_readable, without_autocast
 from rope_mm.registry import Registry
 
 LEAST = 2  # samples of each side: one has no neighbours that tell where its law is
@@ -177,7 +177,7 @@ def follow_field(
     if not widths:
         raise ValueError("widths must have at least one number; give for instance [0.02, 0.05, 0.2]")
     check_real_tensors(x=x)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x):
         here, real, other = check_samples(x, real, other)
         scale = distances(here, torch.cat([real, other])).mean().clamp_min(torch.finfo(here.dtype).tiny)
         parts = (here / scale, real / scale, other / scale)
@@ -237,6 +237,8 @@ def check_samples(x: Tensor, real: Tensor, other: Tensor) -> tuple[Tensor, Tenso
     if any(len(shape) != 2 or shape[1:] != x.shape[1:] for shape in shapes.values()):
         named = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
         raise ValueError(f"a field takes samples (n, d) of one d, not {named}; flatten images")
+    if not x.shape[1]:
+        raise ValueError("samples of no features, (n, 0), have no field; give at least one feature")
     if few := [f"{shape[0]} of {name}" for name, shape in shapes.items() if shape[0] < LEAST]:
         raise ValueError(
             f"a field compares samples of one condition, {LEAST} or more of each kind, not {', '.join(few)}; "

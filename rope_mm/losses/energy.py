@@ -31,9 +31,10 @@ def energy_score(samples: Tensor, target: Tensor, exponent: float = 1.0, repulsi
         ValueError: shapes that do not fit, less than two samples, an exponent or repulsion out of range.
     """
     check_real_tensors(samples=samples, target=target)
-    if samples.dim() != 3 or len(samples) < 2 or samples.shape[1:] != target.shape:
+    fits = samples.dim() == 3 and samples.shape[1:] == target.shape
+    if not fits or len(samples) < 2 or not target.shape[1]:
         raise ValueError(
-            "the energy score takes 2 samples or more (m, n, d) of targets (n, d), "
+            "the energy score takes 2 samples or more (m, n, d) of targets (n, d), d at least 1, "
             f"not {tuple(samples.shape)} of {tuple(target.shape)}"
         )
     exponent = read_value("energy_score", "exponent", exponent, Exponent)

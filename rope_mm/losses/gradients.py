@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rope_mm.checks.fields import Positive, read_value
 from rope_mm.checks.tensors import check_real_tensors
-from rope_mm.losses.scores import at_least_float32, check_rows
+from rope_mm.losses.scores import at_least_float32, check_rows, without_autocast
 from rope_mm.registry import Registry
 
 Critic = Callable[..., Tensor]
@@ -140,7 +140,7 @@ def by_difference(critic: Critic, images: Tensor, sigma: float, generator: torch
     images = images.detach()
     noise = torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=generator)
     devices = [images.device] if images.is_cuda else []
-    with torch.autocast(images.device.type, enabled=False):
+    with without_autocast(images):
         with torch.random.fork_rng(devices):
             scores = critic(images)
         moved = critic(images + sigma * noise)

@@ -1,5 +1,6 @@
 """What every loss and penalty expects of a critic's scores: one number an image, in float32 at least."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,11 @@ from rope_mm.checks.tensors import check_real_tensors
 def at_least_float32(x: Tensor) -> Tensor:
     """The same tensor in float32, or wider where it is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Context in which autocast leaves the device of x alone; the meta device has no autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def is_readable(x: Tensor) -> bool:

@@ -8,10 +8,12 @@ import torch
 
 from rope_mm.losses import (
     DISTANCES,
+    FIELDS,
     GAN_LOSSES,
     METHODS,
     PENALTIES,
     energy_score,
+    follow_field,
     gamma,
     input_gradients,
     transport_cost,
@@ -194,3 +196,25 @@ def test_numbers_that_overflow_are_refused():
         GAN_LOSSES["gan-qp"].critic(SCORES, SCORES, SCORES, power=2**70)
     huge = GAN_LOSSES["gan-qp"].critic(SCORES, SCORES.flip(0), SCORES, qp_lambda=2**70)
     assert huge.isfinite()
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_field_of_tensors_without_numbers_has_the_shape_of_a_loss(field):
+    samples = torch.empty(4, 3, device="meta")
+    followed = follow_field(samples, samples, samples, field, [1.0])
+    assert followed.loss.is_meta and followed.loss.shape == ()
+
+
+@pytest.mark.parametrize("method", ["auto", "fd", "jvp", "autograd"])
+def test_a_penalty_of_a_critic_without_numbers_has_the_shape_of_a_loss(method):
+    critic, images = torch.nn.Linear(3, 1, device="meta"), torch.empty(4, 3, device="meta")
+    penalty = PENALTIES["r1"].of(lambda x: critic(x)[:, 0], images, images, method=method)
+    assert penalty.is_meta and penalty.shape == ()
+
+
+def test_samples_of_no_features_are_refused():
+    nothing = torch.zeros(4, 0)
+    with pytest.raises(ValueError, match="give at least one feature"):
+        follow_field(nothing, nothing, nothing, "drift", [1.0])
+    with pytest.raises(ValueError, match="d at least 1, not"):
+        energy_score(torch.zeros(2, 4, 0), nothing)
