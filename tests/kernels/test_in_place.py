@@ -60,6 +60,39 @@ def test_in_place_rotates_q_and_k_that_lie_in_one_tensor_beside_each_other(make)
         torch.testing.assert_close(x, y)
 
 
+def rotate_one_memory(x, first):
+    """q of heads 0 to 3 and k of heads `first` and on of twice x (b, s, 6, d), rotated in place."""
+    x = 2 * x
+    return rotate_(x[:, :, :4], x[:, :, first:], POSITIONS, OMEGA)
+
+
+TRANSFORMS = {
+    "vmap": lambda f, x: torch.func.vmap(f)(x[None]),
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x)[0].sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[0],
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[0],
+    "grad in vmap": lambda f, x: torch.func.vmap(torch.func.grad(lambda x: f(x)[0].sum()))(x[None]),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_in_place_looks_at_the_memory_below_a_transform(name):
+    x = torch.randn(B, S, 6, D)
+    TRANSFORMS[name](lambda x: rotate_one_memory(x, 4), x)  # beside each other
+    with pytest.raises(ValueError, match="q and k share elements"):
+        TRANSFORMS[name](lambda x: rotate_one_memory(x, 2), x)
+
+
+@pytest.mark.parametrize("borrow", [lambda x: torch.from_numpy(x.numpy()), torch.from_dlpack])
+def test_in_place_knows_memory_that_came_through_numpy_or_dlpack(borrow):
+    x = torch.randn(B, S, 6, D)
+    with pytest.raises(ValueError, match="q and k share elements"):
+        rotate_(x[:, :, :4], borrow(x)[:, :, 2:], POSITIONS, OMEGA)
+    expected = rotate(x[:, :, :4].clone(), x[:, :, 4:].clone(), POSITIONS, OMEGA)
+    for y, z in zip(rotate_(x[:, :, :4], borrow(x)[:, :, 4:], POSITIONS, OMEGA), expected, strict=True):
+        torch.testing.assert_close(y, z)
+
+
 @given(st.data())
 def test_views_overlap_where_numpy_finds_an_element_of_both(data):
     memory = torch.zeros(400)
@@ -100,20 +133,23 @@ def test_a_compiled_graph_rotates_q_and_k_that_lie_beside_each_other(make, compi
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("transform", [None, "vmap"])
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("first", [2, 4])
-def test_a_compiled_graph_looks_at_views_that_it_makes_itself(first):
+def test_a_compiled_graph_looks_at_views_that_it_makes_itself(first, dynamic, transform):
     torch._dynamo.reset()
 
-    @torch.compile(fullgraph=True)
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager" if transform else "inductor")
     def rotate_views(x):
-        x = 2 * x
-        return rotate_(x[:, :, :4], x[:, :, first:], POSITIONS, OMEGA)
+        if transform:
+            return torch.func.vmap(lambda x: rotate_one_memory(x, first))(x[None])
+        return rotate_one_memory(x, first)
 
     x = torch.randn(B, S, 6, D)
     if first == 4:
         expected = rotate(2 * x[:, :, :4], 2 * x[:, :, 4:], POSITIONS, OMEGA)
         for y, z in zip(rotate_views(x), expected, strict=True):
-            torch.testing.assert_close(y, z)
+            torch.testing.assert_close(y.view_as(z), z)
         return
     with pytest.raises(Exception, match="q and k share elements"):
         rotate_views(x)
