@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportMissingImports]
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from rope_mm_kernels.checks import IS_EXPORTING, NAMESPACE
 
@@ -94,7 +94,7 @@ def make_fake_overlap(q: Tensor, k: Tensor) -> Tensor:
     return q.new_empty((), dtype=torch.bool)
 
 
-@torch.library.register_vmap(check_overlap_op)
+@check_overlap_op.register_vmap
 def check_batched_overlap(_info, _in_dims, q: Tensor, k: Tensor) -> tuple[Tensor, None]:
     """`check_overlap_op` of whole batches: torch would loop over copies of their rows."""
     return check_overlap_op(q, k), None
