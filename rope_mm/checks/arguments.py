@@ -30,11 +30,22 @@ def read_parameters(cls: type, method: str = "forward") -> tuple[str, ...]:
 parameters_of = cache(read_parameters)  # to read them at each token would take a layer's time
 
 
-def bind_positional(module: object, args: tuple) -> dict[str, Any]:
-    """Positional arguments of a module's forward, by their names."""
+def bind_positional(module: object, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of a module by their names, positional ones too.
+
+    Raises:
+        TypeError: as Python's for a call: more positional arguments than it has, one given twice.
+    """
+    if not args:
+        return dict(kwargs)
     # torch.compile warns of a cache, and needs none
-    names_of = read_parameters if torch.compiler.is_compiling() else parameters_of
-    return dict(zip(names_of(type(module)), args, strict=False))
+    names = (read_parameters if torch.compiler.is_compiling() else parameters_of)(type(module))
+    if len(args) > len(names):
+        raise TypeError(f"{type(module).__name__} takes {len(names)} arguments, not {len(args)}")
+    given = dict(zip(names, args, strict=False))
+    if twice := [name for name in given if name in kwargs]:
+        raise TypeError(f"{type(module).__name__} got the argument {twice[0]} twice")
+    return given | kwargs
 
 
 def spelling(function: Callable[..., Any], argument: str) -> str | None:

@@ -57,7 +57,7 @@ class PositionHooks:
         if self.holder is not None:
             return None
         self.state.positions = None
-        kwargs = bind_positional(module, args) | kwargs if args else kwargs
+        kwargs = bind_positional(module, args, kwargs)
         refuse_unknown_cache(kwargs)
         ids, cache = kwargs.get("position_ids"), read(kwargs, "cache")
         check_position_shape(ids, kwargs)

@@ -72,6 +72,15 @@ def test_position_ids_may_be_a_positional_argument(tiny, compiled):
         assert (run(IDS, None, p, use_cache=False)[0] - named).abs().max() < WITHIN
 
 
+def test_an_argument_given_twice_or_too_many_end_as_python_ends_them(tiny):
+    model = tiny("llama").model
+    set_rope(model, "rope-tv")
+    with pytest.raises(TypeError, match="got the argument input_ids twice"):
+        model(IDS, input_ids=IDS)
+    with pytest.raises(TypeError, match="takes [0-9]+ arguments, not 30"):
+        model(IDS, *[None] * 29)
+
+
 def test_packed_documents_by_two_dimensional_position_ids_are_separated_or_refused_and_padding_starts_none(
     tiny,
 ):

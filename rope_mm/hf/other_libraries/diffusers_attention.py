@@ -108,7 +108,7 @@ class AttentionRotary(nn.Module, Changes):
     def before(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before a forward: angles of the image's tokens and of the text's, text first, as an argument."""
         self.calls = 0
-        given = bind_positional(model, args) | kwargs
+        given = bind_positional(model, args, kwargs)
         latents, words = given["hidden_states"], given["encoder_hidden_states"].shape[1]
         down, across = (size // model.config.patch_size for size in latents.shape[-2:])
         p = place(self.rope.scheme, f"text:{words} {segment(1, down, across)}", latents.device)

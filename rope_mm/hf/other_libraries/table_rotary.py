@@ -325,7 +325,7 @@ class TableRotary(nn.Module, Changes):
         family = self.slot.family
         if not family.tables and (self.own or not family.arguments):
             return args, kwargs
-        given = bind_positional(model, args) | kwargs
+        given = bind_positional(model, args, kwargs)
         if family.tables:
             latents, tables = given["hidden_states"], given.get(family.leaf)
             self.check_tables(latents, tables)
