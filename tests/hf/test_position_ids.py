@@ -77,7 +77,7 @@ def test_an_argument_given_twice_or_too_many_end_as_python_ends_them(tiny):
     set_rope(model, "rope-tv")
     with pytest.raises(TypeError, match="got the argument input_ids twice"):
         model(IDS, input_ids=IDS)
-    with pytest.raises(TypeError, match="takes [0-9]+ arguments, not 30"):
+    with pytest.raises(TypeError, match=r"takes [0-9]+ arguments, not 30"):
         model(IDS, *[None] * 29)
 
 
