@@ -45,7 +45,7 @@ def bind_positional(module: object, args: tuple, kwargs: Mapping[str, Any]) -> d
     given = dict(zip(names, args, strict=False))
     if twice := [name for name in given if name in kwargs]:
         raise TypeError(f"{type(module).__name__} got the argument {twice[0]} twice")
-    return given | kwargs
+    return given | dict(kwargs)
 
 
 def spelling(function: Callable[..., Any], argument: str) -> str | None:
