@@ -102,7 +102,7 @@ def check_batched_overlap(_info, _in_dims, q: Tensor, k: Tensor) -> tuple[Tensor
 
 def check_in_place(q: Tensor, k: Tensor) -> None:
     """Refuse q and k that rotation in place would corrupt."""
-    if q is k or not torch.compiler.is_compiling():
+    if q is k or not torch.compiler.is_dynamo_compiling():  # torch.export, too, unless strict
         refuse_overlap(q, k)
     elif IS_EXPORTING is not None and not IS_EXPORTING():
         torch._assert_async(check_overlap_op(q.detach(), k.detach()), SHARED)  # keeps the op in the graph

@@ -388,7 +388,7 @@ def rotate_(
 
     Raises:
         ValueError: as `rotate`, and a q or k that is a leaf that requires grad, or expanded, or shares
-            elements with the other; an exported graph cannot refuse the last.
+            elements with the other; torch.export with strict=True cannot refuse the last.
     """
     checks.check_rotation(q, k, positions, omega, pairing, blocks, factor, mode, tail)
     spec = RotarySpec(pairing, tuple(blocks), tail, factor, mode)

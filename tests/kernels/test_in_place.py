@@ -155,3 +155,26 @@ def test_a_compiled_graph_looks_at_views_that_it_makes_itself(first, dynamic, tr
         return
     with pytest.raises(Exception, match="q and k share elements"):
         rotate_views(x)
+
+
+class Views(torch.nn.Module):
+    """q of the first four heads, k of those from `first` on."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first = first
+
+    def forward(self, x):
+        x = 2 * x
+        return rotate_(x[:, :, :4], x[:, :, self.first :], POSITIONS, OMEGA)
+
+
+def test_an_exported_graph_has_no_op_of_ours_and_views_that_overlap_are_not_exported():
+    x = torch.randn(B, S, 6, D)
+    exported = torch.export.export(Views(4), (x,), strict=False)
+    expected = rotate(2 * x[:, :, :4], 2 * x[:, :, 4:], POSITIONS, OMEGA)
+    for y, z in zip(exported.module()(x), expected, strict=True):
+        torch.testing.assert_close(y, z)
+    assert not [node for node in exported.graph.nodes if "rope_mm" in str(node.target)]
+    with pytest.raises(ValueError, match="q and k share elements"):
+        torch.export.export(Views(2), (x,), strict=False)
