@@ -81,8 +81,8 @@ def fill_alone(raster: Raster) -> Tensor:
     rows, columns = (
         torch.arange(n, dtype=torch.float64)[:, None] * step for n, step in ((y, of_y), (x, of_x))
     )
-    in_blocks = frames.view(t, 1, 1, 1, 1, a) + rows.view(1, y // merge, 1, merge, 1, a)
-    positions = (in_blocks + columns.view(1, 1, x // merge, 1, merge, a)).view(t, y * x, a)
+    down = frames.view(t, 1, 1, 1, 1, a) + rows.view(1, y // merge, 1, merge, 1, a)
+    positions = (down + columns.view(1, 1, x // merge, 1, merge, a)).view(t, y * x, a)
     if raster.offsets is not None:
         positions += raster.offsets
     return positions.view(-1, a)

@@ -412,8 +412,8 @@ def evaluate(
     if metrics:
         log(step, **metrics)
     if training.accelerator.is_main_process:
-        if alarm := warning(read_metrics(output_dir)):
-            log(step, warning=alarm)
+        if message := warning(read_metrics(output_dir)):
+            log(step, warning=message)
         if config.page and step < config.steps:
             write_run_page(output_dir)
     return metrics

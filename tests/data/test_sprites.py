@@ -201,7 +201,7 @@ def test_every_motion_goes_where_it_says_and_enters_again_opposite(frames, seed)
         for name, words in FACTORS.items()
     }
     factors["motion"] = torch.arange(6)
-    videos = render_videos(factors, frames, nudge=nudges(6, seed))
+    videos = render_videos(factors, frames, jitter=nudges(6, seed))
     for frame in range(frames):
         seen = classify_sprites(videos[:, frame])
         away = torch.arange(6) == 1 if frame % 2 else torch.zeros(6, dtype=torch.bool)

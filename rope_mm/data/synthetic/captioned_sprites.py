@@ -57,13 +57,13 @@ def captioned_sprites(
         phrases: to choose captions from.
     """
 
-    def draw(factors: Factors, nudge: Tensor) -> list[dict]:
-        return encode_images(render_sprites(factors, size, nudge))
+    def render(factors: Factors, jitter: Tensor) -> list[dict]:
+        return encode_images(render_sprites(factors, size, jitter))
 
     combinations = all_combinations(FACTORS)
     columns = Features(image=Image())
     counts = {"train": count, "test": held_out}
-    return build_splits(combinations, is_held_out(combinations), counts, seed, phrases, draw, columns)
+    return build_splits(combinations, is_held_out(combinations), counts, seed, phrases, render, columns)
 
 
 def captioned_sprites_of_three_shapes() -> DatasetDict:
@@ -95,8 +95,8 @@ def captioned_videos(
         phrases: to choose captions from.
     """
 
-    def draw(factors: Factors, nudge: Tensor) -> list[list[dict]]:
-        videos = render_videos(factors, frames, size, nudge)
+    def render(factors: Factors, jitter: Tensor) -> list[list[dict]]:
+        videos = render_videos(factors, frames, size, jitter)
         images = encode_images(videos.flatten(0, 1))
         return [images[first : first + frames] for first in range(0, len(images), frames)]
 
@@ -105,7 +105,7 @@ def captioned_videos(
     apart = is_held_out({**way, "shape": combinations["shape"][:, None]}).any(1)
     columns = Features(frames=List(Image()))
     counts = {"train": count, "test": held_out}
-    return build_splits(combinations, apart, counts, seed, phrases, draw, columns)
+    return build_splits(combinations, apart, counts, seed, phrases, render, columns)
 
 
 def all_combinations(names: Mapping[str, Sequence]) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ def build_splits(
     counts: Mapping[str, int],
     seed: int,
     phrases: Sequence[str],
-    draw: Callable[[Factors, Tensor], list],
+    render: Callable[[Factors, Tensor], list],
     visuals: Features,
 ) -> DatasetDict:
     """Splits of captioned images or videos; test from the combinations set apart, train from the others.
@@ -137,7 +137,7 @@ def build_splits(
         counts: rows of each split.
         seed: of the order, the places to a pixel, and the phrasing.
         phrases: to choose captions from.
-        draw: factors and nudges (n, 2) -> what the column of images or videos holds.
+        render: factors and jitter (n, 2) -> what the column of images or videos holds.
         visuals: that column and its type.
 
     Raises:
@@ -150,10 +150,11 @@ def build_splits(
         count = counts[split]
         chosen = rows[batch_indices(len(rows), count, seed, 0)]
         factors = {name: factor[chosen] for name, factor in combinations.items()}
-        nudge = torch.randint(-1, 2, (count, 2), generator=make_generator(seed, "nudge", split))
+        # another key would change the data of every measured run
+        jitter = torch.randint(-1, 2, (count, 2), generator=make_generator(seed, "nudge", split))
         said = torch.randint(len(phrases), (count,), generator=make_generator(seed, "phrase", split))
         columns = {
-            next(iter(visuals)): draw(factors, nudge),
+            next(iter(visuals)): render(factors, jitter),
             "caption": write_captions(factors, phrases, said.tolist()),
             **{name: factor.tolist() for name, factor in factors.items()},
         }

@@ -65,9 +65,9 @@ def captioned_letters(train: int = 16, held_out: int = 8, seed: int = 0) -> Data
     apart, known = labels[is_held_out_letter(labels)], labels[~is_held_out_letter(labels)]
     count = held_out * len(apart)
     unseen, seen = apart.repeat(held_out), known[batch_indices(len(known), count, seed, 0)]
-    drawn = draw_glyphs()
+    glyphs = draw_glyphs()
     splits = {"train": known.repeat(train), "test": torch.cat([unseen, seen])}
-    return DatasetDict({name: make_split(drawn, rows, seed, name) for name, rows in splits.items()})
+    return DatasetDict({name: make_split(glyphs, rows, seed, name) for name, rows in splits.items()})
 
 
 def is_held_out_letter(labels: Tensor) -> Tensor:
@@ -75,17 +75,17 @@ def is_held_out_letter(labels: Tensor) -> Tensor:
     return (labels // len(STYLES) + labels) % len(STYLES) == 0
 
 
-def make_split(drawn: Tensor, labels: Tensor, seed: int, split: str) -> Dataset:
+def make_split(glyphs: Tensor, labels: Tensor, seed: int, split: str) -> Dataset:
     """Images of these combinations in random order.
 
     Args:
-        drawn: glyphs (744, y, x) in 0 to 1.
+        glyphs: (744, y, x) in 0 to 1.
         labels: of the images, (n,).
         seed: of order and movement.
         split: its name, which is part of the seed.
     """
     labels = labels[torch.randperm(len(labels), generator=make_generator(seed, "order", split))]
-    images = move_at_random(drawn, labels, make_generator(seed, "change", split))
+    images = move_at_random(glyphs, labels, make_generator(seed, "change", split))
     columns = {
         "image": encode_images((images[:, None] * 255).round().to(torch.uint8)),
         "caption": [caption_letter(label) for label in labels.tolist()],
@@ -103,17 +103,17 @@ def make_split(drawn: Tensor, labels: Tensor, seed: int, split: str) -> Dataset:
     return Dataset.from_dict(columns, features=features)
 
 
-def move_at_random(drawn: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+def move_at_random(glyphs: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     """Images (n, SIZE, SIZE) in 0 to 1 of these combinations, each moved at random.
 
     Args:
-        drawn: glyphs (744, y, x) in 0 to 1.
+        glyphs: (744, y, x) in 0 to 1.
         labels: of the images, (n,).
         generator: of the movements.
     """
     change = (torch.rand(len(labels), 5, generator=generator) * 2 - 1).split(CHUNK)
     return torch.cat(
-        [move(drawn[rows], part) for rows, part in zip(labels.split(CHUNK), change, strict=True)]
+        [move(glyphs[rows], part) for rows, part in zip(labels.split(CHUNK), change, strict=True)]
     )
 
 

@@ -98,13 +98,13 @@ def make_neighbour(
     sprites = torch.randperm(len(SHAPES) * len(COLOURS), generator=generator)[:images]
     place = torch.randint(len(ROWS), (2, images), generator=generator)
     factors = {"shape": sprites // len(COLOURS), "colour": sprites % len(COLOURS)}
-    drawn = render_sprites({**factors, **dict(zip(PLACES, place, strict=True))}, size)
+    rendered = render_sprites({**factors, **dict(zip(PLACES, place, strict=True))}, size)
     said = torch.randint(len(WORDS), (images + 1, words), generator=generator).tolist()
     gaps = [[WORDS[i] for i in gap] for gap in said]
     asked, after = draw(generator, images), draw(generator, 2)
     answer = gaps[asked + 1][0] if after else gaps[asked][-1]
     document: list[str | Tensor] = [" ".join(gaps[0])]
-    for image, gap in zip(drawn, gaps[1:], strict=True):
+    for image, gap in zip(rendered, gaps[1:], strict=True):
         document += [image, " ".join(gap)]
     question = f"which word stands right {('before', 'after')[after]} the {name(factors, asked)}?"
     return QASample(document, question, answer)

@@ -66,7 +66,7 @@ FACTORS: dict[str, tuple[str, ...]] = {"shape": tuple(SHAPES), "colour": tuple(C
 VIDEO_FACTORS = {**FACTORS, "motion": tuple(MOTIONS)}
 
 RADIUS = 3.5 / 16  # of the shorter side
-NUDGE = 1 / 16  # of a side; a sprite stands up to one from the middle of its place
+JITTER = 1 / 16  # of a side; a sprite stands up to one from the middle of its place
 SAMPLES = 4  # across a pixel, in both directions
 CHUNK = 64  # sprites at once: what their samples take stays in the cache
 
@@ -78,16 +78,16 @@ def palette() -> tuple[Tensor, Tensor]:
     return torch.tensor(list(COLOURS.values())).float(), torch.tensor(BACKGROUND).float()
 
 
-def sprite_masks(factors: Factors, size: tuple[int, int], nudge: Tensor | None = None) -> Tensor:
+def sprite_masks(factors: Factors, size: tuple[int, int], jitter: Tensor | None = None) -> Tensor:
     """The share (n, y, x) of each pixel that a sprite covers; the colour plays no part.
 
     Args:
         factors: shape, row and column, (n,) each.
         size: of the canvas, (y, x) in pixels.
-        nudge: steps of a sixteenth of the canvas down and right, (n, 2).
+        jitter: steps of a sixteenth of the canvas down and right, (n, 2).
     """
-    steps = torch.zeros(len(factors["shape"]), 2) if nudge is None else nudge
-    centre = (torch.stack([factors["row"], factors["column"]], 1) + 1) / 4 + steps * NUDGE
+    steps = torch.zeros(len(factors["shape"]), 2) if jitter is None else jitter
+    centre = (torch.stack([factors["row"], factors["column"]], 1) + 1) / 4 + steps * JITTER
     fine = [(torch.arange(side * SAMPLES) + 0.5) / SAMPLES for side in size]
     masks, radius = torch.zeros(len(centre), *size), RADIUS * min(size)
     for index, inside in enumerate(SHAPES.values()):
@@ -97,26 +97,28 @@ def sprite_masks(factors: Factors, size: tuple[int, int], nudge: Tensor | None =
     return masks
 
 
-def render_sprites(factors: Factors, size: int | tuple[int, int] = 16, nudge: Tensor | None = None) -> Tensor:
+def render_sprites(
+    factors: Factors, size: int | tuple[int, int] = 16, jitter: Tensor | None = None
+) -> Tensor:
     """Images (n, 3, y, x) in 0 to 255, uint8, of what the factors say.
 
     Args:
         factors: of FACTORS, (n,) each.
         size: y and x in pixels, or the side of a square.
-        nudge: steps of a sixteenth of the canvas down and right, (n, 2).
+        jitter: steps of a sixteenth of the canvas down and right, (n, 2).
 
     Raises:
         ValueError: a factor that is missing or has no such name, or a canvas too small.
     """
     check_factors(factors, FACTORS)
     colours, background = palette()
-    masks = sprite_masks(factors, canvas(size), nudge)[:, None]
+    masks = sprite_masks(factors, canvas(size), jitter)[:, None]
     paint = (colours[factors["colour"]] - background)[:, :, None, None]
     return (background[:, None, None] + masks * paint).round().to(torch.uint8)
 
 
 def render_videos(
-    factors: Factors, frames: int = 4, size: int | tuple[int, int] = 16, nudge: Tensor | None = None
+    factors: Factors, frames: int = 4, size: int | tuple[int, int] = 16, jitter: Tensor | None = None
 ) -> Tensor:
     """Videos (n, t, 3, y, x) in 0 to 255, uint8.
 
@@ -124,7 +126,7 @@ def render_videos(
         factors: of VIDEO_FACTORS, (n,) each; row and column are those of the first frame.
         frames: of a video.
         size: y and x in pixels, or the side of a square.
-        nudge: steps of a sixteenth of the canvas down and right, (n, 2).
+        jitter: steps of a sixteenth of the canvas down and right, (n, 2).
 
     Raises:
         ValueError: as `render_sprites`, or less than two frames.
@@ -133,7 +135,7 @@ def render_videos(
     if frames < 2:
         raise ValueError(f"a video needs 2 frames or more to show a motion, not {frames}")
     seen = {name: factor.flatten() for name, factor in trajectory(factors, frames).items()}
-    steps = None if nudge is None else nudge.repeat_interleave(frames, 0)
+    steps = None if jitter is None else jitter.repeat_interleave(frames, 0)
     return render_sprites(seen, size, steps).unflatten(0, (-1, frames))
 
 
