@@ -1,18 +1,24 @@
-"""Compare generated images with real ones: Fréchet distance, KID, precision, recall, density and coverage.
+"""Compare generated images with real ones: Fréchet distance, KID, precision, recall, captions and copies.
 
     python train/evaluate.py --real my/images --generated my/samples --features inception.pt --size 299
     python train/evaluate.py --real my/images --model runs/mine/model --caption text --features dinov2.pt2
+    python train/evaluate.py --real DATA --split test --known train --model runs/mine/model --caption text
 
 The features are those of a network in a file of yours, which torch.export or TorchScript wrote: with layer
-pool3 of Inception the Fréchet distance is the FID. A model generates an image of each real one's caption.
+pool3 of Inception the Fréchet distance is the FID. A model generates an image of each real one's caption;
+`caption_retrieval` says how often that real image is the nearest of 50, `copied_share` how many images are
+nearer to one of the known images than any other known image is. Without --features pixels are compared, and
+these two alone are given.
 """
 
 import rope_mm.checks.installed  # noqa: F401 isort: skip
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +33,7 @@ from rope_mm.data.images import EMBEDDED, find_images, load, load_splits
 from rope_mm.data.pixels import UNREADABLE, open_image, to_channels
 from rope_mm.evaluation.features import INPUTS, extract_features, load_network
 from rope_mm.evaluation.metrics import NEIGHBOURS, frechet, kid, prdc
+from rope_mm.evaluation.retrieval import caption_retrieval, copied_share
 from rope_mm.files import write_text
 from rope_mm.models.pipeline import MAX_BATCH, RopeMMPipeline
 from rope_mm.training.config import check_options, option, run
@@ -34,19 +41,24 @@ from rope_mm.training.config import check_options, option, run
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Compare the images of --generated or of --model with those of --real, by the features of a network."""
+    """Compare the images of --generated or of --model with those of --real, by features or by pixels."""
 
     real: str = option("", "an embedded source, a folder, files, or a hub name")
     generated: str = option("", "the same, of generated images")
     model: str = option("", "folder of a model, which generates an image of each real one's caption")
     features: str = option(
-        "", "file of a network, .pt2 or TorchScript: images (b, 3, size, size) -> features"
+        "", "file of a network, .pt2 or TorchScript: images (b, 3, size, size) -> features; empty: pixels"
     )
-    size: int = option(224, "pixels of the side of what the network takes", minimum=1)
+    size: int = option(
+        0,
+        "pixels of a side of what is compared; 0: 224 for a network, else that of generated images",
+        minimum=0,
+    )
     input: str = option(
         "0..1", "range of its pixels; imagenet: normalised by its mean and deviation", choices=INPUTS
     )
     split: str = option("", "of the real images; empty: all")
+    known: str = option("", "split of the real images that training saw, of which copies are counted")
     image: str = option("image", "column of images")
     caption: str = option("", "column of captions, for a model that reads them")
     num_images: int = option(0, "at most, of each side; 0: all", minimum=0)
@@ -98,22 +110,26 @@ def read_images(rows: Dataset, column: str) -> Iterator[Tensor]:
         yield torch.from_numpy(numpy.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
 
 
-def generate(config: Evaluate, rows: Dataset) -> Iterator[Tensor]:
-    """An image (ch, y, x) of the model for each row, from its caption where a column is named.
+def generate(config: Evaluate, captions: Sequence[str]) -> Iterator[Tensor]:
+    """An image (ch, y, x) of the model for each caption.
 
     Args:
-        config: the model, the column of captions and the seed.
-        rows: the real ones.
+        config: the model and the seed.
+        captions: "" where it reads none.
     """
     pipeline = RopeMMPipeline.from_pretrained(config.model)
-    captions = [""] * len(rows)
-    if config.caption:
-        check_rows(rows, 3, config.caption)
-        captions = [texts[0] for texts in read_captions(rows, config.caption)]
     generator = torch.Generator().manual_seed(config.seed)
     for first in range(0, len(captions), MAX_BATCH):
-        batch = captions[first : first + MAX_BATCH]
+        batch = list(captions[first : first + MAX_BATCH])
         yield from pipeline(batch, generator=generator, output_type="pt").images
+
+
+def read_texts(config: Evaluate, rows: Dataset) -> list[str]:
+    """The caption of each row, "" where no column is named."""
+    if not config.caption:
+        return [""] * len(rows)
+    check_rows(rows, 3, config.caption)
+    return [texts[0] for texts in read_captions(rows, config.caption)]
 
 
 def check(config: Evaluate) -> None:
@@ -125,8 +141,50 @@ def check(config: Evaluate) -> None:
     check_options(config)
     if not config.real or bool(config.generated) == bool(config.model):
         raise ValueError("give --real SOURCE, and one of --generated SOURCE and --model FOLDER")
-    if not config.features:
-        raise ValueError("give --features FILE, a network whose features are compared")
+    if not config.features and not config.known and not (config.model and config.caption):
+        raise ValueError(
+            "give --features FILE, a network whose features are compared; without one pixels say how many "
+            "images fit their captions, for --model with --caption, and how many copy those of --known SPLIT"
+        )
+
+
+def choose_features(
+    config: Evaluate, images: Iterator[Tensor]
+) -> tuple[Callable[[Iterable[Tensor]], Tensor], Iterator[Tensor]]:
+    """Images -> features, of the network or the pixels themselves; and the generated images, from the first.
+
+    Args:
+        config: the network, its input and the size.
+        images: the generated ones, whose size pixels are compared in.
+    """
+    if config.features:
+        network = load_network(config.features)
+        return partial(extract_features, network, size=config.size or 224, input=config.input), images
+    first = next(images)
+    size = config.size or max(first.shape[1:])
+    return partial(extract_features, torch.nn.Flatten(), size=size), chain([first], images)
+
+
+def compare(real: Tensor, fake: Tensor) -> dict[str, float]:
+    """How close the features (m, f) of generated images come to those (n, f) of real ones."""
+    if (few := min(len(real), len(fake))) <= real.shape[1]:
+        said = f"{few} images for {real.shape[1]} features: the Fréchet distance is too large"
+        print(said, file=sys.stderr)
+    found = {"frechet": frechet(fake, real), "kid": kid(fake, real)}
+    return found | (prdc(real, fake) if few > NEIGHBOURS else {})
+
+
+def retrieve(real: Tensor, fake: Tensor, captions: Sequence[str]) -> dict[str, float]:
+    """How many images (n, f) have the real one (n, f) of their caption as nearest, or why it is not said."""
+    if len(set(captions)) < len(captions):
+        print(
+            f"{len(captions)} captions, {len(set(captions))} different: no caption_retrieval", file=sys.stderr
+        )
+        return {}
+    if len(real) < len(fake):
+        print("some real images do not decode: no caption_retrieval", file=sys.stderr)
+        return {}
+    return {"caption_retrieval": caption_retrieval(real, fake)}
 
 
 def main(config: Evaluate) -> None:
@@ -137,21 +195,24 @@ def main(config: Evaluate) -> None:
     """
     check(config)
     disable_progress_bar()
-    network = load_network(config.features)
     rows = load_rows(config.real, config.split, config.num_images)
+    captions = read_texts(config, rows)
     if config.model:
-        images = generate(config, rows)
+        images = generate(config, captions)
     else:
         images = read_images(load_rows(config.generated, "", config.num_images), config.image)
-    real = extract_features(network, read_images(rows, config.image), config.size, config.input)
-    fake = extract_features(network, images, config.size, config.input)
-    if (few := min(len(real), len(fake))) <= real.shape[1]:
-        said = f"{few} images for {real.shape[1]} features: the Fréchet distance is too large"
-        print(said, file=sys.stderr)
+    features, images = choose_features(config, images)
+    real, fake = features(read_images(rows, config.image)), features(images)
     result = {"real": len(real), "generated": len(fake), "features": real.shape[1]}
-    result |= {"frechet": frechet(fake, real), "kid": kid(fake, real)}
-    if few > NEIGHBOURS:
-        result |= prdc(real, fake)
+    if config.features:
+        result |= compare(real, fake)
+    if config.model and config.caption:
+        result |= retrieve(real, fake, captions)
+    if config.known:
+        known = features(read_images(load_rows(config.real, config.known, 0), config.image))
+        result["copied_share"] = copied_share(known, fake)
+        if config.known != config.split:
+            result["copied_share_of_real"] = copied_share(known, real)
     text = json.dumps(result, indent=1)
     print(text)
     if config.output:

@@ -264,12 +264,12 @@ class Training:
         self.report_skipped(skipped)
         counts = torch.tensor([batch.counts for batch in batches], dtype=torch.float64).sum(0)
         counts = torch.cat([counts, counts.new_tensor([len(skipped)])])
-        tokens, pairs, *totals, missing = all_reduce_sum(self.accelerator, counts).tolist()
+        tokens, pairs, images, *totals, missing = all_reduce_sum(self.accelerator, counts).tolist()
         if step == 0:
             self.check_first(skipped, int(missing))
         totals = BatchTotals(*totals)
         self.tokens += int(tokens)
-        self.generated += int(totals.patches)
+        self.generated += int(images)
         self.flops += self.counter.flops(tokens, pairs)  # of the model, without the critic's
         self.skipped.count += int(missing)
         return totals

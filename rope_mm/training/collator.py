@@ -145,11 +145,16 @@ class PackedBatch:
         return self.critic_batch
 
     @property
-    def counts(self) -> tuple[int, int, int, int, int]:
-        """Numbers of tokens, pairs in one document, predicted tokens, noisy copies, critic's documents."""
+    def images(self) -> int:
+        """The number of noisy copies of images and frames."""
+        return torch.stack([self.image, self.sample]).unique(dim=1).shape[1]
+
+    @property
+    def counts(self) -> tuple[int, int, int, int, int, int]:
+        """Numbers of tokens, pairs in one document, images, predicted tokens, noisy patches, critic's documents."""
         documents = self.critic_batch.count if self.critic_batch else 0
         pairs = count_pairs(self.document_ids, self.attention_mask)
-        return self.tokens, pairs, self.predicted, len(self.noise), documents
+        return self.tokens, pairs, self.images, self.predicted, len(self.noise), documents
 
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of a forward; noisy copies are between noise and target, at their time."""

@@ -41,6 +41,11 @@ def flags(**given):
     return [text for key, value in given.items() for text in (f"--{key}", str(value))]
 
 
+def printed(capsys):
+    """The metrics that were printed, after whatever else was."""
+    return json.loads("{" + capsys.readouterr().out.rpartition("{")[2])
+
+
 def test_two_folders_are_compared_by_the_features_of_the_network(network, tmp_path, capsys):
     real, fake = write_images(tmp_path / "real", 40, 0), write_images(tmp_path / "fake", 30, 1)
     settings = {"features": network, "size": 8, "output": tmp_path / "metrics.json"}
@@ -68,8 +73,45 @@ def test_the_images_of_a_model_are_compared_with_the_real_ones_of_their_captions
         real="digits", split="test", model=tmp_path / "run" / "model", caption="caption", num_images=20
     )
     evaluate.main(load(evaluate.Evaluate, [*given, *flags(features=network, size=8)]))
-    found = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))
+    found = printed(capsys)
     assert found["real"] == found["generated"] == 20 and found["frechet"] > 0
+
+
+def test_pixels_say_how_many_images_copy_known_ones_and_need_no_network(tmp_path, capsys):
+    given = flags(real="digits", generated="digits", split="test", known="train", num_images=50)
+    evaluate.main(load(evaluate.Evaluate, given))
+    found = printed(capsys)
+    assert found["copied_share"] == 1  # the first ones of all splits are those of train
+    assert 0.3 < found["copied_share_of_real"] < 0.9 and "frechet" not in found
+    assert found["features"] == 3 * 8 * 8
+
+
+def test_a_model_s_images_are_looked_for_among_the_real_ones_of_fifty_captions(
+    adversarial, tmp_path, monkeypatch, capsys
+):
+    texts = [f"number {row}" for row in range(60)]
+    pixels = numpy.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=numpy.uint8)
+    numpy.savez(tmp_path / "data.npz", image=pixels, caption=texts)
+    adversarial.train(tmp_path / "run", steps=1)
+    right = {
+        text: torch.from_numpy(image)[None] / 127.5 - 1 for text, image in zip(texts, pixels, strict=True)
+    }
+    given = flags(real=tmp_path / "data.npz", model=tmp_path / "run" / "model", caption="caption")
+    evaluate.main(load(evaluate.Evaluate, given))
+    assert printed(capsys)["caption_retrieval"] < 0.2
+    monkeypatch.setattr(evaluate, "generate", lambda config, captions: (right[text] for text in captions))
+    evaluate.main(load(evaluate.Evaluate, given))
+    assert printed(capsys)["caption_retrieval"] == 1
+
+
+def test_no_retrieval_is_given_where_captions_repeat(adversarial, tmp_path, capsys):
+    adversarial.train(tmp_path / "run", steps=1)
+    model = tmp_path / "run" / "model"
+    given = flags(real="digits", split="test", model=model, caption="caption", num_images=40)
+    evaluate.main(load(evaluate.Evaluate, given))
+    said = capsys.readouterr()
+    assert '"features"' in said.out and "caption_retrieval" not in said.out
+    assert "40 captions, 26 different: no caption_retrieval" in said.err
 
 
 @pytest.mark.parametrize(
