@@ -237,6 +237,8 @@ def test_the_clean_copy_of_a_last_image_is_omitted_and_changes_no_other_output()
 def test_the_images_of_a_batch_are_counted_frame_by_frame_and_copy_by_copy(copies):
     model = make()
     pack = replace(packer(model), samples=copies)
-    batch = pack([["a", image(generate=True)], ["b", video(frames=3, generate=True)], ["c", image()]], seeds(3))
+    batch = pack(
+        [["a", image(generate=True)], ["b", video(frames=3, generate=True)], ["c", image()]], seeds(3)
+    )
     assert batch.images == 4 * copies
     assert pack([["only text"]], seeds(1)).images == 0
