@@ -151,7 +151,7 @@ class PackedBatch:
 
     @property
     def counts(self) -> tuple[int, int, int, int, int, int]:
-        """Numbers of tokens, pairs in one document, images, predicted tokens, noisy patches, critic's documents."""
+        """Tokens, pairs in one document, images, predicted tokens, noisy patches, critic's documents."""
         documents = self.critic_batch.count if self.critic_batch else 0
         pairs = count_pairs(self.document_ids, self.attention_mask)
         return self.tokens, pairs, self.images, self.predicted, len(self.noise), documents
