@@ -203,7 +203,7 @@ def main(config: Evaluate) -> None:
         images = read_images(load_rows(config.generated, "", config.num_images), config.image)
     features, images = choose_features(config, images)
     real, fake = features(read_images(rows, config.image)), features(images)
-    result = {"real": len(real), "generated": len(fake), "features": real.shape[1]}
+    result: dict[str, float] = {"real": len(real), "generated": len(fake), "features": real.shape[1]}
     if config.features:
         result |= compare(real, fake)
     if config.model and config.caption:
