@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data.columns import check_rows, read_captions
-from rope_mm.data.images import EMBEDDED, find_images, load, load_splits
+from rope_mm.data.images import find_images, is_made_here, load, load_splits
 from rope_mm.data.pixels import UNREADABLE, open_image, to_channels
 from rope_mm.evaluation.features import INPUTS, extract_features, load_network
 from rope_mm.evaluation.metrics import NEIGHBOURS, frechet, kid, prdc
@@ -77,12 +77,11 @@ def load_rows(path: str, split: str, most: int) -> Dataset:
     Raises:
         ValueError: a split that it has not.
     """
-    embedded = path in EMBEDDED or path.startswith("stacked:") or path.endswith(".npz")
-    splits = load_splits(path) if embedded else load(path)
+    splits = load_splits(path) if is_made_here(path) else load(path)
     if split and split not in splits:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(str, splits))}")
     chosen = concatenate_datasets([rows for name, rows in splits.items() if split in ("", name)])
-    rows = chosen if embedded else find_images(chosen, Path(path).parent)
+    rows = chosen if is_made_here(path) else find_images(chosen, Path(path).parent)
     return rows.select(range(min(most, len(rows)))) if most else rows
 
 

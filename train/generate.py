@@ -22,7 +22,7 @@ from PIL import ImageSequence, UnidentifiedImageError
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data.images import EMBEDDED, MODES, load_splits, resize_center_crop
+from rope_mm.data.images import MODES, is_made_here, load_splits, resize_center_crop
 from rope_mm.data.video_files import MP4, VIDEO_ENDS, import_av, read_video_file, write_video_file
 from rope_mm.evaluation.contact_sheet import save_sheet
 from rope_mm.files import write_file
@@ -67,7 +67,7 @@ def read_frames(path: str, size: int | tuple[int, int], channels: int) -> Tensor
     """
     source, colon, row = path.rpartition(":")
     try:
-        if colon and source in EMBEDDED:
+        if colon and is_made_here(source):
             frames = find_row(source, int(row))
         elif Path(path).suffix.lower() in VIDEO_ENDS:
             frames = read_video_file({"bytes": None, "path": path}, lambda total: list(range(total)))

@@ -35,6 +35,7 @@ from rope_mm.data.synthetic.captioned_sprites import (
 from rope_mm.data.synthetic.digits import captioned_digits
 from rope_mm.data.synthetic.letters import captioned_letters
 from rope_mm.data.synthetic.stacked import read_npz, stack_digits, stacked_digits
+from rope_mm.data.synthetic.walks import walk_cycles
 
 
 class Unreadable(ValueError):
@@ -242,6 +243,16 @@ EMBEDDED: dict[str, Callable[[], DatasetDict]] = {
     "videos": captioned_videos,
     "stacked-digits": stacked_digits,
 }
+MADE_OF: dict[str, Callable[[str], DatasetDict]] = {  # NAME:PATH is made of what lies at the path
+    "stacked": lambda path: stack_digits(load_splits(path)),
+    "walks": walk_cycles,
+}
+
+
+def is_made_here(path: str) -> bool:
+    """Whether `load_splits` makes the data of a path itself, and `datasets` does not read it."""
+    name, colon, rest = path.partition(":")
+    return path in EMBEDDED or (bool(colon and rest) and name in MADE_OF) or Path(path).suffix == ".npz"
 
 
 # of files, by how their names end
@@ -258,15 +269,16 @@ def load_splits(path: str) -> DatasetDict:
     Args:
         path: an embedded source, a folder, a hub name, or files: parquet, tar, jsonl, csv or npz. Several
             files of one kind, but npz, are named by a pattern such as "shards/*.tar". "stacked:PATH" stacks
-            the digits of any of them, as `stack_digits` does.
+            the digits of any of them, as `stack_digits` does; "walks:FOLDER" renders `walk_cycles`.
 
     Raises:
-        ValueError: what `datasets` cannot load, stacks of what are no digits.
+        ValueError: what `datasets` cannot load, stacks of what are no digits, walks without sheets.
     """
     if path in EMBEDDED:
         return EMBEDDED[path]()
-    if path.startswith("stacked:"):
-        return stack_digits(load_splits(path.removeprefix("stacked:")))
+    name, _, rest = path.partition(":")
+    if rest and name in MADE_OF:
+        return MADE_OF[name](rest)
     if Path(path).suffix == ".npz":
         return read_npz(path)
     loaded = {

@@ -12,7 +12,14 @@ import torch
 from datasets import Dataset, DatasetBuilder, IterableDataset
 
 from rope_mm.data.documents import DocumentDataset, MapDocuments, Record
-from rope_mm.data.images import EMBEDDED, choose_splits, find_images, load_splits, load_streams, select_rows
+from rope_mm.data.images import (
+    choose_splits,
+    find_images,
+    is_made_here,
+    load_splits,
+    load_streams,
+    select_rows,
+)
 from rope_mm.data.pixels import BACKGROUND
 from rope_mm.data.seeding import make_generator
 
@@ -297,7 +304,7 @@ def load_stream(path: str, held_out: int) -> Source:
     Raises:
         ValueError: as from `load_splits`; a stream that cannot be read, or of which nothing is left.
     """
-    if path in EMBEDDED or path.startswith("stacked:") or Path(path).suffix == ".npz":
+    if is_made_here(path):
         splits = load_splits(path)
         test = splits["test"]
         first = test.select(range(min(held_out, len(test))))
