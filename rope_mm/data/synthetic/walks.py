@@ -90,7 +90,7 @@ def render_walk(sheets: tuple[Path, ...], way: int, size: int) -> Tensor:
         strip = PILImage.alpha_composite(strip, layer)
     cells = (strip.crop((CELL * column, 0, CELL * (column + 1), CELL)) for column in FRAMES)
     frames = [cell.crop(BOX).resize((size, size), PILImage.Resampling.BOX).convert("RGB") for cell in cells]
-    return torch.from_numpy(numpy.stack(frames)).permute(0, 3, 1, 2)
+    return torch.from_numpy(numpy.stack([numpy.asarray(frame) for frame in frames])).permute(0, 3, 1, 2)
 
 
 @cache
