@@ -111,6 +111,9 @@ class Pretrain(Run):
         "of each image in a step, each with its own noise and time; 0: as many as the head needs",
         minimum=0,
     )
+    predict_prompts: bool = option(
+        True, "learn to write the text before an image to generate as well, and not only to read it"
+    )
     guidance_scale: float = option(
         1.0, "of sampling; above 1 a template must generate images without text before", minimum=0
     )
@@ -173,7 +176,8 @@ class Training:
         head = self.head
         samples = config.noisy_copies or head.samples
         times = head.timing(config.flow)
-        packer = Packer(self.processor, config.max_length, times, head.needs_critic, samples)
+        options = times, head.needs_critic, samples, config.predict_prompts
+        packer = Packer(self.processor, config.max_length, *options)
         shares = accelerator.num_processes, accelerator.process_index, config.gradient_accumulation_steps
         size, seed = config.global_batch_size, config.seed
         self.dataset = PackedDocumentDataset(self.documents, packer, seed, size, *shares)

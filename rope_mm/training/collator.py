@@ -41,6 +41,7 @@ class EncodedDocument:
         time: (c, 1), how far each copy is on its way from noise, 0, to its patch, 1.
         image: (m,), the number of the image or frame of each patch that is generated.
         samples: c / m, noisy copies of each image.
+        predict_prompts: whether text is predicted that stands before an image to generate.
     """
 
     sequence: EncodedSequence
@@ -51,6 +52,7 @@ class EncodedDocument:
     time: Tensor
     image: Tensor
     samples: int = 1
+    predict_prompts: bool = True
 
     @property
     def length(self) -> int:
@@ -71,6 +73,8 @@ class EncodedDocument:
         blocks = blocks * self.samples
         labels = ids.masked_fill(ids == image_token_id, IGNORED)
         labels[:1] = IGNORED  # nothing of the document comes before it
+        if not self.predict_prompts and len(copies):
+            labels[: copies.max()] = IGNORED
         return {
             "input_ids": torch.cat([ids[kept], ids[copies]]),
             "position_ids": torch.cat([positions[kept], positions[copies]]),
@@ -199,6 +203,8 @@ class Packer:
         for_critic: whether a critic reads the documents too.
         samples: noisy copies of each image or frame to generate, which do not see one another; each has its
             own noise and time.
+        predict_prompts: whether text is predicted that stands before an image to generate; else it is only
+            read, as a caption is from which an image is generated.
     """
 
     processor: RopeMMProcessor
@@ -206,6 +212,7 @@ class Packer:
     sample_time: SampleTime
     for_critic: bool = False
     samples: int = 1
+    predict_prompts: bool = True
 
     def __call__(self, documents: Sequence[Document], generators: Sequence[torch.Generator]) -> PackedBatch:
         """The packed batch of documents.
@@ -264,7 +271,8 @@ class Packer:
         times = self.sample_time(images * self.samples, generator).view(self.samples, images)
         time = times[:, image].reshape(-1, 1)
         joined = torch.cat([torch.zeros(0, width), *patches])
-        return EncodedDocument(sequence, joined, generated, context, noise, time, image, self.samples)
+        options = self.samples, self.predict_prompts
+        return EncodedDocument(sequence, joined, generated, context, noise, time, image, *options)
 
     def pack(self, encoded: Sequence[EncodedDocument]) -> PackedBatch:
         """The packed batch of encoded documents.

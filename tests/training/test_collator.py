@@ -242,3 +242,15 @@ def test_the_images_of_a_batch_are_counted_frame_by_frame_and_copy_by_copy(copie
     )
     assert batch.images == 4 * copies
     assert pack([["only text"]], seeds(1)).images == 0
+
+
+def test_a_prompt_that_is_only_read_has_no_labels_and_changes_no_output():
+    model = make()
+    documents = [["see ", image(True), " and"], ["a", image(), "b", image(True, seed=8)], ["text", image()]]
+    with_all = packer(model)(documents, seeds(3))
+    without = replace(packer(model), predict_prompts=False)(documents, seeds(3))
+    (row,) = (labels[labels != -100].tolist() for labels in without.labels)
+    assert row == [*TOKENIZER(" and").input_ids, *TOKENIZER("ext").input_ids[:-1]]  # ends in an image
+    assert 0 < without.predicted < with_all.predicted
+    for name, column in with_all.inputs().items():
+        assert torch.equal(column, without.inputs()[name])
