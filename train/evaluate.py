@@ -155,11 +155,15 @@ def choose_features(
     Args:
         config: the network, its input and the size.
         images: the generated ones, whose size pixels are compared in.
+
+    Raises:
+        ValueError: a file without a network; no images.
     """
     if config.features:
         network = load_network(config.features)
         return partial(extract_features, network, size=config.size or 224, input=config.input), images
-    first = next(images)
+    if (first := next(images, None)) is None:
+        raise ValueError("there are no generated images to compare")
     size = config.size or max(first.shape[1:])
     return partial(extract_features, torch.nn.Flatten(), size=size), chain([first], images)
 
@@ -210,7 +214,7 @@ def main(config: Evaluate) -> None:
     if config.known:
         known = features(read_images(load_rows(config.real, config.known, 0), config.image))
         result["copied_share"] = copied_share(known, fake)
-        if config.known != config.split:
+        if config.split not in ("", config.known):  # else the real images are known ones themselves
             result["copied_share_of_real"] = copied_share(known, real)
     text = json.dumps(result, indent=1)
     print(text)

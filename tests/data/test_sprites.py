@@ -43,8 +43,8 @@ def factors_of(rows, names):
     return {name: torch.tensor(rows[name]) for name in names}
 
 
-def nudges(count, key=0):
-    return torch.randint(-1, 2, (count, 2), generator=make_generator("nudges", key))
+def jitters(count, key=0):
+    return torch.randint(-1, 2, (count, 2), generator=make_generator("jitters", key))
 
 
 def assert_says(verdict, factors):
@@ -138,10 +138,10 @@ def test_what_a_caption_leaves_open_is_minus_one():
 
 
 @pytest.mark.parametrize("size", [(8, 8), 16, (16, 33), (40, 12), 64])
-def test_every_sprite_is_classified_right_at_any_size_and_nudge(size):
+def test_every_sprite_is_classified_right_at_any_size_and_jitter(size):
     for down, right in ((0, 0), (-1, 1), (1, -1)):
-        nudge = torch.tensor([[down, right]]).expand(len(EVERY["shape"]), -1)
-        drawn = render_sprites(EVERY, size, nudge)
+        jitter = torch.tensor([[down, right]]).expand(len(EVERY["shape"]), -1)
+        drawn = render_sprites(EVERY, size, jitter)
         verdict = classify_sprites(drawn)
         assert_says(verdict, EVERY)
         assert verdict["distance"].max() < 0.5 / 127.5
@@ -150,7 +150,7 @@ def test_every_sprite_is_classified_right_at_any_size_and_nudge(size):
 
 @pytest.mark.parametrize("sigma", [0.1, 0.2])
 def test_the_classifier_is_right_under_noise(sigma):
-    drawn = render_sprites(EVERY, 16, nudges(576)) / 127.5 - 1
+    drawn = render_sprites(EVERY, 16, jitters(576)) / 127.5 - 1
     noise = sigma * torch.randn(drawn.shape, generator=make_generator("noise"))
     verdict = classify_sprites(drawn + noise)
     assert_says(verdict, EVERY)
@@ -188,8 +188,8 @@ def test_a_sprite_is_of_its_colour_on_the_background():
 
 
 def test_a_larger_canvas_shows_the_same_image():
-    nudge = nudges(len(EVERY["shape"]))
-    small, large = (render_sprites(EVERY, size, nudge).float() for size in (16, 64))
+    jitter = jitters(len(EVERY["shape"]))
+    small, large = (render_sprites(EVERY, size, jitter).float() for size in (16, 64))
     pooled = torch.nn.functional.avg_pool2d(large, 4)
     assert (pooled - small).abs().mean() < 1.5
 
@@ -201,7 +201,7 @@ def test_every_motion_goes_where_it_says_and_enters_again_opposite(frames, seed)
         for name, words in FACTORS.items()
     }
     factors["motion"] = torch.arange(6)
-    videos = render_videos(factors, frames, jitter=nudges(6, seed))
+    videos = render_videos(factors, frames, jitter=jitters(6, seed))
     for frame in range(frames):
         seen = classify_sprites(videos[:, frame])
         away = torch.arange(6) == 1 if frame % 2 else torch.zeros(6, dtype=torch.bool)

@@ -13,7 +13,7 @@ NUDGES = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2))
 
 @pytest.fixture(scope="module")
 def images():
-    """Every image there is, (shape, colour, place, nudge, d), in [-1, 1]."""
+    """Every image there is, (shape, colour, place, jitter, d), in [-1, 1]."""
     factors = {name: factor.repeat_interleave(9) for name, factor in all_combinations(FACTORS).items()}
     shown = render_sprites(factors, 16, NUDGES.repeat(576, 1))
     return (shown / 127.5 - 1).view(8, 8, 9, 9, -1)

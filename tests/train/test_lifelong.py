@@ -198,8 +198,8 @@ def test_the_same_command_again_trains_nothing_and_prints_the_same(tmp_path, cap
 class Fixed:
     """Generates the factors that `choose` makes of a caption's, and one caption for every image."""
 
-    def __init__(self, choose, caption="", nudged=False):
-        self.choose, self.caption, self.nudged = choose, caption, nudged
+    def __init__(self, choose, caption="", moved=False):
+        self.choose, self.caption, self.moved = choose, caption, moved
 
     def prompt(self, name, text="", visual=None):
         return text
@@ -207,7 +207,7 @@ class Fixed:
     def generate_image(self, prompts, generator):
         read = [read_caption(text) for text in prompts]
         factors = {name: torch.tensor([caption[name] for caption in read]) for name in FACTORS}
-        steps = torch.randint(-self.nudged, 1 + self.nudged, (len(prompts), 2), generator=generator)
+        steps = torch.randint(-self.moved, 1 + self.moved, (len(prompts), 2), generator=generator)
         return render_sprites(self.choose(factors), 16, steps).float() / 127.5 - 1
 
     def generate_text(self, prompts):
@@ -221,7 +221,7 @@ def test_a_model_of_right_images_covers_all_and_one_of_one_sprite_covers_one(tmp
     count = len({tuple(row) for row in zip(*(evaluator.rows["old"][name] for name in FACTORS), strict=True)})
     right = evaluator.image_metrics(Fixed(lambda factors: factors), "old")
     assert (right["old images right"], right["old covered"], right["old spread"]) == (1, 1, 0)
-    various = evaluator.image_metrics(Fixed(lambda factors: factors, nudged=True), "old")
+    various = evaluator.image_metrics(Fixed(lambda factors: factors, moved=True), "old")
     assert various["old covered"] == 1
     assert various["old spread"] == pytest.approx(1, abs=0.1)
     only = {name: evaluator.rows["old"][0][name] for name in FACTORS}

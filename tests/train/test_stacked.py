@@ -7,7 +7,8 @@ import adversarial
 import numpy
 import pytest
 
-from rope_mm.data import stack_digits
+from rope_mm.data import EMBEDDED, stack_digits
+from rope_mm.data.synthetic.stacked import stacked_digits
 from rope_mm.training.config import load
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +19,9 @@ CONFIGS = ROOT / "configs" / "adversarial"
 def two_steps(tmp_path, monkeypatch):
     """The metrics of two small steps of a configuration."""
     monkeypatch.setattr(stack_digits, "__defaults__", (400, 60))
+    monkeypatch.setitem(
+        EMBEDDED, "stacked-digits", stacked_digits
+    )  # kept rows would be few for all later tests
 
     def run(config, **changes):
         out = tmp_path / "run"
