@@ -180,3 +180,15 @@ def test_images_that_do_not_decode_are_skipped_and_named(network, tmp_path, caps
         path.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"no image of 20 rows decodes; row 19, column 'image'"):
         evaluate.main(load(evaluate.Evaluate, given))
+
+
+def test_no_generated_images_are_refused():
+    config = evaluate.Evaluate(real="digits", generated="none", known="train")
+    with pytest.raises(ValueError, match="there are no generated images to compare"):
+        evaluate.choose_features(config, iter(()))
+
+
+def test_where_all_real_images_are_compared_the_known_ones_among_them_are_no_copies(capsys):
+    given = flags(real="digits", generated="digits", known="train", num_images=20)
+    evaluate.main(load(evaluate.Evaluate, given))
+    assert set(printed(capsys)) == {"real", "generated", "features", "copied_share"}
