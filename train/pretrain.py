@@ -45,7 +45,7 @@ from rope_mm.training.config import check_options, option, run
 from rope_mm.training.distributed import all_reduce_sum
 from rope_mm.training.ema import Ema
 from rope_mm.training.fingerprint import fingerprint_rows
-from rope_mm.training.image_heads import IMAGE_HEADS, EnergyConfig, FlowConfig
+from rope_mm.training.image_heads import IMAGE_HEADS, EnergyConfig, FieldConfig, FlowConfig
 from rope_mm.training.loop import Run, fingerprint, launch
 from rope_mm.training.metrics_log import say
 from rope_mm.training.packed_dataset import PackedDocumentDataset
@@ -82,6 +82,10 @@ class Data:
     rows_per_document: int = option(1, "rows joined in a document", minimum=1)
     streaming: bool = option(False, "read rows as they come, and hold only some")
     shuffle: int = option(1_000, "rows of streams that are shuffled together; 0: none", minimum=0)
+    group_by: str = option(
+        "", "column; a step reads groups of rows that agree in it, as drift and wflow need; empty: none"
+    )
+    group_size: int = option(32, "rows of a group", minimum=2)
     strict: bool = option(False, "stop at a row that cannot be read or is too long, instead of skipping it")
     changed: bool = option(False, "resume although the data has changed")
 
@@ -120,6 +124,7 @@ class Pretrain(Run):
     loss: GANConfig = option(GANConfig(), "the objective of the adversarial head")
     flow: FlowConfig = option(FlowConfig(), "the times of the flow head")
     energy: EnergyConfig = option(EnergyConfig(), "the loss of the energy head")
+    field: FieldConfig = option(FieldConfig(), "the fields of the drift and wflow heads")
     optim: PretrainOptim = option(PretrainOptim(), "the optimizers")
     attn_implementation: str = option("sdpa", "on GPUs also flex or flash attention", choices=ATTENTIONS)
     compile: str = option("", "a backend of torch.compile, such as inductor; empty: none")
@@ -162,8 +167,9 @@ class Training:
         self.average, self.skipped = Ema(model, config.ema_decay), Count()
         self.named: set[str] = set()
         options = accelerator, config.image_loss_weight, config.compile, config.gradient_checkpointing
+        self.head_settings = getattr(config, self.head.settings) if self.head.settings else None
         self.trainer = PretrainTrainer(
-            model, config.image_head, config.optim, config.loss, *options, energy=config.energy
+            model, config.image_head, config.optim, config.loss, *options, head_settings=self.head_settings
         )
         self.tokens, self.generated, self.flops = 0, 0, 0.0
         self.counter = FlopCounter.of(self.average.model)
@@ -176,7 +182,7 @@ class Training:
         head = self.head
         samples = config.noisy_copies or head.samples
         times = head.timing(config.flow)
-        options = times, head.needs_critic, samples, config.predict_prompts
+        options = times, head.needs_critic, samples, config.predict_prompts, head.conditions
         packer = Packer(self.processor, config.max_length, *options)
         shares = accelerator.num_processes, accelerator.process_index, config.gradient_accumulation_steps
         size, seed = config.global_batch_size, config.seed
@@ -320,7 +326,7 @@ class Training:
         out = self.average.model(**batch.inputs(), labels=batch.labels)
         metrics = {"eval_loss/text": float(out.loss)} if batch.predicted else {}
         if self.trainer.critic is None and len(batch.noise):
-            loss = self.head.loss(out.patches[batch.noisy], batch, self.config.energy) / len(batch.noise)
+            loss = self.head.loss(out.patches[batch.noisy], batch, self.head_settings) / len(batch.noise)
             metrics["eval_loss/image"] = float(loss)
         for source in filter(SPRITE_EVALUATORS.__contains__, self.config.data.paths):
             metrics |= SPRITE_EVALUATORS[source].evaluate(self.pipeline, self.held_out)
@@ -369,6 +375,7 @@ def load_data(data: Data, eval_samples: int, patch_size: int) -> tuple[DocumentD
         background=data.background,
         keep_aspect=patch_size if data.aspect_ratio == "keep" else None,
         flip=data.flip,
+        **({"group_by": data.group_by, "group_size": data.group_size} if data.group_by else {}),
     )
 
 
@@ -400,6 +407,8 @@ def load_initial_tokenizer(config: Pretrain, documents: DocumentDataset) -> PreT
 def check_turns(config: Pretrain, processes: int) -> None:
     """Refuse a batch that leaves a micro-batch without a document, and one cut up where the loss needs it."""
     turns = processes * config.gradient_accumulation_steps
+    if config.data.group_by:
+        check_groups(config, turns)
     if config.global_batch_size < turns:
         raise ValueError(
             f"global_batch_size {config.global_batch_size} has no document for some of {turns} micro-batches "
@@ -412,12 +421,34 @@ def check_turns(config: Pretrain, processes: int) -> None:
         )
 
 
+def check_groups(config: Pretrain, turns: int) -> None:
+    """Refuse groups of rows that do not fill the step or its micro-batches, and those of streams.
+
+    Args:
+        config: with a column to group by.
+        turns: micro-batches of a step, of all processes.
+    """
+    size, groups = config.global_batch_size, config.global_batch_size // config.data.group_size
+    if config.data.streaming:
+        raise ValueError("data.group_by needs all rows at hand; do not stream, or do not group")
+    if size % config.data.group_size or groups % turns:
+        raise ValueError(
+            f"global_batch_size {size} must be a whole number of groups of data.group_size "
+            f"{config.data.group_size} for each of {turns} micro-batches"
+        )
+
+
 def unread(config: Pretrain) -> dict[str, str]:
     """The keys that nothing reads in this configuration, with the reason."""
     keys: dict[str, str] = {}
     head = IMAGE_HEADS[config.image_head]
     for name in sorted({other.settings for other in IMAGE_HEADS.values()} - {"", head.settings}):
-        keys[name] = f"image_head is {config.image_head}, not {name}"
+        readers = [other for other, its in IMAGE_HEADS.items() if its.settings == name]
+        keys[name] = f"image_head is {config.image_head}, not {' or '.join(readers)}"
+    if config.image_head != "wflow":
+        keys["field.iterations"] = f"image_head is {config.image_head}, not wflow"
+    if not config.data.group_by:
+        keys["data.group_size"] = "data.group_by is empty"
     if config.flow.times != "logit-normal":
         reason = f"flow.times is {config.flow.times}, not logit-normal"
         keys |= dict.fromkeys(("flow.mean", "flow.deviation"), reason)

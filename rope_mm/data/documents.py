@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import datasets
@@ -26,7 +27,7 @@ from rope_mm.data.pixels import (
     open_image,
     resize_center_crop,
 )
-from rope_mm.data.seeding import ShuffledOrder
+from rope_mm.data.seeding import GroupedOrder, ShuffledOrder
 from rope_mm.data.templates import Column, Task, Template, read_template
 from rope_mm.data.videos import Reader, choose_reader, take_all
 
@@ -91,6 +92,23 @@ def check_generated(templates: Sequence[Template], kinds: Mapping[str, str]) -> 
         raise ValueError(f"column {texts[0]!r} holds text, which is always generated; write {{{texts[0]}}}")
 
 
+def check_grouping(group_by: str, here: Sequence[set[str]], rows_per_document: int) -> None:
+    """Refuse to group rows by a column that a source lacks, and documents of several rows.
+
+    Args:
+        group_by: the column; "" groups nothing.
+        here: columns of each source.
+        rows_per_document: rows that are joined in a document.
+    """
+    for names in here:
+        if group_by and group_by not in names:
+            raise ValueError(f"rows are grouped by column {group_by!r}, and a source has {sorted(names)}")
+    if group_by and rows_per_document > 1:
+        raise ValueError(
+            f"rows_per_document is {rows_per_document}, and groups are of rows, one in a document; take 1"
+        )
+
+
 class DocumentDataset(ABC):
     """Rows of sources as documents, wherever the rows are.
 
@@ -107,6 +125,7 @@ class DocumentDataset(ABC):
         keep_aspect: pixels of a patch's side; then images and videos keep their shape, in as many patches as
             a square of `size` has at most, see `keep_aspect_ratio`. None: all are cropped to `size`.
         flip: mirror each image and video, left to right, half of the times that it is read.
+        group_by: a column of text that is kept beside those of the templates; "" keeps none.
 
     Raises:
         ValueError: a source that no template fits, a template that fits no source, a column of no use.
@@ -125,6 +144,7 @@ class DocumentDataset(ABC):
         background: str = BACKGROUND,
         keep_aspect: int | None = None,
         flip: bool = False,
+        group_by: str = "",
     ):
         check_background(background)
         if keep_aspect and not isinstance(size, int):
@@ -139,13 +159,18 @@ class DocumentDataset(ABC):
         pairs = list(zip(parsed, columns, strict=True))
         self.fits = [[template for template, wanted in pairs if wanted <= names] for names in here]
         check_fits(templates, columns, here)
-        used = sorted(set().union(*columns))
+        check_grouping(group_by, here, rows_per_document)
+        used = sorted(set().union(*columns, [group_by] if group_by else []))
         features = cast(Any, [rows.features for rows in sources])
         chosen = {name: there[name] for there in features for name in used if name in there}
         kinds = {name: choose_kind(feature, name) for name, feature in chosen.items()}
         self.kinds = {name: kind for name, (kind, _) in kinds.items()}
         self.readers = {name: read for name, (_, read) in kinds.items()}
         check_generated(parsed, self.kinds)
+        if group_by and self.kinds[group_by] != "text":
+            raise ValueError(
+                f"rows are grouped by a column of text or labels; {group_by!r} holds {self.kinds[group_by]}s"
+            )
         # as stored, so that an image which cannot be read is named by its row
         self.sources = [
             rows.select_columns([name for name in used if name in names]).with_format("arrow")
@@ -229,9 +254,28 @@ class DocumentDataset(ABC):
 
 
 class MapDocuments(DocumentDataset):
-    """Rows of sources at hand, one after another, as documents; a row is known by its number."""
+    """Rows of sources at hand, one after another, as documents; a row is known by its number.
+
+    Args:
+        sources: rows of `datasets`, at hand.
+        templates: see `DocumentDataset` for this and the others.
+        group_by: the documents of a batch are in groups with one value in this column; "": in no groups.
+        group_size: documents of a group.
+    """
 
     sources: list[Any]
+
+    def __init__(
+        self,
+        sources: Sequence[Dataset],
+        templates: Sequence[str],
+        *args: Any,
+        group_by: str = "",
+        group_size: int = 2,
+        **how: Any,
+    ):
+        super().__init__(sources, templates, *args, group_by=group_by, **how)
+        self.group_by, self.group_size = group_by, group_size
 
     @cached_property
     def ends(self) -> list[int]:
@@ -239,9 +283,19 @@ class MapDocuments(DocumentDataset):
         return torch.tensor([len(rows) for rows in self.sources]).cumsum(0).tolist()
 
     @cached_property
-    def order(self) -> ShuffledOrder:
+    def order(self) -> ShuffledOrder | GroupedOrder:
         """In which rows are trained on."""
-        return ShuffledOrder(len(self))
+        if not self.group_by:
+            return ShuffledOrder(len(self))
+        stored = chain.from_iterable(rows[self.group_by].to_pylist() for rows in self.sources)
+        return GroupedOrder([self.group_value(value) for value in stored], self.group_size)
+
+    def group_value(self, stored: Any) -> tuple[str, ...]:
+        """The texts by which a row is grouped; rows without any are a group of their own."""
+        try:
+            return tuple(self.readers[self.group_by](stored))
+        except UNREADABLE:
+            return ()
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -257,7 +311,7 @@ class MapDocuments(DocumentDataset):
                             yield from self.readers[name](stored)
 
     def batch(self, seed: int, step: int, batch: int) -> list[list[int]]:
-        """Numbers of the rows in each document of a step's batch, each row once in an epoch.
+        """Numbers of the rows in each document of a step's batch, without groups each row once in an epoch.
 
         Args:
             seed: of the order of rows.

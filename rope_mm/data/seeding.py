@@ -4,6 +4,7 @@ A resumed run gets the same numbers as an uninterrupted one.
 """
 
 import hashlib
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -59,6 +60,52 @@ class ShuffledOrder:
         if (kept := self.epochs.get((seed, epoch))) is not None:
             return kept
         return torch.randperm(self.size, generator=make_generator(seed, "order", epoch))
+
+
+class GroupedOrder:
+    """Batches of indices in groups of one value, chosen anew in every step.
+
+    A value with more rows comes oftener. What a batch holds depends on seed, step and batch size alone. Of G
+    groups each G-th index is of the same one, so that processes and micro-batches, if their number divides
+    G, get whole groups.
+
+    Args:
+        values: of each index.
+        size: indices of a group, each once; all of them and some again where a value has fewer.
+
+    Raises:
+        ValueError: no values.
+    """
+
+    def __init__(self, values: Sequence[Hashable], size: int):
+        if not values:
+            raise ValueError("an order needs 1 row or more, not 0")
+        members: dict[Hashable, list[int]] = {}
+        for index, value in enumerate(values):
+            members.setdefault(value, []).append(index)
+        self.members, self.size = [torch.tensor(indices) for indices in members.values()], size
+
+    def batch(self, seed: int, step: int, batch: int) -> Tensor:
+        """Indices (batch,) of a step.
+
+        Args:
+            seed: of all choices.
+            step: 0, 1, ...
+            batch: how many indices a step takes.
+
+        Raises:
+            ValueError: a batch that is not made of whole groups.
+        """
+        groups, rest = divmod(batch, self.size)
+        if rest:
+            raise ValueError(f"{batch} rows of a step are no whole number of groups of {self.size} rows")
+        generator, counts = make_generator(seed, "groups", step), [float(len(rows)) for rows in self.members]
+        chosen = torch.tensor(counts).multinomial(groups, groups > len(counts), generator=generator)
+        turns = torch.arange(self.size)
+        columns = []
+        for rows in (self.members[value] for value in chosen.tolist()):
+            columns.append(rows[torch.randperm(len(rows), generator=generator)[turns % len(rows)]])
+        return torch.stack(columns, 1).flatten()
 
 
 def batch_indices(size: int, batch: int, seed: int, step: int) -> Tensor:

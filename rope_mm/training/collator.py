@@ -64,6 +64,22 @@ class EncodedDocument:
         """Which sample each noisy copy (c,) is of."""
         return torch.arange(self.samples).repeat_interleave(len(self.image))
 
+    def conditions(self, image_token_id: int) -> list[tuple[bytes, ...]]:
+        """What the model knows of each image or frame to generate, in bytes: all before it, and its place.
+
+        Args:
+            image_token_id: of the token at each patch.
+        """
+        ids, positions, _, _ = self.sequence
+        places, order = (ids == image_token_id).nonzero()[:, 0], self.generated.nonzero()[:, 0]
+        found = []
+        for number in range(int(self.image.max()) + 1 if len(self.image) else 0):
+            mine = order[self.image == number]
+            end = int(places[mine[-1]]) + 1
+            parts = ids[:end], positions[:end], self.patches[: mine[0]]
+            found.append(tuple(part.numpy().tobytes() for part in parts))
+        return found
+
     def columns(self, image_token_id: int) -> dict[str, Tensor]:
         """Its columns (length, ...) of a packed batch: the document, then the noisy copies."""
         ids, positions, blocks, _ = self.sequence
@@ -101,6 +117,8 @@ class PackedBatch:
         time: (m, 1), how far each is on its way from noise, 0, to its target, 1.
         image: (m,), the number of the image or frame that each is of.
         sample: (m,), which noisy copy of its image it is of, from 0.
+        condition: of each image or frame a number, the same for those that follow the same text and images;
+            None where the packer was not asked for it.
         critic_batch: what a critic reads, where there is one.
         skipped: why documents of this batch are missing, a sentence for each.
         stream_state: where a stream stands after this batch.
@@ -118,6 +136,7 @@ class PackedBatch:
     time: Tensor
     image: Tensor
     sample: Tensor
+    condition: Tensor | None = None
     critic_batch: CriticBatch | None = None
     skipped: tuple[str, ...] = ()
     stream_state: Any = None
@@ -205,6 +224,7 @@ class Packer:
             own noise and time.
         predict_prompts: whether text is predicted that stands before an image to generate; else it is only
             read, as a caption is from which an image is generated.
+        conditions: whether batches say which of their images follow the same text and images.
     """
 
     processor: RopeMMProcessor
@@ -213,6 +233,7 @@ class Packer:
     for_critic: bool = False
     samples: int = 1
     predict_prompts: bool = True
+    conditions: bool = False
 
     def __call__(self, documents: Sequence[Document], generators: Sequence[torch.Generator]) -> PackedBatch:
         """The packed batch of documents.
@@ -298,8 +319,15 @@ class Packer:
             time=torch.cat([d.time for d in ordered]),
             image=number_images(ordered),
             sample=torch.cat([d.sample for d in ordered]),
+            condition=self.number_conditions(ordered) if self.conditions else None,
             critic_batch=self.gather(ordered) if self.for_critic else None,
         )
+
+    def number_conditions(self, documents: Sequence[EncodedDocument]) -> Tensor:
+        """The number of the condition of each image or frame, see `PackedBatch.condition`."""
+        token, known = cast(int, self.processor.image_token_id), {}
+        keys = [key for document in documents for key in document.conditions(token)]
+        return torch.tensor([known.setdefault(key, len(known)) for key in keys], dtype=torch.long)
 
     def columns_of(self, row: Sequence[EncodedDocument]) -> list[dict[str, Tensor]]:
         """The columns of each document of a row."""

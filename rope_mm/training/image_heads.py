@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rope_mm.losses import energy_score
+from rope_mm.losses import energy_score, follow_field
 from rope_mm.registry import Registry
 from rope_mm.training.collator import PackedBatch, SampleTime
 from rope_mm.training.config import check_options, option
@@ -49,31 +49,98 @@ class FlowConfig:
         return partial(logit_normal, mean=self.mean, deviation=self.deviation)
 
 
-def squared_error(generated: Tensor, batch: PackedBatch, config: EnergyConfig) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class FieldConfig:
+    """The fields that generated images follow, of the drift and wflow heads."""
+
+    widths: list[float] = option(
+        [], "of the kernels, over the mean distance of images; empty: those of the head", above=0
+    )
+    iterations: int = option(10, "of Sinkhorn's algorithm, of wflow", minimum=1)
+
+    def __post_init__(self):
+        check_options(self, "field.")
+
+
+def squared_error(generated: Tensor, batch: PackedBatch, settings: Any) -> Tensor:
     """Squared errors of patches (m, p), averaged over each patch and summed over patches."""
     return (generated.float() - batch.target).square().mean(1).sum()
 
 
-def image_energy(generated: Tensor, batch: PackedBatch, config: EnergyConfig) -> Tensor:
+def image_sizes(batch: PackedBatch) -> list[int]:
+    """How many patches each image or frame to generate has."""
+    return batch.image[batch.sample == 0].bincount().tolist()
+
+
+def image_vectors(patches: Tensor, batch: PackedBatch, sample: int) -> Tensor:
+    """The images (n, d) of a sample among patches (m, p), with zeros after the shorter ones."""
+    return pad_sequence(list(patches[batch.sample == sample].split(image_sizes(batch))), True).flatten(1)
+
+
+def image_energy(generated: Tensor, batch: PackedBatch, settings: EnergyConfig) -> Tensor:
     """The energy score of each image's samples, its distances over sqrt(d), summed over patches (m, p).
 
-    An image or frame is one vector: of patches by themselves only their own laws would be learned, and not
-    what they have to do with one another.
+    An image or frame is one vector, whose zeros at the end add to no distance: of patches by themselves only
+    their own laws would be learned, and not what they have to do with one another.
     """
     if not len(generated):
         return generated.sum()
-    sizes = batch.image[batch.sample == 0].bincount().tolist()
-
-    def vectors(patches: Tensor, sample: int) -> Tensor:
-        """The images (n, d) of a sample, with zeros after the shorter ones, which add to no distance."""
-        return pad_sequence(list(patches[batch.sample == sample].split(sizes)), True).flatten(1)
-
     count = int(batch.sample.max()) + 1
-    samples = torch.stack([vectors(generated.float(), sample) for sample in range(count)])
-    score = energy_score(samples, vectors(batch.target, 0), config.exponent, config.repulsion)
-    patches = score.new_tensor(sizes)
+    samples = torch.stack([image_vectors(generated.float(), batch, sample) for sample in range(count)])
+    targets = image_vectors(batch.target, batch, 0)
+    score = energy_score(samples, targets, settings.exponent, settings.repulsion)
+    patches = score.new_tensor(image_sizes(batch))
     side = (patches * generated.shape[1]).sqrt()
-    return (score / side**config.exponent * patches * count).sum()
+    return (score / side**settings.exponent * patches * count).sum()
+
+
+def follow_images(generated: Tensor, batch: PackedBatch, settings: FieldConfig, field: str) -> Tensor:
+    """The loss of images that follow a field towards the real images of their condition, summed over patches.
+
+    Each sample of the images of a condition follows the field of the real ones and of its other samples. The
+    value is the size of the field, which is 0 where both laws agree; the gradient is that of `follow_field`,
+    over the numbers of an image.
+
+    Args:
+        generated: patches (m, p).
+        batch: packed with `conditions`.
+        settings: widths and iterations.
+        field: a key of FIELDS.
+
+    Raises:
+        ValueError: a batch most of whose images are the only ones of their condition.
+    """
+    if batch.condition is None:
+        raise ValueError("a field needs images of one condition; pack them by Packer(..., conditions=True)")
+    if not len(generated):
+        return generated.sum()
+    sizes = image_sizes(batch)
+    groups = [(batch.condition == number).nonzero()[:, 0] for number in batch.condition.unique()]
+    alone = sum(len(rows) == 1 for rows in groups)
+    if 2 * alone > len(sizes):
+        raise ValueError(
+            f"{alone} of {len(sizes)} images or frames are the only ones of their text in a batch, and the "
+            f"{field} head compares those of one text; group rows by the column that makes the text, as "
+            "by data.group_by label, or take another image_head"
+        )
+    count = int(batch.sample.max()) + 1
+    samples = [image_vectors(generated.float(), batch, sample) for sample in range(count)]
+    targets, total = image_vectors(batch.target, batch, 0), generated.new_zeros((), dtype=torch.float32)
+    widths = settings.widths or FIELD_WIDTHS[field]
+    options = {"iterations": settings.iterations} if field == "wflow" else {}
+    for rows in (rows for rows in groups if len(rows) > 1):
+        patches = sizes[int(rows[0])]
+        numbers = patches * generated.shape[1]
+        near = [sample[rows, :numbers] for sample in samples]
+        for mine in range(count):
+            others = torch.cat(near[:mine] + near[mine + 1 :]).detach()
+            loss, size = follow_field(near[mine], targets[rows, :numbers], others, field, widths, **options)
+            loss = loss / numbers
+            total = total + (size + loss - loss.detach()) * patches * len(rows)
+    return total
+
+
+FIELD_WIDTHS = {"drift": [0.02, 0.05, 0.2], "wflow": [0.01]}
 
 
 @dataclass(frozen=True)
@@ -88,15 +155,17 @@ class ImageHead:
         distance: (patches (m, p) made of the noisy copies, their batch, settings) -> the loss, summed over
             patches; None where a critic gives it.
         samples: noisy copies of an image that the loss needs at least.
-        settings: the key of the configuration that this head alone reads; "" where there is none.
+        settings: the key of the configuration that this kind of head alone reads; "" where there is none.
+        conditions: whether the loss compares images of one condition.
     """
 
     timing: Callable[[FlowConfig], SampleTime]
     steps: int
     source: str
-    distance: Callable[[Tensor, PackedBatch, EnergyConfig], Tensor] | None = squared_error
+    distance: Callable[[Tensor, PackedBatch, Any], Tensor] | None = squared_error
     samples: int = 1
     settings: str = ""
+    conditions: bool = False
 
     @property
     def sample_time(self) -> SampleTime:
@@ -108,20 +177,20 @@ class ImageHead:
         """Whether a critic gives the loss."""
         return self.distance is None
 
-    def loss(self, generated: Tensor, batch: PackedBatch, config: EnergyConfig) -> Tensor:
+    def loss(self, generated: Tensor, batch: PackedBatch, settings: Any = None) -> Tensor:
         """The loss, summed over patches.
 
         Args:
             generated: patches (m, p) that the model makes of the batch's noisy copies.
             batch: with the target of each.
-            config: of the energy head.
+            settings: of the head, as `settings` names them; heads without settings read none.
 
         Raises:
             ValueError: a head whose loss is a critic's.
         """
         if self.distance is None:
             raise ValueError("the loss of this head is a critic's, not a distance; see `CriticTrainer`")
-        return self.distance(generated, batch, config)
+        return self.distance(generated, batch, settings)
 
 
 def from_noise(images: int, generator: torch.Generator) -> Tensor:
@@ -172,6 +241,24 @@ IMAGE_HEADS = Registry(
             image_energy,
             samples=2,
             settings="energy",
+        ),
+        "drift": ImageHead(
+            all_noise,
+            1,
+            "images drift to real ones of their text, arXiv 2602.04770",
+            partial(follow_images, field="drift"),
+            samples=2,
+            settings="field",
+            conditions=True,
+        ),
+        "wflow": ImageHead(
+            all_noise,
+            1,
+            "images flow to real ones of their text by Sinkhorn plans, arXiv 2605.11755",
+            partial(follow_images, field="wflow"),
+            samples=2,
+            settings="field",
+            conditions=True,
         ),
     },
 )

@@ -16,7 +16,7 @@ from rope_mm.training.adversarial_trainer import CriticTrainer, share_angles
 from rope_mm.training.collator import PackedBatch
 from rope_mm.training.config import check_options, option
 from rope_mm.training.distributed import grad_norm, no_sync_if, precision, prepare_model, whole
-from rope_mm.training.image_heads import IMAGE_HEADS, EnergyConfig
+from rope_mm.training.image_heads import IMAGE_HEADS, EnergyConfig, FieldConfig
 from rope_mm.training.schedule import SCHEDULES
 
 
@@ -69,7 +69,7 @@ class PretrainTrainer:
         image_loss_weight: of the image loss, that of the text loss being 1.
         compile: a backend of torch.compile; "" compiles nothing.
         checkpointing: whether blocks are recomputed in the backward pass instead of kept.
-        energy: the loss of the energy head; None: its defaults.
+        head_settings: of the image head, an `EnergyConfig` or a `FieldConfig`; None where it needs none.
 
     Raises:
         ValueError: an unknown head, schedule or loss, a penalty's method that does not fit, mixed fp16.
@@ -85,9 +85,9 @@ class PretrainTrainer:
         image_loss_weight: float = 1.0,
         compile: str = "",
         checkpointing: bool = False,
-        energy: EnergyConfig | None = None,
+        head_settings: EnergyConfig | FieldConfig | None = None,
     ):
-        self.energy, self.transport = energy or EnergyConfig(), loss.transport
+        self.head_settings, self.transport = head_settings, loss.transport
         self.head, self.optim, self.image_loss_weight = IMAGE_HEADS[image_head], optim, image_loss_weight
         self.accelerator, self.schedule = accelerator, SCHEDULES[optim.schedule]
         self.compiled = bool(compile)
@@ -224,7 +224,7 @@ class PretrainTrainer:
         """
         generated = out.patches[batch.noisy]
         if self.critic is None:
-            image_loss = self.head.loss(generated, batch, self.energy) / max(totals.patches, 1)
+            image_loss = self.head.loss(generated, batch, self.head_settings) / max(totals.patches, 1)
         else:
             documents = batch.for_critic
             share = documents.count / max(totals.documents, 1)

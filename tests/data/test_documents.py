@@ -88,6 +88,37 @@ def test_a_batch_is_a_function_of_seed_and_step_and_an_epoch_has_every_row_once(
     assert documents.batch(3, 5, 10) != documents.batch(4, 5, 10)
 
 
+@pytest.mark.parametrize("template", ["{label}{image:generate}", "{image:generate}"])
+def test_rows_are_grouped_by_the_text_of_a_column_also_over_sources_and_where_no_template_has_it(template):
+    named = Features(image=Image(), label=ClassLabel(names=["cat", "dog"]))
+    labels = [0, 1, 1, 0, 0, 1]
+    one = Dataset.from_dict({"image": [grey(0)] * 6, "label": labels}, named)
+    two = Dataset.from_dict({"image": [grey(0)] * 4, "label": ["dog", "cat", None, "bird"]})
+    two = two.cast_column("image", Image())
+    names = [("cat", "dog")[label] for label in labels] + ["dog", "cat", None, "bird"]
+    documents = MapDocuments([one, two], [template], 4, 1, group_by="label", group_size=2)
+    found = set()
+    for step in range(40):
+        rows = torch.tensor(documents.batch(3, step, 6)).view(2, 3).T.tolist()
+        assert all(names[first] == names[second] for first, second in rows)
+        found |= {row for group in rows for row in group}
+    assert found == set(range(10))
+    assert documents.batch(3, 5, 6) == documents.batch(3, 5, 6) != documents.batch(4, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_by": "label"}, r"grouped by column 'label', and a source has \['caption', 'image'\]"),
+        ({"group_by": "image"}, "a column of text or labels; 'image' holds images"),
+        ({"group_by": "caption", "rows_per_document": 2}, "rows_per_document is 2, and groups are of rows"),
+    ],
+)
+def test_what_cannot_be_grouped_is_refused(sources, options, message):
+    with pytest.raises(ValueError, match=message):
+        MapDocuments(sources[:1], ["{caption}{image:generate}"], 4, 1, **options)
+
+
 def test_tasks_are_read_off_the_templates():
     kinds = {"caption": "text", "image": "image", "frames": "video"}
     tasks = find_tasks([read_template(template) for template in TEMPLATES], kinds)

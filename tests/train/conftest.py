@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from rope_mm.data import EMBEDDED
 from rope_mm.training.config import load, run
+from rope_mm.training.image_heads import IMAGE_HEADS
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = (
@@ -41,6 +42,18 @@ PRETRAIN = {
     "model.num_hidden_layers": 1, "model.num_attention_heads": 2, "model.num_key_value_heads": 2,
     "data.templates": TEMPLATES, "data.size": 4, "data.channels": 1,
 }  # fmt: skip
+
+
+# documents of one caption in groups of four, for heads that compare images of one text
+GROUPS = {
+    "global_batch_size": 12, "data.group_by": "caption", "data.group_size": 4,
+    "data.templates": '["{caption}{image:generate}"]',
+}  # fmt: skip
+
+
+def for_head(head):
+    """The flags of an image head."""
+    return {"image_head": head, **(GROUPS if IMAGE_HEADS[head].conditions else {})}
 
 
 class Toy:
@@ -192,6 +205,12 @@ def adversarial():
 def pretrain(bars):
     """Four steps of eight documents of bars."""
     return Toy("pretrain", PRETRAIN | {"data.paths": f"[{bars}]"})
+
+
+@pytest.fixture(scope="session")
+def head_flags():
+    """A function: an image head -> the flags of a run with it."""
+    return for_head
 
 
 @pytest.fixture(params=["adversarial", "pretrain"])

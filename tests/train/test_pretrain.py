@@ -59,13 +59,13 @@ def test_a_run_leaves_metrics_samples_and_a_model_that_loads(whole, runs):
 
 
 @pytest.mark.parametrize("head", IMAGE_HEADS)
-def test_a_stopped_and_resumed_run_ends_as_an_uninterrupted_one(head, pretrain, runs, tmp_path):
+def test_a_stopped_and_resumed_run_ends_as_an_uninterrupted_one(head, pretrain, head_flags, runs, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    result = pretrain.train(whole, image_head=head)
+    result = pretrain.train(whole, **head_flags(head))
     shutil.copytree(whole, parts)
     for path in (parts / "checkpoints" / "step-000004", parts / "model"):
         shutil.rmtree(path)
-    assert pretrain.train(parts, image_head=head) == result
+    assert pretrain.train(parts, **head_flags(head)) == result
     assert runs.same(parts, whole)
     assert runs.lines(parts) == runs.lines(whole)
 
@@ -91,6 +91,38 @@ def test_images_have_the_number_of_noisy_copies_asked_for_and_else_that_of_the_h
     assert (one, two, doubled) == (1, 2, 2 * patches)
     assert copies(image_head="flow", noisy_copies=3) == (3, 3 * patches)
     assert copies(image_head="energy", noisy_copies=3) == (3, 3 * patches)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"data.group_size": 5},
+            r"global_batch_size 12 must be a whole number of groups of .* 5 for each of 1",
+        ),
+        (
+            {"gradient_accumulation_steps": 2},
+            r"must be a whole number of groups .* 4 for each of 2 micro-batches",
+        ),
+        ({"data.streaming": "true"}, "data.group_by needs all rows at hand"),
+        ({"data.group_by": ""}, "data.group_size 4 would change nothing: data.group_by is empty"),
+        ({"field.iterations": 5}, "field.iterations 5 would change nothing: image_head is drift, not wflow"),
+        ({"image_head": "flow", "field.widths": "[1.0]"}, "image_head is flow, not drift or wflow"),
+    ],
+    ids=str,
+)
+def test_groups_and_fields_that_do_not_fit_are_refused(
+    pretrain, head_flags, refusal, tmp_path, changes, message
+):
+    assert re.search(message, refusal(pretrain, tmp_path / "run", **head_flags("drift") | changes))
+    assert not (tmp_path / "run" / "run.yaml").exists()
+
+
+def test_a_field_head_without_groups_stops_at_the_first_step_and_says_how_to_group(
+    pretrain, refusal, tmp_path
+):
+    message = refusal(pretrain, tmp_path, image_head="wflow")
+    assert re.search("are the only ones of their text .* group rows by the column", message)
 
 
 @pytest.mark.parametrize("changes", [{"temporal_patch_size": 2}, {"video_attention": "full"}], ids=str)

@@ -53,9 +53,11 @@ def test_a_stream_resumes_on_another_number_of_processes(pretrain, runs, check_c
 
 
 @pytest.mark.parametrize("head", IMAGE_HEADS)
-def test_three_micro_batches_give_the_same_step_as_the_whole_batch(head, pretrain, check_close, tmp_path):
+def test_three_micro_batches_give_the_same_step_as_the_whole_batch(
+    head, pretrain, head_flags, check_close, tmp_path
+):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = {"steps": 2, **SEVEN, **(CRITIC if head == "adversarial" else {"image_head": head})}
+    settings = {"steps": 2, **SEVEN, **head_flags(head), **(CRITIC if head == "adversarial" else {})}
     pretrain.train(whole, **settings)
     pretrain.train(parts, gradient_accumulation_steps=3, **settings)
     check_close(parts, whole)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from rope_mm.data.documents import Visual
-from rope_mm.losses import energy_score
+from rope_mm.losses import energy_score, follow_field
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer, read_config
 from rope_mm.training.collator import Packer
-from rope_mm.training.image_heads import IMAGE_HEADS, EnergyConfig, FlowConfig, near_noise
+from rope_mm.training.image_heads import IMAGE_HEADS, EnergyConfig, FieldConfig, FlowConfig, near_noise
 
 ENERGY = IMAGE_HEADS["energy"]
 SIZES = ((4, 4), (4, 8), (8, 4))  # pixels y, x: 4, 8 and 8 patches of 2
@@ -124,3 +124,129 @@ def test_the_head_of_a_critic_has_no_distance_as_its_loss(model):
 def test_energy_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=rf"energy.{next(iter(wrong))} must be"):
         EnergyConfig(**wrong)
+
+
+def pack_groups(model, texts=("a", "b", "a", "b", "a", "c", "c"), size=(4, 4), samples=2):
+    """Documents of an image after each text, or after a text and an image."""
+    processor = RopeMMProcessor.from_config(model.config, load_tokenizer())
+    made = [[text, Visual(pixels(1, *size, seed=number), generate=True)] for number, text in enumerate(texts)]
+    made.append(["c", Visual(pixels(1, 4, 8, seed=9), generate=True)])
+    made.append(["c", Visual(pixels(1, 4, 8, seed=10), generate=True)])
+    packer = Packer(processor, 200, ENERGY.sample_time, samples=samples, conditions=True)
+    return packer(made, [torch.Generator().manual_seed(number) for number in range(len(made))])
+
+
+def followed(batch, generated, field, **options):
+    """The loss and its gradient by the generated patches, each condition written out by itself."""
+    expected, sizes, value = torch.zeros_like(generated), [], torch.zeros(())
+    for condition in batch.condition.unique().tolist():
+        images = (batch.condition == condition).nonzero()[:, 0].tolist()
+        sizes.append(len(images))
+
+        def vectors(patches, sample, images=images):
+            mine = [patches[(batch.image == image) & (batch.sample == sample)].flatten() for image in images]
+            return torch.stack(mine)
+
+        first, second = (vectors(generated, sample).requires_grad_() for sample in (0, 1))
+        real = vectors(batch.target, 0)
+        for x, other, sample in ((first, second.detach(), 0), (second, first.detach(), 1)):
+            loss, size = follow_field(x, real, other, field, **options)
+            (gradient,) = torch.autograd.grad(loss * len(images) / generated.shape[1], x)
+            value += size * x.numel() / generated.shape[1]
+            for image, row in zip(images, gradient, strict=True):
+                place = (batch.image == image) & (batch.sample == sample)
+                expected[place] = row.view(-1, generated.shape[1])
+    return sizes, expected, value
+
+
+@pytest.mark.parametrize(
+    ("field", "settings", "options"),
+    [
+        ("drift", {}, {"widths": [0.02, 0.05, 0.2]}),
+        ("drift", {"widths": [0.1]}, {"widths": [0.1]}),
+        ("wflow", {}, {"widths": [0.01], "iterations": 10}),
+        ("wflow", {"widths": [0.2, 0.3], "iterations": 4}, {"widths": [0.2, 0.3], "iterations": 4}),
+    ],
+    ids=str,
+)
+def test_every_sample_follows_the_field_of_the_real_and_the_other_images_of_its_text(
+    model, field, settings, options
+):
+    batch = pack_groups(model)
+    generated = pixels(*batch.noise.shape, seed=19).requires_grad_()
+    loss = IMAGE_HEADS[field].loss(generated, batch, FieldConfig(**settings))
+    loss.backward()
+    sizes, expected, value = followed(batch, generated.detach(), field, **options)
+    assert sorted(sizes) == [2, 2, 2, 3]  # a, b, and c in two shapes
+    torch.testing.assert_close(generated.grad, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(loss.detach(), value)  # the size of the field, by which progress is seen
+
+
+def test_images_have_one_condition_where_all_before_them_and_their_places_agree(model):
+    processor = RopeMMProcessor.from_config(model.config, load_tokenizer())
+    packer = Packer(processor, 200, ENERGY.sample_time, conditions=True)
+    shown, other = (Visual(pixels(1, 4, 4, seed=seed)) for seed in (1, 2))
+
+    def generated(seed, *shape):
+        return Visual(pixels(1, *(shape or (4, 4)), seed=seed), generate=True)
+
+    rows = {
+        "a": ["a", generated(3)],
+        "a again": ["a", generated(4)],
+        "what stands after the image": ["a", generated(5), "b"],
+        "another text": ["b", generated(6)],
+        "another shape": ["a", generated(7, 4, 8)],
+        "the same number of patches": ["a", generated(8, 8, 4)],
+        "after an image": [shown, "a", generated(9)],
+        "after it again": [shown, "a", generated(10)],
+        "after another image": [other, "a", generated(11)],
+    }
+    found = {}
+    seeds = [torch.Generator() for _ in rows]
+    for name, number in zip(rows, packer(list(rows.values()), seeds).condition.tolist(), strict=True):
+        found.setdefault(number, []).append(name)
+    assert list(found.values()) == [
+        ["a", "a again", "what stands after the image"],
+        ["another text"],
+        ["another shape"],
+        ["the same number of patches"],
+        ["after an image", "after it again"],
+        ["after another image"],
+    ]
+
+
+@pytest.mark.parametrize("field", ["drift", "wflow"])
+def test_a_field_head_refuses_a_batch_most_of_whose_images_are_alone_with_their_text(model, field):
+    batch = pack_groups(model, texts=["a", "b", "d", "e"])  # and two of c
+    generated = pixels(*batch.noise.shape, seed=19)
+    with pytest.raises(ValueError, match=r"4 of 6 images or frames are the only ones .* data.group_by label"):
+        IMAGE_HEADS[field].loss(generated, batch, FieldConfig())
+
+
+def test_an_image_that_is_alone_with_its_text_has_no_part_in_the_loss_of_a_field(model):
+    batch = pack_groups(model, texts=["a", "a", "b"])
+    generated = pixels(*batch.noise.shape, seed=19).requires_grad_()
+    IMAGE_HEADS["drift"].loss(generated, batch, FieldConfig()).backward()
+    still = batch.image == 2
+    assert int(still.sum()) == 8
+    assert not generated.grad[still].any() and generated.grad[~still].any(1).all()
+
+
+def test_a_field_head_refuses_a_batch_that_was_packed_without_conditions(model):
+    with pytest.raises(ValueError, match=r"conditions=True"):
+        IMAGE_HEADS["drift"].loss(torch.zeros(28, 4), pack(model), FieldConfig())
+
+
+def test_a_batch_without_images_has_no_field(model):
+    processor = RopeMMProcessor.from_config(model.config, load_tokenizer())
+    packer = Packer(processor, 20, ENERGY.sample_time, samples=2, conditions=True)
+    generated = torch.zeros(0, 4, requires_grad=True)
+    loss = IMAGE_HEADS["wflow"].loss(generated, packer([["text"]], [torch.Generator()]), FieldConfig())
+    loss.backward()
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("wrong", [{"widths": [0.1, 0.0]}, {"iterations": 0}], ids=str)
+def test_field_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=rf"field.{next(iter(wrong))} must be"):
+        FieldConfig(**wrong)
