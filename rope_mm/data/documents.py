@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import datasets
@@ -162,10 +161,10 @@ class DocumentDataset(ABC):
         check_grouping(group_by, here, rows_per_document)
         used = sorted(set().union(*columns, [group_by] if group_by else []))
         features = cast(Any, [rows.features for rows in sources])
-        chosen = {name: there[name] for there in features for name in used if name in there}
-        kinds = {name: choose_kind(feature, name) for name, feature in chosen.items()}
-        self.kinds = {name: kind for name, (kind, _) in kinds.items()}
-        self.readers = {name: read for name, (_, read) in kinds.items()}
+        chosen = [{n: choose_kind(there[n], n) for n in used if n in there} for there in features]
+        self.kinds = agree_on_kinds([{n: kind for n, (kind, _) in own.items()} for own in chosen])
+        # of each source, as one may hold labels where another has texts
+        self.readers = [{name: read for name, (_, read) in own.items()} for own in chosen]
         check_generated(parsed, self.kinds)
         if group_by and self.kinds[group_by] != "text":
             raise ValueError(
@@ -227,15 +226,16 @@ class DocumentDataset(ABC):
                 parts.append(part)
                 continue
             try:
-                parts.append(self.read(part, row.values[part.column], generator))
+                parts.append(self.read(part, row, generator))
             except UNREADABLE as error:
                 reason = str(error).splitlines()[0]
                 raise Unreadable(f"{row.name}, column {part.column!r} cannot be read: {reason}") from error
         return parts
 
-    def read(self, part: Column, stored: Any, generator: torch.Generator | None) -> str | Visual:
+    def read(self, part: Column, row: Record, generator: torch.Generator | None) -> str | Visual:
         """What a row has in a column."""
-        kind, held = self.kinds[part.column], self.readers[part.column](stored)
+        held = self.readers[row.source][part.column](row.values[part.column])
+        kind = self.kinds[part.column]
         if kind == "text":
             several = len(held) > 1 and generator is not None
             return held[int(torch.randint(len(held), (), generator=generator)) if several else 0]
@@ -287,15 +287,12 @@ class MapDocuments(DocumentDataset):
         """In which rows are trained on."""
         if not self.group_by:
             return ShuffledOrder(len(self))
-        stored = chain.from_iterable(rows[self.group_by].to_pylist() for rows in self.sources)
-        return GroupedOrder([self.group_value(value) for value in stored], self.group_size)
-
-    def group_value(self, stored: Any) -> tuple[str, ...]:
-        """The texts by which a row is grouped; rows without any are a group of their own."""
-        try:
-            return tuple(self.readers[self.group_by](stored))
-        except UNREADABLE:
-            return ()
+        readers = [own[self.group_by] for own in self.readers]
+        pairs = zip(readers, self.sources, strict=True)
+        values = [
+            read_value(read, value) for read, rows in pairs for value in rows[self.group_by].to_pylist()
+        ]
+        return GroupedOrder(values, self.group_size)
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -303,12 +300,11 @@ class MapDocuments(DocumentDataset):
     def texts(self) -> Iterator[str]:
         """All texts: those of the templates, then those of every row, column by column."""
         yield from super().texts()
-        for rows in self.sources:
+        for rows, readers in zip(self.sources, self.readers, strict=True):
             for name in rows.column_names:
                 if self.kinds[name] == "text":
                     for stored in rows[name].to_pylist():
-                        with suppress(*UNREADABLE):
-                            yield from self.readers[name](stored)
+                        yield from read_value(readers[name], stored)
 
     def batch(self, seed: int, step: int, batch: int) -> list[list[int]]:
         """Numbers of the rows in each document of a step's batch, without groups each row once in an epoch.
@@ -384,6 +380,33 @@ def choose_kind(feature: Any, column: str) -> tuple[str, Read]:
         return "image", read_image
     read, _ = choose_reader(feature, column)
     return "video", partial(read_video, read)
+
+
+def agree_on_kinds(sources: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What each column holds, which must be the same in all sources.
+
+    Args:
+        sources: column -> text, image or video, of each.
+
+    Raises:
+        ValueError: a column that holds images in one source and something else in another.
+    """
+    kinds: dict[str, str] = {}
+    for own in sources:
+        for name, kind in own.items():
+            if kinds.setdefault(name, kind) != kind:
+                raise ValueError(
+                    f"column {name!r} holds {kinds[name]}s in one source and {kind}s in another; rename one"
+                )
+    return kinds
+
+
+def read_value(read: Read, stored: Any) -> tuple[str, ...]:
+    """The texts of a row, none where it holds none."""
+    try:
+        return tuple(read(stored))
+    except UNREADABLE:
+        return ()
 
 
 def read_texts(stored: Any) -> list[str]:

@@ -172,6 +172,22 @@ def test_a_label_is_read_as_its_name(streamed):
                 told.document([row], make_generator(0))
 
 
+def test_a_column_of_labels_in_one_source_and_of_texts_in_another_is_read_as_each_holds_it():
+    features = Features(image=Image(), label=ClassLabel(names=["cat", "dog"]))
+    one = Dataset.from_dict({"image": [grey(0)], "label": [1]}, features)
+    two = Dataset.from_dict({"image": [grey(0)], "label": ["bird"]}).cast_column("image", Image())
+    for sources, names in ([one, two], ["dog", "bird"]), ([two, one], ["bird", "dog"]):
+        documents = MapDocuments(sources, ["{label}{image:generate}"], 4, 1)
+        assert [documents.document([row], make_generator(0))[0] for row in (0, 1)] == names
+        assert list(documents.texts()) == names
+
+
+def test_a_column_that_holds_images_in_one_source_and_texts_in_another_is_refused(sources):
+    other = Dataset.from_dict({"image": ["a text"], "caption": ["a caption"]})
+    with pytest.raises(ValueError, match="column 'image' holds images in one source and texts in another"):
+        MapDocuments([sources[0], other], ["{caption}{image:generate}"], 4, 1)
+
+
 def test_text_is_generated_without_being_marked(sources):
     with pytest.raises(ValueError, match="column 'caption' holds text, which is always generated"):
         MapDocuments(sources, ["{caption:generate}{image}", "{frames}"], 4, 1)
