@@ -1,4 +1,4 @@
-"""Which image head generates best for the same training? Squared error, flow, energy and critic.
+"""Which image head generates best for the same training? Squared error, flow, energy, fields and critic.
 
     python train/compare_heads.py --config configs/heads/digits.yaml
 

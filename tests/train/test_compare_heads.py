@@ -21,7 +21,7 @@ from rope_mm.training.config import load
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "heads"
-HEADS = "mse", "flow", "energy", "rpgan+r1+r2", "gan-qp"
+HEADS = "mse", "flow", "energy", "drift", "wflow", "rpgan+r1+r2", "gan-qp"
 TOY = {
     "global_batch_size": 4, "eval_samples": 70, "classifier_epochs": 1, "classifier_samples": 60,
     "passes": "[1, 2]", "checkpoint_every": 1, "page": "false",
@@ -33,7 +33,9 @@ TOY = {
 def read(folder, name="digits", **changes):
     """The configuration of that name with few steps of a small model."""
     config = CONFIGS / f"{name}.yaml"
-    few = {f"heads.{head}.steps": 2 for head in yaml.safe_load(config.read_text())["heads"]}
+    heads = yaml.safe_load(config.read_text())["heads"]
+    few = {f"heads.{head}.steps": 2 for head in heads}
+    few |= {f"heads.{head}.data.group_size": 2 for head, keys in heads.items() if "data" in keys}
     settings = {"config": config, **TOY, **few, "output_dir": folder / "out", **changes}
     flags = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
     return load(compare_heads.CompareHeads, flags)
@@ -59,6 +61,8 @@ def test_every_head_has_metrics_beside_real_images_by_its_passes(done):
         "mse": ["1"],
         "flow": ["1", "2"],
         "energy": ["1"],
+        "drift": ["1"],
+        "wflow": ["1"],
         "rpgan+r1+r2": ["1"],
         "gan-qp": ["1"],
     }
@@ -67,10 +71,10 @@ def test_every_head_has_metrics_beside_real_images_by_its_passes(done):
         assert run["steps"] == 2 and run["CPU minutes"] > 0
     lines = [line.split(" | ")[:2] for line in (out / "table.md").read_text().splitlines()]
     begun = [[f"| {REAL}", ""], *([f"| {head}", count] for head in HEADS for count in passes[head])]
-    assert lines[2:9] == begun
+    assert lines[2:11] == begun
     with PILImage.open(out / "heads.png") as figure, PILImage.open(out / "samples.png") as sheet:
         assert (
-            figure.width > 900 and sheet.height == 18 + 7 * 52
+            figure.width > 900 and sheet.height == 18 + 9 * 52
         )  # sizes, a row for reals, and each line of the table
 
 
