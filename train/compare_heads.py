@@ -53,6 +53,7 @@ from rope_mm.training.run_page import write_comparison_page
 from rope_mm.training.threads import choose_threads
 
 FREE = "output_dir", "restart", "dry_run", "on_nan", "trackers", "page", "profile"  # they change no result
+COUNTED = 20  # steps, the first ones, whose operations are counted
 SHOWN = 2  # of each class on the sheet
 
 
@@ -76,13 +77,13 @@ class CompareHeads(Pretrain):
 
 
 class CostMeter:
-    """The cost of a training, interruptions included: FLOPs of the first step, CPU seconds of all."""
+    """The cost of a training, interruptions included: FLOPs of the first steps, CPU seconds of all."""
 
     def __init__(self):
-        self.flops, self.seconds = 0.0, 0.0
+        self.flops, self.counted, self.seconds = 0.0, 0, 0.0
 
     def state_dict(self) -> dict[str, float]:
-        """Both numbers."""
+        """The numbers."""
         return vars(self).copy()
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -102,14 +103,15 @@ class MeteredTraining(Training):
         return super().states() | {"cost": self.cost}
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """A step; the first one's operations are counted."""
+        """A step; the operations of the first ones are counted, as captions differ in length."""
         began = time.process_time()
-        if step:
+        if step >= COUNTED:
             terms = super().step(step)
         else:  # fused attention would not be counted
             with twice_differentiable(), FlopCounterMode(display=False) as counter:
                 terms = super().step(step)
-            self.cost.flops = float(counter.get_total_flops())
+            self.cost.flops += float(counter.get_total_flops())
+            self.cost.counted += 1
         self.cost.seconds += time.process_time() - began
         return terms
 
@@ -118,7 +120,7 @@ class MeteredTraining(Training):
         models = [self.trainer.model, *([self.trainer.critic.critic] if self.trainer.critic else [])]
         return super().extra_results() | {
             "steps": self.config.steps,
-            "TFLOP": self.cost.flops * self.config.steps / 1e12,
+            "TFLOP": self.cost.flops / max(self.cost.counted, 1) * self.config.steps / 1e12,
             "CPU minutes": self.cost.seconds / 60,
             "weights": sum(weight.numel() for model in models for weight in model.parameters()),
         }
