@@ -53,7 +53,7 @@ from rope_mm.training.run_page import write_comparison_page
 from rope_mm.training.threads import choose_threads
 
 FREE = "output_dir", "restart", "dry_run", "on_nan", "trackers", "page", "profile"  # they change no result
-COUNTED = 20  # steps, the first ones, whose operations are counted
+COUNTED = 10  # steps, the first ones, whose operations are counted
 SHOWN = 2  # of each class on the sheet
 
 

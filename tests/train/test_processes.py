@@ -37,6 +37,16 @@ def test_two_processes_train_as_one_on_the_same_documents_and_resume_bit_exactly
 
 
 @pytest.mark.slow
+def test_two_processes_train_groups_of_one_text_as_one_process_does(
+    pretrain, head_flags, check_close, tmp_path
+):
+    settings = head_flags("wflow") | {"data.group_size": 3, "steps": 3, "optim.lr": 1e-3}
+    pretrain.train(tmp_path / "one", **settings)
+    pretrain.torchrun(tmp_path / "two", **settings)
+    check_close(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
 def test_a_stream_resumes_on_another_number_of_processes(pretrain, runs, check_close, tmp_path):
     one, parts = tmp_path / "one", tmp_path / "parts"
     stream = {"data.streaming": "true", "data.shuffle": 5, "eval_samples": 3}

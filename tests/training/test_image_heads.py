@@ -1,5 +1,7 @@
 """What the heads make a loss of, on packed batches of images of several shapes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -250,3 +252,36 @@ def test_a_batch_without_images_has_no_field(model):
 def test_field_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=rf"field.{next(iter(wrong))} must be"):
         FieldConfig(**wrong)
+
+
+@pytest.mark.parametrize("name", ["energy", "drift", "wflow"])
+def test_a_head_without_a_critic_learns_the_law_of_the_images_of_each_text(name):
+    """Images of "a" are dark or bright, half of each; those of "b" are all grey."""
+    torch.manual_seed(0)
+    config = read_config(hidden_size=32, intermediate_size=48, num_hidden_layers=1, patch_size=2)
+    model = RopeMMForConditionalGeneration(config)
+    processor = RopeMMProcessor.from_config(config, load_tokenizer())
+    head = IMAGE_HEADS[name]
+    packer = Packer(processor, 20, head.sample_time, samples=2, conditions=head.conditions)
+    settings = {"energy": EnergyConfig()}.get(name, FieldConfig())
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    random = torch.Generator().manual_seed(1)
+    texts, levels = ["a"] * 32 + ["b"] * 32, [0.8, -0.8] * 16 + [0.1] * 32
+    made = [
+        [text, Visual(torch.full((1, 2, 2), level), generate=True)]
+        for text, level in zip(texts, levels, strict=True)
+    ]
+    batch = packer(made, [random] * len(made))
+    for _ in range(200):
+        batch = replace(batch, noise=torch.randn(batch.noise.shape, generator=random))
+        generated = model(**batch.inputs(), return_logits=False).patches[batch.noisy]
+        optimizer.zero_grad()
+        (head.loss(generated, batch, settings) / len(generated)).backward()
+        optimizer.step()
+    means = generated.detach()[batch.sample == 0].mean(1)  # a document has one patch
+    order = batch.target[batch.sample == 0].mean(1).sub(0.1).abs() > 0.1
+    two, one = means[order], means[~order]
+    assert len(two) == len(one) == 32
+    assert 0.25 <= (two > 0).float().mean() <= 0.75
+    assert (two.abs() - 0.8).abs().mean() < 0.1
+    assert (one - 0.1).abs().mean() < 0.1
