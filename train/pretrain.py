@@ -171,7 +171,7 @@ class Training:
         self.trainer = PretrainTrainer(
             model, config.image_head, config.optim, config.loss, *options, head_settings=self.head_settings
         )
-        self.tokens, self.generated, self.flops = 0, 0, 0.0
+        self.tokens, self.generated, self.flops, self.alone = 0, 0, 0.0, 0.0
         self.counter = FlopCounter.of(self.average.model)
         spec = GenerationSpec.of(self.held_out, config.data.templates, self.head.steps, config.guidance_scale)
         self.pipeline = RopeMMPipeline(self.average.model, self.processor, spec)
@@ -260,6 +260,8 @@ class Training:
         losses = all_reduce_sum(process, torch.stack([term.float() for term in terms.values()]))
         found = present(dict(zip(terms, losses, strict=True)), totals)
         found["lr"] = torch.tensor(self.trainer.optimizer.param_groups[0]["lr"], dtype=torch.float64)
+        if self.alone:
+            found["images_alone"] = torch.tensor(self.alone)
         if self.skipped.count:
             found["skipped_documents"] = torch.tensor(self.skipped.count)
         return found
@@ -268,15 +270,18 @@ class Training:
         """The totals of a step's batches over all processes, added to what the run has read.
 
         Raises:
-            ValueError: no document of the first step can be read; a skipped one where `data.strict` is set.
+            ValueError: no document of the first step can be read, or most of its images are alone; a skipped
+                one where `data.strict` is set.
         """
         skipped = [reason for batch in batches for reason in batch.skipped]
         self.report_skipped(skipped)
         counts = torch.tensor([batch.counts for batch in batches], dtype=torch.float64).sum(0)
         counts = torch.cat([counts, counts.new_tensor([len(skipped)])])
-        tokens, pairs, images, *totals, missing = all_reduce_sum(self.accelerator, counts).tolist()
+        tokens, pairs, images, alone, *totals, missing = all_reduce_sum(self.accelerator, counts).tolist()
         if step == 0:
             self.check_first(skipped, int(missing))
+            self.check_company(int(images), int(alone))
+        self.alone = alone / images if alone else 0.0
         totals = BatchTotals(*totals)
         self.tokens += int(tokens)
         self.generated += int(images)
@@ -293,6 +298,21 @@ class Training:
         """
         if count == (size := self.config.global_batch_size):
             raise ValueError(f"none of the first {size} documents can be learned from: {skipped[0]}")
+
+    def check_company(self, images: int, alone: int) -> None:
+        """Refuse a first step most of whose images have no others of their text to be compared with.
+
+        Args:
+            images: of all processes.
+            alone: how many of them are the only ones of their text.
+        """
+        if 2 * alone > images:
+            raise ValueError(
+                f"{alone} of {images} images or frames of the first step are the only ones of their text in "
+                f"their batch, and image_head {self.config.image_head} compares those of one text; group rows "
+                "by the column that makes the text, as by data.group_by label, with one text for each of its "
+                "values, or take another image_head"
+            )
 
     def report_skipped(self, skipped: list[str]) -> None:
         """Say which documents this process skips, and why; each reason once.
@@ -326,7 +346,8 @@ class Training:
         out = self.average.model(**batch.inputs(), labels=batch.labels)
         metrics = {"eval_loss/text": float(out.loss)} if batch.predicted else {}
         if self.trainer.critic is None and len(batch.noise):
-            loss = self.head.loss(out.patches[batch.noisy], batch, self.head_settings) / len(batch.noise)
+            loss = self.head.loss(out.patches[batch.noisy], batch, self.head_settings)
+            loss = loss / max(batch.learned_patches, 1)
             metrics["eval_loss/image"] = float(loss)
         for source in filter(SPRITE_EVALUATORS.__contains__, self.config.data.paths):
             metrics |= SPRITE_EVALUATORS[source].evaluate(self.pipeline, self.held_out)
@@ -442,11 +463,11 @@ def unread(config: Pretrain) -> dict[str, str]:
     """The keys that nothing reads in this configuration, with the reason."""
     keys: dict[str, str] = {}
     head = IMAGE_HEADS[config.image_head]
+    if config.image_head != "wflow":
+        keys["field.iterations"] = f"image_head is {config.image_head}, not wflow"
     for name in sorted({other.settings for other in IMAGE_HEADS.values()} - {"", head.settings}):
         readers = [other for other, its in IMAGE_HEADS.items() if its.settings == name]
         keys[name] = f"image_head is {config.image_head}, not {' or '.join(readers)}"
-    if config.image_head != "wflow":
-        keys["field.iterations"] = f"image_head is {config.image_head}, not wflow"
     if not config.data.group_by:
         keys["data.group_size"] = "data.group_by is empty"
     if config.flow.times != "logit-normal":

@@ -91,17 +91,22 @@ def check_generated(templates: Sequence[Template], kinds: Mapping[str, str]) -> 
         raise ValueError(f"column {texts[0]!r} holds text, which is always generated; write {{{texts[0]}}}")
 
 
-def check_grouping(group_by: str, here: Sequence[set[str]], rows_per_document: int) -> None:
-    """Refuse to group rows by a column that a source lacks, and documents of several rows.
+def check_grouping(group_by: str, features: Sequence[Mapping[str, Any]], rows_per_document: int) -> None:
+    """Refuse groups by a column that a source lacks or that holds no text, and documents of several rows.
 
     Args:
         group_by: the column; "" groups nothing.
-        here: columns of each source.
+        features: column -> feature of `datasets`, of each source.
         rows_per_document: rows that are joined in a document.
     """
-    for names in here:
-        if group_by and group_by not in names:
-            raise ValueError(f"rows are grouped by column {group_by!r}, and a source has {sorted(names)}")
+    for there in features if group_by else ():
+        if group_by not in there:
+            raise ValueError(f"rows are grouped by column {group_by!r}, and a source has {sorted(there)}")
+        feature = there[group_by]
+        if not (isinstance(feature, datasets.ClassLabel) or is_text(getattr(feature, "feature", feature))):
+            raise ValueError(
+                f"rows are grouped by a column of texts or class labels, and {group_by!r} holds {feature}"
+            )
     if group_by and rows_per_document > 1:
         raise ValueError(
             f"rows_per_document is {rows_per_document}, and groups are of rows, one in a document; take 1"
@@ -158,7 +163,7 @@ class DocumentDataset(ABC):
         pairs = list(zip(parsed, columns, strict=True))
         self.fits = [[template for template, wanted in pairs if wanted <= names] for names in here]
         check_fits(templates, columns, here)
-        check_grouping(group_by, here, rows_per_document)
+        check_grouping(group_by, [dict(rows.features or {}) for rows in sources], rows_per_document)
         used = sorted(set().union(*columns, [group_by] if group_by else []))
         features = cast(Any, [rows.features for rows in sources])
         chosen = [{n: choose_kind(there[n], n) for n in used if n in there} for there in features]
@@ -166,10 +171,6 @@ class DocumentDataset(ABC):
         # of each source, as one may hold labels where another has texts
         self.readers = [{name: read for name, (_, read) in own.items()} for own in chosen]
         check_generated(parsed, self.kinds)
-        if group_by and self.kinds[group_by] != "text":
-            raise ValueError(
-                f"rows are grouped by a column of text or labels; {group_by!r} holds {self.kinds[group_by]}s"
-            )
         # as stored, so that an image which cannot be read is named by its row
         self.sources = [
             rows.select_columns([name for name in used if name in names]).with_format("arrow")
@@ -259,7 +260,8 @@ class MapDocuments(DocumentDataset):
     Args:
         sources: rows of `datasets`, at hand.
         templates: see `DocumentDataset` for this and the others.
-        group_by: the documents of a batch are in groups with one value in this column; "": in no groups.
+        group_by: the documents of a batch are in groups with one value in this column, rows without any are
+            left out; "": in no groups.
         group_size: documents of a group.
     """
 
@@ -292,7 +294,10 @@ class MapDocuments(DocumentDataset):
         values = [
             read_value(read, value) for read, rows in pairs for value in rows[self.group_by].to_pylist()
         ]
-        return GroupedOrder(values, self.group_size)
+        rows = [row for row, value in enumerate(values) if value]
+        if not rows:
+            raise ValueError(f"no row has a text in column {self.group_by!r}, by which rows are grouped")
+        return GroupedOrder([values[row] for row in rows], self.group_size, rows)
 
     def __len__(self) -> int:
         return self.ends[-1]

@@ -65,25 +65,29 @@ class ShuffledOrder:
 class GroupedOrder:
     """Batches of indices in groups of one value, chosen anew in every step.
 
-    A value with more rows comes oftener. What a batch holds depends on seed, step and batch size alone. Of G
-    groups each G-th index is of the same one, so that processes and micro-batches, if their number divides
-    G, get whole groups.
+    The chance of a value grows with its rows; in a batch it comes once, while there are as many values as
+    groups. What a batch holds depends on seed, step and batch size alone. Of G groups each G-th index is of
+    the same one, so that processes and micro-batches, if their number divides G, get whole groups.
 
     Args:
         values: of each index.
         size: indices of a group, each once; all of them and some again where a value has fewer.
+        indices: that the values are of; None: range(len(values)).
 
     Raises:
-        ValueError: no values.
+        ValueError: no values, groups of fewer than 1.
     """
 
-    def __init__(self, values: Sequence[Hashable], size: int):
+    def __init__(self, values: Sequence[Hashable], size: int, indices: Sequence[int] | None = None):
         if not values:
             raise ValueError("an order needs 1 row or more, not 0")
+        if size < 1:
+            raise ValueError(f"a group needs 1 row or more, not {size}")
         members: dict[Hashable, list[int]] = {}
-        for index, value in enumerate(values):
+        for index, value in zip(range(len(values)) if indices is None else indices, values, strict=True):
             members.setdefault(value, []).append(index)
-        self.members, self.size = [torch.tensor(indices) for indices in members.values()], size
+        self.members, self.size = [torch.tensor(mine) for mine in members.values()], size
+        self.counts = torch.tensor([float(len(rows)) for rows in self.members])
 
     def batch(self, seed: int, step: int, batch: int) -> Tensor:
         """Indices (batch,) of a step.
@@ -99,8 +103,8 @@ class GroupedOrder:
         groups, rest = divmod(batch, self.size)
         if rest:
             raise ValueError(f"{batch} rows of a step are no whole number of groups of {self.size} rows")
-        generator, counts = make_generator(seed, "groups", step), [float(len(rows)) for rows in self.members]
-        chosen = torch.tensor(counts).multinomial(groups, groups > len(counts), generator=generator)
+        generator, again = make_generator(seed, "groups", step), groups > len(self.members)
+        chosen = self.counts.multinomial(groups, again, generator=generator)
         turns = torch.arange(self.size)
         columns = []
         for rows in (self.members[value] for value in chosen.tolist()):

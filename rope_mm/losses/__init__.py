@@ -11,6 +11,7 @@ from rope_mm.losses.drift import coupled_field as coupled_field
 from rope_mm.losses.drift import follow_field as follow_field
 from rope_mm.losses.drift import kernel_field as kernel_field
 from rope_mm.losses.drift import sinkhorn_field as sinkhorn_field
+from rope_mm.losses.energy import energy_distance as energy_distance
 from rope_mm.losses.energy import energy_score as energy_score
 from rope_mm.losses.gradients import METHODS as METHODS
 from rope_mm.losses.gradients import input_gradients as input_gradients
@@ -28,6 +29,7 @@ __all__ = [
     "PENALTIES",
     "GanLoss",
     "coupled_field",
+    "energy_distance",
     "energy_score",
     "follow_field",
     "gamma",

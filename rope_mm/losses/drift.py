@@ -142,19 +142,29 @@ FIELDS: Registry[Callable[..., Tensor]] = Registry(
 
 
 class Followed(NamedTuple):
-    """What a generator minimises to follow a field, and how far the field is from rest.
+    """What a generator minimises to follow a field.
 
     Attributes:
         loss: its gradient moves the samples along V; its value is constant, as V has unit size.
-        size: the root mean square of V before it got that size, which is 0 where the laws agree.
+        size: the root mean square of V before it got that size. It is no measure of how far laws are: that of
+            drift is largest for laws that nearly agree. `energy_distance` is one.
+        scale: the mean distance by which lengths were divided; the gradient of loss * scale does not depend
+            on it.
     """
 
     loss: Tensor
     size: Tensor
+    scale: Tensor
 
 
 def follow_field(
-    x: Tensor, real: Tensor, other: Tensor, field: str, widths: Sequence[float], **options: Any
+    x: Tensor,
+    real: Tensor,
+    other: Tensor,
+    field: str,
+    widths: Sequence[float],
+    allow_zero: bool = False,
+    **options: Any,
 ) -> Followed:
     """The loss of a generator whose samples follow a field, summed over widths, each of unit size.
 
@@ -167,11 +177,13 @@ def follow_field(
         other: further generated samples (k, d), independent of x; without a gradient.
         field: a key of FIELDS.
         widths: of its kernels.
+        allow_zero: whether a field that is zero or no number has its way, as in a training, where generated
+            samples may become equal to real ones.
         options: further arguments of the field.
 
     Raises:
-        ValueError: no widths, or one that is not positive or at which the field vanishes, samples that are
-            not finite; as the field.
+        ValueError: no widths, or one that is not positive; else a width at which the field vanishes, and
+            samples that are not finite; as the field.
     """
     widths = read_value("follow_field", "widths", widths, Annotated[Sequence[float], Reals(Real(above=0))])
     if not widths:
@@ -183,10 +195,11 @@ def follow_field(
         parts = (here / scale, real / scale, other / scale)
         fields = [FIELDS[field](*parts, width, **options) for width in widths]
         sizes = torch.stack([each.square().mean().sqrt() for each in fields])
-        check_sizes(field, widths, sizes)
+        if not allow_zero:
+            check_sizes(field, widths, sizes)
         least = torch.finfo(here.dtype).tiny
         moved = parts[0] + sum(each / size.clamp_min(least) for each, size in zip(fields, sizes, strict=True))
-    return Followed(projection(at_least_float32(x) / scale, moved), sizes.mean())
+    return Followed(projection(at_least_float32(x) / scale, moved), sizes.mean(), scale)
 
 
 def check_sizes(field: str, widths: Sequence[float], sizes: Tensor) -> None:

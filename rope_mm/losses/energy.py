@@ -46,6 +46,30 @@ def energy_score(samples: Tensor, target: Tensor, exponent: float = 1.0, repulsi
     return 2 * attraction - repulsion * apart
 
 
+def energy_distance(x: Tensor, other: Tensor, real: Tensor) -> Tensor:
+    """2 E‖X - Y‖ - E‖X - X'‖ - E‖Y - Y'‖ without bias: 0 where X and Y have one law, and above for any other.
+
+    Székely and Rizzo, Energy statistics, 2013. Of few samples of one law it is near 0 on either side.
+
+    Args:
+        x: samples (n, d).
+        other: samples (k, d) of the same law, independent of x.
+        real: samples (m, d), m >= 2, of the law that they are compared with.
+
+    Raises:
+        ValueError: shapes that do not fit, fewer than two real samples.
+    """
+    check_real_tensors(x=x, other=other, real=real)
+    if any(part.dim() != 2 or part.shape[1] != x.shape[1] for part in (x, other, real)) or len(real) < 2:
+        shapes = ", ".join(str(tuple(part.shape)) for part in (x, other, real))
+        raise ValueError(
+            f"the energy distance takes samples (n, d) of one d, two real ones or more, not {shapes}"
+        )
+    x, other, real = map(at_least_float32, (x, other, real))
+    among = torch.cdist(real, real).sum() / (len(real) * (len(real) - 1))
+    return 2 * torch.cdist(x, real).mean() - torch.cdist(x, other).mean() - among
+
+
 def distance_power(gap: Tensor, exponent: float) -> Tensor:
     """‖gap‖^exponent over the last dimension, with gradient 0 where the gap is 0."""
     norm = torch.linalg.vector_norm(gap, dim=-1)

@@ -157,6 +157,21 @@ class PackedBatch:
         return int((self.labels != IGNORED).sum())
 
     @property
+    def alone(self) -> Tensor:
+        """Which images or frames (i,) are the only ones of their condition, and so in no comparison."""
+        if self.condition is None:
+            return torch.zeros(int(self.image.max()) + 1 if len(self.image) else 0, dtype=torch.bool)
+        _, inverse, counts = self.condition.unique(return_inverse=True, return_counts=True)
+        return counts[inverse] == 1
+
+    @property
+    def learned_patches(self) -> int:
+        """The number of noisy patches that the image loss is the mean over: all but those of images alone."""
+        if self.condition is None or not len(self.image):
+            return len(self.noise)
+        return int((~self.alone[self.image]).sum())
+
+    @property
     def for_critic(self) -> CriticBatch:
         """What a critic reads.
 
@@ -173,11 +188,15 @@ class PackedBatch:
         return torch.stack([self.image, self.sample]).unique(dim=1).shape[1]
 
     @property
-    def counts(self) -> tuple[int, int, int, int, int, int]:
-        """Tokens, pairs in one document, images, predicted tokens, noisy patches, critic's documents."""
+    def counts(self) -> tuple[int, int, int, int, int, int, int]:
+        """Tokens, their pairs, images, those alone, predicted tokens, learned patches, critic's documents.
+
+        Pairs are of tokens of one document; noisy copies count as images.
+        """
         documents = self.critic_batch.count if self.critic_batch else 0
         pairs = count_pairs(self.document_ids, self.attention_mask)
-        return self.tokens, pairs, self.images, self.predicted, len(self.noise), documents
+        alone = int(self.alone.sum()) * (int(self.sample.max()) + 1) if len(self.sample) else 0
+        return self.tokens, pairs, self.images, alone, self.predicted, self.learned_patches, documents
 
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of a forward; noisy copies are between noise and target, at their time."""

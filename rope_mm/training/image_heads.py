@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rope_mm.losses import energy_score, follow_field
+from rope_mm.losses import energy_distance, energy_score, follow_field
 from rope_mm.registry import Registry
 from rope_mm.training.collator import PackedBatch, SampleTime
 from rope_mm.training.config import check_options, option
@@ -97,9 +97,10 @@ def image_energy(generated: Tensor, batch: PackedBatch, settings: EnergyConfig) 
 def follow_images(generated: Tensor, batch: PackedBatch, settings: FieldConfig, field: str) -> Tensor:
     """The loss of images that follow a field towards the real images of their condition, summed over patches.
 
-    Each sample of the images of a condition follows the field of the real ones and of its other samples. The
-    value is the size of the field, which is 0 where both laws agree; the gradient is that of `follow_field`,
-    over the numbers of an image.
+    Each sample of the images of a condition follows the field of the real ones and of its other samples; an
+    image that is alone in its condition has no part. The value is the energy distance of generated and real
+    images over sqrt(d), which falls towards 0. The gradient is that of `follow_field`, times its scale, over
+    the d numbers of an image, so that it has the same size for all conditions.
 
     Args:
         generated: patches (m, p).
@@ -108,38 +109,38 @@ def follow_images(generated: Tensor, batch: PackedBatch, settings: FieldConfig, 
         field: a key of FIELDS.
 
     Raises:
-        ValueError: a batch most of whose images are the only ones of their condition.
+        ValueError: a batch packed without conditions; widths at which the field is zero for all images.
     """
     if batch.condition is None:
         raise ValueError("a field needs images of one condition; pack them by Packer(..., conditions=True)")
     if not len(generated):
         return generated.sum()
-    sizes = image_sizes(batch)
-    groups = [(batch.condition == number).nonzero()[:, 0] for number in batch.condition.unique()]
-    alone = sum(len(rows) == 1 for rows in groups)
-    if 2 * alone > len(sizes):
-        raise ValueError(
-            f"{alone} of {len(sizes)} images or frames are the only ones of their text in a batch, and the "
-            f"{field} head compares those of one text; group rows by the column that makes the text, as "
-            "by data.group_by label, or take another image_head"
-        )
-    count = int(batch.sample.max()) + 1
+    sizes, count = image_sizes(batch), int(batch.sample.max()) + 1
     samples = [image_vectors(generated.float(), batch, sample) for sample in range(count)]
-    targets, total = image_vectors(batch.target, batch, 0), generated.new_zeros((), dtype=torch.float32)
-    widths = settings.widths or FIELD_WIDTHS[field]
+    targets, total = image_vectors(batch.target, batch, 0), generated.float().sum() * 0
+    widths, seen = settings.widths or FIELD_WIDTHS[field], []
     options = {"iterations": settings.iterations} if field == "wflow" else {}
-    for rows in (rows for rows in groups if len(rows) > 1):
+    for number in batch.condition[~batch.alone].unique():
+        rows = (batch.condition == number).nonzero()[:, 0]
         patches = sizes[int(rows[0])]
         numbers = patches * generated.shape[1]
-        near = [sample[rows, :numbers] for sample in samples]
+        near, real = [sample[rows, :numbers] for sample in samples], targets[rows, :numbers]
         for mine in range(count):
             others = torch.cat(near[:mine] + near[mine + 1 :]).detach()
-            loss, size = follow_field(near[mine], targets[rows, :numbers], others, field, widths, **options)
-            loss = loss / numbers
-            total = total + (size + loss - loss.detach()) * patches * len(rows)
+            followed = follow_field(near[mine], real, others, field, widths, allow_zero=True, **options)
+            value = energy_distance(near[mine].detach(), others, real) / numbers**0.5
+            gradient = followed.loss * followed.scale / numbers
+            total = total + (value + gradient - gradient.detach()) * patches * len(rows)
+            seen.append((followed.size, value))
+    if seen and all(float(size) == 0 and float(value) > EQUAL for size, value in seen):
+        raise ValueError(
+            f"the {field} field is zero at field.widths {widths} for all images of a batch, which are far "
+            "from real ones; give wider ones"
+        )
     return total
 
 
+EQUAL = 1e-4  # energy distance over sqrt(d) of images that are as good as equal
 FIELD_WIDTHS = {"drift": [0.02, 0.05, 0.2], "wflow": [0.01]}
 
 

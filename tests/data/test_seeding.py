@@ -49,5 +49,7 @@ def test_rows_come_as_often_as_others_whatever_the_number_of_rows_of_their_value
 def test_a_batch_that_is_not_made_of_whole_groups_and_an_order_of_no_rows_are_refused():
     with pytest.raises(ValueError, match="10 rows of a step are no whole number of groups of 4 rows"):
         GroupedOrder([1, 1, 2], 4).batch(0, 0, 10)
+    with pytest.raises(ValueError, match="a group needs 1 row or more, not 0"):
+        GroupedOrder([1, 1, 2], 0)
     with pytest.raises(ValueError, match="an order needs 1 row or more"):
         GroupedOrder([], 4)

@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rope_mm.losses import energy_score
+from rope_mm.losses import energy_distance, energy_score
 
 ROWS = 200_000
 
@@ -95,3 +97,25 @@ def test_shapes_that_do_not_fit_are_refused(samples, target):
 def test_an_exponent_or_repulsion_out_of_range_is_refused(wrong):
     with pytest.raises(ValueError, match=r"(exponent|repulsion) must be a finite number >"):
         energy_score(torch.zeros(2, 3, 4), torch.zeros(3, 4), **wrong)
+
+
+@given(st.integers(0, 10**6))
+def test_the_energy_distance_on_a_line_is_twice_the_area_between_squared_distribution_functions(seed):
+    """2 ∫ (F - G)² of two laws of finitely many points, without the bias of a sample."""
+    random = torch.Generator().manual_seed(seed)
+    x, real = (torch.randn(40, 1, generator=random, dtype=torch.float64) for _ in range(2))
+    grid = torch.cat([x, real]).flatten().sort().values
+    below = [(part.flatten()[None] <= grid[:-1, None]).double().mean(1) for part in (x, real)]
+    area = 2 * ((below[0] - below[1]).square() * grid.diff()).sum()
+    n = len(real)
+    bias = torch.cdist(real, real).mean() / (n - 1)  # of all pairs, each with itself among them
+    torch.testing.assert_close(energy_distance(x, x, real), area - bias)
+
+
+def test_the_energy_distance_is_near_zero_for_one_law_and_refuses_shapes_that_do_not_fit():
+    random = torch.Generator().manual_seed(0)
+    x, other, real = torch.randn(3, 2000, 8, generator=random)
+    assert abs(energy_distance(x, other, real)) < 0.05 < energy_distance(x + 0.5, other + 0.5, real)
+    for wrong in ((x, other[:, :4], real), (x, other, real[:1]), (x[0], other, real)):
+        with pytest.raises(ValueError, match="the energy distance takes samples"):
+            energy_distance(*wrong)

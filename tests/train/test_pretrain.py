@@ -122,7 +122,17 @@ def test_a_field_head_without_groups_stops_at_the_first_step_and_says_how_to_gro
     pretrain, refusal, tmp_path
 ):
     message = refusal(pretrain, tmp_path, image_head="wflow")
-    assert re.search("are the only ones of their text .* group rows by the column", message)
+    assert re.search("of the first step are the only ones of their text .* group rows by", message)
+
+
+def test_images_that_are_alone_with_their_text_later_are_counted_and_the_run_goes_on(
+    pretrain, head_flags, runs, tmp_path
+):
+    flags = head_flags("drift") | {"data.templates": '["{caption}{image:generate}", "{image}{caption}"]'}
+    pretrain.train(tmp_path, steps=12, **flags)
+    lines = runs.lines(tmp_path)
+    alone = [line["images_alone"] for line in lines if "images_alone" in line]
+    assert 0 < len(alone) < 12 and all(0 < share <= 1 for share in alone)
 
 
 @pytest.mark.parametrize("changes", [{"temporal_patch_size": 2}, {"video_attention": "full"}], ids=str)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rope_mm.data.documents import Visual
-from rope_mm.losses import energy_score, follow_field
+from rope_mm.losses import energy_distance, energy_score, follow_field
 from rope_mm.models import RopeMMForConditionalGeneration, RopeMMProcessor, load_tokenizer, read_config
 from rope_mm.training.collator import Packer
 from rope_mm.training.image_heads import IMAGE_HEADS, EnergyConfig, FieldConfig, FlowConfig, near_noise
@@ -152,9 +152,11 @@ def followed(batch, generated, field, **options):
         first, second = (vectors(generated, sample).requires_grad_() for sample in (0, 1))
         real = vectors(batch.target, 0)
         for x, other, sample in ((first, second.detach(), 0), (second, first.detach(), 1)):
-            loss, size = follow_field(x, real, other, field, **options)
-            (gradient,) = torch.autograd.grad(loss * len(images) / generated.shape[1], x)
-            value += size * x.numel() / generated.shape[1]
+            found = follow_field(x, real, other, field, **options)
+            share = found.loss * found.scale * len(images) / generated.shape[1]
+            (gradient,) = torch.autograd.grad(share, x)
+            apart = energy_distance(x.detach(), other, real) / x.shape[1] ** 0.5
+            value += apart * x.numel() / generated.shape[1]
             for image, row in zip(images, gradient, strict=True):
                 place = (batch.image == image) & (batch.sample == sample)
                 expected[place] = row.view(-1, generated.shape[1])
@@ -181,7 +183,7 @@ def test_every_sample_follows_the_field_of_the_real_and_the_other_images_of_its_
     sizes, expected, value = followed(batch, generated.detach(), field, **options)
     assert sorted(sizes) == [2, 2, 2, 3]  # a, b, and c in two shapes
     torch.testing.assert_close(generated.grad, expected, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(loss.detach(), value)  # the size of the field, by which progress is seen
+    torch.testing.assert_close(loss.detach(), value)  # of how far the laws are, as the field's size is not
 
 
 def test_images_have_one_condition_where_all_before_them_and_their_places_agree(model):
@@ -217,21 +219,45 @@ def test_images_have_one_condition_where_all_before_them_and_their_places_agree(
     ]
 
 
-@pytest.mark.parametrize("field", ["drift", "wflow"])
-def test_a_field_head_refuses_a_batch_most_of_whose_images_are_alone_with_their_text(model, field):
-    batch = pack_groups(model, texts=["a", "b", "d", "e"])  # and two of c
-    generated = pixels(*batch.noise.shape, seed=19)
-    with pytest.raises(ValueError, match=r"4 of 6 images or frames are the only ones .* data.group_by label"):
-        IMAGE_HEADS[field].loss(generated, batch, FieldConfig())
-
-
 def test_an_image_that_is_alone_with_its_text_has_no_part_in_the_loss_of_a_field(model):
     batch = pack_groups(model, texts=["a", "a", "b"])
     generated = pixels(*batch.noise.shape, seed=19).requires_grad_()
     IMAGE_HEADS["drift"].loss(generated, batch, FieldConfig()).backward()
     still = batch.image == 2
-    assert int(still.sum()) == 8
+    assert batch.alone.tolist() == [False, False, True, False, False] and int(still.sum()) == 8
+    assert batch.learned_patches == len(batch.noise) - 8 and batch.counts[2:4] == (10, 2)
     assert not generated.grad[still].any() and generated.grad[~still].any(1).all()
+
+
+@pytest.mark.parametrize("field", ["drift", "wflow"])
+def test_a_condition_has_gradients_of_one_size_however_near_its_images_are_to_one_another(model, field):
+    batch, sizes = pack_groups(model, texts=["a"] * 8), {}
+    rows = batch.image < 8
+    for spread in (1.0, 1e-3):
+        near = replace(batch, patches=batch.patches.clone())
+        near.patches[near.noisy] = 0.2 + spread * batch.target
+        generated = (0.2 + spread * pixels(*batch.noise.shape, seed=19)).requires_grad_()
+        IMAGE_HEADS[field].loss(generated, near, FieldConfig()).backward()
+        sizes[spread] = generated.grad[rows].norm()
+    torch.testing.assert_close(sizes[1e-3], sizes[1.0], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("field", ["drift", "wflow"])
+def test_images_that_equal_the_real_ones_have_no_gradient_and_end_no_training(model, field):
+    batch = pack_groups(model, texts=["a"] * 8)
+    batch.patches[batch.noisy] = -1.0
+    generated = torch.full_like(batch.target, -1.0).requires_grad_()
+    loss = IMAGE_HEADS[field].loss(generated, batch, FieldConfig())
+    loss.backward()
+    assert loss.item() == 0 and not generated.grad.any()
+
+
+def test_widths_at_which_the_field_vanishes_for_all_images_are_refused_and_nan_is_left_to_the_training(model):
+    batch = pack_groups(model, texts=["a"] * 8)
+    generated = pixels(*batch.noise.shape, seed=19)
+    with pytest.raises(ValueError, match=r"zero at field.widths \[1e-06\] for all images .* give wider ones"):
+        IMAGE_HEADS["drift"].loss(generated + 3, batch, FieldConfig(widths=[1e-6]))
+    assert IMAGE_HEADS["drift"].loss(generated * torch.nan, batch, FieldConfig()).isnan()
 
 
 def test_a_field_head_refuses_a_batch_that_was_packed_without_conditions(model):
