@@ -309,7 +309,7 @@ class Training:
         if 2 * alone > images:
             raise ValueError(
                 f"{alone} of {images} images or frames of the first step are the only ones of their text in "
-                f"their batch, and image_head {self.config.image_head} compares those of one text; group rows "
+                f"their batch, and the {self.config.image_head} head compares those of one text; group rows "
                 "by the column that makes the text, as by data.group_by label, with one text for each of its "
                 "values, or take another image_head"
             )
