@@ -45,10 +45,17 @@ from rope_mm.training.config import check_options, option, run
 from rope_mm.training.distributed import all_reduce_sum
 from rope_mm.training.ema import Ema
 from rope_mm.training.fingerprint import fingerprint_rows
-from rope_mm.training.image_heads import IMAGE_HEADS, EnergyConfig, FieldConfig, FlowConfig
+from rope_mm.training.image_heads import (
+    IMAGE_HEADS,
+    EnergyConfig,
+    FieldConfig,
+    FlowConfig,
+    check_company,
+    unread_settings,
+)
 from rope_mm.training.loop import Run, fingerprint, launch
 from rope_mm.training.metrics_log import say
-from rope_mm.training.packed_dataset import PackedDocumentDataset
+from rope_mm.training.packed_dataset import PackedDocumentDataset, check_groups
 from rope_mm.training.pretrain_trainer import BatchTotals, PretrainOptim, PretrainTrainer
 from rope_mm.training.run_dir import Identity, check_initial_run, load_initial_run
 from rope_mm.training.throughput import FlopCounter
@@ -280,7 +287,7 @@ class Training:
         tokens, pairs, images, alone, *totals, missing = all_reduce_sum(self.accelerator, counts).tolist()
         if step == 0:
             self.check_first(skipped, int(missing))
-            self.check_company(int(images), int(alone))
+            check_company(self.config.image_head, int(images), int(alone))
         self.alone = alone / images if alone else 0.0
         totals = BatchTotals(*totals)
         self.tokens += int(tokens)
@@ -298,21 +305,6 @@ class Training:
         """
         if count == (size := self.config.global_batch_size):
             raise ValueError(f"none of the first {size} documents can be learned from: {skipped[0]}")
-
-    def check_company(self, images: int, alone: int) -> None:
-        """Refuse a first step most of whose images have no others of their text to be compared with.
-
-        Args:
-            images: of all processes.
-            alone: how many of them are the only ones of their text.
-        """
-        if 2 * alone > images:
-            raise ValueError(
-                f"{alone} of {images} images or frames of the first step are the only ones of their text in "
-                f"their batch, and the {self.config.image_head} head compares those of one text; group rows "
-                "by the column that makes the text, as by data.group_by label, with one text for each of its "
-                "values, or take another image_head"
-            )
 
     def report_skipped(self, skipped: list[str]) -> None:
         """Say which documents this process skips, and why; each reason once.
@@ -429,7 +421,7 @@ def check_turns(config: Pretrain, processes: int) -> None:
     """Refuse a batch that leaves a micro-batch without a document, and one cut up where the loss needs it."""
     turns = processes * config.gradient_accumulation_steps
     if config.data.group_by:
-        check_groups(config, turns)
+        check_groups(config.global_batch_size, config.data.group_size, turns, config.data.streaming)
     if config.global_batch_size < turns:
         raise ValueError(
             f"global_batch_size {config.global_batch_size} has no document for some of {turns} micro-batches "
@@ -442,32 +434,9 @@ def check_turns(config: Pretrain, processes: int) -> None:
         )
 
 
-def check_groups(config: Pretrain, turns: int) -> None:
-    """Refuse groups of rows that do not fill the step or its micro-batches, and those of streams.
-
-    Args:
-        config: with a column to group by.
-        turns: micro-batches of a step, of all processes.
-    """
-    size, groups = config.global_batch_size, config.global_batch_size // config.data.group_size
-    if config.data.streaming:
-        raise ValueError("data.group_by needs all rows at hand; do not stream, or do not group")
-    if size % config.data.group_size or groups % turns:
-        raise ValueError(
-            f"global_batch_size {size} must be a whole number of groups of data.group_size "
-            f"{config.data.group_size} for each of {turns} micro-batches"
-        )
-
-
 def unread(config: Pretrain) -> dict[str, str]:
     """The keys that nothing reads in this configuration, with the reason."""
-    keys: dict[str, str] = {}
-    head = IMAGE_HEADS[config.image_head]
-    if config.image_head != "wflow":
-        keys["field.iterations"] = f"image_head is {config.image_head}, not wflow"
-    for name in sorted({other.settings for other in IMAGE_HEADS.values()} - {"", head.settings}):
-        readers = [other for other, its in IMAGE_HEADS.items() if its.settings == name]
-        keys[name] = f"image_head is {config.image_head}, not {' or '.join(readers)}"
+    head, keys = IMAGE_HEADS[config.image_head], unread_settings(config.image_head)
     if not config.data.group_by:
         keys["data.group_size"] = "data.group_by is empty"
     if config.flow.times != "logit-normal":

@@ -263,3 +263,34 @@ IMAGE_HEADS = Registry(
         ),
     },
 )
+
+
+def check_company(image_head: str, images: int, alone: int) -> None:
+    """Refuse a first step most of whose images have no others of their text to be compared with.
+
+    Args:
+        image_head: a key of IMAGE_HEADS.
+        images: of all processes.
+        alone: how many of them are the only ones of their text.
+    """
+    if 2 * alone > images:
+        raise ValueError(
+            f"{alone} of {images} images or frames of the first step are the only ones of their text in "
+            f"their batch, and the {image_head} head compares those of one text; group rows by the column "
+            "that makes the text, as by data.group_by label, with one text for each of its values, or take "
+            "another image_head"
+        )
+
+
+def unread_settings(image_head: str) -> dict[str, str]:
+    """The keys of other image heads, which this one does not read, with the reason.
+
+    Args:
+        image_head: a key of IMAGE_HEADS.
+    """
+    keys = {} if image_head == "wflow" else {"field.iterations": f"image_head is {image_head}, not wflow"}
+    own = IMAGE_HEADS[image_head].settings
+    for name in sorted({head.settings for head in IMAGE_HEADS.values()} - {"", own}):
+        readers = [other for other, head in IMAGE_HEADS.items() if head.settings == name]
+        keys[name] = f"image_head is {image_head}, not {' or '.join(readers)}"
+    return keys

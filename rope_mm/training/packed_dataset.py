@@ -95,6 +95,24 @@ class PackedDocumentDataset(Dataset):
         return without_worker_traceback(batches)
 
 
+def check_groups(batch: int, size: int, turns: int, streaming: bool) -> None:
+    """Refuse groups of rows that do not fill a step or its micro-batches, and those of streams.
+
+    Args:
+        batch: documents of a step.
+        size: documents of a group.
+        turns: micro-batches of a step, of all processes.
+        streaming: whether rows are read as they come.
+    """
+    if streaming:
+        raise ValueError("data.group_by needs all rows at hand; do not stream, or do not group")
+    if batch % size or batch // size % turns:
+        raise ValueError(
+            f"global_batch_size {batch} must be a whole number of groups of data.group_size {size} for each "
+            f"of {turns} micro-batches"
+        )
+
+
 def without_worker_traceback(batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
     """The same batches; a worker's ValueError comes without the worker's traceback.
 
