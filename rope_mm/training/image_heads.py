@@ -77,7 +77,7 @@ def image_vectors(patches: Tensor, batch: PackedBatch, sample: int) -> Tensor:
     return pad_sequence(list(patches[batch.sample == sample].split(image_sizes(batch))), True).flatten(1)
 
 
-def image_energy(generated: Tensor, batch: PackedBatch, settings: EnergyConfig) -> Tensor:
+def image_energy(generated: Tensor, batch: PackedBatch, settings: EnergyConfig | None = None) -> Tensor:
     """The energy score of each image's samples, its distances over sqrt(d), summed over patches (m, p).
 
     An image or frame is one vector, whose zeros at the end add to no distance: of patches by themselves only
@@ -85,7 +85,7 @@ def image_energy(generated: Tensor, batch: PackedBatch, settings: EnergyConfig) 
     """
     if not len(generated):
         return generated.sum()
-    count = int(batch.sample.max()) + 1
+    settings, count = settings or EnergyConfig(), int(batch.sample.max()) + 1
     samples = torch.stack([image_vectors(generated.float(), batch, sample) for sample in range(count)])
     targets = image_vectors(batch.target, batch, 0)
     score = energy_score(samples, targets, settings.exponent, settings.repulsion)
@@ -94,7 +94,9 @@ def image_energy(generated: Tensor, batch: PackedBatch, settings: EnergyConfig) 
     return (score / side**settings.exponent * patches * count).sum()
 
 
-def follow_images(generated: Tensor, batch: PackedBatch, settings: FieldConfig, field: str) -> Tensor:
+def follow_images(
+    generated: Tensor, batch: PackedBatch, settings: FieldConfig | None = None, field: str = "wflow"
+) -> Tensor:
     """The loss of images that follow a field towards the real images of their condition, summed over patches.
 
     Each sample of the images of a condition follows the field of the real ones and of its other samples; an
@@ -118,7 +120,8 @@ def follow_images(generated: Tensor, batch: PackedBatch, settings: FieldConfig, 
     sizes, count = image_sizes(batch), int(batch.sample.max()) + 1
     samples = [image_vectors(generated.float(), batch, sample) for sample in range(count)]
     targets, total = image_vectors(batch.target, batch, 0), generated.float().sum() * 0
-    widths, seen = settings.widths or FIELD_WIDTHS[field], []
+    settings, seen = settings or FieldConfig(), []
+    widths = settings.widths or FIELD_WIDTHS[field]
     options = {"iterations": settings.iterations} if field == "wflow" else {}
     for number in batch.condition[~batch.alone].unique():
         rows = (batch.condition == number).nonzero()[:, 0]
@@ -142,6 +145,10 @@ def follow_images(generated: Tensor, batch: PackedBatch, settings: FieldConfig, 
 
 EQUAL = 1e-4  # energy distance over sqrt(d) of images that are as good as equal
 FIELD_WIDTHS = {"drift": [0.02, 0.05, 0.2], "wflow": [0.01]}
+FIELD_SOURCES = {
+    "drift": "images drift to real ones of their text, arXiv 2602.04770",
+    "wflow": "images flow to real ones of their text by Sinkhorn plans, arXiv 2605.11755",
+}
 
 
 @dataclass(frozen=True)
@@ -184,7 +191,7 @@ class ImageHead:
         Args:
             generated: patches (m, p) that the model makes of the batch's noisy copies.
             batch: with the target of each.
-            settings: of the head, as `settings` names them; heads without settings read none.
+            settings: of the head, as `settings` names them; None: its defaults.
 
         Raises:
             ValueError: a head whose loss is a critic's.
@@ -243,24 +250,18 @@ IMAGE_HEADS = Registry(
             samples=2,
             settings="energy",
         ),
-        "drift": ImageHead(
-            all_noise,
-            1,
-            "images drift to real ones of their text, arXiv 2602.04770",
-            partial(follow_images, field="drift"),
-            samples=2,
-            settings="field",
-            conditions=True,
-        ),
-        "wflow": ImageHead(
-            all_noise,
-            1,
-            "images flow to real ones of their text by Sinkhorn plans, arXiv 2605.11755",
-            partial(follow_images, field="wflow"),
-            samples=2,
-            settings="field",
-            conditions=True,
-        ),
+        **{
+            field: ImageHead(
+                all_noise,
+                1,
+                source,
+                partial(follow_images, field=field),
+                samples=2,
+                settings="field",
+                conditions=True,
+            )
+            for field, source in FIELD_SOURCES.items()
+        },
     },
 )
 

@@ -69,7 +69,7 @@ class PretrainTrainer:
         image_loss_weight: of the image loss, that of the text loss being 1.
         compile: a backend of torch.compile; "" compiles nothing.
         checkpointing: whether blocks are recomputed in the backward pass instead of kept.
-        head_settings: of the image head, an `EnergyConfig` or a `FieldConfig`; None where it needs none.
+        head_settings: of the image head, an `EnergyConfig` or a `FieldConfig`; None: its defaults.
 
     Raises:
         ValueError: an unknown head, schedule or loss, a penalty's method that does not fit, mixed fp16.

@@ -186,6 +186,13 @@ def test_every_sample_follows_the_field_of_the_real_and_the_other_images_of_its_
     torch.testing.assert_close(loss.detach(), value)  # of how far the laws are, as the field's size is not
 
 
+@pytest.mark.parametrize("name", ["energy", "drift", "wflow"])
+def test_a_head_without_settings_takes_its_defaults(model, name):
+    batch, default = pack_groups(model), EnergyConfig() if name == "energy" else FieldConfig()
+    generated = pixels(*batch.noise.shape, seed=19)
+    assert IMAGE_HEADS[name].loss(generated, batch) == IMAGE_HEADS[name].loss(generated, batch, default)
+
+
 def test_images_have_one_condition_where_all_before_them_and_their_places_agree(model):
     processor = RopeMMProcessor.from_config(model.config, load_tokenizer())
     packer = Packer(processor, 200, ENERGY.sample_time, conditions=True)
