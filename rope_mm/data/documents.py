@@ -291,13 +291,8 @@ class MapDocuments(DocumentDataset):
             return ShuffledOrder(len(self))
         readers = [own[self.group_by] for own in self.readers]
         pairs = zip(readers, self.sources, strict=True)
-        values = [
-            read_value(read, value) for read, rows in pairs for value in rows[self.group_by].to_pylist()
-        ]
-        rows = [row for row, value in enumerate(values) if value]
-        if not rows:
-            raise ValueError(f"no row has a text in column {self.group_by!r}, by which rows are grouped")
-        return GroupedOrder([values[row] for row in rows], self.group_size, rows)
+        stored = ((read, value) for read, rows in pairs for value in rows[self.group_by].to_pylist())
+        return GroupedOrder([read_value(*each) or None for each in stored], self.group_size)
 
     def __len__(self) -> int:
         return self.ends[-1]

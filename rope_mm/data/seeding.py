@@ -70,22 +70,22 @@ class GroupedOrder:
     the same one, so that processes and micro-batches, if their number divides G, get whole groups.
 
     Args:
-        values: of each index.
+        values: of each index; None leaves it out of all groups.
         size: indices of a group, each once; all of them and some again where a value has fewer.
-        indices: that the values are of; None: range(len(values)).
 
     Raises:
         ValueError: no values, groups of fewer than 1.
     """
 
-    def __init__(self, values: Sequence[Hashable], size: int, indices: Sequence[int] | None = None):
-        if not values:
-            raise ValueError("an order needs 1 row or more, not 0")
+    def __init__(self, values: Sequence[Hashable | None], size: int):
         if size < 1:
             raise ValueError(f"a group needs 1 row or more, not {size}")
         members: dict[Hashable, list[int]] = {}
-        for index, value in zip(range(len(values)) if indices is None else indices, values, strict=True):
-            members.setdefault(value, []).append(index)
+        for index, value in enumerate(values):
+            if value is not None:
+                members.setdefault(value, []).append(index)
+        if not members:
+            raise ValueError(f"none of {len(values)} rows has a value to group it by")
         self.members, self.size = [torch.tensor(mine) for mine in members.values()], size
         self.counts = torch.tensor([float(len(rows)) for rows in self.members])
 

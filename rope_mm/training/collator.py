@@ -9,6 +9,7 @@ cost less than as many documents.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import torch
@@ -156,19 +157,17 @@ class PackedBatch:
         """The number of text tokens that are predicted."""
         return int((self.labels != IGNORED).sum())
 
-    @property
+    @cached_property
     def alone(self) -> Tensor:
         """Which images or frames (i,) are the only ones of their condition, and so in no comparison."""
         if self.condition is None:
-            return torch.zeros(int(self.image.max()) + 1 if len(self.image) else 0, dtype=torch.bool)
+            return torch.zeros_like(self.image[self.sample == 0].bincount(), dtype=torch.bool)
         _, inverse, counts = self.condition.unique(return_inverse=True, return_counts=True)
         return counts[inverse] == 1
 
     @property
     def learned_patches(self) -> int:
         """The number of noisy patches that the image loss is the mean over: all but those of images alone."""
-        if self.condition is None or not len(self.image):
-            return len(self.noise)
         return int((~self.alone[self.image]).sum())
 
     @property

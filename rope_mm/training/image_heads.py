@@ -1,6 +1,6 @@
 """Image heads: how noisy the copies of images start, the loss of what they become, the steps of sampling."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -95,7 +95,7 @@ def image_energy(generated: Tensor, batch: PackedBatch, settings: EnergyConfig |
 
 
 def follow_images(
-    generated: Tensor, batch: PackedBatch, settings: FieldConfig | None = None, field: str = "wflow"
+    generated: Tensor, batch: PackedBatch, settings: FieldConfig | None = None, *, field: str
 ) -> Tensor:
     """The loss of images that follow a field towards the real images of their condition, summed over patches.
 
@@ -108,7 +108,7 @@ def follow_images(
         generated: patches (m, p).
         batch: packed with `conditions`.
         settings: widths and iterations.
-        field: a key of FIELDS.
+        field: a key of FIELD_HEADS.
 
     Raises:
         ValueError: a batch packed without conditions; widths at which the field is zero for all images.
@@ -121,8 +121,8 @@ def follow_images(
     samples = [image_vectors(generated.float(), batch, sample) for sample in range(count)]
     targets, total = image_vectors(batch.target, batch, 0), generated.float().sum() * 0
     settings, seen = settings or FieldConfig(), []
-    widths = settings.widths or FIELD_WIDTHS[field]
-    options = {"iterations": settings.iterations} if field == "wflow" else {}
+    widths = settings.widths or FIELD_HEADS[field].widths
+    options = {name: getattr(settings, name) for name in FIELD_HEADS[field].options}
     for number in batch.condition[~batch.alone].unique():
         rows = (batch.condition == number).nonzero()[:, 0]
         patches = sizes[int(rows[0])]
@@ -144,10 +144,28 @@ def follow_images(
 
 
 EQUAL = 1e-4  # energy distance over sqrt(d) of images that are as good as equal
-FIELD_WIDTHS = {"drift": [0.02, 0.05, 0.2], "wflow": [0.01]}
-FIELD_SOURCES = {
-    "drift": "images drift to real ones of their text, arXiv 2602.04770",
-    "wflow": "images flow to real ones of their text by Sinkhorn plans, arXiv 2605.11755",
+
+
+@dataclass(frozen=True)
+class FieldHead:
+    """What a head that follows a field takes for it.
+
+    Attributes:
+        source: what it is, and where from.
+        widths: of the kernels, where none are given.
+        options: fields of `FieldConfig` that this field alone reads.
+    """
+
+    source: str
+    widths: Sequence[float]
+    options: Sequence[str] = ()
+
+
+FIELD_HEADS = {
+    "drift": FieldHead("images drift to real ones of their text, arXiv 2602.04770", [0.02, 0.05, 0.2]),
+    "wflow": FieldHead(
+        "images flow to real ones of their text by Sinkhorn plans, arXiv 2605.11755", [0.01], ["iterations"]
+    ),
 }
 
 
@@ -254,13 +272,13 @@ IMAGE_HEADS = Registry(
             field: ImageHead(
                 all_noise,
                 1,
-                source,
+                head.source,
                 partial(follow_images, field=field),
                 samples=2,
                 settings="field",
                 conditions=True,
             )
-            for field, source in FIELD_SOURCES.items()
+            for field, head in FIELD_HEADS.items()
         },
     },
 )
@@ -289,7 +307,9 @@ def unread_settings(image_head: str) -> dict[str, str]:
     Args:
         image_head: a key of IMAGE_HEADS.
     """
-    keys = {} if image_head == "wflow" else {"field.iterations": f"image_head is {image_head}, not wflow"}
+    others = {name: field for name, field in FIELD_HEADS.items() if name != image_head}
+    keys = {f"field.{option}": name for name, field in others.items() for option in field.options}
+    keys = {key: f"image_head is {image_head}, not {name}" for key, name in keys.items()}
     own = IMAGE_HEADS[image_head].settings
     for name in sorted({head.settings for head in IMAGE_HEADS.values()} - {"", own}):
         readers = [other for other, head in IMAGE_HEADS.items() if head.settings == name]

@@ -46,10 +46,17 @@ def test_rows_come_as_often_as_others_whatever_the_number_of_rows_of_their_value
     torch.testing.assert_close(share, torch.full((40,), 1 / 40), atol=0.005, rtol=0)
 
 
+def test_an_index_without_a_value_is_in_no_group():
+    order = GroupedOrder([None, "a", None, "a", "b"], 2)
+    rows = torch.cat([order.batch(0, step, 4) for step in range(50)])
+    assert rows.unique().tolist() == [1, 3, 4]
+
+
 def test_a_batch_that_is_not_made_of_whole_groups_and_an_order_of_no_rows_are_refused():
     with pytest.raises(ValueError, match="10 rows of a step are no whole number of groups of 4 rows"):
         GroupedOrder([1, 1, 2], 4).batch(0, 0, 10)
     with pytest.raises(ValueError, match="a group needs 1 row or more, not 0"):
         GroupedOrder([1, 1, 2], 0)
-    with pytest.raises(ValueError, match="an order needs 1 row or more"):
-        GroupedOrder([], 4)
+    for values in ([], [None, None]):
+        with pytest.raises(ValueError, match=rf"none of {len(values)} rows has a value to group it by"):
+            GroupedOrder(values, 4)
