@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rope_mm.checks.fields import Real, read_value
 from rope_mm.checks.tensors import check_real_tensors
+from rope_mm.losses.drift import distances
 from rope_mm.losses.scores import at_least_float32
 
 Exponent = Annotated[float, Real(above=0, below=2)]
@@ -66,8 +67,8 @@ def energy_distance(x: Tensor, other: Tensor, real: Tensor) -> Tensor:
             f"the energy distance takes samples (n, d) of one d, two real ones or more, not {shapes}"
         )
     x, other, real = map(at_least_float32, (x, other, real))
-    among = torch.cdist(real, real).sum() / (len(real) * (len(real) - 1))
-    return 2 * torch.cdist(x, real).mean() - torch.cdist(x, other).mean() - among
+    among = distances(real, real).sum() / (len(real) * (len(real) - 1))
+    return 2 * distances(x, real).mean() - distances(x, other).mean() - among
 
 
 def distance_power(gap: Tensor, exponent: float) -> Tensor:

@@ -119,3 +119,12 @@ def test_the_energy_distance_is_near_zero_for_one_law_and_refuses_shapes_that_do
     for wrong in ((x, other[:, :4], real), (x, other, real[:1]), (x[0], other, real)):
         with pytest.raises(ValueError, match="the energy distance takes samples"):
             energy_distance(*wrong)
+
+
+def test_the_energy_distance_is_exact_for_samples_close_together_and_far_from_the_origin():
+    random = torch.Generator().manual_seed(0)
+    parts = 100 + 1e-2 * torch.randn(3, 40, 8, generator=random)
+    parts[2] += 1e-2
+    torch.testing.assert_close(
+        energy_distance(*parts).double(), energy_distance(*parts.double()), rtol=1e-4, atol=0
+    )
