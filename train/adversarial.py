@@ -35,7 +35,7 @@ from rope_mm.data.images import Unreadable
 from rope_mm.data.pixels import check_background
 from rope_mm.data.seeding import EVALUATION
 from rope_mm.evaluation.contact_sheet import save_data_sheet, save_sheet
-from rope_mm.evaluation.image_evaluators import IMAGE_EVALUATORS, ImageEvaluator
+from rope_mm.evaluation.image_evaluators import IMAGE_EVALUATORS, ImageEvaluator, make_evaluator
 from rope_mm.models import ImageBatcher, load_tokenizer
 from rope_mm.models.attention_backends import ATTENTIONS, with_attention
 from rope_mm.models.configuration_rope_mm import config_for
@@ -52,7 +52,6 @@ from rope_mm.training.run_dir import Identity
 from rope_mm.training.unread_keys import refuse_unread
 from rope_mm.training.vocabulary import find_word_tokenizer, keep_tokenizer
 
-CLASSIFIER_SAMPLES = 10_000  # images of each split, at most, that the evaluator's classifier sees
 SHEET = 10  # captions on a contact sheet, and images of each
 
 
@@ -169,20 +168,16 @@ class Training:
         self.skipped = SkippedRows()
 
     @cached_property
-    def evaluator(self) -> ImageEvaluator | None:
-        """Metrics of generated images, None without labels; its classifier is trained at the first use."""
-        config, labels, test_labels = self.config, self.images.labels, self.held_out.labels
-        if labels is None or test_labels is None or not self.accelerator.is_main_process:
+    def evaluator(self) -> tuple[ImageEvaluator, list[str]] | None:
+        """Metrics of generated images and their captions, None without labels; made at the first use."""
+        config, process = self.config, self.accelerator
+        if not config.data.label or not process.is_main_process:
             return None
-        most = max(CLASSIFIER_SAMPLES, config.eval_samples)
-        known, unknown = range(min(len(labels), most)), range(min(len(test_labels), CLASSIFIER_SAMPLES))
-        images, rows = self.images.read(known)
-        test_images, self.test_rows = self.held_out.read(unknown)
+        options = config.eval_samples, config.seed, bool(config.data.caption)
+        made = make_evaluator(config.evaluator, self.images, self.held_out, *options)
         for reason in self.held_out.unreadable.values():
             say(f"skipped, held out: {reason}")
-        train, test = (images, labels[rows]), (test_images, test_labels[self.test_rows])
-        kind, captioned = IMAGE_EVALUATORS[config.evaluator], bool(config.data.caption)
-        return kind.make(train, test, config.eval_samples, config.seed, captioned)
+        return made
 
     def micro_batch(self, update: int, part: int = 0) -> AdversarialBatch:
         """This process's share of a part of the batch of the critic's update-th step.
@@ -329,8 +324,8 @@ class Training:
         save_sheet(path.with_suffix(".png"), self.make_sheet(shown), shown)
         if self.evaluator is None:
             return {}
-        captions = [self.held_out.captions[self.test_rows[row]] for row in self.evaluator.rows]
-        return self.evaluator.evaluate(self.generate(captions, EVALUATION))
+        evaluator, captions = self.evaluator
+        return evaluator.evaluate(self.generate(captions, EVALUATION))
 
     def make_sheet(self, captions: list[str]) -> list[Tensor]:
         """SHEET images (ch, y, x) of each caption, in the sizes that are trained, in turn."""
@@ -363,7 +358,7 @@ class Training:
 
     def extra_results(self) -> dict[str, float]:
         """The same metrics of real images."""
-        real = self.evaluator.real_reference if self.evaluator else {}
+        real = self.evaluator[0].real_reference if self.evaluator else {}
         return {f"real_{name}": value for name, value in real.items()}
 
 

@@ -3,12 +3,14 @@
     python train/evaluate.py --real my/images --generated my/samples --features inception.pt --size 299
     python train/evaluate.py --real my/images --model runs/mine/model --caption text --features dinov2.pt2
     python train/evaluate.py --real DATA --split test --known train --model runs/mine/model --caption text
+    python train/evaluate.py --real digits --model runs/mine/model --caption caption --label label
 
 The features are those of a network in a file of yours, which torch.export or TorchScript wrote: with layer
 pool3 of Inception the Fréchet distance is the FID. A model generates an image of each real one's caption;
 `caption_retrieval` says how often that real image is the nearest of 50, `copied_share` how many images are
 nearer to one of the known images than any other known image is. Without --features pixels are compared, and
-these two alone are given.
+these two alone are given. With --label a classifier that is trained on the real images says what
+train/adversarial.py says of its own: whether generated images show what held-out captions ask for.
 """
 
 import rope_mm.checks.installed  # noqa: F401 isort: skip
@@ -29,14 +31,17 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data.columns import check_rows, read_captions
-from rope_mm.data.images import find_images, is_made_here, load, load_splits
+from rope_mm.data.images import find_images, is_made_here, load, load_images, load_splits
 from rope_mm.data.pixels import UNREADABLE, open_image, to_channels
 from rope_mm.evaluation.features import INPUTS, extract_features, load_network
+from rope_mm.evaluation.image_evaluators import IMAGE_EVALUATORS, make_evaluator
 from rope_mm.evaluation.metrics import NEIGHBOURS, frechet, kid, prdc
 from rope_mm.evaluation.retrieval import caption_retrieval, copied_share
 from rope_mm.files import write_text
 from rope_mm.models.pipeline import MAX_BATCH, RopeMMPipeline
 from rope_mm.training.config import check_options, option, run
+
+LABELLED = 1_000  # images generated where a classifier reads them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +66,11 @@ class Evaluate:
     known: str = option("", "split of the real images that training saw, of which copies are counted")
     image: str = option("image", "column of images")
     caption: str = option("", "column of captions, for a model that reads them")
-    num_images: int = option(0, "at most, of each side; 0: all", minimum=0)
-    seed: int = option(0, "of the model's noise")
+    label: str = option("", "column of classes, which a classifier trained on the real images finds")
+    evaluator: str = option("caption", "the metrics by that classifier", choices=IMAGE_EVALUATORS)
+    passes: int = option(0, "of the model for an image; 0: as many as it was trained for", minimum=0)
+    num_images: int = option(0, "at most, of each side; 0: all, and 1,000 with --label", minimum=0)
+    seed: int = option(0, "of the model's noise, and of the classifier")
     output: str = option("", "JSON file of the metrics, which are printed anyway")
 
 
@@ -113,14 +121,31 @@ def generate(config: Evaluate, captions: Sequence[str]) -> Iterator[Tensor]:
     """An image (ch, y, x) of the model for each caption.
 
     Args:
-        config: the model and the seed.
+        config: the model, the seed and the passes.
         captions: "" where it reads none.
     """
     pipeline = RopeMMPipeline.from_pretrained(config.model)
     generator = torch.Generator().manual_seed(config.seed)
+    options = {"generator": generator, "num_inference_steps": config.passes or None, "output_type": "pt"}
     for first in range(0, len(captions), MAX_BATCH):
-        batch = list(captions[first : first + MAX_BATCH])
-        yield from pipeline(batch, generator=generator, output_type="pt").images
+        yield from pipeline(list(captions[first : first + MAX_BATCH]), **options).images
+
+
+def classify(config: Evaluate) -> dict[str, float]:
+    """The metrics of the evaluator for images of held-out captions, and those of real images.
+
+    Raises:
+        ValueError: data or a model that cannot be used; images that the evaluator does not read.
+    """
+    samples = config.num_images or LABELLED
+    trained = RopeMMPipeline.from_pretrained(config.model)
+    size, channels = trained.spec.size, trained.model.config.num_channels
+    columns = config.image, config.caption, config.label
+    sides = load_images(config.real, size, channels, *columns)
+    evaluator, captions = make_evaluator(config.evaluator, *sides, samples, config.seed, bool(config.caption))
+    images = torch.stack(list(generate(config, captions)))
+    real = {f"real_{name}": value for name, value in evaluator.real_reference.items()}
+    return evaluator.evaluate(images) | real
 
 
 def read_texts(config: Evaluate, rows: Dataset) -> list[str]:
@@ -140,6 +165,20 @@ def check(config: Evaluate) -> None:
     check_options(config)
     if not config.real or bool(config.generated) == bool(config.model):
         raise ValueError("give --real SOURCE, and one of --generated SOURCE and --model FOLDER")
+    if config.label:
+        if not config.caption and IMAGE_EVALUATORS[config.evaluator].captions == "needed":
+            raise ValueError(f"--evaluator {config.evaluator} needs the column of captions; give --caption")
+        others = {"generated": config.generated, "features": config.features, "size": config.size}
+        others |= {"split": config.split, "known": config.known}
+        if unread := [name for name, value in others.items() if value]:
+            raise ValueError(
+                f"--label evaluates --model on what is held out, by a classifier; leave out --{unread[0]}"
+            )
+        return
+    if config.evaluator != Evaluate.evaluator:
+        raise ValueError(f"--evaluator {config.evaluator} needs --label, the column of classes")
+    if config.passes and not config.model:
+        raise ValueError(f"--passes {config.passes} are those of a model; give --model")
     if not config.features and not config.known and not (config.model and config.caption):
         raise ValueError(
             "give --features FILE, a network whose features are compared; without one pixels say how many "
@@ -190,14 +229,12 @@ def retrieve(real: Tensor, fake: Tensor, captions: Sequence[str]) -> dict[str, f
     return {"caption_retrieval": caption_retrieval(real, fake)}
 
 
-def main(config: Evaluate) -> None:
-    """Print the metrics, and write them where --output says.
+def measure(config: Evaluate) -> dict[str, float]:
+    """The metrics of generated and real images by the features of a network, or by their pixels.
 
     Raises:
-        ValueError: see `check`; data, a model or a network that cannot be used.
+        ValueError: data, a model or a network that cannot be used.
     """
-    check(config)
-    disable_progress_bar()
     rows = load_rows(config.real, config.split, config.num_images)
     captions = read_texts(config, rows)
     if config.model:
@@ -216,6 +253,18 @@ def main(config: Evaluate) -> None:
         result["copied_share"] = copied_share(known, fake)
         if config.split not in ("", config.known):  # else the real images are known ones themselves
             result["copied_share_of_real"] = copied_share(known, real)
+    return result
+
+
+def main(config: Evaluate) -> None:
+    """Print the metrics, and write them where --output says.
+
+    Raises:
+        ValueError: see `check`; data, a model or a network that cannot be used.
+    """
+    check(config)
+    disable_progress_bar()
+    result = classify(config) if config.label else measure(config)
     text = json.dumps(result, indent=1)
     print(text)
     if config.output:

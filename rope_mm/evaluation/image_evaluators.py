@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from rope_mm.data.images import CaptionedImages
 from rope_mm.evaluation.distribution import FEATURES, MIN_SAMPLES, distribution_metrics, report_skipped
 from rope_mm.evaluation.fitting import fit
 from rope_mm.evaluation.letters import prepare_letters
 from rope_mm.evaluation.metrics import conditional_accuracy, mode_statistics
 from rope_mm.registry import Registry
 
+CLASSIFIER_SAMPLES = 10_000  # images of each split, at most, that the classifier sees
 STACKS = 4_000  # whose digits the classifier learns
 EPOCHS = 10  # on the digits of stacks
 
@@ -300,3 +302,29 @@ IMAGE_EVALUATORS = Registry(
         "letters": EvaluatorKind(prepare_letters, "needed"),
     },
 )
+
+
+def make_evaluator(
+    name: str, images: CaptionedImages, held_out: CaptionedImages, samples: int, seed: int, captioned: bool
+) -> tuple[ImageEvaluator, list[str]]:
+    """The evaluator of a source with labels, and the held-out captions to generate images of, in order.
+
+    Args:
+        name: a key of IMAGE_EVALUATORS.
+        images: to train on.
+        held_out: the others.
+        samples: how many images are generated.
+        seed: of its classifier.
+        captioned: whether the images are generated for captions.
+
+    Raises:
+        ValueError: images without labels; what the evaluator does not read.
+    """
+    if images.labels is None or held_out.labels is None:
+        raise ValueError("an evaluator needs labels; give the column of labels to load_images(..., label=)")
+    most = max(CLASSIFIER_SAMPLES, samples)
+    train, rows = images.read(range(min(len(images), most)))
+    test, test_rows = held_out.read(range(min(len(held_out), CLASSIFIER_SAMPLES)))
+    seen, unseen = (train, images.labels[rows]), (test, held_out.labels[test_rows])
+    evaluator = IMAGE_EVALUATORS[name].make(seen, unseen, samples, seed, captioned)
+    return evaluator, [held_out.captions[test_rows[row]] for row in evaluator.rows]

@@ -192,3 +192,35 @@ def test_where_all_real_images_are_compared_the_known_ones_among_them_are_no_cop
     given = flags(real="digits", generated="digits", known="train", num_images=20)
     evaluate.main(load(evaluate.Evaluate, given))
     assert set(printed(capsys)) == {"real", "generated", "features", "copied_share"}
+
+
+def test_with_labels_a_model_has_the_metrics_that_its_training_gives(adversarial, tmp_path, capsys):
+    trained = adversarial.train(
+        tmp_path / "run", steps=1, eval_samples=120, **{"data.label": "label", "data.size": 8}
+    )
+    given = {"real": "digits", "model": tmp_path / "run" / "model", "caption": "caption", "label": "label"}
+    evaluate.main(load(evaluate.Evaluate, flags(**given, num_images=120)))
+    found = printed(capsys)
+    real = {name: value for name, value in trained.items() if name.startswith("real_")}
+    assert real and {name: found[name] for name in real} == real  # of the same classifier
+    of_generated = {name.removeprefix("real_") for name in real}
+    assert {"accuracy", "frechet", "recall"} <= of_generated <= found.keys()
+    assert found["samples"] == 120
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"label": "label", "split": "test"}, "leave out --split"),
+        ({"label": "label", "evaluator": "letters", "caption": ""}, "give --caption"),
+        ({"evaluator": "modes"}, "--evaluator modes needs --label"),
+        ({"label": "label", "passes": "2", "generated": "digits", "model": ""}, "leave out --generated"),
+        ({"passes": "2", "generated": "digits", "model": "", "known": "train"}, "give --model"),
+    ],
+)
+def test_what_cannot_be_evaluated_by_a_classifier_is_refused(given, message, capsys):
+    settings = {"real": "digits", "model": "none", "caption": "caption"} | given
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run(evaluate.main, evaluate.Evaluate, flags(**{key: text for key, text in settings.items() if text}))
+    (said,) = capsys.readouterr().err.splitlines()
+    assert message in said
