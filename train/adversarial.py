@@ -103,6 +103,9 @@ class Adversarial(Run):
     compile: str = option("", "a backend of torch.compile, such as inductor; empty: none")
     gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass, to save memory")
     ema_decay: float = option(0.995, "of the average of the generator's weights", minimum=0, below=1)
+    noise_scale: float = option(
+        1.0, "of sampling; below 1 images vary less, and more of them show their caption", minimum=0
+    )
     evaluator: str = option("caption", "metrics of generated images", choices=IMAGE_EVALUATORS)
     eval_samples: int = option(1_000, "images generated for an evaluation", minimum=1)
 
@@ -163,7 +166,8 @@ class Training:
             model, config.loss, config.optim, accelerator, config.compile, config.gradient_checkpointing
         )
         self.average = Ema(self.trainer.unwrapped_generator, config.ema_decay)
-        self.pipeline = self.batcher.pipeline(self.average.model, captioned=bool(config.data.caption))
+        how = {"captioned": bool(config.data.caption), "noise_scale": config.noise_scale}
+        self.pipeline = self.batcher.pipeline(self.average.model, **how)
         self.tokens, self.generated, self.flops = 0, 0, 0.0
         self.skipped = SkippedRows()
 

@@ -34,7 +34,14 @@ from transformers.utils.logging import disable_progress_bar
 from rope_mm.data import CaptionedImages, load_images, make_generator
 from rope_mm.data.templates import Column, read_template
 from rope_mm.evaluation.contact_sheet import save_sheet
-from rope_mm.evaluation.head_comparison import COSTS, REAL, Runs, draw_figure, write_table
+from rope_mm.evaluation.head_comparison import (
+    COSTS,
+    REAL,
+    Runs,
+    describe_sampling,
+    draw_figure,
+    write_table,
+)
 from rope_mm.evaluation.image_evaluators import (
     MIN_SAMPLES,
     CaptionEvaluator,
@@ -71,6 +78,7 @@ class CompareHeads(Pretrain):
     heads: dict[str, dict[str, Any]] = option({}, "name of a row -> the keys that it changes")
     classes: list[str] = option([], "words in captions, by which images are classified")
     passes: list[int] = option([1, 2, 4, 16, 32], "of sampling, of heads that take several", minimum=1)
+    noise_scales: list[float] = option([1.0], "of the noise, each of them for every head", minimum=0)
     eval_samples: int = option(1_000, "images generated", minimum=1)
     classifier_samples: int = option(10_000, "training images, at most, of the classifier", minimum=1)
     classifier_epochs: int = option(20, "of the classifier", minimum=1)
@@ -142,10 +150,11 @@ class EvalSet:
     real: Tensor
     shown: list[int]
 
-    def generate(self, pipeline: RopeMMPipeline, passes: int) -> Tensor:
+    def generate(self, pipeline: RopeMMPipeline, passes: int, noise_scale: float) -> Tensor:
         """An image for every caption; the noise is the same for every head."""
         prompts = [pipeline.prompt("text2image", caption) for caption in self.captions]
-        return pipeline.generate_image(prompts, make_generator("heads"), steps=passes)
+        how = {"steps": passes, "noise_scale": noise_scale}
+        return pipeline.generate_image(prompts, make_generator("heads"), **how)
 
 
 def find_classes(images: CaptionedImages, classes: Sequence[str], most: int) -> tuple[list[int], Tensor]:
@@ -224,12 +233,19 @@ def configure(config: CompareHeads, head: str, seed: int) -> Pretrain:
     return chosen
 
 
-def run_head(config: Pretrain, passes: Sequence[int], eval_set: EvalSet, samples: dict[str, Tensor]) -> Any:
-    """The cost of a run, trained as far as it is not yet, and its metrics by passes.
+def run_head(
+    config: Pretrain,
+    passes: Sequence[int],
+    noise_scales: Sequence[float],
+    eval_set: EvalSet,
+    samples: dict[str, Tensor],
+) -> Any:
+    """The cost of a run, trained as far as it is not yet, and its metrics by passes and noise.
 
     Args:
         config: of the run.
         passes: of sampling.
+        noise_scales: of sampling.
         eval_set: what is generated.
         samples: images for the sheet are added to it.
     """
@@ -237,10 +253,11 @@ def run_head(config: Pretrain, passes: Sequence[int], eval_set: EvalSet, samples
     if config.restart or not is_done(output_dir, fingerprint(config)):
         train(config, MeteredTraining)
     pipeline, metrics = RopeMMPipeline.from_pretrained(output_dir / "model"), {}
-    for count in passes if IMAGE_HEADS[config.image_head].steps > 1 else [1]:
-        images = eval_set.generate(pipeline, count)
-        samples[f"{output_dir.name}, {count}"] = images[eval_set.shown]
-        metrics[str(count)] = eval_set.evaluator.evaluate(images)
+    counts = passes if IMAGE_HEADS[config.image_head].steps > 1 else [1]
+    for count, scale in product(counts, noise_scales):
+        images, how = eval_set.generate(pipeline, count, scale), describe_sampling(count, scale)
+        samples[f"{output_dir.name}, {how}"] = images[eval_set.shown]
+        metrics[how] = eval_set.evaluator.evaluate(images)
     result = json.loads((output_dir / "result.json").read_text())
     return {name: result[name] for name in COSTS} | {"metrics": metrics}
 
@@ -257,8 +274,9 @@ def check(config: CompareHeads) -> None:
     if len(config.data.paths) != 1:
         raise ValueError(f"data.paths must name one source of images, not {config.data.paths}")
     find_columns(config.data.templates)
-    if not config.passes:
-        raise ValueError("passes must name at least one number, not []")
+    for name in ("passes", "noise_scales"):
+        if not getattr(config, name):
+            raise ValueError(f"{name} must name at least one number, not []")
 
 
 def write_report(
@@ -303,7 +321,7 @@ def main(config: CompareHeads) -> None:
     real, samples = eval_set.evaluator.evaluate(eval_set.real), {REAL: eval_set.real[eval_set.shown]}
     for head, own in (bar := tqdm(each, desc="heads")):
         bar.set_postfix_str(own.output_dir)
-        runs.setdefault(head, []).append(run_head(own, config.passes, eval_set, samples))
+        runs.setdefault(head, []).append(run_head(own, config.passes, config.noise_scales, eval_set, samples))
         write_report(config, real, runs, samples)
     output_dir, table = Path(config.output_dir), write_table(real, runs)
     if config.page:

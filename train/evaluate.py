@@ -69,6 +69,7 @@ class Evaluate:
     label: str = option("", "column of classes, which a classifier trained on the real images finds")
     evaluator: str = option("caption", "the metrics by that classifier", choices=IMAGE_EVALUATORS)
     passes: int = option(0, "of the model for an image; 0: as many as it was trained for", minimum=0)
+    noise_scale: float | None = option(None, "of the model's noise; null: that of training", minimum=0)
     num_images: int = option(0, "at most, of each side; 0: all, and 1,000 with --label", minimum=0)
     seed: int = option(0, "of the model's noise, and of the classifier")
     output: str = option("", "JSON file of the metrics, which are printed anyway")
@@ -126,7 +127,8 @@ def generate(config: Evaluate, captions: Sequence[str]) -> Iterator[Tensor]:
     """
     pipeline = RopeMMPipeline.from_pretrained(config.model)
     generator = torch.Generator().manual_seed(config.seed)
-    options = {"generator": generator, "num_inference_steps": config.passes or None, "output_type": "pt"}
+    options = {"num_inference_steps": config.passes or None, "noise_scale": config.noise_scale}
+    options |= {"generator": generator, "output_type": "pt"}
     for first in range(0, len(captions), MAX_BATCH):
         yield from pipeline(list(captions[first : first + MAX_BATCH]), **options).images
 
@@ -177,8 +179,9 @@ def check(config: Evaluate) -> None:
         return
     if config.evaluator != Evaluate.evaluator:
         raise ValueError(f"--evaluator {config.evaluator} needs --label, the column of classes")
-    if config.passes and not config.model:
-        raise ValueError(f"--passes {config.passes} are those of a model; give --model")
+    of_model = {"passes": config.passes or None, "noise_scale": config.noise_scale}
+    if not config.model and (given := [key for key, value in of_model.items() if value is not None]):
+        raise ValueError(f"--{given[0]} is of images that a model generates; give --model")
     if not config.features and not config.known and not (config.model and config.caption):
         raise ValueError(
             "give --features FILE, a network whose features are compared; without one pixels say how many "

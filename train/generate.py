@@ -48,6 +48,7 @@ class Generate:
     grid: bool = option(False, "one PNG file of all images, a row for each text, and the texts beside them")
     size: str = option("", "height x width of the images in pixels, such as 24x40; empty: that of training")
     guidance_scale: float | None = option(None, "of sampling; null: that of training", minimum=0)
+    noise_scale: float | None = option(None, "of the noise; null: that of training", minimum=0)
     num_inference_steps: int | None = option(None, "of sampling; null: those of training", minimum=1)
     zoom: int = option(8, "each pixel becomes a square of this side; 1: the native size", minimum=1)
     seed: int = option(0, "of the noise")
@@ -228,6 +229,7 @@ def images_of(pipeline: RopeMMPipeline, config: Generate) -> list[Tensor]:
         num_images_per_prompt=config.num_images,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
+        noise_scale=config.noise_scale,
         generator=torch.Generator().manual_seed(config.seed),
         output_type="pt",
     )
@@ -255,6 +257,7 @@ def more_frames(pipeline: RopeMMPipeline, config: Generate, frames: Tensor) -> T
     generator = torch.Generator().manual_seed(config.seed)
     window = pipeline.spec.frames if config.cache == "rolling" else None
     options = {"steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+    options["noise_scale"] = config.noise_scale
     return pipeline.generate_video([prompt], [frames], config.frames, generator, window, **options)[0]
 
 

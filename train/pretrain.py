@@ -128,6 +128,9 @@ class Pretrain(Run):
     guidance_scale: float = option(
         1.0, "of sampling; above 1 a template must generate images without text before", minimum=0
     )
+    noise_scale: float = option(
+        1.0, "of sampling; below 1 images vary less, and more of them show their caption", minimum=0
+    )
     loss: GANConfig = option(GANConfig(), "the objective of the adversarial head")
     flow: FlowConfig = option(FlowConfig(), "the times of the flow head")
     energy: EnergyConfig = option(EnergyConfig(), "the loss of the energy head")
@@ -180,7 +183,8 @@ class Training:
         )
         self.tokens, self.generated, self.flops, self.alone = 0, 0, 0.0, 0.0
         self.counter = FlopCounter.of(self.average.model)
-        spec = GenerationSpec.of(self.held_out, config.data.templates, self.head.steps, config.guidance_scale)
+        how = self.head.steps, config.guidance_scale, config.noise_scale
+        spec = GenerationSpec.of(self.held_out, config.data.templates, *how)
         self.pipeline = RopeMMPipeline(self.average.model, self.processor, spec)
 
     def make_datasets(self) -> None:

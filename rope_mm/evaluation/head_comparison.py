@@ -1,6 +1,7 @@
 """What image heads reach in how many passes, and what their training took: a table and a figure."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,7 +19,13 @@ NOTE = (
     f"frechet is the distance in the {FEATURES} features of a small classifier trained on this data: it "
     "compares rows of this table, and is no FID."
 )
-Runs = dict[str, list[dict[str, Any]]]  # head -> seeds -> COSTS, and "metrics" by the number of passes
+# head -> seeds -> COSTS, and "metrics" by `describe_sampling`
+Runs = dict[str, list[dict[str, Any]]]
+
+
+def describe_sampling(passes: int, noise_scale: float) -> str:
+    """The number of passes, and the scale of the noise where it is not 1."""
+    return f"{passes}" if noise_scale == 1 else f"{passes}, noise * {noise_scale:g}"
 
 
 def write_table(real: Mapping[str, float], runs: Runs) -> str:
@@ -58,6 +65,8 @@ def write_metric(name: str, values: Sequence[float]) -> str:
 def draw_figure(path: Path, real: Mapping[str, float], runs: Runs) -> None:
     """Passes against metrics: a line for the mean of each head's seeds, a small marker for each of them.
 
+    Shown are images of noise that is not scaled.
+
     Args:
         path: of the PNG file.
         real: metrics of real images.
@@ -69,10 +78,13 @@ def draw_figure(path: Path, real: Mapping[str, float], runs: Runs) -> None:
     figure = new_figure(10, 4)
     shown = [name for name in PANELS if name in real]
     axes = dict(zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True))
-    ticks = sorted({int(count) for seeds in runs.values() for count in seeds[0]["metrics"]})
+    passes = {
+        head: [int(how) for how in seeds[0]["metrics"] if how.isdecimal()] for head, seeds in runs.items()
+    }
+    ticks = sorted(set(chain.from_iterable(passes.values())))
     for name, panel in axes.items():
         for number, (head, seeds) in enumerate(runs.items()):
-            counts = list(map(int, seeds[0]["metrics"]))
+            counts = passes[head]
             seen = [[run["metrics"][str(count)][name] for run in seeds] for count in counts]
             style = f"C{number}{MARKERS[number % len(MARKERS)]}"
             panel.plot(counts, list(map(mean, seen)), f"{style}-", fillstyle="none", label=head)

@@ -39,6 +39,7 @@ class GenerationSpec:
         frames: of a video.
         steps: passes of the model for an image or frame.
         guidance_scale: see `classifier_free_guidance`.
+        noise_scale: of the noise that images are made of, see `RopeMMProcessor.generate_images`.
     """
 
     templates: list[str]
@@ -47,6 +48,7 @@ class GenerationSpec:
     frames: int = 1
     steps: int = 1
     guidance_scale: float = 1.0
+    noise_scale: float = 1.0
 
     def __post_init__(self):
         if isinstance(self.size, list):  # as JSON brings it
@@ -54,7 +56,12 @@ class GenerationSpec:
 
     @classmethod
     def of(
-        cls, documents: MapDocuments, templates: Sequence[str], steps: int, guidance_scale: float = 1.0
+        cls,
+        documents: MapDocuments,
+        templates: Sequence[str],
+        steps: int,
+        guidance_scale: float = 1.0,
+        noise_scale: float = 1.0,
     ) -> "GenerationSpec":
         """The spec of a model that learns these documents; its videos are as long as the longest of a few.
 
@@ -67,7 +74,8 @@ class GenerationSpec:
         if "text2video" in tasks:
             videos = [video for _, video in documents.eval_prompts(tasks["text2video"], 8)]
             frames = max(len(video.pixels) for video in videos if isinstance(video, Visual))
-        return cls(list(templates), documents.kinds, documents.size, frames, steps, guidance_scale)
+        how = steps, guidance_scale, noise_scale
+        return cls(list(templates), documents.kinds, documents.size, frames, *how)
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -161,6 +169,7 @@ class RopeMMPipeline:
         num_frames: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        noise_scale: float | None = None,
         generator: torch.Generator | None = None,
         output_type: str = "pil",
     ) -> GenerationOutput:
@@ -174,6 +183,7 @@ class RopeMMPipeline:
             num_frames: frames of a video; as many as in training if not given.
             num_inference_steps: passes for an image or frame; those of training if not given.
             guidance_scale: see `classifier_free_guidance`; that of training if not given.
+            noise_scale: of the noise; below 1 images vary less, and more of them show their caption.
             generator: of the noise.
             output_type: "pil", or "pt" for tensors in [-1, 1].
 
@@ -186,7 +196,8 @@ class RopeMMPipeline:
         captions = read_captions(prompt)
         task = "text2video" if num_frames or "text2image" not in self.spec.tasks else "text2image"
         prompts = [self.prompt(task, caption) for caption in captions for _ in range(num_images_per_prompt)]
-        options = {"size": (height, width), "steps": num_inference_steps, "guidance_scale": guidance_scale}
+        options = {"size": (height, width), "steps": num_inference_steps}
+        options |= {"guidance_scale": guidance_scale, "noise_scale": noise_scale}
         if task == "text2image":
             images = self.generate_image(prompts, generator, **options)
             return GenerationOutput(images=images if output_type == "pt" else list(map(to_pil, images)))
@@ -312,6 +323,7 @@ class RopeMMPipeline:
         steps: int | None = None,
         guidance_scale: float | None = None,
         window_frames: int | None = None,
+        noise_scale: float | None = None,
     ) -> list[Tensor]:
         """Images (ch, y, x), or videos (t, ch, y, x) of new frames after a context, on the CPU.
 
@@ -326,6 +338,7 @@ class RopeMMPipeline:
             steps: passes for an image or frame; None for those of training.
             guidance_scale: None for that of training.
             window_frames: see `RopeMMProcessor.generate_images`.
+            noise_scale: None for that of training.
         """
         require_list("prompts", prompts)
         if guidance_scale is not None:
@@ -345,6 +358,7 @@ class RopeMMPipeline:
                     [context[number] for number in part] if context else None,
                     window_frames,
                     self.spec.guidance_scale if guidance_scale is None else guidance_scale,
+                    self.spec.noise_scale if noise_scale is None else noise_scale,
                 )
                 made.update(zip(part, images.cpu(), strict=True))
         return [made[number] for number in range(len(prompts))]
@@ -422,10 +436,20 @@ class ImageBatcher:
         """Patches (b, n, p) of images (b, ch, y, x), in the order of their tokens."""
         return to_patches(images, self.config.patch_size)[:, token_order(self.grid, self.config.scheme)]
 
-    def pipeline(self, model: PreTrainedModel, captioned: bool = True) -> RopeMMPipeline:
-        """The pipeline of a model trained on these images, with captions or without."""
+    def pipeline(
+        self, model: PreTrainedModel, captioned: bool = True, noise_scale: float = 1.0
+    ) -> RopeMMPipeline:
+        """The pipeline of a model trained on these images.
+
+        Args:
+            model: the model.
+            captioned: whether it reads captions.
+            noise_scale: of what it generates.
+        """
         template = "{caption}{image:generate}" if captioned else "{image:generate}"
-        spec = GenerationSpec([template], {"caption": "text", "image": "image"}, self.size)
+        spec = GenerationSpec(
+            [template], {"caption": "text", "image": "image"}, self.size, noise_scale=noise_scale
+        )
         return RopeMMPipeline(model, RopeMMProcessor.from_config(self.config, self.tokenizer), spec)
 
 

@@ -1,4 +1,4 @@
-"""Guidance: from unconditional images to conditional ones, and beyond."""
+"""Guidance: from unconditional images to conditional ones, and beyond; and less noise."""
 
 import pytest
 import torch
@@ -97,6 +97,44 @@ def test_a_pipeline_generates_with_the_guidance_it_was_saved_with(model, tmp_pat
     torch.testing.assert_close(image, generate(model, ["some"], 2.0, 2), **CLOSE)
     image = pipeline.generate_image([prompt], torch.Generator().manual_seed(1), guidance_scale=1.0)
     torch.testing.assert_close(image, generate(model, ["some"], 1.0, 2), **CLOSE)
+
+
+@pytest.mark.parametrize(("steps", "grid"), [(1, GRID), (3, GRID), (2, Video(3, 2, 2))])
+def test_images_are_made_of_noise_of_the_given_scale(model, steps, grid, monkeypatch):
+    made = generate(model, CAPTIONS, 1.0, steps, grid, noise_scale=0.25)
+    assert (made - generate(model, CAPTIONS, 1.0, steps, grid)).abs().max() > 1e-2
+    noise = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, generator: noise(*shape, generator=generator) / 4)
+    assert torch.equal(made, generate(model, CAPTIONS, 1.0, steps, grid))
+
+
+def test_without_noise_all_images_of_a_caption_are_equal(model):
+    first, second = generate(model, ["some words"] * 2, 1.0, noise_scale=0)
+    torch.testing.assert_close(first, second)
+    first, second = generate(model, ["some words"] * 2, 1.0)
+    assert (first - second).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("scale", [-0.5, float("nan"), "much"])
+def test_a_scale_of_the_noise_that_is_none_is_refused(model, scale):
+    with pytest.raises(ValueError, match="noise_scale must be a finite number >= 0, not "):
+        generate(model, CAPTIONS, 1.0, noise_scale=scale)
+
+
+def test_a_pipeline_generates_with_the_noise_it_was_saved_with(model, tmp_path):
+    processor = RopeMMProcessor.from_config(model.config, load_tokenizer())
+    columns = {"words": "text", "image": "image"}
+    spec = GenerationSpec(["{words}{image:generate}"], columns, 4, noise_scale=0.5)
+    RopeMMPipeline(model, processor, spec).save_pretrained(tmp_path)
+    pipeline = RopeMMPipeline.from_pretrained(tmp_path)
+
+    def made(**options):
+        return pipeline(
+            "some", generator=torch.Generator().manual_seed(1), output_type="pt", **options
+        ).images
+
+    torch.testing.assert_close(made(), generate(model, ["some"], 1.0, noise_scale=0.5), **CLOSE)
+    torch.testing.assert_close(made(noise_scale=1.0), generate(model, ["some"], 1.0), **CLOSE)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def read(folder, name="digits", **changes):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A comparison on the embedded digits; its configuration."""
-    config = read(tmp_path_factory.mktemp("heads"))
+    config = read(tmp_path_factory.mktemp("heads"), noise_scales="[1, 0.5]")
     compare_heads.main(config)
     return config
 
@@ -53,28 +53,22 @@ def report(config):
     return json.loads((Path(config.output_dir) / "heads.json").read_text())
 
 
-def test_every_head_has_metrics_beside_real_images_by_its_passes(done):
+def test_every_head_has_metrics_beside_real_images_by_its_passes_and_noise(done):
     out, found = Path(done.output_dir), report(done)
     assert tuple(found["heads"]) == HEADS
     passes = {head: list(run["metrics"]) for head, (run,) in found["heads"].items()}
-    assert passes == {
-        "mse": ["1"],
-        "flow": ["1", "2"],
-        "energy": ["1"],
-        "drift": ["1"],
-        "wflow": ["1"],
-        "rpgan+r1+r2": ["1"],
-        "gan-qp": ["1"],
-    }
+    once, twice = ["1", "1, noise * 0.5"], ["2", "2, noise * 0.5"]
+    assert passes == {head: once + twice if head == "flow" else once for head in HEADS}
     for (run,) in found["heads"].values():
         assert all(set(metrics) == set(found["real"]) for metrics in run["metrics"].values())
+        assert run["metrics"]["1"] != run["metrics"]["1, noise * 0.5"]
         assert run["steps"] == 2 and run["CPU minutes"] > 0
     lines = [line.split(" | ")[:2] for line in (out / "table.md").read_text().splitlines()]
     begun = [[f"| {REAL}", ""], *([f"| {head}", count] for head in HEADS for count in passes[head])]
-    assert lines[2:11] == begun
+    assert lines[2:19] == begun
     with PILImage.open(out / "heads.png") as figure, PILImage.open(out / "samples.png") as sheet:
         assert (
-            figure.width > 900 and sheet.height == 18 + 9 * 52
+            figure.width > 900 and sheet.height == 18 + 17 * 52
         )  # sizes, a row for reals, and each line of the table
 
 
@@ -97,13 +91,13 @@ def test_a_finished_run_is_not_trained_again_and_an_interrupted_one_resumes(done
     monkeypatch.setattr(
         compare_heads, "train", lambda config, how: (trained.append(config.output_dir), real(config, how))
     )
-    config = read(tmp_path, page="true")
+    config = read(tmp_path, page="true", noise_scales="[1, 0.5]")
     compare_heads.main(config)
     assert not trained and report(config)["heads"] == before["heads"]
     page = (out / "index.html").read_text()
     assert page.count("data:image/png") == 2  # heads.png and samples.png
     assert page.count("data:image/webp") == len(HEADS) == page.count("<h2>Samples of ")
-    config = read(tmp_path)
+    config = read(tmp_path, noise_scales="[1, 0.5]")
     run = out / "rpgan+r1+r2-0"
     shutil.rmtree(run / "checkpoints" / "step-000002")
     (run / "result.json").unlink()
@@ -148,6 +142,8 @@ def test_the_class_of_an_image_is_the_first_class_named_in_its_caption():
         ({"data.paths": "[digits, sprites]"}, "one source"),
         ({"passes": "[0]"}, "passes must be at least 1, not 0"),
         ({"passes": "[]"}, "passes must name at least one"),
+        ({"noise_scales": "[]"}, "noise_scales must name at least one"),
+        ({"noise_scales": "[-1]"}, "noise_scales must be at least 0, not -1"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"heads.mse.step": 3}, r"heads\.mse: step is unknown; did you mean steps"),
         ({"heads.mse.steps": 0}, "steps must be at least 1"),
