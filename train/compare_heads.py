@@ -274,9 +274,15 @@ def check(config: CompareHeads) -> None:
     if len(config.data.paths) != 1:
         raise ValueError(f"data.paths must name one source of images, not {config.data.paths}")
     find_columns(config.data.templates)
-    for name in ("passes", "noise_scales"):
-        if not getattr(config, name):
-            raise ValueError(f"{name} must name at least one number, not []")
+    if not config.passes:
+        raise ValueError("passes must name at least one number, not []")
+    scales = config.noise_scales
+    if 1 not in scales or len({describe_sampling(1, scale) for scale in scales}) < len(scales):
+        raise ValueError(
+            f"noise_scales must hold 1, which the figure shows, and each scale once, not {scales}"
+        )
+    if config.noise_scale != 1 or any("noise_scale" in keys for keys in config.heads.values()):
+        raise ValueError("noise_scale of a comparison are its noise_scales, which are the same for all heads")
 
 
 def write_report(

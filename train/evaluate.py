@@ -32,13 +32,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data.columns import check_rows, read_captions
 from rope_mm.data.images import find_images, is_made_here, load, load_images, load_splits
-from rope_mm.data.pixels import UNREADABLE, open_image, to_channels
+from rope_mm.data.pixels import UNREADABLE, check_background, open_image, to_channels
+from rope_mm.data.templates import read_template
 from rope_mm.evaluation.features import INPUTS, extract_features, load_network
 from rope_mm.evaluation.image_evaluators import IMAGE_EVALUATORS, make_evaluator
 from rope_mm.evaluation.metrics import NEIGHBOURS, frechet, kid, prdc
 from rope_mm.evaluation.retrieval import caption_retrieval, copied_share
 from rope_mm.files import write_text
-from rope_mm.models.pipeline import MAX_BATCH, RopeMMPipeline
+from rope_mm.models.pipeline import MAX_BATCH, RopeMMPipeline, generates_unconditionally
 from rope_mm.training.config import check_options, option, run
 
 LABELLED = 1_000  # images generated where a classifier reads them
@@ -66,11 +67,18 @@ class Evaluate:
     known: str = option("", "split of the real images that training saw, of which copies are counted")
     image: str = option("image", "column of images")
     caption: str = option("", "column of captions, for a model that reads them")
-    label: str = option("", "column of classes, which a classifier trained on the real images finds")
+    label: str = option(
+        "", "column of classes, whole numbers from 0, which a classifier trained on the real images finds"
+    )
+    background: str = option(
+        "white", "with --label, colour under transparent pixels of the real images", check=check_background
+    )
     evaluator: str = option("caption", "the metrics by that classifier", choices=IMAGE_EVALUATORS)
     passes: int = option(0, "of the model for an image; 0: as many as it was trained for", minimum=0)
     noise_scale: float | None = option(None, "of the model's noise; null: that of training", minimum=0)
-    num_images: int = option(0, "at most, of each side; 0: all, and 1,000 with --label", minimum=0)
+    num_images: int = option(
+        0, "at most, of each side; 0: all. With --label, generated ones; 0: 1,000", minimum=0
+    )
     seed: int = option(0, "of the model's noise, and of the classifier")
     output: str = option("", "JSON file of the metrics, which are printed anyway")
 
@@ -118,14 +126,32 @@ def read_images(rows: Dataset, column: str) -> Iterator[Tensor]:
         yield torch.from_numpy(numpy.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
 
 
+def load_model(config: Evaluate) -> RopeMMPipeline:
+    """The model, which generates images as the settings say.
+
+    Raises:
+        ValueError: a model that generates none, or from captions where none are given, or in one pass only.
+    """
+    pipeline = RopeMMPipeline.from_pretrained(config.model)
+    spec = pipeline.spec
+    if "text2image" not in spec.tasks:
+        raise ValueError(f"{config.model} generates no images; its templates are {spec.templates}")
+    free = any(generates_unconditionally(read_template(text), spec.kinds) for text in spec.templates)
+    if not config.caption and not free:
+        raise ValueError(f"{config.model} generates images from captions; give --caption COLUMN")
+    if config.passes > 1 and spec.steps == 1:
+        raise ValueError(f"{config.model} was trained to generate in one pass; leave out --passes")
+    return pipeline
+
+
 def generate(config: Evaluate, captions: Sequence[str]) -> Iterator[Tensor]:
     """An image (ch, y, x) of the model for each caption.
 
     Args:
-        config: the model, the seed and the passes.
+        config: the model, the seed, the passes and the noise.
         captions: "" where it reads none.
     """
-    pipeline = RopeMMPipeline.from_pretrained(config.model)
+    pipeline = load_model(config)
     generator = torch.Generator().manual_seed(config.seed)
     options = {"num_inference_steps": config.passes or None, "noise_scale": config.noise_scale}
     options |= {"generator": generator, "output_type": "pt"}
@@ -140,11 +166,13 @@ def classify(config: Evaluate) -> dict[str, float]:
         ValueError: data or a model that cannot be used; images that the evaluator does not read.
     """
     samples = config.num_images or LABELLED
-    trained = RopeMMPipeline.from_pretrained(config.model)
+    trained = load_model(config)
     size, channels = trained.spec.size, trained.model.config.num_channels
     columns = config.image, config.caption, config.label
-    sides = load_images(config.real, size, channels, *columns)
+    sides = load_images(config.real, size, channels, *columns, background=config.background)
     evaluator, captions = make_evaluator(config.evaluator, *sides, samples, config.seed, bool(config.caption))
+    for reason in (reason for side in sides for reason in side.unreadable.values()):
+        print(f"skipped: {reason}", file=sys.stderr)
     images = torch.stack(list(generate(config, captions)))
     real = {f"real_{name}": value for name, value in evaluator.real_reference.items()}
     return evaluator.evaluate(images) | real
@@ -171,14 +199,15 @@ def check(config: Evaluate) -> None:
         if not config.caption and IMAGE_EVALUATORS[config.evaluator].captions == "needed":
             raise ValueError(f"--evaluator {config.evaluator} needs the column of captions; give --caption")
         others = {"generated": config.generated, "features": config.features, "size": config.size}
-        others |= {"split": config.split, "known": config.known}
+        others |= {"split": config.split, "known": config.known, "input": config.input != Evaluate.input}
         if unread := [name for name, value in others.items() if value]:
             raise ValueError(
                 f"--label evaluates --model on what is held out, by a classifier; leave out --{unread[0]}"
             )
         return
-    if config.evaluator != Evaluate.evaluator:
-        raise ValueError(f"--evaluator {config.evaluator} needs --label, the column of classes")
+    for name in ("evaluator", "background"):
+        if (value := getattr(config, name)) != getattr(Evaluate, name):
+            raise ValueError(f"--{name} {value} needs --label, the column of classes")
     of_model = {"passes": config.passes or None, "noise_scale": config.noise_scale}
     if not config.model and (given := [key for key, value in of_model.items() if value is not None]):
         raise ValueError(f"--{given[0]} is of images that a model generates; give --model")

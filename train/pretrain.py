@@ -220,7 +220,7 @@ class Training:
             f"data: {rows[0]} rows, {rows[1]} held out",
         ]
         if not {"text2image", "text2video"} & self.pipeline.spec.tasks.keys():
-            keys = "image_head and image_loss_weight change nothing"
+            keys = "image_head, image_loss_weight and noise_scale change nothing"
             lines.append(f"images: no template generates one, as {{image:generate}} does, so {keys}")
         return "\n".join(lines)
 

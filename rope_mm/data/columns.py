@@ -78,7 +78,7 @@ def read_labels(rows: Dataset, column: str) -> Tensor:
     """
     labels = list(rows[column])
     for row, label in enumerate(labels):
-        if not isinstance(label, int) or label < 0:
+        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
             name = f"row {stored_row(rows, row)}, column {column!r}"
             raise ValueError(f"{name}: a label is a whole number from 0, not {label!r}")
     return torch.tensor(labels)

@@ -224,3 +224,46 @@ def test_what_cannot_be_evaluated_by_a_classifier_is_refused(given, message, cap
         run(evaluate.main, evaluate.Evaluate, flags(**{key: text for key, text in settings.items() if text}))
     (said,) = capsys.readouterr().err.splitlines()
     assert message in said
+
+
+def test_a_model_that_cannot_generate_as_asked_is_refused(adversarial, pretrain, tmp_path, capsys):
+    adversarial.train(tmp_path / "captioned", steps=1)
+    pretrain.train(tmp_path / "videos", steps=1, **{"data.templates": '["{frames:generate}{caption}"]'})
+    for model, given, message in [
+        ("captioned", {"label": "label"}, "generates images from captions; give --caption COLUMN"),
+        ("captioned", {"label": "label", "caption": "caption", "passes": 2}, "to generate in one pass"),
+        ("captioned", {"known": "train"}, "generates images from captions; give --caption COLUMN"),
+        ("videos", {"caption": "caption", "label": "label"}, "generates no images; its templates are"),
+        ("videos", {"caption": "caption"}, "generates no images; its templates are"),
+    ]:
+        flags_of = flags(real="digits", model=tmp_path / model / "model", **given)
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match=r"^2$"):
+            run(evaluate.main, evaluate.Evaluate, flags_of)
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+# `datasets` leaves a metadata.csv to the garbage collector to close
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_image_that_the_classifier_cannot_read_is_named(adversarial, tmp_path, capsys):
+    adversarial.train(tmp_path / "run", steps=1)
+    write_images(tmp_path / "real", 80, 0)
+    (tmp_path / "real" / "003.png").write_bytes(b"no image")
+    rows = [f"{number:03}.png,{number % 4},zero" for number in range(80)]
+    (tmp_path / "real" / "metadata.csv").write_text("\n".join(["file_name,label,caption", *rows]))
+    given = {"real": tmp_path / "real", "model": tmp_path / "run" / "model", "num_images": 20}
+    evaluate.main(load(evaluate.Evaluate, flags(**given, label="label", caption="caption")))
+    assert "the image does not decode" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"label": "label", "input": "imagenet"}, "leave out --input"),
+        ({"background": "black", "known": "train"}, "--background black needs --label"),
+    ],
+)
+def test_settings_that_an_evaluation_does_not_read_are_refused(given, message, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run(evaluate.main, evaluate.Evaluate, flags(real="digits", model="none", caption="caption", **given))
+    assert message in capsys.readouterr().err.splitlines()[-1]

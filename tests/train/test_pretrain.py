@@ -331,7 +331,7 @@ def test_a_run_begins_with_a_line_on_keys_of_images_where_no_template_generates_
         pretrain.run(tmp_path / "run", steps=1, dry_run=dry_run, **{"data.templates": f"['{template}']"}) == 0
     )
     said = capsys.readouterr().out
-    line = "images: no template generates one, as {image:generate} does, so image_head and"
+    line = "images: no template generates one, as {image:generate} does, so image_head, image_loss_weight and"
     assert (line not in said) == silent
 
 
