@@ -46,7 +46,8 @@ def copied_share(train: Tensor, fake: Tensor) -> float:
     """Share of images that are nearer to a training image than any other training image is to it.
 
     They are not authentic, in the words of arXiv 2102.08921, section 3.3. Of new images of the law of the
-    training images it is a half in many dimensions, two thirds in one; of copies it is 1.
+    training images it is a half in many dimensions, two thirds in one, where the law is smooth; where images
+    lie in clusters it may be less, so compare it with that of held-out ones. Of copies it is 1.
 
     Args:
         train: features (n, f) of the training images.
