@@ -59,9 +59,12 @@ def test_the_same_seed_gives_the_same_metrics(two_steps):
     assert one == two
 
 
-def test_stacked_mnist_trains_from_an_npz_file(two_steps, tmp_path):
+@pytest.mark.parametrize("captioned", [False, True])
+def test_stacked_mnist_trains_from_an_npz_file(captioned, two_steps, tmp_path):
     labels = numpy.arange(200) // 10 % 10  # so that of each digit some are held out and some are not
     image = numpy.random.default_rng(0).integers(0, 255, (200, 28, 28), dtype="uint8")
     numpy.savez(tmp_path / "mnist.npz", image=image, label=labels)
-    metrics, _ = two_steps("stacked-mnist.yaml", **{"data.path": f"stacked:{tmp_path}/mnist.npz"})
+    changes = {"data.caption": "number", "evaluator": "captioned-modes"} if captioned else {}
+    metrics, _ = two_steps("stacked-mnist.yaml", **{"data.path": f"stacked:{tmp_path}/mnist.npz"}, **changes)
     assert set(metrics) >= {"modes", "kl_excess", "real_kl"}
+    assert ("accuracy" in metrics) == captioned
