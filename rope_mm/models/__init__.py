@@ -1,5 +1,6 @@
 """The small multimodal transformer as transformers' classes."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rope_mm.checks.extras import extra
@@ -27,11 +28,15 @@ with extra("hf"):
     from rope_mm.models.tokenizers import load_tokenizer as load_tokenizer
 
 if TYPE_CHECKING:
+    from rope_mm.models.image_batcher import ImageBatcher as ImageBatcher
     from rope_mm.models.pipeline import GenerationSpec as GenerationSpec
-    from rope_mm.models.pipeline import ImageBatcher as ImageBatcher
     from rope_mm.models.pipeline import RopeMMPipeline as RopeMMPipeline
 
-NEED_DATA = "GenerationSpec", "ImageBatcher", "RopeMMPipeline"  # and with it the package datasets
+NEED_DATA = {  # and with it the package datasets; name -> its module here
+    "GenerationSpec": "pipeline",
+    "ImageBatcher": "image_batcher",
+    "RopeMMPipeline": "pipeline",
+}
 
 AutoConfig.register("rope_mm", RopeMMConfig)
 AutoModel.register(RopeMMConfig, RopeMMModel)
@@ -59,9 +64,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in NEED_DATA:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from rope_mm.models import pipeline
-
-    return getattr(pipeline, name)
+    return getattr(import_module(f"rope_mm.models.{NEED_DATA[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -269,11 +269,7 @@ class RopeMMProcessor(ProcessorMixin):
         self.check_context(context or [], window)
         none = torch.zeros(0, self.patch_width)
         videos = [self.encode_visual(video)[1] for video in context] if context else [none] * len(documents)
-        segment = grid
-        if isinstance(grid, Video):
-            segment = replace(grid, t=t, seconds_per_frame=grid.seconds_per_frame * depth)
-        if window is not None:
-            segment = replace(segment, t=window)
+        segment = self.segment_of(grid, window)
         last = len(videos[0]) if window is None else min(len(videos[0]), (window - 1) * y * x)
         sequences, before = [], []
         for document, video in zip(documents, videos, strict=True):
@@ -286,6 +282,19 @@ class RopeMMProcessor(ProcessorMixin):
         made = torch.cat([torch.stack(videos).to(made), made.flatten(1, 2)], 1).unflatten(1, (t, -1))
         pixels = self.decode_frames(made, y, x)
         return pixels[:, :frames] if isinstance(grid, Video) else pixels.mean(1)
+
+    def segment_of(self, grid: Image | Video, window: int | None) -> Image | Video:
+        """The tokens of an image or video, of patches of several frames.
+
+        Args:
+            grid: its t counts frames.
+            window: patches in time that are seen at once; None for all.
+        """
+        if isinstance(grid, Image):
+            return grid
+        depth = self.temporal_patch_size
+        t = -(-grid.t // depth) if window is None else window
+        return replace(grid, t=t, seconds_per_frame=grid.seconds_per_frame * depth)
 
     def sample(
         self,
