@@ -282,7 +282,9 @@ def check(config: CompareHeads) -> None:
             f"noise_scales must hold 1, which the figure shows, and each scale once, not {scales}"
         )
     if config.noise_scale != 1 or any("noise_scale" in keys for keys in config.heads.values()):
-        raise ValueError("noise_scale of a comparison are its noise_scales, which are the same for all heads")
+        raise ValueError(
+            "a comparison takes the same noise for all heads; give noise_scales, not noise_scale"
+        )
 
 
 def write_report(

@@ -74,7 +74,7 @@ class Evaluate:
         "white", "with --label, colour under transparent pixels of the real images", check=check_background
     )
     evaluator: str = option("caption", "the metrics by that classifier", choices=IMAGE_EVALUATORS)
-    passes: int = option(0, "of the model for an image; 0: as many as it was trained for", minimum=0)
+    num_inference_steps: int | None = option(None, "of sampling; null: those of training", minimum=1)
     noise_scale: float | None = option(None, "of the model's noise; null: that of training", minimum=0)
     num_images: int = option(
         0, "at most, of each side; 0: all. With --label, generated ones; 0: 1,000", minimum=0
@@ -136,24 +136,26 @@ def load_model(config: Evaluate) -> RopeMMPipeline:
     spec = pipeline.spec
     if "text2image" not in spec.tasks:
         raise ValueError(f"{config.model} generates no images; its templates are {spec.templates}")
-    free = any(generates_unconditionally(read_template(text), spec.kinds) for text in spec.templates)
-    if not config.caption and not free:
+    templates = map(read_template, spec.templates)
+    if not config.caption and not any(generates_unconditionally(parts, spec.kinds) for parts in templates):
         raise ValueError(f"{config.model} generates images from captions; give --caption COLUMN")
-    if config.passes > 1 and spec.steps == 1:
-        raise ValueError(f"{config.model} was trained to generate in one pass; leave out --passes")
+    if (steps := config.num_inference_steps or 1) > 1 and spec.steps == 1:
+        raise ValueError(
+            f"{config.model} was trained to generate in 1 step; remove --num_inference_steps {steps}"
+        )
     return pipeline
 
 
-def generate(config: Evaluate, captions: Sequence[str]) -> Iterator[Tensor]:
+def generate(config: Evaluate, pipeline: RopeMMPipeline, captions: Sequence[str]) -> Iterator[Tensor]:
     """An image (ch, y, x) of the model for each caption.
 
     Args:
-        config: the model, the seed, the passes and the noise.
+        config: the seed, the steps and the noise.
+        pipeline: the model.
         captions: "" where it reads none.
     """
-    pipeline = load_model(config)
     generator = torch.Generator().manual_seed(config.seed)
-    options = {"num_inference_steps": config.passes or None, "noise_scale": config.noise_scale}
+    options = {"num_inference_steps": config.num_inference_steps, "noise_scale": config.noise_scale}
     options |= {"generator": generator, "output_type": "pt"}
     for first in range(0, len(captions), MAX_BATCH):
         yield from pipeline(list(captions[first : first + MAX_BATCH]), **options).images
@@ -165,15 +167,14 @@ def classify(config: Evaluate) -> dict[str, float]:
     Raises:
         ValueError: data or a model that cannot be used; images that the evaluator does not read.
     """
-    samples = config.num_images or LABELLED
-    trained = load_model(config)
-    size, channels = trained.spec.size, trained.model.config.num_channels
+    samples, pipeline = config.num_images or LABELLED, load_model(config)
+    size, channels = pipeline.spec.size, pipeline.model.config.num_channels
     columns = config.image, config.caption, config.label
     sides = load_images(config.real, size, channels, *columns, background=config.background)
     evaluator, captions = make_evaluator(config.evaluator, *sides, samples, config.seed, bool(config.caption))
     for reason in (reason for side in sides for reason in side.unreadable.values()):
         print(f"skipped: {reason}", file=sys.stderr)
-    images = torch.stack(list(generate(config, captions)))
+    images = torch.stack(list(generate(config, pipeline, captions)))
     real = {f"real_{name}": value for name, value in evaluator.real_reference.items()}
     return evaluator.evaluate(images) | real
 
@@ -202,14 +203,14 @@ def check(config: Evaluate) -> None:
         others |= {"split": config.split, "known": config.known, "input": config.input != Evaluate.input}
         if unread := [name for name, value in others.items() if value]:
             raise ValueError(
-                f"--label evaluates --model on what is held out, by a classifier; leave out --{unread[0]}"
+                f"--label evaluates --model on what is held out, by a classifier; remove --{unread[0]}"
             )
         return
     for name in ("evaluator", "background"):
         if (value := getattr(config, name)) != getattr(Evaluate, name):
             raise ValueError(f"--{name} {value} needs --label, the column of classes")
-    of_model = {"passes": config.passes or None, "noise_scale": config.noise_scale}
-    if not config.model and (given := [key for key, value in of_model.items() if value is not None]):
+    of_model = "num_inference_steps", "noise_scale"
+    if not config.model and (given := [name for name in of_model if getattr(config, name) is not None]):
         raise ValueError(f"--{given[0]} is of images that a model generates; give --model")
     if not config.features and not config.known and not (config.model and config.caption):
         raise ValueError(
@@ -270,7 +271,7 @@ def measure(config: Evaluate) -> dict[str, float]:
     rows = load_rows(config.real, config.split, config.num_images)
     captions = read_texts(config, rows)
     if config.model:
-        images = generate(config, captions)
+        images = generate(config, load_model(config), captions)
     else:
         images = read_images(load_rows(config.generated, "", config.num_images), config.image)
     features, images = choose_features(config, images)

@@ -70,7 +70,7 @@ class GroupedOrder:
     the same one, so that processes and micro-batches, if their number divides G, get whole groups.
 
     Args:
-        values: of each index; None leaves it out of all groups.
+        values: of each index; None: in no group.
         size: indices of a group, each once; all of them and some again where a value has fewer.
 
     Raises:

@@ -99,7 +99,9 @@ def test_a_model_s_images_are_looked_for_among_the_real_ones_of_fifty_captions(
     given = flags(real=tmp_path / "data.npz", model=tmp_path / "run" / "model", caption="caption")
     evaluate.main(load(evaluate.Evaluate, given))
     assert printed(capsys)["caption_retrieval"] < 0.2
-    monkeypatch.setattr(evaluate, "generate", lambda config, captions: (right[text] for text in captions))
+    monkeypatch.setattr(
+        evaluate, "generate", lambda config, pipeline, captions: (right[text] for text in captions)
+    )
     evaluate.main(load(evaluate.Evaluate, given))
     assert printed(capsys)["caption_retrieval"] == 1
 
@@ -211,11 +213,14 @@ def test_with_labels_a_model_has_the_metrics_that_its_training_gives(adversarial
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"label": "label", "split": "test"}, "leave out --split"),
+        ({"label": "label", "split": "test"}, "remove --split"),
         ({"label": "label", "evaluator": "letters", "caption": ""}, "give --caption"),
         ({"evaluator": "modes"}, "--evaluator modes needs --label"),
-        ({"label": "label", "passes": "2", "generated": "digits", "model": ""}, "leave out --generated"),
-        ({"passes": "2", "generated": "digits", "model": "", "known": "train"}, "give --model"),
+        (
+            {"label": "label", "num_inference_steps": "2", "generated": "digits", "model": ""},
+            "remove --generated",
+        ),
+        ({"num_inference_steps": "2", "generated": "digits", "model": "", "known": "train"}, "give --model"),
     ],
 )
 def test_what_cannot_be_evaluated_by_a_classifier_is_refused(given, message, capsys):
@@ -231,7 +236,11 @@ def test_a_model_that_cannot_generate_as_asked_is_refused(adversarial, pretrain,
     pretrain.train(tmp_path / "videos", steps=1, **{"data.templates": '["{frames:generate}{caption}"]'})
     for model, given, message in [
         ("captioned", {"label": "label"}, "generates images from captions; give --caption COLUMN"),
-        ("captioned", {"label": "label", "caption": "caption", "passes": 2}, "to generate in one pass"),
+        (
+            "captioned",
+            {"label": "label", "caption": "caption", "num_inference_steps": 2},
+            "to generate in 1 step",
+        ),
         ("captioned", {"known": "train"}, "generates images from captions; give --caption COLUMN"),
         ("videos", {"caption": "caption", "label": "label"}, "generates no images; its templates are"),
         ("videos", {"caption": "caption"}, "generates no images; its templates are"),
@@ -259,7 +268,7 @@ def test_an_image_that_the_classifier_cannot_read_is_named(adversarial, tmp_path
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"label": "label", "input": "imagenet"}, "leave out --input"),
+        ({"label": "label", "input": "imagenet"}, "remove --input"),
         ({"background": "black", "known": "train"}, "--background black needs --label"),
     ],
 )
