@@ -6,8 +6,9 @@ Every head trains the same model on the same images, for the number of steps in 
 that all take as many floating-point operations; OUTPUT_DIR/table.md shows these beside CPU time. Each run is
 one of `train/pretrain.py` in OUTPUT_DIR/<head>-<seed>: the same command again resumes the one that was
 interrupted and skips those that are finished. heads.json holds the numbers, heads.png is a figure of them,
-samples.png shows images, and index.html has all of it and the curves of the runs. The figure needs
-matplotlib: pip install rope-mm[plots].
+samples.png shows images, and index.html has all of it and the curves of the runs. With `sample_every` below
+the steps, in heads or for all, images are evaluated during training as well: curves.md and curves.png show
+what each head reaches after how much compute. Figures need matplotlib: pip install rope-mm[plots].
 """
 
 import rope_mm.checks.installed  # noqa: F401 isort: skip
@@ -15,8 +16,9 @@ import rope_mm.checks.installed  # noqa: F401 isort: skip
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
@@ -42,6 +44,7 @@ from rope_mm.evaluation.head_comparison import (
     draw_figure,
     write_table,
 )
+from rope_mm.evaluation.head_curves import draw_curves, has_curves, name_metric, read_curve, write_curves
 from rope_mm.evaluation.image_evaluators import (
     MIN_SAMPLES,
     CaptionEvaluator,
@@ -55,6 +58,7 @@ from rope_mm.training.checkpoint import Stateful
 from rope_mm.training.config import check_options, dump, option, override, run
 from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.loop import fingerprint
+from rope_mm.training.metrics_log import read_metrics
 from rope_mm.training.run_dir import is_done
 from rope_mm.training.run_page import write_comparison_page
 from rope_mm.training.threads import choose_threads
@@ -62,6 +66,10 @@ from rope_mm.training.threads import choose_threads
 FREE = "output_dir", "restart", "dry_run", "on_nan", "trackers", "page", "profile"  # they change no result
 COUNTED = 10  # steps, the first ones, whose operations are counted
 SHOWN = 2  # of each class on the sheet
+FIGURES = "heads.png", "curves.png", "samples.png"
+
+
+Measure = Callable[[RopeMMPipeline], dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +108,26 @@ class CostMeter:
 
 
 class MeteredTraining(Training):
-    """A training that measures its cost; the time includes the preparation of batches."""
+    """A training that measures its cost; the time includes the preparation of batches.
 
-    def __init__(self, config: Pretrain, accelerator: Accelerator):
+    Args:
+        config: of the run.
+        accelerator: of one process.
+        measure: metrics of the model so far, which are logged.
+    """
+
+    def __init__(self, config: Pretrain, accelerator: Accelerator, measure: Measure = lambda _: {}):
         super().__init__(config, accelerator)
-        self.cost = CostMeter()
+        self.cost, self.measure, self.done = CostMeter(), measure, 0
 
     def states(self) -> dict[str, Stateful]:
         """What a checkpoint holds beside models and optimizers."""
         return super().states() | {"cost": self.cost}
+
+    def begin(self, step: int) -> None:
+        """As every pretraining; the step is remembered."""
+        super().begin(step)
+        self.done = step
 
     def step(self, step: int) -> dict[str, Tensor]:
         """A step; the operations of the first ones are counted, as captions differ in length."""
@@ -121,7 +140,13 @@ class MeteredTraining(Training):
             self.cost.flops += float(counter.get_total_flops())
             self.cost.counted += 1
         self.cost.seconds += time.process_time() - began
+        self.done = step + 1
         return terms
+
+    def evaluate(self, path: Path) -> dict[str, float]:
+        """As every pretraining's, with metrics of generated images; the last step's come after the run."""
+        ended = self.done == self.config.steps
+        return super().evaluate(path) | ({} if ended else self.measure(self.pipeline))
 
     def extra_results(self) -> dict[str, float]:
         """The cost of the training, and the number of weights trained, a critic's included."""
@@ -233,33 +258,45 @@ def configure(config: CompareHeads, head: str, seed: int) -> Pretrain:
     return chosen
 
 
+def measure_head(pipeline: RopeMMPipeline, eval_set: EvalSet, passes: Sequence[int]) -> dict[str, float]:
+    """The metrics of a head at every number of passes, by `name_metric`."""
+    metrics = {}
+    for count in passes:
+        found = eval_set.evaluator.evaluate(eval_set.generate(pipeline, count, 1))
+        metrics |= {name_metric(name, str(count)): value for name, value in found.items()}
+    return metrics
+
+
 def run_head(
     config: Pretrain,
     passes: Sequence[int],
     noise_scales: Sequence[float],
     eval_set: EvalSet,
     samples: dict[str, Tensor],
-) -> Any:
-    """The cost of a run, trained as far as it is not yet, and its metrics by passes and noise.
+) -> dict[str, Any]:
+    """The cost of a run, trained as far as it is not yet, its metrics by passes and noise, and its curve.
 
     Args:
         config: of the run.
-        passes: of sampling.
+        passes: of sampling; a head that takes one takes one.
         noise_scales: of sampling.
         eval_set: what is generated.
         samples: images for the sheet are added to it.
     """
     output_dir = Path(config.output_dir)
-    if config.restart or not is_done(output_dir, fingerprint(config)):
-        train(config, MeteredTraining)
-    pipeline, metrics = RopeMMPipeline.from_pretrained(output_dir / "model"), {}
     counts = passes if IMAGE_HEADS[config.image_head].steps > 1 else [1]
+    if config.restart or not is_done(output_dir, fingerprint(config)):
+        measure = partial(measure_head, eval_set=eval_set, passes=counts)
+        train(config, partial(MeteredTraining, measure=measure))
+    pipeline, metrics = RopeMMPipeline.from_pretrained(output_dir / "model"), {}
     for count, scale in product(counts, noise_scales):
         images, how = eval_set.generate(pipeline, count, scale), describe_sampling(count, scale)
         samples[f"{output_dir.name}, {how}"] = images[eval_set.shown]
         metrics[how] = eval_set.evaluator.evaluate(images)
     result = json.loads((output_dir / "result.json").read_text())
-    return {name: result[name] for name in COSTS} | {"metrics": metrics}
+    last = {str(count): metrics[str(count)] for count in counts}
+    curve = read_curve(read_metrics(output_dir), last) | {config.steps: last}
+    return {name: result[name] for name in COSTS} | {"metrics": metrics, "curve": curve}
 
 
 def check(config: CompareHeads) -> None:
@@ -303,6 +340,9 @@ def write_report(
     write_text(output_dir / "heads.json", json.dumps(report, indent=1))
     write_text(output_dir / "table.md", write_table(real, runs))
     draw_figure(output_dir / "heads.png", real, runs)
+    if "frechet" in real and has_curves(runs):
+        write_text(output_dir / "curves.md", write_curves(real, runs))
+        draw_curves(output_dir / "curves.png", real, runs)
     save_sheet(output_dir / "samples.png", torch.cat(list(samples.values())), list(samples))
 
 
@@ -334,9 +374,9 @@ def main(config: CompareHeads) -> None:
     output_dir, table = Path(config.output_dir), write_table(real, runs)
     if config.page:
         folders = {Path(own.output_dir).name: Path(own.output_dir) for _, own in each}
-        figures = ["heads.png", "samples.png"]
+        figures = [name for name in FIGURES if (output_dir / name).exists()]
         write_comparison_page(output_dir, table, figures, settings(config), folders)
-    print(f"\n{table}\n{output_dir}/table.md, heads.png, samples.png")
+    print(f"\n{table}\n{output_dir}/table.md, heads.png, samples.png{has_curves(runs) * ', curves.png'}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ with OUTPUT_DIR/model.
 
 import rope_mm.checks.installed  # noqa: F401 isort: skip
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -477,12 +477,12 @@ def check(config: Pretrain) -> None:
     refuse_unread(config, unread(config))
 
 
-def main(config: Pretrain, training: type[Training] = Training) -> None:
+def main(config: Pretrain, training: Callable[[Pretrain, Accelerator], Training] = Training) -> None:
     """Train, resume or check, as the configuration says.
 
     Args:
         config: of the run.
-        training: what is trained.
+        training: makes what is trained.
 
     Raises:
         ValueError: a configuration, data or a checkpoint that cannot be used.

@@ -19,7 +19,7 @@ NOTE = (
     f"frechet is the distance in the {FEATURES} features of a small classifier trained on this data: it "
     "compares rows of this table, and is no FID."
 )
-# head -> seeds -> COSTS, and "metrics" by `describe_sampling`
+# head -> seeds -> COSTS, "metrics" by `describe_sampling`, and "curve", the metrics by steps and passes
 Runs = dict[str, list[dict[str, Any]]]
 
 
@@ -41,13 +41,17 @@ def write_table(real: Mapping[str, float], runs: Runs) -> str:
             found = [run["metrics"][count] for run in seeds]
             cells = (write_metric(name, [metrics[name] for metrics in found]) for name in real)
             lines.append([head, count, *cells])
-    names = [f"{name}, %" if name in PERCENT else name for name in real]
     took = [
         [head, *(markdown.spread([run[name] for run in seeds], form) for name, form in COSTS.items())]
         for head, seeds in runs.items()
     ]
-    metrics = markdown.table(["head", "passes", *names], lines, "---:")
+    metrics = markdown.table(["head", "passes", *map(name_column, real)], lines, "---:")
     return f"{metrics}\n\n{NOTE}\n\n{markdown.table(['training', *COSTS], took, '---:')}\n"
+
+
+def name_column(name: str) -> str:
+    """The title of a metric's column."""
+    return f"{name}, %" if name in PERCENT else name
 
 
 def write_metric(name: str, values: Sequence[float]) -> str:

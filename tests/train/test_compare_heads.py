@@ -17,6 +17,7 @@ from PIL import Image as PILImage
 
 from rope_mm.data import load_splits
 from rope_mm.evaluation.head_comparison import NOTE, REAL, write_table
+from rope_mm.evaluation.head_curves import best_points, read_curve
 from rope_mm.training.config import load
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +29,7 @@ TOY = {
     "model.hidden_size": 8, "model.intermediate_size": 8,
     "model.num_hidden_layers": 1, "model.num_attention_heads": 1, "model.num_key_value_heads": 1,
 }  # fmt: skip
+CURVE = {"heads.flow.sample_every": 1}
 
 
 def read(folder, name="digits", **changes):
@@ -44,7 +46,7 @@ def read(folder, name="digits", **changes):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A comparison on the embedded digits; its configuration."""
-    config = read(tmp_path_factory.mktemp("heads"), noise_scales="[1, 0.5]")
+    config = read(tmp_path_factory.mktemp("heads"), noise_scales="[1, 0.5]", **CURVE)
     compare_heads.main(config)
     return config
 
@@ -84,6 +86,35 @@ def test_a_flow_generates_other_images_in_one_pass_than_in_several(done):
     assert flow["metrics"]["1"]["frechet"] != flow["metrics"]["2"]["frechet"]
 
 
+def test_images_are_evaluated_during_training_where_sample_every_asks_for_it(done):
+    found, out = report(done)["heads"], Path(done.output_dir)
+    (flow,), (mse,) = found["flow"], found["mse"]
+    assert list(flow["curve"]) == ["1", "2"] and list(mse["curve"]) == ["2"]
+    assert flow["curve"]["2"] == {passes: flow["metrics"][passes] for passes in ("1", "2")}
+    assert flow["curve"]["1"].keys() == flow["curve"]["2"].keys()
+    assert flow["curve"]["1"]["1"] != flow["curve"]["2"]["1"]
+    lines = [line.split(" | ")[:3] for line in (out / "curves.md").read_text().splitlines()]
+    best = min("12", key=lambda passes: flow["curve"]["1"][passes]["frechet"])
+    assert ["| flow", f"{flow['TFLOP'] / 2:.3g}", best] in lines
+    with PILImage.open(out / "curves.png") as figure:
+        assert figure.width > 900
+
+
+def test_a_curve_is_read_from_a_log_with_the_later_of_two_lines_of_a_step():
+    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "frechet/1-pass": 5.0}, {"step": 2, "frechet/1-pass": 4.0}]
+    assert read_curve(lines, {"1": ["frechet"]}) == {2: {"1": {"frechet": 4.0}}}
+    assert read_curve(lines, {"4": ["frechet"]}) == {}
+
+
+def test_a_point_of_a_curve_is_the_number_of_passes_with_the_smallest_mean_distance():
+    curves = [
+        {8: {"1": {"frechet": 1.0}, "4": {"frechet": 2.0}}},
+        {8: {"1": {"frechet": 9.0}, "4": {"frechet": 4.0}}},
+    ]
+    runs = [{"steps": 16, "TFLOP": 3.0, "curve": curve} for curve in curves]
+    assert best_points(runs) == [(1.5, "4", [{"frechet": 2.0}, {"frechet": 4.0}])]
+
+
 @pytest.mark.slow
 def test_a_finished_run_is_not_trained_again_and_an_interrupted_one_resumes(done, tmp_path, monkeypatch):
     out, before, trained, real = tmp_path / "out", report(done), [], compare_heads.train
@@ -91,13 +122,13 @@ def test_a_finished_run_is_not_trained_again_and_an_interrupted_one_resumes(done
     monkeypatch.setattr(
         compare_heads, "train", lambda config, how: (trained.append(config.output_dir), real(config, how))
     )
-    config = read(tmp_path, page="true", noise_scales="[1, 0.5]")
+    config = read(tmp_path, page="true", noise_scales="[1, 0.5]", **CURVE)
     compare_heads.main(config)
     assert not trained and report(config)["heads"] == before["heads"]
     page = (out / "index.html").read_text()
-    assert page.count("data:image/png") == 2  # heads.png and samples.png
+    assert page.count("data:image/png") == 3  # heads.png, curves.png and samples.png
     assert page.count("data:image/webp") == len(HEADS) == page.count("<h2>Samples of ")
-    config = read(tmp_path, noise_scales="[1, 0.5]")
+    config = read(tmp_path, noise_scales="[1, 0.5]", **CURVE)
     run = out / "rpgan+r1+r2-0"
     shutil.rmtree(run / "checkpoints" / "step-000002")
     (run / "result.json").unlink()

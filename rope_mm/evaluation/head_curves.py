@@ -1,0 +1,103 @@
+"""What image heads reach after how much training: a table and a figure."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rope_mm.analysis import markdown
+from rope_mm.analysis.figures import new_figure, save_figure
+from rope_mm.evaluation.head_comparison import MARKERS, REAL, Runs, name_column, write_metric
+
+SHOWN = "frechet", "accuracy", "recall"
+COMPUTE = "TFLOP"
+# of a seed: numbers of steps -> the metrics after these, each by its number of passes
+Curve = dict[int, dict[str, dict[str, float]]]
+
+
+def name_metric(name: str, passes: str) -> str:
+    """The name of a metric in the log of a run."""
+    return f"{name}/{passes}-pass"
+
+
+def read_curve(lines: Iterable[Mapping[str, Any]], last: Mapping[str, Iterable[str]]) -> Curve:
+    """The points of a run, from its log; of a step that is logged twice, the later line.
+
+    Args:
+        lines: of the log, oldest first.
+        last: numbers of passes -> names of the metrics to look for.
+    """
+    names = {passes: {name_metric(name, passes): name for name in last[passes]} for passes in last}
+    wanted = set().union(*names.values())
+    points = {line["step"]: line for line in lines if wanted <= line.keys()}
+    return {
+        step: {passes: {name: line[key] for key, name in names[passes].items()} for passes in names}
+        for step, line in points.items()
+    }
+
+
+def has_curves(runs: Runs) -> bool:
+    """Whether a run was evaluated before its end,."""
+    return any(len(run["curve"]) > 1 for seeds in runs.values() for run in seeds)
+
+
+def best_points(seeds: Sequence[dict[str, Any]]) -> list[tuple[float, str, list[dict[str, float]]]]:
+    """The compute, the number of passes with the smallest mean distance there, and each seed's metrics.
+
+    Args:
+        seeds: the runs of a head, with `curve`.
+    """
+    points = []
+    for step in sorted(set.intersection(*(set(run["curve"]) for run in seeds)), key=int):
+        found = [run["curve"][step] for run in seeds]
+        best = min(found[0], key=lambda count: mean(metrics[count]["frechet"] for metrics in found))
+        compute = seeds[0][COMPUTE] * int(step) / seeds[0]["steps"]
+        points.append((compute, best, [metrics[best] for metrics in found]))
+    return points
+
+
+def write_curves(real: Mapping[str, float], runs: Runs) -> str:
+    """A table in Markdown: a line for each head and point, at its best number of passes.
+
+    Args:
+        real: metrics of real images.
+        runs: each head's runs, one for each seed, with `curve`.
+    """
+    shown = [name for name in SHOWN if name in real]
+    lines = [
+        [head, f"{compute:.3g}", count, *(write_metric(name, [m[name] for m in found]) for name in shown)]
+        for head, seeds in runs.items()
+        for compute, count, found in best_points(seeds)
+    ]
+    titles = ["head", COMPUTE, "best passes", *map(name_column, shown)]
+    return markdown.table(titles, lines, "---:") + "\n"
+
+
+def draw_curves(path: Path, real: Mapping[str, float], runs: Runs) -> None:
+    """Compute against metrics: a line for the mean of each head's seeds, a small marker for each of them.
+
+    Args:
+        path: of the PNG file.
+        real: metrics of real images.
+        runs: each head's runs, one for each seed, with `curve`.
+
+    Raises:
+        ValueError: no matplotlib.
+    """
+    figure = new_figure(10, 4)
+    shown = [name for name in SHOWN if name in real]
+    for name, panel in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
+        for number, (head, seeds) in enumerate(runs.items()):
+            points = best_points(seeds)
+            compute = [point[0] for point in points]
+            found = [[metrics[name] for metrics in point[2]] for point in points]
+            style = f"C{number}{MARKERS[number % len(MARKERS)]}"
+            panel.plot(compute, list(map(mean, found)), f"{style}-", fillstyle="none", label=head)
+            panel.plot(compute, found, style, fillstyle="none", markersize=3)
+        panel.axhline(real[name], color="grey", linestyle="--", label=REAL)
+        panel.set(
+            title=name, xlabel=f"{COMPUTE} of training", yscale="log" if name == "frechet" else "linear"
+        )
+        if name == "accuracy":
+            panel.legend()
+    save_figure(path, figure)
