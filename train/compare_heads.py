@@ -34,6 +34,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from rope_mm.data import CaptionedImages, load_images, make_generator
+from rope_mm.data.columns import choose_rows
 from rope_mm.data.templates import Column, read_template
 from rope_mm.evaluation.contact_sheet import save_sheet
 from rope_mm.evaluation.head_comparison import (
@@ -48,6 +49,7 @@ from rope_mm.evaluation.head_curves import draw_curves, has_curves, name_metric,
 from rope_mm.evaluation.image_evaluators import (
     MIN_SAMPLES,
     CaptionEvaluator,
+    report_missing,
     report_skipped,
     train_classifier,
 )
@@ -183,16 +185,17 @@ class EvalSet:
 
 
 def find_classes(images: CaptionedImages, classes: Sequence[str], most: int) -> tuple[list[int], Tensor]:
-    """The first rows whose captions contain a class as a word, and the numbers (n,) of their classes.
+    """The rows whose captions contain a class as a word, and the numbers (n,) of their classes.
 
     Args:
         images: their captions are searched.
         classes: the words.
-        most: rows at most.
+        most: rows at most, chosen at random.
     """
     word = re.compile(rf"\b({'|'.join(map(re.escape, classes))})\b", re.IGNORECASE)
     found = {row: match for row, text in enumerate(images.captions) if (match := word.search(text))}
-    rows, number = list(found)[:most], {name.lower(): i for i, name in enumerate(classes)}
+    rows, number = list(found), {name.lower(): i for i, name in enumerate(classes)}
+    rows = [rows[i] for i in choose_rows(len(rows), min(most, len(rows)))]
     return rows, torch.tensor([number[found[row][0].lower()] for row in rows], dtype=torch.long)
 
 
@@ -230,13 +233,16 @@ def make_eval_set(config: CompareHeads) -> EvalSet:
             f"needs {least}; raise eval_samples, or give classes that captions contain"
         )
     report_skipped(count, len(unseen) - count)
+    report_missing(labels, targets)
     classifier = train_classifier(known.images(rows), labels, config.seed, config.classifier_epochs)
-    real, targets = held_out.images(unseen), targets[:count]
+    asked = torch.tensor(choose_rows(len(unseen), count))
+    rest = torch.ones(len(unseen)).index_fill(0, asked, 0).bool()
+    real, targets = held_out.images(unseen), targets[asked]
     with torch.no_grad():
-        features = classifier.features(real[count:])
-    evaluator = CaptionEvaluator(classifier, features, unseen[:count], targets, {})
+        features = classifier.features(real[rest])
+    evaluator = CaptionEvaluator(classifier, features, [unseen[i] for i in asked.tolist()], targets, {})
     shown = [int(i) for label in targets.unique() for i in (targets == label).nonzero()[:SHOWN, 0]]
-    return EvalSet(evaluator, [held_out.captions[row] for row in evaluator.rows], real[:count], shown)
+    return EvalSet(evaluator, [held_out.captions[row] for row in evaluator.rows], real[asked], shown)
 
 
 def configure(config: CompareHeads, head: str, seed: int) -> Pretrain:

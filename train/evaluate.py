@@ -30,7 +30,7 @@ from datasets import Dataset, Image, concatenate_datasets
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data.columns import check_rows, read_captions
+from rope_mm.data.columns import check_rows, choose_rows, read_captions
 from rope_mm.data.images import find_images, is_made_here, load, load_images, load_splits
 from rope_mm.data.pixels import UNREADABLE, check_background, open_image, to_channels
 from rope_mm.data.templates import read_template
@@ -89,7 +89,7 @@ def load_rows(path: str, split: str, most: int) -> Dataset:
     Args:
         path: see `load_splits`.
         split: its name; empty: all splits.
-        most: how many rows at most; 0: all.
+        most: how many rows at most, chosen at random; 0: all.
 
     Raises:
         ValueError: a split that it has not.
@@ -99,7 +99,7 @@ def load_rows(path: str, split: str, most: int) -> Dataset:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(str, splits))}")
     chosen = concatenate_datasets([rows for name, rows in splits.items() if split in ("", name)])
     rows = chosen if is_made_here(path) else find_images(chosen, Path(path).parent)
-    return rows.select(range(min(most, len(rows)))) if most else rows
+    return rows.select(choose_rows(len(rows), min(most, len(rows)))) if most else rows
 
 
 def read_images(rows: Dataset, column: str) -> Iterator[Tensor]:

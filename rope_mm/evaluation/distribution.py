@@ -46,3 +46,21 @@ def report_skipped(images: int, real: int, captioned: bool = True) -> None:
     ]
     if few:
         LOG.warning("%d generated and %d held-out images: too few for %s", images, real, ", ".join(few))
+
+
+def report_missing(learned: Tensor, asked: Tensor) -> None:
+    """Say in the log which classes a classifier cannot find, as no image that it is trained on has them.
+
+    Args:
+        learned: classes (n,) of the images that it is trained on.
+        asked: classes (m,) of held-out images.
+    """
+    if missing := sorted(set(asked.tolist()) - set(learned.tolist())):
+        shown = ", ".join(map(str, missing[:10])) + ", ..." * (len(missing) > 10)
+        LOG.warning(
+            "%d classes of held-out images are on none of the %d images that the classifier is trained on, "
+            "so none of their images counts as right: %s",
+            len(missing),
+            len(learned),
+            shown,
+        )

@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from rope_mm.data.columns import choose_rows
 from rope_mm.data.images import CaptionedImages
-from rope_mm.evaluation.distribution import FEATURES, MIN_SAMPLES, distribution_metrics, report_skipped
+from rope_mm.evaluation.distribution import (
+    FEATURES,
+    MIN_SAMPLES,
+    distribution_metrics,
+    report_missing,
+    report_skipped,
+)
 from rope_mm.evaluation.fitting import fit
 from rope_mm.evaluation.letters import prepare_letters
 from rope_mm.evaluation.metrics import conditional_accuracy, mode_statistics
@@ -155,7 +162,8 @@ def prepare_captions(
         real, other = classifier.features(images), classifier.features(train[0][order[:samples]])
         right = conditional_accuracy(classifier(images).argmax(1), labels)["accuracy"]
     reference = {"accuracy": right} if len(images) >= MIN_SAMPLES["accuracy"] else {}
-    rows = torch.arange(samples) % len(labels)
+    report_missing(train[1], labels)
+    rows = torch.tensor(choose_rows(len(labels), samples))
     reference |= distribution_metrics(real, other)
     return CaptionEvaluator(classifier, real, rows.tolist(), labels[rows] if captioned else None, reference)
 
@@ -323,8 +331,8 @@ def make_evaluator(
     if images.labels is None or held_out.labels is None:
         raise ValueError("an evaluator needs labels; give the column of labels to load_images(..., label=)")
     most = max(CLASSIFIER_SAMPLES, samples)
-    train, rows = images.read(range(min(len(images), most)))
-    test, test_rows = held_out.read(range(min(len(held_out), CLASSIFIER_SAMPLES)))
+    train, rows = images.read(choose_rows(len(images), min(len(images), most)))
+    test, test_rows = held_out.read(choose_rows(len(held_out), min(len(held_out), CLASSIFIER_SAMPLES)))
     seen, unseen = (train, images.labels[rows]), (test, held_out.labels[test_rows])
     evaluator = IMAGE_EVALUATORS[name].make(seen, unseen, samples, seed, captioned)
     return evaluator, [held_out.captions[test_rows[row]] for row in evaluator.rows]

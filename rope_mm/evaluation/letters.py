@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
 
+from rope_mm.data.columns import choose_rows
 from rope_mm.data.seeding import make_generator
 from rope_mm.data.synthetic.letters import CHARACTERS, SIZE, STYLES, draw_glyphs, move_at_random
 from rope_mm.evaluation.distribution import FEATURES, distribution_metrics, report_skipped
@@ -153,7 +154,7 @@ def prepare_letters(
         )
     report_skipped(samples, len(unseen))
     classifier, glyphs = train_letter_classifier(seed), draw_glyphs()
-    rows = torch.arange(samples) % len(asked)
+    rows = torch.tensor(choose_rows(len(asked), samples))
     apart, real = ~torch.isin(asked, labels), classifier.classify(unseen)[2]
     evaluator = LetterEvaluator(classifier, real, rows.tolist(), asked[rows], apart[rows], {})
     other = move_at_random(glyphs, asked[rows], make_generator(seed, "reference"))[:, None] * 2 - 1

@@ -1,9 +1,12 @@
 import math
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from rope_mm.data import load_images
+from rope_mm.evaluation import image_evaluators
 from rope_mm.evaluation.image_evaluators import (
     IMAGE_EVALUATORS,
     digits_of,
@@ -60,6 +63,29 @@ def test_metrics_report_their_number_of_samples_and_are_skipped_below_a_minimum(
     else:
         (message,) = said
         assert f"{samples} generated and {held_out} held-out images: too few for {skipped}" in message
+
+
+def test_images_of_sorted_classes_are_all_asked_for_and_learned(monkeypatch):
+    """As in folders of classes: the first rows are of one class."""
+    monkeypatch.setattr(image_evaluators, "CLASSIFIER_SAMPLES", 200)
+    labels = torch.arange(1_000) // 250
+    pixels = labels.float()[:, None, None, None].expand(-1, 1, 4, 4) / 2 - 1
+    captions = [f"class {number}" for number in labels]
+    images: Any = MagicMock(labels=labels, captions=captions, __len__=lambda _: 1_000)
+    images.read = lambda rows: (pixels[rows], torch.tensor(rows))
+    evaluator, captions = image_evaluators.make_evaluator("caption", images, images, 100, 0, True)
+    assert set(captions) == {"class 0", "class 1", "class 2", "class 3"}
+    assert evaluator.real_reference["accuracy"] == 1
+
+
+def test_classes_that_no_training_image_has_are_named(caplog):
+    images, labels = torch.randn(90, 1, 4, 4), torch.arange(90) % 4
+    prepare_captions((images, labels), (images, labels + 2), 80, seed=0)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message == (
+        "2 classes of held-out images are on none of the 90 images that the classifier is trained on, "
+        "so none of their images counts as right: 4, 5"
+    )
 
 
 @pytest.fixture(scope="module")

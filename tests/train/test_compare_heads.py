@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from rope_mm.data import load_splits
+from rope_mm.data import load_images, load_splits
 from rope_mm.evaluation.head_comparison import NOTE, REAL, write_table
 from rope_mm.evaluation.head_curves import best_points, read_curve
 from rope_mm.training.config import load
@@ -149,7 +149,11 @@ def test_half_of_the_held_out_images_are_the_reference_and_the_captions_of_the_o
     config = read(tmp_path, eval_samples=1000)
     eval_set, test = compare_heads.make_eval_set(config), load_splits("digits")["test"]
     assert len(eval_set.evaluator.rows) == len(eval_set.evaluator.real) == 180 == len(test) / 2
-    assert not set(eval_set.evaluator.rows) & set(range(180, 360))
+    assert len(set(eval_set.evaluator.rows)) == 180
+    others = [row for row in range(360) if row not in eval_set.evaluator.rows]
+    _, held_out = load_images("digits", 8, 1)
+    features = eval_set.evaluator.classifier.features(held_out.images(others))
+    assert torch.equal(eval_set.evaluator.real, features)
     assert eval_set.captions == [test[row]["caption"] for row in eval_set.evaluator.rows]
     assert eval_set.evaluator.labels.tolist() == [test[row]["label"] for row in eval_set.evaluator.rows]
     assert eval_set.evaluator.labels[eval_set.shown].tolist() == [i // 2 for i in range(20)]
