@@ -222,7 +222,8 @@ def measure_properties(scheme: str | Scheme) -> LayoutProperties:
     axes = [axis for axis, rotates in zip(chosen.axes, rotating_axes(chosen), strict=True) if rotates]
     square, tokens_per_patch = image_in_text(chosen, SQUARE, before=8), rate(images)
     taken, (shared, on_patches) = span(square), collisions(chosen)
-    report = check_rotary(Rotary(HEAD_DIM, chosen, heads=HEADS))
+    heads = HEADS if chosen.per_head or chosen.ladder_over_heads else None  # else all heads are one
+    report = check_rotary(Rotary(HEAD_DIM, chosen, heads=heads))
     return LayoutProperties(
         scheme=scheme if isinstance(scheme, str) else layout_id(chosen.layout, dict(chosen.options)),
         compatible=compatible(chosen),
