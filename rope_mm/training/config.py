@@ -174,14 +174,22 @@ def resolve(config: Any, entries: Sequence[Entry], known: dict[str, Any]) -> Any
 def set_key(config: Any, key: str, value: Any, known: dict[str, Any]) -> Any:
     """The configuration with one dotted key set; a dict that is given replaces the one that was there.
 
+    null removes an entry of a dict of dicts, such as a row of a comparison.
+
     Args:
         config: structured configuration of OmegaConf.
         key: dotted key.
         value: of the key.
         known: dotted key -> declared type.
     """
+    table, _, entry = key.rpartition(".")
+    if value is None and is_table(known.get(table)):
+        rows = OmegaConf.select(config, table)
+        if entry not in rows:
+            raise ValueError(f"{key} is not there to be removed; {table} has {', '.join(rows)}")
+        return set_key(config, table, {name: row for name, row in rows.items() if name != entry}, known)
     if is_dict(known.get(key)) and isinstance(value, dict):
-        parent = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
+        parent = OmegaConf.select(config, table) if table else config
         with omegaconf.read_write(parent):
             OmegaConf.update(config, key, {}, merge=False)
     nested = reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), value)
@@ -191,6 +199,11 @@ def set_key(config: Any, key: str, value: Any, known: dict[str, Any]) -> Any:
 def is_dict(hint: Any) -> bool:
     """Whether a declared type is a dict of free keys."""
     return dict in (hint, get_origin(hint))
+
+
+def is_table(hint: Any) -> bool:
+    """Whether a declared type is a dict of dicts."""
+    return is_dict(hint) and is_dict(get_args(hint)[-1:] and get_args(hint)[-1])
 
 
 def fill_defaults(config: Any) -> Any:
@@ -291,6 +304,7 @@ def usage(schema: type) -> str:
     flags = [
         "--config FILE    read such a file; of several, the later ones win",
         "--key.path 1     set one key, whatever the files say; a switch needs no value",
+        "--key.row null   remove a row of a table, a dict of dicts",
     ]
     about = [*cleandoc(schema.__doc__ or "").splitlines(), "", *flags, "", "The defaults:"]
     return "\n".join(f"# {line}".rstrip() for line in about) + "\n" + annotate(dump(schema), help_of(schema))

@@ -291,6 +291,13 @@ class Brush:
     start: str = option("", "from where")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A schema with rows."""
+
+    rows: dict[str, dict[str, Any]] = option({}, "by name")
+
+
 def test_a_given_dict_replaces_the_default_and_a_single_key_of_it_does_not(yaml):
     file = yaml("paint: {shares: {blue: 2.0}}\n")
     assert load(Brush, ["--config", file]).paint.shares == {"blue": 2.0}
@@ -300,6 +307,15 @@ def test_a_given_dict_replaces_the_default_and_a_single_key_of_it_does_not(yaml)
     assert load(Brush, ["--paint", "{shares: {}}"]).paint.shares == {}
     second = yaml("paint: {shares: {red: 4.0}}\n", "second.yaml")
     assert load(Brush, ["--config", file, "--config", second]).paint.shares == {"red": 4.0}
+
+
+def test_null_removes_a_row_of_a_table_and_a_row_that_is_not_there_is_named(yaml):
+    file = yaml("rows: {one: {x: 1}, two+r1: {x: 2}, three: {}}\n")
+    assert load(Table, ["--config", file, "--rows.two+r1", "null"]).rows == {"one": {"x": 1}, "three": {}}
+    assert load(Table, ["--config", file, "--rows.one.x", "null"]).rows["one"] == {"x": None}
+    with pytest.raises(ValueError, match=r"rows\.four is not there to be removed; rows has one, two\+r1, three"):
+        load(Table, ["--config", file, "--rows.four", "null"])
+    assert "--key.row null " in usage(Table)
 
 
 def test_an_entry_that_a_dict_needs_is_filled_in_and_shown():
