@@ -7,8 +7,9 @@ that all take as many floating-point operations; OUTPUT_DIR/table.md shows these
 one of `train/pretrain.py` in OUTPUT_DIR/<head>-<seed>: the same command again resumes the one that was
 interrupted and skips those that are finished. heads.json holds the numbers, heads.png is a figure of them,
 samples.png shows images, and index.html has all of it and the curves of the runs. With `sample_every` below
-the steps, in heads or for all, images are evaluated during training as well: curves.md and curves.png show
-what each head reaches after how much compute. Figures need matplotlib: pip install rope-mm[plots].
+the steps, in heads or for all, images are evaluated during training as well, which counts as no CPU time:
+curves.md and curves.png show what each head reaches after how much compute, before its rate has fallen.
+Figures need matplotlib: pip install rope-mm[plots].
 """
 
 import rope_mm.checks.installed  # noqa: F401 isort: skip
@@ -45,7 +46,7 @@ from rope_mm.evaluation.head_comparison import (
     draw_figure,
     write_table,
 )
-from rope_mm.evaluation.head_curves import draw_curves, has_curves, name_metric, read_curve, write_curves
+from rope_mm.evaluation.head_curves import draw_curves, has_curves, log_point, read_curve, write_curves
 from rope_mm.evaluation.image_evaluators import (
     MIN_SAMPLES,
     CaptionEvaluator,
@@ -60,7 +61,7 @@ from rope_mm.training.checkpoint import Stateful
 from rope_mm.training.config import check_options, dump, option, override, run
 from rope_mm.training.image_heads import IMAGE_HEADS
 from rope_mm.training.loop import fingerprint
-from rope_mm.training.metrics_log import read_metrics
+from rope_mm.training.metrics_log import read_metrics, say
 from rope_mm.training.run_dir import is_done
 from rope_mm.training.run_page import write_comparison_page
 from rope_mm.training.threads import choose_threads
@@ -233,7 +234,7 @@ def make_eval_set(config: CompareHeads) -> EvalSet:
             f"needs {least}; raise eval_samples, or give classes that captions contain"
         )
     report_skipped(count, len(unseen) - count)
-    report_missing(labels, targets)
+    report_missing(labels, targets, config.classes)
     classifier = train_classifier(known.images(rows), labels, config.seed, config.classifier_epochs)
     asked = torch.tensor(choose_rows(len(unseen), count))
     rest = torch.ones(len(unseen)).index_fill(0, asked, 0).bool()
@@ -265,12 +266,10 @@ def configure(config: CompareHeads, head: str, seed: int) -> Pretrain:
 
 
 def measure_head(pipeline: RopeMMPipeline, eval_set: EvalSet, passes: Sequence[int]) -> dict[str, float]:
-    """The metrics of a head at every number of passes, by `name_metric`."""
-    metrics = {}
-    for count in passes:
-        found = eval_set.evaluator.evaluate(eval_set.generate(pipeline, count, 1))
-        metrics |= {name_metric(name, str(count)): value for name, value in found.items()}
-    return metrics
+    """The metrics of a head at every number of passes, and those of real images, by `log_point`."""
+    evaluate = eval_set.evaluator.evaluate
+    found = {str(count): evaluate(eval_set.generate(pipeline, count, 1)) for count in passes}
+    return log_point(found, evaluate(eval_set.real))
 
 
 def run_head(
@@ -301,7 +300,14 @@ def run_head(
         metrics[how] = eval_set.evaluator.evaluate(images)
     result = json.loads((output_dir / "result.json").read_text())
     last = {str(count): metrics[str(count)] for count in counts}
-    curve = read_curve(read_metrics(output_dir), last) | {config.steps: last}
+    real = eval_set.evaluator.evaluate(eval_set.real)
+    curve, others = read_curve(read_metrics(output_dir), list(last), real)
+    if others:
+        say(
+            f"{output_dir}: the curves skip {others} evaluations during training, which are by another "
+            "classifier, of other images or without a number of passes"
+        )
+    curve |= {config.steps: last}
     return {name: result[name] for name in COSTS} | {"metrics": metrics, "curve": curve}
 
 
@@ -346,9 +352,12 @@ def write_report(
     write_text(output_dir / "heads.json", json.dumps(report, indent=1))
     write_text(output_dir / "table.md", write_table(real, runs))
     draw_figure(output_dir / "heads.png", real, runs)
-    if "frechet" in real and has_curves(runs):
+    if has_curves(real, runs):
         write_text(output_dir / "curves.md", write_curves(real, runs))
         draw_curves(output_dir / "curves.png", real, runs)
+    else:  # those of a command before
+        for name in ("curves.md", "curves.png"):
+            (output_dir / name).unlink(missing_ok=True)
     save_sheet(output_dir / "samples.png", torch.cat(list(samples.values())), list(samples))
 
 
@@ -382,7 +391,9 @@ def main(config: CompareHeads) -> None:
         folders = {Path(own.output_dir).name: Path(own.output_dir) for _, own in each}
         figures = [name for name in FIGURES if (output_dir / name).exists()]
         write_comparison_page(output_dir, table, figures, settings(config), folders)
-    print(f"\n{table}\n{output_dir}/table.md, heads.png, samples.png{has_curves(runs) * ', curves.png'}")
+    print(
+        f"\n{table}\n{output_dir}/table.md, heads.png, samples.png{has_curves(real, runs) * ', curves.png'}"
+    )
 
 
 if __name__ == "__main__":

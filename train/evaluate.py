@@ -30,7 +30,7 @@ from datasets import Dataset, Image, concatenate_datasets
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from rope_mm.data.columns import check_rows, choose_rows, read_captions
+from rope_mm.data.columns import check_rows, choose_rows, read_captions, select_numbered, stored_row
 from rope_mm.data.images import find_images, is_made_here, load, load_images, load_splits
 from rope_mm.data.pixels import UNREADABLE, check_background, open_image, to_channels
 from rope_mm.data.templates import read_template
@@ -99,7 +99,7 @@ def load_rows(path: str, split: str, most: int) -> Dataset:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(str, splits))}")
     chosen = concatenate_datasets([rows for name, rows in splits.items() if split in ("", name)])
     rows = chosen if is_made_here(path) else find_images(chosen, Path(path).parent)
-    return rows.select(choose_rows(len(rows), min(most, len(rows)))) if most else rows
+    return select_numbered(rows, choose_rows(len(rows), min(most, len(rows)))) if most else rows
 
 
 def read_images(rows: Dataset, column: str) -> Iterator[Tensor]:
@@ -118,7 +118,7 @@ def read_images(rows: Dataset, column: str) -> Iterator[Tensor]:
         try:
             image = to_channels(open_image(cast(Any, row)[column]), 3)
         except UNREADABLE as error:
-            reason = f"row {number}, column {column!r}: the image does not decode ({error})"
+            reason = f"row {stored_row(rows, number)}, column {column!r}: the image does not decode ({error})"
             if (skipped := skipped + 1) == len(rows):
                 raise ValueError(f"no image of {len(rows)} rows decodes; {reason}") from error
             print(f"skipped: {reason}", file=sys.stderr)

@@ -33,6 +33,11 @@ def rotating_axes(scheme: Scheme) -> Tensor:
     return scheme.omega(HEAD_DIM, HEADS).abs().amax((0, 2)) > 0
 
 
+def heads_alike(scheme: Scheme) -> bool:
+    """Whether all of several heads are rotated as a single one is."""
+    return bool((scheme.omega(HEAD_DIM, HEADS) == scheme.omega(HEAD_DIM)).all())
+
+
 def rotating_positions(scheme: Scheme, segments: str | list[Segment]) -> Tensor:
     """Positions (s, a) on the axes that rotate any channel."""
     return scheme.place(segments)[0][:, rotating_axes(scheme)]
@@ -222,8 +227,7 @@ def measure_properties(scheme: str | Scheme) -> LayoutProperties:
     axes = [axis for axis, rotates in zip(chosen.axes, rotating_axes(chosen), strict=True) if rotates]
     square, tokens_per_patch = image_in_text(chosen, SQUARE, before=8), rate(images)
     taken, (shared, on_patches) = span(square), collisions(chosen)
-    heads = HEADS if chosen.per_head or chosen.ladder_over_heads else None  # else all heads are one
-    report = check_rotary(Rotary(HEAD_DIM, chosen, heads=heads))
+    report = check_rotary(Rotary(HEAD_DIM, chosen, heads=None if heads_alike(chosen) else HEADS))
     return LayoutProperties(
         scheme=scheme if isinstance(scheme, str) else layout_id(chosen.layout, dict(chosen.options)),
         compatible=compatible(chosen),

@@ -1,6 +1,7 @@
 """How far generated images are from real ones in a classifier's features, where there are samples enough."""
 
 import logging
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -48,15 +49,17 @@ def report_skipped(images: int, real: int, captioned: bool = True) -> None:
         LOG.warning("%d generated and %d held-out images: too few for %s", images, real, ", ".join(few))
 
 
-def report_missing(learned: Tensor, asked: Tensor) -> None:
+def report_missing(learned: Tensor, asked: Tensor, names: Sequence[str] = ()) -> None:
     """Say in the log which classes a classifier cannot find, as no image that it is trained on has them.
 
     Args:
         learned: classes (n,) of the images that it is trained on.
         asked: classes (m,) of held-out images.
+        names: of the classes; numbers if empty.
     """
     if missing := sorted(set(asked.tolist()) - set(learned.tolist())):
-        shown = ", ".join(map(str, missing[:10])) + ", ..." * (len(missing) > 10)
+        words = names or list(map(str, range(missing[-1] + 1)))
+        shown = ", ".join(words[int(number)] for number in missing[:10]) + ", ..." * (len(missing) > 10)
         LOG.warning(
             "%d classes of held-out images are on none of the %d images that the classifier is trained on, "
             "so none of their images counts as right: %s",

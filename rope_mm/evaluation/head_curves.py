@@ -1,5 +1,10 @@
-"""What image heads reach after how much training: a table and a figure."""
+"""What image heads reach after how much training: a table and a figure.
 
+Points lie on the way of one run each: its learning rate is still to fall there, so that a whole run of that
+length ends closer.
+"""
+
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -10,39 +15,63 @@ from rope_mm.analysis.figures import new_figure, save_figure
 from rope_mm.evaluation.head_comparison import MARKERS, REAL, Runs, name_column, write_metric
 
 SHOWN = "frechet", "accuracy", "recall"
-COMPUTE = "TFLOP"
+COMPUTE, REAL_POINT = "TFLOP", "real-images"
 # of a seed: numbers of steps -> the metrics after these, each by its number of passes
 Curve = dict[int, dict[str, dict[str, float]]]
 
 
 def name_metric(name: str, passes: str) -> str:
     """The name of a metric in the log of a run."""
-    return f"{name}/{passes}-pass"
+    return f"{name}/{passes}{'' if passes == REAL_POINT else '-pass'}"
 
 
-def read_curve(lines: Iterable[Mapping[str, Any]], last: Mapping[str, Iterable[str]]) -> Curve:
-    """The points of a run, from its log; of a step that is logged twice, the later line.
+def log_point(found: Mapping[str, Mapping[str, float]], real: Mapping[str, float]) -> dict[str, float]:
+    """What the log of a run holds of a point; the metrics of real images tell by which classifier it is.
+
+    Args:
+        found: number of passes -> metrics.
+        real: metrics of real images.
+    """
+    point = {name_metric(name, passes): value for passes in found for name, value in found[passes].items()}
+    return point | {name_metric(name, REAL_POINT): value for name, value in real.items()}
+
+
+def read_curve(
+    lines: Iterable[Mapping[str, Any]], passes: Sequence[str], real: Mapping[str, float]
+) -> tuple[Curve, int]:
+    """The points of a run, from its log, and how many of another evaluation were dropped.
+
+    Of a step that is logged twice, the later line counts. A point is of another evaluation if it lacks a
+    number of passes, or if the same real images have other metrics there: another classifier, or others.
 
     Args:
         lines: of the log, oldest first.
-        last: numbers of passes -> names of the metrics to look for.
+        passes: numbers of passes to look for.
+        real: metrics of real images, by the evaluation of this command.
     """
-    names = {passes: {name_metric(name, passes): name for name in last[passes]} for passes in last}
-    wanted = set().union(*names.values())
-    points = {line["step"]: line for line in lines if wanted <= line.keys()}
-    return {
-        step: {passes: {name: line[key] for key, name in names[passes].items()} for passes in names}
+    points = {line["step"]: line for line in lines if any(key.endswith(REAL_POINT) for key in line)}
+    wanted = {name_metric(name, count) for name in real for count in passes}
+    curve = {
+        step: {count: {name: line[name_metric(name, count)] for name in real} for count in passes}
         for step, line in points.items()
+        if wanted <= line.keys()
+        and all(
+            math.isclose(line.get(name_metric(name, REAL_POINT), math.nan), value, rel_tol=1e-6)
+            for name, value in real.items()
+        )
     }
+    return curve, len(points) - len(curve)
 
 
-def has_curves(runs: Runs) -> bool:
-    """Whether a run was evaluated before its end,."""
-    return any(len(run["curve"]) > 1 for seeds in runs.values() for run in seeds)
+def has_curves(real: Mapping[str, float], runs: Runs) -> bool:
+    """Whether a run has a point before its end, and images are enough for a distance."""
+    return "frechet" in real and any(len(run["curve"]) > 1 for seeds in runs.values() for run in seeds)
 
 
 def best_points(seeds: Sequence[dict[str, Any]]) -> list[tuple[float, str, list[dict[str, float]]]]:
     """The compute, the number of passes with the smallest mean distance there, and each seed's metrics.
+
+    Steps that were not evaluated in every seed are no points.
 
     Args:
         seeds: the runs of a head, with `curve`.
@@ -51,7 +80,7 @@ def best_points(seeds: Sequence[dict[str, Any]]) -> list[tuple[float, str, list[
     for step in sorted(set.intersection(*(set(run["curve"]) for run in seeds)), key=int):
         found = [run["curve"][step] for run in seeds]
         best = min(found[0], key=lambda count: mean(metrics[count]["frechet"] for metrics in found))
-        compute = seeds[0][COMPUTE] * int(step) / seeds[0]["steps"]
+        compute = mean(run[COMPUTE] for run in seeds) * int(step) / seeds[0]["steps"]
         points.append((compute, best, [metrics[best] for metrics in found]))
     return points
 

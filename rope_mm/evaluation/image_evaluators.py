@@ -257,11 +257,13 @@ def prepare_modes(
             f"modes are counted in stacks of three digits, 3 channels with labels to 999, not {channels} "
             f"with labels to {most}"
         )
-    singles = images[:STACKS].flatten(0, 1)[:, None]
-    classifier = train_classifier(singles, digits_of(numbers[:STACKS]).flatten(), seed, EPOCHS)
+    learned = choose_rows(len(images), min(STACKS, len(images)))
+    singles = images[learned].flatten(0, 1)[:, None]
+    classifier = train_classifier(singles, digits_of(numbers[learned]).flatten(), seed, EPOCHS)
     probs = mode_probs(numbers)
     right = conditional_accuracy(read_numbers(classifier, unseen), held_out)["accuracy"]
-    reference = mode_metrics(read_numbers(classifier, images[:samples]), probs) | {"accuracy": right}
+    chosen = choose_rows(len(images), min(samples, len(images)))
+    reference = mode_metrics(read_numbers(classifier, images[chosen]), probs) | {"accuracy": right}
     first = {number: row for row, number in reversed(list(enumerate(held_out.tolist())))}
     asked = [first[number] for number in sorted(first)]
     rows = [asked[i % len(asked)] for i in range(samples)]

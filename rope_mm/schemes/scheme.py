@@ -314,9 +314,11 @@ class Scheme:
         """The scheme that `to_dict` wrote, also after JSON made lists of its tuples.
 
         Raises:
-            ValueError: an unknown field or extension.
+            ValueError: an unknown field or extension, no layout.
         """
         refuse_unknown(entries)
+        if "layout" not in entries:
+            raise ValueError("no scheme is named and no layout given; name a scheme, such as 'rope-tv'")
         return cls(**entries)
 
     def replace(self, **changes: Any) -> "Scheme":

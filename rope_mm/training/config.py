@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, field, fields, is_dataclass, replace
-from difflib import get_close_matches
 from functools import reduce
 from inspect import cleandoc
 from pathlib import Path
@@ -31,8 +30,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from rope_mm.registry import Registry
+from rope_mm.training.config_keys import check_key, describe, hint_of, is_dict, is_table, known_keys
 from rope_mm.training.folder_lock import locked
-from rope_mm.training.old_keys import OLD_KEYS
 from rope_mm.training.signals import KILLED
 
 Schema = TypeVar("Schema")
@@ -157,11 +156,14 @@ def resolve(config: Any, entries: Sequence[Entry], known: dict[str, Any]) -> Any
     for key, (source, _) in ((key, entry) for key, entry in last.items() if entry[1] == OPEN):
         means = help_of(cast(type, OmegaConf.get_type(config))).get(key, "")
         raise ValueError(f"{source} leaves {key} open; give --{key} VALUE{means and f': {means}'}")
+    check_removed(entries, known)
     for source, key, value in (entry for entry in entries if entry[2] != OPEN):
         try:
             config = set_key(config, key, value, known)
         except (OmegaConfBaseException, TypeError):
-            raise ValueError(f"{source}: {key} must be {describe(known.get(key))}, not {value!r}") from None
+            raise ValueError(
+                f"{source}: {key} must be {describe(hint_of(key, known))}, not {value!r}"
+            ) from None
     try:
         resolved = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -171,10 +173,25 @@ def resolve(config: Any, entries: Sequence[Entry], known: dict[str, Any]) -> Any
     return resolved
 
 
+def check_removed(entries: Sequence[Entry], known: dict[str, Any]) -> None:
+    """Refuse flags that remove a row and set a key of it.
+
+    Args:
+        entries: (source, dotted key, value).
+        known: dotted key -> declared type.
+    """
+    flags = {key: value for source, key, value in entries if source.startswith("--")}
+    for key in (
+        key for key, value in flags.items() if value is None and is_table(known.get(key.rpartition(".")[0]))
+    ):
+        if other := next((name for name in flags if name.startswith(f"{key}.")), None):
+            raise ValueError(f"--{key} null removes the row that --{other} is for; give one of them")
+
+
 def set_key(config: Any, key: str, value: Any, known: dict[str, Any]) -> Any:
     """The configuration with one dotted key set; a dict that is given replaces the one that was there.
 
-    null removes an entry of a dict of dicts, such as a row of a comparison.
+    null removes a row of a table, as of a comparison.
 
     Args:
         config: structured configuration of OmegaConf.
@@ -186,24 +203,16 @@ def set_key(config: Any, key: str, value: Any, known: dict[str, Any]) -> Any:
     if value is None and is_table(known.get(table)):
         rows = OmegaConf.select(config, table)
         if entry not in rows:
-            raise ValueError(f"{key} is not there to be removed; {table} has {', '.join(rows)}")
+            raise ValueError(f"{key} is not there to be removed; {table} has {', '.join(rows) or 'no rows'}")
         return set_key(config, table, {name: row for name, row in rows.items() if name != entry}, known)
+    if is_table(known.get(key)) and (empty := [name for name, row in (value or {}).items() if row is None]):
+        raise ValueError(f"{key} has the row {empty[0]} without keys; `{key}.{empty[0]}: null` removes a row")
     if is_dict(known.get(key)) and isinstance(value, dict):
         parent = OmegaConf.select(config, table) if table else config
         with omegaconf.read_write(parent):
             OmegaConf.update(config, key, {}, merge=False)
     nested = reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), value)
     return OmegaConf.unsafe_merge(config, nested)  # `merge` copies the whole configuration for every key
-
-
-def is_dict(hint: Any) -> bool:
-    """Whether a declared type is a dict of free keys."""
-    return dict in (hint, get_origin(hint))
-
-
-def is_table(hint: Any) -> bool:
-    """Whether a declared type is a dict of dicts."""
-    return is_dict(hint) and is_dict(get_args(hint)[-1:] and get_args(hint)[-1])
 
 
 def fill_defaults(config: Any) -> Any:
@@ -304,7 +313,7 @@ def usage(schema: type) -> str:
     flags = [
         "--config FILE    read such a file; of several, the later ones win",
         "--key.path 1     set one key, whatever the files say; a switch needs no value",
-        "--key.row null   remove a row of a table, a dict of dicts",
+        "--key.row null   remove a row of a table",
     ]
     about = [*cleandoc(schema.__doc__ or "").splitlines(), "", *flags, "", "The defaults:"]
     return "\n".join(f"# {line}".rstrip() for line in about) + "\n" + annotate(dump(schema), help_of(schema))
@@ -336,62 +345,6 @@ def annotate(text: str, said: dict[str, str]) -> str:
             line = "  # ".join(filter(None, [line, said.get(".".join(path))]))
         lines.append(line)
     return "\n".join(lines) + "\n"
-
-
-def describe(hint: Any) -> str:
-    """A declared type, in words."""
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(str(choice) or repr(choice) for choice in get_args(hint))}"
-    if is_dataclass(hint):
-        return f"a group of keys ({', '.join(entry.name for entry in fields(hint))})"
-    return (
-        hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
-    )
-
-
-def known_keys(schema: type, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of a dataclass, groups included, with its declared type."""
-    hints, known = get_type_hints(schema), {}
-    for name in (entry.name for entry in fields(schema)):
-        known[prefix + name] = hints[name]
-        if is_dataclass(hints[name]):
-            known |= known_keys(cast(type, hints[name]), f"{prefix}{name}.")
-    return known
-
-
-def check_key(key: str, known: dict[str, Any], source: str) -> None:
-    """Refuse a key that the schema lacks, naming today's name or the nearest; a free dict takes any key.
-
-    Args:
-        key: dotted key.
-        known: dotted key -> declared type.
-        source: what the message names as the key's origin.
-    """
-    free = (name for name, hint in known.items() if hint is Any or is_dict(hint))
-    if key in known or any(key.startswith(f"{name}.") for name in free):
-        return
-    if new := next((name for name in OLD_KEYS.get(key, ()) if name in known), None):
-        raise ValueError(f"{source}: {key} is now called {new}")
-    near = nearest_keys(key, known)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ValueError(f"{source}: {key} is unknown; {hint}--help shows all keys")
-
-
-def nearest_keys(key: str, known: Mapping[str, Any]) -> list[str]:
-    """Keys of the same name in other groups, else at most three of its group, or of all, with a like name.
-
-    Args:
-        key: dotted key that is unknown.
-        known: dotted keys.
-    """
-    group, _, name = key.rpartition(".")
-    names = [(*other.rpartition(".")[::2], other) for other in known]
-    same = [other for _, last, other in names if last == name]
-    of_group = {last: other for prefix, last, other in names if prefix == group}
-    of_all = {last: other for _, last, other in names} | of_group
-    for found in (of_group, of_all):
-        same = same or [found[last] for last in get_close_matches(name, found, n=3, cutoff=0.7)]
-    return same or get_close_matches(key, known, n=1)
 
 
 def read_file(path: str, known: dict[str, Any]) -> Iterator[Entry]:

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from rope_mm.registry import Registry
-from rope_mm.training.config import flatten, known_keys
+from rope_mm.training.config import flatten
+from rope_mm.training.config_keys import known_keys
 
 TRACKERS = Registry("tracker", {name: name for name in ("tensorboard", "wandb", "trackio")})  # -> its package
 

@@ -88,6 +88,23 @@ def test_classes_that_no_training_image_has_are_named(caplog):
     )
 
 
+def test_real_modes_are_counted_in_stacks_of_all_kinds_where_they_are_sorted(monkeypatch):
+    def read(images):
+        return -((images.mean((1, 2, 3))[:, None] + 1) * 4.5 - torch.arange(10)).abs()
+
+    learned = []
+    monkeypatch.setattr(image_evaluators, "STACKS", 100)
+    monkeypatch.setattr(
+        image_evaluators, "train_classifier", lambda images, labels, *_: (learned.append(labels), read)[1]
+    )
+    numbers = torch.arange(3_000) // 3
+    images = digits_of(numbers)[:, :, None, None].expand(-1, -1, 4, 4) / 4.5 - 1
+    found = prepare_modes((images, numbers), (images, numbers), 1_000, seed=0).real_reference
+    assert found["accuracy"] == 1
+    assert found["modes"] > 600, "of which the first 1,000 rows have 334"
+    assert len(learned[0].view(-1, 3)[:, 0].unique()) == 10, "of hundreds the first 100 rows have one"
+
+
 @pytest.fixture(scope="module")
 def stacks():
     return load_images("stacked-digits", 8, 3, label="label", cache_in_memory=True)

@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 
 from rope_mm.data import load_images, load_splits
 from rope_mm.evaluation.head_comparison import NOTE, REAL, write_table
-from rope_mm.evaluation.head_curves import best_points, read_curve
+from rope_mm.evaluation.head_curves import best_points, log_point, read_curve
 from rope_mm.training.config import load
 
 ROOT = Path(__file__).parents[2]
@@ -101,9 +101,25 @@ def test_images_are_evaluated_during_training_where_sample_every_asks_for_it(don
 
 
 def test_a_curve_is_read_from_a_log_with_the_later_of_two_lines_of_a_step():
-    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "frechet/1-pass": 5.0}, {"step": 2, "frechet/1-pass": 4.0}]
-    assert read_curve(lines, {"1": ["frechet"]}) == {2: {"1": {"frechet": 4.0}}}
-    assert read_curve(lines, {"4": ["frechet"]}) == {}
+    real = {"frechet": 0.5}
+    first, again = (log_point({"1": {"frechet": distance}}, real) for distance in (5.0, 4.0))
+    lines = [{"step": 1, "loss": 3.0}, {"step": 2, **first}, {"step": 2, **again}]
+    assert read_curve(lines, ["1"], real) == ({2: {"1": {"frechet": 4.0}}}, 0)
+    assert read_curve(lines, ["1", "4"], real) == ({}, 1), "no evaluation in four passes"
+    assert read_curve(lines, ["1"], {"frechet": 0.6}) == ({}, 1), "another classifier"
+    assert read_curve(lines[:1], ["1"], real) == ({}, 0)
+
+
+@pytest.mark.slow
+def test_a_curve_has_no_points_of_another_classifier_or_of_a_command_before(done, tmp_path, capfd):
+    shutil.copytree(done.output_dir, tmp_path / "out")
+    config = read(tmp_path, noise_scales="[1, 0.5]", **CURVE, classifier_epochs=2)
+    compare_heads.main(config)
+    assert list(report(config)["heads"]["flow"][0]["curve"]) == ["2"]
+    assert not list((tmp_path / "out").glob("curves.*"))
+    printed = capfd.readouterr()
+    assert "curves.png" not in printed.out
+    assert "the curves skip 1 evaluations during training, which are by another classifier" in printed.err
 
 
 def test_a_point_of_a_curve_is_the_number_of_passes_with_the_smallest_mean_distance():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rope_mm.registry import Registry
 from rope_mm.training import config
 from rope_mm.training.config import check_options, dump, load, option, override, usage
+from rope_mm.training.config_keys import known_keys
 from rope_mm.training.old_keys import OLD_KEYS
 
 
@@ -298,6 +299,13 @@ class Table:
     rows: dict[str, dict[str, Any]] = option({}, "by name")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Painters:
+    """A schema with rows that are groups of keys."""
+
+    rows: dict[str, Brush] = option({}, "by name")
+
+
 def test_a_given_dict_replaces_the_default_and_a_single_key_of_it_does_not(yaml):
     file = yaml("paint: {shares: {blue: 2.0}}\n")
     assert load(Brush, ["--config", file]).paint.shares == {"blue": 2.0}
@@ -313,9 +321,26 @@ def test_null_removes_a_row_of_a_table_and_a_row_that_is_not_there_is_named(yaml
     file = yaml("rows: {one: {x: 1}, two+r1: {x: 2}, three: {}}\n")
     assert load(Table, ["--config", file, "--rows.two+r1", "null"]).rows == {"one": {"x": 1}, "three": {}}
     assert load(Table, ["--config", file, "--rows.one.x", "null"]).rows["one"] == {"x": None}
-    with pytest.raises(ValueError, match=r"rows\.four is not there to be removed; rows has one, two\+r1, three"):
+    with pytest.raises(
+        ValueError, match=r"rows\.four is not there to be removed; rows has one, two\+r1, three"
+    ):
         load(Table, ["--config", file, "--rows.four", "null"])
+    with pytest.raises(ValueError, match=r"rows\.one is not there to be removed; rows has no rows"):
+        load(Table, ["--rows.one", "null"])
+    with pytest.raises(
+        ValueError, match=r"rows has the row one without keys; `rows\.one: null` removes a row"
+    ):
+        load(Table, ["--rows", "{one: null}"])
+    with pytest.raises(ValueError, match=r"--rows\.one null removes the row that --rows\.one\.x is for"):
+        load(Table, ["--config", file, "--rows.one", "null", "--rows.one.x", "3"])
     assert "--key.row null " in usage(Table)
+
+
+def test_a_row_of_keys_with_types_is_removed_and_a_wrong_value_below_it_named_with_its_type(yaml):
+    file = yaml("rows: {one: {paint: {shares: {red: 2.0}}}, two: {}}\n")
+    assert list(load(Painters, ["--config", file, "--rows.one", "null"]).rows) == ["two"]
+    with pytest.raises(ValueError, match=r"rows\.one\.paint\.shares\.red must be float, not None"):
+        load(Painters, ["--config", file, "--rows.one.paint.shares.red", "null"])
 
 
 def test_an_entry_that_a_dict_needs_is_filled_in_and_shown():
@@ -386,7 +411,7 @@ def schema_of(script):
 
 
 def test_every_old_key_has_a_new_one_in_some_script():
-    known = set().union(*(config.known_keys(schema_of(script)) for script in SCRIPTS))
+    known = set().union(*(known_keys(schema_of(script)) for script in SCRIPTS))
     assert [old for old, new in OLD_KEYS.items() if not known.intersection(new)] == []
 
 

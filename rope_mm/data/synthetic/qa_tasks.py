@@ -220,6 +220,8 @@ def make_qa_samples(task: str, form: Mapping[str, Any], count: int, *key: int | 
     Raises:
         ValueError: an unknown task, sizes it does not take.
     """
+    if not isinstance(form, Mapping):
+        raise ValueError(f"task {task!r} takes sizes, a group of keys, not {form!r}")
     sizes = dict(form)
     name = sizes.pop("ask", task)
     generator, ask = make_generator(name, json.dumps(sizes, sort_keys=True), *key), QA_TASKS[name]
