@@ -205,7 +205,8 @@ def set_key(config: Any, key: str, value: Any, known: dict[str, Any]) -> Any:
         if entry not in rows:
             raise ValueError(f"{key} is not there to be removed; {table} has {', '.join(rows) or 'no rows'}")
         return set_key(config, table, {name: row for name, row in rows.items() if name != entry}, known)
-    if is_table(known.get(key)) and (empty := [name for name, row in (value or {}).items() if row is None]):
+    given = value.items() if is_table(known.get(key)) and isinstance(value, dict) else ()
+    if empty := [name for name, row in given if row is None]:
         raise ValueError(f"{key} has the row {empty[0]} without keys; `{key}.{empty[0]}: null` removes a row")
     if is_dict(known.get(key)) and isinstance(value, dict):
         parent = OmegaConf.select(config, table) if table else config

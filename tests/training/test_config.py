@@ -331,6 +331,8 @@ def test_null_removes_a_row_of_a_table_and_a_row_that_is_not_there_is_named(yaml
         ValueError, match=r"rows has the row one without keys; `rows\.one: null` removes a row"
     ):
         load(Table, ["--rows", "{one: null}"])
+    with pytest.raises(ValueError, match=r"--rows: rows must be dict.*, not 5"):
+        load(Table, ["--rows", "5"])
     with pytest.raises(ValueError, match=r"--rows\.one null removes the row that --rows\.one\.x is for"):
         load(Table, ["--config", file, "--rows.one", "null", "--rows.one.x", "3"])
     assert "--key.row null " in usage(Table)
