@@ -19,7 +19,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
@@ -178,6 +178,11 @@ class EvalSet:
     real: Tensor
     shown: list[int]
 
+    @cached_property
+    def of_real(self) -> dict[str, float]:
+        """The metrics of the real images."""
+        return self.evaluator.evaluate(self.real)
+
     def generate(self, pipeline: RopeMMPipeline, passes: int, noise_scale: float) -> Tensor:
         """An image for every caption; the noise is the same for every head."""
         prompts = [pipeline.prompt("text2image", caption) for caption in self.captions]
@@ -196,7 +201,7 @@ def find_classes(images: CaptionedImages, classes: Sequence[str], most: int) -> 
     word = re.compile(rf"\b({'|'.join(map(re.escape, classes))})\b", re.IGNORECASE)
     found = {row: match for row, text in enumerate(images.captions) if (match := word.search(text))}
     rows, number = list(found), {name.lower(): i for i, name in enumerate(classes)}
-    rows = [rows[i] for i in choose_rows(len(rows), min(most, len(rows)))]
+    rows = [rows[i] for i in choose_rows(len(rows), most)]
     return rows, torch.tensor([number[found[row][0].lower()] for row in rows], dtype=torch.long)
 
 
@@ -267,9 +272,9 @@ def configure(config: CompareHeads, head: str, seed: int) -> Pretrain:
 
 def measure_head(pipeline: RopeMMPipeline, eval_set: EvalSet, passes: Sequence[int]) -> dict[str, float]:
     """The metrics of a head at every number of passes, and those of real images, by `log_point`."""
-    evaluate = eval_set.evaluator.evaluate
-    found = {str(count): evaluate(eval_set.generate(pipeline, count, 1)) for count in passes}
-    return log_point(found, evaluate(eval_set.real))
+    made = {str(count): eval_set.generate(pipeline, count, 1) for count in passes}
+    found = {count: eval_set.evaluator.evaluate(images) for count, images in made.items()}
+    return log_point(found, eval_set.of_real)
 
 
 def run_head(
@@ -300,8 +305,7 @@ def run_head(
         metrics[how] = eval_set.evaluator.evaluate(images)
     result = json.loads((output_dir / "result.json").read_text())
     last = {str(count): metrics[str(count)] for count in counts}
-    real = eval_set.evaluator.evaluate(eval_set.real)
-    curve, others = read_curve(read_metrics(output_dir), list(last), real)
+    curve, others = read_curve(read_metrics(output_dir), list(last), eval_set.of_real)
     if others:
         say(
             f"{output_dir}: the curves skip {others} evaluations during training, which are by another "
@@ -381,7 +385,7 @@ def main(config: CompareHeads) -> None:
     plan = list(product(range(config.seed, config.seed + config.seeds), config.heads))
     each = [(head, configure(config, head, seed)) for seed, head in plan]
     eval_set, runs = make_eval_set(config), cast(Runs, {})
-    real, samples = eval_set.evaluator.evaluate(eval_set.real), {REAL: eval_set.real[eval_set.shown]}
+    real, samples = eval_set.of_real, {REAL: eval_set.real[eval_set.shown]}
     for head, own in (bar := tqdm(each, desc="heads")):
         bar.set_postfix_str(own.output_dir)
         runs.setdefault(head, []).append(run_head(own, config.passes, config.noise_scales, eval_set, samples))

@@ -99,7 +99,7 @@ def load_rows(path: str, split: str, most: int) -> Dataset:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(str, splits))}")
     chosen = concatenate_datasets([rows for name, rows in splits.items() if split in ("", name)])
     rows = chosen if is_made_here(path) else find_images(chosen, Path(path).parent)
-    return select_numbered(rows, choose_rows(len(rows), min(most, len(rows)))) if most else rows
+    return select_numbered(rows, choose_rows(len(rows), most)) if most else rows
 
 
 def read_images(rows: Dataset, column: str) -> Iterator[Tensor]:

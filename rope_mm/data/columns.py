@@ -25,18 +25,18 @@ def select_numbered(rows: Dataset, numbers: Sequence[int]) -> Dataset:
     return rows._select_with_indices_mapping(numbers)
 
 
-def choose_rows(rows: int, count: int) -> list[int]:
-    """Numbers of `count` rows chosen at random, always the same ones, in order.
+def choose_rows(rows: int, most: int) -> list[int]:
+    """Numbers of rows chosen at random, always the same ones, in order; all where there are no more.
 
     Of sorted data the first rows are of one class, and of data in turns every second one is.
 
     Args:
         rows: how many there are.
-        count: how many to take; with more than there are, all come in turn.
+        most: how many to take at most.
     """
-    if count >= rows:
-        return [i % rows for i in range(count)]
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(0))[:count].sort().values.tolist()
+    if most >= rows:
+        return list(range(rows))
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(0))[:most].sort().values.tolist()
 
 
 def check_rows(rows: Dataset, channels: int, *columns: str) -> None:

@@ -261,7 +261,7 @@ class MapDocuments(DocumentDataset):
         sources: rows of `datasets`, at hand.
         templates: see `DocumentDataset` for this and the others.
         group_by: the documents of a batch are in groups with one value in this column, rows without any are
-            left out; "": in no groups.
+            skipped; "": in no groups.
         group_size: documents of a group.
     """
 

@@ -58,8 +58,8 @@ def report_missing(learned: Tensor, asked: Tensor, names: Sequence[str] = ()) ->
         names: of the classes; numbers if empty.
     """
     if missing := sorted(set(asked.tolist()) - set(learned.tolist())):
-        words = names or list(map(str, range(missing[-1] + 1)))
-        shown = ", ".join(words[int(number)] for number in missing[:10]) + ", ..." * (len(missing) > 10)
+        words = [names[int(number)] if names else str(number) for number in missing[:10]]
+        shown = ", ".join(words) + ", ..." * (len(missing) > 10)
         LOG.warning(
             "%d classes of held-out images are on none of the %d images that the classifier is trained on, "
             "so none of their images counts as right: %s",

@@ -1,7 +1,7 @@
 """What image heads reach after how much training: a table and a figure.
 
-Points lie on the way of one run each: its learning rate is still to fall there, so that a whole run of that
-length ends closer.
+Points lie on the way of one run each: its learning rate is still to fall there, and a whole run of that
+length may end closer.
 """
 
 import math
@@ -15,14 +15,19 @@ from rope_mm.analysis.figures import new_figure, save_figure
 from rope_mm.evaluation.head_comparison import MARKERS, REAL, Runs, name_column, write_metric
 
 SHOWN = "frechet", "accuracy", "recall"
-COMPUTE, REAL_POINT = "TFLOP", "real-images"
+COMPUTE, REAL_POINT = "TFLOP", "real"
 # of a seed: numbers of steps -> the metrics after these, each by its number of passes
 Curve = dict[int, dict[str, dict[str, float]]]
 
 
-def name_metric(name: str, passes: str) -> str:
-    """The name of a metric in the log of a run."""
-    return f"{name}/{passes}{'' if passes == REAL_POINT else '-pass'}"
+def name_metric(name: str, source: str) -> str:
+    """The name of a metric in the log of a run.
+
+    Args:
+        name: of the metric.
+        source: of the images: a number of passes, or REAL_POINT.
+    """
+    return f"{name}/{source}"
 
 
 def log_point(found: Mapping[str, Mapping[str, float]], real: Mapping[str, float]) -> dict[str, float]:
@@ -32,8 +37,10 @@ def log_point(found: Mapping[str, Mapping[str, float]], real: Mapping[str, float
         found: number of passes -> metrics.
         real: metrics of real images.
     """
-    point = {name_metric(name, passes): value for passes in found for name, value in found[passes].items()}
-    return point | {name_metric(name, REAL_POINT): value for name, value in real.items()}
+    sources = {**found, REAL_POINT: real}
+    return {
+        name_metric(name, source): sources[source][name] for source in sources for name in sources[source]
+    }
 
 
 def read_curve(
@@ -49,7 +56,7 @@ def read_curve(
         passes: numbers of passes to look for.
         real: metrics of real images, by the evaluation of this command.
     """
-    points = {line["step"]: line for line in lines if any(key.endswith(REAL_POINT) for key in line)}
+    points = {line["step"]: line for line in lines if any(key.endswith(f"/{REAL_POINT}") for key in line)}
     wanted = {name_metric(name, count) for name in real for count in passes}
     curve = {
         step: {count: {name: line[name_metric(name, count)] for name in real} for count in passes}

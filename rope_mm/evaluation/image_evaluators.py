@@ -163,7 +163,8 @@ def prepare_captions(
         right = conditional_accuracy(classifier(images).argmax(1), labels)["accuracy"]
     reference = {"accuracy": right} if len(images) >= MIN_SAMPLES["accuracy"] else {}
     report_missing(train[1], labels)
-    rows = torch.tensor(choose_rows(len(labels), samples))
+    chosen = torch.tensor(choose_rows(len(labels), samples))
+    rows = chosen[torch.arange(samples) % len(chosen)]
     reference |= distribution_metrics(real, other)
     return CaptionEvaluator(classifier, real, rows.tolist(), labels[rows] if captioned else None, reference)
 
@@ -257,13 +258,13 @@ def prepare_modes(
             f"modes are counted in stacks of three digits, 3 channels with labels to 999, not {channels} "
             f"with labels to {most}"
         )
-    learned = choose_rows(len(images), min(STACKS, len(images)))
+    learned = choose_rows(len(images), STACKS)
     singles = images[learned].flatten(0, 1)[:, None]
     classifier = train_classifier(singles, digits_of(numbers[learned]).flatten(), seed, EPOCHS)
     probs = mode_probs(numbers)
     right = conditional_accuracy(read_numbers(classifier, unseen), held_out)["accuracy"]
-    chosen = choose_rows(len(images), min(samples, len(images)))
-    reference = mode_metrics(read_numbers(classifier, images[chosen]), probs) | {"accuracy": right}
+    real = images[choose_rows(len(images), samples)]
+    reference = mode_metrics(read_numbers(classifier, real), probs) | {"accuracy": right}
     first = {number: row for row, number in reversed(list(enumerate(held_out.tolist())))}
     asked = [first[number] for number in sorted(first)]
     rows = [asked[i % len(asked)] for i in range(samples)]
@@ -333,8 +334,8 @@ def make_evaluator(
     if images.labels is None or held_out.labels is None:
         raise ValueError("an evaluator needs labels; give the column of labels to load_images(..., label=)")
     most = max(CLASSIFIER_SAMPLES, samples)
-    train, rows = images.read(choose_rows(len(images), min(len(images), most)))
-    test, test_rows = held_out.read(choose_rows(len(held_out), min(len(held_out), CLASSIFIER_SAMPLES)))
+    train, rows = images.read(choose_rows(len(images), most))
+    test, test_rows = held_out.read(choose_rows(len(held_out), CLASSIFIER_SAMPLES))
     seen, unseen = (train, images.labels[rows]), (test, held_out.labels[test_rows])
     evaluator = IMAGE_EVALUATORS[name].make(seen, unseen, samples, seed, captioned)
     return evaluator, [held_out.captions[test_rows[row]] for row in evaluator.rows]

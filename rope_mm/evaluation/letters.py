@@ -154,7 +154,8 @@ def prepare_letters(
         )
     report_skipped(samples, len(unseen))
     classifier, glyphs = train_letter_classifier(seed), draw_glyphs()
-    rows = torch.tensor(choose_rows(len(asked), samples))
+    chosen = torch.tensor(choose_rows(len(asked), samples))
+    rows = chosen[torch.arange(samples) % len(chosen)]
     apart, real = ~torch.isin(asked, labels), classifier.classify(unseen)[2]
     evaluator = LetterEvaluator(classifier, real, rows.tolist(), asked[rows], apart[rows], {})
     other = move_at_random(glyphs, asked[rows], make_generator(seed, "reference"))[:, None] * 2 - 1

@@ -147,7 +147,7 @@ def scheme_of_family(
     rate: float | None = None,
     fraction: float | None = None,
 ) -> Scheme:
-    """The scheme of a config by what its family leaves out.
+    """The scheme of a config by what its family omits.
 
     Args:
         config: of one text or one tower.

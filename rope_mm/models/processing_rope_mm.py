@@ -310,7 +310,7 @@ class RopeMMProcessor(ProcessorMixin):
         rows = len(noise)
         noise = noise.flatten(1, 2)[:, None] if self.full_video_attention else noise
         if not any(True for _ in texts_of(sequences)):
-            guidance_scale = 1.0  # there is no text to leave out
+            guidance_scale = 1.0  # there is no text to drop
         if guidance_scale != 1:
             unconditional = [[part for part in row if not isinstance(part, str)] for row in sequences]
             sequences = [*sequences, *unconditional]
